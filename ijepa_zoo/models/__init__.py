@@ -1,0 +1,1 @@
+"""Networks of I-JEPA; importing this registers the encoders with timm."""

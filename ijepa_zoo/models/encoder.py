@@ -1,0 +1,257 @@
+"""The I-JEPA encoder: timm's VisionTransformer with fixed positions and one added method.
+
+Nothing of timm's forward path is overridden, so whatever works with a timm ViT works here.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._manipulate import checkpoint_seq
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..weights import catalog, load
+from .positions import sincos_positions
+
+
+class IJepaEncoder(VisionTransformer):
+    """Vision transformer of I-JEPA: no class token, fixed sine-cosine positions, final LayerNorm.
+
+    Takes every argument of ``timm.models.vision_transformer.VisionTransformer``. The defaults that
+    differ: no class token, mean pooling *after* the final LayerNorm (``fc_norm=False``), no
+    classifier, and the initialisation of the published recipe (std 0.02 everywhere).
+
+    ``pos_embed`` is a buffer, not a parameter: it is saved and loaded under timm's name, and no
+    optimizer, EMA or weight decay ever sees it.
+
+    Raises:
+        ValueError: If class or register tokens are asked for: I-JEPA has neither.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 0,
+        global_pool: str = "avg",
+        class_token: bool = False,
+        reg_tokens: int = 0,
+        fc_norm: bool = False,
+        weight_init: str = "",
+        **kwargs: Any,
+    ) -> None:
+        if class_token or reg_tokens or global_pool == "token":
+            raise ValueError(
+                "I-JEPA encoders have patch tokens only: use class_token=False, reg_tokens=0 and "
+                "global_pool='avg', 'avgmax', 'max', 'map' or ''"
+            )
+        super().__init__(
+            num_classes=num_classes,
+            global_pool=global_pool,
+            class_token=False,
+            fc_norm=fc_norm,
+            weight_init="skip",
+            **kwargs,
+        )
+        self._positions_to_buffer()
+        if weight_init != "skip":
+            self.weight_init_mode = weight_init
+            self.init_weights(needs_reset=False)
+
+    def _positions_to_buffer(self) -> None:
+        positions = self._parameters.pop("pos_embed", None)
+        if positions is not None:
+            self.register_buffer("pos_embed", positions.detach())
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialise as the published recipe does, or by one of timm's modes.
+
+        Linear layers and the patch embedding: truncated normal, std 0.02, biases 0. The published
+        class also divides by the depth, but the published training script undoes it.
+
+        Args:
+            mode: '' for the recipe; timm's 'jax', 'jax_nlhb', 'moco' or 'reset'.
+            needs_reset: Also reset modules that initialise themselves, for models made on meta.
+        """
+        mode = mode or self.weight_init_mode
+        super().init_weights(mode, needs_reset)
+        if mode == "":
+            trunc_normal_(self.patch_embed.proj.weight, std=0.02)
+            if self.patch_embed.proj.bias is not None:
+                nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.pos_embed is not None:
+            table = sincos_positions(self.embed_dim, self.patch_embed.grid_size)
+            self.pos_embed.copy_(table)
+
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Change image or patch size in place; positions are resampled as timm does.
+
+        Args:
+            img_size: New ``(height, width)`` in pixels, or None to keep it.
+            patch_size: New ``(height, width)`` of a patch in pixels, or None to keep it.
+        """
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        self._positions_to_buffer()
+
+    def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens of the images after the final LayerNorm, of all patches or of some.
+
+        With ``keep`` the other patches are dropped right after the positions are added, so they
+        take no part in attention and cost nothing: the context encoder of I-JEPA.
+
+        Args:
+            images: ``[B, C, H, W]``, normalised.
+            keep: Patch indices ``[B, K]``, int64, in raster order of the grid; None for all.
+
+        Returns:
+            Tokens ``[B, N, D]``, or ``[B, K, D]`` with ``keep``.
+
+        Raises:
+            ValueError: If ``keep`` is not an int64 tensor ``[B, K]``.
+        """
+        if keep is None:
+            return self.forward_features(images)
+        if keep.ndim != 2 or len(keep) != len(images) or keep.dtype != torch.int64:
+            raise ValueError(
+                f"keep must hold int64 patch indices [B, K] with B = {len(images)}, "
+                f"got {keep.dtype} {list(keep.shape)}"
+            )
+        x = self._pos_embed(self.patch_embed(images))
+        x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        x = self.norm_pre(self.patch_drop(x))
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return self.norm(x)
+
+
+def _cfg(record: catalog.Checkpoint | None = None, img_size: int = 224) -> dict[str, Any]:
+    """timm's pretrained_cfg of a catalogue entry, or of a model without released weights."""
+    shared: dict[str, Any] = {"num_classes": 0, "pool_size": None, "fixed_input_size": True}
+    shared |= {"first_conv": "patch_embed.proj", "classifier": "head"}
+    shared |= {"paper_name": "I-JEPA", "paper_ids": "arXiv:2301.08243"}
+    if record is None:
+        return {**shared, "input_size": (3, img_size, img_size), "crop_pct": 0.875}
+    source = record.source
+    return {
+        **shared,
+        "url": source.url,
+        "hf_hub_id": source.hf_hub_id,
+        "file": load.packaged_folder(source.folder) if source.folder else None,
+        "input_size": record.input_size,
+        "mean": record.mean,
+        "std": record.std,
+        "crop_pct": record.crop_pct,
+        "interpolation": record.interpolation,
+        "license": record.license.lower(),
+        "description": f"{record.network} of I-JEPA, {record.data}, {record.epochs:g} epochs",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {record.name: _cfg(record) for record in catalog.checkpoints()}
+    | {
+        name: _cfg()
+        for name in (
+            "vit_tiny16_ijepa",
+            "vit_small16_ijepa",
+            "vit_base16_ijepa",
+            "vit_large16_ijepa",
+        )
+    }
+)
+
+
+def _create(
+    variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]
+) -> Any:
+    """Build one variant as timm does; weights are mapped into a model made on meta.
+
+    Besides timm's arguments every entrypoint takes ``checkpoint`` and ``network``, see
+    :func:`ijepa_zoo.create_model`.
+    """
+    checkpoint, network = kwargs.pop("checkpoint", None), kwargs.pop("network", None)
+    if not kwargs.pop("pretrained_strict", True):
+        raise ValueError("I-JEPA weights load strictly: leave pretrained_strict at True")
+    weights = None
+    if pretrained or checkpoint is not None:
+        weights = load.resolve(
+            variant,
+            checkpoint=checkpoint,
+            network=network,
+            pretrained_cfg=kwargs.get("pretrained_cfg"),
+            overlay=kwargs.get("pretrained_cfg_overlay"),
+            cache_dir=kwargs.get("cache_dir"),
+        )
+
+    def build(**arguments: Any) -> IJepaEncoder:
+        if weights is None:
+            return IJepaEncoder(**arguments)
+        return load.build_with_weights(IJepaEncoder, arguments, weights)
+
+    return build_model_with_cfg(
+        build,
+        variant,
+        pretrained=False,  # `build` has loaded the weights by then
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **{**defaults, **kwargs},
+    )
+
+
+@register_model
+def vit_nano8_64_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """The small model that ships with the package: 64x64 images, patch 8."""
+    args = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
+    return _create("vit_nano8_64_ijepa", pretrained, args, kwargs)
+
+
+@register_model
+def vit_tiny16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-Ti/16."""
+    args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _create("vit_tiny16_ijepa", pretrained, args, kwargs)
+
+
+@register_model
+def vit_small16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-S/16."""
+    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create("vit_small16_ijepa", pretrained, args, kwargs)
+
+
+@register_model
+def vit_base16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-B/16."""
+    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create("vit_base16_ijepa", pretrained, args, kwargs)
+
+
+@register_model
+def vit_large16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-L/16."""
+    args = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
+    return _create("vit_large16_ijepa", pretrained, args, kwargs)
+
+
+@register_model
+def vit_huge14_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-H/14 of the paper."""
+    args = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
+    return _create("vit_huge14_ijepa", pretrained, args, kwargs)
+
+
+@register_model
+def vit_huge16_448_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-H/16 of the paper, at 448x448."""
+    args = {"patch_size": 16, "embed_dim": 1280, "depth": 32, "num_heads": 16}
+    return _create("vit_huge16_448_ijepa", pretrained, args, kwargs)
+
+
+@register_model
+def vit_giant16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-g/16, the paper's "ViT-G/16"."""
+    args = {"patch_size": 16, "embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11}
+    return _create("vit_giant16_ijepa", pretrained, args, kwargs)

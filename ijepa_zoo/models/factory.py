@@ -1,0 +1,180 @@
+"""create_model and friends: from a name, a folder or a repository to a network with weights."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..weights import catalog, load, read
+from ..weights.layouts import CheckpointError
+from .encoder import IJepaEncoder
+from .jepa import IJepa
+from .predictor import PREDICTORS, Predictor
+
+
+def list_models(
+    filter: str | list[str] = "",
+    pretrained: bool = False,
+) -> list[str]:
+    """Names of the I-JEPA models.
+
+    Args:
+        filter: Wildcard pattern, or several, as in ``timm.list_models``.
+        pretrained: True for the names with released weights, with their tags.
+    """
+    names: list[str] = timm.list_models(filter, pretrained=pretrained)
+    return [name for name in names if name.split(".")[0] in PREDICTORS]
+
+
+def create_model(
+    name: str,
+    pretrained: bool = True,
+    *,
+    checkpoint: str | Path | None = None,
+    network: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Create an I-JEPA encoder, by default with released weights of the target encoder.
+
+    The same as ``timm.create_model(name, pretrained=True)`` after ``import ijepa_zoo``, but for the
+    default of ``pretrained`` and for folders, which give an encoder of this package.
+
+    Args:
+        name: 'vit_huge14_ijepa', with a tag 'vit_huge14_ijepa.in1k_context', or a source of its
+            own: 'local-dir:FOLDER' or 'hf-hub:REPO[@REVISION]' of an export of this package, a
+            transformers folder or a timm folder; then the architecture comes from there too.
+        pretrained: False for the recipe's random initialisation.
+        checkpoint: Your own weights: an official .pth.tar, a transformers, timm or native folder,
+            a .safetensors file, or 'hf-hub:REPO'.
+        network: 'target_encoder' (the default, what the paper evaluates) or 'encoder' (the context
+            encoder), where the weights hold both.
+        **kwargs: timm's arguments: num_classes, global_pool, in_chans, img_size, dynamic_img_size,
+            drop_path_rate, features_only, out_indices, embed_dim, depth, num_heads, mlp_ratio,
+            patch_size, device, dtype, cache_dir, ...
+
+    Returns:
+        :class:`~ijepa_zoo.models.encoder.IJepaEncoder` in evaluation mode's default of timm (call
+        ``.eval()``), or timm's feature wrapper with ``features_only=True``.
+
+    Raises:
+        ijepa_zoo.weights.layouts.CheckpointError: If the weights do not exist or do not fit.
+        ijepa_zoo.weights.fetch.FetchError: If they cannot be fetched.
+    """
+    if name.startswith((read.HUB_PREFIX, read.FOLDER_PREFIX)):
+        opened = read.open_checkpoint(name, kwargs.get("cache_dir"))
+        checkpoint = name if checkpoint is None and pretrained else checkpoint
+        name, kwargs = _own_architecture(opened, kwargs)
+    _check_name(name)
+    return timm.create_model(
+        name,
+        pretrained=pretrained,
+        checkpoint=str(checkpoint) if checkpoint is not None else None,
+        network=network,
+        **kwargs,
+    )
+
+
+def _own_architecture(
+    opened: read.Networks, kwargs: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Registered name and arguments that build the network a folder describes."""
+    args = {key: value for key, value in opened.args.items() if key != "norm_eps"}
+    if opened.pretrained_cfg:
+        kwargs = {"pretrained_cfg": dict(opened.pretrained_cfg), **kwargs}
+    # every size is given by `args`: the name only says where the entrypoint starts from
+    return opened.model or "vit_base16_ijepa", {**args, **kwargs}
+
+
+def _check_name(name: str) -> None:
+    model = name.partition(".")[0]
+    if model not in PREDICTORS:
+        raise ValueError(
+            f"no I-JEPA model is called {model!r}; ijepa_zoo.list_models() has "
+            f"{', '.join(PREDICTORS)}. Other timm models are made by timm.create_model"
+        )
+
+
+def create_ijepa(
+    name: str,
+    pretrained: bool = True,
+    *,
+    predictor_embed_dim: int | None = None,
+    predictor_depth: int | None = None,
+    checkpoint: str | Path | None = None,
+    regularizer: nn.Module | None = None,
+    **encoder_kwargs: Any,
+) -> IJepa:
+    """Create all three networks, to predict hidden regions or to go on pretraining.
+
+    Args:
+        name: As for :func:`create_model`.
+        pretrained: False for the recipe's random initialisation.
+        predictor_embed_dim: Width of the predictor; default: that of the weights or the recipe,
+            384 for all models of the paper.
+        predictor_depth: Blocks of the predictor; default: that of the weights or the recipe.
+        checkpoint: Your own weights, holding all three networks.
+        regularizer: See :class:`~ijepa_zoo.models.jepa.IJepa`.
+        **encoder_kwargs: timm's arguments of the encoder.
+
+    Raises:
+        ijepa_zoo.weights.layouts.CheckpointError: If the weights do not hold all three networks or
+            do not fit.
+    """
+    if encoder_kwargs.get("features_only"):
+        raise ValueError("create_ijepa makes whole networks: leave features_only out")
+    own: Mapping[str, int] = {}
+    if name.startswith((read.HUB_PREFIX, read.FOLDER_PREFIX)):
+        opened = read.open_checkpoint(name, encoder_kwargs.get("cache_dir"))
+        checkpoint = name if checkpoint is None and pretrained else checkpoint
+        name, encoder_kwargs = _own_architecture(opened, encoder_kwargs)
+        own = opened.predictor
+    _check_name(name)
+    model, _, tag = name.partition(".")
+    if not (pretrained or checkpoint is not None):
+        encoder = create_model(name, pretrained=False, **encoder_kwargs)
+        size = {**PREDICTORS[model], **own}
+        predictor = _predictor(encoder, predictor_embed_dim, predictor_depth, size)
+        return IJepa(encoder, predictor, regularizer=regularizer)
+    networks = load.resolve(
+        model,
+        checkpoint=checkpoint,
+        pretrained_cfg=tag or None,
+        cache_dir=encoder_kwargs.get("cache_dir"),
+    ).networks
+    absent = [network for network in catalog.NETWORKS if network not in networks.states]
+    if absent:
+        full = [r.name for r in catalog.checkpoints() if len(r.networks) == 3]
+        raise CheckpointError(
+            f"{networks.origin} holds no {' and no '.join(absent)}, create_ijepa needs all three "
+            f"networks; the entries {', '.join(full)} have them"
+        )
+    source = {"checkpoint": checkpoint} if checkpoint is not None else {"pretrained": True}
+    made = {
+        network: create_model(name, network=network, **source, **copy.deepcopy(encoder_kwargs))
+        for network in ("encoder", "target_encoder")
+    }
+    size = {**PREDICTORS[model], **networks.predictor}
+    with torch.device("meta"):
+        predictor = _predictor(made["encoder"], predictor_embed_dim, predictor_depth, size)
+    state = load.fit_predictor(
+        networks.states["predictor"](), predictor, networks.origin, networks.grid_size
+    )
+    parameter = next(made["encoder"].parameters())
+    load.assign(predictor.to(parameter.dtype), state, networks.origin, parameter.device)
+    return IJepa(made["encoder"], predictor, made["target_encoder"], regularizer)
+
+
+def _predictor(
+    encoder: IJepaEncoder, embed_dim: int | None, depth: int | None, size: Mapping[str, int]
+) -> Predictor:
+    return Predictor(
+        tuple(encoder.patch_embed.grid_size),
+        encoder.embed_dim,
+        predictor_embed_dim=embed_dim or size["embed_dim"],
+        depth=depth or size["depth"],
+        num_heads=encoder.blocks[0].attn.num_heads,
+    )

@@ -1,0 +1,106 @@
+"""The I-JEPA objective: context encoder, predictor and target encoder as one module."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .encoder import IJepaEncoder
+from .predictor import Predictor
+
+
+class IJepa(nn.Module):
+    """Image joint-embedding predictive architecture (Assran et al., CVPR 2023).
+
+    Args:
+        encoder: Context encoder.
+        predictor: Predictor over its tokens.
+        target_encoder: Its moving average; None for a copy of ``encoder``. Takes no gradient and
+            stays in evaluation mode.
+        regularizer: Called with the context tokens ``[B, K, D]``; its scalar is added to the loss.
+            The published loss has none.
+    """
+
+    def __init__(
+        self,
+        encoder: IJepaEncoder,
+        predictor: Predictor,
+        target_encoder: IJepaEncoder | None = None,
+        regularizer: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.predictor = predictor
+        self.target_encoder = target_encoder or copy.deepcopy(encoder)
+        self.target_encoder.requires_grad_(False).eval()
+        self.regularizer = regularizer
+
+    def train(self, mode: bool = True) -> "IJepa":
+        """Set training mode for everything but the target encoder."""
+        super().train(mode)
+        self.target_encoder.eval()
+        return self
+
+    @torch.no_grad()
+    def target_tokens(self, images: Tensor, targets: Tensor) -> Tensor:
+        """What the predictor has to predict: normalised target encoder tokens of the blocks.
+
+        The target encoder sees the whole image; blocks are cut from its output after a LayerNorm
+        without affine parameters over the features.
+
+        Args:
+            images: ``[B, C, H, W]``, normalised.
+            targets: Patch indices ``[B, M, L]``, int64.
+
+        Returns:
+            Tokens ``[B, M, L, D]``.
+        """
+        tokens = self.target_encoder.encode(images)
+        tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        index = targets.flatten(1).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+        return tokens.gather(1, index).view(*targets.shape, -1)
+
+    def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+        """Predict the tokens of hidden blocks from the visible context.
+
+        Args:
+            images: ``[B, C, H, W]``, normalised; only the context patches are read.
+            context: Patch indices ``[B, K]``, int64.
+            targets: Patch indices ``[B, M, L]``, int64.
+
+        Returns:
+            Predictions ``[B, M, L, D]`` in the space of :meth:`target_tokens`.
+        """
+        prediction: Tensor = self.predictor(self.encoder.encode(images, context), context, targets)
+        return prediction
+
+    def forward(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+        """Loss: smooth L1 (beta 1, mean) between predictions and target tokens.
+
+        Args:
+            images: ``[B, C, H, W]``, normalised.
+            context: Patch indices ``[B, K]``, int64.
+            targets: Patch indices ``[B, M, L]``, int64.
+
+        Returns:
+            Scalar.
+        """
+        truth = self.target_tokens(images, targets)
+        tokens = self.encoder.encode(images, context)
+        loss = F.smooth_l1_loss(self.predictor(tokens, context, targets), truth)
+        if self.regularizer is not None:
+            loss = loss + self.regularizer(tokens)
+        return loss
+
+    @torch.no_grad()
+    def update_target(self, momentum: float) -> None:
+        """Move the target encoder towards the encoder: ``momentum * target + (1 - m) * encoder``.
+
+        Args:
+            momentum: Share of the old target encoder that stays, 0 to 1.
+        """
+        targets: Any = list(self.target_encoder.parameters())
+        sources: Any = [p.detach() for p in self.encoder.parameters()]
+        torch._foreach_lerp_(targets, sources, 1.0 - momentum)

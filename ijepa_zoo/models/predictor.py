@@ -1,0 +1,114 @@
+"""The I-JEPA predictor: a narrow vision transformer over context and mask tokens."""
+
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm, trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from .positions import sincos_positions
+
+PREDICTORS: dict[str, dict[str, int]] = {
+    "vit_nano8_64_ijepa": {"embed_dim": 64, "depth": 3},
+    "vit_tiny16_ijepa": {"embed_dim": 384, "depth": 6},
+    "vit_small16_ijepa": {"embed_dim": 384, "depth": 6},
+    "vit_base16_ijepa": {"embed_dim": 384, "depth": 6},
+    "vit_large16_ijepa": {"embed_dim": 384, "depth": 12},
+    "vit_huge14_ijepa": {"embed_dim": 384, "depth": 12},
+    "vit_huge16_448_ijepa": {"embed_dim": 384, "depth": 12},
+    "vit_giant16_ijepa": {"embed_dim": 384, "depth": 16},
+}
+
+
+class Predictor(nn.Module):
+    """Predicts the target encoder's tokens of hidden blocks from the context encoder's tokens.
+
+    Each target block is predicted on its own: the context attends to that block's mask tokens
+    only, as in the published code. Parameter names are those of the published code; the positions
+    are a buffer.
+
+    Args:
+        grid_size: Rows and columns of the encoder's patch grid.
+        embed_dim: Width of the encoder.
+        predictor_embed_dim: Width of the predictor.
+        depth: Number of blocks.
+        num_heads: Attention heads per block: as many as the encoder has.
+        mlp_ratio: Hidden width of the blocks' MLP over ``predictor_embed_dim``.
+        device: Device to construct on.
+        dtype: Data type of the parameters.
+
+    Raises:
+        ValueError: If ``predictor_embed_dim`` is not divisible by ``num_heads``.
+    """
+
+    predictor_pos_embed: Tensor
+
+    def __init__(
+        self,
+        grid_size: tuple[int, int],
+        embed_dim: int,
+        predictor_embed_dim: int = 384,
+        depth: int = 6,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if predictor_embed_dim % num_heads:
+            raise ValueError(
+                f"predictor_embed_dim {predictor_embed_dim} must be divisible by num_heads "
+                f"{num_heads}, which the predictor shares with the encoder"
+            )
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grid_size = grid_size
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_embed_dim, **dd))
+        positions = sincos_positions(predictor_embed_dim, grid_size).to(**dd)
+        self.register_buffer("predictor_pos_embed", positions)
+        self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim, **dd)
+        self.predictor_blocks = nn.ModuleList(
+            Block(
+                predictor_embed_dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=True,
+                norm_layer=LayerNorm,
+                **dd,
+            )
+            for _ in range(depth)
+        )
+        self.predictor_norm = LayerNorm(predictor_embed_dim, **dd)
+        self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise as the published recipe does: std 0.02 everywhere, biases 0."""
+        trunc_normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+        """Predict the tokens of every target block.
+
+        Args:
+            tokens: The context encoder's tokens ``[B, K, D]``.
+            context: Their patch indices ``[B, K]``, int64.
+            targets: Patch indices of the target blocks ``[B, M, L]``, int64.
+
+        Returns:
+            Predicted tokens ``[B, M, L, D]``.
+        """
+        batch, blocks, length = targets.shape
+        positions = self.predictor_pos_embed[0]
+        known = self.predictor_embed(tokens)
+        known = known + positions[context].to(known.dtype)
+        hidden = (self.mask_token + positions[targets]).to(known.dtype)
+        known = known.unsqueeze(1).expand(-1, blocks, -1, -1)
+        x = torch.cat([known, hidden], dim=2).flatten(0, 1)
+        for block in self.predictor_blocks:
+            x = block(x)
+        x = self.predictor_proj(self.predictor_norm(x[:, -length:]))
+        return x.unflatten(0, (batch, blocks))

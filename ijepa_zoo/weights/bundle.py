@@ -1,0 +1,192 @@
+"""What an export writes: networks with their description, from modules or straight from files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.data import resolve_model_data_config
+
+from ..models.encoder import IJepaEncoder
+from ..models.factory import create_model
+from ..models.jepa import IJepa
+from ..models.predictor import Predictor
+from . import catalog, load, read
+from .layouts import CheckpointError, State
+from .read import Training
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Networks of one model, ready to be written in any layout.
+
+    Attributes:
+        model: Registered model name.
+        origin: Where the weights come from, in words.
+        states: Tensors per network, in our names.
+        args: timm arguments that build the encoder.
+        norm_eps: Epsilon of its LayerNorms.
+        preprocessing: timm's input_size, mean, std, crop_pct, interpolation.
+        predictor: ``embed_dim`` and ``depth`` of the predictor, if there is one.
+        license: Licence of the weights, if known.
+        training: Optimizer state and counters, if there are any.
+    """
+
+    model: str
+    origin: str
+    states: Mapping[str, State]
+    args: Mapping[str, Any]
+    norm_eps: float
+    preprocessing: Mapping[str, Any]
+    predictor: Mapping[str, int]
+    license: str | None = None
+    training: Training | None = None
+
+    def choose(self, network: str | None) -> str:
+        """The network that a single-network layout gets.
+
+        Raises:
+            CheckpointError: If it is not there.
+        """
+        if network is None:
+            return "target_encoder" if "target_encoder" in self.states else next(iter(self.states))
+        if network not in self.states:
+            raise CheckpointError(f"{self.origin} holds {', '.join(self.states)}, but no {network}")
+        return network
+
+
+def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
+    """timm arguments that build an encoder of the same shapes."""
+    block = encoder.blocks[0]
+    return {
+        "img_size": list(encoder.patch_embed.img_size),
+        "patch_size": list(encoder.patch_embed.patch_size),
+        "in_chans": encoder.patch_embed.proj.in_channels,
+        "num_classes": encoder.num_classes,
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": read.mlp_ratio(block.mlp.fc1.out_features, encoder.embed_dim),
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "class_token": False,
+        "global_pool": encoder.global_pool,
+        "fc_norm": False,
+    }
+
+
+def predictor_args(predictor: Predictor) -> dict[str, int]:
+    """Width and depth of a predictor."""
+    return {
+        "embed_dim": predictor.mask_token.shape[-1],
+        "depth": len(predictor.predictor_blocks),
+    }
+
+
+def _describe(encoder: IJepaEncoder) -> dict[str, Any]:
+    config = resolve_model_data_config(encoder)
+    config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
+    wanted = ("input_size", "mean", "std", "crop_pct", "interpolation")
+    return {
+        "model": encoder.pretrained_cfg["architecture"],
+        "args": encoder_args(encoder),
+        "norm_eps": encoder.norm.eps,
+        "preprocessing": {
+            key: list(config[key]) if isinstance(config[key], tuple) else config[key]
+            for key in wanted
+        },
+    }
+
+
+def from_module(module: IJepa | IJepaEncoder, network: str | None = None) -> Bundle:
+    """Bundle of a model in memory.
+
+    Args:
+        module: All three networks, or one encoder.
+        network: Which network a single encoder is: 'target_encoder' (default) or 'encoder'.
+    """
+    if isinstance(module, IJepa):
+        states = {name: dict(getattr(module, name).state_dict()) for name in catalog.NETWORKS}
+        return Bundle(
+            origin=f"an IJepa module ({module.encoder.pretrained_cfg['architecture']})",
+            states=states,
+            predictor=predictor_args(module.predictor),
+            **_describe(module.encoder),
+        )
+    if not isinstance(module, IJepaEncoder):
+        raise TypeError(f"export takes an IJepa or IJepaEncoder, got {type(module).__name__}")
+    return Bundle(
+        origin=f"an encoder ({module.pretrained_cfg['architecture']})",
+        states={network or "target_encoder": dict(module.state_dict())},
+        predictor={},
+        **_describe(module),
+    )
+
+
+def from_source(
+    source: str | Path,
+    model: str | None = None,
+    network: str | None = None,
+    cache_dir: str | Path | None = None,
+    **encoder_kwargs: Any,
+) -> Bundle:
+    """Bundle of a checkpoint, straight from its file: tensors keep their data type.
+
+    Args:
+        source: Name of released weights ('vit_huge14_ijepa.in1k'), a file, a folder, or
+            'hf-hub:REPO'.
+        model: Registered model that a file or transformers folder belongs to.
+        network: Read this network only; and what an unlabelled file is said to hold.
+        cache_dir: Cache of fetched files.
+        **encoder_kwargs: timm arguments of the encoder where they differ from the model's.
+
+    Raises:
+        CheckpointError: If the architecture is unknown or the tensors do not fit it.
+    """
+    text = str(source)
+    name, _, tag = text.partition(".")
+    record = catalog.find(name, tag)
+    networks = (
+        read.open_record(record, cache_dir) if record else read.open_checkpoint(text, cache_dir)
+    )
+    model = model or networks.model
+    if model is None and not networks.args:
+        raise CheckpointError(
+            f"{text} does not say which network it is: give the model, for example "
+            "--model vit_huge14_ijepa"
+        )
+    known = {key: value for key, value in networks.args.items() if key != "norm_eps"}
+    known = {**known, **encoder_kwargs}
+    if networks.pretrained_cfg:
+        known.setdefault("pretrained_cfg", dict(networks.pretrained_cfg))
+    template = create_model(
+        model or "vit_base16_ijepa", pretrained=False, device="meta", weight_init="skip", **known
+    )
+    states = _read_states(networks, network)
+    for key, state in states.items():
+        if key != "predictor":
+            load.check(template, state, networks.origin)
+    described = _describe(template)
+    described["norm_eps"] = networks.args.get("norm_eps", 1e-6)
+    training = networks.training() if networks.training and network is None else None
+    return Bundle(
+        origin=networks.origin,
+        states=states,
+        predictor=_predictor_size(states.get("predictor")),
+        license=networks.license,
+        training=training,
+        **described,
+    )
+
+
+def _read_states(networks: read.Networks, network: str | None) -> dict[str, State]:
+    if read.UNLABELLED in networks.states:
+        return {network or read.UNLABELLED: networks.states[read.UNLABELLED]()}
+    wanted = list(networks.states) if network is None else [networks.choose(network)]
+    return {key: networks.states[key]() for key in wanted}
+
+
+def _predictor_size(state: State | None) -> dict[str, int]:
+    if state is None:
+        return {}
+    blocks = {key.split(".")[1] for key in state if key.startswith("predictor_blocks.")}
+    return {"embed_dim": state["mask_token"].shape[-1], "depth": len(blocks)}

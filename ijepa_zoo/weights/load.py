@@ -1,0 +1,267 @@
+"""Put weights into models: construct on meta, map the file, fit shapes as timm does, assign."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from timm.layers import LayerNorm, resample_abs_pos_embed, resample_patch_embed
+from timm.models import PretrainedCfg
+from timm.models._manipulate import adapt_input_conv, named_apply
+from timm.models.vision_transformer import init_weights_vit_timm
+from torch import Tensor, nn
+
+from . import catalog
+from .layouts import CheckpointError, State, some
+from .read import Networks, open_checkpoint, open_record, packaged_folder
+
+__all__ = [
+    "Weights",
+    "assign",
+    "build_with_weights",
+    "check",
+    "fit",
+    "fit_predictor",
+    "packaged_folder",
+    "resolve",
+]
+
+M = TypeVar("M", bound=nn.Module)
+ADDED = ("head.", "attn_pool.")  # parts of a timm ViT that pretraining did not have
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One network of a checkpoint, ready to be loaded."""
+
+    networks: Networks
+    network: str
+
+    def read(self) -> State:
+        """The tensors, in our names."""
+        return self.networks.states[self.network]()
+
+
+def resolve(
+    variant: str,
+    checkpoint: str | Path | None = None,
+    network: str | None = None,
+    pretrained_cfg: Any = None,
+    overlay: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+) -> Weights:
+    """Find the weights that a call of ``create_model`` means.
+
+    A checkpoint of the user's own comes first, then timm's ``pretrained_cfg_overlay={'file': ...}``
+    and 'local-dir:' and 'hf-hub:' sources, then the catalogue.
+
+    Raises:
+        CheckpointError: If there are no such weights.
+    """
+    cfg = pretrained_cfg
+    tag = cfg if isinstance(cfg, str) else None
+    if isinstance(cfg, dict | PretrainedCfg):
+        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+        tag = cfg.get("tag")
+        if checkpoint is None and cfg.get("source") == "local-dir":
+            checkpoint = cfg["file"]
+        elif checkpoint is None and cfg.get("source") == "hf-hub":
+            checkpoint = f"hf-hub:{cfg['hf_hub_id']}"
+    if checkpoint is None and overlay:
+        checkpoint = overlay.get("file")
+    if checkpoint is not None:
+        networks = open_checkpoint(checkpoint, cache_dir)
+        return Weights(networks, networks.choose(network))
+    record = catalog.find(variant, tag)
+    if record is None:
+        known = [item.name for item in catalog.checkpoints() if item.model == variant]
+        raise CheckpointError(
+            f"there are no released weights of {variant}{'.' + tag if tag else ''}"
+            + (f"; there are {', '.join(known)}" if known else "")
+            + ". Use pretrained=False for the recipe's initialisation, or checkpoint=PATH for a "
+            "file of your own"
+        )
+    networks = open_record(record, cache_dir)
+    return Weights(networks, networks.choose(network, record.network))
+
+
+def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weights) -> M:
+    """Construct an encoder without initialising it and map its weights in.
+
+    Args:
+        cls: Encoder class, taking timm's arguments.
+        arguments: Those arguments; ``device`` and ``dtype`` hold for the result.
+        weights: What to load.
+
+    Raises:
+        CheckpointError: If the weights do not fit the network that the arguments describe.
+    """
+    arguments = dict(arguments)
+    device = arguments.pop("device", None)
+    known = dict(weights.networks.args)
+    eps = known.pop("norm_eps", 1e-6)
+    if eps != 1e-6:
+        arguments.setdefault("norm_layer", partial(LayerNorm, eps=eps))
+    model = cls(**arguments, device="meta", weight_init="skip")
+    model.weight_init_mode = arguments.get("weight_init", "")
+    _check_architecture(model, known, weights.networks.origin)
+    state = fit(weights.read(), model, weights.networks.origin, weights.networks.grid_size)
+    assign(model, state, weights.networks.origin, device)
+    return model
+
+
+def _check_architecture(model: Any, known: Mapping[str, Any], origin: str) -> None:
+    """Compare what shapes alone cannot tell (the head count) with the checkpoint's own words."""
+    block = model.blocks[0]
+    actual = {
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+    }
+    wrong = {key: known[key] for key in actual if key in known and known[key] != actual[key]}
+    if wrong:
+        given = ", ".join(f"{key}={value}" for key, value in wrong.items())
+        raise CheckpointError(
+            f"{origin} is another network: it has {given}, the model asked for has "
+            + ", ".join(f"{key}={actual[key]}" for key in wrong)
+            + f". Pass {given} beside the name, or create_model('local-dir:FOLDER') to take the "
+            "folder's own architecture"
+        )
+
+
+def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None = None) -> State:
+    """Adapt an encoder's tensors to a model of another image, patch or channel size, as timm does.
+
+    Args:
+        state: Tensors in our names.
+        model: The encoder, may be on meta.
+        origin: The checkpoint, for messages.
+        old_grid: Rows and columns of the grid that ``pos_embed`` was made for; None if square.
+
+    Raises:
+        CheckpointError: If positions cannot be resampled or channels cannot be adapted.
+    """
+    state = dict(state)
+    weight = state.get("patch_embed.proj.weight")
+    if weight is not None and weight.ndim == 4:
+        size = tuple(model.patch_embed.proj.weight.shape)
+        weight = resample_patch_embed(weight, list(size[-2:]))
+        if weight.shape[1] != size[1]:
+            if weight.shape[1] != 3:
+                raise CheckpointError(
+                    f"{origin} takes {weight.shape[1]} channels, the model {size[1]}: timm adapts "
+                    f"from 3 channels only; pass in_chans={weight.shape[1]}"
+                )
+            weight = adapt_input_conv(size[1], weight)
+        state["patch_embed.proj.weight"] = weight
+    positions = state.get("pos_embed")
+    if positions is not None and positions.ndim == 3 and model.pos_embed is not None:
+        grid = tuple(model.patch_embed.grid_size)
+        state["pos_embed"] = _fit_positions(positions, grid, origin, old_grid)
+    if "head.weight" in state and len(state["head.weight"]) != model.num_classes:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    return state
+
+
+def fit_predictor(
+    state: State, predictor: Any, origin: str, old_grid: tuple[int, int] | None = None
+) -> State:
+    """Adapt a predictor's positions to another patch grid; arguments as for :func:`fit`."""
+    state = dict(state)
+    positions = state.get("predictor_pos_embed")
+    if positions is not None and positions.ndim == 3:
+        state["predictor_pos_embed"] = _fit_positions(
+            positions, tuple(predictor.grid_size), origin, old_grid
+        )
+    return state
+
+
+def _fit_positions(
+    positions: Tensor, grid: tuple[int, int], origin: str, old_grid: tuple[int, int] | None
+) -> Tensor:
+    count = positions.shape[1]
+    old = old_grid or (round(count**0.5), round(count**0.5))
+    if old_grid is None and old[0] ** 2 != count == grid[0] * grid[1]:
+        old = grid  # not square, and as many as the model has: made for this grid
+    if old[0] * old[1] != count:
+        raise CheckpointError(
+            f"{origin}: pos_embed has {count} positions, which is no square grid and not the "
+            f"model's {grid[0]}x{grid[1]}; pass the img_size and patch_size it was made with"
+        )
+    if grid == old:
+        return positions
+    resampled: Tensor = resample_abs_pos_embed(
+        positions, new_size=list(grid), old_size=list(old), num_prefix_tokens=0
+    )
+    return resampled
+
+
+def check(model: nn.Module, state: State, origin: str) -> set[str]:
+    """Compare names and shapes of a checkpoint with a model.
+
+    Args:
+        model: Module, may be on meta.
+        state: Tensors in our names.
+        origin: The checkpoint, for messages.
+
+    Returns:
+        Names of a classifier or attention pooling that the model has beyond the checkpoint.
+
+    Raises:
+        CheckpointError: If a tensor is missing, left over or of another shape.
+    """
+    expected = model.state_dict()
+    added = {name for name in expected if name.startswith(ADDED) and name not in state}
+    missing, left_over = expected.keys() - state.keys() - added, state.keys() - expected.keys()
+    if missing or left_over:
+        raise CheckpointError(
+            f"{origin} does not fit {type(model).__name__}:"
+            + (f" it lacks {some(missing)};" if missing else "")
+            + (f" it has no use for {some(left_over)};" if left_over else "")
+            + " check depth, qkv_bias and the other arguments that add or remove tensors"
+        )
+    wrong = [name for name, tensor in state.items() if tensor.shape != expected[name].shape]
+    if wrong:
+        shapes = "; ".join(
+            f"{name} is {list(state[name].shape)} in the file, {list(expected[name].shape)} in the "
+            "model"
+            for name in wrong[:3]
+        )
+        raise CheckpointError(
+            f"{origin} does not fit, {len(wrong)} tensors differ in shape: {shapes}. Pass the "
+            "checkpoint's own embed_dim, depth, num_heads, mlp_ratio beside the name"
+        )
+    return added
+
+
+def assign(
+    model: nn.Module, state: State, origin: str, device: torch.device | str | None = None
+) -> None:
+    """Make the tensors the model's own, strictly, in its data type, without a copy on the CPU.
+
+    A classifier or attention pooling that the checkpoint has not is initialised.
+
+    Args:
+        model: Module on meta.
+        state: Tensors in our names, already fitted.
+        origin: The checkpoint, for messages.
+        device: Where the model goes; None for the CPU.
+
+    Raises:
+        CheckpointError: If a tensor is missing, left over or of another shape.
+    """
+    expected = model.state_dict()
+    added = check(model, state, origin)
+    target = torch.device(device or "cpu")
+    for name in ("head", "attn_pool"):
+        part = getattr(model, name, None)
+        if isinstance(part, nn.Module) and any(key.startswith(name + ".") for key in added):
+            part.to_empty(device=target)
+            named_apply(partial(init_weights_vit_timm, needs_reset=True), part, include_root=True)
+            state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+    ready = {
+        name: tensor.to(device=target, dtype=expected[name].dtype) for name, tensor in state.items()
+    }
+    model.load_state_dict(ready, assign=True)

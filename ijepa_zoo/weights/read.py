@@ -1,0 +1,335 @@
+"""Open a checkpoint of any known kind and hand out its networks, read lazily, in our names."""
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from . import catalog, fetch, layouts
+from .layouts import CheckpointError, State
+
+UNLABELLED = "unlabelled"
+LABEL_KEY = "ijepa_zoo_network"  # in config.json of the folders that export writes
+HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
+PICKLES = (".pth.tar", ".pth", ".pt", ".tar", ".bin")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of one checkpoint.
+
+    Attributes:
+        origin: Where it lies, in words.
+        states: A reader per network; files are opened, or fetched, when it is called. The key is
+            'unlabelled' where the checkpoint holds one network and does not say which.
+        layout: Its layout, see :mod:`ijepa_zoo.weights.layouts`.
+        model: Registered model that it belongs to, where it says so.
+        args: timm arguments of its encoder, as far as its configuration gives them.
+        predictor: ``embed_dim`` and ``depth`` of its predictor, where it says so.
+        pretrained_cfg: timm's description of input and preprocessing, where it has one.
+        license: Licence of the weights, where known.
+        training: Reads what it holds beside networks to go on training, if anything.
+    """
+
+    origin: str
+    states: Mapping[str, Callable[[], State]]
+    layout: str
+    model: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    predictor: Mapping[str, int] = field(default_factory=dict)
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    license: str | None = None
+    training: "Callable[[], Training] | None" = None
+
+    @property
+    def grid_size(self) -> tuple[int, int] | None:
+        """Rows and columns of the patch grid, where the configuration gives them."""
+        if "img_size" not in self.args or "patch_size" not in self.args:
+            return None
+        sizes = (self.args["img_size"], self.args["patch_size"])
+        (rows, columns), (height, width) = (
+            (size, size) if isinstance(size, int) else tuple(size) for size in sizes
+        )
+        return rows // height, columns // width
+
+    def choose(self, network: str | None, default: str = "target_encoder") -> str:
+        """The key of ``states`` to load.
+
+        Args:
+            network: The network asked for; None for ``default`` where there is a choice.
+            default: What is taken among several networks.
+
+        Raises:
+            CheckpointError: If the checkpoint does not hold the network, or does not say so.
+        """
+        if network is None:
+            return default if default in self.states else next(iter(self.states))
+        if network not in catalog.NETWORKS:
+            raise CheckpointError(f"network must be one of {catalog.NETWORKS}, got {network!r}")
+        if network in self.states:
+            return network
+        if UNLABELLED in self.states:
+            raise CheckpointError(
+                f"{self.origin} holds one network and does not say which: leave network out to "
+                f"load it. (Released transformers files hold the context encoder.)"
+            )
+        raise CheckpointError(f"{self.origin} holds {', '.join(self.states)}, but no {network}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """State of a training run beside its networks.
+
+    Attributes:
+        optimizer: Optimizer tensors by parameter name, see
+            :func:`~ijepa_zoo.weights.layouts.optimizer_from_official`.
+        plain: Values that are no tensors: param_groups, scalars, scaler, epoch, loss, ...
+    """
+
+    optimizer: State
+    plain: Mapping[str, Any]
+
+
+def read_safetensors(path: Path) -> State:
+    """Map a safetensors file into memory: pages are read when touched, writes stay private."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file ({error}); fetch or write it again"
+        ) from error
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The strings in a safetensors file's header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error})") from error
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """Load a ``torch.save`` file: tensors and plain values only, mapped where the format allows.
+
+    Raises:
+        CheckpointError: If the file is damaged, holds code, or no dictionary.
+    """
+    try:
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint of tensors: it is damaged, cut short, or "
+            f"holds objects that could run code, which are never loaded "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary")
+    return content
+
+
+def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -> Networks:
+    """Open a user's checkpoint.
+
+    Args:
+        location: A file (.pth.tar, .pth, .pt, .bin, .safetensors), a folder with config.json
+            (transformers, timm or exported by this package), 'local-dir:FOLDER' or
+            'hf-hub:REPO[@REVISION]'.
+        cache_dir: Cache of the Hub's files.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint or its layout is unknown.
+        ijepa_zoo.weights.fetch.FetchError: If the Hub cannot be read.
+    """
+    text = str(location)
+    if text.startswith(HUB_PREFIX):
+        repo, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
+        return open_folder(
+            partial(fetch.fetch_hub, repo, revision=revision or None, cache_dir=cache_dir), text
+        )
+    path = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
+    if path.is_dir():
+        return open_folder(partial(_within, path), str(path))
+    if path.is_file():
+        return open_file(path)
+    hint = f"; for a Hub repository write {HUB_PREFIX}{text}" if text.count("/") == 1 else ""
+    raise CheckpointError(f"no checkpoint at {path}: no such file or folder{hint}")
+
+
+def _within(folder: Path, name: str) -> Path:
+    if not (folder / name).is_file():
+        found = layouts.some(item.name for item in folder.iterdir())
+        raise CheckpointError(f"{folder} has no {name}; it holds {found or 'nothing'}")
+    return folder / name
+
+
+def open_file(path: Path) -> Networks:
+    """Open a single checkpoint file, see :func:`open_checkpoint`."""
+    origin = str(path)
+    if path.suffix == ".safetensors":
+        label = safetensors_metadata(path).get("network", UNLABELLED)
+        content: dict[str, Any] = read_safetensors(path)
+    elif path.name.endswith(PICKLES):
+        label, content = UNLABELLED, read_pickle(path)
+    else:
+        raise CheckpointError(
+            f"{path}: a checkpoint file ends in .safetensors or one of {', '.join(PICKLES)}"
+        )
+    layout = layouts.recognise(content, origin)
+    if layout == "official":
+        return Networks(
+            origin,
+            {
+                network: partial(layouts.to_timm, content[network], layout, origin)
+                for network in catalog.NETWORKS
+            },
+            layout,
+            training=partial(_official_training, content, origin),
+        )
+    return Networks(origin, {label: partial(layouts.to_timm, content, layout, origin)}, layout)
+
+
+def _official_training(content: Mapping[str, Any], origin: str) -> Training:
+    encoder, predictor = (layouts.from_official(content[k]) for k in ("encoder", "predictor"))
+    groups = layouts.official_parameter_groups(encoder, predictor)
+    tensors, plain = layouts.optimizer_from_official(content["opt"], groups, origin)
+    rest = {key: content[key] for key in content if key not in (*catalog.NETWORKS, "opt")}
+    return Training(tensors, {**plain, "rest": rest})
+
+
+def open_folder(locate: Callable[[str], Path], origin: str) -> Networks:
+    """Open a folder or Hub repository by its config.json.
+
+    Args:
+        locate: Gives the local path of a file of the folder, fetching it if need be.
+        origin: The folder, for messages.
+    """
+    config = json.loads(locate("config.json").read_text(encoding="utf-8"))
+    if "ijepa_zoo" in config:
+        return _open_native(config, locate, origin)
+    if config.get("model_type") == "ijepa":
+        read = partial(_read_single, locate, origin, "transformers")
+        label = config.get(LABEL_KEY, UNLABELLED)
+        args = transformers_args(config)
+        return Networks(origin, {label: read}, "transformers", args=args)
+    if "architecture" in config:
+        cfg = config.get("pretrained_cfg", {})
+        read = partial(_read_single, locate, origin, "timm")
+        label = config.get(LABEL_KEY, UNLABELLED)
+        args = config.get("model_args", {})
+        return Networks(origin, {label: read}, "timm", args=args, pretrained_cfg=cfg)
+    raise CheckpointError(
+        f"{origin}/config.json describes no I-JEPA model: it has neither model_type 'ijepa' "
+        f"(transformers) nor a timm architecture, but {layouts.some(config)}"
+    )
+
+
+def _open_native(config: dict[str, Any], locate: Callable[[str], Path], origin: str) -> Networks:
+    ours = config["ijepa_zoo"]
+
+    def read(filename: str) -> State:
+        return read_safetensors(locate(filename))
+
+    def training() -> Training:
+        return Training(read(ours["optimizer"]), ours["training"])
+
+    return Networks(
+        origin,
+        {network: partial(read, filename) for network, filename in ours["networks"].items()},
+        "native",
+        model=ours["model"],
+        args={**config["model_args"], "norm_eps": ours["norm_eps"]},
+        predictor=ours["predictor"],
+        pretrained_cfg=config["pretrained_cfg"],
+        license=ours["license"],
+        training=training if "optimizer" in ours else None,
+    )
+
+
+def _read_single(locate: Callable[[str], Path], origin: str, layout: str) -> State:
+    state = read_safetensors(locate("model.safetensors"))
+    found = layouts.recognise(state, origin)
+    if found != layout:
+        raise CheckpointError(
+            f"{origin}: config.json says {layout}, but model.safetensors has {found} names"
+        )
+    return layouts.to_timm(state, layout, origin)
+
+
+def transformers_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """timm arguments of a transformers I-JEPA configuration.
+
+    Raises:
+        CheckpointError: If it uses an activation that timm's ViT of I-JEPA has not.
+    """
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(f"hidden_act is {config['hidden_act']!r}, only 'gelu' is I-JEPA's")
+    return {
+        "img_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "in_chans": config["num_channels"],
+        "embed_dim": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_ratio": mlp_ratio(config["intermediate_size"], config["hidden_size"]),
+        "qkv_bias": config.get("qkv_bias", True),
+        "norm_eps": config["layer_norm_eps"],
+    }
+
+
+def mlp_ratio(hidden: int, embed_dim: int) -> float:
+    """The ratio from which timm's ``int(embed_dim * ratio)`` gives ``hidden`` back."""
+    ratio = hidden / embed_dim
+    return ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+@cache
+def packaged_folder(name: str) -> str:
+    """Path of a folder of weights inside this package."""
+    return str(Path(__file__).resolve().parent / name)
+
+
+def open_record(record: catalog.Checkpoint, cache_dir: str | Path | None = None) -> Networks:
+    """Open an entry of the catalogue; files travel when a network is read."""
+    source = record.source
+    if source.folder:
+        return open_folder(partial(_within, Path(packaged_folder(source.folder))), record.name)
+    folder = Path(cache_dir) if cache_dir is not None else None
+
+    def read(network: str) -> State:
+        if source.url:
+            path = fetch.fetch_official(
+                source.url,
+                network,
+                cache_dir=folder,
+                size=source.size,
+                sha256=source.sha256.get(network),
+            )
+            return layouts.from_official(read_safetensors(path))
+        path = fetch.fetch_hub(
+            str(source.hf_hub_id),
+            str(source.filename),
+            revision=source.revision,
+            cache_dir=cache_dir,
+        )
+        return layouts.to_timm(read_safetensors(path), record.layout, record.name)
+
+    return Networks(
+        record.name,
+        {network: partial(read, network) for network in record.networks},
+        record.layout,
+        model=record.model,
+        predictor=record.predictor,
+        license=record.license,
+    )
