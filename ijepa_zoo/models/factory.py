@@ -11,6 +11,7 @@ from torch import nn
 
 from ..weights import catalog, load, read
 from ..weights.layouts import CheckpointError
+from ..weights.networks import Networks
 from .encoder import IJepaEncoder
 from .jepa import IJepa
 from .predictor import PREDICTORS, Predictor
@@ -78,9 +79,7 @@ def create_model(
     )
 
 
-def _own_architecture(
-    opened: read.Networks, kwargs: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
+def _own_architecture(opened: Networks, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Registered name and arguments that build the network a folder describes."""
     args = {key: value for key, value in opened.args.items() if key != "norm_eps"}
     if opened.pretrained_cfg:
@@ -137,7 +136,8 @@ def create_ijepa(
     if not (pretrained or checkpoint is not None):
         encoder = create_model(name, pretrained=False, **encoder_kwargs)
         size = {**PREDICTORS[model], **own}
-        predictor = _predictor(encoder, predictor_embed_dim, predictor_depth, size)
+        device = next(encoder.parameters()).device
+        predictor = _predictor(encoder, predictor_embed_dim, predictor_depth, size, device)
         return IJepa(encoder, predictor, regularizer=regularizer)
     networks = load.resolve(
         model,
@@ -158,18 +158,22 @@ def create_ijepa(
         for network in ("encoder", "target_encoder")
     }
     size = {**PREDICTORS[model], **networks.predictor}
-    with torch.device("meta"):
-        predictor = _predictor(made["encoder"], predictor_embed_dim, predictor_depth, size)
+    meta = torch.device("meta")
+    predictor = _predictor(made["encoder"], predictor_embed_dim, predictor_depth, size, meta)
     state = load.fit_predictor(
         networks.states["predictor"](), predictor, networks.origin, networks.grid_size
     )
-    parameter = next(made["encoder"].parameters())
-    load.assign(predictor.to(parameter.dtype), state, networks.origin, parameter.device)
+    device = next(made["encoder"].parameters()).device
+    load.assign(predictor, state, networks.origin, device)
     return IJepa(made["encoder"], predictor, made["target_encoder"], regularizer)
 
 
 def _predictor(
-    encoder: IJepaEncoder, embed_dim: int | None, depth: int | None, size: Mapping[str, int]
+    encoder: IJepaEncoder,
+    embed_dim: int | None,
+    depth: int | None,
+    size: Mapping[str, int],
+    device: torch.device,
 ) -> Predictor:
     return Predictor(
         tuple(encoder.patch_embed.grid_size),
@@ -177,4 +181,6 @@ def _predictor(
         predictor_embed_dim=embed_dim or size["embed_dim"],
         depth=depth or size["depth"],
         num_heads=encoder.blocks[0].attn.num_heads,
+        device=device,
+        dtype=next(encoder.parameters()).dtype,
     )

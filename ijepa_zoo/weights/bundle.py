@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from timm.data import resolve_model_data_config
+from timm.layers import DropPath, LayerNorm
+from torch import nn
 
 from ..models.encoder import IJepaEncoder
 from ..models.factory import create_model
 from ..models.jepa import IJepa
 from ..models.predictor import Predictor
 from . import catalog, load, read
-from .layouts import CheckpointError, State
-from .read import Training
+from .layouts import CheckpointError, State, some
+from .networks import UNLABELLED, Networks, Training
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,34 @@ def predictor_args(predictor: Predictor) -> dict[str, int]:
     }
 
 
+def _check_plain(encoder: IJepaEncoder) -> None:
+    """Refuse an encoder that :func:`encoder_args` does not build again."""
+    eps = getattr(encoder.norm, "eps", 1e-6)
+    twin = IJepaEncoder(
+        **{**encoder_args(encoder), "norm_layer": partial(LayerNorm, eps=eps)},
+        device="meta",
+        weight_init="skip",
+    )
+    inert = (nn.Identity, nn.Dropout, DropPath)  # no part in what an evaluated model computes
+    kinds = [
+        {
+            nn.LayerNorm if isinstance(part, nn.LayerNorm) else type(part)
+            for part in model.modules()
+            if not isinstance(part, inert)
+        }
+        for model in (encoder, twin)
+    ]
+    differs = encoder.state_dict().keys() ^ twin.state_dict().keys()
+    differs |= {kind.__name__ for kind in kinds[0] ^ kinds[1]}
+    if differs:
+        raise CheckpointError(
+            "the model to export is no plain I-JEPA encoder, and no layout can say how it differs: "
+            f"by {some(differs)}"
+        )
+
+
 def _describe(encoder: IJepaEncoder) -> dict[str, Any]:
+    _check_plain(encoder)
     config = resolve_model_data_config(encoder)
     config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
     wanted = ("input_size", "mean", "std", "crop_pct", "interpolation")
@@ -126,6 +156,7 @@ def from_source(
     source: str | Path,
     model: str | None = None,
     network: str | None = None,
+    single: bool = False,
     cache_dir: str | Path | None = None,
     **encoder_kwargs: Any,
 ) -> Bundle:
@@ -136,6 +167,7 @@ def from_source(
             'hf-hub:REPO'.
         model: Registered model that a file or transformers folder belongs to.
         network: Read this network only; and what an unlabelled file is said to hold.
+        single: Read one network only, by default the target encoder.
         cache_dir: Cache of fetched files.
         **encoder_kwargs: timm arguments of the encoder where they differ from the model's.
 
@@ -159,8 +191,14 @@ def from_source(
     if networks.pretrained_cfg:
         known.setdefault("pretrained_cfg", dict(networks.pretrained_cfg))
     template = create_model(
-        model or "vit_base16_ijepa", pretrained=False, device="meta", weight_init="skip", **known
+        record.name if record else model or "vit_base16_ijepa",
+        pretrained=False,
+        device="meta",
+        weight_init="skip",
+        **known,
     )
+    if network is None and single:
+        network = networks.choose(None, record.network if record else "target_encoder")
     states = _read_states(networks, network)
     for key, state in states.items():
         if key != "predictor":
@@ -178,9 +216,9 @@ def from_source(
     )
 
 
-def _read_states(networks: read.Networks, network: str | None) -> dict[str, State]:
-    if read.UNLABELLED in networks.states:
-        return {network or read.UNLABELLED: networks.states[read.UNLABELLED]()}
+def _read_states(networks: Networks, network: str | None) -> dict[str, State]:
+    if UNLABELLED in networks.states:  # the caller's word for what the file does not say
+        return {network or UNLABELLED: networks.states[UNLABELLED]()}
     wanted = list(networks.states) if network is None else [networks.choose(network)]
     return {key: networks.states[key]() for key in wanted}
 

@@ -32,6 +32,7 @@ def model_card(bundle: Bundle, library: str, network: str) -> str:
     args, pre = bundle.args, bundle.preprocessing
     size = "x".join(map(str, pre["input_size"][1:]))
     name = "timm" if library == "native" else library
+    held = ", ".join(bundle.states) if library == "native" else network
     license_line = f"license: {bundle.license.lower()}\n" if bundle.license else ""
     what = _NETWORK.get(network, "one encoder of I-JEPA; the source did not say which")
     return f"""---
@@ -50,7 +51,7 @@ This folder holds {what}.
 | source | {bundle.origin.rsplit("/", 1)[-1]} |
 | width, depth, heads | {args["embed_dim"]}, {args["depth"]}, {args["num_heads"]} |
 | patch, image | {args["patch_size"][0]}, {size} |
-| networks | {", ".join(bundle.states)} |
+| networks | {held} |
 | preprocessing | resize to {size} / {pre["crop_pct"]} ({pre["interpolation"]}), centre crop, \
 mean {pre["mean"]}, std {pre["std"]} |
 | licence | {bundle.license or "that of the weights it was made from"} |

@@ -19,7 +19,8 @@ class Source:
         url: Address of a file on a plain web server.
         hf_hub_id: Repository on the Hugging Face Hub, with ``revision`` and ``filename``.
         folder: Folder inside this package.
-        size: Bytes of the whole source file, if known.
+        size: Bytes of the source file, where known exactly: another size is refused.
+        gigabytes: Its size, rounded.
         sha256: Hash per network (official files: of the fetched tensor bytes), where known.
     """
 
@@ -29,6 +30,7 @@ class Source:
     filename: str | None = None
     folder: str | None = None
     size: int | None = None
+    gigabytes: float | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:

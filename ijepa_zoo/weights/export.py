@@ -3,30 +3,27 @@
 Every layout is a folder, written under a temporary name and renamed when it is whole.
 """
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ..models.encoder import IJepaEncoder
 from ..models.jepa import IJepa
-from . import catalog, layouts, read
+from . import writers
 from .bundle import Bundle, from_module, from_source
-from .card import model_card
-from .layouts import CheckpointError, State
+from .layouts import some
 
-LAYOUTS = ("native", "timm", "transformers", "official")
-OFFICIAL_FILE = "ijepa-latest.pth.tar"
-TIMM_ARCHITECTURES = {
-    "vit_huge14_ijepa": "vit_huge_patch14_gap_224",
-    "vit_huge16_448_ijepa": "vit_huge_patch16_gap_448",
-    "vit_giant16_ijepa": "vit_giant_patch16_gap_224",
+WRITERS = {
+    "native": writers.write_native,
+    "timm": writers.write_timm,
+    "transformers": writers.write_transformers,
+    "official": writers.write_official,
 }
 
 
@@ -37,6 +34,7 @@ def export(
     *,
     network: str | None = None,
     dtype: torch.dtype | None = None,
+    license: str | None = None,
     overwrite: bool = False,
     push_to: str | None = None,
     **source_kwargs: Any,
@@ -53,6 +51,7 @@ def export(
         network: Which network a single-network layout gets; default 'target_encoder'. For a single
             encoder in memory and for a file that does not say it: which network it is.
         dtype: Store tensors in this data type; None keeps theirs.
+        license: Licence of the weights (SPDX), for the model card; default: what the source says.
         overwrite: Replace an existing folder, once the new one is whole.
         push_to: Also upload the folder to this repository of the Hugging Face Hub.
         **source_kwargs: For a checkpoint: ``model_name``, ``cache_dir`` and timm arguments of the
@@ -64,29 +63,45 @@ def export(
     Raises:
         ijepa_zoo.weights.layouts.CheckpointError: If the networks that the layout needs are not
             there, or cannot be expressed in it.
-        FileExistsError: If ``folder`` exists and ``overwrite`` is false.
+        FileExistsError: If ``folder`` exists and ``overwrite`` is false, or if it is no export.
     """
-    if to not in LAYOUTS:
-        raise ValueError(f"to must be one of {', '.join(LAYOUTS)}, got {to!r}")
+    if to not in WRITERS:
+        raise ValueError(f"to must be one of {', '.join(WRITERS)}, got {to!r}")
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists: choose another name, or overwrite it")
+    if folder.exists():
+        _refuse_foreign(folder)
     if isinstance(model, Bundle):
         bundle = model
     elif isinstance(model, str | Path):
-        bundle = from_source(model, source_kwargs.pop("model_name", None), network, **source_kwargs)
+        name, single = source_kwargs.pop("model_name", None), to in ("timm", "transformers")
+        bundle = from_source(model, name, network, single, **source_kwargs)
     else:
+        if source_kwargs:
+            raise TypeError(f"only for a checkpoint, not for a model: {', '.join(source_kwargs)}")
         bundle = from_module(model, network)
-    write = {
-        "native": write_native,
-        "timm": write_timm,
-        "transformers": write_transformers,
-        "official": write_official,
-    }[to]
+    if license is not None:
+        bundle = replace(bundle, license=license)
+    write = WRITERS[to]
     _write_whole(folder, lambda part: write(bundle, part, network, dtype))
     if push_to is not None:
         push(folder, push_to)
     return folder
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Overwriting replaces a whole folder, so it must hold nothing but an earlier export."""
+    foreign = (
+        {item.name for item in folder.iterdir()} - writers.WRITTEN
+        if folder.is_dir()
+        else {"a file"}
+    )
+    if foreign:
+        raise FileExistsError(
+            f"{folder} is no export of this package, it holds {some(foreign)}: it is not "
+            "overwritten, choose another name"
+        )
 
 
 def push(folder: Path, repo_id: str) -> None:
@@ -105,217 +120,20 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         write(part)
         part.chmod(0o755)
+        for item in part.rglob("*"):  # safetensors makes files that only their owner reads
+            item.chmod(0o755 if item.is_dir() else 0o644)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             os.replace(folder, old / folder.name)
-            os.replace(part, folder)
-            shutil.rmtree(old)
+            try:
+                os.replace(part, folder)
+            except OSError:
+                os.replace(old / folder.name, folder)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             os.replace(part, folder)
     finally:
         if part.exists():
             shutil.rmtree(part)
-
-
-def _save(
-    state: Mapping[str, torch.Tensor], path: Path, network: str, dtype: torch.dtype | None
-) -> None:
-    def ready(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach().cpu()
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        return tensor.contiguous()
-
-    metadata = {"format": "pt"} | ({"network": network} if network in catalog.NETWORKS else {})
-    save_file({name: ready(tensor) for name, tensor in state.items()}, path, metadata=metadata)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def timm_config(bundle: Bundle) -> dict[str, Any]:
-    """config.json of a timm folder: a stock architecture plus all the arguments that matter."""
-    if bundle.norm_eps != 1e-6:
-        raise CheckpointError(
-            f"{bundle.origin} has LayerNorm epsilon {bundle.norm_eps}, which a timm folder cannot "
-            "say: timm would build it with 1e-6; export to transformers instead"
-        )
-    preprocessing = dict(bundle.preprocessing)
-    return {
-        "architecture": TIMM_ARCHITECTURES.get(bundle.model, "vit_base_patch16_gap_224"),
-        "num_classes": bundle.args["num_classes"],
-        "num_features": bundle.args["embed_dim"],
-        "global_pool": bundle.args["global_pool"],
-        "model_args": dict(bundle.args),
-        "pretrained_cfg": {
-            "tag": "ijepa",
-            "custom_load": False,
-            "fixed_input_size": True,
-            "num_classes": bundle.args["num_classes"],
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            "pool_size": None,
-            **preprocessing,
-            **({"license": bundle.license.lower()} if bundle.license else {}),
-        },
-    }
-
-
-def write_timm(
-    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
-) -> None:
-    """One encoder as stock timm loads it."""
-    chosen = bundle.choose(network)
-    config = timm_config(bundle)
-    if chosen != read.UNLABELLED:
-        config[read.LABEL_KEY] = chosen
-    _save(bundle.states[chosen], folder / "model.safetensors", chosen, dtype)
-    _write_json(folder / "config.json", config)
-    (folder / "README.md").write_text(model_card(bundle, "timm", chosen), encoding="utf-8")
-
-
-def write_native(
-    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
-) -> None:
-    """All networks at hand; model.safetensors and config.json also make a timm folder."""
-    if read.UNLABELLED in bundle.states:
-        raise CheckpointError(
-            f"{bundle.origin} does not say which network it holds: give network='encoder' "
-            "(context encoder) or 'target_encoder'"
-        )
-    chosen = bundle.choose(network)
-    if network is not None:
-        bundle_states: Mapping[str, State] = {chosen: bundle.states[chosen]}
-    else:
-        bundle_states = bundle.states
-    files = {name: f"{name}.safetensors" for name in bundle_states} | {chosen: "model.safetensors"}
-    for name, file in files.items():
-        _save(bundle_states[name], folder / file, name, dtype)
-    ours: dict[str, Any] = {
-        "format": 1,
-        "model": bundle.model,
-        "networks": files,
-        "predictor": dict(bundle.predictor) if "predictor" in files else {},
-        "norm_eps": bundle.norm_eps,
-        "license": bundle.license,
-        "origin": Path(bundle.origin).name,
-    }
-    if bundle.training is not None:
-        _save(bundle.training.optimizer, folder / "optimizer.safetensors", "", None)
-        ours |= {"optimizer": "optimizer.safetensors", "training": dict(bundle.training.plain)}
-    config = timm_config(bundle) if bundle.norm_eps == 1e-6 else {"model_args": dict(bundle.args)}
-    config.setdefault("pretrained_cfg", dict(bundle.preprocessing))
-    _write_json(folder / "config.json", {**config, "ijepa_zoo": ours})
-    (folder / "README.md").write_text(model_card(bundle, "native", chosen), encoding="utf-8")
-
-
-def write_transformers(
-    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
-) -> None:
-    """One encoder as transformers' ``IJepaModel`` loads it, with the right preprocessing."""
-    chosen = bundle.choose(network)
-    state = layouts.to_transformers(bundle.states[chosen], bundle.origin)
-    args, classes = bundle.args, bundle.args["num_classes"]
-    stored = next(iter(state.values())).dtype if dtype is None else dtype
-    config = {
-        "architectures": ["IJepaForImageClassification" if classes else "IJepaModel"],
-        "model_type": "ijepa",
-        "hidden_size": args["embed_dim"],
-        "num_hidden_layers": args["depth"],
-        "num_attention_heads": args["num_heads"],
-        "intermediate_size": int(args["embed_dim"] * args["mlp_ratio"]),
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02,
-        "layer_norm_eps": bundle.norm_eps,
-        "image_size": _square(args["img_size"]),
-        "patch_size": _square(args["patch_size"]),
-        "num_channels": args["in_chans"],
-        "qkv_bias": args["qkv_bias"],
-        "dtype": str(stored).removeprefix("torch."),
-    }
-    if classes:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
-    if chosen != read.UNLABELLED:
-        config[read.LABEL_KEY] = chosen
-    _save(state, folder / "model.safetensors", chosen, dtype)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", image_processor(bundle.preprocessing))
-    card = model_card(bundle, "transformers", chosen)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _square(size: list[int]) -> int | list[int]:
-    return size[0] if size[0] == size[1] else size
-
-
-def image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Our eval transform in transformers' words: resize the short side, centre crop, normalise."""
-    height, width = preprocessing["input_size"][-2:]
-    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-    return {
-        "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": int(min(height, width) / preprocessing["crop_pct"])},
-        "resample": filters[preprocessing["interpolation"]],
-        "do_center_crop": True,
-        "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocessing["mean"]),
-        "image_std": list(preprocessing["std"]),
-    }
-
-
-def write_official(
-    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
-) -> None:
-    """The published code's checkpoint file, optimizer included; fresh where there is none."""
-    absent = [name for name in layouts.OFFICIAL_NETWORKS if name not in bundle.states]
-    if absent or network is not None:
-        raise CheckpointError(
-            f"an official file holds all three networks, but {bundle.origin} has no "
-            f"{' and no '.join(absent)}"
-            if absent
-            else "an official file holds all three networks: leave network out"
-        )
-
-    def cast(state: State) -> State:
-        return {key: t.detach().cpu().to(dtype or t.dtype) for key, t in state.items()}
-
-    states = {name: cast(bundle.states[name]) for name in layouts.OFFICIAL_NETWORKS}
-    content: dict[str, Any] = {name: layouts.to_official(state) for name, state in states.items()}
-    groups = layouts.official_parameter_groups(states["encoder"], states["predictor"])
-    if bundle.training is not None:
-        plain = bundle.training.plain
-        content["opt"] = layouts.optimizer_to_official(bundle.training.optimizer, plain, groups)
-        content |= plain["rest"]
-    else:
-        content |= _fresh_training(groups)
-    torch.save(content, folder / OFFICIAL_FILE)
-
-
-def _fresh_training(groups: list[list[str]]) -> dict[str, Any]:
-    """Optimizer, scaler and counters of a run at step 0, as the published code saves them."""
-    parameters = [
-        [torch.nn.Parameter(torch.empty(0, device="meta")) for _ in group] for group in groups
-    ]
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in parameters[:2]]
-        + [{"params": g, "WD_exclude": True, "weight_decay": 0} for g in parameters[2:]]
-    )
-    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5}
-    return {
-        "opt": optimizer.state_dict(),
-        "scaler": {**scaler, "growth_interval": 2000, "_growth_tracker": 0},
-        "epoch": 0,
-        "loss": 0.0,
-        "batch_size": 0,
-        "world_size": 1,
-        "lr": 1e-3,
-    }

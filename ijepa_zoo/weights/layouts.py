@@ -13,6 +13,11 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 
+STOCK_TIMM = {  # stock timm's name of the same network -> ours
+    "vit_huge_patch14_gap_224": "vit_huge14_ijepa",
+    "vit_huge_patch16_gap_448": "vit_huge16_448_ijepa",
+    "vit_giant_patch16_gap_224": "vit_giant16_ijepa",
+}
 OFFICIAL_NETWORKS = ("encoder", "predictor", "target_encoder")
 OFFICIAL_PREFIX = "module."
 TRANSFORMERS_PREFIX = "ijepa."
@@ -97,8 +102,13 @@ def to_timm(state: Mapping[str, Tensor], layout: str, origin: str) -> State:
         origin: The file, for error messages.
 
     Raises:
-        CheckpointError: If a name has no counterpart.
+        CheckpointError: If a name has no counterpart, or something is no tensor.
     """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{origin} holds a {type(state).__name__} where tensors should be")
+    strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(f"{origin} holds values that are no tensors: {some(strange)}")
     if layout in ("official", "official_network"):
         return from_official(state)
     if layout == "transformers":

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from . import catalog
 from .layouts import CheckpointError, State, some
-from .read import Networks, open_checkpoint, open_record, packaged_folder
+from .networks import Networks
+from .read import open_checkpoint, open_record, packaged_folder
 
 __all__ = [
     "Weights",

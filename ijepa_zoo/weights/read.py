@@ -3,9 +3,9 @@
 import json
 import math
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,87 +15,15 @@ from safetensors import SafetensorError, safe_open
 
 from . import catalog, fetch, layouts
 from .layouts import CheckpointError, State
+from .networks import LABEL_KEY, UNLABELLED, Networks, Training
 
-UNLABELLED = "unlabelled"
-LABEL_KEY = "ijepa_zoo_network"  # in config.json of the folders that export writes
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
 PICKLES = (".pth.tar", ".pth", ".pt", ".tar", ".bin")
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The networks of one checkpoint.
-
-    Attributes:
-        origin: Where it lies, in words.
-        states: A reader per network; files are opened, or fetched, when it is called. The key is
-            'unlabelled' where the checkpoint holds one network and does not say which.
-        layout: Its layout, see :mod:`ijepa_zoo.weights.layouts`.
-        model: Registered model that it belongs to, where it says so.
-        args: timm arguments of its encoder, as far as its configuration gives them.
-        predictor: ``embed_dim`` and ``depth`` of its predictor, where it says so.
-        pretrained_cfg: timm's description of input and preprocessing, where it has one.
-        license: Licence of the weights, where known.
-        training: Reads what it holds beside networks to go on training, if anything.
-    """
-
-    origin: str
-    states: Mapping[str, Callable[[], State]]
-    layout: str
-    model: str | None = None
-    args: Mapping[str, Any] = field(default_factory=dict)
-    predictor: Mapping[str, int] = field(default_factory=dict)
-    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
-    license: str | None = None
-    training: "Callable[[], Training] | None" = None
-
-    @property
-    def grid_size(self) -> tuple[int, int] | None:
-        """Rows and columns of the patch grid, where the configuration gives them."""
-        if "img_size" not in self.args or "patch_size" not in self.args:
-            return None
-        sizes = (self.args["img_size"], self.args["patch_size"])
-        (rows, columns), (height, width) = (
-            (size, size) if isinstance(size, int) else tuple(size) for size in sizes
-        )
-        return rows // height, columns // width
-
-    def choose(self, network: str | None, default: str = "target_encoder") -> str:
-        """The key of ``states`` to load.
-
-        Args:
-            network: The network asked for; None for ``default`` where there is a choice.
-            default: What is taken among several networks.
-
-        Raises:
-            CheckpointError: If the checkpoint does not hold the network, or does not say so.
-        """
-        if network is None:
-            return default if default in self.states else next(iter(self.states))
-        if network not in catalog.NETWORKS:
-            raise CheckpointError(f"network must be one of {catalog.NETWORKS}, got {network!r}")
-        if network in self.states:
-            return network
-        if UNLABELLED in self.states:
-            raise CheckpointError(
-                f"{self.origin} holds one network and does not say which: leave network out to "
-                f"load it. (Released transformers files hold the context encoder.)"
-            )
-        raise CheckpointError(f"{self.origin} holds {', '.join(self.states)}, but no {network}")
-
-
-@dataclass(frozen=True)
-class Training:
-    """State of a training run beside its networks.
-
-    Attributes:
-        optimizer: Optimizer tensors by parameter name, see
-            :func:`~ijepa_zoo.weights.layouts.optimizer_from_official`.
-        plain: Values that are no tensors: param_groups, scalars, scaler, epoch, loss, ...
-    """
-
-    optimizer: State
-    plain: Mapping[str, Any]
+# what torch.load raises on a damaged pickle depends on the byte that is wrong
+_DAMAGE = (
+    *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError),
+    *(LookupError, TypeError, AttributeError, AssertionError),
+)
 
 
 def read_safetensors(path: Path) -> State:
@@ -124,18 +52,18 @@ def read_pickle(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the file is damaged, holds code, or no dictionary.
     """
+    with path.open("rb") as file:  # a file that may not be read is not a damaged one
+        mapped = zipfile.is_zipfile(file)
     try:
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except _DAMAGE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint of tensors: it is damaged, cut short, or "
-            f"holds objects that could run code, which are never loaded "
-            f"({str(error).splitlines()[0]})"
+            f"holds objects that could run code, which are never loaded ({reason})"
         ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")
     return content
 
 
@@ -215,20 +143,22 @@ def open_folder(locate: Callable[[str], Path], origin: str) -> Networks:
         locate: Gives the local path of a file of the folder, fetching it if need be.
         origin: The folder, for messages.
     """
-    config = json.loads(locate("config.json").read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads(locate("config.json").read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{origin}/config.json is damaged: {error}") from error
     if "ijepa_zoo" in config:
         return _open_native(config, locate, origin)
+    label = config.get(LABEL_KEY, UNLABELLED)
     if config.get("model_type") == "ijepa":
         read = partial(_read_single, locate, origin, "transformers")
-        label = config.get(LABEL_KEY, UNLABELLED)
         args = transformers_args(config)
         return Networks(origin, {label: read}, "transformers", args=args)
     if "architecture" in config:
-        cfg = config.get("pretrained_cfg", {})
+        cfg, args = config.get("pretrained_cfg", {}), config.get("model_args", {})
         read = partial(_read_single, locate, origin, "timm")
-        label = config.get(LABEL_KEY, UNLABELLED)
-        args = config.get("model_args", {})
-        return Networks(origin, {label: read}, "timm", args=args, pretrained_cfg=cfg)
+        model = layouts.STOCK_TIMM.get(config["architecture"])
+        return Networks(origin, {label: read}, "timm", model, args, pretrained_cfg=cfg)
     raise CheckpointError(
         f"{origin}/config.json describes no I-JEPA model: it has neither model_type 'ijepa' "
         f"(transformers) nor a timm architecture, but {layouts.some(config)}"
@@ -271,8 +201,15 @@ def transformers_args(config: Mapping[str, Any]) -> dict[str, Any]:
     """timm arguments of a transformers I-JEPA configuration.
 
     Raises:
-        CheckpointError: If it uses an activation that timm's ViT of I-JEPA has not.
+        CheckpointError: If a size is missing or the activation is not that of I-JEPA.
     """
+    needed = (
+        *("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers"),
+        *("num_attention_heads", "intermediate_size", "layer_norm_eps"),
+    )
+    missing = [key for key in needed if key not in config]
+    if missing:
+        raise CheckpointError(f"the transformers config.json lacks {', '.join(missing)}")
     if config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"hidden_act is {config['hidden_act']!r}, only 'gelu' is I-JEPA's")
     return {

@@ -1,0 +1,55 @@
+"""What the predictor knows about a hidden region: predicted against true features, as a picture.
+
+A block of patches is hidden from the context encoder; the predictor says what the target encoder
+would see there. For each image: the image with the hidden block, then how close the prediction is
+to the true feature of every patch of the image (bright = close). A predictor that knows the region
+is bright inside the frame and dark elsewhere.
+
+    python examples/predict_region.py examples/images/scenes region.png
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import ijepa_zoo
+
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "examples/images/scenes")
+out = sys.argv[2] if len(sys.argv) > 2 else "region.png"
+
+ijepa = ijepa_zoo.create_ijepa("vit_nano8_64_ijepa").eval()
+transform = ijepa_zoo.create_transform(ijepa.encoder)
+rows, columns = ijepa.encoder.patch_embed.grid_size
+grid = torch.arange(rows * columns).view(rows, columns)
+top, left, height, width = rows // 2 - 1, columns // 2 - 1, 3, 3
+hidden = grid[top : top + height, left : left + width].flatten()
+seen = torch.tensor([patch for patch in grid.flatten().tolist() if patch not in hidden.tolist()])
+
+paths = sorted(p for p in folder.iterdir() if p.suffix in (".png", ".jpg", ".jpeg"))
+images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+context = seen.expand(len(images), -1).contiguous()
+targets = hidden.expand(len(images), 1, -1).contiguous()
+everything = grid.flatten().expand(len(images), 1, -1).contiguous()
+with torch.inference_mode():
+    predicted = ijepa.predict(images, context, targets)[:, 0]  # [B, L, D]
+    truth = ijepa.target_tokens(images, everything)[:, 0]  # [B, N, D]
+centre = truth.mean((0, 1))
+closeness = F.cosine_similarity((predicted.mean(1) - centre)[:, None], truth - centre, dim=-1)
+
+side = 192
+cell = side // rows
+frame = [left * cell, top * cell, (left + width) * cell - 1, (top + height) * cell - 1]
+sheet = Image.new("RGB", (len(paths) * (side + 8), 2 * side + 8), "white")
+for index, (path, score) in enumerate(zip(paths, closeness.view(-1, rows, columns))):
+    picture = Image.open(path).convert("RGB").resize((side, side))
+    score = (score - score.min()) / (score.max() - score.min())
+    heat = Image.fromarray((score * 255).byte().numpy()).resize((side, side), Image.Resampling.BOX)
+    for row, tile in enumerate((picture, heat.convert("RGB"))):
+        ImageDraw.Draw(tile).rectangle(frame, outline="red", width=2)
+        sheet.paste(tile, (index * (side + 8), row * (side + 8)))
+sheet.save(out)
+inside = closeness[:, hidden].mean() - closeness[:, seen].mean()
+print(f"cosine inside the hidden block minus outside, mean of {len(paths)}: {inside:+.3f} -> {out}")

@@ -1,0 +1,205 @@
+"""From pixels to features: device, precision, threads, and what identifies the computation."""
+
+import copy
+import hashlib
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.transforms import describe_transform, transform_config
+from ..features import FeatureExtractor, Layers
+from .outputs import DTYPES
+
+PRECISIONS = ("float32", "bfloat16", "float16", "bfloat16-weights")
+Batch = tuple[Tensor, list[str | None]]
+_TOKENS = 512  # that one CPU thread works on at a time; more is hardly faster
+
+
+class Encoder:
+    """Pixels to features in the chosen precision, on one device.
+
+    On a CPU the last bits of a matrix product may depend on the number of threads that share it, so
+    each piece of a batch is computed by one thread, and several pieces at a time: the features are
+    the same to the last bit on any number of threads, and no thread waits for another.
+
+    Args are those of :func:`ijepa_zoo.extract_features`.
+
+    Attributes:
+        settings: Everything that decides the numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: Layers = "last",
+        pool: str | None = "avg",
+        dtype: str = "float32",
+        precision: str = "float32",
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        self.device = _choose_device(device)
+        self.on_cpu = self.device.type == "cpu"
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
+        if precision == "float16" and self.on_cpu:
+            raise ValueError("float16 computation needs a GPU; use bfloat16 on a CPU")
+        extractor = FeatureExtractor(model, layers, pool)
+        config = transform_config(model)
+        self.size: tuple[int, int] = tuple(config["input_size"][1:])
+        self.grid: tuple[int, int] = tuple(extractor.model.patch_embed.dynamic_feat_size(self.size))
+        self.piece = max(1, _TOKENS // (self.grid[0] * self.grid[1])) if self.on_cpu else None
+        self.threads = (threads or usable_cpus()) if self.on_cpu else 1
+        self.settings: dict[str, Any] = {
+            "architecture": model_name(model),
+            "weights_hash": weights_fingerprint(model),
+            "layers": extractor.layers,
+            "pool": pool,
+            "transform": describe_transform(model),
+            "dtype": dtype,
+            "precision": precision,
+            "device": self.device.type,
+            "images_at_once": self.piece,
+            "versions": _versions(),
+        }
+        if precision == "bfloat16-weights":
+            extractor = copy.deepcopy(extractor).to(torch.bfloat16)
+        self.extractor = extractor.to(self.device)
+        self.dtype = DTYPES[dtype]
+        self.autocast = DTYPES[precision] if precision in ("bfloat16", "float16") else None
+        self.mean, self.std = (
+            torch.tensor(config[key], device=self.device).view(3, 1, 1) for key in ("mean", "std")
+        )
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of the features of one image."""
+        width = self.extractor.num_features
+        return (width,) if self.extractor.pool == "avg" else (width, *self.grid)
+
+    def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
+        """Encode batches; several are in work at a time, and they come out in order.
+
+        The model is in evaluation mode until the last one is out.
+
+        Args:
+            batches: uint8 ``[B, 3, H, W]``, and for each image None or the reason why its slot is
+                to be left out; further slots are padding.
+
+        Yields:
+            Features of the good images on the CPU, and the reasons.
+        """
+        waiting: deque[tuple[list[Future[Tensor]], list[str | None]]] = deque()
+        with self._evaluating(), self._thread_pool() as threads:
+            for pixels, reasons in batches:
+                waiting.append((list(self._submit(threads, pixels, reasons)), reasons))
+                while sum(len(jobs) for jobs, _ in waiting) > 2 * self.threads:
+                    yield self._collect(*waiting.popleft())
+            while waiting:
+                yield self._collect(*waiting.popleft())
+
+    def _submit(
+        self, threads: ThreadPoolExecutor, pixels: Tensor, reasons: list[str | None]
+    ) -> Iterator[Future[Tensor]]:
+        piece = self.piece or len(pixels)
+        for first in range(0, len(pixels), piece):
+            good = [i for i, reason in enumerate(reasons[first : first + piece]) if reason is None]
+            if good:
+                yield threads.submit(self._encode, pixels[first : first + piece], good)
+
+    def _collect(self, jobs: list[Future[Tensor]], reasons: list[str | None]) -> Batch:
+        rows = [job.result() for job in jobs]
+        return torch.cat(rows or [torch.empty(0, *self.row_shape, dtype=self.dtype)]), reasons
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor, good: list[int]) -> Tensor:
+        # The operations of torchvision's ToTensor and Normalize, in their order: the same bits.
+        images = pixels.to(self.device, non_blocking=True).float().div_(255)
+        images = images.sub_(self.mean).div_(self.std)
+        images = images.to(next(self.extractor.parameters()).dtype)
+        enabled = self.autocast is not None
+        with torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled):
+            features: Tensor = self.extractor(images)
+        return features[good].to(self.dtype).cpu()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.extractor.modules()]
+        self.extractor.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    @contextmanager
+    def _thread_pool(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads that each compute alone; jobs that have not begun are dropped at the end."""
+        before = torch.get_num_threads()
+        alone = partial(torch.set_num_threads, 1 if self.on_cpu else before)
+        pool = ThreadPoolExecutor(self.threads, initializer=alone)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)
+
+
+def model_name(model: nn.Module) -> str:
+    """The timm name of a model's architecture, or the name of its class."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return str(cfg.get("architecture") or type(model).__name__)
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of every tensor's name, dtype, shape and 256 evenly spaced elements.
+
+    Tells one set of weights from another without reading gigabytes of them.
+    """
+
+    def pieces() -> Iterator[str]:
+        for name, tensor in model.state_dict().items():
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous()
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)} "
+            yield sample.view(torch.uint8).numpy().tobytes().hex()
+
+    return hash_texts(pieces())
+
+
+def hash_texts(texts: Iterable[str]) -> str:
+    """A hash of texts in their order; texts may hold file names that are not UTF-8."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogateescape"))
+        digest.update(b"\n")
+    return digest.hexdigest()[:32]
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "pillow"))
+
+
+def _choose_device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def usable_cpus() -> int:
+    """CPUs for this process: those it may use, shared with its neighbours under torchrun."""
+    own = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

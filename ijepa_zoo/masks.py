@@ -1,0 +1,215 @@
+"""Multi-block masks (arXiv 2301.08243, section 3), sampled for a whole batch at once.
+
+Two modes share the code. `published` draws what the released weights were trained with, including
+its three biases: scale and aspect ratio come from one uniform draw, the last row and column are
+never used, and masks are cut at the bottom. `unbiased` removes all three.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .seeds import Stream, numpy_generator
+
+_TRIES = 20  # draws of the context corner before a target is dropped from the constraint
+_Size = tuple[int, int]
+_Bool = npt.NDArray[np.bool_]
+_Int = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class MultiBlockMasks:
+    """Sampler of one context block and several target blocks per image.
+
+    Block sizes are equal within a batch and depend on `step` alone, so every rank works on equal
+    shapes; positions are drawn per image. All masks are a pure function of
+    (seed, step, rank): any step can be repeated on its own.
+
+    Attributes:
+        grid_size: Patches of the image as (height, width).
+        num_targets: Target blocks per image, M.
+        target_scale: Area of a target block as a fraction of the grid, (min, max).
+        target_aspect: Height / width of a target block, (min, max).
+        context_scale: Area of the (square) context block before targets are removed, (min, max).
+        min_keep: Every block has more than this many patches, the context also after the targets
+            were removed from it.
+        allow_overlap: Keep target patches in the context.
+        mode: `published` reproduces the sampler of the released code; `unbiased` draws scale and
+            aspect independently, uses the whole grid and cuts long contexts at random.
+
+    Raises:
+        ValueError: A value is out of range, or `grid_size` is too small for `min_keep`.
+    """
+
+    grid_size: _Size
+    num_targets: int = 4
+    target_scale: tuple[float, float] = (0.15, 0.2)
+    target_aspect: tuple[float, float] = (0.75, 1.5)
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    min_keep: int = 10
+    allow_overlap: bool = False
+    mode: Literal["published", "unbiased"] = "published"
+
+    def __post_init__(self) -> None:
+        """Refuse settings under which some step could not be sampled."""
+        if self.mode not in ("published", "unbiased"):
+            raise ValueError(f"mode is {self.mode!r}; it must be 'published' or 'unbiased'")
+        if min(self.grid_size) < 2:
+            raise ValueError(f"grid_size {self.grid_size} is too small: it must be at least (2, 2)")
+        if self.num_targets < 1 or self.min_keep < 0:
+            raise ValueError(
+                f"num_targets is {self.num_targets} and min_keep {self.min_keep}; "
+                "they must be at least 1 and 0"
+            )
+        for name in ("target_scale", "target_aspect", "context_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (high > 1 and name != "target_aspect"):
+                bound = "" if name == "target_aspect" else " <= 1"
+                raise ValueError(f"{name} is {(low, high)}; it must be 0 < min <= max{bound}")
+        for name, sizes in (
+            ("target", self._possible_sizes(self.target_scale, self.target_aspect)),
+            ("context", self._possible_sizes(self.context_scale, (1.0, 1.0))),
+        ):
+            height, width = min(sizes, key=math.prod)
+            if height * width <= self.min_keep:
+                raise ValueError(
+                    f"on a grid of {self.grid_size} a {name} block can be {height} x {width}, "
+                    f"which is not more than min_keep={self.min_keep} patches: use min_keep="
+                    f"{max(height * width - 1, 0)} or less, a larger {name}_scale or a larger grid"
+                )
+
+    def block_sizes(self, step: int) -> tuple[_Size, _Size]:
+        """Sizes (height, width) of the target blocks and of the context block at `step`."""
+        generator = torch.Generator().manual_seed(step)
+
+        def uniform() -> float:
+            return torch.rand(1, generator=generator).item()
+
+        def draw(scale: tuple[float, float], aspect: tuple[float, float]) -> _Size:
+            first = uniform()
+            second = first if self.mode == "published" else uniform()
+            return self._size(_between(scale, first), _between(aspect, second))
+
+        return draw(self.target_scale, self.target_aspect), draw(self.context_scale, (1.0, 1.0))
+
+    def sample(
+        self, batch_size: int, *, seed: int, step: int, rank: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the masks of one batch.
+
+        Args:
+            batch_size: Images B on this rank.
+            seed: The run's seed.
+            step: Updates done so far.
+            rank: Process index; block sizes do not depend on it, positions do.
+
+        Returns:
+            `context` [B, K] and `targets` [B, M, L], int64 patch indices in raster order. K is the
+            length of the shortest context of the batch.
+
+        Raises:
+            ValueError: `batch_size` is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        rng = numpy_generator(seed, Stream.MASKS, step, rank)
+        target_size, context_size = self.block_sizes(step)
+        shape = (batch_size, self.num_targets)
+        tops, lefts = self._corners(rng, target_size, shape)
+        rows = tops[..., None, None] + np.arange(target_size[0])[:, None]
+        columns = lefts[..., None, None] + np.arange(target_size[1])
+        targets = (rows * self.grid_size[1] + columns).reshape(*shape, -1)
+
+        blocked = np.zeros((self.num_targets, batch_size, math.prod(self.grid_size)), np.bool_)
+        if not self.allow_overlap:
+            # Flat indices are four times faster than put_along_axis.
+            starts = np.arange(0, blocked.size, blocked.shape[2]).reshape(blocked.shape[:2])
+            blocked.reshape(-1)[targets + starts.T[..., None]] = True
+        allowed = self._contexts(rng, context_size, blocked)
+        context = self._cut(rng, allowed)
+        return torch.from_numpy(context), torch.from_numpy(targets)
+
+    def _size(self, scale: float, aspect: float) -> _Size:
+        grid_h, grid_w = self.grid_size
+        area = int(grid_h * grid_w * scale)
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if self.mode == "published":
+            return min(height, grid_h - 1), min(width, grid_w - 1)
+        # A side that does not fit is clipped and the other one keeps the area.
+        if height > grid_h:
+            height, width = grid_h, round(area / grid_h)
+        elif width > grid_w:
+            height, width = round(area / grid_w), grid_w
+        return min(height, grid_h), min(width, grid_w)
+
+    def _possible_sizes(
+        self, scale: tuple[float, float], aspect: tuple[float, float]
+    ) -> set[_Size]:
+        draws = [i / 128 for i in range(129)]
+        pairs = (
+            [(u, u) for u in draws]
+            if self.mode == "published"
+            else [(u, v) for u in draws[::8] for v in draws[::8]]
+        )
+        return {self._size(_between(scale, u), _between(aspect, v)) for u, v in pairs}
+
+    def _corners(
+        self, rng: np.random.Generator, size: _Size, shape: tuple[int, ...]
+    ) -> tuple[_Int, _Int]:
+        """Top and left of blocks of `size`; the published upper bound is one too small."""
+        spare = 0 if self.mode == "published" else 1
+        tops = rng.integers(self.grid_size[0] - size[0] + spare, size=shape)
+        return tops, rng.integers(self.grid_size[1] - size[1] + spare, size=shape)
+
+    def _contexts(self, rng: np.random.Generator, size: _Size, blocked: _Bool) -> _Bool:
+        """Context patches [B, H * W] of every image, given its blocked patches [M, B, H * W]."""
+        num_targets, batch_size, patches = blocked.shape
+        allowed = np.empty((batch_size, patches), np.bool_)
+        waiting = np.arange(batch_size)
+        for constraints in range(num_targets, -1, -1):
+            free = ~np.logical_or.reduce(blocked[:constraints], axis=0)
+            for _ in range(_TRIES):
+                tops, lefts = self._corners(rng, size, waiting.shape)
+                allowed[waiting] = self._blocks(size, tops, lefts) & free[waiting]
+                waiting = waiting[allowed[waiting].sum(axis=1) <= self.min_keep]
+                if not len(waiting):
+                    return allowed
+        raise AssertionError("a context block without constraints is larger than min_keep")
+
+    def _blocks(self, size: _Size, tops: _Int, lefts: _Int) -> _Bool:
+        rows = np.arange(self.grid_size[0]) - tops[:, None]
+        columns = np.arange(self.grid_size[1]) - lefts[:, None]
+        in_rows = (rows >= 0) & (rows < size[0])
+        in_columns = (columns >= 0) & (columns < size[1])
+        return (in_rows[:, :, None] & in_columns[:, None, :]).reshape(len(tops), -1)
+
+    def _cut(self, rng: np.random.Generator, allowed: _Bool) -> _Int:
+        """Indices [B, K] of the allowed patches, cut to the shortest row of the batch."""
+        batch_size, patches = allowed.shape
+        counts = allowed.sum(axis=1)
+        shortest = int(counts.min())
+        if self.mode == "unbiased":
+            # Keep the patches with the smallest random keys. The index in the low bits makes keys
+            # distinct; the clear top bit leaves the largest value to patches outside the context.
+            low_bits = np.uint32((1 << (patches - 1).bit_length()) - 1)
+            keys = rng.integers(2**32, size=allowed.shape, dtype=np.uint32)
+            keys &= np.uint32(2**31 - 1) ^ low_bits
+            keys |= np.arange(patches, dtype=np.uint32)
+            keys[~allowed] = 2**32 - 1
+            allowed = keys <= np.partition(keys, shortest - 1, axis=1)[:, shortest - 1, None]
+            counts = np.full(batch_size, shortest)
+        row_starts = np.arange(0, allowed.size, patches)[:, None]
+        firsts = np.cumsum(counts) - counts
+        kept: _Int = np.flatnonzero(allowed)[firsts[:, None] + np.arange(shortest)] - row_starts
+        return kept
+
+
+def _between(bounds: tuple[float, float], u: float) -> float:
+    low, high = bounds
+    return low + u * (high - low)

@@ -1,0 +1,119 @@
+"""Patch features as a picture: their first three principal components, beside each image."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from .data.images import MAX_PIXELS, ImageError, ImageReader
+from .data.items import Item
+from .data.transforms import create_transform
+from .extraction.encoder import Encoder
+
+_GAP = 8  # pixels between the pairs
+_SIDE = 192  # pixels of a picture's shorter side, at least
+
+
+def pca_colours(maps: Tensor) -> Tensor:
+    """Colours of patch features: three principal components, fitted over all patches together.
+
+    Args:
+        maps: Features ``[n, D, h, w]``.
+
+    Returns:
+        ``[n, 3, h, w]`` in 0..1, float64. Components are scaled from their 1st to their 99th
+        percentile; the sign is such that the loading of largest size is positive.
+    """
+    count, width, height, columns = maps.shape
+    patches = maps.double().permute(0, 2, 3, 1).reshape(-1, width)
+    patches = patches - patches.mean(0)
+    _, vectors = torch.linalg.eigh(patches.T @ patches)
+    axes = vectors.flip(1)[:, :3]
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    scores = patches @ (axes * largest.sign())
+    low, high = (scores.quantile(q, dim=0) for q in (0.01, 0.99))
+    colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    colours = F.pad(colours, (0, 3 - colours.shape[1]))
+    return colours.reshape(count, height, columns, 3).permute(0, 3, 1, 2)
+
+
+def pca_picture(pixels: Tensor, maps: Tensor) -> Image.Image:
+    """A grid of pairs: the image as the model sees it, and the colours of its patch features.
+
+    Args:
+        pixels: uint8 ``[n, 3, H, W]``.
+        maps: Patch features ``[n, D, h, w]`` of the same images.
+
+    Returns:
+        An RGB image on white.
+    """
+    scale = max(1, math.ceil(_SIDE / min(pixels.shape[-2:])))
+    height, width = (side * scale for side in pixels.shape[-2:])
+    colours = F.interpolate(pca_colours(maps), (height, width), mode="bicubic").clamp(0, 1)
+    images = F.interpolate(pixels.double() / 255, (height, width), mode="nearest")
+    pairs = torch.cat([images, colours], dim=3).mul(255).round().to(torch.uint8)
+    columns = max(1, round(math.sqrt(len(pairs) * height / (2 * width))))
+    rows = math.ceil(len(pairs) / columns)
+    sheet = Image.new(
+        "RGB",
+        (columns * (2 * width + _GAP) + _GAP, rows * (height + _GAP) + _GAP),
+        (255, 255, 255),
+    )
+    for place, pair in enumerate(pairs):
+        row, column = divmod(place, columns)
+        left, top = _GAP + column * (2 * width + _GAP), _GAP + row * (height + _GAP)
+        sheet.paste(Image.fromarray(pair.permute(1, 2, 0).numpy()), (left, top))
+    return sheet
+
+
+def save_pca_picture(
+    items: Sequence[Item],
+    model: nn.Module,
+    path: str | Path,
+    *,
+    count: int = 12,
+    device: str = "auto",
+    max_pixels: int = MAX_PIXELS,
+) -> None:
+    """Draw the patch features (last block) of some images, evenly spaced over the input.
+
+    Args:
+        items: The input; items that cannot be decoded are passed over for the next.
+        model: A timm ViT.
+        path: Picture to write, its format by its suffix.
+        count: How many images.
+        device: As for :func:`ijepa_zoo.extract_features`.
+        max_pixels: Images with more pixels are passed over.
+
+    Raises:
+        ImageError: If none of the images can be decoded.
+    """
+    pixels = torch.stack(_some_images(items, model, count, max_pixels))
+    encoder = Encoder(model, pool=None, device=device)
+    ((maps, _),) = encoder.encode([(pixels, [None] * len(pixels))])
+    pca_picture(pixels, maps).save(path)
+
+
+def _some_images(
+    items: Sequence[Item], model: nn.Module, count: int, max_pixels: int
+) -> list[Tensor]:
+    images = [item for item in items if item.skipped is None]
+    reader, transform = ImageReader(max_pixels), create_transform(model, normalize=False)
+    chosen: list[Tensor] = []
+    next_free, reason = 0, "there are none"
+    for start in np.linspace(0, len(images), count, endpoint=False).astype(int):
+        for position in range(max(start, next_free), len(images)):
+            next_free = position + 1
+            try:
+                chosen.append(transform(reader.read(images[position])))
+                break
+            except ImageError as error:
+                reason = str(error)
+    if not chosen:
+        raise ImageError(f"no picture: no image could be decoded ({reason})")
+    return chosen

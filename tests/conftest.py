@@ -1,0 +1,41 @@
+"""Fixtures that several parts share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder of the numbers recorded from the published code."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def official(golden):
+    """A small checkpoint in the published layout, all three networks and optimizer state."""
+    return golden / "official-tiny16-64.pth.tar"
+
+
+@pytest.fixture(scope="session")
+def expected(golden):
+    """Its `input` and the tokens of its `encoder` and `target_encoder`."""
+    return load_file(golden / "official-tiny16-64.expected.safetensors")
+
+
+@pytest.fixture
+def tiny():
+    """Encoder arguments of that checkpoint, beside the name vit_tiny16_ijepa."""
+    return {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+@pytest.fixture
+def tiny_predictor():
+    return {"predictor_embed_dim": 24, "predictor_depth": 2}

@@ -1,0 +1,192 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import ijepa_zoo
+from ijepa_zoo.models.predictor import Predictor
+
+CONTEXT = torch.tensor([[0, 1, 4, 5, 8], [2, 3, 6, 7, 11]])
+TARGETS = torch.tensor(
+    [[[10, 11], [14, 15], [2, 3]], [[0, 1], [4, 5], [12, 13]]]
+)  # 3 blocks of 2 patches on a grid of 4 x 4
+
+
+def _ijepa(**kwargs):
+    ijepa = ijepa_zoo.create_ijepa(
+        "vit_tiny16_ijepa",
+        pretrained=False,
+        **{"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3},
+        **{"predictor_embed_dim": 24, "predictor_depth": 2},
+        **kwargs,
+    )
+    with torch.no_grad():  # std 0.02 makes a nearly linear network: stir it
+        for parameter in ijepa.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return ijepa
+
+
+def _images():
+    return torch.randn(2, 3, 64, 64)
+
+
+# --- predictor ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_every_target_block_is_predicted_on_its_own():
+    ijepa, images = _ijepa().eval(), _images()
+    together = ijepa.predict(images, CONTEXT, TARGETS)
+    assert together.shape == (2, 3, 2, 48)
+    other = TARGETS.clone()
+    other[:, 1] = torch.tensor([[6, 7], [9, 10]])
+    changed = ijepa.predict(images, CONTEXT, other)
+    assert_close(changed[:, [0, 2]], together[:, [0, 2]])
+    assert (changed[:, 1] - together[:, 1]).abs().max() > 0.01
+    for block in range(3):
+        alone = ijepa.predict(images, CONTEXT, TARGETS[:, block : block + 1])
+        assert_close(alone[:, 0], together[:, block])
+
+
+@torch.no_grad()
+def test_patches_of_one_block_see_each_other():
+    ijepa, images = _ijepa().eval(), _images()
+    pair = ijepa.predict(images, CONTEXT, TARGETS[:, :1])
+    single = ijepa.predict(images, CONTEXT, TARGETS[:, :1, :1])
+    assert (pair[:, :, :1] - single).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_prediction_follows_the_order_of_targets_and_not_that_of_the_context():
+    ijepa, images = _ijepa().eval(), _images()
+    wanted = ijepa.predict(images, CONTEXT, TARGETS)
+    shuffled = CONTEXT[:, [3, 0, 4, 1, 2]]
+    assert_close(ijepa.predict(images, shuffled, TARGETS), wanted, rtol=1e-4, atol=1e-5)
+    flipped = ijepa.predict(images, CONTEXT, TARGETS.flip(-1))
+    assert_close(flipped, wanted.flip(-2), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_prediction_depends_on_context_tokens_and_on_where_they_are():
+    ijepa = _ijepa().eval()
+    tokens = torch.randn(2, 5, 48)
+    wanted = ijepa.predictor(tokens, CONTEXT, TARGETS)
+    other = ijepa.predictor(torch.randn(2, 5, 48), CONTEXT, TARGETS)
+    assert (other - wanted).abs().max() > 0.01
+    moved = ijepa.predictor(tokens, (CONTEXT + 1) % 16, TARGETS)
+    assert (moved - wanted).abs().max() > 0.01
+
+
+def test_width_that_heads_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="predictor_embed_dim 32 must be divisible by num_heads 3"):
+        Predictor((4, 4), 48, predictor_embed_dim=32, num_heads=3)
+
+
+@torch.no_grad()
+def test_predictor_runs_in_half_precision_and_under_autocast():
+    ijepa, images = _ijepa().eval(), _images()
+    wanted = ijepa.predict(images, CONTEXT, TARGETS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(ijepa.predict(images, CONTEXT, TARGETS).float(), wanted, rtol=0.2, atol=0.5)
+    half = copy.deepcopy(ijepa).to(torch.bfloat16).predict(images.bfloat16(), CONTEXT, TARGETS)
+    assert half.dtype == torch.bfloat16
+    assert_close(half.float(), wanted, rtol=0.2, atol=0.5)
+
+
+# --- objective ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_targets_are_normalised_tokens_of_the_whole_image_cut_at_their_indices():
+    ijepa, images = _ijepa(), _images()
+    tokens = ijepa.target_encoder.forward_features(images)
+    centred = tokens - tokens.mean(-1, keepdim=True)
+    normalised = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    targets = ijepa.target_tokens(images, TARGETS)
+    assert targets.shape == (2, 3, 2, 48)
+    for image in range(2):
+        for block in range(3):
+            for place in range(2):
+                wanted = normalised[image, TARGETS[image, block, place]]
+                assert_close(targets[image, block, place], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_is_the_mean_smooth_l1_of_predictions_and_targets():
+    ijepa, images = _ijepa(), _images()
+    error = (ijepa.predict(images, CONTEXT, TARGETS) - ijepa.target_tokens(images, TARGETS)).abs()
+    assert (error < 1).any()
+    assert (error > 1).any()
+    by_hand = torch.where(error < 1, 0.5 * error.square(), error - 0.5).mean()
+    assert_close(ijepa(images, CONTEXT, TARGETS), by_hand)
+
+
+def test_gradient_reaches_every_parameter_of_encoder_and_predictor_and_no_other():
+    ijepa, images = _ijepa(), _images()
+    ijepa(images, CONTEXT, TARGETS).backward()
+    for name, parameter in ijepa.named_parameters():
+        if name.startswith("target_encoder."):
+            assert parameter.grad is None, name
+            assert not parameter.requires_grad, name
+        else:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_target_encoder_starts_as_an_independent_copy_and_stays_in_evaluation_mode():
+    ijepa = _ijepa(drop_path_rate=0.5).train()
+    assert ijepa.encoder.training
+    assert ijepa.predictor.training
+    assert not any(module.training for module in ijepa.target_encoder.modules())
+    images = _images()
+    tokens = ijepa.target_tokens(images, TARGETS)
+    assert_close(ijepa.target_tokens(images, TARGETS), tokens, rtol=0, atol=0)  # no drop path
+    fresh = ijepa_zoo.create_ijepa(
+        "vit_nano8_64_ijepa", pretrained=False, embed_dim=16, predictor_embed_dim=16, depth=1
+    )
+    assert_close(dict(fresh.encoder.state_dict()), dict(fresh.target_encoder.state_dict()))
+    with torch.no_grad():
+        fresh.encoder.norm.bias.fill_(3.0)
+    assert (fresh.target_encoder.norm.bias == 0).all()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.996, 1.0])
+def test_update_moves_every_target_parameter_by_the_formula(momentum):
+    ijepa = _ijepa()
+    old = {name: p.clone() for name, p in ijepa.target_encoder.named_parameters()}
+    encoder = {name: p.clone() for name, p in ijepa.encoder.named_parameters()}
+    positions = ijepa.target_encoder.pos_embed.clone()
+    ijepa.update_target(momentum)
+    assert encoder.keys() == old.keys()
+    for name, parameter in ijepa.target_encoder.named_parameters():
+        wanted = momentum * old[name].double() + (1 - momentum) * encoder[name].double()
+        assert_close(parameter.double(), wanted, rtol=1e-5, atol=1e-6)
+        assert not parameter.requires_grad
+    assert torch.equal(ijepa.target_encoder.pos_embed, positions)
+    for name, parameter in ijepa.encoder.named_parameters():
+        assert torch.equal(parameter, encoder[name])
+
+
+class _Spread(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.seen = None
+
+    def forward(self, tokens):
+        self.seen = tokens
+        return self.scale * tokens.square().mean()
+
+
+def test_regularizer_sees_the_context_tokens_and_its_value_is_added():
+    regularizer = _Spread()
+    ijepa, images = _ijepa(regularizer=regularizer), _images()
+    loss = ijepa(images, CONTEXT, TARGETS)
+    tokens = ijepa.encoder.encode(images, CONTEXT)
+    assert_close(regularizer.seen, tokens)
+    extra = regularizer.scale * tokens.square().mean()
+    ijepa.regularizer = None
+    plain = ijepa(images, CONTEXT, TARGETS)
+    assert_close(loss, plain + extra)
+    gradients = [torch.autograd.grad(value, ijepa.encoder.norm.bias)[0] for value in (loss, plain)]
+    assert (gradients[0] - gradients[1]).abs().max() > 1e-4

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+
+from ijepa_zoo.train.regularizers import VarianceCovariance
+
+
+def by_hand(samples, share):
+    """VICReg equations 1-4 with NumPy's covariance."""
+    covariance = np.cov(samples, rowvar=False)
+    variance = np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean()
+    off_diagonal = covariance - np.diag(np.diag(covariance))
+    return variance + share * (off_diagonal**2).sum() / len(covariance)
+
+
+@pytest.mark.parametrize("over", ["images", "tokens"])
+def test_formula(over):
+    tokens = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0)) * 0.7
+    samples = tokens.mean(1) if over == "images" else tokens.reshape(35, 6)
+    expected = 0.3 * by_hand(samples.double().numpy(), 0.2)
+    term = VarianceCovariance(0.3, over, covariance_share=0.2)
+    assert term(tokens).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_collapsed_and_white_features():
+    term = VarianceCovariance(1.0)
+    assert term(torch.ones(8, 3, 4)).item() == pytest.approx(0.99, abs=1e-6)
+    white = torch.linalg.qr(torch.randn(64, 5) - 0.0)[0]
+    white = torch.linalg.qr(white - white.mean(0))[0] * 63**0.5
+    assert term(white[:, None]).item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_gradient_pushes_collapsed_features_apart():
+    tokens = (torch.ones(8, 3, 4) + 1e-3 * torch.randn(8, 3, 4)).requires_grad_()
+    term = VarianceCovariance(1.0)
+    before = term(tokens)
+    before.backward()
+    assert term(tokens - 0.1 * tokens.grad).item() < before.item()
+
+
+def test_float32_under_autocast():
+    tokens = torch.randn(16, 4, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = VarianceCovariance(1.0)(tokens)
+    assert inside.dtype == torch.float32
+    assert inside.item() == VarianceCovariance(1.0)(tokens.float()).item()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="'images' or 'tokens'"):
+        VarianceCovariance(1.0, "patches")
+    with pytest.raises(ValueError, match="weight is -1"):
+        VarianceCovariance(-1)
+    with pytest.raises(ValueError, match="two images"):
+        VarianceCovariance(1.0)(torch.ones(1, 3, 4))
