@@ -29,14 +29,16 @@ def recipe(steps: int, seed: int) -> PretrainConfig:
         seed=seed,
         steps=steps,
         batch_size=64,
-        crop_scale=(0.8, 1.0),
+        crop_scale=(1.0, 1.0),
+        crop_ratio=(1.0, 1.0),
         mask_mode="unbiased",
-        min_keep=4,
+        target_scale=(0.06, 0.1),
+        min_keep=1,
         warmup_steps=min(50, steps),
-        final_lr=1e-4,
+        final_lr=1e-5,
         final_weight_decay=0.1,
         momentum=0.99,
-        regularizer_weight=1.0,
+        regularizer_weight=0.1,
         regularizer_over="tokens",
         precision="fp32",
     )
@@ -76,6 +78,7 @@ def draw_curve(log: Path, picture: Path) -> None:
             draw.text((4, place(0, share * top)[1] - 6), f"{share * top:.3g}", fill="black")
             draw.text((place(share * last, 0)[0], floor + 6), f"{share * last:.0f}", fill="black")
         draw.line([place(*point) for point in points], fill="#1f5fa8", width=2)
+        draw.circle(place(*points[-1]), 3, fill="#1f5fa8")
         draw.text((margin, floor - height + 2 * margin - 20), f"{name} over steps", fill="black")
     image.save(picture)
 

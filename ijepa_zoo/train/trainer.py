@@ -140,7 +140,7 @@ class Trainer:
         """RankMe and spread of the target encoder on the first `count` images, not cropped."""
         features = []
         for start in range(0, min(count, len(self.images)), 128):
-            pixels = self.images[start : min(start + 128, count)]
+            pixels = np.array(self.images[start : min(start + 128, count)])  # maps are read-only
             whole = np.tile([0, 0, *pixels.shape[1:3]], (len(pixels), 1))
             images = crop_and_resize(torch.from_numpy(pixels), whole, self.image_size)
             images = normalise(images, self.config.mean, self.config.std).to(self.device)
