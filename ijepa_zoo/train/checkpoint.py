@@ -17,12 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..weights.layouts import CheckpointError
+
 _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
 _KEEP = 2
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or belongs to another run."""
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,9 @@ from ..masks import MultiBlockMasks
 from ..models.factory import create_ijepa
 from ..models.jepa import IJepa
 from ..seeds import Stream, fold
+from ..weights.layouts import CheckpointError
 from .batches import batch_indices, crop_and_resize, crop_boxes, normalise
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from .checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from .config import PretrainConfig
 from .monitor import rankme, spread
 from .optim import make_optimizer, set_rates

@@ -1,31 +1,13 @@
 """The same numbers as the published code, from weights and images of a closed formula."""
 
 import json
-import zlib
 
-import numpy as np
 import pytest
 import torch
+from closed_formula import recorded_ijepa, recorded_images
 from safetensors.torch import load_file
 
-import ijepa_zoo
-
 TOLERANCE = 2e-5
-
-
-def _wave(name, shape, scale, offset=0.0):
-    k = np.arange(int(np.prod(shape)), dtype=np.float64)
-    phase = zlib.crc32(name.encode()) % 1000
-    values = offset + scale * np.sin(0.7 * k + 0.013 * k * (k % 7) + phase)
-    return torch.from_numpy(values.astype(np.float32)).reshape(shape)
-
-
-def _fill(network, prefix):
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            norm = "norm" in name and name.endswith(".weight")
-            scale, offset = (0.1, 1.0) if norm else (0.05, 0.0)
-            parameter.copy_(_wave(f"{prefix}.{name}", parameter.shape, scale, offset))
 
 
 @pytest.fixture(scope="module")
@@ -35,29 +17,12 @@ def recorded(golden):
 
 @pytest.fixture(scope="module")
 def ijepa(recorded):
-    size = recorded[0]["config"]
-    model = ijepa_zoo.create_ijepa(
-        "vit_tiny16_ijepa",
-        pretrained=False,
-        img_size=size["img"],
-        patch_size=size["patch"],
-        embed_dim=size["dim"],
-        depth=size["depth"],
-        num_heads=size["heads"],
-        mlp_ratio=size["mlp"],
-        predictor_embed_dim=size["pdim"],
-        predictor_depth=size["pdepth"],
-    )
-    _fill(model.encoder, "encoder")
-    _fill(model.predictor, "predictor")
-    model.target_encoder.load_state_dict(model.encoder.state_dict())
-    return model
+    return recorded_ijepa(recorded[0]["config"])
 
 
 @pytest.fixture(scope="module")
 def images(recorded):
-    size = recorded[0]["config"]
-    return _wave("images0", (size["batch"], 3, size["img"], size["img"]), 1.0)
+    return recorded_images(recorded[0]["config"])
 
 
 def _relative(ours, published):

@@ -1,55 +1,19 @@
 """The published training, step by step: losses, rates and final weights recorded from its code."""
 
 import json
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from closed_formula import recorded_ijepa, recorded_images
 from safetensors.torch import load_file
 
-from ijepa_zoo import create_ijepa
 from ijepa_zoo.train import PretrainConfig
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((FOLDER / "step.json").read_text())
 SIZES = GOLDEN["config"]
-
-
-def wave(name, shape, scale, offset=0.0):
-    """The closed formula behind every recorded weight and image."""
-    k = np.arange(np.prod(shape), dtype=np.float64)
-    phase = zlib.crc32(name.encode()) % 1000
-    values = offset + scale * np.sin(0.7 * k + 0.013 * k * (k % 7) + phase)
-    return torch.from_numpy(values.astype(np.float32).reshape(shape))
-
-
-def filled_network(prefix, network):
-    for name, parameter in network.named_parameters():
-        is_norm = name.endswith("weight") and "norm" in name
-        scale, offset = (0.1, 1.0) if is_norm else (0.05, 0.0)
-        parameter.data = wave(f"{prefix}.{name}", tuple(parameter.shape), scale, offset)
-
-
-def build():
-    model = create_ijepa(
-        "vit_nano8_64_ijepa",
-        pretrained=False,
-        img_size=SIZES["img"],
-        patch_size=SIZES["patch"],
-        embed_dim=SIZES["dim"],
-        depth=SIZES["depth"],
-        num_heads=SIZES["heads"],
-        mlp_ratio=SIZES["mlp"],
-        predictor_embed_dim=SIZES["pdim"],
-        predictor_depth=SIZES["pdepth"],
-    )
-    filled_network("encoder", model.encoder)
-    filled_network("predictor", model.predictor)
-    model.target_encoder.load_state_dict(model.encoder.state_dict())
-    return model.train()
 
 
 def golden_masks(step):
@@ -92,12 +56,11 @@ def test_rates():
 
 
 def test_trajectory():
-    model, rates = build(), config().rates
+    model, rates = recorded_ijepa(SIZES).train(), config().rates
     optimizer = make_optimizer(model.encoder, model.predictor)
-    size = (SIZES["batch"], 3, SIZES["img"], SIZES["img"])
     for expected in GOLDEN["trajectory"]:
         step = expected["step"]
-        loss = model(wave(f"images{step}", size, 1.0), *golden_masks(step))
+        loss = model(recorded_images(SIZES, step), *golden_masks(step))
         assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
         now = rates(step)
         set_rates(optimizer, lr=now["lr"], weight_decay=now["weight_decay"])
