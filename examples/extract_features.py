@@ -3,27 +3,33 @@
 python examples/extract_features.py examples/images
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import ijepa_zoo
-from ijepa_zoo.data.sources import find_items
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "examples/images"
-out = sys.argv[2] if len(sys.argv) > 2 else "features.safetensors"
+out = sys.argv[2] if len(sys.argv) > 2 else "last4.safetensors"
 
 # All images of the folder into a file, as `ijepa-zoo features` does.
 model = ijepa_zoo.create_model("vit_nano8_64_ijepa").eval()
-report = ijepa_zoo.extract_features(find_items([folder]), model, out, layers="last4")
-print(f"{report.shape[0]} images -> {out}, features {list(load_file(out)['features'].shape)}")
+report = ijepa_zoo.extract_features([folder], model, out, layers="last4")
+features = load_file(out)["features"]
+for line in map(json.loads, Path(report.index).read_text().splitlines()):
+    if line["row"] is not None:
+        norm = features[line["row"]].norm().item()
+        print(f"row {line['row']:3d}  norm {norm:6.2f}  {line['label']}  {line['path']}")
+print(f"{report.shape[0]} images -> {out}, features {list(features.shape)}")
 
 # One image at a time, as a tensor.
 transform = ijepa_zoo.create_transform(model)
-path = next(item.path for item in find_items([folder]) if item.skipped is None)
-image = transform(Image.open(path).convert("RGB")).unsqueeze(0)
+path = json.loads(Path(report.index).read_text().splitlines()[0])["path"]
+image = transform(Image.open(path)).unsqueeze(0)
 with torch.inference_mode():
     tokens = model.encode(image)
     maps = ijepa_zoo.FeatureExtractor(model, pool=None)(image)

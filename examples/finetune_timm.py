@@ -3,7 +3,7 @@
 The task is to tell how many objects a rendered scene holds; layer decay, drop path, the optimizer
 and the schedule are timm's.
 
-    python examples/finetune_timm.py --model vit_nano8_64_ijepa --steps 200
+    python examples/finetune_timm.py --model vit_nano8_64_ijepa --steps 200    # a few minutes
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The command ``ijepa-zoo``: thin, every subcommand calls the package's own functions."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 error, 2 wrong usage, 3 done but some images failed, 130 interrupted.
     """
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may be beyond its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = args.run(args)
         return status
@@ -34,10 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:  # of our own output: a full disk
+        return _complain(error, FAILED)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ijepa-zoo", description="I-JEPA encoders for timm code")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_list(commands.add_parser("list", help="models and their weights"))
     _add_features(
@@ -61,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
 def _add_list(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", action="store_true", help="only names with weights")
     parser.set_defaults(run=_list)
@@ -78,11 +90,12 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="FILE", help="ends in .safetensors, .npy or .parquet")
     add("--checkpoint", metavar="PATH", help="your own weights, or hf-hub:REPO")
     add("--network", choices=("target_encoder", "encoder"), help="default: the target encoder")
+    add("--img-size", type=_positive, metavar="N", help="default: the model's own image size")
     add(
         "--layers",
         type=_layers,
         default="last",
-        help="last (default), last4 or block indices such as 3,7,11",
+        help="last (default), last4 or block indices: 3,7,11 or, from the end, --layers=-4,-1",
     )
     add("--pool", choices=("avg", "none"), default="avg", help="mean over patches, or maps")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -148,7 +161,7 @@ def _convert(args: argparse.Namespace) -> int:
         return _complain(error, USAGE)
     except (CheckpointError, FetchError, OSError) as error:
         return _complain(error, FAILED)
-    for file in sorted(folder.iterdir()):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file}  {file.stat().st_size:,} bytes")
     return DONE
 
@@ -185,8 +198,8 @@ def _plain_row(name: str) -> tuple[str, ...]:
 def _millions(name: str) -> str:
     from .models.factory import create_model
 
-    model = create_model(name, pretrained=False, device="meta")
-    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+    state = create_model(name, pretrained=False, device="meta").state_dict()
+    return f"{sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M"
 
 
 def _features(args: argparse.Namespace) -> int:
@@ -214,7 +227,14 @@ def _run_features(args: argparse.Namespace) -> int:
 
     max_pixels = args.max_pixels or MAX_PIXELS
     items = find_items(args.inputs)  # before the weights, which may be gigabytes away
-    model = create_model(args.model, checkpoint=args.checkpoint, network=args.network).eval()
+    if args.picture:
+        from .pictures import check_picture, save_pca_picture
+
+        check_picture(args.picture, items)
+    size = {"img_size": args.img_size} if args.img_size else {}
+    model = create_model(
+        args.model, checkpoint=args.checkpoint, network=args.network, **size
+    ).eval()
     report = extract_features(
         items,
         model,
@@ -232,12 +252,9 @@ def _run_features(args: argparse.Namespace) -> int:
         max_pixels=max_pixels,
         overwrite=args.overwrite,
         progress=True,
-        described=f"{args.model}, {_network(args)}",
     )
     if int(os.environ.get("RANK", "0")) == 0:
         if args.picture and report.shape[0]:
-            from .pictures import save_pca_picture
-
             save_pca_picture(
                 items,
                 model,
@@ -258,7 +275,7 @@ def _print_report(report: "ExtractionReport", args: argparse.Namespace) -> None:
     done = f"{report.shape[0]} done, {len(report.failed)} failed, {report.skipped} skipped"
     rate = f"{report.images_per_second:.1f} images/s on {settings['device']}"
     lines = [
-        ("model", settings["model"]),
+        ("model", f"{settings['model']}, {settings['weights']}"),
         ("input", settings["transform"]),
         ("features", f"block {blocks}, final LayerNorm, {pooled}"),
         ("images", f"{done} ({'all done before' if report.already_done else rate})"),
@@ -275,20 +292,6 @@ def _print_report(report: "ExtractionReport", args: argparse.Namespace) -> None:
     if len(report.failed) > _SHOWN:
         rest = len(report.failed) - _SHOWN
         print(f"and {rest} more, see 'error' in {report.index}", file=sys.stderr)
-
-
-def _network(args: argparse.Namespace) -> str:
-    """Which network of which weights was loaded, in words."""
-    from .weights import load, read
-
-    name, _, tag = args.model.partition(".")
-    checkpoint = args.checkpoint
-    if args.model.startswith((read.HUB_PREFIX, read.FOLDER_PREFIX)):
-        checkpoint = checkpoint or args.model
-    weights = load.resolve(
-        name, checkpoint=checkpoint, network=args.network, pretrained_cfg=tag or None
-    )
-    return f"{weights.network.replace('_', ' ')} of {weights.networks.origin}"
 
 
 def _complain(error: object, status: int) -> int:

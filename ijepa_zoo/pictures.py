@@ -1,6 +1,7 @@
 """Patch features as a picture: their first three principal components, beside each image."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,10 +94,28 @@ def save_pca_picture(
     Raises:
         ImageError: If none of the images can be decoded.
     """
+    check_picture(path, items)
     pixels = torch.stack(_some_images(items, model, count, max_pixels))
     encoder = Encoder(model, pool=None, device=device)
     ((maps, _),) = encoder.encode([(pixels, [None] * len(pixels))])
     pca_picture(pixels, maps).save(path)
+
+
+def check_picture(path: str | Path, items: Sequence[Item]) -> None:
+    """Refuse a picture's name before any work is done.
+
+    Raises:
+        ValueError: If its suffix is that of no picture, its folder is missing or it is an input.
+    """
+    Image.init()
+    path = Path(path)
+    if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"the picture '{path}' needs a name that ends like one, such as .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"the picture's folder '{path.parent}' does not exist")
+    inputs = {os.path.abspath(item.shard or item.path) for item in items if item.skipped is None}
+    if os.path.abspath(path) in inputs:
+        raise ValueError(f"the picture '{path}' is also an input: choose another name")
 
 
 def _some_images(
@@ -106,6 +125,7 @@ def _some_images(
     reader, transform = ImageReader(max_pixels), create_transform(model, normalize=False)
     chosen: list[Tensor] = []
     next_free, reason = 0, "there are none"
+    count = min(count, len(images))
     for start in np.linspace(0, len(images), count, endpoint=False).astype(int):
         for position in range(max(start, next_free), len(images)):
             next_free = position + 1

@@ -1,6 +1,9 @@
 """The command line, in this process; weights are random and come from a file."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +175,46 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     row = next(line for line in pretrained.splitlines() if "vit_huge14_ijepa.in1k " in line)
     for words in ("target_encoder", "630.", "224x224", "CC-BY-NC-4.0"):
         assert words in row
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", ""])
+def test_devices_that_are_not_there(
+    photos: Path, weights: str, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    assert command(weights, str(photos), "--device", device) == cli.USAGE
+    assert "device" in capsys.readouterr().err
+
+
+def test_inputs_are_never_written_over(
+    photos: Path, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = photos / "cat/0.png"
+    before = image.read_bytes()
+    overwrite = ["--out", str(image), "--format", "npy", "--overwrite"]
+    for arguments in (overwrite, ["--picture", str(image)]):
+        assert command(weights, str(photos), *arguments) == cli.USAGE
+        assert "input" in capsys.readouterr().err
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("picture", ["a.xyz", "a", "absent/a.png"])
+def test_pictures_are_checked_before_the_work(photos: Path, weights: str, picture: str) -> None:
+    assert command(weights, str(photos), "--picture", picture) == cli.USAGE
+    assert not Path("f.npy").exists()
+
+
+def test_more_pictures_than_images(photos: Path, weights: str) -> None:
+    many = ["--picture", "a.png", "--picture-images", str(10**9)]
+    assert command(weights, str(photos), *many) == cli.DONE
+
+
+def test_names_beyond_the_encoding_of_the_terminal(photos: Path, weights: str) -> None:
+    root = Path(cli.__file__).parents[1]
+    arguments = ["features", "photos", "--model", "vit_nano8_64_ijepa", "--checkpoint", weights]
+    arguments += ["--device", "cpu", "--workers", "0", "--out", os.fsdecode(b"f\xff.npy")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-m", "ijepa_zoo.cli", *arguments], env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"written   f\udcff.npy" in done.stdout

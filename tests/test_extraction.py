@@ -110,7 +110,7 @@ def test_index_has_every_file_in_order(whole: ExtractionReport, images: Path) ->
 def test_metadata_says_what_the_features_are(whole: ExtractionReport) -> None:
     with safe_open(whole.features, "np") as file:
         metadata = file.metadata()
-    assert metadata["architecture"] == "tiny"
+    assert metadata["model"] == "tiny"
     assert metadata["layers"] == "[4]"
     assert metadata["weights_hash"] == weights_fingerprint(make_model())
     assert metadata["transform"].startswith("bicubic resize, center crop 1 to 64x64")
@@ -503,10 +503,10 @@ def test_training_mode_is_kept(images: Path, tmp_path: Path) -> None:
 
 
 def test_parts_stay_few(tmp_path: Path) -> None:
-    many = Parts(tmp_path, 1_281_167, 32)
+    many = Parts(tmp_path, 1_281_167, 32, 192)
     assert len(many) <= 4096
     assert sum(many.size(part) for part in range(len(many))) == 1_281_167
     batches = [batch for part in range(len(many)) for batch in many.batches(part)]
     assert batches == list(range(-(-1_281_167 // 32)))
-    few = Parts(tmp_path, 10, 4)
+    few = Parts(tmp_path, 10, 4, 192)
     assert [few.size(part) for part in range(len(few))] == [4, 4, 2]

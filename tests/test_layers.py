@@ -22,6 +22,7 @@ LAYERS = {
     "models.encoder": 1,
     "models.predictor": 1,
     "weights.layouts": 1,
+    "weights.config": 1,
     "weights.torch_file": 1,
     "weights.ranged": 1,
     "weights.download": 1,

@@ -2,9 +2,10 @@
 
 The command that made it (one core; stop it with Ctrl-C, the same command goes on):
 
-    python examples/pretrain_scenes/train.py runs/nano --scenes 40000 --steps 4000
+    python examples/pretrain_scenes/train.py runs/nano --scenes 40000 --steps 600
 
-`runs/nano` receives checkpoints, `log.csv` and `curve.png`; probe it with probe.py.
+`runs/nano` receives checkpoints, `log.csv`, `curve.png` and `export`, the folder that ships; probe
+it with probe.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ijepa_zoo import export
 from ijepa_zoo.data.scenes import SPLIT_STARTS, render_scenes
 from ijepa_zoo.train import PretrainConfig, pretrain
 
@@ -34,12 +36,14 @@ def recipe(steps: int, seed: int) -> PretrainConfig:
         mask_mode="unbiased",
         target_scale=(0.06, 0.1),
         min_keep=1,
-        warmup_steps=min(50, steps),
-        final_lr=1e-5,
+        warmup_steps=min(30, steps),
+        start_lr=1e-4,
+        lr=4e-4,
+        final_lr=2e-5,
         final_weight_decay=0.1,
         momentum=0.99,
         regularizer_weight=0.1,
-        regularizer_over="tokens",
+        regularizer_over="residuals",
         precision="fp32",
     )
 
@@ -59,16 +63,16 @@ def draw_curve(log: Path, picture: Path) -> None:
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
     width, height, margin = 720, 240, 48
+    last = int(rows[-1]["step"]) + 1
     image = Image.new("RGB", (width, 2 * height), "white")
     draw = ImageDraw.Draw(image)
     for panel, name in enumerate(("loss", "rankme")):
         points = [(int(row["step"]) + 1, float(row[name])) for row in rows if row[name]]
-        last = max(step for step, _ in points)
         top = 1.05 * max(value for _, value in points)
         floor = (panel + 1) * height - margin
 
         def place(
-            step: float, value: float, last: int = last, top: float = top, floor: int = floor
+            step: float, value: float, top: float = top, floor: int = floor
         ) -> tuple[float, float]:
             x = margin + step / last * (width - 2 * margin)
             return x, floor - value / top * (height - 2 * margin)
@@ -88,17 +92,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="run folder; an unfinished run is continued")
     parser.add_argument("--scenes", type=int, default=40_000, help="pictures to render")
-    parser.add_argument("--steps", type=int, default=4_000, help="updates of 64 images")
+    parser.add_argument("--steps", type=int, default=600, help="updates of 64 images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     images = scenes(args.run, args.scenes, args.seed)
     try:
-        pretrain(recipe(args.steps, args.seed), images, args.run)
+        config = recipe(args.steps, args.seed)
+        ijepa = pretrain(config, images, args.run, monitor_every=20, checkpoint_every=100)
     except KeyboardInterrupt as stop:
         sys.exit(str(stop))
     draw_curve(args.run / "log.csv", args.run / "curve.png")
+    folder = args.run / "export"
+    export(ijepa, folder, dtype=torch.float16, license="Apache-2.0", overwrite=True)
     print(f"done: {args.run}; now: python examples/pretrain_scenes/probe.py {args.run}")
 
 

@@ -43,6 +43,10 @@ _FORMATS = (
     *("MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
 )
 
+_BYTES_PER_PIXEL = 8  # four channels of 16 bits: no photograph's file is larger
+_METADATA = 1 << 26  # bytes that a file may hold beside its pixels
+_ROWS = 256  # of a greyscale image that are scaled at a time
+
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -101,6 +105,9 @@ class ImageReader:
             if self._shard is not None:
                 self._shard[1].close()
             self._shard = (shard, open_shard(shard))
+        limit = _BYTES_PER_PIXEL * self.max_pixels + _METADATA
+        if size > limit:  # what a header claims, or what a small gzip unfolds to
+            raise ImageError(f"too large: {size:,} bytes in a tar shard, the limit is {limit:,}")
         file = self._shard[1]
         file.seek(offset)
         try:
@@ -143,7 +150,7 @@ def decode(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise ImageError(f"an image of {image.width} x {image.height} pixels")
         try:
             image.load()
-            return _to_rgb(_upright(image))
+            return to_rgb(_upright(image))
         except Image.DecompressionBombError as error:
             raise _too_large(int(re.findall(r"\d+", str(error))[0]), max_pixels) from None
         except ImageError:
@@ -180,7 +187,10 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as RGB: transparency over white, more than 8 bits scaled, palettes resolved."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_grey8(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
@@ -199,15 +209,20 @@ def _grey8(values: np.ndarray) -> np.ndarray:
     """
     if not np.isfinite(values).all():
         raise ImageError("floating-point image with values that are not finite")
-    levels = values.astype(np.float64)
-    low, high = levels.min(), levels.max()
+    low, high = float(values.min()), float(values.max())
     if np.issubdtype(values.dtype, np.integer):
         natural = 65535.0 if low >= 0 and high <= 65535 else None
     else:
         natural = next((top for top in (1.0, 255.0) if low >= 0 and high <= top), None)
     if natural is None:
-        levels, natural = levels - low, high - low
-    return np.rint(levels * 255 / natural).astype(np.uint8)
+        natural = (high - low) or 1.0
+    else:
+        low = 0.0
+    grey = np.empty(values.shape, np.uint8)
+    for row in range(0, len(values), _ROWS):  # in pieces: float64 is 8 times the result
+        levels = values[row : row + _ROWS].astype(np.float64) - low
+        grey[row : row + _ROWS] = np.rint(levels * 255 / natural)
+    return grey
 
 
 def _too_large(pixels: int, limit: int) -> ImageError:

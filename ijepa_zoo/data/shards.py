@@ -10,6 +10,7 @@ from typing import BinaryIO, cast
 from .items import Item, is_image_name
 
 _BLOCK = 512  # bytes of a tar header
+_LONGEST_LABEL = 4096  # bytes of a .cls member
 
 
 def open_shard(path: str) -> BinaryIO:
@@ -54,7 +55,10 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, str | None]
             text = None
             if name.endswith(".cls") and member.isfile():
                 file.seek(member.offset_data)
-                text = file.read(member.size).decode("utf-8", "surrogateescape").strip()
+                text = file.read(min(member.size, _LONGEST_LABEL)).decode(
+                    "utf-8", "surrogateescape"
+                )
+                text = text.strip()
             yield name, member, text
         # tarfile takes a broken header in the middle for the end of the archive.
         file.seek(tar.offset)

@@ -20,13 +20,17 @@ class InputError(ValueError):
     """An input that does not exist or holds no images; raised before any work is done."""
 
 
-def find_items(inputs: Sequence[str | os.PathLike[str] | Item]) -> list[Item]:
+Inputs = str | os.PathLike[str] | Item | Sequence[str | os.PathLike[str] | Item]
+
+
+def find_items(inputs: Inputs) -> list[Item]:
     """List the images of all inputs: inputs in the given order, folders sorted by path bytes.
 
     Args:
         inputs: Folders (read with everything below them), image files, globs, tar shards (also
             gzipped; ``key.jpg`` beside ``key.cls`` gives the label), ``.txt`` lists of image
-            paths (one a line, relative to the current folder), or items from an earlier call.
+            paths (one a line, relative to the current folder), or items from an earlier call;
+            one of them, or several.
 
     Returns:
         All items in row order, those to be skipped included. Hidden files are left out.
@@ -34,6 +38,8 @@ def find_items(inputs: Sequence[str | os.PathLike[str] | Item]) -> list[Item]:
     Raises:
         InputError: If an input does not exist, a glob matches nothing or there is no image at all.
     """
+    if isinstance(inputs, str | os.PathLike | Item):
+        inputs = [inputs]
     items: list[Item] = []
     for given in inputs:
         if isinstance(given, Item):
@@ -65,10 +71,10 @@ def _one_input(path: str) -> Iterator[Item]:
         raise InputError(f"input '{path}' cannot be read: {error.strerror}") from error
     if stat.S_ISDIR(mode):
         yield from _list_folder(path)
-    elif path.lower().endswith(SHARD_SUFFIXES):
-        yield from list_shard(path)
-    elif path.lower().endswith(".txt"):
-        yield from _read_list(path)
+    elif path.lower().endswith((*SHARD_SUFFIXES, ".txt")):
+        if not stat.S_ISREG(mode):  # a pipe would be waited for, and a device has no end
+            raise InputError(f"'{path}' is no regular file, as a tar shard or a list must be")
+        yield from list_shard(path) if path.lower().endswith(SHARD_SUFFIXES) else _read_list(path)
     else:
         yield Item(path)
 

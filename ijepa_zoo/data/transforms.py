@@ -5,6 +5,8 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from .images import to_rgb
+
 _LONGEST = 32  # short sides that a long side may measure
 
 
@@ -62,14 +64,15 @@ def transform_config(model: nn.Module) -> dict[str, Any]:
 def create_transform(model: nn.Module, *, normalize: bool = True) -> Any:
     """The evaluation transform that belongs to a model: resize, centre crop, normalise.
 
-    It is timm's, after a cut of images more than 32 times longer than wide.
+    It is timm's, after a conversion of any image to RGB (see :func:`~ijepa_zoo.data.images.to_rgb`)
+    and a cut of images more than 32 times longer than wide.
 
     Args:
         model: A timm model; its ``pretrained_cfg`` gives filter, crop share, mean and std.
         normalize: False gives uint8 pixels ``[3, H, W]``, before scaling to 0..1 and mean and std.
 
     Returns:
-        A callable from an RGB ``PIL.Image`` to a float32 tensor ``[3, H, W]``.
+        A callable from a ``PIL.Image`` to a float32 tensor ``[3, H, W]``.
 
     Raises:
         ValueError: If the model does not take images of three channels.
@@ -78,8 +81,8 @@ def create_transform(model: nn.Module, *, normalize: bool = True) -> Any:
 
     config = transform_config(model)
     transform = timm_transform(**config, is_training=False, normalize=normalize)
-    if config["crop_mode"] == "center":
-        transform.transforms.insert(0, LimitAspect())
+    before = [LimitAspect()] if config["crop_mode"] == "center" else []
+    transform.transforms[:0] = [to_rgb, *before]
     return transform
 
 

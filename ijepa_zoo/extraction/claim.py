@@ -56,7 +56,7 @@ def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool, stack:
             return True
         _refuse_old_results(outputs, settings)
     _lock(outputs, stack)
-    before = json.loads(made.read_bytes()) if made.exists() else None
+    before = _settings(made) if made.exists() else None
     if before == settings:
         return False
     if before is not None and not overwrite:
@@ -100,7 +100,7 @@ def _empty(folder: Path, ours: bool) -> None:
 def _finished(outputs: Outputs, settings: dict[str, Any]) -> bool:
     if not all(p.exists() for p in (outputs.features, outputs.index, outputs.record)):
         return False
-    return bool(json.loads(outputs.record.read_bytes())["settings"] == settings)
+    return _settings(outputs.record, "settings") == settings
 
 
 def _refuse_old_results(outputs: Outputs, settings: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ def _refuse_old_results(outputs: Outputs, settings: dict[str, Any]) -> None:
         return
     why = "it is not from a finished run"
     if outputs.record.exists():
-        before = json.loads(outputs.record.read_bytes())["settings"]
+        before = _settings(outputs.record, "settings")
         if before != settings:
             why = f"it was made with other settings ({_differences(before, settings)})"
     raise ExtractionError(
@@ -118,7 +118,19 @@ def _refuse_old_results(outputs: Outputs, settings: dict[str, Any]) -> None:
     )
 
 
+def _settings(path: Path, key: str | None = None) -> dict[str, Any]:
+    """Settings that a file holds; none where it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    found = content.get(key) if key and isinstance(content, dict) else content
+    return found if isinstance(found, dict) else {}
+
+
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    if not before:
+        return "the file that names them is damaged"
     return "; ".join(
         f"{key}: {before.get(key)} then, {now.get(key)} now"
         for key in {**before, **now}

@@ -59,7 +59,8 @@ class Encoder:
         self.piece = max(1, _TOKENS // (self.grid[0] * self.grid[1])) if self.on_cpu else None
         self.threads = (threads or usable_cpus()) if self.on_cpu else 1
         self.settings: dict[str, Any] = {
-            "architecture": model_name(model),
+            "model": model_name(model),
+            "weights": getattr(model, "weights_origin", "not from a checkpoint"),
             "weights_hash": weights_fingerprint(model),
             "layers": extractor.layers,
             "pool": pool,
@@ -192,7 +193,14 @@ def _versions() -> str:
 
 def _choose_device(name: str) -> torch.device:
     if name != "auto":
-        return torch.device(name)
+        try:
+            device = torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+        if device.type == "meta":
+            raise ValueError("device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
+        return device
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

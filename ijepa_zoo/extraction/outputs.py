@@ -55,9 +55,22 @@ class Outputs:
 
     def own(self, path: str) -> bool:
         """Whether a path is one of these files, or in the folder of parts."""
-        place = Path(os.path.abspath(path))
-        files = [Path(os.path.abspath(p)) for p in (self.features, self.index, self.record)]
-        return place in files or Path(os.path.abspath(self.parts)) in place.parents
+        place = os.path.abspath(path)
+        return place in self._files() or Path(os.path.abspath(self.parts)) in Path(place).parents
+
+    def refuse_inputs(self, images: Iterable[Item]) -> None:
+        """Refuse to write over an image or a shard that is to be read.
+
+        Raises:
+            ValueError: If an output is also an input.
+        """
+        files = self._files()
+        for path in dict.fromkeys(item.shard or item.path for item in images):
+            if os.path.abspath(path) in files:
+                raise ValueError(f"'{path}' is an input and an output: choose another output")
+
+    def _files(self) -> set[str]:
+        return {os.path.abspath(p) for p in (self.features, self.index, self.record)}
 
 
 def choose_outputs(
@@ -80,6 +93,8 @@ def choose_outputs(
         raise ValueError(
             f"the output '{path}' is a folder; name a file, like '{path}/features.npy'"
         )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"the output '{path}' is a device or a pipe; name a file")
     if chosen != "safetensors" and dtype == "bfloat16":
         raise ValueError(f"{chosen} cannot hold bfloat16; use safetensors, or float16 or float32")
     if chosen == "parquet" and pool is None:
@@ -159,7 +174,10 @@ def merge(
 def _header(format: str, shape: tuple[int, ...], dtype: str, settings: dict[str, Any]) -> bytes:
     if format == "safetensors":
         entry = safetensors_file.Entry("features", DTYPES[dtype], shape)
-        metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
+        metadata = {
+            key: str(_utf8(value)) if isinstance(value, str) else json.dumps(value)
+            for key, value in settings.items()
+        }
         return safetensors_file.layout([entry], metadata).header
     buffer = io.BytesIO()
     description = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False}
@@ -192,5 +210,5 @@ def _write_parquet(
 
 
 def _utf8(text: str | None) -> str | None:
-    r"""Parquet holds UTF-8 only: bytes of a file name that are not are written as ``\udcXX``."""
+    r"""Parquet and safetensors hold UTF-8 only: other bytes of a name become ``\udcXX``."""
     return text and text.encode("utf-8", "backslashreplace").decode()

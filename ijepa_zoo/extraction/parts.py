@@ -25,11 +25,13 @@ class Parts:
         folder: Where they lie.
         images: Images of the whole run.
         batch_size: Images per batch.
+        row_bytes: Bytes of the features of one image.
     """
 
     folder: Path
     images: int
     batch_size: int
+    row_bytes: int
 
     @property
     def batches_each(self) -> int:
@@ -55,9 +57,21 @@ class Parts:
         return range(first, first + -(-self.size(part) // self.batch_size))
 
     def done(self) -> set[int]:
-        """Numbers of the parts that are complete."""
-        names = os.listdir(self.folder)
-        return {int(name[:-5]) for name in names if name[:-5].isdigit() and name.endswith(".json")}
+        """Numbers of the parts that are complete, by the names of their files."""
+        names = set(os.listdir(self.folder))
+        return {part for part in range(len(self)) if self._errors_file(part).name in names}
+
+    def sound(self) -> set[int]:
+        """Numbers of the complete parts whose two files agree; others are made anew."""
+        return {part for part in self.done() if self._agree(part)}
+
+    def _agree(self, part: int) -> bool:
+        try:
+            errors, size = self.errors(part), self.rows_file(part).stat().st_size
+        except (ValueError, FileNotFoundError):
+            return False
+        fits = isinstance(errors, list) and len(errors) == self.size(part)
+        return fits and size == errors.count(None) * self.row_bytes
 
     def write(self, part: int, rows: Sequence[Tensor], errors: Sequence[str | None]) -> None:
         """Write a complete part; a half-written one is never taken for complete."""

@@ -1,10 +1,11 @@
 """The extraction run: images in, features and an index out; resumable, shared between processes."""
 
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,11 @@ from torch.utils.data import DataLoader
 from ..data.batches import ImageBatches
 from ..data.images import MAX_PIXELS
 from ..data.items import Item
-from ..data.sources import find_items
+from ..data.sources import Inputs, find_items
 from ..data.transforms import create_transform
 from ..features import Layers
 from .claim import ExtractionError, claim
-from .encoder import Encoder, hash_texts, usable_cpus
+from .encoder import Batch, Encoder, hash_texts, usable_cpus
 from .outputs import DTYPES, Outputs, choose_outputs, merge
 from .parts import Parts
 from .ranks import Ranks, join_ranks
@@ -60,7 +61,7 @@ class ExtractionReport:
 
 
 def extract_features(
-    inputs: Sequence[str | os.PathLike[str] | Item],
+    inputs: Inputs,
     model: nn.Module,
     out: str | os.PathLike[str],
     *,
@@ -77,7 +78,6 @@ def extract_features(
     max_pixels: int = MAX_PIXELS,
     overwrite: bool = False,
     progress: bool = False,
-    described: str = "",
 ) -> ExtractionReport:
     """Extract the features of images into one file, with an index that says which row is whose.
 
@@ -104,7 +104,6 @@ def extract_features(
         max_pixels: Images with more pixels are refused.
         overwrite: Replace finished files, and parts made with other settings.
         progress: Show a progress bar, where standard error is a terminal.
-        described: What the model's weights are, in words; kept with the results.
 
     Returns:
         What was done. Images that failed are in it and in the index, and the rest is complete.
@@ -124,6 +123,7 @@ def extract_features(
     outputs = choose_outputs(out, format, dtype, pool)
     items = [i for i in find_items(inputs) if i.skipped is None or not outputs.own(i.path)]
     images = [item for item in items if item.skipped is None]
+    outputs.refuse_inputs(images)
     encoder = Encoder(
         model,
         layers=layers,
@@ -136,7 +136,6 @@ def extract_features(
     # Equal batches waste the fewest slots of the last one, down to a run of a single image.
     batch_size = -(-len(images) // -(-len(images) // batch_size))
     settings = {
-        "model": described or encoder.settings["architecture"],
         **encoder.settings,
         "format": outputs.format,
         "batch_size": batch_size,
@@ -144,7 +143,8 @@ def extract_features(
         "images": len(images),
         "inputs": hash_texts(f"{i.path}\0{i.label}\0{i.offset}" for i in images),
     }
-    parts = Parts(outputs.parts, len(images), batch_size)
+    row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
+    parts = Parts(outputs.parts, len(images), batch_size, row_bytes)
     with join_ranks() as ranks, claim(outputs, settings, overwrite, ranks) as finished:
         rate = 0.0
         if not finished:
@@ -170,7 +170,7 @@ def _work(
     progress: bool,
 ) -> float:
     """Make the missing parts of this rank; returns the images per second of all ranks."""
-    done = parts.done()
+    done = parts.sound()
     if strict:
         for part in sorted(done):
             _stop_at_failure(parts, batches.items, part, parts.errors(part))
@@ -185,7 +185,7 @@ def _work(
     )
     before, start = sum(map(parts.size, done)), time.perf_counter()
     with (
-        closing(encoder.encode(loader)) as encoded,
+        closing(encoder.encode(_decoded(loader))) as encoded,
         _progress_bar(parts.images, before, progress and ranks.rank == 0) as bar,
     ):
         for part in mine:
@@ -202,6 +202,16 @@ def _work(
             bar.update(everyone - bar.n if everyone else parts.size(part))
     ranks.wait()
     return (parts.images - before) / (time.perf_counter() - start)
+
+
+def _decoded(loader: Iterable[Batch]) -> Iterator[Batch]:
+    try:
+        yield from loader
+    except RuntimeError as error:  # torch's word for a worker that was killed
+        raise ExtractionError(
+            f"a process that decodes images ended ({error}): memory may be short, so try fewer "
+            "workers (--workers). What is done is kept; the same command goes on from there"
+        ) from error
 
 
 def _progress_bar(total: int, done: int, show: bool) -> "tqdm[Any]":

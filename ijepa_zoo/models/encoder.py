@@ -3,16 +3,17 @@
 Nothing of timm's forward path is overridden, so whatever works with a timm ViT works here.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._manipulate import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..weights import catalog, load
+from ..weights import catalog, load, read
 from .positions import sincos_positions
 
 
@@ -27,7 +28,8 @@ class IJepaEncoder(VisionTransformer):
     optimizer, EMA or weight decay ever sees it.
 
     Raises:
-        ValueError: If class or register tokens are asked for: I-JEPA has neither.
+        ValueError: If class or register tokens are asked for (I-JEPA has neither), or a size is
+            impossible.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class IJepaEncoder(VisionTransformer):
                 "I-JEPA encoders have patch tokens only: use class_token=False, reg_tokens=0 and "
                 "global_pool='avg', 'avgmax', 'max', 'map' or ''"
             )
+        _check_sizes(kwargs)
         super().__init__(
             num_classes=num_classes,
             global_pool=global_pool,
@@ -118,7 +121,7 @@ class IJepaEncoder(VisionTransformer):
             return self.forward_features(images)
         if keep.ndim != 2 or len(keep) != len(images) or keep.dtype != torch.int64:
             raise ValueError(
-                f"keep must hold int64 patch indices [B, K] with B = {len(images)}, "
+                f"keep (the context) must hold int64 patch indices [B, K], B = {len(images)}, "
                 f"got {keep.dtype} {list(keep.shape)}"
             )
         x = self._pos_embed(self.patch_embed(images))
@@ -126,6 +129,20 @@ class IJepaEncoder(VisionTransformer):
         x = self.norm_pre(self.patch_drop(x))
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.norm(x)
+
+
+def _check_sizes(kwargs: Mapping[str, Any]) -> None:
+    """Refuse sizes that no network has; timm leaves that to assertions deep inside."""
+    for key in ("in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"):
+        if not kwargs.get(key, 1) > 0:
+            raise ValueError(f"{key} must be above 0, got {kwargs[key]}")
+    width, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
+    if width % heads:
+        raise ValueError(f"embed_dim {width} must be divisible by num_heads {heads}")
+    patch = to_2tuple(kwargs.get("patch_size", 16))
+    image = to_2tuple(patch if kwargs.get("img_size", 224) is None else kwargs.get("img_size", 224))
+    if min(patch) < 1 or any(side < piece for side, piece in zip(image, patch)):
+        raise ValueError(f"img_size {image} must hold at least one patch of patch_size {patch}")
 
 
 def _cfg(record: catalog.Checkpoint | None = None, img_size: int = 224) -> dict[str, Any]:
@@ -140,7 +157,7 @@ def _cfg(record: catalog.Checkpoint | None = None, img_size: int = 224) -> dict[
         **shared,
         "url": source.url,
         "hf_hub_id": source.hf_hub_id,
-        "file": load.packaged_folder(source.folder) if source.folder else None,
+        "file": str(read.packaged_folder(source.folder)) if source.folder else None,
         "input_size": record.input_size,
         "mean": record.mean,
         "std": record.std,
@@ -176,6 +193,13 @@ def _create(
     checkpoint, network = kwargs.pop("checkpoint", None), kwargs.pop("network", None)
     if not kwargs.pop("pretrained_strict", True):
         raise ValueError("I-JEPA weights load strictly: leave pretrained_strict at True")
+    if network == "predictor":
+        raise ValueError("create_model makes encoders; create_ijepa makes the predictor too")
+    if network is not None and not pretrained and checkpoint is None:
+        raise ValueError(
+            f"network={network!r} tells which weights to load, but pretrained is False and there "
+            "is no checkpoint: leave network out, or ask for weights"
+        )
     weights = None
     if pretrained or checkpoint is not None:
         weights = load.resolve(

@@ -125,6 +125,8 @@ def create_ijepa(
     """
     if encoder_kwargs.get("features_only"):
         raise ValueError("create_ijepa makes whole networks: leave features_only out")
+    if "network" in encoder_kwargs:
+        raise ValueError("create_ijepa makes all three networks: leave network out")
     own: Mapping[str, int] = {}
     if name.startswith((read.HUB_PREFIX, read.FOLDER_PREFIX)):
         opened = read.open_checkpoint(name, encoder_kwargs.get("cache_dir"))
@@ -178,8 +180,8 @@ def _predictor(
     return Predictor(
         tuple(encoder.patch_embed.grid_size),
         encoder.embed_dim,
-        predictor_embed_dim=embed_dim or size["embed_dim"],
-        depth=depth or size["depth"],
+        predictor_embed_dim=size["embed_dim"] if embed_dim is None else embed_dim,
+        depth=size["depth"] if depth is None else depth,
         num_heads=encoder.blocks[0].attn.num_heads,
         device=device,
         dtype=next(encoder.parameters()).dtype,

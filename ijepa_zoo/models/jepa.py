@@ -100,7 +100,12 @@ class IJepa(nn.Module):
 
         Args:
             momentum: Share of the old target encoder that stays, 0 to 1.
+
+        Raises:
+            ValueError: If ``momentum`` is outside 0 to 1.
         """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must lie within 0 and 1, got {momentum}")
         targets: Any = list(self.target_encoder.parameters())
         sources: Any = [p.detach() for p in self.encoder.parameters()]
         torch._foreach_lerp_(targets, sources, 1.0 - momentum)

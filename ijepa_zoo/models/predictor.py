@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Predictor(nn.Module):
         dtype: Data type of the parameters.
 
     Raises:
-        ValueError: If ``predictor_embed_dim`` is not divisible by ``num_heads``.
+        ValueError: If ``predictor_embed_dim`` is not divisible by ``num_heads``, or a size is 0.
     """
 
     predictor_pos_embed: Tensor
@@ -56,6 +57,11 @@ class Predictor(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if min(predictor_embed_dim, depth, num_heads) < 1:
+            raise ValueError(
+                f"predictor_embed_dim {predictor_embed_dim}, depth {depth} and num_heads "
+                f"{num_heads} must be at least 1"
+            )
         if predictor_embed_dim % num_heads:
             raise ValueError(
                 f"predictor_embed_dim {predictor_embed_dim} must be divisible by num_heads "
@@ -100,15 +106,25 @@ class Predictor(nn.Module):
 
         Returns:
             Predicted tokens ``[B, M, L, D]``.
+
+        Raises:
+            ValueError: If the shapes of the indices are others.
         """
-        batch, blocks, length = targets.shape
+        if context.shape != tokens.shape[:2] or targets.ndim != 3 or len(targets) != len(tokens):
+            raise ValueError(
+                f"for tokens {list(tokens.shape)} the context must be {list(tokens.shape[:2])} and "
+                f"targets [{len(tokens)}, M, L], got {list(context.shape)} and "
+                f"{list(targets.shape)}"
+            )
+        batch, blocks, _ = targets.shape
         positions = self.predictor_pos_embed[0]
         known = self.predictor_embed(tokens)
-        known = known + positions[context].to(known.dtype)
-        hidden = (self.mask_token + positions[targets]).to(known.dtype)
+        # embedding() refuses negative indices, which indexing would count from the end.
+        known = known + F.embedding(context, positions).to(known.dtype)
+        hidden = (self.mask_token + F.embedding(targets, positions)).to(known.dtype)
         known = known.unsqueeze(1).expand(-1, blocks, -1, -1)
         x = torch.cat([known, hidden], dim=2).flatten(0, 1)
         for block in self.predictor_blocks:
             x = block(x)
-        x = self.predictor_proj(self.predictor_norm(x[:, -length:]))
+        x = self.predictor_proj(self.predictor_norm(x[:, context.shape[1] :]))
         return x.unflatten(0, (batch, blocks))

@@ -42,7 +42,7 @@ class PretrainConfig:
     momentum: float = 0.996
     final_momentum: float = 1.0
     regularizer_weight: float = 0.0
-    regularizer_over: Literal["images", "tokens"] = "images"
+    regularizer_over: Literal["images", "tokens", "residuals"] = "images"
     precision: Literal["fp32", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:

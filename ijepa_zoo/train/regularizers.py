@@ -25,6 +25,8 @@ class VarianceCovariance(nn.Module):
         weight: Factor of the whole term.
         over: What a sample is. `images`: the mean of an image's context tokens, n = B.
             `tokens`: every context token, n = B * K; positions then count as variance.
+            `residuals`: every context token minus the mean of its image's context tokens, so that
+            differences between images do not count and only what varies within them does.
         covariance_share: Weight of the covariance against the variance term.
 
     Raises:
@@ -34,12 +36,12 @@ class VarianceCovariance(nn.Module):
     def __init__(
         self,
         weight: float,
-        over: Literal["images", "tokens"] = "images",
+        over: Literal["images", "tokens", "residuals"] = "images",
         covariance_share: float = 0.04,
     ) -> None:
         super().__init__()
-        if over not in ("images", "tokens"):
-            raise ValueError(f"over is {over!r}; it must be 'images' or 'tokens'")
+        if over not in ("images", "tokens", "residuals"):
+            raise ValueError(f"over is {over!r}; it must be 'images', 'tokens' or 'residuals'")
         if weight < 0 or covariance_share < 0:
             raise ValueError(
                 f"weight is {weight} and covariance_share {covariance_share}; "
@@ -58,7 +60,10 @@ class VarianceCovariance(nn.Module):
         # In bf16 a covariance of unit-variance features has an error as large as its entries.
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
-            samples = tokens.mean(dim=1) if self.over == "images" else tokens.flatten(0, 1)
+            means = tokens.mean(dim=1)
+            if self.over == "residuals":
+                tokens = tokens - means[:, None]
+            samples = means if self.over == "images" else tokens.flatten(0, 1)
             if len(samples) < 2:
                 raise ValueError("VarianceCovariance needs at least two images in a batch")
             centred = samples - samples.mean(dim=0)

@@ -7,7 +7,9 @@ plus `step`, and a run that was stopped and resumed equals one that was not, bit
 from __future__ import annotations
 
 import csv
+import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -58,6 +60,12 @@ class Trainer:
             raise ValueError(
                 f"images are {images.dtype} {images.shape}; they must be uint8 [n, H, W, 3]"
             )
+        if len(images) < 2:
+            raise ValueError("one image is no data set: RankMe and spread need at least two")
+        try:
+            json.dumps(asdict(config))
+        except TypeError as error:  # a checkpoint could not be written, hours from now
+            raise ValueError(f"settings must be plain numbers, texts and lists: {error}") from error
         self.config, self.images, self.device = config, images, torch.device(device)
         self.step = 0
         regularizer = None
@@ -220,6 +228,8 @@ def pretrain(
         CheckpointError: The newest checkpoint is broken or has other settings.
         KeyboardInterrupt: The run was stopped; its message says how to go on.
     """
+    if min(log_every, monitor_every, checkpoint_every) < 1:
+        raise ValueError("log_every, monitor_every and checkpoint_every must be at least 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, images, device)
@@ -271,13 +281,21 @@ def _log(path: Path, step: int) -> Iterator[csv.DictWriter[str]]:
     """Open the CSV log to append rows from `step` on; rows after a lost checkpoint are dropped."""
     rows: list[dict[str, str]] = []
     if path.exists():
-        with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-    with path.open("w", newline="", buffering=1) as file:
+        try:
+            with path.open(newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no log of a run ({error}): move it away to go on without its rows"
+            ) from error
+    whole = path.with_suffix(".partial")  # a full disk must not cost the rows that are there
+    with whole.open("w", newline="") as file:
         log = csv.DictWriter(file, _COLUMNS)
         log.writeheader()
         log.writerows(rows)
-        yield log
+    os.replace(whole, path)
+    with path.open("a", newline="", buffering=1) as file:
+        yield csv.DictWriter(file, _COLUMNS)
 
 
 def _jsonable(value: Any) -> Any:

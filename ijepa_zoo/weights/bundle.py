@@ -174,9 +174,7 @@ def from_source(
     Raises:
         CheckpointError: If the architecture is unknown or the tensors do not fit it.
     """
-    text = str(source)
-    name, _, tag = text.partition(".")
-    record = catalog.find(name, tag)
+    text, record = str(source), _record(source)
     networks = (
         read.open_record(record, cache_dir) if record else read.open_checkpoint(text, cache_dir)
     )
@@ -190,6 +188,12 @@ def from_source(
     known = {**known, **encoder_kwargs}
     if networks.pretrained_cfg:
         known.setdefault("pretrained_cfg", dict(networks.pretrained_cfg))
+    if network is None and single:
+        network = networks.choose(None, record.network if record else "target_encoder")
+    states = _read_states(networks, network)
+    for state in states.values():
+        if "head.weight" in state:
+            known.setdefault("num_classes", len(state["head.weight"]))
     template = create_model(
         record.name if record else model or "vit_base16_ijepa",
         pretrained=False,
@@ -197,9 +201,6 @@ def from_source(
         weight_init="skip",
         **known,
     )
-    if network is None and single:
-        network = networks.choose(None, record.network if record else "target_encoder")
-    states = _read_states(networks, network)
     for key, state in states.items():
         if key != "predictor":
             load.check(template, state, networks.origin)
@@ -214,6 +215,19 @@ def from_source(
         training=training,
         **described,
     )
+
+
+def _record(source: str | Path) -> catalog.Checkpoint | None:
+    name, _, tag = str(source).partition(".")
+    return catalog.find(name, tag)
+
+
+def local_source(source: str | Path) -> Path | None:
+    """The file or folder that a source names; None for released weights and the Hub."""
+    text = str(source)
+    if _record(source) is not None or text.startswith(read.HUB_PREFIX):
+        return None
+    return Path(text.removeprefix(read.FOLDER_PREFIX)).expanduser()
 
 
 def _read_states(networks: Networks, network: str | None) -> dict[str, State]:

@@ -19,6 +19,12 @@ _USE = {
         "features = model(**processor(image, return_tensors='pt')).last_hidden_state.mean(1)"
     ),
 }
+_CLASSIFY = (
+    "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
+    'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
+    'model = AutoModelForImageClassification.from_pretrained("FOLDER")\n'
+    "logits = model(**processor(image, return_tensors='pt')).logits"
+)
 
 
 def model_card(bundle: Bundle, library: str, network: str) -> str:
@@ -35,6 +41,10 @@ def model_card(bundle: Bundle, library: str, network: str) -> str:
     held = ", ".join(bundle.states) if library == "native" else network
     license_line = f"license: {bundle.license.lower()}\n" if bundle.license else ""
     what = _NETWORK.get(network, "one encoder of I-JEPA; the source did not say which")
+    use = _USE[library]
+    if args["num_classes"]:
+        what = f"an encoder of I-JEPA with a classifier of {args['num_classes']} classes"
+        use = _CLASSIFY if library == "transformers" else use
     return f"""---
 {license_line}library_name: {name}
 tags:
@@ -57,7 +67,7 @@ mean {pre["mean"]}, std {pre["std"]} |
 | licence | {bundle.license or "that of the weights it was made from"} |
 
 ```python
-{_USE[library]}
+{use}
 ```
 
 Features: tokens after the final LayerNorm, averaged over the patches.

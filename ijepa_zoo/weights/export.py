@@ -16,7 +16,7 @@ import torch
 from ..models.encoder import IJepaEncoder
 from ..models.jepa import IJepa
 from . import writers
-from .bundle import Bundle, from_module, from_source
+from .bundle import Bundle, from_module, from_source, local_source
 from .layouts import some
 
 WRITERS = {
@@ -63,10 +63,16 @@ def export(
     Raises:
         ijepa_zoo.weights.layouts.CheckpointError: If the networks that the layout needs are not
             there, or cannot be expressed in it.
-        FileExistsError: If ``folder`` exists and ``overwrite`` is false, or if it is no export.
+        FileExistsError: If ``folder`` exists and ``overwrite`` is false, or if it is no export or
+            holds the source.
+        OSError: If it cannot be written; an existing folder is as it was.
     """
     if to not in WRITERS:
         raise ValueError(f"to must be one of {', '.join(WRITERS)}, got {to!r}")
+    if network not in (None, "target_encoder", "encoder"):
+        raise ValueError(f"network must be 'target_encoder' or 'encoder', got {network!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists: choose another name, or overwrite it")
@@ -75,6 +81,7 @@ def export(
     if isinstance(model, Bundle):
         bundle = model
     elif isinstance(model, str | Path):
+        _refuse_source(model, folder)
         name, single = source_kwargs.pop("model_name", None), to in ("timm", "transformers")
         bundle = from_source(model, name, network, single, **source_kwargs)
     else:
@@ -104,6 +111,18 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
+def _refuse_source(source: str | Path, folder: Path) -> None:
+    """The folder that is replaced must not hold what is being copied."""
+    place = local_source(source)
+    if place is not None and folder.exists():
+        place, target = place.resolve(), folder.resolve()
+        if place == target or target in place.parents:
+            raise FileExistsError(
+                f"{folder} holds the source {source} itself: it is not overwritten, choose another "
+                "name"
+            )
+
+
 def push(folder: Path, repo_id: str) -> None:
     """Upload a folder to the Hugging Face Hub, creating the repository if need be."""
     from huggingface_hub import HfApi
@@ -124,13 +143,13 @@ def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
             item.chmod(0o755 if item.is_dir() else 0o644)
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.replace(folder, old / folder.name)
+            aside = old / folder.name
             try:
+                os.replace(folder, aside)
                 os.replace(part, folder)
-            except OSError:
-                os.replace(old / folder.name, folder)
-                raise
-            finally:
+            finally:  # also after Ctrl-C: one of the two is at its place before anything is removed
+                if aside.exists() and not folder.exists():
+                    os.replace(aside, folder)
                 shutil.rmtree(old)
         else:
             os.replace(part, folder)

@@ -68,7 +68,8 @@ def recognise(content: Mapping[str, Any], origin: str) -> str:
         origin: The file, for the error message.
 
     Returns:
-        'official' (three networks), 'official_network' (one of them), 'transformers' or 'timm'.
+        'official' (three networks), 'official_network' (one of them), 'run' (a training checkpoint
+        of this package), 'transformers' or 'timm'.
 
     Raises:
         CheckpointError: If it is none of them.
@@ -78,6 +79,8 @@ def recognise(content: Mapping[str, Any], origin: str) -> str:
         return "official"
     if names and all(name.startswith(OFFICIAL_PREFIX) for name in names):
         return "official_network"
+    if names and {name.partition(".")[0] for name in names} == {*OFFICIAL_NETWORKS, "optimizer"}:
+        return "run"
     if {name.removeprefix(TRANSFORMERS_PREFIX) for name in names} >= {
         _TRANSFORMERS["pos_embed"],
         _TRANSFORMERS["patch_embed.proj.weight"],
@@ -106,7 +109,11 @@ def to_timm(state: Mapping[str, Tensor], layout: str, origin: str) -> State:
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{origin} holds a {type(state).__name__} where tensors should be")
-    strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    strange = [
+        str(name)
+        for name, value in state.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
     if strange:
         raise CheckpointError(f"{origin} holds values that are no tensors: {some(strange)}")
     if layout in ("official", "official_network"):

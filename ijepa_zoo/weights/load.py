@@ -1,10 +1,11 @@
 """Put weights into models: construct on meta, map the file, fit shapes as timm does, assign."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from timm.layers import LayerNorm, resample_abs_pos_embed, resample_patch_embed
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from . import catalog
 from .layouts import CheckpointError, State, some
 from .networks import Networks
-from .read import open_checkpoint, open_record, packaged_folder
+from .read import open_checkpoint, open_record
 
 __all__ = [
     "Weights",
@@ -25,10 +26,10 @@ __all__ = [
     "check",
     "fit",
     "fit_predictor",
-    "packaged_folder",
     "resolve",
 ]
 
+_log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 ADDED = ("head.", "attn_pool.")  # parts of a timm ViT that pretraining did not have
 
@@ -80,7 +81,7 @@ def resolve(
         known = [item.name for item in catalog.checkpoints() if item.model == variant]
         raise CheckpointError(
             f"there are no released weights of {variant}{'.' + tag if tag else ''}"
-            + (f"; there are {', '.join(known)}" if known else "")
+            + (f"; known: {', '.join(known)}" if known else "")
             + ". Use pretrained=False for the recipe's initialisation, or checkpoint=PATH for a "
             "file of your own"
         )
@@ -92,7 +93,7 @@ def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weig
     """Construct an encoder without initialising it and map its weights in.
 
     Args:
-        cls: Encoder class, taking timm's arguments.
+        cls: Encoder class, taking timm's arguments. The result has ``weights_origin``, in words.
         arguments: Those arguments; ``device`` and ``dtype`` hold for the result.
         weights: What to load.
 
@@ -105,11 +106,13 @@ def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weig
     eps = known.pop("norm_eps", 1e-6)
     if eps != 1e-6:
         arguments.setdefault("norm_layer", partial(LayerNorm, eps=eps))
-    model = cls(**arguments, device="meta", weight_init="skip")
+    model: Any = cls(**arguments, device="meta", weight_init="skip")
     model.weight_init_mode = arguments.get("weight_init", "")
     _check_architecture(model, known, weights.networks.origin)
     state = fit(weights.read(), model, weights.networks.origin, weights.networks.grid_size)
     assign(model, state, weights.networks.origin, device)
+    # what a feature file says of its model
+    model.weights_origin = f"{weights.network.replace('_', ' ')} of {weights.networks.origin}"
     return model
 
 
@@ -146,7 +149,7 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
     """
     state = dict(state)
     weight = state.get("patch_embed.proj.weight")
-    if weight is not None and weight.ndim == 4:
+    if weight is not None and weight.ndim == 4 and weight.numel():
         size = tuple(model.patch_embed.proj.weight.shape)
         weight = resample_patch_embed(weight, list(size[-2:]))
         if weight.shape[1] != size[1]:
@@ -158,10 +161,12 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
             weight = adapt_input_conv(size[1], weight)
         state["patch_embed.proj.weight"] = weight
     positions = state.get("pos_embed")
-    if positions is not None and positions.ndim == 3 and model.pos_embed is not None:
+    if _has_places(positions) and model.pos_embed is not None:
         grid = tuple(model.patch_embed.grid_size)
         state["pos_embed"] = _fit_positions(positions, grid, origin, old_grid)
     if "head.weight" in state and len(state["head.weight"]) != model.num_classes:
+        classes = len(state["head.weight"])
+        _log.warning("%s: its classifier is left out; num_classes=%d takes it", origin, classes)
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     return state
 
@@ -172,11 +177,15 @@ def fit_predictor(
     """Adapt a predictor's positions to another patch grid; arguments as for :func:`fit`."""
     state = dict(state)
     positions = state.get("predictor_pos_embed")
-    if positions is not None and positions.ndim == 3:
+    if _has_places(positions):
         state["predictor_pos_embed"] = _fit_positions(
             positions, tuple(predictor.grid_size), origin, old_grid
         )
     return state
+
+
+def _has_places(positions: Tensor | None) -> TypeGuard[Tensor]:
+    return positions is not None and positions.ndim == 3 and positions.numel() > 0
 
 
 def _fit_positions(
@@ -211,7 +220,7 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
         Names of a classifier or attention pooling that the model has beyond the checkpoint.
 
     Raises:
-        CheckpointError: If a tensor is missing, left over or of another shape.
+        CheckpointError: If a tensor is missing, left over, of another shape or no weight.
     """
     expected = model.state_dict()
     added = {name for name in expected if name.startswith(ADDED) and name not in state}
@@ -233,6 +242,16 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
         raise CheckpointError(
             f"{origin} does not fit, {len(wrong)} tensors differ in shape: {shapes}. Pass the "
             "checkpoint's own embed_dim, depth, num_heads, mlp_ratio beside the name"
+        )
+    unusable = [
+        f"{name} ({tensor.dtype}, {tensor.layout})"
+        for name, tensor in state.items()
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta
+    ]
+    if unusable:
+        raise CheckpointError(
+            f"{origin} holds tensors that are no floating-point weights: {some(unusable)}. "
+            "Quantised weights must be converted back first"
         )
     return added
 

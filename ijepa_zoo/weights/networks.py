@@ -11,6 +11,11 @@ UNLABELLED = "unlabelled"
 LABEL_KEY = "ijepa_zoo_network"  # in config.json of the folders that export writes
 
 
+def label_of(said: Any) -> str:
+    """The network that a file says it holds; 'unlabelled' for other words, which mean nothing."""
+    return said if said in catalog.NETWORKS else UNLABELLED
+
+
 @dataclass(frozen=True)
 class Training:
     """State of a training run beside its networks.

@@ -1,12 +1,12 @@
 """Open a checkpoint of any known kind and hand out its networks, read lazily, in our names."""
 
-import json
 import math
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import catalog, fetch, layouts
+from .config import encoder_args, native_section, preprocessing, read_config
 from .layouts import CheckpointError, State
-from .networks import LABEL_KEY, UNLABELLED, Networks, Training
+from .networks import LABEL_KEY, UNLABELLED, Networks, Training, label_of
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
 PICKLES = (".pth.tar", ".pth", ".pt", ".tar", ".bin")
 # what torch.load raises on a damaged pickle depends on the byte that is wrong
 _DAMAGE = (
     *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError),
-    *(LookupError, TypeError, AttributeError, AssertionError),
+    *(LookupError, TypeError, AttributeError, AssertionError, zipfile.BadZipFile),
 )
 
 
@@ -55,6 +56,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:  # a file that may not be read is not a damaged one
         mapped = zipfile.is_zipfile(file)
     try:
+        if mapped:
+            _refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except _DAMAGE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -65,6 +68,14 @@ def read_pickle(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")
     return content
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch.save stores its records as they are; a compressed one may be a zip bomb."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"compressed records, which torch.save does not write: {packed[0]}")
 
 
 def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -> Networks:
@@ -86,13 +97,22 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
         return open_folder(
             partial(fetch.fetch_hub, repo, revision=revision or None, cache_dir=cache_dir), text
         )
-    path = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
+    place = text.removeprefix(FOLDER_PREFIX)
+    if not place:
+        raise CheckpointError("the checkpoint's path is empty: name a file or folder")
+    path = Path(place).expanduser()
     if path.is_dir():
         return open_folder(partial(_within, path), str(path))
     if path.is_file():
         return open_file(path)
-    hint = f"; for a Hub repository write {HUB_PREFIX}{text}" if text.count("/") == 1 else ""
+    if path.exists():
+        raise CheckpointError(f"{path} is neither a file nor a folder")
+    hint = f"; for a Hub repository write {HUB_PREFIX}{text}" if _like_a_repository(text) else ""
     raise CheckpointError(f"no checkpoint at {path}: no such file or folder{hint}")
+
+
+def _like_a_repository(text: str) -> bool:
+    return text.count("/") == 1 and ":" not in text and text[0] not in "./~"
 
 
 def _within(folder: Path, name: str) -> Path:
@@ -106,7 +126,7 @@ def open_file(path: Path) -> Networks:
     """Open a single checkpoint file, see :func:`open_checkpoint`."""
     origin = str(path)
     if path.suffix == ".safetensors":
-        label = safetensors_metadata(path).get("network", UNLABELLED)
+        label = label_of(safetensors_metadata(path).get("network"))
         content: dict[str, Any] = read_safetensors(path)
     elif path.name.endswith(PICKLES):
         label, content = UNLABELLED, read_pickle(path)
@@ -125,7 +145,15 @@ def open_file(path: Path) -> Networks:
             layout,
             training=partial(_official_training, content, origin),
         )
+    if layout == "run":
+        states = {network: partial(_part, content, network) for network in catalog.NETWORKS}
+        return Networks(origin, states, layout)
     return Networks(origin, {label: partial(layouts.to_timm, content, layout, origin)}, layout)
+
+
+def _part(content: Mapping[str, torch.Tensor], network: str) -> State:
+    start = f"{network}."
+    return {k.removeprefix(start): v for k, v in content.items() if k.startswith(start)}
 
 
 def _official_training(content: Mapping[str, Any], origin: str) -> Training:
@@ -143,19 +171,17 @@ def open_folder(locate: Callable[[str], Path], origin: str) -> Networks:
         locate: Gives the local path of a file of the folder, fetching it if need be.
         origin: The folder, for messages.
     """
-    try:
-        config = dict(json.loads(locate("config.json").read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{origin}/config.json is damaged: {error}") from error
+    config = read_config(locate("config.json"), origin)
     if "ijepa_zoo" in config:
         return _open_native(config, locate, origin)
-    label = config.get(LABEL_KEY, UNLABELLED)
+    label = label_of(config.get(LABEL_KEY))
     if config.get("model_type") == "ijepa":
         read = partial(_read_single, locate, origin, "transformers")
-        args = transformers_args(config)
+        args = encoder_args(transformers_args(config), origin)
         return Networks(origin, {label: read}, "transformers", args=args)
-    if "architecture" in config:
-        cfg, args = config.get("pretrained_cfg", {}), config.get("model_args", {})
+    if isinstance(config.get("architecture"), str):
+        cfg = preprocessing(config.get("pretrained_cfg", {}), origin)
+        args = encoder_args(config.get("model_args", {}), origin)
         read = partial(_read_single, locate, origin, "timm")
         model = layouts.STOCK_TIMM.get(config["architecture"])
         return Networks(origin, {label: read}, "timm", model, args, pretrained_cfg=cfg)
@@ -166,7 +192,10 @@ def open_folder(locate: Callable[[str], Path], origin: str) -> Networks:
 
 
 def _open_native(config: dict[str, Any], locate: Callable[[str], Path], origin: str) -> Networks:
-    ours = config["ijepa_zoo"]
+    ours = native_section(config, origin)
+    args = config.get("model_args")
+    if isinstance(args, dict):
+        args = {**args, "norm_eps": ours.get("norm_eps")}
 
     def read(filename: str) -> State:
         return read_safetensors(locate(filename))
@@ -179,10 +208,10 @@ def _open_native(config: dict[str, Any], locate: Callable[[str], Path], origin: 
         {network: partial(read, filename) for network, filename in ours["networks"].items()},
         "native",
         model=ours["model"],
-        args={**config["model_args"], "norm_eps": ours["norm_eps"]},
+        args=encoder_args(args, origin),
         predictor=ours["predictor"],
-        pretrained_cfg=config["pretrained_cfg"],
-        license=ours["license"],
+        pretrained_cfg=preprocessing(config.get("pretrained_cfg"), origin),
+        license=ours.get("license"),
         training=training if "optimizer" in ours else None,
     )
 
@@ -210,6 +239,9 @@ def transformers_args(config: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in needed if key not in config]
     if missing:
         raise CheckpointError(f"the transformers config.json lacks {', '.join(missing)}")
+    for key in ("hidden_size", "intermediate_size"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise CheckpointError(f"the transformers config.json: {key} cannot be {config[key]!r}")
     if config.get("hidden_act", "gelu") != "gelu":
         raise CheckpointError(f"hidden_act is {config['hidden_act']!r}, only 'gelu' is I-JEPA's")
     return {
@@ -231,17 +263,17 @@ def mlp_ratio(hidden: int, embed_dim: int) -> float:
     return ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-@cache
-def packaged_folder(name: str) -> str:
+def packaged_folder(name: str) -> Path:
     """Path of a folder of weights inside this package."""
-    return str(Path(__file__).resolve().parent / name)
+    return Path(__file__).resolve().parent / name
 
 
 def open_record(record: catalog.Checkpoint, cache_dir: str | Path | None = None) -> Networks:
     """Open an entry of the catalogue; files travel when a network is read."""
     source = record.source
     if source.folder:
-        return open_folder(partial(_within, Path(packaged_folder(source.folder))), record.name)
+        networks = open_folder(partial(_within, packaged_folder(source.folder)), record.name)
+        return replace(networks, license=record.license)
     folder = Path(cache_dir) if cache_dir is not None else None
 
     def read(network: str) -> State:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from . import catalog, layouts
@@ -31,7 +32,10 @@ def _save(
         return tensor.contiguous()
 
     metadata = {"format": "pt"} | ({"network": network} if network in catalog.NETWORKS else {})
-    save_file({name: ready(tensor) for name, tensor in state.items()}, path, metadata=metadata)
+    try:
+        save_file({name: ready(tensor) for name, tensor in state.items()}, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -130,7 +134,6 @@ def write_transformers(
             f"transformers' classifier reads the mean of the patches, that of {bundle.origin} "
             f"global_pool={args['global_pool']!r}: export to timm instead"
         )
-    stored = next(iter(state.values())).dtype if dtype is None else dtype
     config = {
         "architectures": ["IJepaForImageClassification" if classes else "IJepaModel"],
         "model_type": "ijepa",
@@ -147,7 +150,7 @@ def write_transformers(
         "patch_size": _square(args["patch_size"]),
         "num_channels": args["in_chans"],
         "qkv_bias": args["qkv_bias"],
-        "dtype": str(stored).removeprefix("torch."),
+        "dtype": "float32",  # in memory, whatever the file's: half precision is the user's choice
     }
     if classes:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
@@ -219,7 +222,10 @@ def write_official(
         content |= plain["rest"]
     else:
         content |= _fresh_training(groups)
-    torch.save(content, folder / OFFICIAL_FILE)
+    try:
+        torch.save(content, folder / OFFICIAL_FILE)
+    except RuntimeError as error:  # torch's word for a full disk, among others
+        raise OSError(f"{folder / OFFICIAL_FILE} cannot be written ({error})") from error
 
 
 def _fresh_training(groups: list[list[str]]) -> dict[str, Any]:

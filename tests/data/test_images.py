@@ -224,3 +224,10 @@ def test_pipe_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ImageError, match="not a regular file"):
         ImageReader().read(Item(str(tmp_path / "pipe.jpg")))
+
+
+def test_member_that_claims_too_much_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x")
+    item = Item("a.tar/a.png", shard=str(tmp_path / "a.tar"), offset=512, size=1 << 40)
+    with pytest.raises(ImageError, match="too large: 1,099,511,627,776 bytes"):
+        ImageReader().read(item)

@@ -174,3 +174,22 @@ def test_damaged_shards_are_told(tmp_path: Path) -> None:
         assert items[-1].path == str(tmp_path / name), name
         assert items[-1].problem is not None, name
         assert items[-1].problem.startswith(("damaged tar shard", "a tar shard without")), name
+
+
+@pytest.mark.parametrize("name", ["list.txt", "shard.tar", "shard.tgz"])
+def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="no regular file"):
+        find_items([tmp_path / name])
+
+
+def test_one_path_is_a_list_of_one(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (item,) = find_items([tmp_path])
+    assert find_items(tmp_path) == find_items(str(tmp_path)) == find_items(item) == [item]
+
+
+def test_label_that_unfolds_to_gigabytes_is_cut(tmp_path: Path) -> None:
+    make_shard(tmp_path / "a.tar", {"a.png": picture(1), "a.cls": b"7" * 100_000})
+    (item,) = find_items([tmp_path / "a.tar"])
+    assert item.label == "7" * 4096

@@ -30,6 +30,19 @@ def test_is_timms_own() -> None:
     assert torch.equal(create_transform(vit)(photo(300, 200)), expected)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
+def test_takes_images_of_any_mode(mode: str) -> None:
+    grey = np.full((64, 64), 51, np.uint8)
+    image = Image.fromarray(
+        {"I;16": grey.astype(np.uint16) * 257, "F": grey / np.float32(255)}.get(mode, grey)
+    )
+    image = image if image.mode == mode else image.convert(mode)
+    pixels = create_transform(model(crop_pct=1.0), normalize=False)(image)
+    assert torch.as_tensor(pixels).shape == (3, 64, 64)
+    if mode != "1":
+        assert abs(int(torch.as_tensor(pixels)[0, 32, 32]) - 51) <= 1
+
+
 @pytest.mark.parametrize("size", [64, 128, (64, 96)])
 def test_follows_the_models_size(size: int | tuple[int, int]) -> None:
     vit = model(size)

@@ -77,7 +77,7 @@ def test_other_names_are_refused_with_the_names_there_are(name, create):
 def test_names_without_weights_say_what_there_is():
     with pytest.raises(CheckpointError, match=r"no released weights of vit_base16_ijepa\. Use"):
         ijepa_zoo.create_model("vit_base16_ijepa")
-    with pytest.raises(CheckpointError, match=r"there are vit_huge14_ijepa\.in1k, vit_huge14"):
+    with pytest.raises(CheckpointError, match=r"known: vit_huge14_ijepa\.in1k, vit_huge14"):
         timm.create_model("vit_huge14_ijepa", pretrained=True, pretrained_cfg="in2k")
     with pytest.raises((CheckpointError, RuntimeError), match="in2k"):
         ijepa_zoo.create_model("vit_huge14_ijepa.in2k")
@@ -194,3 +194,46 @@ def test_model_that_ships_loads_from_the_package(monkeypatch):
     context = ijepa_zoo.create_model("vit_nano8_64_ijepa", network="encoder")
     assert_close(dict(ijepa.encoder.state_dict()), dict(context.state_dict()), rtol=0, atol=0)
     assert not torch.equal(context.norm.weight, ours.norm.weight)
+
+
+def test_network_without_weights_is_refused():
+    for network in ("encoder", "garbage"):
+        with pytest.raises(ValueError, match="pretrained is False"):
+            ijepa_zoo.create_model("vit_nano8_64_ijepa", pretrained=False, network=network)
+    with pytest.raises(ValueError, match="create_ijepa makes the predictor"):
+        ijepa_zoo.create_model("vit_nano8_64_ijepa", network="predictor")
+    with pytest.raises(ValueError, match="leave network out"):
+        ijepa_zoo.create_ijepa("vit_nano8_64_ijepa", pretrained=False, network="encoder")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_heads": 5},
+        {"num_heads": 0},
+        {"depth": 0},
+        {"in_chans": 0},
+        {"embed_dim": -8},
+        {"mlp_ratio": float("nan")},
+        {"patch_size": 0},
+        {"img_size": 7},
+        {"img_size": (64, 0)},
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(sizes):
+    with pytest.raises(ValueError, match=next(iter(sizes))):
+        ijepa_zoo.create_model("vit_nano8_64_ijepa", pretrained=False, **sizes)
+
+
+@pytest.mark.parametrize("size", [{"predictor_depth": 0}, {"predictor_embed_dim": 0}])
+def test_no_predictor_is_refused(size):
+    with pytest.raises(ValueError, match="at least 1"):
+        ijepa_zoo.create_ijepa("vit_nano8_64_ijepa", pretrained=False, **size)
+
+
+def test_a_model_says_where_its_weights_come_from(official, tiny):
+    model = ijepa_zoo.create_model("vit_tiny16_ijepa", checkpoint=official, **tiny)
+    assert model.weights_origin == f"target encoder of {official}"
+    assert not hasattr(
+        ijepa_zoo.create_model("vit_tiny16_ijepa", pretrained=False, **tiny), "weights_origin"
+    )

@@ -190,3 +190,23 @@ def test_regularizer_sees_the_context_tokens_and_its_value_is_added():
     assert_close(loss, plain + extra)
     gradients = [torch.autograd.grad(value, ijepa.encoder.norm.bias)[0] for value in (loss, plain)]
     assert (gradients[0] - gradients[1]).abs().max() > 1e-4
+
+
+def test_indices_are_not_counted_from_the_end():
+    ijepa, images = _ijepa(), _images()
+    for context, targets in ((CONTEXT, TARGETS - 16), (CONTEXT - 16, TARGETS)):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            ijepa.predict(images, context, targets)
+
+
+def test_empty_target_blocks_give_no_predictions():
+    assert _ijepa().predict(_images(), CONTEXT, TARGETS[:, :, :0]).shape == (2, 3, 0, 48)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+def test_momentum_outside_its_range_leaves_the_target_as_it_is(momentum):
+    ijepa = _ijepa()
+    before = ijepa.target_encoder.norm.weight.clone()
+    with pytest.raises(ValueError, match="momentum"):
+        ijepa.update_target(momentum)
+    assert torch.equal(ijepa.target_encoder.norm.weight, before)

@@ -13,10 +13,15 @@ def by_hand(samples, share):
     return variance + share * (off_diagonal**2).sum() / len(covariance)
 
 
-@pytest.mark.parametrize("over", ["images", "tokens"])
+@pytest.mark.parametrize("over", ["images", "tokens", "residuals"])
 def test_formula(over):
     tokens = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0)) * 0.7
-    samples = tokens.mean(1) if over == "images" else tokens.reshape(35, 6)
+    means = tokens.mean(1)
+    samples = {
+        "images": means,
+        "tokens": tokens.reshape(35, 6),
+        "residuals": (tokens - means[:, None]).reshape(35, 6),
+    }[over]
     expected = 0.3 * by_hand(samples.double().numpy(), 0.2)
     term = VarianceCovariance(0.3, over, covariance_share=0.2)
     assert term(tokens).item() == pytest.approx(expected, rel=1e-5)
@@ -47,7 +52,7 @@ def test_float32_under_autocast():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="'images' or 'tokens'"):
+    with pytest.raises(ValueError, match="'images', 'tokens' or 'residuals'"):
         VarianceCovariance(1.0, "patches")
     with pytest.raises(ValueError, match="weight is -1"):
         VarianceCovariance(-1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import ijepa_zoo
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import PretrainConfig, Trainer, pretrain
 from ijepa_zoo.train.checkpoint import CheckpointError, load_checkpoint
@@ -166,3 +167,41 @@ def test_config_is_checked():
 def test_images_of_another_size_are_resized():
     images = np.zeros((8, 80, 100, 3), np.uint8)
     assert Trainer(CONFIG, images).batch().shape == (6, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"lr": np.float32(1e-3)}, {}, "settings must be plain"),
+        ({}, {"monitor_every": 0}, "must be at least 1"),
+        ({}, {"checkpoint_every": 0}, "must be at least 1"),
+    ],
+)
+def test_what_would_fail_at_the_first_checkpoint_fails_before_the_first_step(
+    images, tmp_path, change, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        pretrain(replace(CONFIG, **change), images, tmp_path, **{**QUIET, **options})
+    with pytest.raises(ValueError, match="at least two"):
+        pretrain(CONFIG, images[:1], tmp_path, **QUIET)
+
+
+def test_a_log_that_is_none_is_left_alone(images, tmp_path):
+    (tmp_path / "log.csv").write_text("notes\nof mine\n")
+    with pytest.raises(ValueError, match=r"log\.csv is no log of a run"):
+        pretrain(CONFIG, images, tmp_path, **QUIET)
+    assert (tmp_path / "log.csv").read_text() == "notes\nof mine\n"
+
+
+def test_a_checkpoint_of_a_run_loads_like_any_other(tmp_path, images):
+    trained = pretrain(CONFIG, images, tmp_path, **QUIET)
+    path = max(tmp_path.glob("checkpoint-*.safetensors"))
+    size = {key: CONFIG.network[key] for key in ("embed_dim", "depth", "num_heads")}
+    for network in ("encoder", "target_encoder"):
+        loaded = ijepa_zoo.create_model(CONFIG.model, checkpoint=path, network=network, **size)
+        expected = getattr(trained, network).state_dict()
+        assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
+    again = ijepa_zoo.create_ijepa(CONFIG.model, checkpoint=path, **CONFIG.network)
+    assert torch.equal(again.predictor.mask_token, trained.predictor.mask_token)
+    default = ijepa_zoo.create_model(CONFIG.model, checkpoint=path, **size)
+    assert torch.equal(default.norm.bias, trained.target_encoder.norm.bias)

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from functools import partial
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 from torch.testing import assert_close
@@ -489,3 +492,60 @@ def test_push_creates_the_repository_and_uploads_the_whole_folder(source, tmp_pa
     calls.clear()
     source(tmp_path / "b", "timm")
     assert not calls
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_the_source_is_never_overwritten(official, source, tiny, tmp_path, to):
+    folder = source(tmp_path / "a", "native")
+    (tmp_path / "link").symlink_to(folder)
+    shutil.copy(official, folder / "ijepa-latest.pth.tar")
+    before = {path: path.stat().st_size for path in folder.rglob("*")}
+    for place in (folder, f"local-dir:{folder}", folder / "ijepa-latest.pth.tar"):
+        for target in (folder, tmp_path / "link"):
+            with pytest.raises(FileExistsError, match="holds the source"):
+                ijepa_zoo.export(place, target, to, overwrite=True)
+    assert {path: path.stat().st_size for path in folder.rglob("*")} == before
+
+
+def test_interrupt_while_folders_change_places_loses_none(source, tmp_path, monkeypatch):
+    folder = source(tmp_path / "a", "timm")
+    replace, calls = os.replace, []
+
+    def interrupted(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        source(folder, "timm", overwrite=True)
+    assert (folder / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_full_disk_is_an_error_of_the_operating_system(source, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("ijepa_zoo.weights.writers.save_file", full)
+    with pytest.raises(OSError, match=r"model\.safetensors cannot be written .*No space"):
+        source(tmp_path / "a", "timm")
+
+
+def test_arguments_that_would_spoil_the_weights_are_refused(source, tiny, tmp_path):
+    with pytest.raises(ValueError, match="floating-point"):
+        source(tmp_path / "a", "timm", dtype=torch.int8)
+    with pytest.raises(ValueError, match="network must be"):
+        ijepa_zoo.export(_encoder(tiny), tmp_path / "a", network="../../evil")
+
+
+def test_classifier_of_a_file_travels(tiny, tmp_path):
+    encoder = ijepa_zoo.create_model("vit_tiny16_ijepa", pretrained=False, num_classes=5, **tiny)
+    torch.save(encoder.state_dict(), tmp_path / "finetuned.pth")
+    folder = ijepa_zoo.export(
+        tmp_path / "finetuned.pth", tmp_path / "out", "timm", model_name="vit_tiny16_ijepa", **tiny
+    )
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert torch.equal(loaded.head.weight, encoder.head.weight)
+    assert "classifier of 5 classes" in (folder / "README.md").read_text()

@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -488,3 +489,47 @@ def test_safetensors_written_by_others_need_no_metadata(states, tiny, tmp_path):
     assert torch.equal(
         _create(tmp_path / "plain.safetensors", tiny).norm.bias, states["encoder"]["norm.bias"]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_tensors_that_are_no_weights_are_refused(states, tiny, tmp_path, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in states["encoder"].items()}
+    save_file(state, tmp_path / "quantised.safetensors")
+    with pytest.raises(CheckpointError, match="no floating-point weights"):
+        _create(tmp_path / "quantised.safetensors", tiny)
+
+
+def test_compressed_records_are_refused_before_they_unfold(states, tiny, tmp_path):
+    torch.save(states["encoder"], tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    with pytest.raises(CheckpointError, match="compressed records"):
+        _create(tmp_path / "bomb.pth", tiny)
+
+
+def test_odd_content_is_refused(states, tiny, tmp_path):
+    names = ("encoder", "predictor", "target_encoder")
+    torch.save({name: {1: 2} for name in names}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="no tensors: 1"):
+        _create(tmp_path / "a.pt", tiny)
+    for name, shape in (("pos_embed", (1, 0, 48)), ("patch_embed.proj.weight", (48, 3, 0, 0))):
+        save_file({**states["encoder"], name: torch.zeros(shape)}, tmp_path / "b.safetensors")
+        with pytest.raises(CheckpointError, match=f"differ in shape: {name}"):
+            _create(tmp_path / "b.safetensors", tiny)
+
+
+@pytest.mark.parametrize("place", ["", "local-dir:"])
+def test_an_empty_path_is_not_the_current_folder(tiny, place):
+    with pytest.raises(CheckpointError, match="path is empty"):
+        _create(place, tiny)
+
+
+def test_a_label_that_names_no_network_means_nothing(states, tiny, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file(states["encoder"], path, metadata={"network": "../../evil"})
+    folder = ijepa_zoo.export(path, tmp_path / "a", "timm", model_name="vit_tiny16_ijepa", **tiny)
+    assert "evil" not in (folder / "config.json").read_text()
