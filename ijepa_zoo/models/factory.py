@@ -58,7 +58,7 @@ def create_model(
             patch_size, device, dtype, cache_dir, ...
 
     Returns:
-        :class:`~ijepa_zoo.models.encoder.IJepaEncoder` in evaluation mode's default of timm (call
+        :class:`~ijepa_zoo.models.encoder.IJepaEncoder` in training mode, as timm's (call
         ``.eval()``), or timm's feature wrapper with ``features_only=True``.
 
     Raises:

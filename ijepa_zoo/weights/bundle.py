@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.data import resolve_model_data_config
 from timm.layers import DropPath, LayerNorm
+from timm.models import is_model
 from torch import nn
 
 from ..models.encoder import IJepaEncoder
@@ -175,6 +176,9 @@ def from_source(
         CheckpointError: If the architecture is unknown or the tensors do not fit it.
     """
     text, record = str(source), _record(source)
+    name, _, tag = text.partition(".")
+    if record is None and is_model(name) and not Path(text).exists():
+        load.resolve(name, pretrained_cfg=tag or None)  # says that there are no such weights
     networks = (
         read.open_record(record, cache_dir) if record else read.open_checkpoint(text, cache_dir)
     )

@@ -112,7 +112,10 @@ def fetch_hub(
     transport: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of its HTTP client
     try:
         return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir))
-    except (transport, errors.EntryNotFoundError, errors.HFValidationError, OSError) as error:
+    except (
+        *(transport, errors.EntryNotFoundError, errors.HFValidationError, OSError),
+        RuntimeError,  # up to 1.32 it tries again over a client that it has closed
+    ) as error:
         raise FetchError(
             f"{filename!r} of Hugging Face repository {repo_id!r} (revision {revision or 'main'}): "
             f"{_hub_advice(error)}"
@@ -136,7 +139,7 @@ def _hub_advice(error: Exception) -> str:
             "it is not in the cache and HF_HUB_OFFLINE is set. Unset it, or run once with a "
             "network and take the cache folder along (HF_HOME)"
         )
-    if isinstance(error, errors.LocalEntryNotFoundError):
+    if isinstance(error, errors.LocalEntryNotFoundError | RuntimeError):
         return (
             "it is not in the cache and the Hub cannot be reached. Check the network, proxy "
             f"settings and HF_ENDPOINT ({_first_line(error.__cause__ or error)})"

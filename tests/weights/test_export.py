@@ -74,7 +74,7 @@ def test_stock_timm_loads_it(source, expected, tmp_path, to, network):
     assert_close(model.forward_features(expected["input"]), wanted, rtol=1e-5, atol=1e-5)
     assert_close(model(expected["input"]), wanted.mean(1), rtol=1e-5, atol=1e-5)
     config = resolve_model_data_config(model)
-    assert config["input_size"] == (3, 64, 64)
+    assert tuple(config["input_size"]) == (3, 64, 64)
     assert tuple(config["mean"]) == (0.485, 0.456, 0.406)
     assert tuple(config["std"]) == (0.229, 0.224, 0.225)
     assert config["interpolation"] == "bicubic"
