@@ -17,9 +17,8 @@ class VarianceCovariance(nn.Module):
         covariance = 1/D * sum_{i != j} C_ij^2
         term       = weight * (variance + covariance_share * covariance)
 
-    C-JEPA (arXiv 2410.19560) adds these two terms to I-JEPA with VICReg's coefficients 25 and 1
-    times 0.001, which is `weight=0.025, covariance_share=0.04` here. VICReg and C-JEPA look at
-    one vector per image; its invariance term needs a second view and is left out.
+    C-JEPA (arXiv 2410.19560) adds variance and covariance terms to I-JEPA. VICReg looks at one
+    vector per image; its invariance term needs a second view and is left out.
 
     Args:
         weight: Factor of the whole term.
