@@ -31,12 +31,8 @@ mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std
 
 def load(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     scenes = render_scenes(0, SPLIT_STARTS[split], count, size=config["input_size"][-1])
-    images = torch.from_numpy(scenes["images"]).permute(0, 3, 1, 2)
-    return images, torch.tensor([count_class(int(c)) for c in scenes["count"]])
-
-
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    return (images.float() / 255 - mean) / std
+    images = torch.from_numpy(scenes["images"]).permute(0, 3, 1, 2).float() / 255
+    return (images - mean) / std, torch.tensor([count_class(int(c)) for c in scenes["count"]])
 
 
 images, labels = load("train", args.scenes)
@@ -47,7 +43,7 @@ model.train()
 for step in range(args.steps):
     scheduler.step(step)
     batch = torch.randint(len(images), (args.batch_size,), generator=generator)
-    loss = F.cross_entropy(model(normalise(images[batch])), labels[batch], label_smoothing=0.1)
+    loss = F.cross_entropy(model(images[batch]), labels[batch], label_smoothing=0.1)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -56,5 +52,5 @@ for step in range(args.steps):
 
 test_images, test_labels = load("val", max(64, args.scenes // 4))
 with torch.inference_mode():
-    right = model.eval()(normalise(test_images)).argmax(1) == test_labels
+    right = model.eval()(test_images).argmax(1) == test_labels
 print(f"count accuracy on {len(right)} unseen scenes: {right.float().mean():.1%} (chance 12.5%)")
