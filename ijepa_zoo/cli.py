@@ -167,7 +167,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from .models.factory import list_models
+    from .models.predictor import PREDICTORS
     from .weights.catalog import checkpoints
 
     rows: list[tuple[str, ...]] = [
@@ -176,7 +176,7 @@ def _list(args: argparse.Namespace) -> int:
     rows += [_weights_row(record) for record in checkpoints()]
     if not args.pretrained:
         known = {record.model for record in checkpoints()}
-        rows += [_plain_row(name) for name in list_models() if name not in known]
+        rows += [_plain_row(name) for name in PREDICTORS if name not in known]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
