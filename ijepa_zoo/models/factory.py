@@ -11,7 +11,6 @@ from torch import nn
 
 from ..weights import catalog, load, read
 from ..weights.layouts import CheckpointError
-from ..weights.networks import Networks
 from .encoder import IJepaEncoder
 from .jepa import IJepa
 from .predictor import PREDICTORS, Predictor
@@ -65,11 +64,7 @@ def create_model(
         ijepa_zoo.weights.layouts.CheckpointError: If the weights do not exist or do not fit.
         ijepa_zoo.weights.fetch.FetchError: If they cannot be fetched.
     """
-    if name.startswith((read.HUB_PREFIX, read.FOLDER_PREFIX)):
-        opened = read.open_checkpoint(name, kwargs.get("cache_dir"))
-        checkpoint = name if checkpoint is None and pretrained else checkpoint
-        name, kwargs = _own_architecture(opened, kwargs)
-    _check_name(name)
+    name, checkpoint, kwargs, _ = _resolve_name(name, pretrained, checkpoint, kwargs)
     return timm.create_model(
         name,
         pretrained=pretrained,
@@ -79,22 +74,30 @@ def create_model(
     )
 
 
-def _own_architecture(opened: Networks, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Registered name and arguments that build the network a folder describes."""
-    args = {key: value for key, value in opened.args.items() if key != "norm_eps"}
-    if opened.pretrained_cfg:
-        kwargs = {"pretrained_cfg": dict(opened.pretrained_cfg), **kwargs}
-    # every size is given by `args`: the name only says where the entrypoint starts from
-    return opened.model or "vit_base16_ijepa", {**args, **kwargs}
+def _resolve_name(
+    name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]
+) -> tuple[str, str | Path | None, dict[str, Any], Mapping[str, int]]:
+    """Registered name, checkpoint, arguments and predictor size that a name stands for.
 
-
-def _check_name(name: str) -> None:
+    A folder or repository brings its own architecture, which the caller's arguments override.
+    """
+    predictor: Mapping[str, int] = {}
+    if name.startswith((read.HUB_PREFIX, read.FOLDER_PREFIX)):
+        opened = read.open_checkpoint(name, kwargs.get("cache_dir"))
+        checkpoint = name if checkpoint is None and pretrained else checkpoint
+        predictor = opened.predictor
+        own = {key: value for key, value in opened.args.items() if key != "norm_eps"}
+        if opened.pretrained_cfg:
+            own["pretrained_cfg"] = dict(opened.pretrained_cfg)
+        # every size is given by `own`: the name only says where the entrypoint starts from
+        name, kwargs = opened.model or "vit_base16_ijepa", {**own, **kwargs}
     model = name.partition(".")[0]
     if model not in PREDICTORS:
         raise ValueError(
             f"no I-JEPA model is called {model!r}; ijepa_zoo.list_models() has "
             f"{', '.join(PREDICTORS)}. Other timm models are made by timm.create_model"
         )
+    return name, checkpoint, kwargs, predictor
 
 
 def create_ijepa(
@@ -127,13 +130,9 @@ def create_ijepa(
         raise ValueError("create_ijepa makes whole networks: leave features_only out")
     if "network" in encoder_kwargs:
         raise ValueError("create_ijepa makes all three networks: leave network out")
-    own: Mapping[str, int] = {}
-    if name.startswith((read.HUB_PREFIX, read.FOLDER_PREFIX)):
-        opened = read.open_checkpoint(name, encoder_kwargs.get("cache_dir"))
-        checkpoint = name if checkpoint is None and pretrained else checkpoint
-        name, encoder_kwargs = _own_architecture(opened, encoder_kwargs)
-        own = opened.predictor
-    _check_name(name)
+    name, checkpoint, encoder_kwargs, own = _resolve_name(
+        name, pretrained, checkpoint, encoder_kwargs
+    )
     model, _, tag = name.partition(".")
     if not (pretrained or checkpoint is not None):
         encoder = create_model(name, pretrained=False, **encoder_kwargs)
