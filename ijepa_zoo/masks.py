@@ -27,9 +27,9 @@ _Int = npt.NDArray[np.int64]
 class MultiBlockMasks:
     """Sampler of one context block and several target blocks per image.
 
-    Block sizes are equal within a batch and depend on `step` alone, so every rank works on equal
-    shapes; positions are drawn per image. All masks are a pure function of
-    (seed, step, rank): any step can be repeated on its own.
+    Block sizes are equal within a batch and depend on `step` alone; positions are drawn per image.
+    All masks are a pure function of (seed, step): any step can be repeated on its own, and any
+    part of a batch can be drawn without the rest.
 
     Attributes:
         grid_size: Patches of the image as (height, width).
@@ -99,26 +99,36 @@ class MultiBlockMasks:
         return draw(self.target_scale, self.target_aspect), draw(self.context_scale, (1.0, 1.0))
 
     def sample(
-        self, batch_size: int, *, seed: int, step: int, rank: int = 0
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        step: int,
+        part: slice | None = None,
+        cut: int | Literal["global"] = "global",
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw the masks of one batch.
+        """Draw the masks of one batch, or of a part of it.
 
         Args:
-            batch_size: Images B on this rank.
+            batch_size: Images B of the whole batch, over all processes.
             seed: The run's seed.
             step: Updates done so far.
-            rank: Process index; block sizes do not depend on it, positions do.
+            part: Images whose masks are returned; None for all.
+            cut: How many consecutive images share one context length, that of the shortest; the
+                published code cuts the images of each GPU. `global` for the whole batch.
 
         Returns:
-            `context` [B, K] and `targets` [B, M, L], int64 patch indices in raster order. K is the
-            length of the shortest context of the batch.
+            `context` [b, K] and `targets` [b, M, L], int64 patch indices in raster order, of the
+            b images of `part`. K is the length of the shortest context of their group.
 
         Raises:
-            ValueError: `batch_size` is below 1.
+            ValueError: `batch_size` is below 1, or `part` reaches over several groups.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        rng = numpy_generator(seed, Stream.MASKS, step, rank)
+        first, last, _ = (part or slice(None)).indices(batch_size)
+        group = _group(first, last, batch_size if cut == "global" else cut)
+        rng = numpy_generator(seed, Stream.MASKS, step)
         target_size, context_size = self.block_sizes(step)
         shape = (batch_size, self.num_targets)
         tops, lefts = self._corners(rng, target_size, shape)
@@ -132,8 +142,13 @@ class MultiBlockMasks:
             starts = np.arange(0, blocked.size, blocked.shape[2]).reshape(blocked.shape[:2])
             blocked.reshape(-1)[targets + starts.T[..., None]] = True
         allowed = self._contexts(rng, context_size, blocked)
-        context = self._cut(rng, allowed)
-        return torch.from_numpy(context), torch.from_numpy(targets)
+        if self.mode == "unbiased":  # keys of the whole batch: parts of it must not differ
+            keys = rng.integers(2**32, size=allowed.shape, dtype=np.uint32)[first:last]
+        else:
+            keys = None
+        shortest = int(allowed[group].sum(axis=1).min())
+        context = self._cut(allowed[first:last], shortest, keys)
+        return torch.from_numpy(context), torch.from_numpy(targets[first:last])
 
     def _size(self, scale: float, aspect: float) -> _Size:
         grid_h, grid_w = self.grid_size
@@ -189,18 +204,15 @@ class MultiBlockMasks:
         in_columns = (columns >= 0) & (columns < size[1])
         return (in_rows[:, :, None] & in_columns[:, None, :]).reshape(len(tops), -1)
 
-    def _cut(self, rng: np.random.Generator, allowed: _Bool) -> _Int:
-        """Indices [B, K] of the allowed patches, cut to the shortest row of the batch."""
+    def _cut(self, allowed: _Bool, shortest: int, keys: npt.NDArray[np.uint32] | None) -> _Int:
+        """Indices [b, shortest] of the allowed patches; the first ones, or those of lowest keys."""
         batch_size, patches = allowed.shape
         counts = allowed.sum(axis=1)
-        shortest = int(counts.min())
-        if self.mode == "unbiased":
-            # Keep the patches with the smallest random keys. The index in the low bits makes keys
-            # distinct; the clear top bit leaves the largest value to patches outside the context.
+        if keys is not None:
+            # The index in the low bits makes keys distinct; the clear top bit leaves the largest
+            # value to patches outside the context.
             low_bits = np.uint32((1 << (patches - 1).bit_length()) - 1)
-            keys = rng.integers(2**32, size=allowed.shape, dtype=np.uint32)
-            keys &= np.uint32(2**31 - 1) ^ low_bits
-            keys |= np.arange(patches, dtype=np.uint32)
+            keys = keys & (np.uint32(2**31 - 1) ^ low_bits) | np.arange(patches, dtype=np.uint32)
             keys[~allowed] = 2**32 - 1
             allowed = keys <= np.partition(keys, shortest - 1, axis=1)[:, shortest - 1, None]
             counts = np.full(batch_size, shortest)
@@ -208,6 +220,17 @@ class MultiBlockMasks:
         firsts = np.cumsum(counts) - counts
         kept: _Int = np.flatnonzero(allowed)[firsts[:, None] + np.arange(shortest)] - row_starts
         return kept
+
+
+def _group(first: int, last: int, size: int) -> slice:
+    """The group of `size` images in which images `first` to `last` lie."""
+    start = first // size * size
+    if not first < last <= start + size:
+        raise ValueError(
+            f"images {first} to {last} of the batch lie in several groups of cut={size}: draw "
+            "each group on its own, or use cut='global'"
+        )
+    return slice(start, start + size)
 
 
 def _between(bounds: tuple[float, float], u: float) -> float:

@@ -25,6 +25,8 @@ class Stream(IntEnum):
     SCENES = 4
     INIT = 5
     PROBE = 6
+    HELD_OUT = 7
+    REPLACE = 8
 
 
 def fold(*keys: int) -> int:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import ijepa_zoo
 from ijepa_zoo import cli
+from ijepa_zoo.cli.status import DONE, USAGE
 from ijepa_zoo.extraction.parts import Parts
 
 
@@ -181,7 +182,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_devices_that_are_not_there(
     photos: Path, weights: str, capsys: pytest.CaptureFixture[str], device: str
 ) -> None:
-    assert command(weights, str(photos), "--device", device) == cli.USAGE
+    assert command(weights, str(photos), "--device", device) == USAGE
     assert "device" in capsys.readouterr().err
 
 
@@ -192,24 +193,24 @@ def test_inputs_are_never_written_over(
     before = image.read_bytes()
     overwrite = ["--out", str(image), "--format", "npy", "--overwrite"]
     for arguments in (overwrite, ["--picture", str(image)]):
-        assert command(weights, str(photos), *arguments) == cli.USAGE
+        assert command(weights, str(photos), *arguments) == USAGE
         assert "input" in capsys.readouterr().err
     assert image.read_bytes() == before
 
 
 @pytest.mark.parametrize("picture", ["a.xyz", "a", "absent/a.png"])
 def test_pictures_are_checked_before_the_work(photos: Path, weights: str, picture: str) -> None:
-    assert command(weights, str(photos), "--picture", picture) == cli.USAGE
+    assert command(weights, str(photos), "--picture", picture) == USAGE
     assert not Path("f.npy").exists()
 
 
 def test_more_pictures_than_images(photos: Path, weights: str) -> None:
     many = ["--picture", "a.png", "--picture-images", str(10**9)]
-    assert command(weights, str(photos), *many) == cli.DONE
+    assert command(weights, str(photos), *many) == DONE
 
 
 def test_names_beyond_the_encoding_of_the_terminal(photos: Path, weights: str) -> None:
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     arguments = ["features", "photos", "--model", "vit_nano8_64_ijepa", "--checkpoint", weights]
     arguments += ["--device", "cpu", "--workers", "0", "--out", os.fsdecode(b"f\xff.npy")]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(root)}

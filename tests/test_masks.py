@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ijepa_zoo.masks import MultiBlockMasks
 
@@ -87,19 +88,45 @@ def test_properties(mode, grid_size):
             assert (block[1].diff(dim=2) == 1).all()
 
 
-def test_function_of_seed_step_rank():
+def test_function_of_seed_and_step():
     masks = MultiBlockMasks(**SMALL)
 
     def draw(**keys):
-        return [t.tolist() for t in masks.sample(8, **{"seed": 0, "step": 5, "rank": 0, **keys})]
+        return [t.tolist() for t in masks.sample(8, **{"seed": 0, "step": 5, **keys})]
 
     first = draw()
     draw(step=6)
     assert draw() == first
-    for other in ({"seed": 1}, {"step": 6}, {"rank": 1}):
+    for other in ({"seed": 1}, {"step": 6}):
         assert draw(**other) != first
-    # Every rank works on equal target shapes.
-    assert np.shape(draw(rank=1)[1]) == np.shape(first[1])
+
+
+@pytest.mark.parametrize("mode", ["published", "unbiased"])
+def test_parts_of_a_batch_are_slices_of_it(mode):
+    masks = MultiBlockMasks((8, 8), min_keep=4, mode=mode)
+    context, targets = masks.sample(12, seed=3, step=2)
+    for part in (slice(0, 4), slice(5, 12)):
+        some_context, some_targets = masks.sample(12, seed=3, step=2, part=part)
+        assert torch.equal(some_targets, targets[part])
+        assert torch.equal(some_context, context[part])
+
+
+@pytest.mark.parametrize("mode", ["published", "unbiased"])
+def test_each_group_is_cut_to_its_own_shortest(mode):
+    masks = MultiBlockMasks((8, 8), min_keep=4, mode=mode)
+    lengths = set()
+    for step in range(6):
+        groups = [
+            masks.sample(12, seed=0, step=step, part=slice(i, i + 4), cut=4)[0] for i in (0, 4, 8)
+        ]
+        whole = masks.sample(12, seed=0, step=step)[0]
+        assert min(group.shape[1] for group in groups) == whole.shape[1]
+        half = masks.sample(12, seed=0, step=step, part=slice(6, 8), cut=4)[0]
+        assert torch.equal(half, groups[1][2:])
+        lengths.add(len({group.shape[1] for group in groups}))
+    assert max(lengths) > 1
+    with pytest.raises(ValueError, match="3 to 6 of the batch lie in several groups of cut=4"):
+        masks.sample(12, seed=0, step=0, part=slice(3, 6), cut=4)
 
 
 def test_published_cut_keeps_the_first_indices():

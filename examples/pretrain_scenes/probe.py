@@ -21,19 +21,19 @@ import ijepa_zoo
 from ijepa_zoo.data.scenes import SPLIT_STARTS, count_class, distance_class, render_scenes
 from ijepa_zoo.seeds import Stream, fold
 from ijepa_zoo.train.batches import normalise
-from ijepa_zoo.train.checkpoint import load_checkpoint
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @torch.no_grad()
-def features(encoder: Any, images: np.ndarray, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def features(encoder: Any, images: np.ndarray) -> dict[str, torch.Tensor]:
     """Mean over patches of the normalised last block output, and of the last four, concatenated."""
     rows: dict[str, list[torch.Tensor]] = {"last": [], "last4": []}
+    mean, std = (tuple(encoder.pretrained_cfg[key]) for key in ("mean", "std"))
     for start in range(0, len(images), 256):
-        pixels = torch.from_numpy(images[start : start + 256]).movedim(3, 1).float()
+        pixels = torch.from_numpy(images[start : start + 256]).movedim(3, 1)
         blocks = encoder.forward_intermediates(
-            normalise(pixels, config["mean"], config["std"]),
+            normalise(pixels, mean, std),
             indices=4,
             norm=True,
             output_fmt="NLC",
@@ -94,7 +94,7 @@ def labels(scenes: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Probe a run's target encoder and random initialisations; print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, help="run folder or checkpoint file")
+    parser.add_argument("run", type=Path, help="run folder or export")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--train", type=int, default=8000, help="scenes to fit on")
     parser.add_argument("--test", type=int, default=4000, help="unseen scenes")
@@ -103,16 +103,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    checkpoint = load_checkpoint(args.run)
-    config = checkpoint.config
-    encoder = ijepa_zoo.create_model(config["model"], pretrained=False, **config["network"]).eval()
+    encoder = ijepa_zoo.create_model(f"local-dir:{args.run}").eval()
+    trained = {name: value.clone() for name, value in encoder.state_dict().items()}
     size = encoder.patch_embed.img_size[0]
     train = render_scenes(args.seed, SPLIT_STARTS["train"], args.train, size, progress=True)
     test = render_scenes(args.seed, SPLIT_STARTS["test"], args.test, size, progress=True)
     y_train, y_test = labels(train), labels(test)
 
     def row(name: str) -> dict[str, object]:
-        x_train, x_test = (features(encoder, s["images"], config) for s in (train, test))
+        x_train, x_test = (features(encoder, s["images"]) for s in (train, test))
         figures = {
             f"{task}_{kind}": round(probe(x_train[kind], x_test[kind], y_train[task], y), 2)
             for task, y in y_test.items()
@@ -126,8 +125,8 @@ def main() -> None:
         torch.manual_seed(fold(seed, Stream.PROBE))
         encoder.init_weights()
         rows.append(row(f"random {seed}"))
-    encoder.load_state_dict(checkpoint.network("target_encoder"))
-    rows.append(row(f"step {checkpoint.step}"))
+    encoder.load_state_dict(trained)
+    rows.append(row("trained"))
     chance = {
         task: round(100 * float(y.bincount().max() / len(y)), 2) for task, y in y_test.items()
     }

@@ -45,6 +45,7 @@ _FORMATS = (
 
 _BYTES_PER_PIXEL = 8  # four channels of 16 bits: no photograph's file is larger
 _METADATA = 1 << 26  # bytes that a file may hold beside its pixels
+_OPEN_SHARDS = 64  # open files that random access to many shards may hold
 _ROWS = 256  # of a greyscale image that are scaled at a time
 
 _ORIENTATION = 0x0112  # EXIF tag
@@ -64,7 +65,7 @@ class ImageError(ValueError):
 
 
 class ImageReader:
-    """Reads items in a process of its own; keeps the last tar shard open.
+    """Reads items in a process of its own; keeps the last tar shards open.
 
     Args:
         max_pixels: Images with more pixels (width x height in the header) are refused.
@@ -72,7 +73,7 @@ class ImageReader:
 
     def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self.max_pixels = max_pixels
-        self._shard: tuple[str, BinaryIO] | None = None
+        self._shards: dict[str, BinaryIO] = {}
 
     def read(self, item: Item) -> Image.Image:
         """Decode an item.
@@ -83,11 +84,17 @@ class ImageReader:
         Raises:
             ImageError: If it cannot be read, is no image, is damaged or has too many pixels.
         """
+        with self.open(item) as file:
+            return decode(file, self.max_pixels)
+
+    @contextmanager
+    def open(self, item: Item) -> Iterator[BinaryIO]:
+        """The bytes of an item; errors of the system while they are read become `ImageError`."""
         if item.problem is not None:
             raise ImageError(item.problem)
         try:
             with self._open(item) as file:
-                return decode(file, self.max_pixels)
+                yield file
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
@@ -101,16 +108,15 @@ class ImageReader:
         return open(item.path, "rb")
 
     def _member(self, shard: str, offset: int, size: int) -> bytes:
-        if self._shard is None or self._shard[0] != shard:
-            if self._shard is not None:
-                self._shard[1].close()
-            self._shard = (shard, open_shard(shard))
+        file = self._shards.pop(shard, None) or open_shard(shard)
+        self._shards[shard] = file  # the last one is the one used last
+        if len(self._shards) > _OPEN_SHARDS:
+            self._shards.pop(next(iter(self._shards))).close()
         limit = _BYTES_PER_PIXEL * self.max_pixels + _METADATA
         if size > limit:  # what a header claims, or what a small gzip unfolds to
             raise ImageError(f"too large: {size:,} bytes in a tar shard, the limit is {limit:,}")
-        file = self._shard[1]
-        file.seek(offset)
         try:
+            file.seek(offset)
             return file.read(size)
         except (EOFError, zlib.error) as error:
             raise ImageError(f"damaged tar shard: {error}") from error

@@ -8,7 +8,8 @@ import difflib
 import glob
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from .items import Item, is_image_name
 from .shards import list_shard
@@ -40,29 +41,51 @@ def find_items(inputs: Inputs) -> list[Item]:
     """
     if isinstance(inputs, str | os.PathLike | Item):
         inputs = [inputs]
-    items: list[Item] = []
-    for given in inputs:
-        if isinstance(given, Item):
-            items.append(given)
-        else:
-            items.extend(_expand(os.fspath(given)))
+    items = [item for _, item in list_items(inputs)]
     if all(item.skipped is not None for item in items):
-        raise InputError(_no_images(inputs, items))
+        raise InputError(no_images(inputs, len(items), next(iter(items), None)))
     return items
 
 
-def _expand(path: str) -> Iterator[Item]:
+def list_items(
+    inputs: Iterable[str | os.PathLike[str] | Item], also: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Item]]:
+    """List the images of all inputs one by one, for lists too long for a list of objects.
+
+    Args:
+        inputs: As in :func:`find_items`.
+        also: Lower-case suffixes of files in folders that count as images beside the usual ones.
+
+    Yields:
+        The part of the item's path that only says where its input lies (a folder with a slash at
+        its end; empty for lines of a list), and the item.
+
+    Raises:
+        InputError: If an input does not exist or a glob matches nothing.
+    """
+    for given in inputs:
+        if isinstance(given, Item):
+            yield "", given
+            continue
+        for path in expand(os.fspath(given)):
+            yield from _one_input(path, also)
+
+
+def expand(path: str) -> list[str]:
+    """The paths that a glob matches, sorted; any other path as it is.
+
+    Raises:
+        InputError: If the glob matches nothing.
+    """
     if os.path.lexists(path) or not glob.has_magic(path):
-        yield from _one_input(path)
-        return
+        return [path]
     matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
     if not matches:
         raise InputError(f"no file matches the pattern '{path}'")
-    for match in matches:
-        yield from _one_input(match)
+    return matches
 
 
-def _one_input(path: str) -> Iterator[Item]:
+def _one_input(path: str, also: tuple[str, ...]) -> Iterator[tuple[str, Item]]:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -70,41 +93,61 @@ def _one_input(path: str) -> Iterator[Item]:
     except OSError as error:
         raise InputError(f"input '{path}' cannot be read: {error.strerror}") from error
     if stat.S_ISDIR(mode):
-        yield from _list_folder(path)
-    elif path.lower().endswith((*SHARD_SUFFIXES, ".txt")):
+        root = os.path.join(path, "")
+        yield from ((root, item) for item in _list_folder(path, also))
+        return
+    root = path[: path.rfind("/") + 1]
+    if path.lower().endswith((*SHARD_SUFFIXES, ".txt")):
         if not stat.S_ISREG(mode):  # a pipe would be waited for, and a device has no end
             raise InputError(f"'{path}' is no regular file, as a tar shard or a list must be")
-        yield from list_shard(path) if path.lower().endswith(SHARD_SUFFIXES) else _read_list(path)
+        if path.lower().endswith(SHARD_SUFFIXES):
+            yield from ((root, item) for item in list_shard(path))
+        else:
+            yield from (("", item) for item in _read_list(path))
     else:
-        yield Item(path)
+        yield root, Item(path)
 
 
-def _list_folder(root: str) -> list[Item]:
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    path: str
+    label: str | None
+    above: frozenset[tuple[int, int]]  # device and inode of the folders that lead to it
+
+
+def _list_folder(root: str, also: tuple[str, ...]) -> Iterator[Item]:
     """Everything below a folder; links to folders are followed unless they lead back up."""
-    items: list[Item] = []
-    pending: list[tuple[str, str | None, frozenset[tuple[int, int]]]] = [(root, None, frozenset())]
+    pending: list[_Folder | Item] = [_Folder(root, None, frozenset())]
     while pending:
-        folder, label, above = pending.pop()
-        try:
-            status = os.stat(folder)
-            with os.scandir(folder) as listing:
-                entries = [entry for entry in listing if not entry.name.startswith(".")]
-        except OSError as error:
-            items.append(Item(folder, problem=f"folder cannot be listed: {error.strerror}"))
+        found = pending.pop()
+        if isinstance(found, Item):
+            yield found
             continue
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            items.append(Item(folder, skipped="a link back to a folder that holds it"))
-            continue
-        for entry in entries:
-            if _is_folder(entry):
-                pending.append((entry.path, entry.name, above | {identity}))
-            elif is_image_name(entry.name):
-                items.append(Item(entry.path, label))
-            else:
-                items.append(Item(entry.path, label, skipped=_why_skipped(entry.name)))
-    items.sort(key=lambda item: os.fsencode(item.path))
-    return items
+        # A folder sorts as its name with a slash: then the whole list is in the order of its paths.
+        entries = _entries(found, also)
+        entries.sort(key=lambda e: os.fsencode(e.path + "/" * isinstance(e, _Folder)), reverse=True)
+        pending += entries
+
+
+def _entries(folder: _Folder, also: tuple[str, ...]) -> list[_Folder | Item]:
+    try:
+        status = os.stat(folder.path)
+        with os.scandir(folder.path) as listing:
+            entries = [entry for entry in listing if not entry.name.startswith(".")]
+    except OSError as error:
+        return [Item(folder.path, problem=f"folder cannot be listed: {error.strerror}")]
+    identity = (status.st_dev, status.st_ino)
+    if identity in folder.above:
+        return [Item(folder.path, skipped="a link back to a folder that holds it")]
+    found: list[_Folder | Item] = []
+    for entry in entries:
+        if _is_folder(entry):
+            found.append(_Folder(entry.path, entry.name, folder.above | {identity}))
+        elif is_image_name(entry.name) or entry.name.lower().endswith(also):
+            found.append(Item(entry.path, folder.label))
+        else:
+            found.append(Item(entry.path, folder.label, skipped=_why_skipped(entry.name)))
+    return found
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -123,12 +166,13 @@ def _why_skipped(name: str) -> str:
 def _read_list(path: str) -> Iterator[Item]:
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            for number, line in enumerate(file):
+                if number == 0:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield Item(os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r")))
     except OSError as error:
         raise InputError(f"list '{path}' cannot be read: {error.strerror}") from error
-    for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
-        if line.strip():
-            yield Item(os.fsdecode(line.removesuffix(b"\r")))
 
 
 def _nearest(path: str) -> str:
@@ -146,12 +190,14 @@ def _nearest(path: str) -> str:
     return f" (the folder '{parent or '.'}' has nothing like '{name}')"
 
 
-def _no_images(inputs: Sequence[str | os.PathLike[str] | Item], items: list[Item]) -> str:
+def no_images(
+    inputs: Iterable[str | os.PathLike[str] | Item], skipped: int, example: Item | None
+) -> str:
+    """Why there is nothing to read: how many other files were seen, and one of them."""
     named = ", ".join(f"'{os.fspath(i)}'" for i in inputs if not isinstance(i, Item)) or "the list"
-    if not items:
+    if example is None:
         return f"no images found in {named}: nothing there except hidden files"
-    example = items[0]
     return (
-        f"no images found in {named}: {len(items)} other files were seen, for example "
+        f"no images found in {named}: {skipped} other files were seen, for example "
         f"'{example.path}': {example.skipped}"
     )

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -108,6 +108,7 @@ def create_ijepa(
     predictor_depth: int | None = None,
     checkpoint: str | Path | None = None,
     regularizer: nn.Module | None = None,
+    loss: Literal["smooth_l1", "l2"] = "smooth_l1",
     **encoder_kwargs: Any,
 ) -> IJepa:
     """Create all three networks, to predict hidden regions or to go on pretraining.
@@ -120,6 +121,7 @@ def create_ijepa(
         predictor_depth: Blocks of the predictor; default: that of the weights or the recipe.
         checkpoint: Your own weights, holding all three networks.
         regularizer: See :class:`~ijepa_zoo.models.jepa.IJepa`.
+        loss: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         **encoder_kwargs: timm's arguments of the encoder.
 
     Raises:
@@ -139,7 +141,7 @@ def create_ijepa(
         size = {**PREDICTORS[model], **own}
         device = next(encoder.parameters()).device
         predictor = _predictor(encoder, predictor_embed_dim, predictor_depth, size, device)
-        return IJepa(encoder, predictor, regularizer=regularizer)
+        return IJepa(encoder, predictor, regularizer=regularizer, loss=loss)
     networks = load.resolve(
         model,
         checkpoint=checkpoint,
@@ -166,7 +168,7 @@ def create_ijepa(
     )
     device = next(made["encoder"].parameters()).device
     load.assign(predictor, state, networks.origin, device)
-    return IJepa(made["encoder"], predictor, made["target_encoder"], regularizer)
+    return IJepa(made["encoder"], predictor, made["target_encoder"], regularizer, loss)
 
 
 def _predictor(

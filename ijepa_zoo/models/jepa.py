@@ -1,7 +1,7 @@
 """The I-JEPA objective: context encoder, predictor and target encoder as one module."""
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ class IJepa(nn.Module):
             stays in evaluation mode.
         regularizer: Called with the context tokens ``[B, K, D]``; its scalar is added to the loss.
             The published loss has none.
+        loss: ``smooth_l1`` (beta 1, mean) is the published code's; ``l2``, the squared distance
+            averaged over features, is the paper's text.
     """
 
     def __init__(
@@ -29,8 +31,12 @@ class IJepa(nn.Module):
         predictor: Predictor,
         target_encoder: IJepaEncoder | None = None,
         regularizer: nn.Module | None = None,
+        loss: Literal["smooth_l1", "l2"] = "smooth_l1",
     ) -> None:
         super().__init__()
+        if loss not in ("smooth_l1", "l2"):
+            raise ValueError(f"loss must be 'smooth_l1' or 'l2', got {loss!r}")
+        self.loss = loss
         self.encoder = encoder
         self.predictor = predictor
         self.target_encoder = target_encoder or copy.deepcopy(encoder)
@@ -77,7 +83,7 @@ class IJepa(nn.Module):
         return prediction
 
     def forward(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
-        """Loss: smooth L1 (beta 1, mean) between predictions and target tokens.
+        """Loss between predictions and target tokens, and the regularizer's term.
 
         Args:
             images: ``[B, C, H, W]``, normalised.
@@ -89,7 +95,8 @@ class IJepa(nn.Module):
         """
         truth = self.target_tokens(images, targets)
         tokens = self.encoder.encode(images, context)
-        loss = F.smooth_l1_loss(self.predictor(tokens, context, targets), truth)
+        distance = F.smooth_l1_loss if self.loss == "smooth_l1" else F.mse_loss
+        loss = distance(self.predictor(tokens, context, targets), truth)
         if self.regularizer is not None:
             loss = loss + self.regularizer(tokens)
         return loss

@@ -1,6 +1,27 @@
 """Self-supervised pretraining."""
 
 from .config import PretrainConfig
-from .trainer import Trainer, pretrain
+from .dry_run import dry_run
+from .export import export_run
+from .folder import RunError
+from .plot import plot_run
+from .rendezvous import ProcessError
+from .run import Interrupted, pretrain
+from .settings import load_config, override, recipe_table
+from .trainer import NonFiniteLossError, Trainer
 
-__all__ = ["PretrainConfig", "Trainer", "pretrain"]
+__all__ = [
+    "Interrupted",
+    "NonFiniteLossError",
+    "PretrainConfig",
+    "ProcessError",
+    "RunError",
+    "Trainer",
+    "dry_run",
+    "export_run",
+    "load_config",
+    "override",
+    "plot_run",
+    "pretrain",
+    "recipe_table",
+]

@@ -1,136 +1,306 @@
-"""Which images a step sees and how they are cropped, as functions of (seed, step)."""
+"""The batches of a run: images, crops and masks of a step as functions of (seed, step)."""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.data import DataLoader, Dataset
 
+from ..data.image_sets import ImageSet
+from ..data.images import ImageError
+from ..data.pixels import Pixels
+from ..data.sources import InputError
+from ..masks import MultiBlockMasks
 from ..seeds import Stream, numpy_generator
+from .config import PretrainConfig
+from .crops import DRAWS, centre_box, crop_box, cut, size_of
 
-_ATTEMPTS = 10  # draws before the fallback, as in torchvision's RandomResizedCrop
+_REPLACEMENTS = 20  # images tried in the place of a broken one
 
-
-def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> npt.NDArray[np.int64]:
-    """Indices `[B]` of the images of a step: every epoch is one permutation of all `n` images.
-
-    A batch that reaches past the end of an epoch goes on with the next permutation.
-
-    Args:
-        n: Images in the data set.
-        batch_size: Images per step, B.
-        seed: The run's seed.
-        step: Updates done.
-    """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, places = np.divmod(positions, n)
-    return np.concatenate(
-        [_permutation(n, seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
-    )
+_Indices = npt.NDArray[np.int64]
 
 
-@lru_cache(maxsize=2)
-def _permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    return numpy_generator(seed, Stream.DATA_ORDER, epoch).permutation(n)
-
-
-def crop_boxes(
-    batch_size: int,
-    image_size: tuple[int, int],
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    seed: int,
-    step: int,
-) -> npt.NDArray[np.int64]:
-    """Boxes `[B, 4]` (top, left, height, width) with the law of torchvision's RandomResizedCrop.
-
-    Args:
-        batch_size: Images, B.
-        image_size: Height and width of the images in pixels.
-        scale: Area of the box as a fraction of the image, (min, max), uniform.
-        ratio: Width / height of the box, (min, max), log-uniform.
-        seed: The run's seed.
-        step: Updates done.
-
-    Raises:
-        ValueError: `scale` or `ratio` is out of range.
-    """
-    if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(
-            f"crop scale {scale} must be 0 < min <= max <= 1 and ratio {ratio} 0 < min <= max"
-        )
-    image_h, image_w = image_size
-    rng = numpy_generator(seed, Stream.CROPS, step)
-    draws = (batch_size, _ATTEMPTS)
-    area = image_h * image_w * rng.uniform(scale[0], scale[1], size=draws)
-    aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), size=draws))
-    widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-    heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (widths > 0) & (widths <= image_w) & (heights > 0) & (heights <= image_h)
-    first = fits.argmax(axis=1)[:, None]
-    found = fits.any(axis=1)
-    fallback_h, fallback_w = _largest_box(image_size, ratio)
-    height = np.where(found, np.take_along_axis(heights, first, axis=1)[:, 0], fallback_h)
-    width = np.where(found, np.take_along_axis(widths, first, axis=1)[:, 0], fallback_w)
-    top = np.where(found, rng.integers(image_h - height + 1), (image_h - height) // 2)
-    left = np.where(found, rng.integers(image_w - width + 1), (image_w - width) // 2)
-    return np.stack([top, left, height, width], axis=1)
-
-
-def _largest_box(image_size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int]:
-    image_h, image_w = image_size
-    if image_w / image_h < ratio[0]:
-        return round(image_w / ratio[0]), image_w
-    if image_w / image_h > ratio[1]:
-        return image_h, round(image_h * ratio[1])
-    return image_h, image_w
-
-
-def crop_and_resize(
-    images: torch.Tensor, boxes: npt.NDArray[np.int64], size: tuple[int, int]
-) -> torch.Tensor:
-    """Cut a box from every image and resize it (bilinear, antialiased), a whole batch at once.
-
-    Resizing is separable and linear, so it is two batched matrix products; the result equals
-    `torchvision.transforms.v2.functional.resized_crop` on float images.
-
-    Args:
-        images: `[B, H, W, C]`, uint8 or float.
-        boxes: `[B, 4]`: top, left, height, width in pixels.
-        size: Height and width of the result.
+def split(n: int, held_out: int, seed: int) -> tuple[_Indices, _Indices]:
+    """Share `n` images out at random between training and monitors.
 
     Returns:
-        Float32 `[B, C, height, width]`, in the units of the input.
+        Sorted indices of the training images and of the `held_out` others.
+
+    Raises:
+        ValueError: None would be left to train on.
     """
-    batch, height, width, channels = images.shape
-    box = torch.from_numpy(boxes).to(images.device, torch.float32)
-    rows = _resize_matrix(box[:, 0], box[:, 2], height, size[0])
-    columns = _resize_matrix(box[:, 1], box[:, 3], width, size[1])
-    lines = torch.bmm(rows, images.float().reshape(batch, height, width * channels))
-    lines = lines.reshape(batch, size[0], width, channels).movedim(3, 1)
-    return torch.bmm(
-        lines.reshape(batch, channels * size[0], width), columns.transpose(1, 2)
-    ).reshape(batch, channels, *size)
+    if held_out >= n:
+        raise ValueError(
+            f"data.held_out={held_out} leaves none of {n} images to train on: use {n // 20}"
+        )
+    chosen = numpy_generator(seed, Stream.HELD_OUT).choice(n, held_out, replace=False)
+    trained = np.ones(n, np.bool_)
+    trained[chosen] = False
+    return np.flatnonzero(trained), np.sort(chosen).astype(np.int64)
 
 
-def _resize_matrix(
-    start: torch.Tensor, length: torch.Tensor, source: int, target: int
-) -> torch.Tensor:
-    """Weights `[B, target, source]` of the antialiased bilinear filter inside each interval."""
-    scale = (length / target)[:, None, None]
-    centres = (torch.arange(target, device=start.device) + 0.5)[:, None] * scale
-    pixels = torch.arange(source, device=start.device) + 0.5 - start[:, None, None]
-    weights = (1.0 - (pixels - centres).abs() / scale.clamp(min=1.0)).clamp(min=0.0)
-    weights = weights * ((pixels > 0) & (pixels < length[:, None, None]))
-    return weights / weights.sum(dim=2, keepdim=True)
+def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> _Indices:
+    """Indices `[B]` of the images of a step.
+
+    Every epoch of `n // B` steps goes through one permutation and leaves its last `n % B` images
+    out, as the published code does; they are others in every epoch.
+
+    Args:
+        n: Images of the training set.
+        batch_size: Images per step, B; at most n.
+        seed: The run's seed.
+        step: Updates done.
+    """
+    epoch, place = divmod(step, n // batch_size)
+    chosen = _permutation(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+    return chosen.astype(np.int64)
+
+
+@lru_cache(maxsize=1)
+def _permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
+    # Every loader worker keeps one: half the size of the usual integers.
+    return numpy_generator(seed, Stream.DATA_ORDER, epoch).permutation(np.arange(n, dtype="u4"))
+
+
+@dataclass
+class Batch:
+    """One forward pass of one process.
+
+    Attributes:
+        images: uint8 `[b, C, H, W]`, cropped and resized.
+        context: int64 `[b, K]`, patch indices.
+        targets: int64 `[b, M, L]`, patch indices.
+        indices: int64 `[b]`, numbers of the images in their set.
+        broken: Name and reason of every image that could not be decoded and was replaced.
+    """
+
+    images: torch.Tensor
+    context: torch.Tensor
+    targets: torch.Tensor
+    indices: torch.Tensor
+    broken: list[tuple[str, str]]
+
+    def pin_memory(self) -> Batch:
+        """Called by the loader: the same batch in memory that is copied to a GPU at once."""
+        images, context = self.images.pin_memory(), self.context.pin_memory()
+        return replace(self, images=images, context=context, targets=self.targets.pin_memory())
+
+
+class TrainBatches(Dataset[list[Batch]]):
+    """The micro-batches of one process, by step; nothing depends on what was read before.
+
+    Args:
+        images: Images to read.
+        indices: Numbers of those that are trained on.
+        config: Settings.
+        image_size: Height and width that the model takes, in pixels.
+        masks: Sampler of context and targets.
+        rank: Number of this process.
+        world: Processes that share a batch.
+        micro: Images of a micro-batch; divides the process's share and `mask.cut`.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        indices: _Indices,
+        config: PretrainConfig,
+        image_size: tuple[int, int],
+        masks: MultiBlockMasks,
+        rank: int,
+        world: int,
+        micro: int,
+    ) -> None:
+        self.images, self.indices, self.config = images, indices, config
+        self.image_size, self.masks = image_size, masks
+        self.rank, self.world, self.micro = rank, world, micro
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step."""
+        return self.config.optim.batch_size // self.world // self.micro
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        """All micro-batches of a step, in their order."""
+        return [self.micro_batch(step, part) for part in range(self.parts)]
+
+    def micro_batch(self, step: int, part: int) -> Batch:
+        """One of them.
+
+        Raises:
+            InputError: An image cannot be decoded, nor could any of those tried in its place.
+        """
+        seed, whole = self.config.seed, self.config.optim.batch_size
+        first = (self.rank * self.parts + part) * self.micro
+        places = slice(first, first + self.micro)
+        chosen = self.indices[batch_indices(len(self.indices), whole, seed=seed, step=step)[places]]
+        draws = numpy_generator(seed, Stream.CROPS, step).random((whole, DRAWS))[places].tolist()
+        context, targets = self.masks.sample(
+            whole, seed=seed, step=step, part=places, cut=self.config.mask.cut
+        )
+        pixels: list[torch.Tensor] = []
+        broken: list[tuple[str, str]] = []
+        for number, index in enumerate(chosen.tolist()):
+            chosen[number], image = self._read(index, (step, first + number), broken)
+            pixels.append(self._crop(image, draws[number]))
+        return Batch(torch.stack(pixels), context, targets, torch.from_numpy(chosen), broken)
+
+    def _read(
+        self, index: int, place: tuple[int, int], broken: list[tuple[str, str]]
+    ) -> tuple[int, Pixels]:
+        """The image of a place in a batch, or another one where it is broken."""
+        for candidate in self._candidates(index, place):
+            try:
+                return candidate, self.images.read(candidate)
+            except ImageError as error:
+                broken.append((self.images.name(candidate), str(error)))
+        name, reason = broken[-1]
+        raise InputError(
+            f"step {place[0]}: {self.images.name(index)} cannot be decoded, nor can "
+            f"{_REPLACEMENTS} others drawn in its place; the last was {name}: {reason}"
+        )
+
+    def _candidates(self, index: int, place: tuple[int, int]) -> Iterator[int]:
+        yield index
+        rng = numpy_generator(self.config.seed, Stream.REPLACE, *place)
+        yield from self.indices[rng.integers(len(self.indices), size=_REPLACEMENTS)].tolist()
+
+    def _crop(self, image: Pixels, draws: Sequence[float]) -> torch.Tensor:
+        data = self.config.data
+        box = crop_box(draws, size_of(image), scale=data.crop_scale, ratio=data.crop_ratio)
+        pixels = cut(image, box, self.image_size)
+        return pixels.flip(-1) if data.horizontal_flip and draws[-1] < 0.5 else pixels
+
+
+class _MicroBatches(Dataset[Batch | InputError]):
+    """Micro-batch after micro-batch: whole steps of many images would fill the memory."""
+
+    def __init__(self, batches: TrainBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, number: int) -> Batch | InputError:
+        try:
+            return self.batches.micro_batch(*divmod(number, self.batches.parts))
+        except InputError as error:  # raised in the main process, without a worker's traceback
+            return error
+
+
+def loader(
+    batches: TrainBatches, first_step: int, last_step: int, workers: int, pin_memory: bool
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each step from `first_step` to before `last_step`.
+
+    Args:
+        batches: Where they come from.
+        first_step: Updates done.
+        last_step: Updates at the end.
+        workers: Loader processes, which change nothing but the speed; 0 reads in this one.
+        pin_memory: Make copies to a GPU fast.
+
+    Raises:
+        InputError: Too many broken images in a row.
+        RuntimeError: A loader process was killed.
+    """
+    numbers = range(first_step * batches.parts, last_step * batches.parts)
+    workers = min(workers, len(numbers))
+    loaded: DataLoader[Batch | InputError] = DataLoader(
+        _MicroBatches(batches),
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_heed_the_run_alone,
+        # Forked workers share the list of images with this process, others would copy it.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    step: list[Batch] = []
+    for found in _named_deaths(loaded):
+        if isinstance(found, InputError):
+            raise found
+        step.append(found)
+        if len(step) == batches.parts:
+            yield step
+            step = []
+
+
+def _heed_the_run_alone(worker: int) -> None:
+    """A run that is asked to stop ends its step first, and needs its workers for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # where the sender of a signal is known
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_the_end, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_the_end(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _named_deaths(loaded: DataLoader[Batch | InputError]) -> Iterator[Batch | InputError]:
+    try:
+        yield from loaded
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise RuntimeError(
+            f"a loader process died: {str(error).splitlines()[0]} Mostly memory or shared memory "
+            "(/dev/shm) is short: lower machine.workers or machine.micro_batch_size"
+        ) from error
+
+
+def evaluation_images(
+    images: ImageSet, indices: _Indices, image_size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[str, str]]]:
+    """Images for monitors: the short side resized, the middle cut out.
+
+    Args:
+        images: Where they come from.
+        indices: Their numbers.
+        image_size: Height and width of the result in pixels.
+
+    Returns:
+        uint8 `[m, C, H, W]`; class numbers int64 `[m]`, None where the set has none; name and
+        reason of every image that was left out because it is broken.
+
+    Raises:
+        InputError: None of them can be decoded.
+    """
+    aspect = image_size[1] / image_size[0]
+    pixels, kept, broken = [], [], []
+    for index in indices.tolist():
+        try:
+            image = images.read(index)
+        except ImageError as error:
+            broken.append((images.name(index), str(error)))
+            continue
+        pixels.append(cut(image, centre_box(size_of(image), aspect), image_size))
+        kept.append(index)
+    if not pixels:
+        name, reason = broken[0]
+        raise InputError(f"none of {len(indices)} images can be decoded; {name}: {reason}")
+    labels = None if images.labels is None else torch.from_numpy(images.labels[kept])
+    return torch.stack(pixels), labels, broken
 
 
 def normalise(
     images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> torch.Tensor:
-    """Scale images `[B, C, H, W]` with values 0 to 255 to the given mean and std (of 0 to 1)."""
-    shift = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
-    return (images - shift) / (torch.tensor(std, device=images.device).view(-1, 1, 1) * 255)
+    """Images `[B, C, H, W]` of 0 to 255, scaled to `mean` and `std` of 0 to 1 (1 or C values)."""
+    return (images - _levels(mean, images.device)) / _levels(std, images.device)
+
+
+@lru_cache(maxsize=16)
+def _levels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    # Kept on the device: copying them for each batch would wait for it.
+    return torch.tensor(values, device=device).view(-1, 1, 1) * 255

@@ -1,118 +1,301 @@
-"""Training checkpoints: one safetensors file with every tensor, the step and the settings.
+"""Training checkpoints: `torch.distributed.checkpoint`, in the background, with checksums.
 
-A file is written under a temporary name, flushed to the disk and renamed, so a name that ends in
-`.safetensors` is always a whole checkpoint; the previous one stays beside it.
+Tensors are stored by name with their global shape, so any number of processes reads them, sharded
+or not. `checkpoint_folder` has the layout on disk.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
-import os
-import re
-from dataclasses import dataclass
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from ..weights.layouts import CheckpointError
+from . import checkpoint_folder as layout
+from .parallel import Processes, waiting
 
-_NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
-_KEEP = 2
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """State of a run after `step` updates.
-
-    Attributes:
-        step: Updates done.
-        config: The run's settings, JSON values.
-        tensors: `encoder.*`, `predictor.*`, `target_encoder.*` and `optimizer.*`.
-    """
-
-    step: int
-    config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-
-    def network(self, name: str) -> dict[str, torch.Tensor]:
-        """State dict of one network: `encoder`, `predictor` or `target_encoder`."""
-        start = f"{name}."
-        return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+_LONGEST_WRITE = timedelta(hours=2)  # processes wait for the slowest disk; a dead one is noticed
+_EXIT = 300.0  # seconds that the end of the program waits for a save together with others
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint into `folder` and remove all but the newest two.
+class Checkpoints:
+    """The checkpoints of a run. Every process makes one, and calls its methods together.
 
     Args:
-        folder: The run's folder; must exist.
-        checkpoint: What to write.
+        folder: Where they lie; on a disk that all processes see. Made by the first `save`.
+        processes: The processes of the run.
+        keep: How many of the newest stay.
+        keep_every: Those at multiples of so many steps stay too; None for none.
+
+    Raises:
+        ValueError: `keep` or `keep_every` is below 1.
+    """
+
+    def __init__(
+        self, folder: Path, processes: Processes, keep: int = 2, keep_every: int | None = None
+    ) -> None:
+        if keep < 1 or (keep_every is not None and keep_every < 1):
+            raise ValueError(f"keep is {keep} and keep_every {keep_every}: at least 1")
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self._processes = processes
+        self._group: Any = None
+        if processes.world > 1:  # of its own: saving must not mix with training's exchanges
+            import torch.distributed as dist
+
+            from torch.distributed.device_mesh import init_device_mesh
+
+            self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+            self._mesh = init_device_mesh("cpu", (processes.world,))
+        self._thread = Thread()
+        self._pending: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}  # the same memory for every save
+        _accept_single_process()
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], about: dict[str, Any], wait: bool = False
+    ) -> None:
+        """Copy the state to the CPU and write it in the background.
+
+        Waits for the save before, if that is still under way. A failure is raised by the next
+        `save` or `wait`; then everything earlier is intact.
+
+        Args:
+            step: Updates done.
+            tensors: By name; sharded ones (DTensor) on every process, others equal on all.
+            about: JSON values to keep with them.
+            wait: Return when the checkpoint is complete.
+
+        Raises:
+            OSError: This save, with `wait`, or the one before it failed.
+            TypeError: `about` holds other than JSON values.
+        """
+        text = json.dumps(about)
+        self.wait()
+        staged = self._copy(_share(tensors, self._processes))
+        self._start(lambda: self._write(step, staged, text))
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last save is complete.
+
+        Raises:
+            OSError: It failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with waiting("the writing of a checkpoint"):
+                pending.result()
+            atexit.unregister(self._thread.join)
+
+    def _start(self, job: Callable[[], None]) -> None:
+        """Run `job` in the background.
+
+        The end of the program waits for it, but not for ever: another process may be lost.
+        """
+        pending: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                job()
+                pending.set_result(None)
+            except BaseException as error:  # raised by wait()
+                pending.set_exception(error)
+
+        self._pending, self._thread = pending, Thread(target=run, name="checkpoint", daemon=True)
+        self._thread.start()
+        atexit.register(self._thread.join, _EXIT if self._processes.world > 1 else None)
+
+    def complete(self) -> list[int]:
+        """Steps whose checkpoints were written to the end, oldest first."""
+        return layout.steps(self.folder)
+
+    def choose(self, resume_from: int | Literal["latest", "previous"] = "latest") -> int | None:
+        """The step to go on from, after comparing its checkpoint with its checksums.
+
+        A `.partial` folder of a crash during saving is announced and passed over.
+
+        Args:
+            resume_from: `latest`; `previous` for the newest that is not damaged; or a step.
+
+        Returns:
+            A step for `load`, or None if nothing was saved yet.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged or not there; names the file, and what can
+                be used instead.
+        """
+        answer: int | str | None = None
+        if self._processes.rank == 0:
+            try:
+                answer = layout.choose(self.folder, resume_from)
+            except CheckpointError as error:
+                answer = str(error)
+        answer = self._processes.share(answer, "the checksums of the checkpoint")
+        if isinstance(answer, str):
+            raise CheckpointError(answer)
+        return answer
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Read a checkpoint that `choose` named into tensors in place, sharded in any way.
+
+        Args:
+            step: The checkpoint's step.
+            tensors: By name, the same names and global shapes as were saved.
+
+        Returns:
+            The `about` that was saved.
+
+        Raises:
+            CheckpointError: Names or shapes differ; lists them.
+        """
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        folder = layout.path(self.folder, step)
+        reader = FileSystemReader(folder)
+        layout.compare(reader.read_metadata().state_dict_metadata, tensors, folder)
+        with waiting("the reading of the checkpoint"):
+            load(
+                dict(tensors),
+                storage_reader=reader,
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        return dict(layout.read(folder)["about"])
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Copies on the CPU, through pinned memory from a GPU."""
+        from torch.distributed.tensor import DTensor
+
+        copies: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+            if name not in self._copies:
+                empty = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                self._copies[name] = empty
+            copies[name] = self._copies[name].copy_(local, non_blocking=True)
+            if isinstance(tensor, DTensor):
+                where = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+                copies[name] = DTensor.from_local(
+                    copies[name], self._mesh, tensor.placements, **where
+                )
+        if self._processes.device.type == "cuda":
+            torch.cuda.synchronize(self._processes.device)
+        return copies
+
+    def _write(self, step: int, tensors: dict[str, Any], about: str) -> None:
+        """Write, in the background; all processes end with the same error or with none."""
+        partial = layout.path(self.folder, step, layout.PARTIAL)
+        reason = self._agree(lambda: layout.prepare(partial))
+        reason = reason or self._write_tensors(partial, tensors)
+        reason = reason or self._agree(lambda: layout.complete(partial, step, json.loads(about)))
+        if reason is not None:
+            self._agree(lambda: shutil.rmtree(partial, ignore_errors=True))  # make room
+            saved = self.complete()
+            raise OSError(
+                f"cannot write checkpoint {layout.path(self.folder, step)}: {reason}. "
+                + (f"Those of steps {saved} are intact" if saved else "There is none before it")
+            )
+        self._agree(lambda: layout.thin_out(self.folder, step, self.keep, self.keep_every))
+
+    def _write_tensors(self, path: Path, tensors: dict[str, Any]) -> str | None:
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        try:
+            save(
+                tensors,
+                storage_writer=FileSystemWriter(path),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except CheckpointException as error:
+            causes = [failure[0] for failure in error.failures.values()]
+            return "; ".join(dict.fromkeys(layout.reason(cause, self.folder) for cause in causes))
+        return None
+
+    def _agree(self, action: Callable[[], None]) -> str | None:
+        """Let process 0 act; why it failed, on every process."""
+        box: list[str | None] = [None]
+        try:
+            if self._processes.rank == 0:
+                box = ["process 0 failed"]  # stays only if an error passes through here
+                action()
+                box = [None]
+        except OSError as error:
+            box = [layout.reason(error, self.folder)]
+        finally:
+            if self._group is not None:
+                import torch.distributed as dist
+
+                dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+
+def read_checkpoint(
+    folder: Path, only: tuple[str, ...] = ("",)
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read whole tensors in one process, without a process group, after checking the checksums.
+
+    Args:
+        folder: A run's `checkpoints` folder, for the newest, or a checkpoint's own.
+        only: Beginnings of the names to read; all by default.
 
     Returns:
-        The file written.
+        Tensors by name, and the `about` that was saved with them.
 
     Raises:
-        OSError: The file could not be written, e.g. a full disk; older checkpoints stay untouched.
+        CheckpointError: There is no checkpoint, or it is damaged.
     """
-    path = folder / f"checkpoint-{checkpoint.step:09d}.safetensors"
-    temporary = path.with_suffix(".partial")
-    metadata = {"step": str(checkpoint.step), "config": json.dumps(checkpoint.config)}
-    tensors = {k: v.detach().contiguous() for k, v in checkpoint.tensors.items()}
-    try:
-        save_file(tensors, temporary, metadata)
-        _sync(temporary)
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write checkpoint {temporary}: {error}") from error
-    os.replace(temporary, path)
-    _sync(folder)
-    for old in list_checkpoints(folder)[:-_KEEP]:
-        old.unlink()
-    return path
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    folder = layout.newest(folder)
+    about = layout.verify(folder)["about"]
+    reader = FileSystemReader(folder)
+    stored: Any = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(only)
+    }
+    _accept_single_process()
+    load(dict(tensors), storage_reader=reader, no_dist=True)
+    return tensors, dict(about)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint files of a run's folder, oldest step first."""
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+def _accept_single_process() -> None:
+    """Leave out torch's notice that a single process saves and loads by itself.
 
-
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint file, or the newest one of a folder.
-
-    Args:
-        path: A checkpoint file or a run's folder.
-
-    Raises:
-        FileNotFoundError: There is no checkpoint at `path`.
-        CheckpointError: The file is broken. Nothing else is read in its place.
+    For good, since filters must not be changed back and forth while a thread is saving.
     """
-    if path.is_dir():
-        found = list_checkpoints(path)
-        if not found:
-            raise FileNotFoundError(f"{path} holds no checkpoint-*.safetensors")
-        path = found[-1]
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Checkpoint(int(metadata["step"]), json.loads(metadata["config"]), tensors)
-    except (SafetensorError, KeyError, ValueError) as error:
-        others = [str(p) for p in list_checkpoints(path.parent) if p != path]
-        hint = f"delete it to go on from {others[-1]}" if others else "there is no older one"
-        raise CheckpointError(
-            f"checkpoint {path} is broken or not a training checkpoint "
-            f"({type(error).__name__}: {error}); {hint}"
-        ) from error
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
 
 
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk (folders cannot be opened on Windows)."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _share(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """What this process saves: its shards, and its part of the tensors that all have whole."""
+    from torch.distributed.tensor import DTensor
+
+    loads = [0] * processes.world
+    mine: dict[str, Tensor] = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        if isinstance(tensor, DTensor):
+            mine[name] = tensor
+            continue
+        owner = loads.index(min(loads))
+        loads[owner] += tensor.nbytes
+        if owner == processes.rank:
+            mine[name] = tensor
+    return mine

@@ -11,7 +11,8 @@ def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.Adam
 
     The four groups stand in the published order (encoder, predictor; then biases and 1-D
     parameters of both, which have no weight decay), so optimizer states keep their indices.
-    Learning rate and weight decay are set before every update by `set_rates`.
+    Learning rate and weight decay are set before every update by `set_rates`. The state is made
+    here and not by the first update, so a checkpoint has the same names at every step.
 
     Args:
         encoder: Context encoder.
@@ -28,7 +29,15 @@ def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.Adam
         for flag in (True, False)
         for net in (encoder, predictor)
     ]
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+    return optimizer
 
 
 def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:

@@ -1,305 +1,246 @@
-"""The pretraining loop: single process, no hidden state.
+"""One update of a pretraining run, and everything that it needs.
 
-Data order, crops, masks and rates are functions of (seed, step). A checkpoint is therefore tensors
-plus `step`, and a run that was stopped and resumed equals one that was not, bit for bit.
+Data order, crops, masks and rates are functions of (seed, step). A run's state is therefore its
+tensors and `step`, and a run that was stopped and resumed equals one that was not, bit for bit.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
+from ..data.image_sets import ImageSet
 from ..masks import MultiBlockMasks
-from ..models.factory import create_ijepa
 from ..models.jepa import IJepa
-from ..seeds import Stream, fold
-from ..weights.layouts import CheckpointError
-from .batches import batch_indices, crop_and_resize, crop_boxes, normalise
-from .checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from .config import PretrainConfig
-from .monitor import rankme, spread
+from .batches import (
+    Batch,
+    TrainBatches,
+    batch_indices,
+    evaluation_images,
+    loader,
+    normalise,
+    split,
+)
+from .config import PretrainConfig, Schedule, micro_batch_size
+from .monitor import Monitor
 from .optim import make_optimizer, set_rates
-from .regularizers import VarianceCovariance
+from .parallel import Processes, accumulate, parallelise
+from .processes import Arrival
+from .start import build_networks, fill_optimizer, starting_optimizer
 
-_COLUMNS = (
-    "step", "loss", "lr", "weight_decay", "momentum", "context_tokens", "target_tokens",
-    "rankme", "spread", "images_per_second",
-)  # fmt: skip
-Images = npt.NDArray[np.uint8]
+_NETWORKS = ("encoder", "predictor", "target_encoder")
+_MOST_WORKERS = 8  # loader processes of each training process
+_SHOWN = 8  # images named in a message
+_MONITORED = 512  # images of the monitors where none are held out
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss of a step is not finite; the weights are those before the update."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did.
+
+    Attributes:
+        figures: Values of the log: `loss`, rates, numbers of tokens.
+        broken: Images over all processes that could not be decoded and were replaced.
+        stop: Whether a process was asked to stop.
+    """
+
+    figures: dict[str, float]
+    broken: int
+    stop: bool
 
 
 class Trainer:
-    """One run: networks, optimizer and the number of updates done.
+    """Networks, optimizer, data and the number of updates done.
 
     Args:
         config: Settings.
-        images: uint8 `[n, H, W, 3]`, in memory or memory-mapped.
-        device: Where the networks live.
+        images: What to train on.
+        processes: The processes that share the run; one by default.
+        init: Weights to start from, see `build_networks`.
+        resume_optimizer: Take the optimizer's state from `init` too.
 
     Raises:
-        ValueError: `images` or the settings do not fit the model.
+        ValueError: The settings do not fit the images, the model or the processes.
+        CheckpointError: `init` does not fit.
     """
 
-    def __init__(self, config: PretrainConfig, images: Images, device: str = "cpu") -> None:
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not len(images):
-            raise ValueError(
-                f"images are {images.dtype} {images.shape}; they must be uint8 [n, H, W, 3]"
-            )
-        if len(images) < 2:
-            raise ValueError("one image is no data set: RankMe and spread need at least two")
-        try:
-            json.dumps(asdict(config))
-        except TypeError as error:  # a checkpoint could not be written, hours from now
-            raise ValueError(f"settings must be plain numbers, texts and lists: {error}") from error
-        self.config, self.images, self.device = config, images, torch.device(device)
+    def __init__(
+        self,
+        config: PretrainConfig,
+        images: ImageSet,
+        processes: Processes | None = None,
+        *,
+        init: str | Path | None = None,
+        resume_optimizer: bool = False,
+    ) -> None:
+        self.config, self.images = config, images
+        self.processes = processes or Processes.alone(config.machine.device)
         self.step = 0
-        regularizer = None
-        if config.regularizer_weight:
-            regularizer = VarianceCovariance(config.regularizer_weight, config.regularizer_over)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(fold(config.seed, Stream.INIT))
-            self.model: IJepa = create_ijepa(
-                config.model, pretrained=False, regularizer=regularizer, **config.network
-            )
-        self.model.to(self.device).train()
+        self.train_indices, self.held_out = split(len(images), config.data.held_out, config.seed)
+        self.schedule = Schedule.of(config.optim, len(self.train_indices))
+        self.micro_batch_size = micro_batch_size(config, self.processes.world)
+        self.model: IJepa = build_networks(config, init)
         embed = self.model.encoder.patch_embed
         self.image_size: tuple[int, int] = embed.img_size
-        self.masks = MultiBlockMasks(
-            grid_size=embed.grid_size,
-            num_targets=config.num_targets,
-            target_scale=config.target_scale,
-            target_aspect=config.target_aspect,
-            context_scale=config.context_scale,
-            min_keep=config.min_keep,
-            mode=config.mask_mode,
+        self.masks = self._masks(embed.grid_size)
+        self.model.to(self.processes.device).train()
+        self.module = parallelise(
+            self.model, config.machine, self.processes, config.optim.precision
         )
         self.optimizer = make_optimizer(self.model.encoder, self.model.predictor)
-
-    def batch(self) -> torch.Tensor:
-        """Normalised images `[B, 3, H, W]` of the next step."""
-        config = self.config
-        chosen = batch_indices(
-            len(self.images), config.batch_size, seed=config.seed, step=self.step
+        if resume_optimizer:
+            if init is None:
+                raise ValueError("--resume-optimizer needs --init: the file that holds its state")
+            own = {k: v for k, v in self.tensors().items() if k.startswith("optimizer.")}
+            fill_optimizer(starting_optimizer(config, init), own)
+        self.data = TrainBatches(
+            images,
+            self.train_indices,
+            config,
+            self.image_size,
+            self.masks,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            micro=self.micro_batch_size,
         )
-        boxes = crop_boxes(
-            config.batch_size,
-            self.images.shape[1:3],
-            scale=config.crop_scale,
-            ratio=config.crop_ratio,
-            seed=config.seed,
-            step=self.step,
-        )
-        pixels = torch.from_numpy(self.images[chosen]).to(self.device)
-        return normalise(crop_and_resize(pixels, boxes, self.image_size), config.mean, config.std)
 
-    def update(self) -> dict[str, float]:
+    def _masks(self, grid_size: tuple[int, int]) -> MultiBlockMasks:
+        mask = self.config.mask
+        return MultiBlockMasks(
+            grid_size=grid_size,
+            num_targets=mask.num_targets,
+            target_scale=mask.target_scale,
+            target_aspect=mask.target_aspect,
+            context_scale=mask.context_scale,
+            min_keep=mask.min_keep,
+            allow_overlap=mask.allow_overlap,
+            mode=mask.mode,
+        )
+
+    def batches(self) -> Iterable[list[Batch]]:
+        """This process's micro-batches of every step from the next one to the last."""
+        workers = self.config.machine.workers
+        if workers is None:
+            workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // self.processes.local_world)
+        pinned = self.processes.device.type == "cuda"
+        return loader(self.data, self.step, self.schedule.steps, workers, pinned)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The loss of a micro-batch, a scalar on the device."""
+        device = self.processes.device
+        data = self.config.data
+        pixels, context, targets = (
+            part.to(device, non_blocking=True)
+            for part in (batch.images, batch.context, batch.targets)
+        )
+        bf16 = self.config.optim.precision == "bf16"
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss: torch.Tensor = self.module(
+                normalise(pixels, data.mean, data.std), context, targets
+            )
+        return loss
+
+    def update(self, batches: Sequence[Batch], stop: bool = False) -> Update:
         """Do one update.
 
-        Returns:
-            The log values of the step.
+        Args:
+            batches: This process's micro-batches of the step.
+            stop: This process was asked to stop; all processes learn of it.
 
         Raises:
-            FloatingPointError: The loss is not finite. The weights are those before the update.
+            NonFiniteLossError: The loss of some process is not finite. The weights are those before
+                the update, `step` is not advanced.
         """
-        config, rates = self.config, self.config.rates(self.step)
-        context, targets = self.masks.sample(config.batch_size, seed=config.seed, step=self.step)
-        context, targets = context.to(self.device), targets.to(self.device)
-        images = self.batch()
-        bf16 = config.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss = self.model(images, context, targets)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {self.step}; lower lr (now {rates['lr']:.2g}) "
-                "or use precision='fp32'"
-            )
-        set_rates(self.optimizer, lr=rates["lr"], weight_decay=rates["weight_decay"])
+        rates = self.schedule.rates(self.step)
         self.optimizer.zero_grad()
-        loss.backward()
+        losses: list[torch.Tensor] = []
+        for number, batch in enumerate(batches, 1):
+            last = number == len(batches)
+            with accumulate(self.module, last):
+                loss = self.loss(batch)
+                losses.append(loss.detach())
+                if last:  # before the backward pass: the host reads it while the device works
+                    report = self._report(losses, batches, stop)
+                torch.autograd.backward(loss / len(batches))
+        seen = report.read()
+        micro_losses, rest = seen[:, : len(batches)], seen[:, len(batches) :]
+        loss_value = micro_losses.mean().item()
+        if not math.isfinite(loss_value):
+            raise NonFiniteLossError(self._describe(micro_losses, rates["lr"]))
+        set_rates(self.optimizer, lr=rates["lr"], weight_decay=rates["weight_decay"])
         self.optimizer.step()
         self.model.update_target(rates["momentum"])
         self.step += 1
-        tokens = {"context_tokens": context.shape[1], "target_tokens": targets.shape[2]}
-        return {"loss": value, **rates, **tokens}
+        broken, stopped, context = rest.sum(dim=0).tolist()
+        tokens = {
+            "context_tokens": context / self.processes.world,
+            "target_tokens": float(batches[0].targets.shape[2]),
+        }
+        return Update({"loss": loss_value, **rates, **tokens}, int(broken), bool(stopped))
 
-    @torch.no_grad()
-    def monitor(self, count: int = 512) -> dict[str, float]:
-        """RankMe and spread of the target encoder on the first `count` images, not cropped."""
-        features = []
-        for start in range(0, min(count, len(self.images)), 128):
-            pixels = np.array(self.images[start : min(start + 128, count)])  # maps are read-only
-            whole = np.tile([0, 0, *pixels.shape[1:3]], (len(pixels), 1))
-            images = crop_and_resize(torch.from_numpy(pixels), whole, self.image_size)
-            images = normalise(images, self.config.mean, self.config.std).to(self.device)
-            features.append(self.model.target_encoder.encode(images).mean(dim=1))
-        pooled = torch.cat(features)
-        return {"rankme": rankme(pooled), "spread": spread(pooled)}
+    def _report(
+        self, losses: Sequence[torch.Tensor], batches: Sequence[Batch], stop: bool
+    ) -> Arrival:
+        """What every process has seen, on its way to the host: a row of numbers for each."""
+        broken = sum(len(batch.broken) for batch in batches)
+        context = sum(batch.context.shape[1] for batch in batches) / len(batches)
+        rest = torch.tensor([broken, stop, context], device=self.processes.device)
+        mine = torch.cat([torch.stack(list(losses)).float(), rest])
+        return self.processes.to_host(self.processes.gather(mine.unsqueeze(0), "the losses"))
 
-    def checkpoint(self) -> Checkpoint:
-        """The state of the run, sharing memory with it."""
+    def _describe(self, losses: torch.Tensor, lr: float) -> str:
+        """Which processes and images a loss that is not finite comes from."""
+        bad = (~losses.isfinite()).nonzero().tolist()
+        world, parts = losses.shape
+        optim = self.config.optim
+        places = batch_indices(
+            len(self.train_indices), optim.batch_size, seed=self.config.seed, step=self.step
+        )
+        chosen = self.train_indices[places]
+        names = [
+            self.images.name(int(index))
+            for rank, part in bad
+            for index in chosen.reshape(world, parts, -1)[rank, part]
+        ]
+        ranks = ", ".join(sorted({str(rank) for rank, _ in bad}))
+        shown = ", ".join(names[:_SHOWN]) + (
+            f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
+        )
+        return (
+            f"the loss of step {self.step} is {losses[tuple(bad[0])].item()} on rank {ranks} "
+            f"(images {shown}); the weights are those before the update. Lower optim.lr (now "
+            f"{lr:.2g}), use optim.precision=fp32, or --skip-nonfinite N to leave out N such steps"
+        )
+
+    def monitor(self) -> tuple[Monitor, list[tuple[str, str]]]:
+        """Figures of the held-out images; of the first training images where none are held out.
+
+        Returns:
+            The monitor, and name and reason of the images that could not be decoded.
+        """
+        chosen = self.held_out if len(self.held_out) else self.train_indices[:_MONITORED]
+        pixels, labels, broken = evaluation_images(self.images, chosen, self.image_size)
+        data = self.config.data
+        precision = self.config.optim.precision
+        return Monitor(pixels, labels, data.mean, data.std, precision=precision), broken
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state of the run beside `step`, by name, sharing memory with it."""
         tensors = {
             f"{network}.{name}": value
-            for network in ("encoder", "predictor", "target_encoder")
+            for network in _NETWORKS
             for name, value in getattr(self.model, network).state_dict().items()
         }
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        return Checkpoint(self.step, asdict(self.config), tensors)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of the same settings.
-
-        Raises:
-            CheckpointError: The settings differ; names each one.
-        """
-        mine = _jsonable(asdict(self.config))
-        differing = [
-            f"{key}: {checkpoint.config.get(key)!r} there, {mine.get(key)!r} now"
-            for key in mine.keys() | checkpoint.config.keys()
-            if mine.get(key) != checkpoint.config.get(key)
-        ]
-        if differing:
-            raise CheckpointError(
-                "the checkpoint belongs to a run with other settings ("
-                + "; ".join(sorted(differing))
-                + "): use those settings or another folder"
-            )
-        for network in ("encoder", "predictor", "target_encoder"):
-            getattr(self.model, network).load_state_dict(checkpoint.network(network))
-        for name, parameter in self.model.named_parameters():
-            start = f"optimizer.{name}."
-            state = {
-                key.removeprefix(start): value.to(self.device).clone()
-                for key, value in checkpoint.tensors.items()
-                if key.startswith(start)
-            }
-            if state:
-                self.optimizer.state[parameter] = state
-        self.step = checkpoint.step
-
-
-def pretrain(
-    config: PretrainConfig,
-    images: Images,
-    folder: str | Path,
-    *,
-    device: str = "cpu",
-    log_every: int = 10,
-    monitor_every: int = 200,
-    checkpoint_every: int = 200,
-    progress: bool = True,
-) -> IJepa:
-    """Pretrain without labels, or go on with the newest checkpoint of `folder`.
-
-    `folder` receives `checkpoint-<step>.safetensors` (the newest two) and `log.csv`. Ctrl-C and
-    SIGTERM end the run after the current step, with a checkpoint; the same call goes on from there.
-
-    Args:
-        config: Everything that decides the result.
-        images: uint8 `[n, H, W, 3]`.
-        folder: The run's folder; made if it does not exist.
-        device: Where to train.
-        log_every: Steps between rows of the log.
-        monitor_every: Steps between measurements of RankMe and spread.
-        checkpoint_every: Steps between checkpoints; the last step is always saved.
-        progress: Show a progress bar.
-
-    Returns:
-        The trained networks.
-
-    Raises:
-        CheckpointError: The newest checkpoint is broken or has other settings.
-        KeyboardInterrupt: The run was stopped; its message says how to go on.
-    """
-    if min(log_every, monitor_every, checkpoint_every) < 1:
-        raise ValueError("log_every, monitor_every and checkpoint_every must be at least 1")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, images, device)
-    if list_checkpoints(folder):
-        trainer.restore(load_checkpoint(folder))
-    bar = tqdm(total=config.steps, initial=trainer.step, disable=not progress, unit="step")
-    with _stop_signal() as stopped, _log(folder / "log.csv", trainer.step) as log, bar:
-        while trainer.step < config.steps and not stopped:
-            start = time.perf_counter()
-            row: dict[str, float] = {"step": trainer.step, **trainer.update()}
-            row["images_per_second"] = config.batch_size / (time.perf_counter() - start)
-            last = trainer.step == config.steps
-            if trainer.step % monitor_every == 0 or last:
-                row |= trainer.monitor()
-            if (trainer.step % log_every == 0) or "rankme" in row:
-                log.writerow({key: f"{value:.6g}" for key, value in row.items()})
-                bar.set_postfix({"loss": f"{row['loss']:.4f}", "lr": f"{row['lr']:.2g}"})
-            bar.update()
-            if trainer.step % checkpoint_every == 0 or last or stopped:
-                save_checkpoint(folder, trainer.checkpoint())
-    if stopped and trainer.step < config.steps:
-        raise KeyboardInterrupt(
-            f"stopped after step {trainer.step} of {config.steps}, saved in {folder}; "
-            "run the same command again to go on"
-        )
-    return trainer.model
-
-
-@contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of ending in the middle of an update."""
-    received: list[int] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    previous = {
-        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-@contextmanager
-def _log(path: Path, step: int) -> Iterator[csv.DictWriter[str]]:
-    """Open the CSV log to append rows from `step` on; rows after a lost checkpoint are dropped."""
-    rows: list[dict[str, str]] = []
-    if path.exists():
-        try:
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path} is no log of a run ({error}): move it away to go on without its rows"
-            ) from error
-    whole = path.with_suffix(".partial")  # a full disk must not cost the rows that are there
-    with whole.open("w", newline="") as file:
-        log = csv.DictWriter(file, _COLUMNS)
-        log.writeheader()
-        log.writerows(rows)
-    os.replace(whole, path)
-    with path.open("a", newline="", buffering=1) as file:
-        yield csv.DictWriter(file, _COLUMNS)
-
-
-def _jsonable(value: Any) -> Any:
-    """`value` as it looks after a trip through JSON: tuples become lists."""
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    return [_jsonable(item) for item in value] if isinstance(value, list | tuple) else value
+        return tensors

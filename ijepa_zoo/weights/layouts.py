@@ -68,8 +68,7 @@ def recognise(content: Mapping[str, Any], origin: str) -> str:
         origin: The file, for the error message.
 
     Returns:
-        'official' (three networks), 'official_network' (one of them), 'run' (a training checkpoint
-        of this package), 'transformers' or 'timm'.
+        'official' (three networks), 'official_network' (one of them), 'transformers' or 'timm'.
 
     Raises:
         CheckpointError: If it is none of them.
@@ -79,8 +78,6 @@ def recognise(content: Mapping[str, Any], origin: str) -> str:
         return "official"
     if names and all(name.startswith(OFFICIAL_PREFIX) for name in names):
         return "official_network"
-    if names and {name.partition(".")[0] for name in names} == {*OFFICIAL_NETWORKS, "optimizer"}:
-        return "run"
     if {name.removeprefix(TRANSFORMERS_PREFIX) for name in names} >= {
         _TRANSFORMERS["pos_embed"],
         _TRANSFORMERS["patch_embed.proj.weight"],

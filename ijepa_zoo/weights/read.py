@@ -83,8 +83,8 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
 
     Args:
         location: A file (.pth.tar, .pth, .pt, .bin, .safetensors), a folder with config.json
-            (transformers, timm or exported by this package), 'local-dir:FOLDER' or
-            'hf-hub:REPO[@REVISION]'.
+            (transformers, timm or exported by this package), the folder of a pretraining run,
+            'local-dir:FOLDER' or 'hf-hub:REPO[@REVISION]'.
         cache_dir: Cache of the Hub's files.
 
     Raises:
@@ -102,6 +102,7 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
         raise CheckpointError("the checkpoint's path is empty: name a file or folder")
     path = Path(place).expanduser()
     if path.is_dir():
+        path = _export_of_run(path)
         return open_folder(partial(_within, path), str(path))
     if path.is_file():
         return open_file(path)
@@ -113,6 +114,18 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
 
 def _like_a_repository(text: str) -> bool:
     return text.count("/") == 1 and ":" not in text and text[0] not in "./~"
+
+
+def _export_of_run(folder: Path) -> Path:
+    """The export inside the folder of a pretraining run; any other folder as it is."""
+    if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
+        return folder
+    if not (folder / "export" / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} is a pretraining run without an export: write it by `ijepa-zoo export "
+            f"{folder}`"
+        )
+    return folder / "export"
 
 
 def _within(folder: Path, name: str) -> Path:
@@ -145,15 +158,7 @@ def open_file(path: Path) -> Networks:
             layout,
             training=partial(_official_training, content, origin),
         )
-    if layout == "run":
-        states = {network: partial(_part, content, network) for network in catalog.NETWORKS}
-        return Networks(origin, states, layout)
     return Networks(origin, {label: partial(layouts.to_timm, content, layout, origin)}, layout)
-
-
-def _part(content: Mapping[str, torch.Tensor], network: str) -> State:
-    start = f"{network}."
-    return {k.removeprefix(start): v for k, v in content.items() if k.startswith(start)}
 
 
 def _official_training(content: Mapping[str, Any], origin: str) -> Training:

@@ -1,77 +1,404 @@
+"""Which images a step sees, how they are cropped and what masks they have."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2 import functional as tv
+from PIL import Image
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as published
 
-from ijepa_zoo.train.batches import batch_indices, crop_and_resize, crop_boxes, normalise
+from ijepa_zoo.data.image_sets import ImageSet, open_images
+from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.masks import MultiBlockMasks
+from ijepa_zoo.train.batches import (
+    Batch,
+    TrainBatches,
+    batch_indices,
+    crop_box,
+    evaluation_images,
+    loader,
+    normalise,
+    split,
+)
+from ijepa_zoo.train.config import DataConfig, MaskConfig, OptimConfig, PretrainConfig
+from ijepa_zoo.train.crops import DRAWS, cut
 
-WIDE = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3), "seed": 0}
+MASKS = MultiBlockMasks(grid_size=(6, 6), min_keep=2)
+CONFIG = PretrainConfig(
+    seed=3, mask=MaskConfig(cut=4, min_keep=2), optim=OptimConfig(batch_size=16)
+)
+ARRAY = np.random.default_rng(0).integers(0, 256, (90, 20, 26, 3), dtype=np.uint8)
 
 
-def test_every_epoch_is_a_permutation():
-    seen = np.concatenate([batch_indices(10, 4, seed=1, step=s) for s in range(10)])
-    epochs = seen.reshape(4, 10)
-    assert (np.sort(epochs, axis=1) == np.arange(10)).all()
-    assert len({tuple(e) for e in epochs}) == 4
-    assert batch_indices(10, 4, seed=2, step=0).tolist() != seen[:4].tolist()
+def batches(
+    images: ImageSet | None = None,
+    config: PretrainConfig = CONFIG,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    micro: int = 4,
+) -> TrainBatches:
+    images = images or open_images(ARRAY)
+    indices, _ = split(len(images), 8, config.seed)
+    return TrainBatches(images, indices, config, (12, 12), MASKS, rank, world, micro)
 
 
-def test_batch_larger_than_the_data():
-    counts = np.bincount(batch_indices(3, 7, seed=0, step=1), minlength=3)
-    assert counts.sum() == 7
-    assert counts.max() <= 4
+def joined(parts: list[Batch]) -> dict[str, torch.Tensor]:
+    """Micro-batches put together; contexts stay apart where they are of several lengths."""
+    names = ("images", "targets", "indices")
+    whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return whole | {"context": [row for part in parts for row in part.context.tolist()]}
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
-def test_boxes_follow_torchvision(size):
-    """Means of every box coordinate agree with torchvision's own draws within their error."""
-    ours = np.concatenate([crop_boxes(500, size, step=s, **WIDE) for s in range(8)])
-    torch.manual_seed(0)
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    first, second = joined(one), joined(other)
+    assert first.pop("context") == second.pop("context")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_split_holds_out_a_random_part() -> None:
+    trained, held_out = split(1000, 100, seed=5)
+    assert sorted([*trained, *held_out]) == list(range(1000))
+    assert trained.dtype == held_out.dtype == np.int64
+    assert (np.diff(trained) > 0).all()
+    assert (np.diff(held_out) > 0).all()
+    assert 350 < held_out.mean() < 650
+    assert np.array_equal(held_out, split(1000, 100, seed=5)[1])
+    assert not np.array_equal(held_out, split(1000, 100, seed=6)[1])
+    assert split(10, 0, seed=0)[0].tolist() == list(range(10))
+    with pytest.raises(ValueError, match=r"data\.held_out=40 leaves none of 40 images.*use 2"):
+        split(40, 40, seed=0)
+
+
+def test_every_epoch_is_a_permutation_without_its_rest() -> None:
+    steps = [batch_indices(11, 3, seed=1, step=s) for s in range(3 * 40)]
+    epochs = np.concatenate(steps).reshape(40, 9)
+    assert all(len(set(epoch)) == 9 for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 40
+    left_out = {frozenset(range(11)) - set(epoch) for epoch in epochs.tolist()}
+    assert len(left_out) > 20
+    counts = np.bincount(epochs.ravel(), minlength=11)
+    assert (np.abs(counts - 40 * 9 / 11) < 5 * np.sqrt(40 * 2 / 11)).all()
+    assert batch_indices(11, 3, seed=2, step=0).tolist() != steps[0].tolist()
+    assert batch_indices(11, 3, seed=1, step=77).tolist() == steps[77].tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "ratio"),
+    [
+        ((64, 64), (0.3, 1.0), (3 / 4, 4 / 3)),
+        ((48, 200), (0.3, 1.0), (3 / 4, 4 / 3)),  # many fallbacks
+        ((375, 500), (0.08, 0.5), (0.5, 1.0)),
+    ],
+)
+def test_boxes_follow_torchvision(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> None:
+    """Moments of all coordinates agree with torchvision's own draws within their error."""
+    draws = np.random.default_rng(0).random((4000, DRAWS)).tolist()
+    ours = np.array([crop_box(row, size, scale=scale, ratio=ratio) for row in draws], float)
     image = torch.zeros(3, *size)
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, WIDE["scale"], WIDE["ratio"]) for _ in range(4000)]
-    )
-    for values in (lambda b: b, lambda b: b**2, lambda b: b[:, 2:] * b[:, 3:2:-1]):
-        a, b = values(ours.astype(float)), values(theirs.astype(float))
+    theirs = [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(4000)]
+    for moment in (
+        lambda b: b,
+        lambda b: b**2,
+        lambda b: b[:, 2:] * b[:, 3:],
+        lambda b: b[:, :2] * b[:, 2:],
+        lambda b: b[:, :1] * b[:, 1:2],
+    ):
+        a, b = moment(ours), moment(np.array(theirs, float))
         error = np.sqrt(a.var(axis=0) / len(a) + b.var(axis=0) / len(b))
-        assert (np.abs(a.mean(axis=0) - b.mean(axis=0)) < 5 * error).all()
+        assert (np.abs(a.mean(axis=0) - b.mean(axis=0)) <= 5 * error).all()
     assert (ours[:, :2] >= 0).all()
-    assert (ours[:, 0] + ours[:, 2] <= size[0]).all()
-    assert (ours[:, 1] + ours[:, 3] <= size[1]).all()
+    assert (ours[:, :2] + ours[:, 2:] <= size).all()
+    assert ((ours[:, :2] + ours[:, 2:]).max(axis=0) >= 0.97 * np.array(size)).all()
 
 
-def test_boxes_are_a_function_of_the_step():
-    first = crop_boxes(6, (64, 64), step=3, **WIDE)
-    assert np.array_equal(first, crop_boxes(6, (64, 64), step=3, **WIDE))
-    assert not np.array_equal(first, crop_boxes(6, (64, 64), step=4, **WIDE))
+@pytest.mark.parametrize("size", [(20, 200), (200, 20), (21, 20), (1, 90)])
+def test_fallback_is_that_of_torchvision(size: tuple[int, int]) -> None:
+    """Boxes that are larger than any image never fit."""
+    ratio = (3 / 4, 4 / 3)
+    theirs = RandomResizedCrop.get_params(torch.zeros(3, *size), [9.0, 9.0], list(ratio))
+    assert crop_box([0.5] * DRAWS, size, scale=(9.0, 9.0), ratio=ratio) == theirs
 
 
-def test_fallback_is_the_largest_centred_box():
-    box = crop_boxes(2, (20, 200), scale=(0.99, 1.0), ratio=(1.0, 1.0), seed=0, step=0)
-    assert box.tolist() == [[0, 90, 20, 20]] * 2
+@pytest.mark.parametrize("box", [(0, 0, 50, 70), (3, 7, 20, 31), (49, 69, 1, 1), (5, 5, 9, 60)])
+@pytest.mark.parametrize("size", [(32, 32), (64, 48), (50, 70)])
+def test_crop_is_the_published_one(box: tuple[int, ...], size: tuple[int, int]) -> None:
+    """That of torchvision's first transforms on Pillow images, to the last bit."""
+    pixels = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels[..., 0])):
+        expected = published.resized_crop(image, *box, list(size), InterpolationMode.BILINEAR)
+        assert torch.equal(cut(image, box, size), published.pil_to_tensor(expected))
 
 
-@pytest.mark.parametrize("out", [(32, 32), (64, 48), (16, 96)])
-def test_crop_equals_torchvision(out):
-    images = torch.randint(0, 256, (5, 50, 70, 3), generator=torch.Generator().manual_seed(0))
-    boxes = np.array(
-        [[0, 0, 50, 70], [3, 7, 20, 31], [10, 40, 40, 30], [49, 69, 1, 1], [5, 5, 9, 60]]
+def test_crop_of_many_channels_is_that_of_each() -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (40, 50, 7), dtype=np.uint8)
+    found = cut(torch.from_numpy(pixels).movedim(2, 0), (4, 3, 30, 41), (16, 24))
+    assert found.dtype == torch.uint8
+    for channel in range(7):
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
+        single = cut(image, (4, 3, 30, 41), (16, 24))[0]
+        assert (found[channel].int() - single.int()).abs().max() <= 1  # rounding
+
+
+def test_a_batch_is_its_images_cropped() -> None:
+    """Worked out once more from the index of every image and the draws of its place."""
+    data = batches()
+    (first, *_), step = data[5], 5
+    whole = batch_indices(82, 16, seed=3, step=step)
+    assert first.indices.tolist() == data.indices[whole[:4]].tolist()
+    assert set(data.indices) == set(split(90, 8, 3)[0])
+    sizes = set()
+    for picture, index in zip(first.images, first.indices.tolist()):
+        image, found = Image.fromarray(ARRAY[index]), []
+        for height in range(1, 21):
+            for width in range(1, 27):
+                if height * width / 520 > 0.28 and 0.7 < width / height < 1.4:
+                    found += [
+                        (top, left, height, width)
+                        for top in range(21 - height)
+                        for left in range(27 - width)
+                        if torch.equal(cut(image, (top, left, height, width), (12, 12)), picture)
+                    ]
+        assert len(found) == 1
+        sizes.add(found[0])
+    assert len(sizes) == 4
+
+
+def test_masks_are_those_of_the_batch() -> None:
+    context, targets = MASKS.sample(16, seed=3, step=2, part=slice(4, 8), cut=4)
+    part = batches()[2][1]
+    assert torch.equal(part.context, context)
+    assert torch.equal(part.targets, targets)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_processes_and_micro_batches_share_one_batch(world: int, micro: int) -> None:
+    whole = batches(micro=4)[7]
+    shared = [
+        batch for rank in range(world) for batch in batches(rank=rank, world=world, micro=micro)[7]
+    ]
+    assert len(shared) == 16 // micro
+    assert_same(whole, shared)
+
+
+def test_steps_seeds_and_positions_differ() -> None:
+    one, other = joined(batches()[0]), joined(batches()[1])
+    assert one["indices"].tolist() != other["indices"].tolist()
+    seeded = joined(batches(config=replace(CONFIG, seed=4))[0])
+    assert one["indices"].tolist() != seeded["indices"].tolist()
+    same = batches(open_images(np.repeat(ARRAY[:1], 90, axis=0)))[0]
+    pictures = {bytes(picture.numpy()) for picture in joined(same)["images"]}
+    assert len(pictures) == 16
+
+
+def test_flip_turns_half_of_the_images_and_nothing_else() -> None:
+    flipping = replace(CONFIG, data=replace(CONFIG.data, horizontal_flip=True))
+    turned = 0
+    for step in range(20):
+        plain, flipped = joined(batches()[step]), joined(batches(config=flipping)[step])
+        assert plain["indices"].tolist() == flipped["indices"].tolist()
+        for a, b in zip(plain["images"], flipped["images"]):
+            assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
+            turned += not torch.equal(a, b)
+    assert abs(turned - 160) < 5 * np.sqrt(320 / 4)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_loader_is_exact_from_any_step(workers: int) -> None:
+    data = batches()
+    for first, last in ((0, 6), (4, 9)):
+        found = list(loader(data, first, last, workers, pin_memory=False))
+        assert len(found) == last - first
+        for step, parts in enumerate(found, first):
+            assert [len(part.images) for part in parts] == [4] * 4
+            assert_same(parts, data[step])
+    assert list(loader(data, 9, 9, workers, pin_memory=False)) == []
+
+
+def test_shards_files_and_arrays_give_the_same_batches(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for number, pixels in enumerate(ARRAY):
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            info = tarfile.TarInfo(f"{number:03}.png")
+            info.size = len(file.getvalue())
+            tar.addfile(info, io.BytesIO(file.getvalue()))
+            (tmp_path / "files").mkdir(exist_ok=True)
+            (tmp_path / "files" / info.name).write_bytes(file.getvalue())
+    for source in (tmp_path / "all.tar", tmp_path / "files"):
+        for step, parts in enumerate(loader(batches(open_images(source)), 0, 3, 2, False)):
+            assert_same(parts, batches()[step])
+
+
+class Broken:
+    """A set with images that cannot be decoded."""
+
+    labels = None
+
+    def __init__(self, broken: set[int]) -> None:
+        self.whole, self.broken = open_images(ARRAY), broken
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def read(self, index: int) -> object:
+        if index in self.broken:
+            from ijepa_zoo.data.images import ImageError
+
+            raise ImageError(f"spoilt {index}")
+        return self.whole.read(index)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+def test_broken_images_are_named_and_replaced() -> None:
+    broken = set(range(0, 90, 3))
+    data, intact = batches(Broken(broken)), batches()
+    replaced = 0
+    for step in range(5):
+        for part, wanted in zip(data[step], intact[step]):
+            tried = [int(name.removeprefix("image ")) for name, _ in part.broken]
+            assert all(reason == f"spoilt {n}" for n, (_, reason) in zip(tried, part.broken))
+            assert set(tried) <= broken
+            assert set(wanted.indices.tolist()) & broken <= set(tried)
+            assert not set(part.indices.tolist()) & broken
+            assert set(part.indices.tolist()) <= set(data.indices.tolist())
+            for row, index in enumerate(wanted.indices.tolist()):
+                kept = index not in broken
+                assert kept == (part.indices[row] == index)
+                assert not kept or torch.equal(part.images[row], wanted.images[row])
+                replaced += not kept
+    assert replaced > 10
+    for step, parts in enumerate(loader(data, 0, 5, 2, False)):  # the same in any process
+        assert_same(parts, data[step])
+        assert [p.broken for p in parts] == [p.broken for p in data[step]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_broken_images_end_the_run(workers: int) -> None:
+    data = batches(Broken(set(range(90))))
+    with pytest.raises(
+        InputError, match=r"^step 2: image \d+ cannot be decoded, nor can 20 others.*: spoilt \d+$"
+    ):
+        next(loader(data, 2, 4, workers, False))
+
+
+class Deadly(Broken):
+    def read(self, index: int) -> object:
+        if os.getpid() != self.parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(index)
+
+
+def test_a_killed_worker_is_told() -> None:
+    images = Deadly(set())
+    images.parent = os.getpid()
+    with pytest.raises(RuntimeError, match=r"^a loader process died: .*lower machine\.workers"):
+        list(loader(batches(images), 0, 3, 2, False))
+
+
+class Asked(Broken):
+    """Workers that get the signals by which a run is asked to stop."""
+
+    def read(self, index: int) -> object:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        return super().read(index)
+
+
+def test_workers_leave_signals_to_the_run() -> None:
+    found = list(loader(batches(Asked(set())), 0, 2, 2, False))
+    assert_same(found[1], batches()[1])
+
+
+ABANDONED = """
+from test_batches import batches, loader
+steps = loader(batches(), 0, 100, 2, False)
+next(steps)
+raise SystemExit("gone")  # with workers at work
+"""
+
+
+def test_workers_end_with_the_run() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", ABANDONED], env=environment, capture_output=True, timeout=60
     )
-    ours = crop_and_resize(images.to(torch.uint8), boxes, out)
-    for image, box, result in zip(images, boxes, ours):
-        picture = image.movedim(2, 0).float()
-        expected = tv.resized_crop(picture, *box.tolist(), list(out), antialias=True)
-        assert torch.allclose(result, expected, atol=2e-3)
+    assert (done.returncode, done.stderr.decode().strip()) == (1, "gone")
 
 
-def test_normalise():
-    images = torch.tensor([0.0, 255.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+def test_faults_of_a_data_set_keep_their_kind() -> None:
+    class Faulty(Broken):
+        def read(self, index: int) -> object:
+            raise KeyError("no such column")
+
+    with pytest.raises(KeyError, match="no such column"):
+        list(loader(batches(Faulty(set())), 0, 1, 1, False))
+
+
+def test_loader_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        list(loader(batches(), 0, 1, 1, False))
+
+
+def test_images_for_monitors(tmp_path: Path) -> None:
+    for number, size in enumerate([(30, 20), (20, 50), (8, 8)]):
+        folder = tmp_path / "ab"[number % 2]
+        folder.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / "b" / "9.png").write_bytes(b"junk")
+    images = open_images(tmp_path)  # a/0, a/2, b/1, b/9
+    pixels, labels, broken = evaluation_images(images, np.array([0, 2, 3]), (12, 12))
+    assert pixels.shape == (2, 3, 12, 12)
+    assert labels.tolist() == [0, 1]
+    assert [(Path(name).name, reason.partition(",")[0]) for name, reason in broken] == [
+        ("9.png", "not an image")
+    ]
+    for picture, index, side in ((pixels[0], 0, 20), (pixels[1], 2, 20)):
+        image = published.center_crop(images.read(index), [side, side])
+        expected = published.pil_to_tensor(image.resize((12, 12), Image.Resampling.BILINEAR))
+        assert torch.equal(picture, expected)
+    wide, _, _ = evaluation_images(images, np.array([0]), (10, 5))
+    middle = images.read(0).crop((2, 0, 17, 30))
+    expected = published.pil_to_tensor(middle.resize((5, 10), Image.Resampling.BILINEAR))
+    assert torch.equal(wide[0], expected)
+    with pytest.raises(InputError, match=r"none of 1 images can be decoded; .*9\.png: not an"):
+        evaluation_images(images, np.array([3]), (12, 12))
+    assert evaluation_images(open_images(ARRAY), np.array([1]), (4, 4))[1] is None
+
+
+def test_greyscale_and_many_channels_come_through() -> None:
+    for channels in (1, 2, 5):
+        array = np.random.default_rng(0).integers(0, 256, (40, 16, 16, channels), dtype=np.uint8)
+        config = replace(CONFIG, data=DataConfig(mean=(0.5,), std=(0.2,)))
+        (part, *_) = batches(open_images(array, in_chans=channels), config)[0]
+        assert part.images.shape == (4, channels, 12, 12)
+        normal = normalise(part.images, config.data.mean, config.data.std)
+        assert torch.allclose(normal, (part.images / 255 - 0.5) / 0.2, atol=1e-5)
+
+
+def test_normalise() -> None:
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     out = normalise(images, (0.5, 0.4, 0.2), (0.25, 0.2, 0.1))
+    assert out.dtype == torch.float32
     assert torch.allclose(out[0, :, 0, 0], torch.tensor([-2.0, -2.0, -2.0]))
     assert torch.allclose(out[1, :, 0, 0], torch.tensor([2.0, 3.0, 8.0]))
-
-
-def test_refuses_scales():
-    with pytest.raises(ValueError, match="crop scale"):
-        crop_boxes(1, (8, 8), scale=(0.5, 1.5), ratio=(1, 1), seed=0, step=0)

@@ -8,7 +8,7 @@ import torch
 from closed_formula import recorded_ijepa, recorded_images
 from safetensors.torch import load_file
 
-from ijepa_zoo.train import PretrainConfig
+from ijepa_zoo.train.config import OptimConfig, Schedule
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -36,10 +36,13 @@ def golden_masks(step):
     return torch.tensor([c[:shortest] for c in contexts]), torch.tensor(targets)
 
 
-def config():
-    return PretrainConfig(
-        "vit_nano8_64_ijepa", steps=SIZES["steps"], warmup_steps=SIZES["warmup"] * SIZES["ipe"]
+def schedule():
+    """Epochs and warm-up as the published code counts them, on as many images as give its `ipe`."""
+    epochs, batch = SIZES["steps"] // SIZES["ipe"], SIZES["batch"]
+    optim = OptimConfig(
+        batch_size=batch, duration=f"{epochs} epochs", warmup=f"{SIZES['warmup']} epochs"
     )
+    return Schedule.of(optim, batch * SIZES["ipe"] + batch - 1)
 
 
 def test_masks_of_the_first_step():
@@ -51,12 +54,12 @@ def test_masks_of_the_first_step():
 
 def test_rates():
     for expected in GOLDEN["trajectory"]:
-        for name, value in config().rates(expected["step"]).items():
+        for name, value in schedule().rates(expected["step"]).items():
             assert value == pytest.approx(expected[name], rel=1e-12, abs=1e-15)
 
 
 def test_trajectory():
-    model, rates = recorded_ijepa(SIZES).train(), config().rates
+    model, rates = recorded_ijepa(SIZES).train(), schedule().rates
     optimizer = make_optimizer(model.encoder, model.predictor)
     for expected in GOLDEN["trajectory"]:
         step = expected["step"]

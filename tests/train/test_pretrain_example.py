@@ -3,9 +3,7 @@ import runpy
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 FOLDER = Path(__file__).parents[2] / "examples" / "pretrain_scenes"
 
@@ -18,18 +16,14 @@ def run(monkeypatch, script, *arguments):
 
 
 def test_train_and_probe(tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "train.py", tmp_path / "run", "--scenes", 70, "--steps", 2)
+    short = ("optim.duration=2 steps", "optim.warmup=1 steps", "machine.workers=0")
+    run(monkeypatch, "train.py", tmp_path / "run", "--scenes", 70, "--set", *short)
     assert "done" in capsys.readouterr().out
-    curve = np.asarray(Image.open(tmp_path / "run" / "curve.png").convert("RGB")).astype(int)
-    blue = np.abs(curve - (0x1F, 0x5F, 0xA8)).sum(axis=2) < 30
-    assert blue[:240].any()
-    assert blue[240:].any()
-
     out = tmp_path / "probe.json"
     run(monkeypatch, "probe.py", tmp_path / "run", "--out", out, "--train", 120, "--test", 60,
         "--random-seeds", 1)  # fmt: skip
     result = json.loads(out.read_text())
-    assert [row["name"] for row in result["rows"]] == ["random 0", "step 2"]
+    assert [row["name"] for row in result["rows"]] == ["random 0", "trained"]
     for row in result["rows"]:
         assert len(row) == 5
         assert all(0 < row[key] <= 100 for key in row if key != "name")

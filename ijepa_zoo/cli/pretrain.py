@@ -1,0 +1,186 @@
+"""`ijepa-zoo pretrain`, `ijepa-zoo export` and `ijepa-zoo plot`."""
+
+import argparse
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from .status import DONE, FAILED, INTERRUPTED, STOPPED, USAGE, complain, count
+
+if TYPE_CHECKING:
+    from ..train import PretrainConfig
+
+
+def add_pretrain(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `pretrain`."""
+    add = parser.add_argument
+    add(
+        "words",
+        nargs="*",
+        metavar="RECIPE | KEY=VALUE",
+        help="a recipe's name (see --recipes) and changes to it: optim.lr=5e-4 machine.workers=4",
+    )
+    add("--config", metavar="FILE", help="your own YAML, or one of the published code, as recipe")
+    add("--data", nargs="+", metavar="DATA", help="folders, tar shards, lists, .npy, "
+        "hf-dataset:NAME or MODULE:ATTRIBUTE")  # fmt: skip
+    add("--out", metavar="RUN", help="the run's folder; an unfinished run in it is continued")
+    add("--init", metavar="WEIGHTS", help="NAME.TAG or a checkpoint of all three networks")
+    add("--resume-optimizer", action="store_true", help="with --init: its optimizer state too")
+    add("--resume-from", type=_checkpoint, default="latest", metavar="WHICH",
+        help="latest (default), previous or a step")  # fmt: skip
+    add("--skip-nonfinite", type=count, default=0, metavar="N",
+        help="leave out up to N steps whose loss is not finite (default 0)")  # fmt: skip
+    add("--dry-run", action="store_true", help="two steps with the largest masks, then a report")
+    add("--recipes", action="store_true", help="list the recipes")
+    add("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_pretrain)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `export`."""
+    add = parser.add_argument
+    add("run_folder", metavar="RUN", help="the folder of a pretraining run")
+    add("folder", nargs="?", metavar="DST", help="folder to write (default: RUN/export)")
+    add("--step", type=count, metavar="N", help="which checkpoint (default: the newest)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32")
+    add("--license", metavar="SPDX", help="licence of the weights, for the model card")
+    add("--overwrite", action="store_true", help="replace DST once the new folder is whole")
+    parser.set_defaults(run=_export)
+
+
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `plot`."""
+    add = parser.add_argument
+    add("run_folder", metavar="RUN", help="the folder of a pretraining run")
+    add("--out", metavar="FILE", help="default: RUN/plot.png")
+    parser.set_defaults(run=_plot)
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from ..train import recipe_table
+
+    if args.recipes:
+        for name, what in recipe_table():
+            print(f"{name:20} {what}")
+        return DONE
+    from torch import OutOfMemoryError
+
+    from ..data.images import ImageError
+    from ..train import Interrupted, NonFiniteLossError, ProcessError, RunError
+    from ..weights.layouts import CheckpointError
+    from ..weights.ranged import FetchError
+
+    try:
+        return _run_pretrain(args)
+    except Interrupted as stop:
+        print(f"ijepa-zoo: {stop}", file=sys.stderr)
+        return INTERRUPTED if stop.signal == signal.SIGINT else STOPPED
+    except OutOfMemoryError as error:
+        hint = "use a smaller machine.micro_batch_size, or machine.activation_checkpointing=true"
+        return complain(f"{error}\nTry {hint}", FAILED)
+    except (ImageError, NonFiniteLossError, ProcessError, RunError) as error:
+        return complain(error, FAILED)
+    except (CheckpointError, FetchError, OSError) as error:
+        return complain(error, FAILED)
+    except (ValueError, ImportError) as error:
+        return complain(error, USAGE)
+
+
+def _run_pretrain(args: argparse.Namespace) -> int:
+    from ..train import dry_run, pretrain
+
+    config = _config(args)
+    data, out = _places(args)
+    if args.dry_run:
+        report = dry_run(config, data, init=args.init)
+        if report is not None:
+            print(report)
+        return DONE
+    folder = pretrain(
+        config,
+        data,
+        out,
+        init=args.init,
+        resume_optimizer=args.resume_optimizer,
+        resume_from=args.resume_from,
+        skip_nonfinite=args.skip_nonfinite,
+        progress=not args.quiet,
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"done: {folder}")
+        print(f"features: ijepa-zoo features IMAGES --model local-dir:{out} --out FILE")
+    return DONE
+
+
+def _config(args: argparse.Namespace) -> "PretrainConfig":
+    from ..train import load_config
+
+    names = [word for word in args.words if "=" not in word]
+    changes = [word for word in args.words if "=" in word]
+    if len(names) + bool(args.config) != 1:
+        given = ", ".join([*names, *([args.config] if args.config else [])]) or "none"
+        raise ValueError(
+            f"name one recipe, or one file with --config (given: {given}); "
+            "`ijepa-zoo pretrain --recipes` lists the recipes"
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    return load_config(args.config or names[0], changes, world)
+
+
+def _places(args: argparse.Namespace) -> tuple[list[str], str]:
+    """Images and run folder; a file of the published code names its own."""
+    from ..train.settings import published_places
+
+    own = published_places(args.config) if args.config else None
+    data = args.data or ([own.data] if own else None)
+    out = args.out or (own.out if own else None)
+    if not data:
+        raise ValueError("name the images: --data FOLDER (or shards, a list, ...)")
+    if not (out or args.dry_run):
+        raise ValueError("name a folder for the run: --out runs/NAME")
+    for option, given, name in (("--data", args.data, data[0]), ("--out", args.out, out or "")):
+        if not given and name.startswith("$"):
+            raise ValueError(f"{args.config} has no folder yet but {name}: give it by {option}")
+    return data, out or ""
+
+
+def _export(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..train import export_run
+    from ..weights.layouts import CheckpointError
+
+    try:
+        folder = export_run(
+            args.run_folder,
+            args.folder,
+            step=args.step,
+            dtype=getattr(torch, args.dtype) if args.dtype else None,
+            license=args.license,
+            overwrite=args.overwrite,
+        )
+    except (CheckpointError, OSError, ValueError) as error:
+        return complain(error, FAILED)
+    print(f'{folder}  for create_model("local-dir:{folder}")')
+    return DONE
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..train import plot_run
+
+    try:
+        print(plot_run(Path(args.run_folder), Path(args.out) if args.out else None))
+    except (ImportError, OSError, ValueError) as error:
+        return complain(error, FAILED)
+    return DONE
+
+
+def _checkpoint(text: str) -> str | int:
+    if text in ("latest", "previous"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither latest, previous nor a step")
+    return int(text)

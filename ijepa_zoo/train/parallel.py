@@ -1,0 +1,170 @@
+"""Spreading the networks over processes and devices.
+
+The networks know nothing of this: `parallelise` works from outside and leaves their parameter
+names as they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..models.jepa import IJepa
+from .config import MachineConfig
+from .processes import Processes, join_processes, waiting
+from .rendezvous import ProcessError
+
+__all__ = [
+    "ProcessError",
+    "Processes",
+    "accumulate",
+    "copy_whole",
+    "join_processes",
+    "parallelise",
+    "waiting",
+]
+
+
+def parallelise(
+    model: IJepa,
+    machine: MachineConfig,
+    processes: Processes,
+    precision: Literal["fp32", "bf16"],
+) -> nn.Module:
+    """Move the networks to the device and spread the work over the processes.
+
+    In this order: activation checkpointing and compilation, both per block, then DDP or FSDP2.
+    Optimizer states must be made afterwards. FSDP2 shards the blocks and the rest of each of the
+    three networks; `encode` may be called on its own, by all processes together. With `bf16` on
+    GPUs it gathers parameters in bfloat16 and reduces gradients in float32; as with DDP the
+    forward pass belongs under autocast, so that residuals stay in float32.
+
+    Args:
+        model: The networks; changed in place. Names and shapes of the parameters stay.
+        machine: How.
+        processes: The processes of the run; with a single one nothing is wrapped or sharded.
+        precision: That of the forward pass.
+
+    Returns:
+        A module with the forward pass of `model`: a DDP wrapper, or `model` itself.
+    """
+    student = [*model.encoder.blocks, *model.predictor.predictor_blocks]
+    if machine.activation_checkpointing:
+        for block in student:
+            block.forward = partial(_recomputed, block.forward)
+    if machine.compile:
+        _compile(student, model.target_encoder.blocks)
+    if processes.world == 1:
+        return model.to(processes.device)
+    if machine.parallel == "fsdp2":
+        _shard(model, processes, precision)
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    with waiting("the first exchange of weights"), warnings.catch_warnings():
+        # torch 2.15 renames broadcast_buffers, torch 2.11 does not know the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            model.to(processes.device),
+            device_ids=[processes.device] if processes.device.type == "cuda" else None,
+            broadcast_buffers=False,  # they are tables of positions
+            gradient_as_bucket_view=True,
+        )
+
+
+@contextmanager
+def accumulate(module: nn.Module, last: bool) -> Iterator[None]:
+    """Forward and backward pass of one micro-batch; gradients are exchanged in the last only.
+
+    Args:
+        module: What `parallelise` returned.
+        last: Whether this is the last micro-batch before the update.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    local: AbstractContextManager[None] = nullcontext()
+    if isinstance(module, DistributedDataParallel):
+        local = nullcontext() if last else module.no_sync()
+    for network in module.children():
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+    with local, waiting("the exchange of gradients"):
+        yield
+
+
+def copy_whole(whole: Tensor, into: Tensor) -> None:
+    """Copy a whole tensor, the same on every process, into one that may be sharded.
+
+    Args:
+        whole: Any device.
+        into: A tensor, or a DTensor of the same shape.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(into, DTensor):
+        whole = whole.to(into.device)
+        parts = distribute_tensor(whole, into.device_mesh, into.placements, src_data_rank=None)
+        into.to_local().copy_(parts.to_local())
+    else:
+        into.copy_(whole)
+
+
+def _recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """`forward` without keeping its activations; nothing in the networks is random."""
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _compile(student: list[nn.Module], target: Any) -> None:
+    """Compile every block by itself; those of the student for any number of tokens."""
+    # DDP splits graphs to overlap its exchange; a block is small enough, and it cannot split
+    # those that recompute.
+    torch._dynamo.config.optimize_ddp = False
+    for block in student:
+        block.forward = partial(_any_length, torch.compile(block.forward))
+    for block in target:
+        block.forward = torch.compile(block.forward)
+
+
+def _any_length(forward: Callable[..., Tensor], tokens: Tensor, *args: Any) -> Tensor:
+    # Contexts take about 28 lengths: one graph each would pass the limit of recompilations.
+    torch._dynamo.maybe_mark_dynamic(tokens, 1)
+    return forward(tokens, *args)
+
+
+def _shard(model: IJepa, processes: Processes, precision: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    policy = MixedPrecisionPolicy()
+    # Autocast on a CPU leaves LayerNorm alone, which then cannot mix the two types.
+    if precision == "bf16" and processes.device.type == "cuda":
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    networks = (
+        (model.encoder, model.encoder.blocks, False),
+        (model.predictor, model.predictor.predictor_blocks, False),
+        (model.target_encoder, model.target_encoder.blocks, True),  # has no backward pass
+    )
+    for network, blocks, reshard in networks:
+        for part in (*blocks, network):
+            fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    # In-place changes of what the predictor returns would be wrong; there are none.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPPredictor\) returned a view")
+    # Each network is a root of its own: monitors call encode before and between updates.
+    for encoder in (model.encoder, model.target_encoder):
+        register_fsdp_forward_method(encoder, "encode")

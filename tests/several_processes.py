@@ -1,0 +1,100 @@
+"""Start several processes of one job, as torchrun would, for tests.
+
+They are forked from a server that has imported everything once; importing takes longer than most
+tests.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import textwrap
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_PRELOAD = [
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.nn.parallel",
+    "ijepa_zoo.train",
+    "ijepa_zoo.train.checkpoint",
+    "several_processes",
+]
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return context
+
+
+def _child(script, arguments, environment, errors):
+    descriptor = os.open(errors, os.O_WRONLY)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    sys.argv = ["script", *arguments]
+    exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+
+
+def start(script, world, *arguments):
+    """Start `world` processes of a script; each has a file `errors` for what it prints."""
+    context, port = _context(), free_port()
+    processes = []
+    for rank in range(world):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        descriptor, errors = tempfile.mkstemp(suffix=f".rank{rank}")
+        os.close(descriptor)
+        script = textwrap.dedent(script)
+        process = context.Process(
+            target=_child, args=(script, [*map(str, arguments)], environment, errors), daemon=True
+        )
+        process.errors = Path(errors)
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def finish(processes, seconds=100):
+    """Exit status and output of every process; what still runs after `seconds` is killed."""
+    limit = time.monotonic() + seconds
+    results = []
+    for process in processes:
+        process.join(max(limit - time.monotonic(), 0.1))
+        note = ""
+        if process.is_alive():
+            process.kill()
+            process.join()
+            note = "\nTEST: killed, it did not end"
+        results.append((process.exitcode, process.errors.read_text() + note))
+        process.errors.unlink()
+    return results
+
+
+def run(script, world, *arguments):
+    """Run a script in `world` processes, all of which must succeed."""
+    results = finish(start(script, world, *arguments))
+    assert all(status == 0 for status, _ in results), "\n".join(text for _, text in results)

@@ -1,0 +1,55 @@
+"""A run of a few seconds, shared by the tests of the trainer."""
+
+import csv
+from dataclasses import replace
+
+import numpy as np
+
+from ijepa_zoo.train.config import (
+    DataConfig,
+    LogConfig,
+    MachineConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+)
+
+CONFIG = PretrainConfig(
+    model=ModelConfig(
+        name="vit_nano8_64_ijepa", embed_dim=24, depth=2, num_heads=2, predictor_embed_dim=12,
+        predictor_depth=1,
+    ),
+    data=DataConfig(held_out=8, mean=(0.4, 0.5, 0.6)),
+    mask=MaskConfig(cut=4, min_keep=4),
+    optim=OptimConfig(
+        batch_size=8, duration="9 steps", warmup="3 steps", momentum=0.9,
+        regularizer_weight=0.1, precision="fp32",
+    ),
+    log=LogConfig(log_every=1, monitor_every=4, save_every="4 steps"),
+    machine=MachineConfig(device="cpu", workers=0, timeout=60),
+)  # fmt: skip
+
+
+def change(config, **sections):
+    """`change(CONFIG, optim={"lr": 1})`: the settings with some values replaced."""
+    return replace(
+        config,
+        **{
+            name: replace(getattr(config, name), **values) if isinstance(values, dict) else values
+            for name, values in sections.items()
+        },
+    )
+
+
+def pictures(count=40, size=64):
+    """Smooth random pictures, uint8 `[count, size, size, 3]`."""
+    coarse = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return coarse.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
+
+
+def rows(folder):
+    """Rows of a run's log without what depends on the clock."""
+    clock = ("time (ms)", "images_per_second")
+    with (folder / "log.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(file)]

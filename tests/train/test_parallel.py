@@ -1,0 +1,335 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import several_processes
+import torch
+
+from ijepa_zoo.train import rendezvous
+from ijepa_zoo.train.parallel import ProcessError, Processes, join_processes
+from ijepa_zoo.train.rendezvous import Place, choose_device, read_place
+
+# Three updates with batch 8; masks are cut per group of two images
+TRAIN = """
+import sys
+import torch
+import ijepa_zoo
+from ijepa_zoo.masks import MultiBlockMasks
+from ijepa_zoo.train.config import MachineConfig
+from ijepa_zoo.train.optim import make_optimizer, set_rates
+from ijepa_zoo.train.parallel import Processes, accumulate, join_processes, parallelise
+
+NETWORK = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4,
+               predictor_embed_dim=32, predictor_depth=1)
+
+def make():
+    torch.manual_seed(0)
+    return ijepa_zoo.create_ijepa("vit_nano8_64_ijepa", pretrained=False, **NETWORK)
+
+def train(processes, precision="fp32", micro=2, **machine):
+    model = make().train()
+    module = parallelise(model, MachineConfig(**machine), processes, precision)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in make().named_parameters()]
+    optimizer = make_optimizer(model.encoder, model.predictor)
+    masks = MultiBlockMasks(model.predictor.grid_size, min_keep=3)
+    share = 8 // processes.world
+    losses = []
+    for step in range(3):
+        images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        first = processes.rank * share
+        total = torch.zeros(())
+        optimizer.zero_grad()
+        for start in range(first, first + share, micro):
+            part = slice(start, start + micro)
+            context, targets = masks.sample(8, seed=0, step=step, part=part, cut=micro)
+            with accumulate(module, start + micro == first + share):
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    loss = module(images[part], context, targets)
+                (loss * micro / share).backward()
+            total += loss.detach() * micro / 8
+        set_rates(optimizer, lr=1e-3, weight_decay=0.1)
+        optimizer.step()
+        model.update_target(0.9)
+        losses.append(processes.sum(total).item())
+    tensors = {n: p.full_tensor() if hasattr(p, "full_tensor") else p
+               for n, p in model.named_parameters()}
+    return {"loss": torch.tensor(losses), **{n: p.detach().clone() for n, p in tensors.items()}}
+"""
+TRAIN_MANY = (
+    TRAIN
+    + """
+from ijepa_zoo.train.parallel import copy_whole
+
+VARIANTS = {
+    "ddp": {},
+    "fsdp2": {"parallel": "fsdp2"},
+    "ddp recomputed": {"activation_checkpointing": True},
+    "fsdp2 recomputed": {"parallel": "fsdp2", "activation_checkpointing": True},
+    "ddp bf16": {"precision": "bf16"},
+    "fsdp2 bf16": {"precision": "bf16", "parallel": "fsdp2"},
+}
+with join_processes("cpu", 60) as processes:
+    results = {name: train(processes, **VARIANTS[name]) for name in sys.argv[2:]}
+    whole, model = make(), make()
+    parallelise(model, MachineConfig(parallel="fsdp2"), processes, "fp32")
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # as a monitor does, before the first update
+        assert torch.equal(model.target_encoder.encode(images), whole.target_encoder.encode(images))
+        parameter = model.predictor.mask_token
+        copy_whole(torch.arange(32.0).view(1, 1, 32), parameter)
+    results["copied"] = {"mask_token": parameter.full_tensor()}
+    if processes.rank == 0:
+        torch.save(results, sys.argv[1])
+"""
+)
+ALL = ["ddp", "fsdp2", "ddp recomputed", "fsdp2 recomputed", "ddp bf16", "fsdp2 bf16"]
+
+
+def alone(**arguments):
+    space = {}
+    exec(TRAIN, space)
+    return space["train"](Processes.alone("cpu"), **arguments)
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return alone()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    path = tmp_path_factory.mktemp("two") / "results.pt"
+    several_processes.run(TRAIN_MANY, 2, path, *ALL)
+    return torch.load(path)
+
+
+def test_two_processes_equal_one(one, two):
+    assert not torch.equal(one["loss"][0], one["loss"][2])
+    assert largest_difference(two["ddp"], one) < 3e-7
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp recomputed", "fsdp2 recomputed"])
+def test_sharding_and_recomputing_change_nothing(two, name):
+    assert largest_difference(two[name], two["ddp"]) == 0
+
+
+def test_bf16_is_the_same_sharded(one, two):
+    assert largest_difference(two["fsdp2 bf16"], two["ddp bf16"]) == 0
+    assert 1e-5 < largest_difference(two["ddp bf16"], one) < 1e-2
+
+
+def test_whole_tensors_are_copied_into_shards(two):
+    assert torch.equal(two["copied"]["mask_token"].flatten(), torch.arange(32.0))
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(one, tmp_path):
+    several_processes.run(TRAIN_MANY, 4, tmp_path / "results.pt", "ddp", "fsdp2")
+    four = torch.load(tmp_path / "results.pt")
+    assert largest_difference(four["ddp"], one) < 3e-7
+    assert largest_difference(four["fsdp2"], one) < 3e-7
+
+
+def test_a_single_process_needs_no_group(one):
+    for arguments in ({"parallel": "fsdp2"}, {"activation_checkpointing": True}):
+        assert largest_difference(alone(**arguments), one) == 0
+    processes = Processes.alone("cpu")
+    assert processes.sum(torch.tensor(3.0)) == 3
+    assert processes.gather(torch.arange(2)).tolist() == [0, 1]
+    assert processes.share("value") == "value"
+    assert processes.to_host(torch.ones(2)).read().tolist() == [1, 1]
+    processes.barrier("nothing")
+
+
+def test_compiled_blocks_share_few_graphs(one, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert largest_difference(alone(compile=True), one) == 0
+    # context, target and predictor blocks; neither one per layer nor one per context length
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
+EXCHANGE = """
+import torch
+from ijepa_zoo.train.parallel import join_processes
+
+for _ in range(2):
+    with join_processes("auto", 30) as processes:
+        rank = processes.rank
+        assert (processes.world, processes.local_world, processes.device.type) == (2, 2, "cpu")
+        assert processes.sum(torch.tensor([1.0, rank])).tolist() == [2, 1]
+        rows = processes.gather(torch.full((2, 3), rank))
+        assert rows[:, 0].tolist() == [0, 0, 1, 1] and rows.shape == (4, 3)
+        assert processes.share({"from": rank}) == {"from": 0}
+        processes.barrier("the end")
+        print("rank", rank, "done")
+"""
+
+
+def test_under_torchrun(tmp_path):
+    (tmp_path / "script.py").write_text(EXCHANGE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    port = several_processes.free_port()
+    done = subprocess.run(
+        [*command, f"--master-port={port}", tmp_path / "script.py"],
+        env={**os.environ, "PYTHONPATH": str(several_processes.ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done") == 4
+
+
+LOSE = """
+import os, signal, sys, time
+import torch
+from ijepa_zoo.train.parallel import join_processes
+
+how, who = sys.argv[1], int(sys.argv[2])
+with join_processes("cpu", 1) as processes:
+    for step in range(5):
+        if step == 3 and processes.rank == who:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif how == "hangs":
+                time.sleep(1000)
+            elif how == "fails":
+                raise FloatingPointError("the loss is nan")
+        processes.sum(torch.ones(3), f"the loss of step {step}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "world", "who", "said"),
+    [
+        ("killed", 2, 0, "process 0 gave no sign of life"),
+        ("hangs", 3, 2, "process 2 gave no sign of life: killed, or hanging (machine.timeout=1 s)"),
+        ("fails", 2, 1, "process 1 ended with FloatingPointError: the loss is nan"),
+    ],
+)
+def test_a_lost_process_ends_the_others_with_a_message(how, world, who, said):
+    processes = several_processes.start(LOSE, world, how, who)
+    survivors = [p for rank, p in enumerate(processes) if rank != who]
+    results = several_processes.finish(survivors, 60)
+    processes[who].kill()
+    for status, errors in results:
+        assert status == 1, errors
+        message = errors.strip().split("ProcessError: ")[-1]
+        assert "waited for the loss of step 3 and lost the others" in message, errors
+        assert said in message
+
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_places():
+    assert read_place({}) == Place(0, 1, 0)
+    assert read_place(TORCHRUN) == Place(1, 2, 1, "127.0.0.1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": ""}, "not RANK: start with: torchrun"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "not MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "2"}, r"RANK=2 must be 0 to 1 \(WORLD_SIZE=2\)"),
+        ({"RANK": "one"}, "RANK='one' is no number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 must be 0 to 1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 must be 0 to 65535"),
+        ({"WORLD_SIZE": "0"}, "RANK=1 must be"),
+    ],
+)
+def test_wrong_variables(change, message):
+    with pytest.raises(ProcessError, match=message):
+        read_place({**TORCHRUN, **change})
+
+
+def test_a_launcher_without_variables_does_not_train_alone():
+    with pytest.raises(ProcessError, match=r"SLURM_STEP_NUM_TASKS=8 .* each would train alone"):
+        read_place({"SLURM_STEP_NUM_TASKS": "8"})
+    assert read_place({"SLURM_STEP_NUM_TASKS": "1"}).world == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MASTER_ADDR": "no.such.machine.invalid"}, "no machine has this name"),
+        ({}, r"cannot reach MASTER_ADDR=127.0.0.1, MASTER_PORT=\d+: is process 0 there"),
+        ({"RANK": "0"}, "process 1 of 2 did not come to 127.0.0.1"),
+    ],
+)
+def test_nobody_there(monkeypatch, change, message):
+    monkeypatch.setattr(rendezvous, "_PATIENCE", 1.0)
+    variables = {**TORCHRUN, "MASTER_PORT": str(several_processes.free_port()), **change}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    start = time.monotonic()
+    with pytest.raises(ProcessError, match=message), join_processes("cpu"):
+        pass
+    assert time.monotonic() - start < 10
+
+
+def test_taken_port(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        variables = {**TORCHRUN, "RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ProcessError, match="is the port taken by another job"):
+            rendezvous.meet(read_place(os.environ), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (Place(0, 2), Place(0, 2), "two processes have RANK=0"),
+        (Place(0, 2), Place(1, 3), "WORLD_SIZE=3 here, but 2 in another process"),
+    ],
+)
+def test_places_that_do_not_fit_together(monkeypatch, first, second, message):
+    monkeypatch.setattr(rendezvous, "_PATIENCE", 0.1)
+    store = torch.distributed.HashStore()
+    with pytest.raises(ProcessError, match="did not come"):
+        rendezvous.Survey(first, store).come()
+    with pytest.raises(ProcessError, match=message):
+        rendezvous.Survey(second, store).come()
+
+
+def test_devices(monkeypatch):
+    assert choose_device("cpu", Place(0, 2)) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto", Place()) == torch.device("cpu")
+    with pytest.raises(ProcessError, match=r"finds no usable CUDA GPU.*machine.device=cpu"):
+        choose_device("cuda", Place())
+    with pytest.raises(ProcessError, match="unknown to torch: use auto, cuda or cpu"):
+        choose_device("gpu", Place())
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", Place(3, 4, 1)) == torch.device("cuda", 1)
+    with pytest.raises(ProcessError, match=r"LOCAL_RANK=2, .* shows 2 GPUs.*nproc-per-node=2"):
+        choose_device("auto", Place(2, 4, 2))
+    with pytest.raises(ProcessError, match=r"use machine\.device=cuda"):
+        choose_device("cuda:0", Place(1, 2, 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm: one for each process
+    assert choose_device("cuda", Place(3, 4, 3)) == torch.device("cuda", 0)
+    assert chosen == [torch.device("cuda", 1), torch.device("cuda", 0)]

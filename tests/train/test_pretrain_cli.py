@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+from PIL import Image
+from small_run import CONFIG, change, pictures
+
+from ijepa_zoo.cli import main
+from ijepa_zoo.train.settings import dump
+
+SHORT = change(CONFIG, optim={"duration": "2 steps", "warmup": "1 steps"})
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("images.npy", pictures())
+    (tmp_path / "own.yaml").write_text(dump(SHORT))
+    return tmp_path
+
+
+def test_pretrain_plot_export_features(folder, capsys):
+    words = ["--config", "own.yaml", "optim.lr=5e-4", "--data", "images.npy", "--out", "run"]
+    assert main(["pretrain", *words, "mask.num_targets=3"]) == 0
+    out = capsys.readouterr().out
+    assert "local-dir:run" in out
+    assert "lr: 0.0005" in (folder / "run" / "config.yaml").read_text()
+    assert "num_targets: 3" in (folder / "run" / "config.yaml").read_text()
+    assert main(["plot", "run"]) == 0
+    assert Image.open("run/plot.png").width > 1000
+    Image.fromarray(pictures(1)[0]).save("picture.png")
+    command = ["features", "picture.png", "--model", "local-dir:run", "--out", "f.npy"]
+    assert main([*command, "--workers", "0"]) == 0
+    assert np.load("f.npy").shape == (1, 24)
+    assert main(["export", "run", "exported", "--dtype", "float16", "--license", "MIT"]) == 0
+    assert main(["convert", "exported", "official", "--to", "official"]) == 0
+
+
+def test_dry_run_leaves_nothing(folder, capsys):
+    before = sorted(folder.rglob("*"))
+    assert main(["pretrain", "--config", "own.yaml", "--data", "images.npy", "--dry-run"]) == 0
+    assert "images/s" in capsys.readouterr().out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_recipes_are_listed(capsys):
+    assert main(["pretrain", "--recipes"]) == 0
+    assert "vith14_in1k " in capsys.readouterr().out
+
+
+def test_published_file_brings_its_folders(folder, capsys):
+    text = (
+        "data: {batch_size: 4, color_jitter_strength: 0.0, crop_scale: [0.3, 1.0], crop_size: 32,"
+        " image_folder: pictures, num_workers: 0, pin_mem: true, root_path: ROOT,"
+        " use_color_distortion: false, use_gaussian_blur: false, use_horizontal_flip: false}\n"
+        "logging: {folder: published_run, write_tag: jepa}\n"
+        "mask: {allow_overlap: false, aspect_ratio: [0.75, 1.5], enc_mask_scale: [0.85, 1.0],"
+        " min_keep: 0, num_enc_masks: 1, num_pred_masks: 4, patch_size: 8,"
+        " pred_mask_scale: [0.15, 0.2]}\n"
+        "meta: {copy_data: false, load_checkpoint: false, model_name: vit_tiny, pred_depth: 1,"
+        " pred_emb_dim: 24, read_checkpoint: null, use_bfloat16: false}\n"
+        "optimization: {ema: [0.996, 1.0], epochs: 2, final_lr: 1.0e-06,"
+        " final_weight_decay: 0.4, ipe_scale: 1.0, lr: 0.001, start_lr: 0.0002, warmup: 1,"
+        " weight_decay: 0.04}\n"
+    )
+    (folder / "theirs.yaml").write_text(text)
+    small = ["model.embed_dim=24", "model.depth=1", "data.held_out=4", "machine.device=cpu"]
+    command = ["pretrain", "--config", "theirs.yaml", *small, "--quiet", "machine.workers=0"]
+    assert main(command) == 2
+    assert "no such file or folder: 'ROOT/pictures/train'" in capsys.readouterr().err
+    (folder / "theirs.yaml").write_text(text.replace("ROOT", str(folder)))
+    (folder / "pictures" / "train" / "cat").mkdir(parents=True)
+    for i, picture in enumerate(pictures(16)):
+        Image.fromarray(picture).save(folder / "pictures" / "train" / "cat" / f"{i}.png")
+    assert main(command) == 0
+    assert (folder / "published_run" / "export" / "config.json").exists()
+    lines = (folder / "published_run" / "log.csv").read_text().splitlines()
+    assert lines[0].startswith("epoch,itr,loss,mask-A,mask-B,time (ms)")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name one recipe"),
+        (["custom_small", "vith14_in1k"], "name one recipe"),
+        (["custom_smal"], "did you mean custom_small"),
+        (["custom_small"], "--data FOLDER"),
+        (["custom_small", "--data", "images.npy"], "--out runs/NAME"),
+        (["custom_small", "--data", "absent", "--out", "run"], "no such file or folder: 'absent'"),
+        (["custom_small", "optim.lrr=1", "--data", "images.npy", "--out", "r"], "optim.lr?"),
+        (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"],
+         "fewer than a batch"),
+        (["custom_small", "--resume-optimizer", "--data", "images.npy", "--out", "r",
+          "optim.batch_size=4", "mask.cut=4", "data.held_out=4"], "--init"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_says_what_to_type(folder, capsys, words, message):
+    assert main(["pretrain", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_options_are_refused(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["pretrain", "custom_small", "--dat", "x", "--bogus", "1"])
+    assert "--bogus" in capsys.readouterr().err

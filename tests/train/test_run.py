@@ -1,0 +1,254 @@
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import CONFIG, change, pictures, rows
+
+import ijepa_zoo
+from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data.images import ImageError
+from ijepa_zoo.models.jepa import IJepa
+from ijepa_zoo.train import (
+    Interrupted,
+    NonFiniteLossError,
+    RunError,
+    Trainer,
+    export_run,
+    pretrain,
+)
+from ijepa_zoo.train.checkpoint import read_checkpoint
+from ijepa_zoo.weights.layouts import CheckpointError
+
+IMAGES = pictures()
+
+
+def train(folder, config=CONFIG, images=IMAGES, **options):
+    return pretrain(config, images, folder, progress=False, **options)
+
+
+def state(folder):
+    tensors, about = read_checkpoint(Path(folder) / "checkpoints")
+    return tensors, about
+
+
+def same_state(one, other):
+    (a, _), (b, _) = state(one), state(other)
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def after_updates(monkeypatch, updates, action):
+    """Run `action` at the end of update number `updates`."""
+    done, original = [], IJepa.update_target
+
+    def update_target(self, momentum):
+        original(self, momentum)
+        done.append(momentum)
+        if len(done) == updates:
+            action()
+
+    monkeypatch.setattr(IJepa, "update_target", update_target)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, whole, number):
+    with monkeypatch.context() as patch:
+        after_updates(patch, 5, lambda: signal.raise_signal(number))
+        with pytest.raises(Interrupted, match=r"after step [56] of 9.*again") as stop:
+            train(tmp_path)
+    assert stop.value.signal == number
+    torch.manual_seed(123)  # global state must not matter
+    np.random.seed(5)
+    train(tmp_path)
+    assert same_state(whole, tmp_path)
+    assert rows(whole) == rows(tmp_path)
+
+
+def test_crash_goes_back_to_the_last_checkpoint(tmp_path, monkeypatch, whole):
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        after_updates(patch, 7, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(tmp_path)
+    train(tmp_path)
+    assert same_state(whole, tmp_path)
+    assert rows(whole) == rows(tmp_path)
+    assert [float(row["step"]) for row in rows(tmp_path)] == list(range(9))
+
+
+def test_second_interrupt_ends_at_once(tmp_path, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    after_updates(monkeypatch, 2, twice)
+    with pytest.raises(KeyboardInterrupt, match="without saving") as stop:
+        train(tmp_path)
+    assert not isinstance(stop.value, Interrupted)
+
+
+def test_finished_run_is_left_alone(tmp_path):
+    train(tmp_path)
+
+    def files():
+        found = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in found
+                if path.name not in ("config.yaml", "data.json")}  # fmt: skip
+
+    before = files()
+    train(tmp_path)
+    assert files() == before
+
+
+def test_other_settings_are_refused_with_the_difference(whole):
+    with pytest.raises(RunError, match=r"optim\.lr: 0\.001 then, 0\.1 now.*another folder"):
+        train(whole, change(CONFIG, optim={"lr": 0.1}))
+
+
+def test_machine_and_log_settings_may_change(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch:
+        after_updates(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(tmp_path)
+    train(tmp_path, change(CONFIG, machine={"workers": 2}, log={"keep": 3}))
+    assert same_state(whole, tmp_path)
+
+
+def test_other_images_are_refused(whole):
+    with pytest.raises(RunError, match="other images: 40 then, 30 now"):
+        train(whole, images=IMAGES[:30])
+
+
+def test_folder_in_use_is_refused(tmp_path):
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".lock"), pytest.raises(RunError, match="another process"):
+        train(tmp_path)
+
+
+def test_export_makes_a_model_with_the_transform_of_training(whole):
+    model = ijepa_zoo.create_model(f"local-dir:{whole}")
+    tensors, _ = state(whole)
+    assert torch.equal(model.norm.bias, tensors["target_encoder.norm.bias"])
+    context = ijepa_zoo.create_model(f"local-dir:{whole}", network="encoder")
+    assert torch.equal(context.norm.bias, tensors["encoder.norm.bias"])
+    again = ijepa_zoo.create_ijepa(f"local-dir:{whole}")
+    assert torch.equal(again.predictor.mask_token, tensors["predictor.mask_token"])
+    assert tuple(model.pretrained_cfg["mean"]) == CONFIG.data.mean == (0.4, 0.5, 0.6)
+
+
+def test_export_of_an_unfinished_run(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        after_updates(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(tmp_path)
+    with pytest.raises(CheckpointError, match="without an export: write it by `ijepa-zoo export"):
+        ijepa_zoo.create_model(f"local-dir:{tmp_path}")
+    export_run(tmp_path)
+    tensors, _ = state(tmp_path)
+    model = ijepa_zoo.create_model(f"local-dir:{tmp_path}")
+    assert torch.equal(model.norm.weight, tensors["target_encoder.norm.weight"])
+    earlier = export_run(tmp_path, tmp_path / "earlier", step=4)
+    model = ijepa_zoo.create_model(f"local-dir:{earlier}")
+    assert not torch.equal(model.norm.weight, tensors["target_encoder.norm.weight"])
+
+
+def test_loss_that_is_not_finite_names_step_rank_and_images(tmp_path, monkeypatch):
+    original = IJepa.forward
+    calls = []
+
+    def forward(self, images, context, targets):
+        calls.append(1)
+        loss = original(self, images, context, targets)
+        return loss * float("nan") if len(calls) in (6, 9) else loss  # steps 2 and 4, part 2 and 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IJepa, "forward", forward)
+        with pytest.raises(NonFiniteLossError, match=r"step 2 is nan on rank 0 \(images .*skip"):
+            train(tmp_path / "stops")
+        calls.clear()
+        train(tmp_path / "skips", skip_nonfinite=2)
+    tensors, about = state(tmp_path / "skips")
+    assert about["skipped"] == [2, 4]
+    assert all(value.isfinite().all() for value in tensors.values())
+    assert tensors["optimizer.encoder.norm.bias.step"] == 7
+    assert {float(row["step"]) for row in rows(tmp_path / "skips")} == {0, 1, 3, 5, 6, 7, 8}
+
+
+def test_starts_from_weights_at_another_size_and_with_other_channels(tmp_path, whole):
+    change_size = {"img_size": 48, "patch_size": 6, "in_chans": 1}
+    grey = change(
+        CONFIG,
+        model=change_size,
+        data={"mean": (0.5,), "std": (0.25,)},
+        optim={"duration": "1 steps", "warmup": "0 steps"},
+    )
+    train(tmp_path, grey, images=IMAGES[..., 0], init=whole / "export")
+    tensors, _ = state(tmp_path)
+    assert tensors["encoder.patch_embed.proj.weight"].shape == (24, 1, 6, 6)
+    before, _ = state(whole)
+    name = "encoder.blocks.0.attn.qkv.weight"
+    assert (tensors[name] - before[name]).abs().max() < 0.01
+    assert ijepa_zoo.create_model(f"local-dir:{tmp_path}").patch_embed.proj.in_channels == 1
+
+
+def test_optimizer_state_of_an_official_file():
+    file = Path(__file__).parents[1] / "golden" / "official-tiny16-64.pth.tar"
+    size = {
+        "name": "vit_tiny16_ijepa", "img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3,
+        "predictor_embed_dim": 24, "predictor_depth": 2,
+    }  # fmt: skip
+    config = change(CONFIG, model=size, mask={"min_keep": 0, "target_scale": (0.3, 0.4)})
+    trainer = Trainer(config, open_images(IMAGES), init=file, resume_optimizer=True)
+    recorded = torch.load(file, weights_only=True)["opt"]["state"]
+    moments = [v for k, v in trainer.tensors().items() if k.endswith(".exp_avg")]
+    assert moments
+    found = sorted(float(moment.double().sum()) for moment in moments)
+    assert found == sorted(float(values["exp_avg"].double().sum()) for values in recorded.values())
+    with pytest.raises(CheckpointError, match="leave --resume-optimizer out for networks"):
+        Trainer(
+            change(config, model={"patch_size": 8}),
+            open_images(IMAGES),
+            init=file,
+            resume_optimizer=True,
+        )
+
+
+def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, picture in enumerate(IMAGES):
+        Image.fromarray(picture).save(folder / f"{i:02}.png")
+    (folder / "07.png").write_bytes(b"no image")
+    (folder / "19.png").write_bytes((folder / "19.png").read_bytes()[:60])
+    allowed = change(CONFIG, data={"max_broken": 0.2})
+    train(tmp_path / "goes_on", allowed, str(folder))
+    text = (tmp_path / "goes_on" / "broken-0.jsonl").read_text()
+    named = [Path(json.loads(line)["image"]).name for line in text.splitlines()]
+    assert sorted(named) == ["07.png", "19.png"]
+    with pytest.raises(ImageError, match=r"broken-\*\.jsonl names them"):
+        train(tmp_path / "stops", change(CONFIG, data={"max_broken": 0.0}), str(folder))
+
+
+def test_seed_and_bf16(whole, tmp_path):
+    short = {"duration": "2 steps", "warmup": "1 steps"}
+    train(tmp_path / "a", change(CONFIG, optim=short))
+    train(tmp_path / "b", change(CONFIG, optim=short, seed=1))
+    train(tmp_path / "c", change(CONFIG, optim={**short, "precision": "bf16"}))
+    losses = {name: float(rows(tmp_path / name)[0]["loss"]) for name in "abc"}
+    assert losses["a"] != losses["b"]
+    assert losses["c"] == pytest.approx(losses["a"], rel=0.02)

@@ -1,0 +1,134 @@
+"""The Slurm scripts, with stand-ins for Slurm's commands."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "slurm"
+COMMANDS = {
+    # two tasks on each of two nodes; the status of srun is the highest of its tasks'
+    "srun": """
+        while [[ "$1" == --* ]]; do shift; done
+        worst=0
+        for rank in 0 1 2 3; do
+            SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) SLURM_NTASKS=4 "$@"
+            status=$?; ((status > worst)) && worst=$status
+        done
+        exit $worst""",
+    "scontrol": """
+        echo "scontrol $*" >> "$RECORD"
+        [[ "$1" == show ]] && printf 'node7\\nnode8\\n'
+        exit 0""",
+    "ijepa-zoo": """
+        echo "$RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT: $*" >> "$RECORD"
+        exit "$STATUS" """,
+}
+
+
+def stand_ins(folder):
+    for name, body in COMMANDS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("status", [0, 1, 75])
+def test_sbatch_starts_every_process_and_queues_again_what_was_saved(tmp_path, status):
+    stand_ins(tmp_path)
+    record = tmp_path / "record"
+    done = subprocess.run(
+        ["bash", str(SCRIPTS / "pretrain.sbatch"), "vith14_in1k", "--data", "a folder",
+         "optim.duration=3 epochs"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(record),
+             "STATUS": str(status), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-8]"},
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    lines = record.read_text().splitlines()
+    arguments = "pretrain --quiet vith14_in1k --data a folder optim.duration=3 epochs"
+    assert lines[:5] == [
+        "scontrol show hostnames node[7-8]",
+        *(f"{rank} 4 {rank % 2} node7 23456: {arguments}" for rank in range(4)),
+    ]
+    assert lines[5:] == (["scontrol requeue 123456"] if status == 75 else [])
+
+
+def test_sbatch_is_signalled_as_the_run_understands():
+    text = (SCRIPTS / "pretrain.sbatch").read_text()
+    assert re.search(r"^#SBATCH --signal=USR1@\d+$", text, re.MULTILINE)
+    assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
+
+
+FILES = """
+import sys
+from pathlib import Path
+import numpy as np
+from small_run import CONFIG, change, pictures
+from ijepa_zoo.train import settings
+folder = Path(sys.argv[1])
+np.save(folder / "images.npy", pictures())
+(folder / "small.yaml").write_text(settings.dump(change(CONFIG, optim={"duration": sys.argv[2]})))
+"""
+ONE_TASK = """
+import runpy, sys
+runpy.run_path(sys.argv[1])["Pretraining"](sys.argv[2:])()
+"""
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Slurm's commands, and a package that subprocesses find."""
+    stand_ins(tmp_path)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_"))}
+    paths = [tmp_path, os.environ["PATH"]], [Path(__file__).parent, Path(__file__).parents[2]]
+    names = [os.pathsep.join(map(str, path)) for path in paths]
+    own = {"PATH": names[0], "PYTHONPATH": names[1], "RECORD": str(tmp_path / "record")}
+    return {**kept, **own, "OMP_NUM_THREADS": "1"}
+
+
+def arguments(folder, environment, duration):
+    """Arguments of a small run in a folder, whose files are made."""
+    subprocess.run(
+        [sys.executable, "-c", FILES, str(folder), duration], env=environment, check=True
+    )
+    return ["--config", str(folder / "small.yaml"), "--data", str(folder / "images.npy"),
+            "--out", str(folder / "run")]  # fmt: skip
+
+
+def test_submitit_starts_processes_that_train_together(tmp_path, environment):
+    pytest.importorskip("submitit")
+    run = arguments(tmp_path, environment, "3 steps")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "submitit_launch.py"), "--cluster", "local", "--gpus", "2",
+         "--logs", str(tmp_path / "logs"), "--", *run],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "export" / "config.json").exists()
+    assert len(list((tmp_path / "logs").glob("*_log.out"))) == 2
+
+
+def test_submitit_queues_again_what_was_saved(tmp_path, environment):
+    pytest.importorskip("submitit")
+    run = arguments(tmp_path, environment, "1e6 steps")
+    slurm = {"JOB_ID": "4242", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    slurm |= {"JOB_NUM_NODES": "1", "JOB_NODELIST": "localhost"}
+    task = subprocess.Popen(
+        [sys.executable, "-c", ONE_TASK, str(SCRIPTS / "submitit_launch.py"), *run],
+        env={**environment, **{f"SLURM_{k}": v for k, v in slurm.items()},
+             "SUBMITIT_EXECUTOR": "slurm"},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    limit = time.monotonic() + 60
+    while not list(tmp_path.glob("run/checkpoints/step-*[0-9]")) and time.monotonic() < limit:
+        time.sleep(0.1)
+    task.send_signal(signal.SIGUSR2)  # submitit's: Slurm sends it before the time limit
+    errors = task.communicate(timeout=60)[1]
+    assert task.returncode == 0, errors
+    assert "run the same command again to go on" in errors
+    assert (tmp_path / "record").read_text() == "scontrol requeue 4242\n"
