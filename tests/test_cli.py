@@ -87,7 +87,7 @@ def test_failed_images_are_listed(
     assert "and 12 more, see 'error' in f.index.jsonl" in printed.err
     lines = [json.loads(line) for line in Path("f.index.jsonl").read_text().splitlines()]
     assert {line["error"] for line in lines if "broken" not in line["path"]} == {
-        "too large: 5,600 pixels, the limit is 5,599 (--max-pixels)"
+        "too large: 5,600 pixels, the limit is 5,599 (max_pixels)"
     }
     assert command(weights, "photos/", "--max-pixels", "5599") == 3  # also when all is done
 

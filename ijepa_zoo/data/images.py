@@ -232,7 +232,7 @@ def _grey8(values: np.ndarray) -> np.ndarray:
 
 
 def _too_large(pixels: int, limit: int) -> ImageError:
-    return ImageError(f"too large: {pixels:,} pixels, the limit is {limit:,} (--max-pixels)")
+    return ImageError(f"too large: {pixels:,} pixels, the limit is {limit:,} (max_pixels)")
 
 
 def _words(error: BaseException) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -23,6 +20,7 @@ from ..masks import MultiBlockMasks
 from ..seeds import Stream, numpy_generator
 from .config import PretrainConfig
 from .crops import DRAWS, centre_box, crop_box, cut, size_of
+from .workers import heed_the_run_alone, name_deaths
 
 _REPLACEMENTS = 20  # images tried in the place of a broken one
 
@@ -218,45 +216,18 @@ def loader(
         sampler=numbers,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_heed_the_run_alone,
+        worker_init_fn=heed_the_run_alone,
         # Forked workers share the list of images with this process, others would copy it.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     step: list[Batch] = []
-    for found in _named_deaths(loaded):
+    for found in name_deaths(loaded):
         if isinstance(found, InputError):
             raise found
         step.append(found)
         if len(step) == batches.parts:
             yield step
             step = []
-
-
-def _heed_the_run_alone(worker: int) -> None:
-    """A run that is asked to stop ends its step first, and needs its workers for that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # where the sender of a signal is known
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_the_end, args=(os.getppid(),), daemon=True).start()
-
-
-def _wait_for_the_end(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def _named_deaths(loaded: DataLoader[Batch | InputError]) -> Iterator[Batch | InputError]:
-    try:
-        yield from loaded
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise RuntimeError(
-            f"a loader process died: {str(error).splitlines()[0]} Mostly memory or shared memory "
-            "(/dev/shm) is short: lower machine.workers or machine.micro_batch_size"
-        ) from error
 
 
 def evaluation_images(

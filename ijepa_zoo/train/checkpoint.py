@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..weights.layouts import CheckpointError
 from . import checkpoint_folder as layout
-from .parallel import Processes, waiting
+from .parallel import Processes, own_part, waiting
 
-_LONGEST_WRITE = timedelta(hours=2)  # processes wait for the slowest disk; a dead one is noticed
-_EXIT = 300.0  # seconds that the end of the program waits for a save together with others
+_LONGEST_WRITE = timedelta(minutes=30)  # processes wait for the slowest disk; a dead one ends it
+_EXIT = 60.0  # seconds that the end of the program waits for a save together with others
 
 
 class Checkpoints:
@@ -51,7 +51,6 @@ class Checkpoints:
         self._group: Any = None
         if processes.world > 1:  # of its own: saving must not mix with training's exchanges
             import torch.distributed as dist
-
             from torch.distributed.device_mesh import init_device_mesh
 
             self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
@@ -81,7 +80,7 @@ class Checkpoints:
         """
         text = json.dumps(about)
         self.wait()
-        staged = self._copy(_share(tensors, self._processes))
+        staged = self._copy(own_part(tensors, self._processes))
         self._start(lambda: self._write(step, staged, text))
         if wait:
             self.wait()
@@ -159,12 +158,11 @@ class Checkpoints:
         Raises:
             CheckpointError: Names or shapes differ; lists them.
         """
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
         folder = layout.path(self.folder, step)
-        reader = FileSystemReader(folder)
-        layout.compare(reader.read_metadata().state_dict_metadata, tensors, folder)
+        reader, stored = _open(folder)
+        layout.compare(stored, tensors, folder)
         with waiting("the reading of the checkpoint"):
             load(
                 dict(tensors),
@@ -180,16 +178,15 @@ class Checkpoints:
 
         copies: dict[str, Any] = {}
         for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+            local = tensor.detach()
+            local = local.to_local() if isinstance(local, DTensor) else local
             if name not in self._copies:
-                empty = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-                self._copies[name] = empty
-            copies[name] = self._copies[name].copy_(local, non_blocking=True)
+                new = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                self._copies[name] = new
+            copy = copies[name] = self._copies[name].copy_(local, non_blocking=True)
             if isinstance(tensor, DTensor):
-                where = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-                copies[name] = DTensor.from_local(
-                    copies[name], self._mesh, tensor.placements, **where
-                )
+                sizes: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
+                copies[name] = DTensor.from_local(copy, self._mesh, tensor.placements, **sizes)
         if self._processes.device.type == "cuda":
             torch.cuda.synchronize(self._processes.device)
         return copies
@@ -207,7 +204,9 @@ class Checkpoints:
                 f"cannot write checkpoint {layout.path(self.folder, step)}: {reason}. "
                 + (f"Those of steps {saved} are intact" if saved else "There is none before it")
             )
-        self._agree(lambda: layout.thin_out(self.folder, step, self.keep, self.keep_every))
+        keep = self.keep, self.keep_every
+        if reason := self._agree(lambda: layout.thin_out(self.folder, step, *keep)):
+            raise OSError(f"cannot delete checkpoints in {self.folder} that are due: {reason}")
 
     def _write_tensors(self, path: Path, tensors: dict[str, Any]) -> str | None:
         from torch.distributed.checkpoint.api import CheckpointException
@@ -231,7 +230,7 @@ class Checkpoints:
         box: list[str | None] = [None]
         try:
             if self._processes.rank == 0:
-                box = ["process 0 failed"]  # stays only if an error passes through here
+                box = ["process 0 failed"]  # stays if another error passes through here
                 action()
                 box = [None]
         except OSError as error:
@@ -259,13 +258,11 @@ def read_checkpoint(
     Raises:
         CheckpointError: There is no checkpoint, or it is damaged.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     folder = layout.newest(folder)
     about = layout.verify(folder)["about"]
-    reader = FileSystemReader(folder)
-    stored: Any = reader.read_metadata().state_dict_metadata
+    reader, stored = _open(folder)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
@@ -276,26 +273,25 @@ def read_checkpoint(
     return tensors, dict(about)
 
 
+def _open(folder: Path) -> tuple[Any, Mapping[str, Any]]:
+    """What reads a checkpoint, and the sizes and types of its tensors by name."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    reader = FileSystemReader(folder)
+    try:
+        return reader, reader.read_metadata().state_dict_metadata
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        ImportError,
+    ) as error:  # older torch than wrote it
+        raise CheckpointError(
+            f"checkpoint {folder} was written by torch {layout.read(folder)['torch']}, and torch "
+            f"{torch.__version__} cannot read it ({error}): use that version or a later one"
+        ) from error
+
+
 def _accept_single_process() -> None:
-    """Leave out torch's notice that a single process saves and loads by itself.
-
-    For good, since filters must not be changed back and forth while a thread is saving.
-    """
+    """Silence torch's notice of it; for good, as filters must not change while a thread saves."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
-
-
-def _share(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """What this process saves: its shards, and its part of the tensors that all have whole."""
-    from torch.distributed.tensor import DTensor
-
-    loads = [0] * processes.world
-    mine: dict[str, Tensor] = {}
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
-        if isinstance(tensor, DTensor):
-            mine[name] = tensor
-            continue
-        owner = loads.index(min(loads))
-        loads[owner] += tensor.nbytes
-        if owner == processes.rank:
-            mine[name] = tensor
-    return mine

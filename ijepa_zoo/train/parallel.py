@@ -7,7 +7,7 @@ names as they are.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +26,7 @@ __all__ = [
     "accumulate",
     "copy_whole",
     "join_processes",
+    "own_part",
     "parallelise",
     "waiting",
 ]
@@ -114,6 +115,28 @@ def copy_whole(whole: Tensor, into: Tensor) -> None:
         into.to_local().copy_(parts.to_local())
     else:
         into.copy_(whole)
+
+
+def own_part(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """What this process saves: its shards, and a share of the tensors that all have whole.
+
+    Args:
+        tensors: By name, the same names on every process.
+        processes: The processes of the run.
+    """
+    from torch.distributed.tensor import DTensor
+
+    loads = [0] * processes.world
+    mine: dict[str, Tensor] = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        if isinstance(tensor, DTensor):
+            mine[name] = tensor
+            continue
+        owner = loads.index(min(loads))
+        loads[owner] += tensor.nbytes
+        if owner == processes.rank:
+            mine[name] = tensor
+    return mine
 
 
 def _recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

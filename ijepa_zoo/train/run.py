@@ -94,7 +94,7 @@ def pretrain(
         processes = stack.enter_context(join_processes(machine.device, machine.timeout))
         claim_folder(out, processes, stack)
         in_chans = config.model.in_chans or 3
-        images = open_images(data, in_chans=in_chans)
+        images = open_images(data, in_chans=in_chans, index=out / "shards.index")
         settle_folder(out, config, images, processes)
         trainer = Trainer(config, images, processes, init=init, resume_optimizer=resume_optimizer)
         run = _Run(trainer, out, skip_nonfinite, progress)

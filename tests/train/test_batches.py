@@ -124,6 +124,18 @@ def test_boxes_follow_torchvision(
     assert ((ours[:, :2] + ours[:, 2:]).max(axis=0) >= 0.97 * np.array(size)).all()
 
 
+def test_boxes_reach_all_borders() -> None:
+    wide = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3)}
+    for first in np.random.default_rng(0).random((50, 20)).tolist():
+        top, left, height, width = crop_box([*first, 0.0, 0.0, 0.0], (50, 70), **wide)
+        assert (top, left) == (0, 0)
+        end = 1 - 2**-53
+        assert crop_box([*first, end, end, 0.0], (50, 70), **wide) == (
+            *(50 - height, 70 - width),
+            *(height, width),
+        )
+
+
 @pytest.mark.parametrize("size", [(20, 200), (200, 20), (21, 20), (1, 90)])
 def test_fallback_is_that_of_torchvision(size: tuple[int, int]) -> None:
     """Boxes that are larger than any image never fit."""
@@ -214,6 +226,17 @@ def test_flip_turns_half_of_the_images_and_nothing_else() -> None:
             assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
             turned += not torch.equal(a, b)
     assert abs(turned - 160) < 5 * np.sqrt(320 / 4)
+
+
+def test_flip_does_not_depend_on_the_crop() -> None:
+    ramp = np.tile(np.arange(0, 240, 3, dtype=np.uint8)[:, None], (90, 60, 1, 3))
+    data = DataConfig(crop_scale=(0.3, 0.3), crop_ratio=(1.0, 1.0), horizontal_flip=True)
+    flipping = batches(open_images(ramp), replace(CONFIG, data=data))
+    rows = torch.cat([joined(flipping[step])["images"][:, 0, 6].float() for step in range(20)])
+    turned = rows[:, 0] > rows[:, -1]
+    lefts = rows.amin(dim=1)
+    difference = lefts[turned].mean() - lefts[~turned].mean()
+    assert difference.abs() < 5 * lefts.std() * np.sqrt(2 / 160)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

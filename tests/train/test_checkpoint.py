@@ -305,6 +305,29 @@ def test_failure_is_raised_by_the_next_save(two_saved):
         two_saved.save(8, make(8), {})
 
 
+def test_what_cannot_be_deleted_is_said(two_saved, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    two_saved.save(700, make(700), {})
+    with pytest.raises(OSError, match=r"cannot delete checkpoints .*: Permission denied"):
+        two_saved.wait()
+    assert two_saved.choose() == 700
+
+
+def test_torch_that_cannot_read_what_a_later_one_wrote(two_saved, monkeypatch):
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    def refuse(self):
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setattr(FileSystemReader, "read_metadata", refuse)
+    for read in (lambda: read_checkpoint(two_saved.folder), lambda: two_saved.load(5, make(5))):
+        with pytest.raises(CheckpointError, match=r"written by torch 2\..* or a later one"):
+            read()
+
+
 AT_EXIT = """
 import sys
 from pathlib import Path
