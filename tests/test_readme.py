@@ -63,3 +63,11 @@ def test_names_in_the_table_are_those_of_the_catalogue() -> None:
     named = set(re.findall(r"`(vit_\w+_ijepa\.\w+)`", (ROOT / "README.md").read_text()))
     known = {n for n in ijepa_zoo.list_models(pretrained=True) if not n.endswith("_context")}
     assert known <= named
+
+
+def test_pretrain(folder: Path) -> None:
+    small = '"optim.duration=1 steps", "optim.warmup=0 steps", "optim.batch_size=4", "machine.device=cpu"'
+    text = block("load_config").replace('"optim.duration=100 epochs"', small)
+    names: dict[str, object] = {"ijepa_zoo": ijepa_zoo}
+    exec(text.replace("custom_small", "nano_scenes").replace("workers=4", "workers=0"), names)
+    assert names["model"].embed_dim == 128

@@ -223,6 +223,7 @@ def test_a_lost_process_ends_the_others_with_a_message(how, world, who, said):
     survivors = [p for rank, p in enumerate(processes) if rank != who]
     results = several_processes.finish(survivors, 60)
     processes[who].kill()
+    several_processes.finish([processes[who]])
     for status, errors in results:
         assert status == 1, errors
         message = errors.strip().split("ProcessError: ")[-1]
