@@ -34,10 +34,10 @@ import ijepa_zoo
 from ijepa_zoo.data.image_sets import open_images
 from ijepa_zoo.data.items import Item
 from ijepa_zoo.data.sources import find_items
+from ijepa_zoo.processes import Processes
 from ijepa_zoo.train import PretrainConfig, load_config, pretrain
 from ijepa_zoo.train.batches import evaluation_images
 from ijepa_zoo.train.monitor import Monitor
-from ijepa_zoo.train.parallel import Processes
 
 PROBED = 4000  # images of the probes, never trained on
 

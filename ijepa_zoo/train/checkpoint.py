@@ -20,9 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..processes import Processes, waiting
 from ..weights.layouts import CheckpointError
 from . import checkpoint_folder as layout
-from .parallel import Processes, own_part, waiting
+from .parallel import own_part
 
 _LONGEST_WRITE = timedelta(minutes=30)  # processes wait for the slowest disk; a dead one ends it
 _EXIT = 60.0  # seconds that the end of the program waits for a save together with others

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..data.image_sets import open_images
 from ..masks import MultiBlockMasks
+from ..processes import join_processes
 from .batches import Batch
 from .config import PretrainConfig
 from .flops import Flops, flops_per_image
 from .limits import check
-from .parallel import join_processes
 from .start import build_networks
 from .trainer import Trainer
 

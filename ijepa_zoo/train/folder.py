@@ -9,8 +9,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..data.image_sets import ImageSet
+from ..processes import Processes
 from .config import PretrainConfig
-from .parallel import Processes
 from .settings import differences, dump, parse
 
 

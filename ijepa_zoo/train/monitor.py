@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.jepa import IJepa
+from ..processes import Processes
 from .batches import normalise
-from .parallel import Processes
 
 _NEIGHBOURS = 20
 _TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's kNN classifier

@@ -16,20 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.jepa import IJepa
+from ..processes import Processes, waiting
 from .config import MachineConfig
-from .processes import Processes, join_processes, waiting
-from .rendezvous import ProcessError
-
-__all__ = [
-    "ProcessError",
-    "Processes",
-    "accumulate",
-    "copy_whole",
-    "join_processes",
-    "own_part",
-    "parallelise",
-    "waiting",
-]
 
 
 def parallelise(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..data.image_sets import open_images
 from ..data.images import ImageError
+from ..processes import join_processes
 from .batches import Batch
 from .checkpoint import Checkpoints
 from .config import PretrainConfig, steps_of
@@ -28,7 +29,6 @@ from .export import export_run
 from .folder import claim_folder, settle_folder
 from .log import RunLog, read_log
 from .monitor import Monitor, gradient_norms, update_norms
-from .parallel import join_processes
 from .settings import check
 from .trainer import NonFiniteLossError, Trainer, Update
 from .watch import CollapseWatch

@@ -17,6 +17,7 @@ import torch
 from ..data.image_sets import ImageSet
 from ..masks import MultiBlockMasks
 from ..models.jepa import IJepa
+from ..processes import Arrival, Processes
 from .batches import (
     Batch,
     TrainBatches,
@@ -29,8 +30,7 @@ from .batches import (
 from .config import PretrainConfig, Schedule, micro_batch_size
 from .monitor import Monitor
 from .optim import make_optimizer, set_rates
-from .parallel import Processes, accumulate, parallelise
-from .processes import Arrival
+from .parallel import accumulate, parallelise
 from .start import build_networks, fill_optimizer, starting_optimizer
 
 _NETWORKS = ("encoder", "predictor", "target_encoder")
@@ -92,7 +92,7 @@ class Trainer:
         embed = self.model.encoder.patch_embed
         self.image_size: tuple[int, int] = embed.img_size
         self.masks = self._masks(embed.grid_size)
-        self.model.to(self.processes.device).train()
+        self.model.train()
         self.module = parallelise(
             self.model, config.machine, self.processes, config.optim.precision
         )

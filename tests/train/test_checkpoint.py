@@ -10,9 +10,9 @@ import pytest
 import several_processes
 import torch
 
+from ijepa_zoo.processes import Processes
 from ijepa_zoo.train import checkpoint_folder
 from ijepa_zoo.train.checkpoint import Checkpoints, read_checkpoint
-from ijepa_zoo.train.parallel import Processes
 from ijepa_zoo.weights.layouts import CheckpointError
 
 ALONE = Processes.alone("cpu")
@@ -353,7 +353,8 @@ import ijepa_zoo
 from ijepa_zoo.train.checkpoint import Checkpoints
 from ijepa_zoo.train.config import MachineConfig
 from ijepa_zoo.train.optim import make_optimizer
-from ijepa_zoo.train.parallel import join_processes, parallelise
+from ijepa_zoo.train.parallel import parallelise
+from ijepa_zoo.processes import join_processes
 
 def state(processes, parallel, seed):
     # 2 x 2 patches of width 48: not every tensor can be shared out evenly
@@ -409,7 +410,7 @@ import os, sys
 from pathlib import Path
 import torch
 from ijepa_zoo.train.checkpoint import Checkpoints
-from ijepa_zoo.train.parallel import join_processes
+from ijepa_zoo.processes import join_processes
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 with join_processes("cpu", 30) as processes:

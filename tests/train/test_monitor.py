@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_zoo import create_ijepa
+from ijepa_zoo.processes import Processes
 from ijepa_zoo.train.monitor import (
     Monitor,
     gradient_norms,
@@ -22,7 +23,6 @@ from ijepa_zoo.train.monitor import (
     update_norms,
 )
 from ijepa_zoo.train.optim import make_optimizer, set_rates
-from ijepa_zoo.train.parallel import Processes
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 ALONE = Processes.alone("cpu")
@@ -250,7 +250,8 @@ import test_monitor as t
 from ijepa_zoo.train.config import MachineConfig
 from ijepa_zoo.train.monitor import Monitor, gradient_norms, update_norms
 from ijepa_zoo.train.optim import make_optimizer
-from ijepa_zoo.train.parallel import join_processes, parallelise
+from ijepa_zoo.train.parallel import parallelise
+from ijepa_zoo.processes import join_processes
 
 with join_processes("cpu", 60) as processes:
     results = {}

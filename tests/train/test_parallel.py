@@ -8,9 +8,9 @@ import pytest
 import several_processes
 import torch
 
-from ijepa_zoo.train import rendezvous
-from ijepa_zoo.train.parallel import ProcessError, Processes, join_processes
-from ijepa_zoo.train.rendezvous import Place, choose_device, read_place
+from ijepa_zoo import rendezvous
+from ijepa_zoo.processes import Processes, join_processes
+from ijepa_zoo.rendezvous import Place, ProcessError, choose_device, read_place
 
 # Three updates with batch 8; masks are cut per group of two images
 TRAIN = """
@@ -20,7 +20,8 @@ import ijepa_zoo
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.config import MachineConfig
 from ijepa_zoo.train.optim import make_optimizer, set_rates
-from ijepa_zoo.train.parallel import Processes, accumulate, join_processes, parallelise
+from ijepa_zoo.train.parallel import accumulate, parallelise
+from ijepa_zoo.processes import Processes, join_processes
 
 NETWORK = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4,
                predictor_embed_dim=32, predictor_depth=1)
@@ -161,7 +162,7 @@ def test_compiled_blocks_share_few_graphs(one, monkeypatch):
 
 EXCHANGE = """
 import torch
-from ijepa_zoo.train.parallel import join_processes
+from ijepa_zoo.processes import join_processes
 
 for _ in range(2):
     with join_processes("auto", 30) as processes:
@@ -194,7 +195,7 @@ def test_under_torchrun(tmp_path):
 LOSE = """
 import os, signal, sys, time
 import torch
-from ijepa_zoo.train.parallel import join_processes
+from ijepa_zoo.processes import join_processes
 
 how, who = sys.argv[1], int(sys.argv[2])
 with join_processes("cpu", 1) as processes:

@@ -5,10 +5,10 @@ import torch
 
 from ijepa_zoo import create_ijepa
 from ijepa_zoo.masks import MultiBlockMasks
+from ijepa_zoo.processes import Processes
 from ijepa_zoo.train.batches import normalise
 from ijepa_zoo.train.monitor import Monitor
 from ijepa_zoo.train.optim import make_optimizer, set_rates
-from ijepa_zoo.train.parallel import Processes
 from ijepa_zoo.train.regularizers import VarianceCovariance
 from ijepa_zoo.train.watch import CollapseWatch
 
