@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from .status import DONE, FAILED, INTERRUPTED, STOPPED, USAGE, complain, count
 
 if TYPE_CHECKING:
     from ..train import PretrainConfig
+
+_CHANGE = re.compile(r"(seed|[a-z]+\.[a-z_]+)=")
 
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +91,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _run_pretrain(args: argparse.Namespace) -> int:
+    from ..rendezvous import read_place
     from ..train import dry_run, pretrain
 
     config = _config(args)
@@ -107,15 +111,20 @@ def _run_pretrain(args: argparse.Namespace) -> int:
         skip_nonfinite=args.skip_nonfinite,
         progress=not args.quiet,
     )
-    if int(os.environ.get("RANK", "0")) == 0:
+    if read_place(os.environ).rank == 0:
         print(f"done: {folder}")
         print(f"features: ijepa-zoo features IMAGES --model local-dir:{out} --out FILE")
     return DONE
 
 
 def _config(args: argparse.Namespace) -> "PretrainConfig":
+    from ..rendezvous import read_place
     from ..train import load_config
 
+    if args.data:  # --data takes all words behind it
+        behind = [word for word in args.data if _CHANGE.match(word) and not os.path.exists(word)]
+        args.words += behind
+        args.data = [word for word in args.data if word not in behind]
     names = [word for word in args.words if "=" not in word]
     changes = [word for word in args.words if "=" in word]
     if len(names) + bool(args.config) != 1:
@@ -124,8 +133,7 @@ def _config(args: argparse.Namespace) -> "PretrainConfig":
             f"name one recipe, or one file with --config (given: {given}); "
             "`ijepa-zoo pretrain --recipes` lists the recipes"
         )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return load_config(args.config or names[0], changes, world)
+    return load_config(args.config or names[0], changes, read_place(os.environ).world)
 
 
 def _places(args: argparse.Namespace) -> tuple[list[str], str]:
@@ -148,7 +156,7 @@ def _places(args: argparse.Namespace) -> tuple[list[str], str]:
 def _export(args: argparse.Namespace) -> int:
     import torch
 
-    from ..train import export_run
+    from ..train import RunError, export_run
     from ..weights.layouts import CheckpointError
 
     try:
@@ -160,7 +168,7 @@ def _export(args: argparse.Namespace) -> int:
             license=args.license,
             overwrite=args.overwrite,
         )
-    except (CheckpointError, OSError, ValueError) as error:
+    except (RunError, CheckpointError, OSError, ValueError) as error:
         return complain(error, FAILED)
     print(f'{folder}  for create_model("local-dir:{folder}")')
     return DONE
@@ -169,11 +177,11 @@ def _export(args: argparse.Namespace) -> int:
 def _plot(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ..train import plot_run
+    from ..train import RunError, plot_run
 
     try:
         print(plot_run(Path(args.run_folder), Path(args.out) if args.out else None))
-    except (ImportError, OSError, ValueError) as error:
+    except (RunError, ImportError, OSError, ValueError) as error:
         return complain(error, FAILED)
     return DONE
 

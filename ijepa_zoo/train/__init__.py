@@ -6,8 +6,9 @@ from .dry_run import dry_run
 from .export import export_run
 from .folder import RunError
 from .plot import plot_run
-from .run import Interrupted, pretrain
+from .run import pretrain
 from .settings import load_config, override, recipe_table
+from .stopping import Interrupted
 from .trainer import NonFiniteLossError, Trainer
 
 __all__ = [

@@ -240,7 +240,7 @@ class Schedule:
         steps = steps_of(optim.duration, **size)
         warmup = steps_of(optim.warmup, **size)
         horizon = math.floor(steps * optim.schedule_scale)
-        if steps < 1 or not 0 <= warmup <= horizon:
+        if min(steps, horizon) < 1 or warmup > horizon:
             raise ValueError(
                 f"optim.duration={optim.duration!r} is {steps} steps (schedules run over "
                 f"{horizon}) and optim.warmup={optim.warmup!r} is {warmup}: the duration must be "

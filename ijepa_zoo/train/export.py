@@ -6,13 +6,23 @@ from pathlib import Path
 
 import torch
 
+from ..models.jepa import IJepa
 from ..weights.export import export
-from ..weights.layouts import CheckpointError, some
+from ..weights.layouts import CheckpointError
+from . import checkpoint_folder as layout
 from .checkpoint import read_checkpoint
-from .settings import parse
+from .folder import read_settings
 from .start import build_networks
 
 _NETWORKS = ("encoder", "predictor", "target_encoder")
+_STEP = "export.step"  # beside `export`: which checkpoint it was made from
+
+
+def exported_step(run: Path) -> int | None:
+    """The step that `RUN/export` was made from; None where there is none, or nobody knows."""
+    known = (run / "export" / "config.json").exists() and (run / _STEP).exists()
+    text = (run / _STEP).read_text(encoding="utf-8", errors="replace") if known else ""
+    return int(text) if text.isdecimal() else None
 
 
 def export_run(
@@ -38,24 +48,51 @@ def export_run(
         The folder, for `create_model("local-dir:FOLDER")`.
 
     Raises:
-        CheckpointError: There is no such checkpoint, or it is damaged.
+        RunError: `run` is no run, or its settings are damaged.
+        CheckpointError: There is no such checkpoint, it is damaged, or its weights are not finite.
         FileExistsError: `folder` exists and `overwrite` is false.
     """
     run = Path(run)
-    settings = run / "config.yaml"
-    if not settings.is_file():
-        found = some(path.name for path in run.iterdir()) if run.is_dir() else ""
-        raise CheckpointError(
-            f"{run} is no run of ijepa-zoo pretrain: it has no config.yaml but {found or 'nothing'}"
-        )
-    config = parse(settings.read_text(encoding="utf-8"), str(settings))
+    config = read_settings(run)
     checkpoints = run / "checkpoints"
-    tensors, _ = read_checkpoint(checkpoints if step is None else checkpoints / f"step-{step:09d}")
+    steps = layout.steps(checkpoints)
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
+        raise CheckpointError(f"{run} has no {wanted}: it has {steps or 'none'}")
+    step = steps[-1] if step is None else step
+    only = tuple(f"{network}." for network in _NETWORKS)
+    tensors, _ = read_checkpoint(layout.path(checkpoints, step), only=only)
     model = build_networks(config)
-    for network in _NETWORKS:
-        start = f"{network}."
-        getattr(model, network).load_state_dict(
-            {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
-        )
+    _fill(model, tensors, layout.path(checkpoints, step))
     target = run / "export" if folder is None else Path(folder)
-    return export(model, target, dtype=dtype, license=license, overwrite=overwrite)
+    written = export(model, target, dtype=dtype, license=license, overwrite=overwrite)
+    if folder is None:
+        (run / _STEP).write_text(str(step), encoding="utf-8")
+    return written
+
+
+def _fill(model: IJepa, tensors: dict[str, torch.Tensor], origin: Path) -> None:
+    own = {
+        f"{network}.{name}": value
+        for network in _NETWORKS
+        for name, value in getattr(model, network).state_dict().items()
+    }
+    other = [
+        name for name in own.keys() | tensors.keys() if _shape(own, name) != _shape(tensors, name)
+    ]
+    if other:
+        raise CheckpointError(
+            f"{origin} is not of the settings in config.yaml: {min(other)} is "
+            f"{_shape(tensors, min(other))} there, {_shape(own, min(other))} by the settings"
+        )
+    ruined = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if ruined:
+        raise CheckpointError(
+            f"{origin}: the weights are not finite ({ruined[0]}): go back to an earlier checkpoint"
+        )
+    for name, value in own.items():
+        value.copy_(tensors[name])
+
+
+def _shape(tensors: dict[str, torch.Tensor], name: str) -> list[int] | None:
+    return list(tensors[name].shape) if name in tensors else None

@@ -182,11 +182,11 @@ class Monitor:
         """
         features = self._features(model, processes)
         figures = _figures(features, self.labels)
-        distance = _length(
+        distance = total_norm(
             p.detach() - q
             for p, q in zip(model.encoder.parameters(), model.target_encoder.parameters())
         )
-        return {**figures, "ema_distance": distance / _length(model.target_encoder.parameters())}
+        return {**figures, "ema_distance": distance / total_norm(model.target_encoder.parameters())}
 
     def _features(self, model: IJepa, processes: Processes) -> Tensor:
         """Features `[m, D]` of all images; processes do equal numbers of forward passes."""
@@ -227,7 +227,7 @@ def gradient_norms(model: IJepa) -> dict[str, float]:
     With sharded networks every process must call this.
     """
     return {
-        f"grad_{name}": _length([p.grad for p in network.parameters() if p.grad is not None])
+        f"grad_{name}": total_norm([p.grad for p in network.parameters() if p.grad is not None])
         for name, network in _trained(model)
     }
 
@@ -241,8 +241,8 @@ def update_norms(model: IJepa, optimizer: torch.optim.AdamW) -> dict[str, float]
     """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     return {
-        f"update_{name}": _length(_changes(network.parameters(), groups, optimizer))
-        / _length(network.parameters())
+        f"update_{name}": total_norm(_changes(network.parameters(), groups, optimizer))
+        / total_norm(network.parameters())
         for name, network in _trained(model)
     }
 
@@ -269,7 +269,7 @@ def _trained(model: IJepa) -> Sequence[tuple[str, nn.Module]]:
     return ("encoder", model.encoder), ("predictor", model.predictor)
 
 
-def _length(tensors: Iterable[Tensor]) -> float:
+def total_norm(tensors: Iterable[Tensor]) -> float:
     """L2 norm of all tensors together; those of sharded tensors are summed over processes."""
     norms = [torch.linalg.vector_norm(tensor.detach()) for tensor in tensors]
     if not norms:

@@ -7,46 +7,36 @@ in the end, `export/`, which `create_model("local-dir:RUN")` reads.
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
+import torch
 from tqdm import tqdm
 
-from ..data.image_sets import open_images
+from ..data.image_sets import ImageSet, open_images
 from ..data.images import ImageError
-from ..processes import join_processes
+from ..processes import Processes, join_processes
 from .batches import Batch
 from .checkpoint import Checkpoints
 from .config import PretrainConfig, steps_of
-from .export import export_run
-from .folder import claim_folder, settle_folder
+from .export import export_run, exported_step
+from .folder import claim_folder, named_broken, settle_folder
 from .log import RunLog, read_log
-from .monitor import Monitor, gradient_norms, update_norms
+from .monitor import Monitor, gradient_norms, total_norm, update_norms
 from .settings import check
+from .stopping import Interrupted, stop_signals
 from .trainer import NonFiniteLossError, Trainer, Update
 from .watch import CollapseWatch
 
 _BAR = {"loss": "loss", "rank": "rankme", "images/s": "images_per_second"}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and has saved its state.
-
-    Attributes:
-        signal: The signal that asked; SIGTERM where another process received it.
-    """
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.signal = number
 
 
 def pretrain(
@@ -72,9 +62,10 @@ def pretrain(
         out: The run's folder; made if it does not exist.
         init: Weights to start from; see `build_networks`. Without effect on a run that goes on.
         resume_optimizer: Take the optimizer's state from `init` too.
-        resume_from: Which checkpoint to go on from: `latest`, `previous` (the last good one before
-            it) or a step.
+        resume_from: Which checkpoint to go on from: `latest`, `previous` (the newest that is not
+            damaged) or a step.
         skip_nonfinite: How many steps whose loss is not finite are left out before the run stops.
+            Two in a row always stop it: then the weights are ruined.
         progress: Show a progress bar.
 
     Returns:
@@ -82,35 +73,69 @@ def pretrain(
 
     Raises:
         ValueError: Settings or images do not fit; what was wrong and what to write instead.
+        RunError: The folder is in use, or belongs to a run of other settings or images.
         CheckpointError: The newest checkpoint is broken, or belongs to another run.
         NonFiniteLossError: The loss is not finite, more often than `skip_nonfinite`.
         Interrupted: The run was stopped and saved.
         OSError: A file could not be written; everything earlier is intact.
     """
     check(config)
-    out = Path(out)
-    machine = config.machine
-    with ExitStack() as stack:
+    out = _own_folder(out, data)
+    with stop_signals() as received, ExitStack() as stack:
+        machine = config.machine
         processes = stack.enter_context(join_processes(machine.device, machine.timeout))
         claim_folder(out, processes, stack)
         in_chans = config.model.in_chans or 3
         images = open_images(data, in_chans=in_chans, index=out / "shards.index")
         settle_folder(out, config, images, processes)
+        checkpoints = _checkpoints(out, config, images, processes)
+        step = checkpoints.choose(resume_from)
+        if step is not None:
+            init, resume_optimizer = None, False
         trainer = Trainer(config, images, processes, init=init, resume_optimizer=resume_optimizer)
-        run = _Run(trainer, out, skip_nonfinite, progress)
-        run.resume(resume_from)
-        with _stop_signals() as received, run.finished_saves():
+        run = _Run(trainer, checkpoints, out, skip_nonfinite, progress)
+        if step is not None:
+            run.resume(step)
+        with run.finished_saves():
             run.train(received)
         if trainer.step < trainer.schedule.steps:
+            saved = f"saved in {out}" if trainer.step else "nothing is done yet"
             raise Interrupted(
-                f"stopped after step {trainer.step} of {trainer.schedule.steps}, saved in {out}; "
+                f"stopped after step {trainer.step} of {trainer.schedule.steps}, {saved}; "
                 "run the same command again to go on",
                 received[0] if received else signal.SIGTERM,
             )
-        if processes.rank == 0 and run.updated:
+        if processes.rank == 0 and exported_step(out) != trainer.step:
             export_run(out, overwrite=True)
         processes.barrier("the export of rank 0")
     return out / "export"
+
+
+def _own_folder(out: str | Path, data: Any) -> Path:
+    """The run's folder, which must not become a part of the data.
+
+    Raises:
+        ValueError: It would.
+    """
+    if not str(out):
+        raise ValueError("the run's folder has no name: give one, for example runs/first")
+    out = Path(out)
+    for given in data if isinstance(data, list | tuple) else [data]:
+        if isinstance(given, str | os.PathLike) and Path(given).resolve() in out.resolve().parents:
+            raise ValueError(
+                f"the run's folder {out} lies in the data {given}, whose images would change: "
+                "choose another"
+            )
+    return out
+
+
+def _checkpoints(
+    out: Path, config: PretrainConfig, images: ImageSet, processes: Processes
+) -> Checkpoints:
+    log, count = config.log, len(images) - config.data.held_out
+    sizes = {"batch_size": config.optim.batch_size, "images": count}
+    keep_every = max(1, steps_of(log.keep_every, **sizes)) if log.keep_every else None
+    return Checkpoints(out / "checkpoints", processes, log.keep, keep_every)
 
 
 @dataclass(frozen=True)
@@ -126,31 +151,36 @@ class _Watching:
 class _Run:
     """The loop of one process: trainer, checkpoints, monitors and log."""
 
-    def __init__(self, trainer: Trainer, out: Path, skip_nonfinite: int, progress: bool) -> None:
-        self.trainer, self.out, self.progress = trainer, out, progress
+    def __init__(
+        self,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        out: Path,
+        skip_nonfinite: int,
+        progress: bool,
+    ) -> None:
+        self.trainer, self.checkpoints, self.out = trainer, checkpoints, out
+        self.progress = progress
         self.processes = trainer.processes
         self.first = self.processes.rank == 0
         self.skip_nonfinite = skip_nonfinite
-        log, optim = trainer.config.log, trainer.config.optim
-        sizes = {"batch_size": optim.batch_size, "images": len(trainer.train_indices)}
-        self.save_every = max(1, steps_of(log.save_every, **sizes))
-        keep_every = max(1, steps_of(log.keep_every, **sizes)) if log.keep_every else None
-        self.checkpoints = Checkpoints(out / "checkpoints", self.processes, log.keep, keep_every)
+        config = trainer.config
+        sizes = {"batch_size": config.optim.batch_size, "images": len(trainer.train_indices)}
+        self.save_every = max(1, steps_of(config.log.save_every, **sizes))
         self.about: dict[str, Any] = {"skipped": [], "broken": 0, "initial": {}}
-        self.updated = False
-        self.saved = -1
-        self.named: set[str] = set()
+        self.saved = 0
+        self.broken_file = out / f"broken-{self.processes.rank}.jsonl"
+        self.named = named_broken(self.broken_file)
         self.shown: dict[str, str] = {}
 
-    def resume(self, resume_from: int | Literal["latest", "previous"]) -> None:
-        """Load the chosen checkpoint, if there is one."""
-        step = self.checkpoints.choose(resume_from)
-        if step is None:
-            self.updated = True
-            return
+    def resume(self, step: int) -> None:
+        """Load a checkpoint; the log of steps that are to be done again is kept beside the new."""
+        newest = self.checkpoints.complete()[-1]
+        log = self.out / "log.csv"
+        if self.first and step < newest and log.exists():
+            shutil.copyfile(log, log.with_name(f"log.until-{newest}.csv"))
         self.about = self.checkpoints.load(step, self.trainer.tensors())
         self.trainer.step = self.saved = step
-        self.updated = not (self.out / "export").exists()
 
     @contextmanager
     def finished_saves(self) -> Iterator[None]:
@@ -166,9 +196,9 @@ class _Run:
         """Update until the last step, or until a process is asked to stop."""
         trainer = self.trainer
         steps = trainer.schedule.steps
-        if trainer.step >= steps:
+        asked = self.processes.sum(torch.tensor([len(received)]), "the first step")
+        if trainer.step >= steps or int(asked):
             return
-        self.updated = True
         monitor, broken = trainer.monitor()
         if self.first:
             self._note_broken(broken)
@@ -224,7 +254,10 @@ class _Run:
         try:
             return trainer.update(batches, stop)
         except NonFiniteLossError as error:
-            if len(self.about["skipped"]) >= self.skip_nonfinite:
+            skipped = self.about["skipped"]
+            if trainer.step - 1 in skipped:
+                raise NonFiniteLossError(f"{error}. {self._ruined()}") from error
+            if len(skipped) >= self.skip_nonfinite:
                 raise
             self.about["skipped"].append(trainer.step)
             self._event(watching.log, "skipped", str(error))
@@ -232,8 +265,18 @@ class _Run:
             watching.bar.update()
             return None
 
+    def _ruined(self) -> str:
+        steps = self.checkpoints.complete()
+        back = f"go back by --resume-from with one of {steps}" if steps else "start anew"
+        return f"An earlier update has ruined the weights: {back}, with a lower optim.lr"
+
     def _save(self) -> None:
         trainer = self.trainer
+        if not math.isfinite(total_norm(trainer.model.parameters())):
+            raise NonFiniteLossError(
+                f"the weights are not finite after step {trainer.step} and are not saved. "
+                + self._ruined()
+            )
         self.checkpoints.save(trainer.step, trainer.tensors(), self.about)
         self.saved = trainer.step
 
@@ -278,33 +321,8 @@ class _Run:
 
     def _note_broken(self, broken: list[tuple[str, str]]) -> None:
         """Name every broken image of this process once."""
-        path = self.out / f"broken-{self.processes.rank}.jsonl"
         for name, reason in broken:
             if name not in self.named:
                 self.named.add(name)
-                with path.open("a", encoding="utf-8") as file:
+                with self.broken_file.open("a", encoding="ascii") as file:
                     file.write(json.dumps({"image": name, "reason": reason}) + "\n")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect stop signals instead of ending in the middle of an update; a second Ctrl-C ends it.
-
-    Outside the main thread, where Python allows no handlers, signals keep their meaning.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and signal.SIGINT in received:
-            raise KeyboardInterrupt("stopped without saving")
-        received.append(number)
-
-    previous = {number: signal.signal(number, handler) for number in _SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

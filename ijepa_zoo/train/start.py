@@ -52,8 +52,8 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
         values = getattr(config.data, key)
         if len(values) not in (1, channels):
             raise ValueError(
-                f"data.{key} has {len(values)} values for images of {channels} channels: give 1 "
-                f"or {channels}"
+                f"data.{key} has {len(values)} values for images of {channels} channels: give one "
+                "value for all, or one for each"
             )
     for encoder in (model.encoder, model.target_encoder):  # features are made with the same
         mean, std = (

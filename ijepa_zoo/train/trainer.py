@@ -91,6 +91,12 @@ class Trainer:
         self.model: IJepa = build_networks(config, init)
         embed = self.model.encoder.patch_embed
         self.image_size: tuple[int, int] = embed.img_size
+        for side, patch in zip(embed.img_size, embed.patch_size):
+            if side % patch:
+                raise ValueError(
+                    f"patches of {patch} do not fill images of {side}: use model.img_size="
+                    f"{side // patch * patch} or another multiple of model.patch_size"
+                )
         self.masks = self._masks(embed.grid_size)
         self.model.train()
         self.module = parallelise(
@@ -217,8 +223,8 @@ class Trainer:
         )
         return (
             f"the loss of step {self.step} is {losses[tuple(bad[0])].item()} on rank {ranks} "
-            f"(images {shown}); the weights are those before the update. Lower optim.lr (now "
-            f"{lr:.2g}), use optim.precision=fp32, or --skip-nonfinite N to leave out N such steps"
+            f"(images {shown}); this update is not done. Lower optim.lr (now {lr:.2g}), use "
+            "optim.precision=fp32, or --skip-nonfinite N to leave out N such steps"
         )
 
     def monitor(self) -> tuple[Monitor, list[tuple[str, str]]]:

@@ -77,7 +77,7 @@ def export(
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists: choose another name, or overwrite it")
     if folder.exists():
-        _refuse_foreign(folder)
+        refuse_foreign(folder)
     if isinstance(model, Bundle):
         bundle = model
     elif isinstance(model, str | Path):
@@ -97,8 +97,12 @@ def export(
     return folder
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Overwriting replaces a whole folder, so it must hold nothing but an earlier export."""
+def refuse_foreign(folder: Path) -> None:
+    """Overwriting replaces a whole folder, so it must hold nothing but an earlier export.
+
+    Raises:
+        FileExistsError: It holds something else.
+    """
     foreign = (
         {item.name for item in folder.iterdir()} - writers.WRITTEN
         if folder.is_dir()

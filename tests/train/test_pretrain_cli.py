@@ -41,6 +41,13 @@ def test_dry_run_leaves_nothing(folder, capsys):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_changes_may_stand_behind_the_data(folder):
+    words = ["--config", "own.yaml", "--out", "run", "--data", "images.npy", "optim.lr=5e-4"]
+    assert main(["pretrain", *words, "seed=3"]) == 0
+    assert "lr: 0.0005" in (folder / "run" / "config.yaml").read_text()
+    assert "seed: 3" in (folder / "run" / "config.yaml").read_text()
+
+
 def test_recipes_are_listed(capsys):
     assert main(["pretrain", "--recipes"]) == 0
     assert "vith14_in1k " in capsys.readouterr().out

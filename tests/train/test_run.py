@@ -252,3 +252,105 @@ def test_seed_and_bf16(whole, tmp_path):
     losses = {name: float(rows(tmp_path / name)[0]["loss"]) for name in "abc"}
     assert losses["a"] != losses["b"]
     assert losses["c"] == pytest.approx(losses["a"], rel=0.02)
+
+
+def stop_after(monkeypatch, updates, folder, config=CONFIG, **options):
+    with monkeypatch.context() as patch:
+        after_updates(patch, updates, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(folder, config, **options)
+
+
+def test_an_export_of_an_earlier_step_is_replaced_at_the_end(tmp_path, monkeypatch, whole):
+    stop_after(monkeypatch, 5, tmp_path)
+    export_run(tmp_path)
+    before = ijepa_zoo.create_model(f"local-dir:{tmp_path}").norm.bias.clone()
+    train(tmp_path)
+    after = ijepa_zoo.create_model(f"local-dir:{tmp_path}").norm.bias
+    assert not torch.equal(before, after)
+    assert torch.equal(after, state(whole)[0]["target_encoder.norm.bias"])
+
+
+def test_a_folder_of_something_else_where_the_export_goes_is_refused_at_once(tmp_path):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "mine.txt").write_text("keep me")
+    with pytest.raises(RunError, match=r"no export of this package.*mine\.txt"):
+        train(tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_ruined_weights_are_never_saved_nor_exported(tmp_path):
+    wild = change(CONFIG, optim={"lr": 1e30, "start_lr": 1e30, "regularizer_weight": 0.0})
+    with pytest.raises(NonFiniteLossError, match=r"step 1 is nan .*not done"):
+        train(tmp_path / "a", wild)
+    with pytest.raises(NonFiniteLossError, match="ruined the weights: start anew"):
+        train(tmp_path / "b", wild, skip_nonfinite=100)
+    every = change(wild, log={"save_every": "1 steps"})
+    with pytest.raises(NonFiniteLossError, match="not finite after step 1 and are not saved"):
+        train(tmp_path / "c", change(every, optim={"lr": 3e38, "start_lr": 3e38}))
+    for name in "abc":
+        assert not (tmp_path / name / "export").exists()
+
+
+def test_settings_that_are_gone_or_damaged_are_not_guessed(tmp_path, monkeypatch):
+    stop_after(monkeypatch, 5, tmp_path)
+    settings, data = tmp_path / "config.yaml", tmp_path / "data.json"
+    text = settings.read_text()
+    settings.write_text("")
+    with pytest.raises(RunError, match=r"config\.yaml is damaged: it has no seed"):
+        train(tmp_path)
+    with pytest.raises(RunError, match="damaged"):
+        export_run(tmp_path)
+    settings.unlink()
+    with pytest.raises(RunError, match=r"has no config\.yaml"):
+        train(tmp_path)
+    settings.write_text(text.replace("depth: 2", "depth: 3"))
+    with pytest.raises(CheckpointError, match=r"not of the settings in config\.yaml: .*blocks\.2"):
+        export_run(tmp_path)
+    settings.write_text(text)
+    data.write_text("{}")
+    with pytest.raises(RunError, match=r"data\.json.*missing or damaged"):
+        train(tmp_path)
+
+
+def test_export_says_which_steps_there_are(whole, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7: it has \[8, 9\]"):
+        export_run(whole, tmp_path / "export", step=7)
+
+
+def test_going_back_keeps_the_log_of_what_is_done_again(tmp_path, whole):
+    train(tmp_path)
+    before = (tmp_path / "log.csv").read_text()
+    train(tmp_path, resume_from=8)
+    assert (tmp_path / "log.until-9.csv").read_text() == before
+    assert rows(tmp_path) == rows(whole)
+    assert same_state(tmp_path, whole)
+
+
+def test_weights_to_start_from_are_not_needed_to_go_on(tmp_path, monkeypatch, whole):
+    start = tmp_path / "start"
+    export_run(whole, start)
+    stop_after(monkeypatch, 5, tmp_path / "run", init=start)
+    start.rename(tmp_path / "gone")
+    train(tmp_path / "run", init=start)
+    assert state(tmp_path / "run")[1]["initial"] != {}
+
+
+def test_run_folder_inside_its_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="lies in the data"):
+        train(tmp_path / "images" / "run", images=str(tmp_path / "images"))
+    with pytest.raises(ValueError, match="no name"):
+        train("")
+
+
+def test_signal_before_the_first_step_stops_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "ijepa_zoo.train.run.settle_folder", lambda *args: signal.raise_signal(signal.SIGUSR1)
+    )
+    with pytest.raises(Interrupted, match="after step 0 of 9, nothing is done yet"):
+        train(tmp_path)
+
+
+def test_patches_must_fill_the_image():
+    with pytest.raises(ValueError, match=r"use model\.img_size=48"):
+        Trainer(change(CONFIG, model={"img_size": 50}), open_images(IMAGES))
