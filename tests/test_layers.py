@@ -19,6 +19,8 @@ LAYERS = {
     "models": 0,  # the packages themselves: a docstring at most
     "weights": 0,
     "data": 1,
+    "processes": 1,
+    "rendezvous": 1,
     "models.encoder": 1,
     "models.predictor": 1,
     "weights.layouts": 1,
@@ -48,7 +50,7 @@ LAYERS = {
 WHOLE = {"data", "extraction", "train", "eval", "cli"}
 GROUND = {"torch", "numpy"} | sys.stdlib_module_names  # all that layer 0 may import
 PROCESS_GROUPS = {
-    *("train.parallel", "train.processes", "train.rendezvous", "train.checkpoint"),
+    *("processes", "rendezvous", "train.parallel", "train.checkpoint"),
     "extraction.ranks",
 }
 

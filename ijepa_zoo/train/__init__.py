@@ -1,11 +1,11 @@
 """Self-supervised pretraining."""
 
+from ..rendezvous import ProcessError
 from .config import PretrainConfig
 from .dry_run import dry_run
 from .export import export_run
 from .folder import RunError
 from .plot import plot_run
-from .rendezvous import ProcessError
 from .run import Interrupted, pretrain
 from .settings import load_config, override, recipe_table
 from .trainer import NonFiniteLossError, Trainer

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.crops import DRAWS, centre_box, crop_box, cut, size_of
 from ..data.image_sets import ImageSet
 from ..data.images import ImageError
 from ..data.pixels import Pixels
@@ -22,7 +23,6 @@ from ..data.sources import InputError
 from ..masks import MultiBlockMasks
 from ..seeds import Stream, numpy_generator
 from .config import PretrainConfig
-from .crops import DRAWS, centre_box, crop_box, cut, size_of
 
 _REPLACEMENTS = 20  # images tried in the place of a broken one
 

@@ -51,7 +51,6 @@ class Checkpoints:
         self._group: Any = None
         if processes.world > 1:  # of its own: saving must not mix with training's exchanges
             import torch.distributed as dist
-
             from torch.distributed.device_mesh import init_device_mesh
 
             self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..models.jepa import IJepa
+from ..processes import Processes, join_processes, waiting
+from ..rendezvous import ProcessError
 from .config import MachineConfig
-from .processes import Processes, join_processes, waiting
-from .rendezvous import ProcessError
 
 __all__ = [
     "ProcessError",

@@ -17,6 +17,7 @@ import torch
 from ..data.image_sets import ImageSet
 from ..masks import MultiBlockMasks
 from ..models.jepa import IJepa
+from ..processes import Arrival
 from .batches import (
     Batch,
     TrainBatches,
@@ -30,7 +31,6 @@ from .config import PretrainConfig, Schedule, micro_batch_size
 from .monitor import Monitor
 from .optim import make_optimizer, set_rates
 from .parallel import Processes, accumulate, parallelise
-from .processes import Arrival
 from .start import build_networks, fill_optimizer, starting_optimizer
 
 _NETWORKS = ("encoder", "predictor", "target_encoder")

@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as published
 
+from ijepa_zoo.data.crops import DRAWS, cut
 from ijepa_zoo.data.image_sets import ImageSet, open_images
 from ijepa_zoo.data.sources import InputError
 from ijepa_zoo.masks import MultiBlockMasks
@@ -31,7 +32,6 @@ from ijepa_zoo.train.batches import (
     split,
 )
 from ijepa_zoo.train.config import DataConfig, MaskConfig, OptimConfig, PretrainConfig
-from ijepa_zoo.train.crops import DRAWS, cut
 
 MASKS = MultiBlockMasks(grid_size=(6, 6), min_keep=2)
 CONFIG = PretrainConfig(

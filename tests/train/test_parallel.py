@@ -8,9 +8,9 @@ import pytest
 import several_processes
 import torch
 
+from ijepa_zoo.rendezvous import Place, choose_device, read_place
 from ijepa_zoo.train import rendezvous
 from ijepa_zoo.train.parallel import ProcessError, Processes, join_processes
-from ijepa_zoo.train.rendezvous import Place, choose_device, read_place
 
 # Three updates with batch 8; masks are cut per group of two images
 TRAIN = """

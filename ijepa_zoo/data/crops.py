@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.pixels import Pixels
+from .pixels import Pixels
 
 _TRIES = 10  # boxes drawn before the fallback, as in torchvision's RandomResizedCrop
 DRAWS = 2 * _TRIES + 3  # uniform numbers of an image: areas, aspects, top, left, flip
