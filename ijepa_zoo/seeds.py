@@ -27,6 +27,10 @@ class Stream(IntEnum):
     PROBE = 6
     HELD_OUT = 7
     REPLACE = 8
+    EVAL_ORDER = 9
+    EVAL_AUGMENT = 10
+    EVAL_SPLIT = 11
+    EVAL_INIT = 12
 
 
 def fold(*keys: int) -> int:

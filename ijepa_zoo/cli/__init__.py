@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .eval import add_eval
 from .features import add_features
 from .pretrain import add_export, add_plot, add_pretrain
 from .status import FAILED, INTERRUPTED, complain
@@ -85,6 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_export(commands.add_parser("export", help="weights of a pretraining run into a folder"))
     add_plot(commands.add_parser("plot", help="curves and masks of a pretraining run, a PNG"))
+    add_eval(
+        commands.add_parser(
+            "eval",
+            help="the paper's probes on your data",
+            description="Measure a frozen encoder with the paper's probes. The same command after "
+            "an interruption goes on at the last epoch. torchrun --nproc-per-node N -m "
+            "ijepa_zoo.cli eval ... shares the work. Exit status: 0 done, 1 error, 2 wrong usage.",
+        )
+    )
     return parser
 
 

@@ -29,10 +29,12 @@ class Encoder:
     each piece of a batch is computed by one thread, and several pieces at a time: the features are
     the same to the last bit on any number of threads, and no thread waits for another.
 
-    Args are those of :func:`ijepa_zoo.extract_features`.
+    Args are those of :func:`ijepa_zoo.extract_features`, and `host`: False leaves the features on
+    the device.
 
     Attributes:
         settings: Everything that decides the numbers.
+        result_device: Where the features come out.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class Encoder:
         precision: str = "float32",
         device: str = "auto",
         threads: int | None = None,
+        host: bool = True,
     ) -> None:
         self.device = _choose_device(device)
         self.on_cpu = self.device.type == "cpu"
+        self.result_device = torch.device("cpu") if host else self.device
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         if precision == "float16" and self.on_cpu:
@@ -96,7 +100,7 @@ class Encoder:
                 to be left out; further slots are padding.
 
         Yields:
-            Features of the good images on the CPU, and the reasons.
+            Features of the good images, and the reasons.
         """
         waiting: deque[tuple[list[Future[Tensor]], list[str | None]]] = deque()
         with self._evaluating(), self._thread_pool() as threads:
@@ -118,7 +122,8 @@ class Encoder:
 
     def _collect(self, jobs: list[Future[Tensor]], reasons: list[str | None]) -> Batch:
         rows = [job.result() for job in jobs]
-        return torch.cat(rows or [torch.empty(0, *self.row_shape, dtype=self.dtype)]), reasons
+        none = torch.empty(0, *self.row_shape, dtype=self.dtype, device=self.result_device)
+        return torch.cat(rows or [none]), reasons
 
     @torch.inference_mode()
     def _encode(self, pixels: Tensor, good: list[int]) -> Tensor:
@@ -129,7 +134,7 @@ class Encoder:
         enabled = self.autocast is not None
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled):
             features: Tensor = self.extractor(images)
-        return features[good].to(self.dtype).cpu()
+        return features[good].to(self.result_device, self.dtype)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

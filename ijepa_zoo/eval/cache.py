@@ -1,0 +1,198 @@
+"""Features of every image, computed once and kept in files that know what they are of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from ..data.image_sets import FileSet, ImageSet
+from ..data.labelled import Part
+from ..extraction.encoder import Batch, hash_texts
+from ..extraction.parts import Parts, whole_file
+from ..processes import Processes
+from .representations import Representations
+
+_SETTINGS, _ROWS, _REASONS = "settings.json", "rows.npy", "reasons.json"
+
+Loader = Callable[[Sequence[int]], Iterable[Batch]]
+
+
+class CacheError(RuntimeError):
+    """Cached features that cannot be used or made; the text says why."""
+
+
+@dataclass(frozen=True)
+class CachedFeatures:
+    """Features of a set of images, read from the disk as they are needed.
+
+    Attributes:
+        rows: float32 `[n, W]`.
+        indices: int64 `[n]`, numbers of the images that could be decoded.
+        broken: Number and reason of the others.
+        computed: Images that were encoded now; 0 where all came from the cache.
+    """
+
+    rows: Tensor
+    indices: npt.NDArray[np.int64]
+    broken: dict[int, str]
+    computed: int
+
+
+def files_state(images: ImageSet) -> str:
+    """A hash of what the images' fingerprint does not tell: sizes and times of their files."""
+    rows: Iterable[int] = range(len(images))
+    while isinstance(images, Part):
+        rows, images = images.rows[np.fromiter(rows, np.int64)].tolist(), images.images
+    if not isinstance(images, FileSet):
+        return ""
+    found = (images.items[row] for row in rows)
+    states = map(os.stat, dict.fromkeys(item.shard or item.path for item in found))
+    return hash_texts(f"{state.st_size} {state.st_mtime_ns}" for state in states)
+
+
+def cached_features(
+    root: Path,
+    load: Loader,
+    images: tuple[int, int],
+    source: Representations,
+    about: Mapping[str, Any],
+    processes: Processes,
+    *,
+    mirrored: bool,
+    progress: Any,
+) -> CachedFeatures:
+    """Features of all images, from the cache or computed now.
+
+    The folder's name is a hash of everything that decides the numbers: the network and its weights,
+    precision, transform, list of images, view. Changed images or weights therefore find another
+    folder. An interrupted pass goes on where it was.
+
+    Args:
+        root: Folder of all caches.
+        load: Reads batches of the images by their numbers.
+        images: How many there are, and how many slots a batch has.
+        source: Makes the rows.
+        about: What decides the pixels: images and transform.
+        processes: Those that share the work.
+        mirrored: Take the mirror images in the place of the images.
+        progress: Progress bar; `update` is called with numbers of images.
+
+    Raises:
+        CacheError: Another process works on it, or features are not finite.
+    """
+    settings = json.loads(
+        json.dumps({**source.settings, **about, "mirrored": mirrored, "batch_size": images[1]})
+    )
+    folder = root / hash_texts([json.dumps(settings, sort_keys=True)])
+    parts = Parts(folder, *images, 4 * source.row_width)
+    with ExitStack() as stack:
+        if not processes.share(_prepare(folder, settings, processes, stack)):
+            computed = _compute(parts, load, source, processes, mirrored, progress)
+            if processes.rank == 0:
+                _merge(parts, source.row_width)
+            processes.barrier("the features of process 0")
+        else:
+            computed = 0
+            progress.update(images[0])
+    reasons: list[str | None] = json.loads((folder / _REASONS).read_bytes())
+    good = np.array([i for i, reason in enumerate(reasons) if reason is None], np.int64)
+    rows = np.load(folder / _ROWS, mmap_mode="c")  # copy on write: torch wants writable memory
+    broken = {i: reason for i, reason in enumerate(reasons) if reason is not None}
+    return CachedFeatures(torch.from_numpy(rows), good, broken, computed)
+
+
+def _prepare(
+    folder: Path, settings: dict[str, Any], processes: Processes, stack: ExitStack
+) -> bool:
+    """Process 0 locks the folder; True where everything is in it already."""
+    if processes.rank != 0:
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    if _holds(folder, settings):
+        return True
+    try:
+        stack.enter_context(FileLock(folder / "lock", timeout=0))
+    except Timeout:
+        raise CacheError(
+            f"another process computes the features in {folder} now: wait for it, or name another "
+            "folder with --out"
+        ) from None
+    with whole_file(folder / _SETTINGS) as file:
+        file.write(json.dumps(settings, indent=1).encode())
+    return _holds(folder, settings)
+
+
+def _holds(folder: Path, settings: dict[str, Any]) -> bool:
+    if not all((folder / name).is_file() for name in (_SETTINGS, _ROWS, _REASONS)):
+        return False
+    found = json.loads((folder / _SETTINGS).read_bytes())
+    if found != settings:
+        raise CacheError(f"{folder} holds other features than its name says: remove it")
+    return True
+
+
+def _compute(
+    parts: Parts,
+    load: Loader,
+    source: Representations,
+    processes: Processes,
+    mirrored: bool,
+    progress: Any,
+) -> int:
+    """Make the missing parts of this process; returns how many images all of them encoded."""
+    done = processes.share(parts.sound())
+    mine = [p for p in range(processes.rank, len(parts), processes.world) if p not in done]
+    loaded = load([batch for part in mine for batch in parts.batches(part)])
+    before = sum(map(parts.size, done))
+    progress.update(before)
+    with closing(source.encode(_mirrored(loaded) if mirrored else loaded)) as encoded:
+        for part in mine:
+            rows, errors = [], []
+            for _ in parts.batches(part):
+                found, reasons = next(encoded)
+                rows.append(found.float().cpu())
+                errors += reasons
+            if not all(bool(batch.isfinite().all()) for batch in rows):
+                raise CacheError(
+                    f"features of images {part * parts.images_each} to "
+                    f"{part * parts.images_each + parts.size(part) - 1} are not finite (NaN or "
+                    "infinite): try --precision float32; if they are not finite then, the weights "
+                    "are broken"
+                )
+            parts.write(part, rows, errors)
+            progress.update(parts.size(part) * processes.world)
+    processes.barrier("the features of all processes")
+    return parts.images - before
+
+
+def _mirrored(loaded: Iterable[Batch]) -> Iterator[Batch]:
+    return ((pixels.flip(-1), reasons) for pixels, reasons in loaded)
+
+
+def _merge(parts: Parts, width: int) -> None:
+    """Join the parts into one array that can be mapped into memory, and remove them."""
+    reasons = [reason for part in range(len(parts)) for reason in parts.errors(part)]
+    header = {"descr": "<f4", "fortran_order": False}
+    shape = (reasons.count(None), width)
+    with whole_file(parts.folder / _REASONS) as file:
+        file.write(json.dumps(reasons).encode())
+    with whole_file(parts.folder / _ROWS) as file:
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+        for part in range(len(parts)):
+            with parts.rows_file(part).open("rb") as rows:
+                shutil.copyfileobj(rows, file, 1 << 20)
+    for part in range(len(parts)):
+        parts.rows_file(part).unlink()
+        parts.rows_file(part).with_suffix(".json").unlink()

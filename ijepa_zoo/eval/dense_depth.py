@@ -1,0 +1,248 @@
+"""Dense depth: linear heads on frozen patch features, as DINOv2 reports it.
+
+Differences to DINOv2's `lin. 1` and `lin. 4` (arXiv 2304.07193, section 7.4, and its code): the
+four layers are the last four, the class token is left out, images are resized to the model's own
+size without crops, rotations or colour changes, and the loss is `SigLoss` alone (the published
+gradient loss takes differences along the batch). A grid of heads is trained, and the one of the
+smallest RMSE on held-out training images reads the test set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ..data.depth_pairs import DepthData, DepthSet, SceneDepths, open_depth
+from ..data.images import ImageError
+from ..data.sources import InputError
+from ..extraction.encoder import usable_cpus
+from ..processes import Processes, join_processes
+from .depth_metrics import METRICS, valid_pixels
+from .depth_pictures import depth_picture
+from .depth_scores import Row, measure
+from .depth_training import NYU, SCENES, DepthProtocol, DepthTraining
+from .epoch_state import EpochState
+from .models import Subject, as_subject, check_model
+from .result import Head, Result
+from .runs import once, run_folder
+
+_TRIED = 20  # pairs that are read before the work, until one can be
+_MAX_DEPTH = 10.0  # metres, where the data set does not say: rooms
+
+
+def evaluate_dense_depth(
+    model: str | nn.Module | Subject,
+    data: str | Path,
+    out: str | Path = "results",
+    *,
+    protocol: DepthProtocol | None = None,
+    cached: bool = False,
+    baseline: bool = False,
+    select_on_test: bool = False,
+    max_depth: float | None = None,
+    depth_scale: float | None = None,
+    seed: int = 0,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    pictures: int = 8,
+    device: str = "auto",
+    workers: int | None = None,
+    precision: str = "auto",
+    checkpoint: str | None = None,
+    network: str | None = None,
+    img_size: int | None = None,
+    progress: bool = False,
+) -> Result:
+    """Train depth heads on frozen patch features and measure the best one on the test set.
+
+    The same call goes on after an interruption, at the last finished epoch, and returns the result
+    at once where it is there already. torchrun starts several processes, which share each batch.
+
+    Args:
+        model: A name (see `open_model`) or any timm ViT of at least four blocks.
+        data: Pairs of images and depth maps, or rendered scenes; see `open_depth`.
+        out: Folder of all evaluations: each has a folder of its own in it with `result.json` and
+            `predictions.png`, and a row in `results.csv`.
+        protocol: Settings; `NYU` by default, `SCENES` for rendered scenes.
+        cached: Encode each training image and its mirror image once and keep the features in
+            memory, `2 n 4 D h w` numbers of 4 bytes. The training is the same to rounding.
+        baseline: Also measure the same architecture with random weights.
+        select_on_test: Choose the head on the test set, as the literature often does.
+        max_depth: Farther pixels do not count; 10 (m) where the data do not say.
+        depth_scale: Units of the depth files in a metre; see `open_depth`.
+        seed: Decides the split, the order, the flips and the heads at the start.
+        epochs: In the place of the protocol's.
+        batch_size: In the place of the protocol's.
+        pictures: Rows of `predictions.png`; 0 for none.
+        device: 'auto', or torch's name of a device.
+        workers: Processes that decode; default: one per CPU, up to 8.
+        precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
+        checkpoint: See `open_model`; for a model that is named.
+        network: See there.
+        img_size: See there.
+        progress: Show progress bars.
+
+    Returns:
+        The result, which is also in the folder; its figure is the RMSE in metres or scene units.
+
+    Raises:
+        InputError: The data cannot be used.
+        ValueError: An argument or the model does not fit, or features are not finite.
+        EvaluationError: Another process works on the same evaluation.
+    """
+    protocol = protocol or (SCENES if str(data).startswith("scenes:") else NYU)
+    protocol = replace(
+        protocol,
+        epochs=protocol.epochs if epochs is None else epochs,
+        batch_size=protocol.batch_size if batch_size is None else batch_size,
+    )
+    workers = min(8, usable_cpus()) if workers is None else workers
+    options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
+    check_model(model, baseline=baseline, **options)
+    with join_processes(device) as processes:
+        shown = progress and processes.rank == 0
+        pairs = open_depth(
+            data, seed=seed, depth_scale=depth_scale, workers=workers, progress=shown
+        )
+        limit = max_depth or pairs.max_depth or _MAX_DEPTH
+        _check(protocol, pairs, limit, processes.world)
+        workers = 0 if isinstance(pairs.train, SceneDepths) else workers
+        if precision == "auto":
+            precision = "bfloat16" if processes.device.type == "cuda" else "float32"
+        subject = as_subject(model, **options)
+        common = (pairs, protocol, limit, seed, precision, workers, processes)
+        how = (Path(out), cached, select_on_test, pictures, shown)
+        result, folder = _evaluate(subject, common, *how)
+        if baseline and not any("random weights" in name for name in result.baselines):
+            untrained = subject.untrained(seed)
+            other = _evaluate(untrained, common, *how)[0]
+            result = replace(result, baselines={**result.baselines, untrained.name: other.figure})
+            if processes.rank == 0:
+                result.write(folder)
+        processes.barrier("the result of process 0")
+    return result
+
+
+_Common = tuple[DepthData, DepthProtocol, float, int, str, int, Processes]
+
+
+def _evaluate(
+    subject: Subject,
+    common: _Common,
+    out: Path,
+    cached: bool,
+    select_on_test: bool,
+    pictures: int,
+    progress: bool,
+) -> tuple[Result, Path]:
+    """One model; from its folder where its result is there already."""
+    training = DepthTraining(subject.model, *common)
+    settings = training.settings() | {"select_on_test": select_on_test}
+    name = subject.describe()["name"]
+    folder = run_folder(out, f"depth-{training.pairs.name}", "dense", name, settings)
+    state = EpochState(folder / "state.pt", settings)
+
+    def work() -> Result:
+        training.train(state, cached, progress)
+        result, drawn = _measure(training, subject, select_on_test, pictures, progress)
+        if drawn and training.processes.rank == 0:
+            depth_picture(drawn, training.max_depth).save(folder / "predictions.png")
+        return result
+
+    result = once(folder, training.processes, training.precision, work)
+    if training.processes.rank == 0:
+        state.remove()
+    return result, folder
+
+
+def _check(protocol: DepthProtocol, pairs: DepthData, limit: float, world: int) -> None:
+    """Refuse what would fail later, or give figures without a meaning."""
+    if protocol.epochs < 1 or protocol.batch_size < 1 or protocol.batch_size % world:
+        raise ValueError(
+            f"{protocol.epochs} epochs with batches of {protocol.batch_size} over {world} "
+            "processes: at least one epoch, and a batch that the processes can share equally"
+        )
+    if len(pairs.train) < 4 or not len(pairs.test):
+        raise InputError(f"{len(pairs.train)} training and {len(pairs.test)} test pairs: at least "
+                         "four and one are needed")  # fmt: skip
+    for data in (pairs.train, pairs.test):
+        depth = _first_depth(data)
+        valid = valid_pixels(torch.from_numpy(depth), limit, pairs.crop)
+        if not valid.any():
+            raise InputError(
+                f"no pixel of the depth map of '{data.name(0)}' counts: its depths span "
+                f"{depth.min():g} to {depth.max():g}, and those from 0.001 to {limit:g} count. "
+                "Give the units with depth_scale (--depth-scale), the range with max_depth "
+                "(--max-depth)"
+            )
+
+
+def _first_depth(data: DepthSet) -> npt.NDArray[np.float32]:
+    """The first depth map that can be read, with its image."""
+    reason = ""
+    for index in range(min(len(data), _TRIED)):
+        try:
+            return data.read(index)[1]
+        except ImageError as error:
+            reason = reason or f"'{data.name(index)}': {error}"
+    raise InputError(f"none of the first {min(len(data), _TRIED)} pairs can be read; {reason}")
+
+
+def _measure(
+    training: DepthTraining, subject: Subject, select_on_test: bool, pictures: int, progress: bool
+) -> tuple[Result, list[Row]]:
+    """Choose a head on held-out training images; it reads the test set."""
+    pairs, specs = training.pairs, training.heads.specs
+    held_out, _ = measure(training, training.feed, training.choose, None, 0, progress)
+    rmse = held_out[: len(specs), 0]
+    test_feed = training.feed.of(pairs.test)
+    everything = np.arange(len(pairs.test))
+    only = None if select_on_test else int(rmse.argmin())
+    test, rows = measure(training, test_feed, everything, only, pictures, progress)
+    best = int(test[: len(specs), 0].argmin()) if only is None else 0
+    chosen = best if only is None else only
+    constant, mean_map = test[-2:]
+    asked = range(len(specs)) if only is None else [only]
+    tested = dict(zip(asked, test[:, 0].tolist()))
+    losses = training.losses
+    heads = [
+        Head(spec.name, float(rmse[i]), tested.get(i), losses[i]) for i, spec in enumerate(specs)
+    ]
+    broken = {**training.feed.broken, **test_feed.broken}
+    drawn = [(pixels, depth, predicted[best]) for pixels, depth, predicted in rows]
+    result = Result(
+        task=f"dense depth, {pairs.name}",
+        method="dense depth",
+        model=subject.describe(),
+        figure=float(test[best, 0]),
+        chosen=specs[chosen].name,
+        selection="the test set" if select_on_test else "a seeded 10 % of the training images",
+        heads=heads,
+        protocol=asdict(training.protocol) | {"max_depth": training.max_depth, "crop": pairs.crop},
+        data={"train": pairs.train.fingerprint(), "test": pairs.test.fingerprint()},
+        images={"fit": len(training.fit), "choose": len(training.choose), "test": len(everything)},
+        seed=training.seed,
+        measure="RMSE",
+        unit=pairs.unit,
+        higher_is_better=False,
+        others=dict(zip(METRICS[1:], test[best, 1:].tolist())),
+        baselines=_baselines(constant, mean_map),
+        notes=[f"left out: {name}: {reason}" for name, reason in broken.items()],
+        seconds=training.seconds,
+    )
+    return result, drawn
+
+
+def _baselines(constant: Tensor, mean_map: Tensor) -> dict[str, float]:
+    """RMSE, AbsRel and delta_1 of predictions that do not look at the image."""
+    return {
+        f"{METRICS[column]} of {name}": float(figures[column])
+        for name, figures in (("the mean depth", constant), ("the mean depth map", mean_map))
+        for column in (0, 2, 5)
+    }

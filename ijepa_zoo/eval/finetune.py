@@ -1,0 +1,202 @@
+"""Fine-tuning: all weights of a model trained with labels, by the paper's recipe."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from ..extraction.encoder import usable_cpus
+from ..processes import Processes, join_processes
+from .epoch_state import EpochState
+from .finetune_training import FineTuning
+from .models import Subject, as_subject, check_model
+from .recipes import FULL, FineTuneRecipe
+from .result import Head, Result, wilson_interval
+from .runs import once, run_folder
+from .sets import EvalSet, open_task
+from .tasks import Task, find_task
+
+
+def evaluate_finetune(
+    task: str | Task,
+    model: str | nn.Module | Subject,
+    data: Any,
+    out: str | Path = "results",
+    *,
+    test: Any = None,
+    recipe: FineTuneRecipe = FULL,
+    seed: int = 0,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    micro: int | None = None,
+    grad_checkpointing: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
+    precision: str = "auto",
+    checkpoint: str | None = None,
+    network: str | None = None,
+    img_size: int | None = None,
+    progress: bool = False,
+) -> Result:
+    """Fine-tune a copy of a model on all training images, and test it after the last epoch.
+
+    The same call goes on after an interruption, at the last finished epoch, and returns the result
+    at once where it is there already. torchrun starts several processes, which share each batch.
+
+    Args:
+        task: A task of classes or its name; see `find_task`.
+        model: A name (see `open_model`) or any timm ViT.
+        data: See `open_task`.
+        out: Folder of all evaluations: each has a folder of its own in it with `result.json`, and a
+            row in `results.csv`.
+        test: The test data, if `data` does not hold them.
+        recipe: Settings.
+        seed: Decides order, augmentation, dropped branches and the head at the start.
+        epochs: In the place of the recipe's; the warm-up is shortened with it.
+        batch_size: In the place of the recipe's; the learning rate grows linearly with it.
+        micro: Images of a forward and backward pass of a process; None for its share of a batch.
+        grad_checkpointing: Compute activations twice rather than keep them.
+        device: 'auto', or torch's name of a device.
+        workers: Processes that decode; default: one per CPU, up to 8.
+        precision: 'bfloat16' or 'float32'; 'auto': the first on a GPU.
+        checkpoint: See `open_model`; for a model that is named.
+        network: See there.
+        img_size: See there.
+        progress: Show a progress bar.
+
+    Returns:
+        The result, which is also in the folder.
+
+    Raises:
+        InputError: The data cannot be used, or do not fit the task.
+        ValueError: An argument or the model does not fit.
+        FloatingPointError: The loss is not finite.
+        EvaluationError: Another process works on the same evaluation.
+    """
+    chosen = find_task(task) if isinstance(task, str) else task
+    recipe = recipe if epochs is None else recipe.with_epochs(epochs)
+    recipe = with_batch(recipe, batch_size)
+    workers = min(8, usable_cpus()) if workers is None else workers
+    options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
+    check_model(model, **options)
+    with join_processes(device) as processes:
+        sets = open_task(chosen, data, seed, test=test, workers=workers)
+        subject = as_subject(model, **options)
+        training = prepare(
+            subject, sets[0], recipe, seed, processes, micro, grad_checkpointing, workers, precision
+        )
+        result = run(chosen, subject, training, sets, Path(out), "finetune", progress)
+        processes.barrier("the result of process 0")
+    return result
+
+
+def with_batch(recipe: FineTuneRecipe, batch_size: int | None) -> FineTuneRecipe:
+    """The recipe for another batch: the learning rate grows linearly with it."""
+    if batch_size is None:
+        return recipe
+    scale = batch_size / recipe.batch_size
+    return replace(recipe, batch_size=batch_size, lr=recipe.lr * scale)
+
+
+def prepare(
+    subject: Subject,
+    train: EvalSet,
+    recipe: FineTuneRecipe,
+    seed: int,
+    processes: Processes,
+    micro: int | None,
+    grad_checkpointing: bool,
+    workers: int,
+    precision: str,
+) -> FineTuning:
+    """A copy of the model, ready to be trained.
+
+    Raises:
+        ValueError: An argument or the model does not fit.
+    """
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(
+            f"precision is {precision!r}; fine-tune in 'float32', 'bfloat16' or 'auto'"
+        )
+    if not hasattr(subject.model, "blocks") or not hasattr(subject.model, "group_matcher"):
+        raise ValueError(f"{type(subject.model).__name__} is no timm ViT, whose layers are known")
+    half = precision == "bfloat16" or (precision == "auto" and processes.device.type == "cuda")
+    network: Any = copy.deepcopy(subject.model)
+    network.set_grad_checkpointing(grad_checkpointing)
+    return FineTuning(network, train, recipe, seed, processes, half, micro, workers)
+
+
+def run(
+    task: Task,
+    subject: Subject,
+    training: FineTuning,
+    sets: tuple[EvalSet, EvalSet],
+    out: Path,
+    method: str,
+    progress: bool,
+) -> Result:
+    """Train and test; from the folder where the result is there already."""
+    train, test = sets
+    processes, recipe = training.processes, training.recipe
+    about = subject.describe()
+    settings: dict[str, Any] = {
+        "task": task.name,
+        "model": about,
+        "train": train.fingerprint(),
+        "test": test.fingerprint(),
+        "seed": training.seed,
+        **{key: value for key, value in vars(recipe).items() if key != "paper"},
+        **training.settings(),
+    }
+    folder = run_folder(out, task.name, method, about["name"], settings)
+    state = EpochState(folder / "state.pt", settings)
+
+    def work() -> Result:
+        hide = None if progress and processes.rank == 0 else True
+        images = recipe.epochs * training.batches.steps * training.batches.batch_size
+        with tqdm(total=images, desc=folder.name, unit="img", disable=hide) as bar:
+            training.run(state, bar)
+        return _result(task, subject, training, sets, method, settings)
+
+    result = once(folder, processes, training.settings()["precision"], work)
+    if processes.rank == 0:
+        state.remove()
+    return result
+
+
+def _result(
+    task: Task,
+    subject: Subject,
+    training: FineTuning,
+    sets: tuple[EvalSet, EvalSet],
+    method: str,
+    protocol: dict[str, Any],
+) -> Result:
+    train, test = sets
+    right, total = training.right_answers(test)
+    figure = 100 * right / total
+    notes = [*train.notes, *test.notes]
+    notes += [f"could not be decoded: {name}: {why}" for name, why in training.broken.items()]
+    published = training.recipe.paper if task.name == "imagenet1k" else {}
+    return Result(
+        task=task.name,
+        method=method,
+        model=subject.describe(),
+        figure=figure,
+        chosen="last epoch",
+        selection="nothing: it is the state after the last epoch",
+        heads=[Head("last epoch", None, figure, training.loss)],
+        protocol=protocol,
+        data={"train": train.fingerprint(), "test": test.fingerprint()},
+        images={"fit": len(train), "test": total},
+        seed=training.seed,
+        interval=wilson_interval(right, total),
+        paper=published.get(subject.paper_name or ""),
+        notes=notes,
+        seconds=training.seconds,
+    )

@@ -1,0 +1,193 @@
+"""Linear probes: heads on a frozen encoder, the best one chosen on held-out training images."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..processes import join_processes
+from .check import convex_check
+from .epoch_state import EpochState
+from .feeds import CachedFeed, Feed, OnlineFeed
+from .models import Subject, as_subject, check_model
+from .probe import Probe, notes_of, open_probe, protocol_record
+from .representations import BlockFeatures, RawPixels, Representations
+from .result import Head, Result, wilson_interval
+from .runs import once, run_folder
+from .tasks import Task, find_task
+from .training import Trained, count_right, train
+
+_CROPS_STAND = (
+    "cached: the fixed view of tests and its mirror image stand for the protocol's random crops"
+)
+
+
+def evaluate_linear(
+    task: str | Task,
+    model: str | nn.Module | Subject,
+    data: Any,
+    out: str | Path = "results",
+    *,
+    test: Any = None,
+    cached: bool = False,
+    baseline: bool = False,
+    select_on_test: bool = False,
+    seed: int = 0,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    precision: str = "auto",
+    checkpoint: str | None = None,
+    network: str | None = None,
+    img_size: int | None = None,
+    progress: bool = False,
+) -> Result:
+    """Train linear heads on a frozen encoder with the protocol of the task, and test the best one.
+
+    Heads with and without BatchNorm, on `last` and `last4`, for every learning rate and weight
+    decay of the protocol, are trained at once on one pass of the encoder. The best one on a seeded
+    10 % of the training images, which no head is fitted to, reads the test set, once.
+
+    The same call goes on after an interruption, at the last finished epoch, and returns the result
+    at once where it is there already. torchrun starts several processes, which share each batch.
+
+    Args:
+        task: A task or its name; see `find_task`.
+        model: A name (see `open_model`) or any timm ViT of at least four blocks.
+        data: See `open_task`.
+        out: Folder of all evaluations: each has a folder of its own in it with `result.json`, and a
+            row in `results.csv`; cached features are in `cache`.
+        test: The test data, if `data` does not hold them.
+        cached: Encode each image and its mirror image once, and train on these features.
+        baseline: Also measure the same architecture with random weights, and raw pixels.
+        select_on_test: Fit to all training images and choose the head on the test set, as much of
+            the literature does; the figure is then too high.
+        seed: Decides split, order, augmentation and heads at the start.
+        epochs: In the place of the protocol's.
+        batch_size: In the place of the protocol's; learning rates grow linearly with it.
+        device: 'auto', or torch's name of a device.
+        workers: Processes that decode; default: one per CPU, up to 8.
+        precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
+        checkpoint: Weights for a model that is named; see `create_model`.
+        network: Which network of them; see there.
+        img_size: Image size in pixels for a model that is named; default: its own.
+        progress: Show progress bars, where standard error is a terminal.
+
+    Returns:
+        The result, which is also in the folder.
+
+    Raises:
+        InputError: The data cannot be used, or do not fit the task.
+        ValueError: An argument or the model does not fit, or features are not finite.
+        EvaluationError: Another process works on the same evaluation.
+    """
+    chosen = find_task(task) if isinstance(task, str) else task
+    options = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
+    check_model(model, baseline=baseline, **options)
+    with join_processes(device) as processes:
+        probe = open_probe(
+            *(chosen, data, out, processes),
+            test=test,
+            select_on_test=select_on_test,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            workers=workers,
+            progress=progress,
+        )
+        subject = as_subject(model, **options)
+        source = BlockFeatures(subject, device=str(processes.device), precision=precision)
+        result, folder = _evaluate(probe, source, cached)
+        if baseline and not result.baselines:
+            settings = {"device": str(processes.device), "precision": precision}
+            others: list[Representations] = [
+                BlockFeatures(subject.untrained(seed), **settings),
+                RawPixels(source.size, source.device),
+            ]
+            figures = {o.about["name"]: _evaluate(probe, o, cached)[0].figure for o in others}
+            result = replace(result, baselines=figures)
+            if processes.rank == 0:
+                result.write(folder)
+        processes.barrier("the result of process 0")
+    return result
+
+
+def _evaluate(probe: Probe, source: Representations, cached: bool) -> tuple[Result, Path]:
+    """One model through the probe; from its folder where it is there already."""
+    kind: type[OnlineFeed] | type[CachedFeed] = CachedFeed if cached else OnlineFeed
+    identity = {key: value for key, value in source.settings.items() if key != "versions"}
+    protocol = protocol_record(probe, kind.name, source.size)
+    settings = {**probe.settings(), **identity, **protocol}
+    name = source.about["name"]
+    folder = run_folder(probe.out, probe.task.name, f"linear-{kind.name}", name, settings)
+
+    def work() -> Result:
+        started = time.perf_counter()
+        images = probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
+        with probe.bar(images, f"{probe.task.name}, {name}") as bar:
+            feed: Feed = kind(probe, source, bar)
+            trained = train(probe, source, feed, EpochState(folder / "state.pt", settings))
+            result = _measure(probe, source, feed, trained, protocol)
+        spent = time.perf_counter() - started
+        seconds = trained.earlier + spent
+        return replace(result, seconds=seconds, images_per_second=feed.rate(spent))
+
+    precision = str(source.settings.get("precision", "float32"))
+    result = once(folder, probe.processes, precision, work)
+    if probe.processes.rank == 0:
+        EpochState(folder / "state.pt", settings).remove()
+    return result, folder
+
+
+def _measure(
+    probe: Probe,
+    source: Representations,
+    feed: Feed,
+    trained: Trained,
+    protocol: dict[str, Any],
+) -> Result:
+    """Choose a head on held-out training images; it reads the test set, once."""
+    grid, on_test = trained.grid, not len(probe.choose)
+    held_out: list[float | None] = [None] * len(grid.specs)
+    test: list[float | None] = [None] * len(grid.specs)
+    if on_test:
+        right, total = count_right(probe, source, feed.testing(), grid)
+        test = [100 * n / total for n in right]
+        chosen = max(range(len(right)), key=right.__getitem__)
+        best = right[chosen]
+    else:
+        right, images = count_right(probe, source, feed.held_out(), grid)
+        held_out = [100 * n / images for n in right]
+        chosen = max(range(len(right)), key=right.__getitem__)
+        (best,), total = count_right(probe, source, feed.testing(), grid, only=chosen)
+        test[chosen] = 100 * best / total
+    notes = notes_of(probe, feed.broken)
+    check = None
+    if isinstance(feed, CachedFeed):
+        if probe.protocol.view.shape != "square":
+            notes.insert(0, _CROPS_STAND)
+        check = convex_check(feed, source, grid, chosen, held_out[chosen])
+        notes += [check["warning"]] if check and check.get("warning") else []
+    columns = zip(grid.specs, held_out, test, trained.losses)
+    return Result(
+        task=probe.task.name,
+        method="linear",
+        model=source.about,
+        figure=100 * best / total,
+        chosen=grid.specs[chosen].name,
+        selection=probe.selection,
+        heads=[Head(spec.name, kept, tested, loss) for spec, kept, tested, loss in columns],
+        protocol={**protocol, "batch_size": feed.batch_size},
+        data=probe.data(),
+        images={"fit": len(probe.fit), "choose": len(probe.choose), "test": total},
+        seed=probe.seed,
+        interval=wilson_interval(best, total),
+        paper=probe.task.paper.get(source.paper_name or ""),
+        check=check,
+        notes=notes,
+    )

@@ -1,0 +1,161 @@
+"""Any ViT by its name: encoders of this package, timm's models, folders, runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..data.transforms import transform_config
+from ..extraction.encoder import model_name, weights_fingerprint
+from ..features import FeatureExtractor
+from ..models.factory import create_model
+from ..models.predictor import PREDICTORS
+from ..seeds import Stream, fold
+
+_TIMM, _SOURCES = "timm:", ("local-dir:", "hf-hub:")
+_NAMELESS = "a baseline with random weights needs the model's name in the place of the model"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated.
+
+    Attributes:
+        model: The network.
+        name: What tables call it.
+        paper_name: The name of its weights in the catalogue or in timm, by which the paper's
+            figure is looked up; None where they are others.
+        given: What `open_model` was called with to make it, None for a user's own object.
+        img_size: The image size that it was called with.
+    """
+
+    model: nn.Module
+    name: str
+    paper_name: str | None = None
+    given: str | None = None
+    img_size: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The model as results record it."""
+        return {
+            "name": self.name,
+            "architecture": model_name(self.model),
+            "weights": getattr(self.model, "weights_origin", None)
+            or (f"timm's {self.paper_name}" if self.paper_name else "not from a checkpoint"),
+            "weights_hash": weights_fingerprint(self.model),
+            "image_size": list(transform_config(self.model)["input_size"][1:]),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    def untrained(self, seed: int) -> Subject:
+        """The same architecture with random weights.
+
+        Raises:
+            ValueError: The model was not made by its name.
+        """
+        if self.given is None:
+            raise ValueError(_NAMELESS)
+        return open_model(self.given, random=True, seed=seed, img_size=self.img_size)
+
+
+def as_subject(model: str | nn.Module | Subject, **options: Any) -> Subject:
+    """The model that a name, with the options of `open_model`, or an object stands for."""
+    if isinstance(model, str):
+        return open_model(model, **options)
+    return model if isinstance(model, Subject) else Subject(model, model_name(model))
+
+
+def check_model(
+    model: str | nn.Module | Subject, *, baseline: bool = False, **options: Any
+) -> None:
+    """Refuse what `as_subject` or `Subject.untrained` would, before any work.
+
+    Raises:
+        ValueError: No model is called that, or an option does not hold for it.
+        TypeError: It is no ViT.
+    """
+    if isinstance(model, str):
+        _source(model, options.get("checkpoint"), options.get("network"))
+        return
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} hold for a model that is named: leave them out")
+    if baseline and (not isinstance(model, Subject) or model.given is None):
+        raise ValueError(_NAMELESS)
+
+
+def open_model(
+    name: str,
+    *,
+    random: bool = False,
+    seed: int = 0,
+    checkpoint: str | None = None,
+    network: str | None = None,
+    img_size: int | None = None,
+) -> Subject:
+    """Make the model that a user names.
+
+    Args:
+        name: A model of this package (`vit_huge14_ijepa.in1k`), any timm name
+            (`vit_small_patch14_dinov2.lvd142m`, with or without `timm:` before it), a folder, among
+            them those of pretraining runs, `local-dir:FOLDER` or `hf-hub:REPO`.
+        random: The same architecture with random weights in the place of its own.
+        seed: Decides the random weights.
+        checkpoint: See :func:`ijepa_zoo.create_model`.
+        network: See :func:`ijepa_zoo.create_model`.
+        img_size: Image size in pixels; None for the model's own.
+
+    Raises:
+        ValueError: No model is called that.
+        TypeError: It is no ViT.
+        ijepa_zoo.weights.layouts.CheckpointError: The weights do not exist or do not fit.
+    """
+    source, ours = _source(name, checkpoint, network)
+    size: dict[str, Any] = {"img_size": img_size} if img_size else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(seed, Stream.EVAL_INIT))
+        if ours:
+            own: dict[str, Any] = {} if random else {"checkpoint": checkpoint, "network": network}
+            model = create_model(source, pretrained=not random, **own, **size)
+        else:
+            model = timm.create_model(source, pretrained=not random, num_classes=0, **size)
+    model.eval()
+    if random:
+        return Subject(model, f"{name}, random weights", given=name, img_size=img_size)
+    cfg = model.pretrained_cfg
+    released = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else None
+    if source.startswith(_SOURCES) or checkpoint or network == "encoder":
+        extra = [str(given) for given in (checkpoint, network) if given]
+        return Subject(model, ", ".join([name, *extra]), given=name, img_size=img_size)
+    return Subject(model, released or name, released, name, img_size)
+
+
+def _source(name: str, checkpoint: str | None, network: str | None) -> tuple[str, bool]:
+    """What the model is made from, and whether this package makes it."""
+    source = f"local-dir:{name}" if os.path.isdir(name) else name
+    if source.startswith(_SOURCES) or source.partition(".")[0] in PREDICTORS:
+        return source, True
+    source = source.removeprefix(_TIMM)
+    if not timm.is_model(source):
+        raise ValueError(f"no model is called {name!r}{_similar(source)}")
+    if checkpoint or network:
+        raise ValueError(
+            f"checkpoint and network hold for models of this package, and {name!r} is timm's: "
+            "leave them out"
+        )
+    with torch.device("meta"):  # a look at its class, without weights
+        FeatureExtractor(timm.create_model(source, pretrained=False), "last4")
+    return source, False
+
+
+def _similar(name: str) -> str:
+    known = [*PREDICTORS, *timm.list_models("*vit*"), *timm.list_models("*vit*", pretrained=True)]
+    near = difflib.get_close_matches(name, known, 3)
+    hint = f"; similar: {', '.join(near)}" if near else ""
+    return f"{hint}. Name a model of `ijepa-zoo list`, one of timm, or a folder with weights"

@@ -1,0 +1,249 @@
+"""What an evaluation needs: data, model and protocol that fit each other, checked before work."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.labelled import Numbers
+from ..extraction.encoder import Batch, usable_cpus
+from ..processes import Processes
+from .batches import EvalBatch, OrderedBatches, load
+from .cache import CachedFeatures, cached_features, files_state
+from .representations import Representations
+from .sets import EvalSet, open_task, split_to_choose
+from .tasks import Protocol, Task
+
+MICRO = 128  # images of a forward pass
+_NAMED = 3  # broken images in a note
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One task with its data, for any number of models.
+
+    Attributes:
+        task: What is measured.
+        protocol: How; that of the task, or with other epochs or batches.
+        train: Training set.
+        test: Test set.
+        fit: Numbers of the training images that heads are fitted to.
+        choose: Numbers of those that choose the head; none where the test set does.
+        processes: Those that share the work.
+        out: Folder of all evaluations.
+        seed: Decides split, order, augmentation and heads at the start.
+        workers: Loader processes.
+        progress: Whether to show progress bars.
+    """
+
+    task: Task
+    protocol: Protocol
+    train: EvalSet
+    test: EvalSet
+    fit: Numbers
+    choose: Numbers
+    processes: Processes
+    out: Path
+    seed: int
+    workers: int
+    progress: bool
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the numbers but the model, as plain values."""
+        return {
+            "task": self.task.name,
+            "train": self.train.fingerprint(),
+            "test": self.test.fingerprint(),
+            "select_on_test": not len(self.choose),
+            "seed": self.seed,
+        }
+
+    def data(self) -> dict[str, Any]:
+        """The data as results record them."""
+        return {
+            name: {
+                "split": part.split,
+                "images": len(part),
+                "classes": len(part.classes),
+                "fingerprint": part.fingerprint(),
+                "most_frequent": round(100 * np.bincount(part.labels).max() / len(part), 2),
+            }
+            for name, part in (("train", self.train), ("test", self.test))
+        }
+
+    @property
+    def selection(self) -> str:
+        """What the head is chosen by, in words."""
+        share = "a seeded 10 % of the training images"
+        return share if len(self.choose) else "the test set"
+
+    def in_order(
+        self, part: EvalSet, rows: Numbers, size: tuple[int, int], *, shared: bool = True
+    ) -> OrderedBatches:
+        """Images in order with the transform of tests; of this process, or all of them."""
+        rank, world = (self.processes.rank, self.processes.world) if shared else (0, 1)
+        # one shape for all batches: no slot is wasted where there are few images
+        micro = min(MICRO, -(-len(rows) // world))
+        view = self.protocol.view
+        return OrderedBatches(part, rows, view, size, micro, rank=rank, world=world)
+
+    def loaded(self, batches: Any, numbers: Any) -> Iterator[EvalBatch]:
+        """Batches by their numbers, decoded ahead."""
+        return load(batches, numbers, self.workers, self.processes.device.type == "cuda")
+
+    def bar(self, total: int, what: str) -> Any:
+        """A progress bar with rate and time left, where standard error is a terminal."""
+        from tqdm import tqdm
+
+        hide = None if self.progress and self.processes.rank == 0 else True
+        return tqdm(total=total, desc=what, unit="img", smoothing=0.05, disable=hide)
+
+    def features(
+        self, part: EvalSet, source: Representations, *, mirrored: bool = False
+    ) -> CachedFeatures:
+        """Features of all images of a set, from the cache or computed now."""
+        batches = self.in_order(part, np.arange(len(part)), source.size, shared=False)
+
+        def read(numbers: Iterable[int]) -> Iterator[Batch]:
+            return ((b.images, b.reasons) for b in self.loaded(batches, numbers))
+
+        about = {
+            "images": part.images.fingerprint(),
+            "files": files_state(part.images),
+            "transform": self.protocol.view.describe(source.size, train=False),
+        }
+        with self.bar(
+            len(part), f"features, {part.split}{', mirrored' if mirrored else ''}"
+        ) as bar:
+            return cached_features(
+                self.out / "cache",
+                read,
+                (len(part), batches.batch_size),
+                source,
+                about,
+                self.processes,
+                mirrored=mirrored,
+                progress=bar,
+            )
+
+
+def open_probe(
+    task: Task,
+    data: Any,
+    out: str | Path,
+    processes: Processes,
+    *,
+    test: Any = None,
+    select_on_test: bool = False,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Probe:
+    """Open the data of a task; no image is decoded.
+
+    Args:
+        task: See `find_task`.
+        data: See `open_task`.
+        out: Folder of all evaluations.
+        processes: Those that share the work.
+        test: See `open_task`.
+        select_on_test: Choose heads on the test set, and fit them to all training images.
+        epochs: In the place of the protocol's; milestones move with it.
+        batch_size: In the place of the protocol's; learning rates grow linearly with it.
+        seed: The seed.
+        workers: Loader processes; default: one per CPU, up to 8.
+        progress: Show progress bars.
+
+    Raises:
+        InputError: The data cannot be used, or do not fit the task.
+        ValueError: A number is out of range.
+    """
+    if (batch_size or 2) < 2 or (workers or 0) < 0:
+        raise ValueError("batch_size must be at least 2, workers at least 0")
+    protocol = task.protocol if epochs is None else task.protocol.with_epochs(epochs)
+    protocol = replace(protocol, batch_size=batch_size or protocol.batch_size)
+    workers = min(8, usable_cpus()) if workers is None else workers
+    shown = progress and processes.rank == 0
+    train, tested = open_task(task, data, seed, test=test, workers=workers, progress=shown)
+    fit, choose = split_to_choose(train, seed)
+    if select_on_test:
+        fit, choose = np.arange(len(train)), choose[:0]
+    return Probe(
+        *(task, protocol, train, tested, fit, choose, processes, Path(out)),
+        *(seed, workers, progress),
+    )
+
+
+def encoded(
+    source: Representations, batches: Iterable[EvalBatch], broken: dict[str, str]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and labels of the images of each batch that could be decoded.
+
+    Args:
+        source: Makes the rows.
+        batches: Images.
+        broken: Gets name and reason of the others.
+    """
+    waiting: deque[Tensor] = deque()
+
+    def pixels() -> Iterator[Batch]:
+        for batch in batches:
+            broken.update(batch.broken)
+            waiting.append(batch.labels[batch.valid])
+            yield batch.images, batch.reasons
+
+    for rows, _ in source.encode(pixels()):
+        yield rows, waiting.popleft().to(rows.device)
+
+
+def protocol_record(probe: Probe, fed: str, size: tuple[int, int]) -> dict[str, Any]:
+    """The protocol as results record it, in plain values."""
+    return {
+        **json.loads(json.dumps(asdict(probe.protocol))),
+        "fed": fed,
+        "train_transform": probe.protocol.view.describe(size, train=fed == "online"),
+        "test_transform": probe.protocol.view.describe(size, train=False),
+    }
+
+
+def notes_of(probe: Probe, broken: dict[str, str]) -> list[str]:
+    """What a reader must know of data and protocol; every process must call this."""
+    notes = [*probe.train.notes, *probe.test.notes]
+    if probe.protocol.epochs != probe.task.protocol.epochs:
+        notes.append(
+            f"{probe.protocol.epochs} epochs in the place of the protocol's "
+            f"{probe.task.protocol.epochs}"
+        )
+    if not len(probe.choose):
+        notes.append(
+            "chosen on the test set, as much of the literature does: the figure is too high by "
+            "as much as luck helps the best of the heads"
+        )
+    found = _union(broken, probe.processes)
+    if found:
+        named = [f"{name}: {reason}" for name, reason in sorted(found.items())[:_NAMED]]
+        more = ", ..." if len(found) > _NAMED else ""
+        notes.append(f"{len(found)} images could not be decoded ({', '.join(named)}{more})")
+    return notes
+
+
+def _union(texts: dict[str, str], processes: Processes) -> dict[str, str]:
+    """The texts of all processes."""
+    mine = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
+    sizes = processes.gather(torch.tensor([len(mine)]))
+    padded = torch.zeros(1, int(sizes.max()), dtype=torch.uint8)
+    padded[0, : len(mine)] = mine
+    found: dict[str, str] = {}
+    for row, size in zip(processes.gather(padded), sizes.tolist()):
+        found |= json.loads(bytes(row[:size].tolist()))
+    return found

@@ -1,0 +1,115 @@
+"""The folder of one evaluation, and what a result says about the machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..extraction.encoder import hash_texts, usable_cpus
+from ..processes import Processes
+from .result import RESULT, Result, read_result
+
+
+class EvaluationError(RuntimeError):
+    """An evaluation that cannot start or go on; the text says why."""
+
+
+def run_folder(out: str | Path, task: str, method: str, model: str, settings: Any) -> Path:
+    """The folder of an evaluation among others: the same settings find it again, no others do.
+
+    Args:
+        out: Folder of all evaluations.
+        task: Name of the task.
+        method: Name of the probe.
+        model: Name of the model.
+        settings: Plain values; everything that decides the numbers.
+    """
+    shown = re.sub(r"[^\w.]+", "-", f"{task}-{method}-{model}").strip("-.")[-100:]
+    return Path(out) / f"{shown}-{hash_texts([json.dumps(settings, sort_keys=True)])[:8]}"
+
+
+def claim(folder: Path, processes: Processes, stack: ExitStack) -> Result | None:
+    """Keep other evaluations out of the folder, for all processes.
+
+    Returns:
+        The result that is in it already, None where there is work to do.
+
+    Raises:
+        EvaluationError: Another process works on it, or the folder cannot be written.
+        ResultError: There is a damaged result in it.
+    """
+    refusal, finished = None, None
+    if processes.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / ".lock", timeout=0))
+        except Timeout:
+            refusal = f"another process evaluates in {folder} now: wait for it, or change --out"
+        except OSError as error:
+            refusal = f"the folder {folder} cannot be used: {error.strerror or error}"
+        if refusal is None and (folder / RESULT).exists():
+            finished = read_result(folder / RESULT)
+    refusal, finished = processes.share((refusal, finished))
+    if refusal is not None:
+        raise EvaluationError(refusal)
+    return finished
+
+
+def once(folder: Path, processes: Processes, precision: str, work: Callable[[], Result]) -> Result:
+    """The result that is in the folder, or that of `work`, which is then written there.
+
+    Args:
+        folder: See `run_folder`.
+        processes: All of them must call this.
+        precision: Of the encoder, for the record.
+        work: Makes the result.
+
+    Raises:
+        EvaluationError: Another process works on it.
+    """
+    with ExitStack() as stack:
+        if (finished := claim(folder, processes, stack)) is not None:
+            return finished
+        result = replace(work(), **about_run(processes, precision))
+        if processes.rank == 0:
+            result.write(folder)
+        return result
+
+
+def about_run(processes: Processes, precision: str) -> dict[str, Any]:
+    """The fields of a :class:`Result` that tell where and when: machine, versions, date."""
+    cuda = processes.device.type == "cuda"
+    name = torch.cuda.get_device_name(processes.device) if cuda else _cpu_name()
+    return {
+        "machine": {
+            "device": name,
+            "processes": processes.world,
+            "cpus": usable_cpus(),
+            "precision": precision,
+        },
+        "versions": {
+            "ijepa_zoo": sys.modules["ijepa_zoo"].__version__,  # a layer above: not imported
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
+        },
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()

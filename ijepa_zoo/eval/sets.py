@@ -1,0 +1,223 @@
+"""The training and the test set of a probe: classes that agree, and images to choose a head by."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..data.clevr import open_clevr
+from ..data.labelled import Labelled, Numbers
+from ..data.labelled_sources import open_labelled
+from ..data.pixels import ImageSet
+from ..data.sources import InputError
+from ..seeds import Stream, numpy_generator
+from .tasks import TASKS, Task
+
+CHOOSE_SHARE = 0.1  # of the training images, to choose the head by
+_TEST_SHARE = 0.2  # of a data set that is in one piece
+_FEWEST = 2  # training images of a class: one may go to those that choose the head
+_NAMED = 3  # classes in a message
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Images and their classes.
+
+    Attributes:
+        images: The images, n.
+        labels: `[n]` int64, classes 0 to C - 1; both sets of a task have the same classes.
+        classes: Names of the C classes.
+        split: What the data set calls this part.
+        notes: What a user should know about it, in sentences.
+    """
+
+    images: ImageSet
+    labels: Numbers
+    classes: tuple[str, ...]
+    split: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """Some hexadecimal digits that are the same for the same images, labels and classes."""
+        digest = hashlib.blake2b(self.images.fingerprint().encode(), digest_size=8)
+        digest.update(self.labels.astype("<i8").tobytes())
+        digest.update("\n".join(self.classes).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+def open_task(
+    task: Task,
+    data: Any,
+    seed: int,
+    *,
+    test: Any = None,
+    workers: int = 0,
+    progress: bool = False,
+) -> tuple[EvalSet, EvalSet]:
+    """Open the data of a task; no image is decoded.
+
+    Args:
+        task: See :func:`~ijepa_zoo.eval.tasks.find_task`.
+        data: For classes what :func:`~ijepa_zoo.data.labelled_sources.open_labelled` takes, for
+            CLEVR's tasks what :func:`~ijepa_zoo.data.clevr.open_clevr` takes.
+        seed: The run's seed; it shares out a data set in one piece, 80 % to train and 20 % to test.
+        test: The test part, if `data` does not hold it (classes alone).
+        workers: Processes that render scenes, if any are rendered.
+        progress: Show a progress bar while rendering.
+
+    Returns:
+        Training and test set. Their `notes` say what was left out or shared out.
+
+    Raises:
+        InputError: The data cannot be used, or do not fit the task.
+    """
+    trained, tested = _open(task, data, test, workers, progress)
+    known = trained.numbers >= 0
+    if not known.all():
+        trained = _without(trained, known, "have no class")
+    if tested is None:
+        trained, tested = _share_out(trained, seed)
+    return _matched(task, trained, tested)
+
+
+def split_classes(
+    labels: Numbers, share: float, seed: int, use: int = 0
+) -> tuple[Numbers, Numbers]:
+    """Share images out at random, so that every class gives its share to within one image.
+
+    Args:
+        labels: `[n]` class numbers.
+        share: Share of the second part, at most 0.5.
+        seed: The run's seed.
+        use: Number of the split, so that two splits of a seed differ.
+
+    Returns:
+        Sorted indices int64 of the first part and of the second, which has `n * share` images,
+        rounded up or down. A class of at least two images is never missing in the first.
+    """
+    rng = numpy_generator(seed, Stream.EVAL_SPLIT, use)
+    order = np.lexsort((rng.random(len(labels)), labels))
+    marks = np.floor(np.arange(len(labels) + 1) * share + rng.random())
+    second = np.zeros(len(labels), np.bool_)
+    second[order] = np.diff(marks) > 0
+    return np.flatnonzero(~second), np.flatnonzero(second)
+
+
+def split_to_choose(train: EvalSet, seed: int) -> tuple[Numbers, Numbers]:
+    """Indices of the training images that heads are fitted to, and of the 10 % that choose one."""
+    return split_classes(train.labels, CHOOSE_SHARE, seed)
+
+
+def _open(
+    task: Task, data: Any, test: Any, workers: int, progress: bool
+) -> tuple[Labelled, Labelled | None]:
+    if task.kind == "classes":
+        return open_labelled(data, test)
+    if test is not None or not isinstance(data, str | os.PathLike):
+        raise InputError(
+            f"task {task.name!r} takes one folder of CLEVR or scenes:TRAIN,TEST, which hold the "
+            "test scenes too"
+        )
+    return open_clevr(data, task.kind, workers=workers, progress=progress)
+
+
+def _share_out(whole: Labelled, seed: int) -> tuple[Labelled, Labelled]:
+    rows = split_classes(whole.numbers, _TEST_SHARE, seed, use=1)
+    note = (
+        f"the data have no test part: {len(rows[0])} images train and {len(rows[1])} test, shared "
+        f"out by the seed {seed}"
+    )
+    return whole.part(rows[0], f"{whole.split} (80 %)", [note]), whole.part(
+        rows[1], f"{whole.split} (20 %)"
+    )
+
+
+def _matched(task: Task, trained: Labelled, tested: Labelled) -> tuple[EvalSet, EvalSet]:
+    numbers, labels = np.unique(trained.numbers, return_inverse=True)
+    names = tuple(_name(trained, tested, number) for number in numbers.tolist())
+    train = EvalSet(trained.images, labels.astype(np.int64), names, trained.split, trained.notes)
+    _refuse_poor(task, train)
+    seen = np.isin(tested.numbers, numbers)
+    if not seen.all():
+        strange = np.unique(tested.numbers[~seen]).tolist()
+        named = ", ".join(_name(trained, tested, number) for number in strange[:_NAMED])
+        tested = _without(
+            tested,
+            seen,
+            f"are of classes that training does not have ({named}"
+            f"{', ...' if len(strange) > _NAMED else ''})",
+        )
+    placed = np.searchsorted(numbers, tested.numbers).astype(np.int64)
+    test = EvalSet(tested.images, placed, names, tested.split, tested.notes)
+    notes = tuple(_remarks(task, trained, numbers))
+    return replace(train, notes=train.notes + notes), test
+
+
+def _name(trained: Labelled, tested: Labelled, number: int) -> str:
+    if number < 0:
+        return "no class"
+    return trained.names.get(number) or tested.names.get(number) or str(number)
+
+
+def _without(labelled: Labelled, kept: npt.NDArray[np.bool_], why: str) -> Labelled:
+    """The images that are kept, and a note about the others."""
+    gone = np.flatnonzero(~kept)
+    note = (
+        f"{len(gone)} of {len(kept)} images of the {labelled.split} part {why} and are left out, "
+        f"for example '{labelled.images.name(int(gone[0]))}'"
+    )
+    if not kept.any():
+        raise InputError(f"all images of the {labelled.split} part {why}")
+    return labelled.part(np.flatnonzero(kept), labelled.split, [note])
+
+
+def _refuse_poor(task: Task, train: EvalSet) -> None:
+    if len(train.classes) < 2:
+        raise InputError(
+            f"the training images are all of one class, '{train.classes[0]}'; a probe needs at "
+            "least two"
+        )
+    if task.kind == "classes" and task.num_classes not in (None, len(train.classes)):
+        fitting = [t.name for t in TASKS.values() if t.num_classes == len(train.classes)]
+        hint = " or ".join(f"--task {name}" for name in [*fitting, "classes"])
+        raise InputError(
+            f"{task.title} has {task.num_classes} classes, these data have {len(train.classes)} "
+            f"('{train.classes[0]}', '{train.classes[1]}', ...): use {hint}"
+        )
+    sizes = np.bincount(train.labels)
+    poor = np.flatnonzero(sizes < _FEWEST).tolist()
+    if poor:
+        named = ", ".join(f"'{train.classes[k]}'" for k in poor[:_NAMED])
+        raise InputError(
+            f"{len(poor)} of {len(sizes)} classes have too few training images, {_FEWEST} are "
+            f"needed ({named}{', ...' if len(poor) > _NAMED else ''}): add images or leave the "
+            "classes out"
+        )
+    if len(train) * CHOOSE_SHARE < 1:
+        raise InputError(
+            f"{len(train)} training images leave none to choose the best head by; at least "
+            f"{round(1 / CHOOSE_SHARE)} are needed"
+        )
+
+
+def _remarks(task: Task, trained: Labelled, numbers: Numbers) -> Iterator[str]:
+    classes = len(numbers)
+    if task.kind != "classes" and classes != task.num_classes:
+        yield (
+            f"{task.title} has {task.num_classes} classes, these training scenes have {classes}: "
+            "accuracies do not compare with the paper's"
+        )
+    if not trained.names and (numbers != np.arange(classes)).any():
+        yield (
+            f"the labels are {classes} numbers from {numbers[0]} to {numbers[-1]}; they count as 0 "
+            f"to {classes - 1} in their order"
+        )

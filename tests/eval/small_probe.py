@@ -1,0 +1,42 @@
+"""A task of seconds: symmetric pictures of three classes, and an encoder of four blocks."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ijepa_zoo import create_model
+from ijepa_zoo.eval.tasks import Protocol, Task, View
+
+SIZE = 32
+PROTOCOL = Protocol(
+    epochs=3, view=View("square", "bilinear"), batch_size=64, schedule="cosine", lrs=(0.05, 0.5)
+)
+TASK = Task("small", "small", "classes", None, PROTOCOL)
+
+
+def encoder(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    sizes = {"img_size": SIZE, "embed_dim": 48, "depth": 4, "num_heads": 3, **kwargs}
+    return create_model("vit_tiny16_ijepa", pretrained=False, **sizes).eval()
+
+
+def write_pictures(folder, train=12, test=7, classes=3):
+    """Class folders; mirrored halves, so that a flip changes nothing."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for kind in range(classes):
+            place = folder / split / f"class{kind}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                half = rng.integers(0, 156, (SIZE, SIZE // 2, 3)) + 3 * kind
+                pixels = np.concatenate([half, half[:, ::-1]], axis=1).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+    return folder
+
+
+def pixels_of(folder, split):
+    """float `[n, 3, H, W]` in 0..1 and classes of all pictures, in the order of their names."""
+    files = sorted((folder / split).rglob("*.png"))
+    arrays = [np.asarray(Image.open(file)) for file in files]
+    labels = torch.tensor([int(file.parent.name[-1]) for file in files])
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255, labels

@@ -1,0 +1,369 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import several_processes
+import torch
+import torch.nn.functional as F
+from timm.loss import SoftTargetCrossEntropy
+
+from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.eval import finetune_training
+from ijepa_zoo.eval.epoch_state import EpochState, StateError
+from ijepa_zoo.eval.finetune import evaluate_finetune
+from ijepa_zoo.eval.finetune_training import FineTuning
+from ijepa_zoo.eval.models import Subject
+from ijepa_zoo.eval.recipes import (
+    FEW_LABELS,
+    FULL,
+    AugmentedBatches,
+    FineTuneRecipe,
+    few_labels_recipe,
+    library_seeds,
+    set_drop_path,
+)
+from ijepa_zoo.eval.result import read_result
+from ijepa_zoo.eval.sets import EvalSet
+from ijepa_zoo.models.factory import create_model
+from ijepa_zoo.processes import Processes
+
+SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}
+QUICK = FineTuneRecipe(epochs=3, lr=2e-2, batch_size=8, warmup_epochs=1, layer_decay=0.9)
+PLAIN = replace(QUICK, mixup=0.0, cutmix=0.0, drop_path=0.0, label_smoothing=0.0)
+
+
+def _model(seed=0):
+    torch.manual_seed(seed)
+    return create_model("vit_nano8_64_ijepa", pretrained=False, img_size=32, **SMALL)
+
+
+def _labelled(count=24, seed=0):
+    """Two classes, dark and bright."""
+    labels = np.arange(count) % 2
+    noise = np.random.default_rng(seed).integers(0, 60, (count, 40, 40, 3))
+    return EvalSet(
+        open_images((noise + 150 * labels[:, None, None, None]).astype(np.uint8)),
+        labels.astype(np.int64),
+        ("dark", "bright"),
+        "train",
+    )
+
+
+def _training(recipe=QUICK, **more):
+    arguments = {"train": _labelled(), "seed": 0, "processes": Processes.alone("cpu")} | more
+    return FineTuning(_model(), recipe=recipe, **arguments)
+
+
+class _Bar:
+    def update(self, count): ...
+    def set_postfix(self, **figures): ...
+
+
+def test_recipes_are_the_papers():
+    shared = {"epochs": 50, "layer_decay": 0.75, "label_smoothing": 0.1, "min_lr": 1e-6}
+    full = {"lr": 1e-4, "batch_size": 528, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.25}
+    few = {"lr": 3e-5, "batch_size": 512, "mixup": 0, "cutmix": 0, "drop_path": 0}
+    assert vars(FULL).items() >= (shared | full | {"weight_decay": 0.04}).items()
+    assert vars(FEW_LABELS).items() >= (shared | few).items()
+    assert FULL.auto_augment == FEW_LABELS.auto_augment == "rand-m9-mstd0.5-inc1"
+    huge, large = (torch.nn.Module() for _ in range(2))
+    huge.embed_dim, large.embed_dim = 1280, 1024
+    assert few_labels_recipe(huge).weight_decay == 0.4
+    assert few_labels_recipe(large).weight_decay == 0.05
+
+
+def test_learning_rates_of_layers_and_steps():
+    """MAE's schedule (`util/lr_sched.py`) times layer_decay ** (layers above)."""
+    recipe = replace(PLAIN, epochs=10, warmup_epochs=2, min_lr=1e-4, lr=1e-2)
+    training = _training(recipe)
+    assert (training.batches.steps, training.batches.batch_size) == (3, 8)
+    layers = {"head": 0, "norm": 1, "patch_embed": 5}
+    layers |= {f"blocks.{k}": 4 - k for k in range(4)}
+    depths = {
+        name: next(depth for layer, depth in layers.items() if name.startswith(f"{layer}."))
+        for name, _ in training.model.named_parameters()
+    }
+    for step in (0, 3, 6, 7, 20, 29):
+        training.scheduler.step_update(step)
+        epoch = step / 3
+        if epoch < 2:
+            expected = 1e-2 * epoch / 2
+        else:
+            expected = 1e-4 + (1e-2 - 1e-4) * 0.5 * (1 + math.cos(math.pi * (epoch - 2) / 8))
+        rates = {p: g["lr"] for g in training.optimizer.param_groups for p in g["params"]}
+        for name, parameter in training.model.named_parameters():
+            assert rates[parameter] == pytest.approx(expected * 0.9 ** depths[name]), name
+    decays = {p: g["weight_decay"] for g in training.optimizer.param_groups for p in g["params"]}
+    for _, parameter in training.model.named_parameters():
+        assert decays[parameter] == (0.04 if parameter.ndim > 1 else 0)
+
+
+def test_the_rate_grows_with_the_batch():
+    assert _training(replace(PLAIN, batch_size=100)).optimizer.param_groups[0]["initial_lr"] == (
+        pytest.approx(_training(PLAIN).optimizer.param_groups[0]["initial_lr"] * 3 * 8 / 100)
+    )
+
+
+def test_drop_path_grows_over_the_depth():
+    from timm.layers import DropPath
+
+    model = create_model("vit_nano8_64_ijepa", pretrained=False, **SMALL)
+    expected = create_model("vit_nano8_64_ijepa", pretrained=False, drop_path_rate=0.3, **SMALL)
+    set_drop_path(model, 0.3)
+
+    def rates(network):
+        return [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
+
+    assert rates(model) == pytest.approx(rates(expected))
+    assert len(rates(model)) == 6
+    set_drop_path(model, 0.0)
+    assert rates(model) == []
+    with pytest.raises(ValueError, match="no drop path"):
+        set_drop_path(_without_places(), 0.1)
+
+
+def _without_places():
+    model = torch.nn.Module()
+    model.blocks = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    return model
+
+
+def test_updates_are_those_of_a_plain_loop(tmp_path):
+    """The whole training again with torch alone, from the same batches."""
+    training = _training(PLAIN)
+    start = {k: v.clone() for k, v in training.model.state_dict().items()}
+    training.run(EpochState(tmp_path / "state.pt", {}), _Bar())
+    other = _training(PLAIN)
+    other.model.load_state_dict(start)
+    model, batches = other.model.train(), other.batches
+    layers = {"head": 0, "norm": 1, "patch_embed": 5}
+    layers |= {f"blocks.{k}": 4 - k for k in range(4)}
+    named = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "weight_decay": 0.04 if p.ndim > 1 else 0.0} for p in named.values()]
+    )
+    mean = torch.tensor(model.pretrained_cfg["mean"]).view(3, 1, 1)
+    std = torch.tensor(model.pretrained_cfg["std"]).view(3, 1, 1)
+    for step in range(9):
+        if step < 3:
+            lr = 2e-2 * step / 3
+        else:
+            lr = 1e-6 + (2e-2 - 1e-6) * 0.5 * (1 + math.cos(math.pi * (step - 3) / 6))
+        for group, name in zip(optimizer.param_groups, named):
+            (depth,) = (layers[layer] for layer in layers if name.startswith(f"{layer}."))
+            group["lr"] = lr * 0.9**depth
+        batch = batches[step]
+        optimizer.zero_grad()
+        F.cross_entropy(model((batch.images / 255 - mean) / std), batch.labels).backward()
+        optimizer.step()
+    for name, tensor in training.model.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-5, rtol=1e-4)
+
+
+def test_pieces_of_a_batch_give_the_same_gradients(tmp_path):
+    whole, pieces = _training(PLAIN), _training(PLAIN, micro=2)
+    for number, training in enumerate((whole, pieces)):
+        training.run(EpochState(tmp_path / f"{number}.pt", {}), _Bar())
+    assert (whole.batches.parts, pieces.batches.parts) == (1, 4)
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-4)
+    for one, other in zip(whole.model.parameters(), pieces.model.parameters()):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+
+def test_mixup_goes_into_images_and_targets(monkeypatch):
+    training = _training(replace(QUICK, drop_path=0.0, cutmix=0.0))
+    seen = []
+
+    class Spy(SoftTargetCrossEntropy):
+        def forward(self, x, target):
+            seen.append(target.detach())
+            return super().forward(x, target)
+
+    training.criterion = Spy()
+    batch = training.batches[0]
+    loss = training._backward(batch, 0, 0, last=True)
+    target = seen[0]
+    assert target.shape == (8, 2)
+    torch.testing.assert_close(target.sum(1), torch.ones(8))
+    hard = F.one_hot(batch.labels, 2) * 0.9 + 0.05
+    place = int((batch.labels != batch.labels.flip(0)).nonzero()[0])
+    other = hard.flip(0)[place]
+    lam = float((target[place] - other)[0] / (hard[place] - other)[0])
+    torch.testing.assert_close(target, hard * lam + hard.flip(0) * (1 - lam), atol=1e-5, rtol=0)
+    assert 0 < lam < 1
+    images = training._normalised(batch.images)
+    mixed = images * lam + images.flip(0) * (1 - lam)
+    training.model.zero_grad()
+    expected = SoftTargetCrossEntropy()(training.model(mixed), target).detach()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_step_and_place():
+    data, rows = _labelled(), np.arange(24)
+    arguments = {"auto_augment": "rand-m9-mstd0.5-inc1", "mean": (0.5, 0.5, 0.5)}
+
+    def batches(**more):
+        return AugmentedBatches(data, rows, (32, 32), 8, **arguments, **{"seed": 0} | more)
+
+    whole = batches()[4]
+    torch.testing.assert_close(batches()[4].images, whole.images, atol=0, rtol=0)
+    parts = batches(micro=4)
+    assert torch.equal(torch.cat([parts[8].images, parts[9].images]), whole.images)
+    shared = torch.cat([batches(rank=r, world=2)[4].images for r in range(2)])
+    assert torch.equal(shared, whole.images)
+    assert not torch.equal(batches(seed=1)[4].images, whole.images)
+    state = np.random.get_state()[1].copy()
+    batches()[0]
+    assert (np.random.get_state()[1] == state).all()
+
+
+def test_library_seeds_are_put_back():
+    import random
+
+    random.seed(5)
+    expected = random.random()
+    random.seed(5)
+    with library_seeds(1, 2):
+        first = random.random(), np.random.rand()
+    assert random.random() == expected
+    with library_seeds(1, 2):
+        assert (random.random(), np.random.rand()) == first
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from PIL import Image
+
+    for split, count in (("train", 10), ("test", 5)):
+        for name, level in (("dark", 30), ("bright", 200)):
+            place = tmp_path / "data" / split / name
+            place.mkdir(parents=True)
+            for n in range(count):
+                Image.new("RGB", (40, 36), (level + n, level, level)).save(place / f"{n}.png")
+    return tmp_path / "data"
+
+
+def _run(folder, out, **more):
+    arguments = {"recipe": replace(PLAIN, epochs=6), "workers": 0, "device": "cpu"} | more
+    return evaluate_finetune("classes", Subject(_model(), "small"), folder, out, **arguments)
+
+
+def test_bright_is_told_from_dark_and_the_given_model_stays_as_it_was(folder, tmp_path):
+    model = _model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = evaluate_finetune(
+        "classes", Subject(model, "small"), folder, tmp_path / "out",
+        recipe=replace(PLAIN, epochs=6), workers=0, device="cpu",
+    )  # fmt: skip
+    assert result.figure == 100
+    assert result.interval[0] < 100
+    assert result.images == {"fit": 20, "test": 10}
+    assert result.protocol["layer_decay"] == 0.9
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.num_classes == 0
+
+
+class _KilledError(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(folder, tmp_path, monkeypatch):
+    recipe = replace(QUICK, drop_path=0.2)
+    expected = _run(folder, tmp_path / "whole", recipe=recipe)
+    original = finetune_training.EpochState.save
+
+    def kill(self, state):
+        original(self, state)
+        if state["epoch"] == 2:
+            raise _KilledError
+
+    monkeypatch.setattr(finetune_training.EpochState, "save", kill)
+    with pytest.raises(_KilledError):
+        _run(folder, tmp_path / "killed", recipe=recipe)
+    monkeypatch.undo()
+    result = _run(folder, tmp_path / "killed", recipe=recipe)
+    assert (result.heads, result.figure) == (expected.heads, expected.figure)
+    (found,) = (tmp_path / "killed").glob("*/result.json")
+    assert sorted(p.name for p in found.parent.iterdir()) == [".lock", "result.json"]
+
+
+def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
+    state = EpochState(tmp_path / "state.pt", {"lr": 1, "seed": 0})
+    assert state.load() is None
+    state.save({"epoch": 3})
+    assert state.load() == {"epoch": 3}
+    with pytest.raises(StateError, match="lr: 1 then, 2 now"):
+        EpochState(state.path, {"lr": 2, "seed": 0}).load()
+    state.path.write_bytes(state.path.read_bytes()[:100])
+    with pytest.raises(StateError, match="is damaged: remove it"):
+        state.load()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_state_is_written(folder, tmp_path):
+    with pytest.raises(FloatingPointError, match="loss of epoch"):
+        _run(folder, tmp_path / "out", recipe=replace(PLAIN, lr=1e30))
+    assert not list((tmp_path / "out").glob("*/result.json"))
+
+
+def test_unfit_arguments_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="precision is 'half'"):
+        _run(folder, tmp_path, precision="half")
+    with pytest.raises(ValueError, match="at least 1"):
+        _run(folder, tmp_path, epochs=0)
+    with pytest.raises(ValueError, match="no timm ViT"):
+        evaluate_finetune("classes", Subject(torch.nn.Linear(2, 2), "x"), folder, tmp_path)
+    with pytest.raises(InputError, match="10 classes, these data have 2"):
+        evaluate_finetune("cifar10", Subject(_model(), "small"), folder, tmp_path)
+
+
+def test_the_papers_figure_stands_beside_imagenet_alone(folder, tmp_path):
+    result = _run(folder, tmp_path / "out", epochs=1)
+    assert result.paper is None
+
+
+def test_any_timm_vit(folder, tmp_path):
+    import timm
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=2, depth=4
+    )
+    result = evaluate_finetune(
+        "classes", model, folder, tmp_path, recipe=QUICK, workers=0, device="cpu"
+    )
+    assert math.isfinite(result.heads[0].loss)
+
+
+TWO = """
+    import sys
+    from dataclasses import replace
+    from pathlib import Path
+    import torch
+    from ijepa_zoo.eval.finetune import evaluate_finetune
+    from ijepa_zoo.eval.models import Subject
+    from ijepa_zoo.eval.recipes import FineTuneRecipe
+    from ijepa_zoo.models.factory import create_model
+    torch.manual_seed(0)
+    model = create_model(
+        "vit_nano8_64_ijepa", pretrained=False, img_size=32, embed_dim=24, depth=4, num_heads=2
+    )
+    recipe = FineTuneRecipe(
+        epochs=3, lr=2e-2, batch_size=8, warmup_epochs=1, layer_decay=0.9, mixup=0.0, cutmix=0.0,
+        drop_path=0.0, label_smoothing=0.0,
+    )
+    evaluate_finetune(
+        "classes", Subject(model, "small"), sys.argv[1], sys.argv[2], recipe=recipe, micro=2,
+        workers=0, device="cpu",
+    )
+"""
+
+
+def test_two_processes_do_what_one_does(folder, tmp_path):
+    several_processes.run(TWO, 2, folder, tmp_path / "two")
+    one = _run(folder, tmp_path / "one", recipe=PLAIN)
+    (file,) = (tmp_path / "two").glob("*/result.json")
+    two = read_result(file)
+    assert two.machine["processes"] == 2
+    assert (two.figure, two.images) == (one.figure, one.images)
+    assert two.heads[0].loss == pytest.approx(one.heads[0].loss, rel=1e-3)

@@ -1,0 +1,298 @@
+"""The linear probe as a whole: against torch.optim, after a kill, shared, on bad input."""
+
+import copy
+import json
+import math
+import shutil
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import several_processes
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from small_probe import PROTOCOL, TASK, encoder, pixels_of, write_pictures
+
+from ijepa_zoo import FeatureExtractor
+from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.eval import Subject, evaluate_knn, evaluate_linear, linear, training
+from ijepa_zoo.eval.cache import CacheError
+from ijepa_zoo.eval.heads import HeadGrid, HeadSpec
+from ijepa_zoo.eval.sets import open_task, split_to_choose
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def evaluate(pictures, tmp_path):
+    def run(model=None, out=tmp_path / "out", task=TASK, data=pictures, **kwargs):
+        model = encoder() if model is None else model
+        return evaluate_linear(task, model, data, out, device="cpu", workers=0, **kwargs)
+
+    return run
+
+
+def _features(model, images):
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    with torch.no_grad():
+        normal = (images - mean) / std
+        return {name: FeatureExtractor(model, name)(normal) for name in ("last", "last4")}
+
+
+def _trained_alone(head, x, y, lr, weight_decay):
+    """torch.optim.SGD on the whole training set at once; returns the last loss."""
+    linear_part = head[1] if isinstance(head, torch.nn.Sequential) else head
+    norm = [p for p in head.parameters() if all(p is not q for q in linear_part.parameters())]
+    groups = [{"params": linear_part.parameters(), "weight_decay": weight_decay}]
+    groups += [{"params": norm, "weight_decay": 0.0}] if norm else []
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    head.train()
+    for epoch in range(PROTOCOL.epochs):
+        share = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / PROTOCOL.epochs))
+        for group in optimizer.param_groups:
+            group["lr"] = lr * len(x) / 256 * share
+        loss = F.cross_entropy(head(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    head.eval()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_figures_are_those_of_torch_optim_on_the_extractors_features(evaluate, pictures, cached):
+    result = evaluate(cached=cached)
+    train_set, _ = open_task(TASK, pictures, 0)
+    fit, choose = split_to_choose(train_set, 0)
+    images, labels = pixels_of(pictures, "train")
+    x, (tests, answers) = _features(encoder(), images), pixels_of(pictures, "test")
+    z = _features(encoder(), tests)
+    specs = [
+        HeadSpec(name, batch_norm, lr, 5e-4)
+        for name, batch_norm, lr in product(x, (False, True), PROTOCOL.lrs)
+    ]
+    grid = HeadGrid(specs, {n: v.shape[1] for n, v in x.items()}, 3, nesterov=True)
+    expected = {}
+    for number, spec in enumerate(grid.specs):
+        head, name = copy.deepcopy(grid.head(number)), spec.representation
+        loss = _trained_alone(head, x[name][fit], labels[fit], spec.lr, spec.weight_decay)
+        with torch.no_grad():
+            kept = 100 * (head(x[name][choose]).argmax(1) == labels[choose]).float().mean()
+            test = 100 * (head(z[name]).argmax(1) == answers).float().mean()
+        expected[spec.name] = (loss, float(kept), float(test))
+    assert {h.name for h in result.heads} == expected.keys()
+    assert result.images == {"fit": len(fit), "choose": 36 - len(fit), "test": 21}
+    for head in result.heads:
+        loss, kept, _ = expected[head.name]
+        assert head.loss == pytest.approx(loss, abs=2e-4)
+        assert head.held_out == pytest.approx(kept, abs=1e-3)
+    assert result.figure == pytest.approx(expected[result.chosen][2], abs=1e-3)
+    assert (
+        result.images == {"fit": 33, "choose": 3, "test": 21} or sum(result.images.values()) == 57
+    )
+
+
+def test_cached_features_with_flips_are_the_protocol_where_nothing_is_cropped(evaluate, tmp_path):
+    """Pictures that flips do change; the same draws decide online and cached."""
+    folder = write_pictures(tmp_path / "own", train=20)
+    for file in folder.rglob("*.png"):
+        pixels = np.array(Image.open(file))
+        pixels[:, :16] //= 3
+        Image.fromarray(pixels).save(file)
+    task = replace(TASK, protocol=replace(PROTOCOL, batch_size=16))
+    online, cached = (evaluate(task=task, data=folder, cached=c) for c in (False, True))
+    assert cached.check is not None
+    assert online.check is None
+    for one, other in zip(online.heads, cached.heads):
+        assert one.loss == pytest.approx(other.loss, abs=1e-4)
+    assert online.figure == pytest.approx(cached.figure)
+    assert online.protocol["fed"] != cached.protocol["fed"]
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_killed_run_goes_on_at_the_last_epoch_exactly(evaluate, tmp_path, monkeypatch, cached):
+    task = replace(TASK, protocol=replace(PROTOCOL, batch_size=16))
+    whole = evaluate(task=task, out=tmp_path / "whole", cached=cached)
+    update, calls = HeadGrid.update, []
+
+    def dying(self, *args):
+        calls.append(1)
+        if len(calls) == 6:  # of two steps an epoch: in the last one
+            raise _KilledError
+        return update(self, *args)
+
+    monkeypatch.setattr(HeadGrid, "update", dying)
+    with pytest.raises(_KilledError):
+        evaluate(task=task, out=tmp_path / "killed", cached=cached)
+    assert len(list(tmp_path.glob("killed/*/state.pt"))) == 1
+    before = len(calls)
+    resumed = evaluate(task=task, out=tmp_path / "killed", cached=cached)
+    assert len(calls) - before == 2
+    assert resumed.heads == whole.heads
+    assert resumed.figure == whole.figure
+    assert not list(tmp_path.glob("killed/*/state.pt"))
+
+
+def test_a_finished_evaluation_is_not_repeated(evaluate, monkeypatch):
+    first = evaluate()
+    monkeypatch.setattr(linear, "train", None)
+    assert evaluate() == first
+    with pytest.raises(TypeError, match="NoneType"):
+        evaluate(seed=1)
+    with pytest.raises(TypeError, match="NoneType"):
+        evaluate(model=encoder(1))
+
+
+def test_one_head_alone_reads_the_test_set_once(evaluate, monkeypatch):
+    reads = []
+    count = training.count_right
+
+    def counted(probe, source, batches, grid, only=None):
+        reads.append(only)
+        return count(probe, source, batches, grid, only)
+
+    monkeypatch.setattr(linear, "count_right", counted)
+    result = evaluate()
+    names = [head.name for head in result.heads]
+    assert reads == [None, names.index(result.chosen)]
+    assert [h.name for h in result.heads if h.test is not None] == [result.chosen]
+    best = max(head.held_out for head in result.heads)
+    assert next(h for h in result.heads if h.name == result.chosen).held_out == best
+
+
+def test_select_on_test_fits_to_everything_and_says_so(evaluate):
+    result = evaluate(select_on_test=True)
+    assert result.images == {"fit": 36, "choose": 0, "test": 21}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_broken_images_are_named_and_count_nowhere(evaluate, pictures, tmp_path, cached):
+    folder = shutil.copytree(pictures, tmp_path / "copy")
+    (folder / "test" / "class0" / "3.png").write_bytes(b"no image")
+    (folder / "train" / "class1" / "5.png").write_bytes(b"no image")
+    result = evaluate(data=folder, cached=cached, select_on_test=True)
+    assert result.images["test"] == 20
+    low, high = result.interval
+    assert low < result.figure < high
+    assert round(result.figure * 20 / 100, 6).is_integer()
+    note = next(n for n in result.notes if "could not be decoded" in n)
+    assert note.startswith("2 images")
+    assert "class0/3.png" in note
+    assert "class1/5.png" in note
+
+
+def test_baselines_have_figures_and_rows_of_their_own(evaluate, tmp_path, pictures):
+    result = evaluate_linear(
+        *("classes", "vit_nano8_64_ijepa", pictures, tmp_path / "out"),
+        **{"epochs": 1, "cached": True, "baseline": True, "device": "cpu", "workers": 0},
+    )
+    names = {"vit_nano8_64_ijepa, random weights", "raw pixels"}
+    assert result.baselines.keys() == names
+    files = list(tmp_path.glob("out/*/result.json"))
+    found = {(r := json.loads(file.read_bytes()))["model"]["name"]: r for file in files}
+    assert found.keys() == names | {"vit_nano8_64_ijepa.scenes"}
+    for name in names:
+        assert found[name]["figure"] == result.baselines[name]
+        assert found[name]["model"]["weights_hash"] != result.model["weights_hash"]
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 4
+    assert any("random crops" in note for note in result.notes)
+
+
+def test_two_processes_give_the_figures_of_one(evaluate, pictures, tmp_path):
+    script = """
+        import sys
+        sys.path.insert(0, sys.argv[3])
+        from dataclasses import replace
+        import small_probe
+        from ijepa_zoo.eval import evaluate_linear
+
+        task = replace(small_probe.TASK, protocol=replace(small_probe.PROTOCOL, batch_size=16))
+        for cached in (False, True):
+            evaluate_linear(task, small_probe.encoder(), sys.argv[1], sys.argv[2], cached=cached,
+                            device="cpu", workers=0)
+    """
+    several_processes.run(script, 2, pictures, tmp_path / "two", Path(__file__).parent)
+    task = replace(TASK, protocol=replace(PROTOCOL, batch_size=16))
+    for cached in (False, True):
+        one = evaluate(task=task, cached=cached)
+        fed = "cached" if cached else "online"
+        (file,) = tmp_path.glob(f"two/*linear-{fed}*/result.json")
+        two = json.loads(file.read_bytes())
+        assert two["figure"] == one.figure
+        assert two["images"] == one.images
+        assert [h["held_out"] for h in two["heads"]] == [h.held_out for h in one.heads]
+        losses = [h.loss for h in one.heads]
+        assert [h["loss"] for h in two["heads"]] == pytest.approx(losses, abs=1e-5)
+        assert two["machine"]["processes"] == 2
+
+
+def test_features_that_are_not_finite_are_refused(evaluate):
+    model = encoder()
+    model.norm.weight.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r"are NaN or\s+infinite"):
+        evaluate(model=model)
+    with pytest.raises(CacheError, match="not finite"):
+        evaluate(model=model, cached=True)
+
+
+def test_models_that_do_not_fit_are_refused_in_words(evaluate, pictures):
+    with pytest.raises(ValueError, match=r"2 blocks.*at least four"):
+        evaluate(model=encoder(depth=2))
+    with pytest.raises(ValueError, match="1 channels"):
+        evaluate(model=encoder(in_chans=1))
+    with pytest.raises(TypeError, match="no timm ViT"):
+        evaluate(model=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="the model's name"):
+        evaluate(baseline=True)
+    with pytest.raises(ValueError, match="img_size hold"):
+        evaluate(img_size=64)
+    with pytest.raises(ValueError, match=r"vit_huge14_ijep'; similar: .*vit_huge14_ijepa"):
+        evaluate(model="vit_huge14_ijep", data=pictures / "nowhere")
+    with pytest.raises(InputError):
+        evaluate(model="vit_huge14_ijepa", data=pictures / "nowhere")
+
+
+def test_knn_equals_a_plain_computation(pictures, tmp_path):
+    model = encoder()
+    result = evaluate_knn(TASK, model, pictures, tmp_path, device="cpu", workers=0)
+    train_set, _ = open_task(TASK, pictures, 0)
+    fit, choose = split_to_choose(train_set, 0)
+    images, labels = pixels_of(pictures, "train")
+    tests, answers = pixels_of(pictures, "test")
+    x = F.normalize(_features(model, images)["last"], dim=1)
+    z = F.normalize(_features(model, tests)["last"], dim=1)
+
+    def accuracy(near, classes, queries, truth, k, temperature):
+        votes = torch.zeros(len(queries), 3)
+        similar = queries @ near.T
+        for row, line in enumerate(similar):
+            for place in line.argsort(descending=True)[:k].tolist():
+                votes[row, classes[place]] += math.exp((float(line[place]) - 1) / temperature)
+        return 100 * float((votes.argmax(1) == truth).float().mean())
+
+    for head in result.heads:
+        k, temperature = (float(part.split("=")[1]) for part in head.name.split())
+        expected = accuracy(x[fit], labels[fit], x[choose], labels[choose], int(k), temperature)
+        assert head.held_out == pytest.approx(expected, abs=1e-3)
+    k, temperature = (float(part.split("=")[1]) for part in result.chosen.split())
+    assert result.figure == pytest.approx(
+        accuracy(x, labels, z, answers, int(k), temperature), abs=1e-3
+    )
+
+
+def test_the_papers_figure_stands_beside_those_weights_alone(evaluate):
+    task = replace(TASK, paper={"some.weights": 86.7})
+    assert evaluate(Subject(encoder(), "a", "some.weights"), task=task).paper == 86.7
+    assert evaluate(Subject(encoder(1), "a", "other.weights"), task=task).paper is None

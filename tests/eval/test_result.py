@@ -1,0 +1,166 @@
+"""Results: intervals, files, tables and the report of several."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from ijepa_zoo.eval.report import markdown, write_report
+from ijepa_zoo.eval.result import (
+    Head,
+    Result,
+    ResultError,
+    find_results,
+    read_result,
+    wilson_interval,
+)
+
+MODEL = {"name": "a", "architecture": "vit", "weights": "w", "weights_hash": "abcdef012"}
+RESULT = Result(
+    task="count",
+    method="linear",
+    model=MODEL,
+    figure=80.0,
+    chosen="h2",
+    selection="a seeded 10 % of the training images",
+    heads=[Head("h1", 50.0, None, 1.5), Head("h2", 79.0, 80.0, 0.5), Head("h3", 60.0, None, 0.7)],
+    protocol={"fed": "online", "epochs": 50},
+    data={},
+    images={"fit": 90, "choose": 10, "test": 1000},
+    seed=0,
+    interval=(77.4, 82.4),
+    paper=86.7,
+    baselines={"raw pixels": 20.0},
+    date="2026-01-01T00:00:00+00:00",
+)
+
+
+@pytest.mark.parametrize(
+    ("right", "total"), [(0, 10), (10, 10), (1, 3), (867, 1000), (7500, 15000)]
+)
+def test_interval_holds_the_shares_that_the_answers_do_not_reject(right, total):
+    """The ends solve (p - share)^2 = z^2 p (1 - p) / n, found here by bisection."""
+    share, z = right / total, 1.959963984540054
+
+    def rejected(p):
+        return (p - share) ** 2 > z * z * p * (1 - p) / total
+
+    def end(outside, inside):
+        for _ in range(200):
+            middle = (outside + inside) / 2
+            outside, inside = (middle, inside) if rejected(middle) else (outside, middle)
+        return 100 * inside
+
+    low, high = wilson_interval(right, total)
+    inside = min(max(share, 1e-9), 1 - 1e-9)
+    assert low == pytest.approx(0 if right == 0 else end(0, inside), abs=1e-6)
+    assert high == pytest.approx(100 if right == total else end(1, inside), abs=1e-6)
+
+
+@pytest.mark.parametrize(("right", "total"), [(2, 1), (-1, 3), (0, 0)])
+def test_interval_of_impossible_counts_is_refused(right, total):
+    with pytest.raises(ValueError, match="0 <= right <= total"):
+        wilson_interval(right, total)
+
+
+def test_a_result_comes_back_as_it_was_written(tmp_path):
+    path = RESULT.write(tmp_path / "one")
+    assert read_result(path) == RESULT
+    assert find_results([tmp_path, path]) == [(path.resolve(), RESULT)]
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path):
+    diverged = replace(RESULT, heads=[Head("h2", 79.0, 80.0, math.nan)])
+    path = diverged.write(tmp_path / "one")
+    assert json.loads(path.read_text())["heads"][0]["loss"] is None
+
+
+def test_the_table_has_one_row_for_each_folder(tmp_path):
+    RESULT.write(tmp_path / "one")
+    replace(RESULT, figure=81.0).write(tmp_path / "two")
+    replace(RESULT, figure=82.0).write(tmp_path / "one")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["result"], row["figure"]) for row in rows] == [
+        ("two/result.json", "81.0"),
+        ("one/result.json", "82.0"),
+    ]
+    assert rows[0]["paper"] == "86.7"
+    assert rows[0]["low"] == "77.4"
+
+
+def test_a_strange_table_is_left_alone(tmp_path):
+    (tmp_path / "results.csv").write_text("my,own,table\n1,2,3\n")
+    with pytest.raises(ResultError, match="move it away"):
+        RESULT.write(tmp_path / "one")
+    assert (tmp_path / "results.csv").read_text() == "my,own,table\n1,2,3\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "is damaged"), ("[]", "is no result"), ('{"task": 1, "figure": 2}', "is no result"),
+     ('{"task": 1, "figure": 2, "heads": []}', "is no whole result")],
+)  # fmt: skip
+def test_a_damaged_result_is_named(tmp_path, content, words):
+    path = tmp_path / "result.json"
+    path.write_text(content)
+    with pytest.raises(ResultError, match=words) as found:
+        find_results([tmp_path])
+    assert str(path) in str(found.value)
+
+
+def test_places_without_results_are_refused(tmp_path):
+    with pytest.raises(ResultError, match=r"holds no result\.json"):
+        find_results([tmp_path])
+    with pytest.raises(ResultError, match="does not exist"):
+        find_results([tmp_path / "nowhere"])
+
+
+def test_the_terminal_shows_the_chosen_head_first_and_the_paper(tmp_path):
+    lines = RESULT.table().splitlines()
+    assert lines[2].split() == [">", "h2", "79.0", "80.0"]
+    assert [line.split()[0] for line in lines[3:5]] == ["h3", "h1"]
+    text = RESULT.table()
+    assert "80.0  [77.4, 82.4]" in text
+    assert "86.7" in next(line for line in lines if "paper" in line)
+    assert "20.0" in next(line for line in lines if "raw pixels" in line)
+    assert "10 % of the training images" in text
+
+
+def test_report_compares_models_and_marks_the_best():
+    other = replace(
+        RESULT, model={**MODEL, "name": "b", "weights_hash": "1"}, figure=85.0, paper=None
+    )
+    older = replace(RESULT, figure=10.0, date="2025-01-01T00:00:00+00:00")
+    depth = {"task": "depth", "measure": "RMSE", "unit": "m", "higher_is_better": False}
+    far = replace(RESULT, **depth, figure=0.5, interval=None, paper=None)
+    near = replace(other, **depth, figure=0.25, interval=None)
+    head, _, *rows = markdown([RESULT, other, older, far, near]).splitlines()
+    assert head.split(" | ")[1:] == [
+        "count, linear: top-1 accuracy (%)",
+        "depth, linear: RMSE (m) |",
+    ]
+    assert rows[0] == "| b | **85.0** (77.4-82.4) | **0.25** |"
+    assert rows[1] == "| a | 80.0 (77.4-82.4), paper 86.7 | 0.5 |"
+
+
+def test_report_tells_apart_weights_of_one_name():
+    other = replace(RESULT, model={**MODEL, "weights_hash": "999999999"}, figure=70.0)
+    rows = markdown([RESULT, other]).splitlines()[2:4]
+    assert rows[0].startswith("| a (abcdef) | **80.0**")
+    assert rows[1].startswith("| a (999999) | 70.0")
+
+
+def test_report_writes_table_and_picture(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    RESULT.write(tmp_path / "runs" / "one")
+    replace(RESULT, task="depth", figure=60.0).write(tmp_path / "runs" / "two")
+    table, picture = write_report([tmp_path / "runs"], tmp_path / "new" / "report.md")
+    assert table.read_text().startswith("| model |")
+    with image.open(picture) as drawn:
+        assert drawn.width > 500
+        assert len(drawn.convert("RGB").getcolors(1 << 24)) > 20
+    assert write_report([tmp_path / "runs"], table, picture=False) == (table, None)

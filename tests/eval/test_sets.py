@@ -1,0 +1,470 @@
+"""Training and test sets: layouts of all kinds, classes that agree, and what is refused."""
+
+import io
+import json
+import pickle
+import tarfile
+from hashlib import md5
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from ijepa_zoo.data.labelled import Part
+from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.eval.sets import EvalSet, open_task, split_classes, split_to_choose
+from ijepa_zoo.eval.tasks import Task, find_task
+
+CLASSES = find_task("classes")
+
+
+def png(level: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), (level, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def put(folder: Path, classes: dict[str, int], first: int = 0) -> None:
+    """So many images of each class, of levels that go on."""
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            (folder / name / f"{number}.png").write_bytes(png(first))
+            first += 1
+
+
+def levels(data: EvalSet) -> list[int]:
+    return [int(np.asarray(data.images.read(i))[0, 0, 0]) for i in range(len(data))]
+
+
+def opened(data: Any, task: Task = CLASSES, **more: Any) -> tuple[EvalSet, EvalSet]:
+    train, test = open_task(task, data, 0, **more)
+    for part in (train, test):
+        assert len(part) == len(part.images) == len(part.labels)
+        assert part.labels.dtype == np.int64
+    assert train.classes == test.classes
+    return train, test
+
+
+@pytest.mark.parametrize("test", ["val", "test", "validation"])
+def test_class_folders(tmp_path: Path, test: str) -> None:
+    put(tmp_path / "train", {"cat": 6, "dog": 5})
+    put(tmp_path / test, {"cat": 1, "dog": 2}, 100)
+    train, tested = opened(tmp_path)
+    assert train.classes == ("cat", "dog")
+    assert train.labels.tolist() == [0] * 6 + [1] * 5
+    assert levels(train) == list(range(11))
+    assert (levels(tested), tested.labels.tolist()) == ([100, 101, 102], [0, 1, 1])
+    assert (train.split, tested.split) == ("train", test)
+    assert train.notes == tested.notes == ()
+
+
+def test_a_labelled_test_folder_goes_before_val_and_a_flat_one_does_not(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"a": 6, "b": 6})
+    put(tmp_path / "val", {"a": 1, "b": 1})
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "ILSVRC2012_test_1.png").write_bytes(png(0))  # as ImageNet's
+    assert opened(tmp_path)[1].split == "val"
+    put(tmp_path / "test", {"a": 1, "b": 1})
+    assert opened(tmp_path)[1].split == "test"
+
+
+def test_unsorted_validation_images_are_refused(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"a": 6, "b": 6})
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "1.png").write_bytes(png(0))
+    with pytest.raises(InputError, match=r"val' has no class folders: put the images of each"):
+        opened(tmp_path)
+    with pytest.raises(InputError, match=r"val' has no class folders"):
+        opened(tmp_path / "train", test=tmp_path / "val")
+
+
+def test_one_folder_is_shared_out_by_the_seed(tmp_path: Path) -> None:
+    put(tmp_path, {"a": 50, "b": 15})
+    train, test = opened(tmp_path)
+    assert (len(train), len(test)) == (52, 13)
+    assert np.bincount(test.labels).tolist() == [10, 3]
+    assert sorted(levels(train) + levels(test)) == list(range(65))
+    assert train.notes == (
+        "the data have no test part: 52 images train and 13 test, shared out by the seed 0",
+    )
+    again, other = (open_task(CLASSES, tmp_path, seed)[1] for seed in (0, 1))
+    assert levels(again) == levels(test) != levels(other)
+
+
+def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
+    put(tmp_path, {"car": 10, "train": 10})
+    assert opened(tmp_path)[0].classes == ("car", "train")
+
+
+def test_classes_of_the_test_set_keep_the_numbers_of_training(tmp_path: Path) -> None:
+    put(tmp_path / "a", {"x": 5, "y": 5, "z": 5})
+    put(tmp_path / "b", {"y": 2, "z": 1}, 100)
+    train, test = opened(tmp_path / "a", test=tmp_path / "b")
+    assert train.classes == ("x", "y", "z")
+    assert test.labels.tolist() == [1, 1, 2]
+
+
+def test_a_class_unseen_in_training_is_dropped_and_said(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"b": 5, "c": 5})
+    put(tmp_path / "val", {"a": 2, "b": 1, "c": 1, "d": 1}, 100)
+    train, test = opened(tmp_path)
+    assert (train.classes, test.labels.tolist(), levels(test)) == (("b", "c"), [0, 1], [102, 103])
+    assert test.notes == (
+        "3 of 5 images of the val part are of classes that training does not have (a, d) and are "
+        f"left out, for example '{tmp_path}/val/a/0.png'",
+    )
+    put(tmp_path / "none", {"e": 1})
+    with pytest.raises(InputError, match=r"all images of the none part are of classes .* \(e\)"):
+        opened(tmp_path / "train", test=tmp_path / "none")
+
+
+def test_images_beside_the_class_folders_are_left_out_and_said(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"a": 5, "b": 5})
+    (tmp_path / "train" / "zz.png").write_bytes(png(0))
+    put(tmp_path / "val", {"a": 1, "b": 1})
+    train, _ = opened(tmp_path)
+    assert len(train) == 10
+    assert "1 of 11 images of the train part have no class and are left out" in train.notes[0]
+
+
+def test_folders_of_one_name_are_pointed_out(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"cathedral/outdoor": 5, "church/outdoor": 5, "cathedral/indoor": 5})
+    put(tmp_path / "val", {"cathedral/outdoor": 1, "cathedral/indoor": 1})
+    train, _ = opened(tmp_path)
+    assert train.classes == ("indoor", "outdoor")
+    assert "count as one class, 'outdoor'" in train.notes[0]
+
+
+def shard(path: Path, members: list[tuple[str, str]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, (key, label) in enumerate(members):
+            for name, data in ((f"{key}.png", png(number)), (f"{key}.cls", label.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_shards_share_the_numbers_of_their_labels(tmp_path: Path) -> None:
+    shard(tmp_path / "set-train-0.tar", [(f"{i:03}", str(i % 3 + 8)) for i in range(12)])
+    shard(tmp_path / "set-train-1.tar", [(f"{i:03}", "9") for i in range(2)])
+    shard(tmp_path / "set-val-0.tar", [("000", "10"), ("001", "9")])
+    both = opened(tmp_path)
+    named = opened(str(tmp_path / "*train*"), test=str(tmp_path / "*val*"))
+    for train, test in (both, named):
+        # in the order of names: '10', '8', '9'
+        assert train.labels.tolist() == [1, 2, 0] * 4 + [2, 2]
+        assert test.labels.tolist() == [0, 2]
+        assert test.images.name(1).endswith("set-val-0.tar/001.png")
+
+
+def test_overlapping_parts_are_refused(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"a": 5, "b": 5})
+    for test in (tmp_path / "train" / "a", tmp_path / "train", tmp_path):
+        with pytest.raises(InputError, match="overlap, so that test images would be trained on"):
+            opened(tmp_path / "train", test=test)
+
+
+def test_labels_that_do_not_start_at_zero(tmp_path: Path) -> None:
+    images = np.zeros((30, 4, 4, 3), np.uint8)
+    for name, labels in (("train", [1, 4, 9]), ("test", [9, 4, 1])):
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.array(labels * 10))
+    train, test = opened(str(tmp_path / "train.npz"), test=str(tmp_path / "test.npz"))
+    assert (train.labels[:3].tolist(), test.labels[:3].tolist()) == ([0, 1, 2], [2, 1, 0])
+    assert train.classes == ("1", "4", "9")
+    assert train.notes == (
+        "the labels are 3 numbers from 1 to 9; they count as 0 to 2 in their order",
+    )
+
+
+class Photos:
+    """A map-style data set of a user's own."""
+
+    def __init__(self, targets: list[int]) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return np.full((2, 2, 3), index, np.uint8), self.targets[index]
+
+
+def test_data_sets_in_memory() -> None:
+    train, test = opened(Photos([0, 1] * 6), test=Photos([1, 0]))
+    assert (levels(test), test.labels.tolist()) == ([0, 1], [1, 0])
+    assert train.notes == ()
+    train, test = opened(Photos([0, 1] * 10))
+    assert (len(train), len(test)) == (16, 4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ({"a": 20}, "all of one class, 'a'"),
+        ({"a": 20, "b": 1}, r"1 of 2 classes have too few training images, 2 are needed \('b'\)"),
+        ({"a": 4, "b": 4}, "8 training images leave none to choose the best head by; at least 10"),
+    ],
+)
+def test_too_little_to_train_on(tmp_path: Path, classes: dict[str, int], words: str) -> None:
+    put(tmp_path / "train", classes)
+    put(tmp_path / "val", {"a": 1, "b": 1})
+    with pytest.raises(InputError, match=words):
+        opened(tmp_path)
+
+
+def test_what_is_no_labelled_data_set(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no images found"):
+        opened(tmp_path)
+    (tmp_path / "1.png").write_bytes(png(0))
+    with pytest.raises(InputError, match="has no class folders"):
+        opened(tmp_path)
+    with pytest.raises(InputError, match="no such file or folder"):
+        opened(tmp_path / "gone")
+    with pytest.raises(InputError, match="has no labels, or one class only"):
+        opened(np.zeros((20, 4, 4, 3), np.uint8))
+    with pytest.raises(InputError, match="takes one folder of CLEVR or scenes:TRAIN,TEST"):
+        opened("scenes:20,20", find_task("count"), test="x")
+
+
+def test_the_number_of_classes_must_be_the_tasks(tmp_path: Path) -> None:
+    put(tmp_path, {f"c{k}": 5 for k in range(10)})
+    assert len(opened(tmp_path, find_task("cifar10"))[0].classes) == 10
+    with pytest.raises(
+        InputError,
+        match=r"CIFAR-100 has 100 classes, these data have 10 \('c0', 'c1', ...\): use "
+        "--task cifar10 or --task classes",
+    ):
+        opened(tmp_path, find_task("cifar100"))
+
+
+def clevr(root: Path, split: str, counts: list[int]) -> None:
+    (root / "images" / split).mkdir(parents=True)
+    (root / "scenes").mkdir(exist_ok=True)
+    scenes = []
+    for number, count in enumerate(counts):
+        name = f"CLEVR_{split}_{number:06d}.png"
+        (root / "images" / split / name).write_bytes(png(number))
+        objects = [{"pixel_coords": [1, 1, 7.0 + count]}] * count
+        scenes.append({"image_filename": name, "objects": objects})
+    path = root / "scenes" / f"CLEVR_{split}_scenes.json"
+    path.write_text(json.dumps({"scenes": scenes}))
+
+
+def test_a_test_count_that_never_occurs_in_training_is_dropped(tmp_path: Path) -> None:
+    clevr(tmp_path, "train", [3, 4, 5, 6, 7, 8, 9, 10] * 2)
+    clevr(tmp_path, "val", [10, 2, 3, 11])
+    train, test = opened(tmp_path, find_task("count"))
+    assert train.labels.tolist() == list(range(8)) * 2
+    assert train.classes[0] == "3 objects"
+    assert (test.labels.tolist(), levels(test)) == ([7, 0], [0, 2])
+    assert "2 scenes of " in test.notes[0]
+    assert "2 of 4 images of the val part" in test.notes[1]
+    assert "(2 objects, 11 objects)" in test.notes[1]
+    assert train.notes == ()
+
+
+def test_fewer_classes_of_scenes_are_said(tmp_path: Path) -> None:
+    clevr(tmp_path, "train", [3, 4] * 6)
+    clevr(tmp_path, "val", [3, 4])
+    train, _ = opened(tmp_path, find_task("depth"))
+    assert train.classes == ("9.5 to 10", "10 to 100")
+    assert "Clevr/Dist has 6 classes, these training scenes have 2" in train.notes[0]
+
+
+def test_rendered_scenes() -> None:
+    train, test = opened("scenes:60,8", find_task("count"))
+    assert train.classes == tuple(f"{n} objects" for n in range(3, 11))
+    assert (len(train), len(test)) == (60, 8)
+
+
+def cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Files in the layout of the published archive, with their own checksums."""
+    data = getattr(torchvision.datasets, name)
+    folder = root / data.base_folder
+    folder.mkdir()
+    fine = name == "CIFAR100"
+    names = [f"class {k}" for k in range(100 if fine else 10)]
+
+    def write(file: str, content: dict[str, Any]) -> str:
+        (folder / file).write_bytes(pickle.dumps(content))
+        return md5((folder / file).read_bytes()).hexdigest()
+
+    def batch(first: int, count: int) -> dict[str, Any]:
+        rows = np.full((count, 3072), first, np.uint8)
+        rows[:, 1024:] = 0  # green and blue
+        labels = [k % len(names) for k in range(count)]
+        return {"data": rows, "fine_labels" if fine else "labels": labels}
+
+    per_file = 2 * len(names)
+    for attribute in ("train_list", "test_list"):
+        files = [file for file, _ in getattr(data, attribute)]
+        sums = [[file, write(file, batch(n, per_file))] for n, file in enumerate(files)]
+        monkeypatch.setattr(data, attribute, sums)
+    key = data.meta["key"]
+    meta = {**data.meta, "md5": write(data.meta["filename"], {key: names})}
+    monkeypatch.setattr(data, "meta", meta)
+
+
+@pytest.mark.parametrize(("name", "task"), [("CIFAR10", "cifar10"), ("CIFAR100", "cifar100")])
+def test_cifar_as_distributed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, task: str
+) -> None:
+    cifar(tmp_path, monkeypatch, name)
+    folder = tmp_path / getattr(torchvision.datasets, name).base_folder
+    for place in (tmp_path, folder):
+        train, test = opened(place, find_task(task))
+        classes = 10 if name == "CIFAR10" else 100
+        assert train.classes == tuple(f"class {k}" for k in range(classes))
+        assert len(train) == (5 if name == "CIFAR10" else 1) * 2 * classes
+        assert test.labels.tolist() == list(range(classes)) * 2
+        assert levels(train)[-1] == (4 if name == "CIFAR10" else 0)
+    with next(folder.glob("*batch*" if name == "CIFAR10" else "train")).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match=f"is damaged or incomplete .*: unpack {name} again"):
+        opened(tmp_path, find_task(task))
+
+
+def test_two_cifars_in_one_folder_must_be_told_apart(tmp_path: Path) -> None:
+    for name in ("cifar-10-batches-py", "cifar-100-python"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match="holds CIFAR-10 and CIFAR-100: name "):
+        opened(tmp_path)
+
+
+def test_inaturalist_as_distributed(tmp_path: Path) -> None:
+    def write(split: str, pairs: list[tuple[str, int]]) -> None:
+        names = [f"train_val2018/{folder}/{i}.png" for i, (folder, _) in enumerate(pairs)]
+        for level, name in enumerate(names):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(png(level))
+        # Annotations are joined by their ids, not by their order.
+        annotations = [
+            {"id": k, "image_id": 1000 + k, "category_id": number}
+            for k, (_, number) in enumerate(pairs)
+        ]
+        content = {
+            "images": [{"id": 1000 + k, "file_name": name} for k, name in enumerate(names)][::-1],
+            "annotations": annotations,
+            "categories": [{"id": 7, "name": "Aves seven"}, {"id": 12, "name": "Aves twelve"}],
+        }
+        (tmp_path / f"{split}2018.json").write_text(json.dumps(content))
+
+    write("train", [("Aves/7", 7), ("Aves/12", 12)] * 6)
+    write("val", [("Aves/12", 12), ("Aves/7", 7)])
+    train, test = opened(tmp_path)
+    assert train.classes == ("Aves seven", "Aves twelve")
+    assert train.labels.tolist() == [0, 1] * 6
+    assert sorted(zip(levels(test), test.labels.tolist())) == [(0, 1), (1, 0)]
+    (tmp_path / "val2018.json").write_text('{"images": []}')
+    with pytest.raises(InputError, match="is no list of iNaturalist 2018"):
+        opened(tmp_path)
+    (tmp_path / "val2018.json").unlink()
+    with pytest.raises(InputError, match=r"val2018.json' cannot be read"):
+        opened(tmp_path)
+
+
+def test_places205_as_distributed(tmp_path: Path) -> None:
+    lists = tmp_path / "trainvalsplit_places205"
+    images = tmp_path / "data/vision/torralba/deeplearning/images256"
+    lists.mkdir()
+    put(images, {"a/abbey": 6, "c/cathedral/outdoor": 6, "c/church/outdoor": 6})
+    folders = [("a/abbey", 0), ("c/cathedral/outdoor", 36), ("c/church/outdoor", 41)]
+    for split, numbers in (("train", range(5)), ("val", [5])):
+        lines = [f"{folder}/{n}.png {label}\n" for folder, label in folders for n in numbers]
+        (lists / f"{split}_places205.csv").write_text("".join(lines))
+    train, test = opened(tmp_path)
+    assert train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5  # outdoors are two classes
+    assert test.labels.tolist() == [0, 1, 2]
+    assert levels(test) == [5, 11, 17]
+    (lists / "val_places205.csv").write_text("a/abbey/5.png 0\nchurch\n")
+    with pytest.raises(InputError, match=r"val_places205.csv', line 2: 'church' is no file name"):
+        opened(tmp_path)
+    (lists / "val_places205.csv").write_text("b/bar/1.png 0\n")
+    with pytest.raises(InputError, match=r"lists 'b/bar/1.png', which is not in .*unpack"):
+        opened(tmp_path)
+
+
+def test_hub_data_sets_on_disk(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])}
+    )
+
+    def rows(labels: list[int]) -> Any:
+        images = [{"bytes": png(k), "path": None} for k in range(len(labels))]
+        return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+    parts = {"train": rows([0, 1] * 10), "validation": rows([1, 0]), "test": rows([-1, -1])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    for source in (tmp_path / "both", f"hf-dataset:{tmp_path}/both"):
+        train, test = opened(source)
+        assert (train.split, test.split) == ("train", "validation")  # test has no labels
+        assert (len(train), test.labels.tolist()) == (20, [1, 0])
+    parts["train"].save_to_disk(tmp_path / "one")
+    assert len(opened(tmp_path / "one")[1]) == 4
+    chosen = opened(f"hf-dataset:{tmp_path}/both:train")
+    assert "have no test part" in chosen[0].notes[0]
+
+
+def test_the_split_is_stratified_seeded_and_covers_everything() -> None:
+    labels = np.random.default_rng(0).choice(7, 1003, p=[0.5, 0.2, 0.1, 0.1, 0.05, 0.04, 0.01])
+    fit, choose = split_classes(labels, 0.1, 3)
+    assert sorted([*fit, *choose]) == list(range(1003))
+    assert len(choose) in (100, 101)
+    sizes, held = np.bincount(labels), np.bincount(labels[choose], minlength=7)
+    assert (np.abs(held - 0.1 * sizes) < 1).all()
+    assert (np.diff(fit) > 0).all()
+    assert (np.diff(choose) > 0).all()
+    again = split_classes(labels, 0.1, 3)
+    np.testing.assert_array_equal(again[1], choose)
+    for other in (split_classes(labels, 0.1, 4), split_classes(labels, 0.1, 3, use=1)):
+        assert not np.array_equal(other[1], choose)
+
+
+def test_the_split_is_fair_to_every_image_and_keeps_every_class() -> None:
+    labels = np.array([0] * 13 + [1, 1] + [2] * 25)
+    chosen = np.zeros(40)
+    for seed in range(2000):
+        fit, choose = split_classes(labels, 0.1, seed)
+        assert set(labels[fit]) == {0, 1, 2}
+        assert len(choose) == 4
+        chosen[choose] += 1
+    # 200 expected, standard deviation sqrt(2000 * 0.1 * 0.9) = 13.4: five of them
+    assert np.abs(chosen - 200).max() < 67
+
+
+def test_heads_are_chosen_by_a_tenth(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"a": 20, "b": 30})
+    put(tmp_path / "val", {"a": 1, "b": 1})
+    train, _ = opened(tmp_path)
+    fit, choose = split_to_choose(train, 5)
+    assert (len(fit), np.bincount(train.labels[choose]).tolist()) == (45, [2, 3])
+
+
+def test_fingerprints_tell_sets_apart_and_not_places(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        put(tmp_path / folder / "train", {"a": 6, "b": 6})
+        put(tmp_path / folder / "val", {"a": 2, "b": 2})
+    (one, test), (two, _) = opened(tmp_path / "one"), opened(tmp_path / "two")
+    assert one.fingerprint() == two.fingerprint() != test.fingerprint()
+    put(tmp_path / "two" / "train", {"a": 7})
+    assert opened(tmp_path / "two")[0].fingerprint() != one.fingerprint()
+    (tmp_path / "two" / "train" / "b").rename(tmp_path / "two" / "train" / "c")
+    assert opened(tmp_path / "two", test=None)[0].fingerprint() != one.fingerprint()
+
+
+def test_fingerprints_hold_rows_and_classes(tmp_path: Path) -> None:
+    images = np.zeros((20, 4, 4, 3), np.uint8)
+    for name, labels in (("one", [1, 2]), ("two", [1, 3])):
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.array(labels * 10))
+    one, two = (str(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    named = [opened(path, test=one)[0].fingerprint() for path in (one, two)]
+    assert named[0] != named[1]
+    images, labels = opened(one, test=one)[0].images, np.array([0, 1])
+    parts = (Part(images, np.array(rows)) for rows in ([0, 1], [2, 1]))
+    first, second = (EvalSet(part, labels, ("a", "b"), "test").fingerprint() for part in parts)
+    assert first != second
