@@ -78,10 +78,12 @@ class MultiBlockMasks:
         ):
             height, width = min(sizes, key=math.prod)
             if height * width <= self.min_keep:
+                most = height * width - 1  # without a patch, no min_keep would do
+                fewer = f"min_keep={most} or less, " if most >= 0 else ""
                 raise ValueError(
                     f"on a grid of {self.grid_size} a {name} block can be {height} x {width}, "
-                    f"which is not more than min_keep={self.min_keep} patches: use min_keep="
-                    f"{max(height * width - 1, 0)} or less, a larger {name}_scale or a larger grid"
+                    f"which is not more than min_keep={self.min_keep} patches: use {fewer}a larger "
+                    f"{name}_scale or a larger grid (a larger image or smaller patches)"
                 )
 
     def block_sizes(self, step: int) -> tuple[_Size, _Size]:

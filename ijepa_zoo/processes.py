@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ class Processes:
         local_rank: Number of this process on its machine.
         device: Where its networks live.
         local_world: How many there are on its machine.
+        lost: Set when the others are lost: nothing more may wait for them.
     """
 
     rank: int
@@ -39,6 +41,7 @@ class Processes:
     local_rank: int
     device: torch.device
     local_world: int = 1
+    lost: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
     _group: Any = field(default=None, repr=False)  # gloo; for everything on the CPU
     _timeout: float = field(default=600.0, repr=False)
 
@@ -169,15 +172,17 @@ def join_processes(device: str = "auto", timeout: float = 600.0) -> Iterator[Pro
     import torch.distributed as dist
 
     survey, neighbours = meet(place, chosen)
+    lost = threading.Event()
     try:
         group = _connect(place, survey, chosen, timeout)
         yield Processes(
-            place.rank, place.world, place.local_rank, chosen, neighbours, group, timeout
+            place.rank, place.world, place.local_rank, chosen, neighbours, lost, group, timeout
         )
     except BaseException as error:
         if not isinstance(error, _LostError) and not _tells_of_a_loss(error):
             survey.end(f"{type(error).__name__}: {error}".splitlines()[0])
             raise
+        lost.set()
         what = str(error) if isinstance(error, _LostError) else "the other processes"
         cause = error.__cause__ or error
         raise ProcessError(survey.explain(what, timeout, str(cause).strip())) from cause

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     given = [name for name in _NAMES if environment.get(name)]
     if not given:
         for name in _LAUNCHERS:
-            if int(environment.get(name) or 1) > 1:
+            if _integer(name, environment.get(name) or "1", f"correct or unset {name}") > 1:
                 raise ProcessError(
                     f"{name}={environment[name]} processes were started, but RANK and WORLD_SIZE "
                     "are not set, so each would train alone: set them as examples/slurm does, or "
@@ -69,6 +70,8 @@ def read_place(environment: Mapping[str, str]) -> Place:
         environment["MASTER_ADDR"],
         numbers["MASTER_PORT"],
     )
+    if place.world < 1:
+        raise ProcessError(f"WORLD_SIZE={place.world} must be at least 1: {_START}")
     for name, value, end in (
         ("RANK", place.rank, place.world),
         ("LOCAL_RANK", place.local_rank, place.world),
@@ -81,11 +84,11 @@ def read_place(environment: Mapping[str, str]) -> Place:
     return place
 
 
-def _integer(name: str, text: str) -> int:
+def _integer(name: str, text: str, advice: str = _START) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ProcessError(f"{name}={text!r} is no number: {_START}") from None
+        raise ProcessError(f"{name}={text!r} is no whole number: {advice}") from None
 
 
 def choose_device(name: str, place: Place) -> torch.device:
@@ -105,6 +108,7 @@ def choose_device(name: str, place: Place) -> torch.device:
     if device.type != "cuda":
         if place.world > 1 and device.type != "cpu":
             raise ProcessError(f"machine.device={name} works in a single process only")
+        _try(device)
         return device
     if not torch.cuda.is_available():
         raise ProcessError(
@@ -123,6 +127,20 @@ def choose_device(name: str, place: Place) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def _try(device: torch.device) -> None:
+    """See that torch can compute on a device that is no CUDA GPU."""
+    reason = "tensors there have no values"
+    if device.type != "meta":
+        try:
+            torch.zeros(1, device=device)
+            return
+        except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
+            reason = re.split(r"\n|\. ", str(error))[0].rstrip(" .")
+    raise ProcessError(
+        f"machine.device={device} cannot be used here ({reason}): use auto, cuda or cpu"
+    )
 
 
 class Survey:

@@ -210,6 +210,10 @@ def test_allow_overlap():
     ("settings", "message"),
     [
         ({"grid_size": (8, 8)}, "min_keep=8 or less"),
+        (
+            {"grid_size": (2, 2), "min_keep": 0, "target_scale": (0.1, 0.1)},
+            "0 patches: use a larger target_scale or a larger grid",
+        ),
         ({"grid_size": (1, 16), "min_keep": 0}, "too small"),
         ({"grid_size": (16, 16), "mode": "fair"}, "'published' or 'unbiased'"),
         ({"grid_size": (16, 16), "num_targets": 0}, "num_targets is 0"),

@@ -1,6 +1,7 @@
 """README's Python runs as it stands, with the packaged model in the place of the large one."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -71,3 +72,13 @@ def test_pretrain(folder: Path) -> None:
     names: dict[str, object] = {"ijepa_zoo": ijepa_zoo}
     exec(text.replace("custom_small", "nano_scenes").replace("workers=4", "workers=0"), names)
     assert names["model"].embed_dim == 128
+
+
+COMMANDS = re.findall(r"^ijepa-zoo (.*?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_options_it_is_shown_with(command: str) -> None:
+    from ijepa_zoo.cli import _parse
+
+    assert callable(_parse(shlex.split(command)).run)

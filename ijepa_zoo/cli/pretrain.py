@@ -76,7 +76,12 @@ def _pretrain(args: argparse.Namespace) -> int:
 
     try:
         return _run_pretrain(args)
-    except Interrupted as stop:
+    except KeyboardInterrupt as stop:
+        if args.dry_run:
+            print("\ninterrupted; a dry run keeps nothing", file=sys.stderr)
+            return INTERRUPTED
+        if not isinstance(stop, Interrupted):
+            raise
         print(f"ijepa-zoo: {stop}", file=sys.stderr)
         return INTERRUPTED if stop.signal == signal.SIGINT else STOPPED
     except OutOfMemoryError as error:
@@ -113,13 +118,14 @@ def _run_pretrain(args: argparse.Namespace) -> int:
     )
     if read_place(os.environ).rank == 0:
         print(f"done: {folder}")
-        print(f"features: ijepa-zoo features IMAGES --model local-dir:{out} --out FILE")
+        print(f"features: ijepa-zoo features IMAGES --model local-dir:{folder} --out FILE")
     return DONE
 
 
 def _config(args: argparse.Namespace) -> "PretrainConfig":
     from ..rendezvous import read_place
     from ..train import load_config
+    from ..weights.catalog import checkpoints
 
     if args.data:  # --data takes all words behind it
         behind = [word for word in args.data if _CHANGE.match(word) and not os.path.exists(word)]
@@ -127,6 +133,9 @@ def _config(args: argparse.Namespace) -> "PretrainConfig":
         args.data = [word for word in args.data if word not in behind]
     names = [word for word in args.words if "=" not in word]
     changes = [word for word in args.words if "=" in word]
+    released = [record for record in checkpoints() if record.name == args.init]
+    if released:  # weights with a name bring their model
+        changes.insert(0, f"model.name={released[0].model}")
     if len(names) + bool(args.config) != 1:
         given = ", ".join([*names, *([args.config] if args.config else [])]) or "none"
         raise ValueError(

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 
 from .images import ImageError
-from .pixels import Pixels, from_array, labels_or_none
+from .pixels import Pixels, from_array, labels_or_none, refuse_channels_last
 from .sources import InputError
 
 _SAMPLED = 64  # images that the fingerprint reads
+_CHANNELS = 4  # no image is so narrow: the last of three axes is channels
 
 
 class ArraySet:
@@ -25,10 +26,11 @@ class ArraySet:
         images: uint8 `[n, H, W, C]` or `[n, H, W]`.
         in_chans: Channels of the images that are read, C.
         name: What messages call the array.
-        labels: `[n]` class numbers.
+        labels: `[n]` class numbers, of any integer type.
 
     Raises:
-        InputError: The array is of another type, shape or number of channels.
+        InputError: The array is of another type, shape or number of channels, or labels are no
+            class numbers.
     """
 
     def __init__(
@@ -36,12 +38,18 @@ class ArraySet:
         images: npt.NDArray[np.uint8],
         in_chans: int,
         name: str = "array",
-        labels: npt.NDArray[np.int64] | None = None,
+        labels: npt.NDArray[Any] | None = None,
     ) -> None:
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
             raise InputError(
                 f"{name} is {images.dtype} {list(images.shape)}; images are uint8 [n, H, W, C] or "
                 "[n, H, W], with values from 0 to 255"
+            )
+        if images.ndim == 3 and (images.shape[2] <= _CHANNELS or images.shape[2] == in_chans):
+            raise InputError(
+                f"{name} is {list(images.shape)}, which looks like one image [H, W, C]; an array "
+                "of images is [n, H, W, C] or [n, H, W]: stack the images with numpy.stack, or "
+                "put a .npy file for each into a folder and name the folder"
             )
         try:
             from_array(images[0], in_chans)
@@ -49,6 +57,11 @@ class ArraySet:
             raise InputError(f"{name} holds {error}") from error
         if labels is not None and labels.shape != (len(images),):
             raise InputError(f"{name} has labels {list(labels.shape)} for {len(images)} images")
+        if labels is not None and labels.dtype.kind not in "iub":
+            raise InputError(
+                f"the labels of {name} are {labels.dtype}; class numbers are whole numbers: "
+                "convert them with numpy.unique(labels, return_inverse=True)[1], or leave them out"
+            )
         self.images, self.in_chans, self._name = images, in_chans, name
         self.labels = None if labels is None else labels_or_none(labels.astype(np.int64))
 
@@ -74,6 +87,10 @@ class ArraySet:
 def open_array(source: Any, in_chans: int) -> ArraySet | None:
     """The set of an array `[n, H, W, C]` or a tensor `[n, C, H, W]`; None for anything else."""
     if isinstance(source, torch.Tensor):
+        try:
+            refuse_channels_last(source, in_chans)
+        except ImageError as error:
+            raise InputError(str(error)) from None
         array = source.detach().cpu().numpy()
         return ArraySet(array.transpose(0, 2, 3, 1) if array.ndim == 4 else array, in_chans)
     return ArraySet(source, in_chans) if isinstance(source, np.ndarray) else None

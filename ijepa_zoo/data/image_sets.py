@@ -92,7 +92,8 @@ def open_images(source: Any, *, in_chans: int = 3, index: Path | None = None) ->
             It is made where it is missing, and again when a shard has changed.
 
     Raises:
-        InputError: There is no such input, it holds no images, or it cannot be read at random.
+        InputError: There is no such input, it holds no images or one image twice, or it cannot be
+            read at random.
     """
     if isinstance(source, str | os.PathLike | Item):
         source = [source]
@@ -200,6 +201,19 @@ def _refuse_alone(path: str) -> None:
     special = path.startswith(_HUB_PREFIX) or path.lower().endswith(".npz")
     if special or (_ATTRIBUTE.fullmatch(path) and not os.path.lexists(path)):
         raise InputError(f"'{path}' cannot be joined with other inputs: give it alone")
+    if path.lower().endswith(_ARRAY) and _dimensions(path) == 4:
+        raise InputError(
+            f"'{path}' holds many images [n, H, W, C] and cannot be joined with other inputs: give "
+            "it alone, or join the arrays with numpy.concatenate"
+        )
+
+
+def _dimensions(path: str) -> int | None:
+    """Axes of an array file; None where it cannot be read, which is said when it is."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r").ndim
+    except (OSError, *_DAMAGED_ARRAY):
+        return None
 
 
 def _refuse_compressed(shard: str) -> None:

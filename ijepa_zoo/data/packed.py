@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import zipfile
+import zlib
 from array import array
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -20,9 +22,18 @@ import numpy as np
 import numpy.typing as npt
 
 from .items import Item
+from .sources import InputError
 
 _INDEX_VERSION = 1
-_ARRAYS = ("holders", "ends", "names", "offsets", "sizes", "labels")
+_ARRAYS = {
+    **{"holders": np.int32, "ends": np.int64, "names": np.uint8},
+    **{"offsets": np.int64, "sizes": np.int64, "labels": np.int64},
+}
+# What an index that is damaged, or is something else, leads to.
+_DAMAGED = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zlib.error),
+    *(NotImplementedError, RecursionError, MemoryError, zipfile.BadZipFile, struct.error),
+)
 
 
 @dataclass(frozen=True)
@@ -64,24 +75,31 @@ class PackedItems:
 
     @classmethod
     def of(cls, found: Iterable[tuple[str, Item]]) -> PackedItems:
-        """Pack items as :func:`~ijepa_zoo.data.sources.list_items` gives them."""
+        """Pack items as :func:`~ijepa_zoo.data.sources.list_items` gives them.
+
+        Raises:
+            InputError: An image is there twice: it could be trained on and held out.
+        """
         places: dict[tuple[str, str], int] = {}
         classes: dict[str | None, int] = {None: -1}
         problems: dict[int, str] = {}
         names = bytearray()
         holders, ends, offsets, sizes, labels = (array("i"), *(array("q") for _ in range(4)))
+        folders, keys = _RealFolders(), array("q")
         for number, (root, item) in enumerate(found):
             start = item.path.rfind("/") + 1 if item.shard is None else len(item.shard) + 1
             key = (item.path[:start], root)
             holders.append(places.setdefault(key, len(places)))
-            names += os.fsencode(item.path[start:])
+            name = os.fsencode(item.path[start:])
+            names += name
+            keys.append(hash((folders[key[0]], name, item.offset)))
             ends.append(len(names))
             offsets.append(item.offset)
             sizes.append(-1 if item.shard is None else item.size)
             labels.append(classes.setdefault(item.label, len(classes) - 1))
             if item.problem is not None:
                 problems[number] = item.problem
-        return cls(
+        packed = cls(
             [Holder(path, path.removeprefix(root)) for path, root in places],
             np.array(holders, np.int32),
             np.frombuffer(bytes(names), np.uint8),
@@ -91,6 +109,24 @@ class PackedItems:
             _in_order_of_names(np.array(labels, np.int64), classes),
             problems,
         )
+        packed._refuse_repetitions(np.array(keys, np.int64), folders)
+        return packed
+
+    def _refuse_repetitions(self, keys: npt.NDArray[np.int64], folders: _RealFolders) -> None:
+        ordered = np.sort(keys)
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        seen: dict[tuple[str, str, int], Item] = {}  # of different images with one key, too
+        for index in np.flatnonzero(np.isin(keys, repeated)).tolist():
+            item = self[index]
+            folder = self.table[self.holders[index]].path
+            image = folders[folder], item.path.removeprefix(folder), item.offset
+            first = seen.setdefault(image, item)
+            if first is not item:
+                also = "" if first.path == item.path else f", also as '{first.path}'"
+                raise InputError(
+                    f"'{item.path}' is named twice{also}: it could be trained on and held out at "
+                    "once; leave one of them out"
+                )
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -147,10 +183,36 @@ def load_index(index: Path, files: list[str]) -> PackedItems | None:
             if about["version"] != _INDEX_VERSION or about["files"] != _state(files):
                 return None
             arrays = {name: saved[name] for name in _ARRAYS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        table = [Holder(**holder) for holder in about["table"]]
+        problems = {int(number): reason for number, reason in about["problems"]}
+        items = PackedItems(table, **arrays, problems=problems)
+        return items if _fits(items) else None
+    except _DAMAGED:
         return None  # it is a copy of what the shards say, and is made again
-    table = [Holder(**holder) for holder in about["table"]]
-    return PackedItems(table, **arrays, problems={int(k): v for k, v in about["problems"]})
+
+
+def _fits(items: PackedItems) -> bool:
+    """Whether the parts of a list belong together."""
+    arrays = [getattr(items, name) for name in _ARRAYS]
+    if [(a.dtype, a.ndim) for a in arrays] != [(np.dtype(kind), 1) for kind in _ARRAYS.values()]:
+        return False
+    if {len(a) for a in arrays if a is not items.names} != {len(items)} or not len(items):
+        return False
+    ends = np.concatenate([[0], items.ends])
+    return bool(
+        (np.diff(ends) >= 0).all()
+        and ends[-1] == len(items.names)
+        and items.holders.min() >= 0
+        and items.holders.max() < len(items.table)
+    )
+
+
+class _RealFolders(dict[str, str]):
+    """Folders and shards as they are without links and detours, each looked up once."""
+
+    def __missing__(self, path: str) -> str:
+        self[path] = real = path if "\0" in path else os.path.realpath(path)
+        return real
 
 
 def _state(files: list[str]) -> list[list[str | int]]:

@@ -81,15 +81,27 @@ def from_array(pixels: np.ndarray[Any, Any], in_chans: int) -> Pixels:
         )
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if channels != in_chans:
-        raise ImageError(
-            f"an array [H, W, C] of {channels} channels, the model takes {in_chans}: use "
-            f"model.in_chans={channels}"
-        )
+        raise ImageError(_other_channels(pixels.shape, in_chans))
     if channels == 1:
         return Image.fromarray(np.ascontiguousarray(pixels.reshape(pixels.shape[:2])))
     if channels == 3:
         return Image.fromarray(np.ascontiguousarray(pixels))
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+
+def _other_channels(shape: tuple[int, ...], in_chans: int) -> str:
+    """What to do about an array whose last axis does not have the model's channels."""
+    if len(shape) == 3 and (shape[0] == in_chans or shape[0] < min(shape[1:])):
+        use = "" if shape[0] == in_chans else f", and use model.in_chans={shape[0]}"
+        return (
+            f"an array {list(shape)}, which looks like [C, H, W]; an array is [H, W, C]: move its "
+            f"channels to the end with numpy.moveaxis(array, -3, -1){use}"
+        )
+    channels = shape[2] if len(shape) == 3 else 1
+    return (
+        f"an array {list(shape)} [H, W{', C' if len(shape) == 3 else ''}] of {channels} channels, "
+        f"the model takes {in_chans}: use model.in_chans={channels}"
+    )
 
 
 def from_tensor(pixels: torch.Tensor, in_chans: int) -> Pixels:
@@ -100,5 +112,19 @@ def from_tensor(pixels: torch.Tensor, in_chans: int) -> Pixels:
     """
     if pixels.ndim not in (2, 3):
         raise ImageError(f"a tensor {list(pixels.shape)}; an image is uint8 [C, H, W]")
+    refuse_channels_last(pixels, in_chans)
     array = pixels.detach().cpu().numpy()
     return from_array(array.transpose(1, 2, 0) if array.ndim == 3 else array, in_chans)
+
+
+def refuse_channels_last(pixels: torch.Tensor, in_chans: int) -> None:
+    """See that channels are not the last axis of a tensor `[C, H, W]` or `[n, C, H, W]`.
+
+    Raises:
+        ImageError: They seem to be.
+    """
+    if pixels.ndim > 2 and pixels.shape[-3] != in_chans == pixels.shape[-1]:
+        raise ImageError(
+            f"a tensor {list(pixels.shape)}, which looks like [H, W, C]; a tensor is [C, H, W]: "
+            "move its channels with torch.movedim(tensor, -1, -3)"
+        )

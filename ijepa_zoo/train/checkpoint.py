@@ -39,6 +39,7 @@ class Checkpoints:
         keep_every: Those at multiples of so many steps stay too; None for none.
 
     Raises:
+        CheckpointError: `folder` is there and is no folder.
         ValueError: `keep` or `keep_every` is below 1.
     """
 
@@ -47,6 +48,7 @@ class Checkpoints:
     ) -> None:
         if keep < 1 or (keep_every is not None and keep_every < 1):
             raise ValueError(f"keep is {keep} and keep_every {keep_every}: at least 1")
+        layout.refuse_a_file(folder)
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._processes = processes
         self._group: Any = None
@@ -96,13 +98,10 @@ class Checkpoints:
         if pending is not None:
             with waiting("the writing of a checkpoint"):
                 pending.result()
-            atexit.unregister(self._thread.join)
+            atexit.unregister(self._finish)
 
     def _start(self, job: Callable[[], None]) -> None:
-        """Run `job` in the background.
-
-        The end of the program waits for it, but not for ever: another process may be lost.
-        """
+        """Run `job` in the background."""
         pending: Future[None] = Future()
 
         def run() -> None:
@@ -114,7 +113,15 @@ class Checkpoints:
 
         self._pending, self._thread = pending, Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
-        atexit.register(self._thread.join, _EXIT if self._processes.world > 1 else None)
+        atexit.register(self._finish)
+
+    def _finish(self) -> None:
+        """Wait for the save at the end of the program, unless it needs a process that is lost.
+
+        And not for ever: another process may be lost unseen.
+        """
+        if not self._processes.lost.is_set():
+            self._thread.join(_EXIT if self._processes.world > 1 else None)
 
     def complete(self) -> list[int]:
         """Steps whose checkpoints were written to the end, oldest first."""
@@ -126,7 +133,8 @@ class Checkpoints:
         A `.partial` folder of a crash during saving is announced and passed over.
 
         Args:
-            resume_from: `latest`; `previous` for the newest that is not damaged; or a step.
+            resume_from: `latest`; `previous` for the newest that is not damaged, which is the
+                latest where that is whole (it is announced then); or a step.
 
         Returns:
             A step for `load`, or None if nothing was saved yet.
@@ -134,7 +142,9 @@ class Checkpoints:
         Raises:
             CheckpointError: The checkpoint is damaged or not there; names the file, and what can
                 be used instead.
+            ValueError: `resume_from` is none of these.
         """
+        resume_from = layout.choice(resume_from)
         answer: int | str | None = None
         if self._processes.rank == 0:
             try:

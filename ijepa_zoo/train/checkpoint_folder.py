@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ PARTIAL, _DELETED = ".partial", ".deleted"
 _NAME = re.compile(r"step-(\d{9,})")
 _ABOUT = "checkpoint.json"
 _FORMAT = 1
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _READERS = 4  # files whose checksums are computed at a time
 
 
@@ -57,11 +59,37 @@ def newest(folder: Path) -> Path:
     return path(folder, found[-1])
 
 
+def refuse_a_file(folder: Path) -> None:
+    """See that checkpoints can be written into `folder`, which need not be there yet.
+
+    Raises:
+        CheckpointError: Something else has its name.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is no folder, and checkpoints are written into one of this name: move it "
+            "away"
+        )
+
+
 def prepare(partial: Path) -> None:
     """Make the folder that a checkpoint is written into, without remains of an earlier try."""
-    if partial.exists():
-        shutil.rmtree(partial)
+    _remove(partial)
     partial.mkdir(parents=True)
+
+
+def _remove(remains: Path) -> None:
+    if remains.is_dir() and not remains.is_symlink():
+        shutil.rmtree(remains)
+    else:
+        remains.unlink(missing_ok=True)
+
+
+def _set_aside(old: Path) -> None:
+    """Rename what is to be deleted: half deleted must not look like damaged."""
+    aside = old.with_suffix(_DELETED)
+    _remove(aside)
+    os.replace(old, aside)
 
 
 def complete(partial: Path, step: int, about: dict[str, Any]) -> None:
@@ -89,7 +117,7 @@ def complete(partial: Path, step: int, about: dict[str, Any]) -> None:
     _sync(partial)
     target = partial.with_suffix("")
     if target.exists():  # from before the run went back to an earlier step
-        os.replace(target, target.with_suffix(_DELETED))
+        _set_aside(target)
     os.replace(partial, target)
     _sync(target.parent)
 
@@ -103,11 +131,11 @@ def thin_out(folder: Path, step: int, keep: int, keep_every: int | None) -> None
     past = [s for s in found if s <= step]
     kept = {*past[-keep:], *(s for s in past if keep_every and s % keep_every == 0)}
     for old in found:
-        if old not in kept:  # renamed first: half deleted must not look like damaged
-            os.replace(path(folder, old), path(folder, old, _DELETED))
+        if old not in kept:
+            _set_aside(path(folder, old))
     for suffix in (PARTIAL, _DELETED):
         for old in steps(folder, suffix):
-            shutil.rmtree(path(folder, old, suffix))
+            _remove(path(folder, old, suffix))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -121,7 +149,9 @@ def read(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         seal = content.pop("sha256")
         version = content["format"]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{file} is missing") from error
+    except (OSError, *_DAMAGED) as error:
         raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {error})") from error
     if seal != _seal(content):
         raise CheckpointError(f"{file} is damaged (its contents do not have its checksum)")
@@ -129,6 +159,10 @@ def read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file} has format {version}, this version of ijepa_zoo reads {_FORMAT}: use the "
             "version that wrote it"
+        )
+    if path(folder.parent, content["step"]).name != folder.name:
+        raise CheckpointError(
+            f"{file} is damaged: it is of step {content['step']}, the name of its folder is not"
         )
     return content
 
@@ -189,6 +223,25 @@ def compare(stored: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Pa
         )
 
 
+def choice(resume_from: object) -> int | Literal["latest", "previous"]:
+    """What `Checkpoints.choose` was given, if it means something.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if resume_from == "latest" or resume_from == "previous":
+        return resume_from
+    try:
+        if not isinstance(resume_from, bool):
+            return operator.index(resume_from)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise ValueError(
+        f"resume_from is {resume_from!r}; it must be 'latest', 'previous' or the step of a "
+        "checkpoint as a whole number, such as 600"
+    )
+
+
 def choose(folder: Path, resume_from: int | Literal["latest", "previous"]) -> int | None:
     """See `Checkpoints.choose`."""
     found = steps(folder)
@@ -211,7 +264,6 @@ def choose(folder: Path, resume_from: int | Literal["latest", "previous"]) -> in
         return None
     try:
         verify(path(folder, found[-1]))
-        return found[-1]
     except CheckpointError as error:
         good = _newest_whole(folder, found[:-1])
         if good is None:
@@ -226,6 +278,10 @@ def choose(folder: Path, resume_from: int | Literal["latest", "previous"]) -> in
             ) from error
         warnings.warn(f"{error}; going on from step {good}", stacklevel=3)
         return good
+    if resume_from == "previous":
+        earlier = f"; an earlier one is chosen by --resume-from {found[-2]}" if found[1:] else ""
+        warnings.warn(f"step {found[-1]} is undamaged: going on from it{earlier}", stacklevel=3)
+    return found[-1]
 
 
 def _newest_whole(folder: Path, found: list[int]) -> int | None:

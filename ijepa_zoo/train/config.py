@@ -127,7 +127,8 @@ class MachineConfig:
     `micro_batch_size`: images of one forward pass of one process; None for as many as fit into
     `mask.cut` and the process's share of the batch. `workers`: loader processes of each training
     process; None for one per available core, at most 8. `timeout`: seconds after which a process
-    that does not answer ends the run.
+    that does not answer ends the run. `threads`: those of a process's computation on a CPU; None
+    for torch's own choice.
     """
 
     device: str = "auto"
@@ -137,6 +138,7 @@ class MachineConfig:
     compile: bool = False
     activation_checkpointing: bool = False
     timeout: float = 600.0
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,8 @@ class Schedule:
             raise ValueError(
                 f"optim.duration={optim.duration!r} is {steps} steps (schedules run over "
                 f"{horizon}) and optim.warmup={optim.warmup!r} is {warmup}: the duration must be "
-                "at least one step, the warm-up no longer than the schedules"
+                "at least one step, the warm-up no longer than the schedules, for example "
+                f"optim.warmup='{horizon // 10} steps'"
             )
         return cls(steps, images // optim.batch_size, warmup, horizon, optim)
 

@@ -107,10 +107,11 @@ class DryRunReport:
 def dry_run(
     config: PretrainConfig, data: Any, *, init: str | Path | None = None
 ) -> DryRunReport | None:
-    """Build all that a run needs, do three updates and measure them; nothing is written.
+    """Build all that a run needs, do three updates and measure them; nothing is kept.
 
-    The first two updates have the largest masks that the settings draw, so they show the memory
-    that the run needs; the third has masks of typical size and shows its speed.
+    Each update is of a single part (see `machine.micro_batch_size`). The first two have the
+    largest masks that the settings draw, so they show the memory that the run needs; the third has
+    masks of typical size and shows its speed.
 
     Args:
         config: Settings.
@@ -135,10 +136,12 @@ def dry_run(
         group = whole if cut == "global" else min(cut, whole)
         largest = largest_masks(trainer.masks, group, config.seed)
         typical = typical_masks(trainer.masks, group, config.seed)
+        if processes.rank == 0:
+            print(f"{trainer}\ntiming {trainer.micro_batch_size} images three times ...")
         for _ in range(2):
             _timed_update(trainer, batch, largest)
         memory = float(_memory_peak(processes.device))
-        update = _timed_update(trainer, batch, typical)
+        update = trainer.data.parts * _timed_update(trainer, batch, typical)
         measured = torch.tensor([[update, reading, memory]], dtype=torch.float64)
         slowest = processes.gather(measured).amax(dim=0).tolist()
         return None if processes.rank else _report(trainer, largest, typical, slowest)
@@ -212,13 +215,13 @@ def typical_masks(masks: MultiBlockMasks, images: int, seed: int) -> _Masks:
 
 
 def _timed_update(trainer: Trainer, batch: Batch, masks: _Masks) -> float:
-    """Seconds of an update whose parts are all `batch` with `masks`."""
+    """Seconds of an update of one part, `batch` with `masks`."""
     device, size = trainer.processes.device, trainer.micro_batch_size
     part = replace(batch, context=masks[0][:size], targets=masks[1][:size], broken=[])
     trainer.processes.barrier("an update of the dry run")
     _finish(device)
     started = time.perf_counter()
-    trainer.update([part] * trainer.data.parts)
+    trainer.update([part])
     _finish(device)
     return time.perf_counter() - started
 

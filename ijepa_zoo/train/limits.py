@@ -14,7 +14,7 @@ _LEAST_ONE = (
     *(f"model.{name}" for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth")),
     *(f"model.{name}" for name in ("num_heads", "predictor_embed_dim", "predictor_depth")),
     *("mask.num_targets", "optim.batch_size", "log.log_every", "log.monitor_every", "log.keep"),
-    "machine.micro_batch_size",
+    *("machine.micro_batch_size", "machine.threads"),
 )
 _POSITIVE = ("model.mlp_ratio", "optim.lr", "optim.schedule_scale", "machine.timeout")
 _NOT_NEGATIVE = (
@@ -34,6 +34,7 @@ _RANGES = (
     *("mask.target_scale", "mask.target_aspect", "mask.context_scale"),
 )
 _RATIOS = ("data.crop_ratio", "mask.target_aspect")  # the other ranges are parts of an area
+_RATIO_BOUNDS = 1e-3, 1e3  # longer boxes have no pixels, and their sides no finite numbers
 _NO_NAMES = ("local-dir:", "hf-hub:")
 
 
@@ -55,6 +56,12 @@ def check(config: PretrainConfig) -> None:
         if not 0 < low <= high or (high > 1 and name not in _RATIOS):
             bound = "" if name in _RATIOS else " <= 1"
             raise ValueError(f"{name} is {shown(values[name])}; it must be 0 < min <= max{bound}")
+    for name in _RATIOS:
+        if values[name][0] < _RATIO_BOUNDS[0] or values[name][1] > _RATIO_BOUNDS[1]:
+            raise ValueError(
+                f"{name} is {shown(values[name])}; both must be between {_RATIO_BOUNDS[0]:g} and "
+                f"{_RATIO_BOUNDS[1]:g}"
+            )
     _check_model(config.model)
     _check_channels(config.data, config.model)
     _check_durations(values)

@@ -26,6 +26,10 @@ COLUMNS = (
     *("rankme", "spread", "cosine", "ema_distance", "knn", "linear"),
 )
 _PUBLISHED = {"context_tokens": "mask-A", "target_tokens": "mask-B"}
+_DAMAGED = (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    *(csv.Error, OverflowError, RecursionError),
+)
 _CSV, _JSONL = "log.csv", "log.jsonl"
 
 
@@ -99,15 +103,25 @@ class RunLog:
 
         Args:
             step: The update that it belongs to, as in `write`.
-            kind: One word: `warning`, `initial`, `skipped`, `resumed`.
+            kind: One word: `warning`, `skipped`.
             text: What happened.
 
         Raises:
             OSError: It cannot be written; what was written before is intact.
         """
+        self._record(step, kind, text)
+        shown = text.encode(errors="backslashreplace").decode()  # names that are not UTF-8
+        tqdm.write(f"{kind}: {shown}", file=sys.stderr)
+
+    def initial(self, figures: dict[str, float]) -> None:
+        """Log and show what was measured before the first step; `read_initial` gives it back."""
+        self._record(0, "initial", json.dumps(figures))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        tqdm.write(f"at initialisation: {shown}", file=sys.stderr)
+
+    def _record(self, step: int, kind: str, text: str) -> None:
         time = datetime.now(UTC).isoformat(timespec="seconds")
         entry = {"step": int(step), "event": kind, "text": text, "time": time}
-        tqdm.write(f"{kind}: {text}", file=sys.stderr)
         _append(self._jsonl, json.dumps(entry, ensure_ascii=False))
 
 
@@ -133,6 +147,27 @@ def read_events(folder: Path, kind: str) -> list[tuple[int, str]]:
     return [(e["step"], e["text"]) for e in entries if e.get("event") == kind]
 
 
+def read_initial(folder: Path) -> dict[str, float]:
+    """Figures at initialisation, as the last event `initial` of `log.jsonl` has them in JSON.
+
+    Empty where there is none.
+
+    Raises:
+        LogError: The log is damaged.
+    """
+
+    def parse(line: str) -> dict[str, float]:
+        entry = _entry(line)
+        if entry.get("event") != "initial":
+            return {}
+        figures = json.loads(entry["text"])
+        return {name: float(value) for name, value in figures.items() if value is not None}
+
+    path = folder / _JSONL
+    found = [figures for figures, _ in _parse(path, _whole_lines(path), 1, parse) if figures]
+    return found[-1] if found else {}
+
+
 def _csv_lines(path: Path) -> list[tuple[dict[str, float], str]]:
     """Rows of a log and the lines they stand in."""
     lines = _whole_lines(path)
@@ -145,7 +180,7 @@ def _csv_lines(path: Path) -> list[tuple[dict[str, float], str]]:
     def parse(line: str) -> dict[str, float]:
         (values,) = csv.reader([line])
         row = {name: float(v) for name, v in zip(COLUMNS, values, strict=True) if v}
-        if "step" not in row:
+        if not 0 <= row.get("step", -1) < math.inf:
             raise ValueError("it has no step")
         return row
 
@@ -153,12 +188,15 @@ def _csv_lines(path: Path) -> list[tuple[dict[str, float], str]]:
 
 
 def _json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    def parse(line: str) -> dict[str, Any]:
-        entry: dict[str, Any] = json.loads(line)
-        entry["step"] = int(entry["step"])
-        return entry
+    return _parse(path, _whole_lines(path), 1, _entry)
 
-    return _parse(path, _whole_lines(path), 1, parse)
+
+def _entry(line: str) -> dict[str, Any]:
+    entry: dict[str, Any] = json.loads(line)
+    entry["step"] = int(entry["step"])
+    if "event" in entry and not isinstance(entry.get("text"), str):
+        raise ValueError("it has no text")
+    return entry
 
 
 def _parse(
@@ -168,9 +206,10 @@ def _parse(
     for number, line in enumerate(lines, first):
         try:
             parsed.append((parse(line), line))
-        except (ValueError, KeyError, TypeError) as error:
+        except _DAMAGED as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise LogError(
-                f"{path}, line {number} is damaged: {line[:80]!r} ({error or type(error)}). "
+                f"{path}, line {number} is damaged: {line[:80]!r} ({reason}). "
                 "Delete that line, or move the file away"
             ) from error
     return parsed
@@ -189,7 +228,7 @@ def _append(path: Path, line: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
-        data = f"{line}\n".encode()
+        data = f"{line}\n".encode(errors="backslashreplace")  # what JSON writes, too
         try:
             written = os.write(descriptor, data)
             if written < len(data):  # the disk is full: the next write says so

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from ..masks import MultiBlockMasks
 from ..models.factory import create_model
 from .config import PretrainConfig
-from .log import read_events, read_log
+from .log import read_initial, read_log
 from .settings import parse
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -41,7 +40,7 @@ def plot_run(run: Path, out: Path | None = None) -> Path:
 
     Args:
         run: The run's folder.
-        out: Picture to write, its format by its suffix; `RUN/plot.png` by default.
+        out: Picture to write, a `.png` file; `RUN/plot.png` by default.
 
     Returns:
         The picture.
@@ -49,7 +48,8 @@ def plot_run(run: Path, out: Path | None = None) -> Path:
     Raises:
         ImportError: matplotlib is not installed.
         LogError: The log is damaged.
-        ValueError: `run` is no run's folder, or nothing has been logged yet.
+        ValueError: `run` is no run's folder, nothing has been logged yet, or `out` cannot be
+            written.
     """
     try:
         from matplotlib.figure import Figure
@@ -59,12 +59,12 @@ def plot_run(run: Path, out: Path | None = None) -> Path:
     settings = run / "config.yaml"
     if not settings.is_file():
         raise ValueError(f"{run} is no run of ijepa-zoo pretrain: it has no config.yaml")
+    _refuse_place(out)
     config = parse(settings.read_text(encoding="utf-8"), str(settings))
     rows = read_log(run)
     if not rows:
         raise ValueError(f"{run} has no row in log.csv yet: wait for log.log_every steps")
-    recorded = read_events(run, "initial")
-    initial: dict[str, float] = json.loads(recorded[-1][1]) if recorded else {}
+    initial = read_initial(run)
     figure = Figure(figsize=(16, 13), layout="constrained")
     last = rows[-1]
     figure.suptitle(
@@ -78,6 +78,17 @@ def plot_run(run: Path, out: Path | None = None) -> Path:
     _draw_masks(pictures, config)
     figure.savefig(out, dpi=110)
     return out
+
+
+def _refuse_place(out: Path) -> None:
+    """Before anything is drawn."""
+    if out.suffix.lower() != ".png":
+        wanted = out / "plot.png" if out.is_dir() else out.with_name(f"{out.stem}.png")
+        raise ValueError(f"the picture is a PNG file, and {out} is no name of one: use {wanted}")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: use {out / 'plot.png'}")
+    if not out.parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent} for {out.name}: make it first")
 
 
 def _draw_curves(
@@ -108,6 +119,7 @@ def _draw_curves(
     tokens.set_ylim(0, None)
     for axis in axes.flat:
         axis.set_xlabel("step")
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
         if not axis.lines:
             axis.text(0.5, 0.5, "not measured", ha="center", color=_GREY, transform=axis.transAxes)
@@ -136,7 +148,8 @@ def _draw_beside(
     colours: dict[str, str],
 ) -> None:
     """Curves with a dashed line at their values at initialisation."""
-    _draw_lines(axis, rows, colours)
+    start = {name: initial[name] for name in colours if name in initial}
+    _draw_lines(axis, [{"step": -1.0, **start}, *rows], colours)  # before the first step
     for name, colour in colours.items():
         if name in initial and axis.lines:
             label = f"{_NAMES[name]} at initialisation"

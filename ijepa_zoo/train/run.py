@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -36,6 +37,7 @@ from .stopping import Interrupted, stop_signals
 from .trainer import NonFiniteLossError, Trainer, Update
 from .watch import CollapseWatch
 
+_NAMED = 10  # broken images shown; the file has all
 _BAR = {"loss": "loss", "rank": "rankme", "images/s": "images_per_second"}
 
 
@@ -83,6 +85,8 @@ def pretrain(
     out = _own_folder(out, data)
     with stop_signals() as received, ExitStack() as stack:
         machine = config.machine
+        if machine.threads:
+            torch.set_num_threads(machine.threads)
         processes = stack.enter_context(join_processes(machine.device, machine.timeout))
         claim_folder(out, processes, stack)
         in_chans = config.model.in_chans or 3
@@ -181,6 +185,10 @@ class _Run:
             shutil.copyfile(log, log.with_name(f"log.until-{newest}.csv"))
         self.about = self.checkpoints.load(step, self.trainer.tensors())
         self.trainer.step = self.saved = step
+        if step >= self.trainer.schedule.steps:
+            self._say(f"{self.out} is finished: {step} steps are done")
+        else:
+            self._say(f"going on after step {step}, saved in {self.checkpoints.folder}")
 
     @contextmanager
     def finished_saves(self) -> Iterator[None]:
@@ -199,6 +207,7 @@ class _Run:
         asked = self.processes.sum(torch.tensor([len(received)]), "the first step")
         if trainer.step >= steps or int(asked):
             return
+        self._say(str(trainer))
         monitor, broken = trainer.monitor()
         if self.first:
             self._note_broken(broken)
@@ -206,7 +215,8 @@ class _Run:
             log = stack.enter_context(self._log())
             if trainer.step == 0:
                 self.about["initial"] = monitor.measure(trainer.model, self.processes)
-                self._event(log, "initial", json.dumps(self.about["initial"]))
+                if log is not None:
+                    log.initial(self.about["initial"])
             watch = CollapseWatch(self.about["initial"])
             if self.first:
                 watch.replay(read_log(self.out))
@@ -303,6 +313,11 @@ class _Run:
         watching.bar.set_postfix(self.shown, refresh=False)
         watching.bar.update()
 
+    def _say(self, text: str) -> None:
+        """Tell the user, once for all processes."""
+        if self.first:
+            tqdm.write(text, file=sys.stderr)
+
     def _event(self, log: RunLog | None, kind: str, text: str) -> None:
         if log is not None:
             log.event(self.trainer.step, kind, text)
@@ -324,5 +339,8 @@ class _Run:
         for name, reason in broken:
             if name not in self.named:
                 self.named.add(name)
+                if len(self.named) <= _NAMED:
+                    more = "; further ones only there" if len(self.named) == _NAMED else ""
+                    self._say(f"broken image: {name}: {reason} ({self.broken_file}{more})")
                 with self.broken_file.open("a", encoding="ascii") as file:
                     file.write(json.dumps({"image": name, "reason": reason}) + "\n")

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..data.image_sets import ImageSet
 from ..masks import MultiBlockMasks
 from ..models.jepa import IJepa
 from ..processes import Arrival, Processes
+from ..seeds import Stream, numpy_generator
 from .batches import (
     Batch,
     TrainBatches,
@@ -120,6 +123,14 @@ class Trainer:
         )
 
     def _masks(self, grid_size: tuple[int, int]) -> MultiBlockMasks:
+        mask = self.config.mask
+        try:
+            return self._sampler(grid_size)
+        except ValueError as error:  # with the names that the settings have
+            named = "|".join(field.name for field in fields(mask))
+            raise ValueError(re.sub(rf"\b({named})\b", r"mask.\1", str(error))) from error
+
+    def _sampler(self, grid_size: tuple[int, int]) -> MultiBlockMasks:
         mask = self.config.mask
         return MultiBlockMasks(
             grid_size=grid_size,
@@ -228,16 +239,41 @@ class Trainer:
         )
 
     def monitor(self) -> tuple[Monitor, list[tuple[str, str]]]:
-        """Figures of the held-out images; of the first training images where none are held out.
+        """Figures of the held-out images; of some training images where none are held out.
 
         Returns:
             The monitor, and name and reason of the images that could not be decoded.
         """
-        chosen = self.held_out if len(self.held_out) else self.train_indices[:_MONITORED]
+        chosen = self.held_out
+        if not len(chosen):
+            draw = numpy_generator(self.config.seed, Stream.HELD_OUT, 1)
+            count = min(_MONITORED, len(self.train_indices))
+            chosen = np.sort(draw.choice(self.train_indices, count, replace=False))
         pixels, labels, broken = evaluation_images(self.images, chosen, self.image_size)
         data = self.config.data
         precision = self.config.optim.precision
         return Monitor(pixels, labels, data.mean, data.std, precision=precision), broken
+
+    def __str__(self) -> str:
+        """What the run is, in a few lines."""
+        optim, machine, schedule = self.config.optim, self.config.machine, self.schedule
+        side, patch = self.image_size, self.model.encoder.patch_embed.patch_size
+        held = f"{len(self.held_out):,} others" if len(self.held_out) else "some of them"
+        epochs = schedule.steps / schedule.epoch_steps
+        lines = [
+            f"{len(self.train_indices):,} images to train on, {held} for the monitors",
+            f"{self.config.model.name}, images {side[0]}x{side[1]}, patches {patch[0]}x{patch[1]}",
+            f"{schedule.steps:,} steps of {optim.batch_size} images ({epochs:.4g} epochs)",
+            f"{self.processes.world} x {self.processes.device}, {optim.precision}, "
+            f"{self.micro_batch_size} images at once"
+            + (f", {machine.parallel}" if self.processes.world > 1 else "")
+            + (
+                f", {torch.get_num_threads()} threads"
+                if self.processes.device.type == "cpu"
+                else ""
+            ),
+        ]
+        return "\n".join(lines)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state of the run beside `step`, by name, sharing memory with it."""

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from ..rendezvous import ProcessError
+
 T = TypeVar("T")
 
 
@@ -28,13 +30,18 @@ def _wait_for_the_end(parent: int) -> None:
 
 
 def name_deaths(loaded: Iterable[T]) -> Iterator[T]:
-    """What a loader gives; the death of one of its processes becomes an error in words."""
+    """What a loader gives.
+
+    Raises:
+        ProcessError: One of its processes died.
+    """
     try:
         yield from loaded
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        raise RuntimeError(
-            f"a loader process died: {str(error).splitlines()[0]} Mostly memory or shared memory "
-            "(/dev/shm) is short: lower machine.workers or machine.micro_batch_size"
+        what = str(error).splitlines()[0].rstrip(" .")
+        raise ProcessError(
+            f"a loader process died: {what}. Mostly memory or shared memory (/dev/shm) is short: "
+            "lower machine.workers or machine.micro_batch_size"
         ) from error

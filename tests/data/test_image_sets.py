@@ -72,7 +72,7 @@ def test_flat_folder_list_and_glob_have_no_labels(
         ("p", [1, 2]),
         ("p/*.png", [1, 2]),
         ("list.txt", [3, 1]),
-        (["q", "p/2.png", Path("list.txt")], [3, 2, 3, 1]),
+        (["p/2.png", Path("list.txt")], [2, 3, 1]),
     ):
         images = open_images(source)
         assert levels(images) == expected
@@ -185,7 +185,29 @@ def test_index_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert levels(open_images(paths, index=index)) == [1, 2, 3, 5, 6]
     assert levels(open_images(paths[:1], index=index)) == [1, 2, 3]
     assert len(listed) == 2
-    index.write_bytes(index.read_bytes()[:300])
+    assert levels(open_images(paths, index=index)) == [1, 2, 3, 5, 6]
+    with np.load(index) as saved:
+        whole = dict(saved)
+    about = json.loads(whole["about"].tobytes())
+    for change in (
+        {"holders": whole["holders"] + 2},
+        {"ends": whole["ends"][:-1]},
+        {"sizes": whole["sizes"].astype(float)},
+        {"about": np.frombuffer(json.dumps([about]).encode(), np.uint8)},
+        {"about": np.frombuffer(json.dumps({**about, "table": [3]}).encode(), np.uint8)},
+        {"about": np.frombuffer(json.dumps({**about, "problems": None}).encode(), np.uint8)},
+        None,
+    ):
+        if change is None:
+            index.write_bytes(index.read_bytes()[:300])
+        else:
+            with index.open("wb") as file:
+                np.savez(file, **{**whole, **change})
+        listed.clear()
+        assert levels(open_images(paths, index=index)) == [1, 2, 3, 5, 6]
+        assert len(listed) == 1
+    with index.open("wb") as file:
+        np.save(file, np.zeros(3))
     assert levels(open_images(paths, index=index)) == [1, 2, 3, 5, 6]
     assert not list(index.parent.glob("*.partial"))
 
@@ -206,6 +228,29 @@ def test_fingerprint_is_of_the_list_and_not_of_its_place(tmp_path: Path) -> None
     assert open_images(tmp_path / "one").fingerprint() not in (first, renamed)
     shard(tmp_path / "s.tar", {**MEMBERS, "3.png": png(3, size=(300, 200))})
     assert open_images(tmp_path / "s.tar").fingerprint() != shards[0]
+
+
+def test_an_image_that_is_named_twice_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, {"p/1.png": png(1), "p/c/2.png": png(2), "q/1.png": png(3)})
+    shard(tmp_path / "s.tar", MEMBERS)
+    Path("list.txt").write_text("q/1.png\np/1.png\nq/1.png\n")
+    (tmp_path / "link").symlink_to("p")
+    assert len(open_images(["p", "q", "s.tar"])) == 6
+    for source, words in (
+        (["p/1.png", "p/1.png"], "p/1.png' is named twice: "),
+        ("list.txt", "q/1.png' is named twice: "),
+        (["p", "q", "./p/"], "./p/1.png' is named twice, also as 'p/1.png'"),
+        (["p", "p/c"], "p/c/2.png' is named twice: "),
+        (["q", "p/1.png", "link"], "link/1.png' is named twice, also as 'p/1.png'"),
+        (["s.tar", tmp_path / "s.tar"], "s.tar/x/1.png' is named twice, also as 's.tar/x/1.png'"),
+    ):
+        for index in (None, tmp_path / "index"):
+            with pytest.raises(InputError) as caught:
+                open_images(source, index=index)
+            assert words in str(caught.value)
 
 
 def test_readers_of_forked_processes_do_not_share_a_place(tmp_path: Path) -> None:
@@ -284,11 +329,46 @@ def test_npz_with_labels(tmp_path: Path) -> None:
         (ARRAY[:0], 3, "images are uint8"),
         (ARRAY, 1, "3 channels, the model takes 1: use model.in_chans=3"),
         (ARRAY[..., 0], 3, "1 channels, the model takes 3"),
+        (ARRAY[0], 3, r"looks like one image \[H, W, C\].*folder"),
+        (ARRAY.transpose(0, 3, 1, 2), 3, r"looks like \[C, H, W\].*to the end with numpy.moveaxis"),
+        (ARRAY.transpose(0, 3, 1, 2), 1, r"looks like \[C, H, W\].*use model.in_chans=3$"),
+        (torch.from_numpy(ARRAY), 3, r"looks like \[H, W, C\].*torch\.movedim\(tensor, -1, -3\)"),
     ],
 )
 def test_wrong_arrays(array: np.ndarray, in_chans: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         open_images(array, in_chans=in_chans)
+
+
+def test_the_advice_for_wrong_axes_works() -> None:
+    first = ARRAY.transpose(0, 3, 1, 2)
+    assert levels(open_images(np.moveaxis(first, -3, -1))) == levels(open_images(ARRAY))
+    tensor = torch.movedim(torch.from_numpy(ARRAY), -1, -3)
+    assert levels(open_images(tensor)) == levels(open_images(ARRAY))
+    with pytest.raises(ImageError, match=r"looks like \[C, H, W\]"):
+        open_images([first[0]]).read(0)
+    with pytest.raises(ImageError, match=r"looks like \[H, W, C\]"):
+        open_images([torch.from_numpy(ARRAY[0])]).read(0)
+
+
+@pytest.mark.parametrize("labels", [np.array(list("abcde")), np.linspace(0, 1, 5)])
+def test_labels_that_are_no_numbers_of_classes(tmp_path: Path, labels: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", images=ARRAY, labels=labels)
+    with pytest.raises(InputError, match=r"labels of a\.npz are .*numbers are whole numbers"):
+        open_images(tmp_path / "a.npz")
+    numbers = np.unique(labels, return_inverse=True)[1]
+    np.savez(tmp_path / "a.npz", images=ARRAY, labels=numbers)
+    assert open_images(tmp_path / "a.npz").labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_an_array_of_images_stands_alone(tmp_path: Path) -> None:
+    np.save(tmp_path / "many.npy", ARRAY)
+    np.save(tmp_path / "one.npy", ARRAY[0])
+    (tmp_path / "spoilt.npy").write_bytes(b"no array")
+    with pytest.raises(InputError, match=r"many\.npy' holds many images \[n, H, W, C\]"):
+        open_images([tmp_path / "one.npy", tmp_path / "many.npy"])
+    images = open_images([tmp_path / "one.npy", tmp_path / "spoilt.npy"])
+    assert np.array_equal(np.asarray(images.read(0)), ARRAY[0])
 
 
 class Pictures(Dataset):
@@ -328,13 +408,52 @@ def test_data_set_object() -> None:
     assert levels(open_images([Image.new("L", (2, 2), 9)] * 2)) == [9, 9]
 
 
-def test_faults_of_a_data_set_are_seen() -> None:
-    class Faulty(Pictures):
-        def __getitem__(self, index: int) -> object:
-            return self.no_such_thing
+class Faulty(Pictures):
+    """A data set whose code fails in ways of its own."""
 
-    with pytest.raises(AttributeError, match="no_such_thing"):
-        open_images(Faulty()).read(0)
+    targets = ()
+    lengths = 0
+
+    def __len__(self) -> int:
+        self.lengths += 1
+        return 40
+
+    def __getitem__(self, index: int) -> object:
+        if index == 1:
+            raise SystemExit("enough")
+        return self.no_such_thing if index else [][index]
+
+
+@pytest.mark.parametrize(
+    ("index", "cause", "words"),
+    [
+        (0, IndexError, r"\[0\] \(of 40 items by its length\) cannot be read: IndexError: list"),
+        (1, SystemExit, r"\[1\] .*: SystemExit: enough \(.*test_image_sets\.py, line \d+\)"),
+        (2, AttributeError, r"\[2\] .*: AttributeError: .* has no attribute 'no_such_thing'"),
+    ],
+)
+def test_faults_of_a_data_set_are_named(index: int, cause: type, words: str) -> None:
+    data = Faulty()
+    images = open_images(data)
+    assert len(images) == len(images) == 40
+    assert data.lengths == 1
+    with pytest.raises(InputError, match=rf"^Faulty{words}") as caught:
+        images.read(index)
+    assert isinstance(caught.value.__cause__, cause)
+
+
+def test_a_data_set_whose_length_or_labels_fail() -> None:
+    class Endless(Pictures):
+        def __len__(self) -> int:
+            raise NotImplementedError
+
+    class Boxes(Pictures):
+        targets = ([1, 2], [3], [], [], [], [])
+
+    with pytest.raises(InputError, match="length of Endless cannot be told: NotImplementedError"):
+        open_images(Endless())
+    with pytest.raises(InputError, match=r"Boxes\.targets are no class numbers, which are whole"):
+        open_images(Boxes())
 
 
 class Stream(IterableDataset):
@@ -367,6 +486,8 @@ class Images:
     def __getitem__(self, index): return np.full((4, 4, 3), 10 + index, np.uint8), 0
 class Nested: images = Images()
 def make(): return Images()
+def leave(): raise SystemExit(3)
+text = "photos"
 """
 
 
@@ -380,8 +501,18 @@ def test_module_and_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert images.name(1) == f"pictures_of_mine:{attribute}[1]"
         assert images.labels is not None
     Path("needs_more.py").write_text("import no_such_package_y")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package_y"):
-        open_images("needs_more:Images")
+    Path("no_python.py").write_text("def f(:")
+    for path, words in (
+        ("needs_more:Images", r"cannot be imported: ModuleNotFoundError: .*no_such_package_y'"),
+        ("no_python:f", "module no_python cannot be imported: SyntaxError: "),
+        ("pictures_of_mine:leave", "cannot be called without arguments: SystemExit: 3"),
+        ("pictures_of_mine:np.zeros", "cannot be called without arguments: TypeError: "),
+        ("pictures_of_mine:text", "is a str, no list of images"),
+        ("pictures_of_mine:Images.__len__.x", "has no Images.__len__.x"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            open_images(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_data_sets_of_the_hub_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:

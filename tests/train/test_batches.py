@@ -21,6 +21,7 @@ from ijepa_zoo.data.crops import DRAWS, cut
 from ijepa_zoo.data.image_sets import ImageSet, open_images
 from ijepa_zoo.data.sources import InputError
 from ijepa_zoo.masks import MultiBlockMasks
+from ijepa_zoo.rendezvous import ProcessError
 from ijepa_zoo.train.batches import (
     Batch,
     TrainBatches,
@@ -333,7 +334,9 @@ class Deadly(Broken):
 def test_a_killed_worker_is_told() -> None:
     images = Deadly(set())
     images.parent = os.getpid()
-    with pytest.raises(RuntimeError, match=r"^a loader process died: .*lower machine\.workers"):
+    with pytest.raises(
+        ProcessError, match=r"^a loader process died: .*[^ .]\. Mostly .*lower machine\.workers"
+    ):
         list(loader(batches(images), 0, 3, 2, False))
 
 

@@ -5,7 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
+import numpy as np
 import pytest
 import several_processes
 import torch
@@ -77,8 +80,6 @@ def test_read_without_a_process_group(two_saved):
 
 
 def test_later_updates_are_not_seen(tmp_path, monkeypatch):
-    import threading
-
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     go_on, write = threading.Event(), FileSystemWriter.write_data
@@ -173,7 +174,8 @@ def test_damage_is_named_and_passed_over_only_when_told(two_saved, how):
     assert_loads(two_saved, 5)
     save(two_saved, 7)  # the part of the run after step 5 is given up with it
     assert two_saved.complete() == [5, 7]
-    assert two_saved.choose("previous") == 7
+    with pytest.warns(UserWarning, match=r"^step 7 is undamaged: .* by --resume-from 5$"):
+        assert two_saved.choose("previous") == 7
 
 
 def test_all_damaged(two_saved):
@@ -194,6 +196,57 @@ def test_unknown_step_and_newer_format(two_saved):
     file.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="format 2, this version of ijepa_zoo reads 1"):
         two_saved.choose()
+
+
+def test_a_checkpoint_under_another_name_is_damaged(two_saved):
+    two_saved.folder.joinpath("step-000000600").rename(two_saved.folder / "step-000000700")
+    with pytest.raises(
+        CheckpointError, match=r"700/checkpoint\.json is damaged: it is of step 600"
+    ):
+        two_saved.choose()
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"sha256": 1}', "[" * 100_000, None])
+def test_a_description_of_another_kind(two_saved, text):
+    file = two_saved.folder / "step-000000600" / "checkpoint.json"
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    said = "is missing" if text is None else "is damaged"
+    with pytest.raises(CheckpointError, match=rf"{file} {said}.*step 5 is whole"):
+        two_saved.choose()
+
+
+def test_what_to_resume_from_is_checked(two_saved):
+    assert two_saved.choose(np.int64(5)) == 5
+    for wrong in ("5", "Latest", None, 5.0, True):
+        with pytest.raises(ValueError, match="must be 'latest', 'previous' or the step"):
+            two_saved.choose(wrong)
+
+
+def test_files_in_the_way(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
+    for name in ("step-000000003.partial", "step-000000002.deleted", "step-000000001.partial"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "step-000000003.deleted").mkdir()
+    (tmp_path / "step-000000003.deleted/remains").write_text("")
+    save(checkpoints, 2, 3, 3, 4)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000004"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file is no folder.*move it away"):
+        Checkpoints(tmp_path / "file", ALONE)
+
+
+def test_the_end_does_not_wait_for_a_lost_process(tmp_path):
+    go_on = threading.Event()
+    checkpoints = Checkpoints(tmp_path, Processes.alone("cpu"))
+    checkpoints._start(lambda: go_on.wait(60) and None)
+    checkpoints._processes.lost.set()
+    start = time.monotonic()
+    checkpoints._finish()
+    assert time.monotonic() - start < 5
+    go_on.set()
+    checkpoints.wait()
 
 
 def test_other_networks_are_refused(two_saved):

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import resource
 import sys
 import types
@@ -7,7 +8,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from ijepa_zoo.train.log import COLUMNS, LogError, RunLog, read_events, read_log
+from ijepa_zoo.train.log import (
+    COLUMNS,
+    LogError,
+    RunLog,
+    read_events,
+    read_initial,
+    read_log,
+)
 
 PUBLISHED = "epoch,itr,loss,mask-A,mask-B,time (ms)"
 
@@ -85,6 +93,24 @@ def test_events_stand_between_the_rows_and_on_stderr(tmp_path, capsys):
     assert json.loads(read_events(tmp_path, "initial")[0][1]) == {"rankme": 3.5}
 
 
+def test_names_that_are_not_utf8_can_be_logged(tmp_path, capsys):
+    name = os.fsdecode("ü\udcff.png".encode("utf-8", "surrogateescape"))
+    for first in (0, 1):
+        with RunLog(tmp_path, first) as log:
+            log.event(first, "warning", f"{name} is broken")
+    assert "ü\\udcff.png is broken" in capsys.readouterr().err
+    assert read_events(tmp_path, "warning") == [(i, f"{name} is broken") for i in (0, 1)]
+
+
+def test_figures_at_initialisation(tmp_path):
+    assert read_initial(tmp_path) == {}
+    with RunLog(tmp_path, 0) as log:
+        log.event(0, "initial", '{"rankme": 1, "knn": 2.5}')
+        log.event(0, "initial", '{"rankme": 3, "knn": null}')
+        log.event(0, "warning", "no JSON")
+    assert read_initial(tmp_path) == {"rankme": 3.0}
+
+
 def test_a_resumed_run_drops_what_was_lost(tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     whole.mkdir()
@@ -121,6 +147,12 @@ def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path):
         ("log.csv", b"0.05,", b"\xff\x00,"),
         ("log.jsonl", b'"step": 1.0', b'"stop": 1.0'),
         ("log.jsonl", b'"step": 1.0', b'"step 1.0'),
+        ("log.csv", b"0.05,", b'"0.05,'),
+        ("log.csv", b"0.05,", b"0.05\r,"),
+        ("log.csv", b",1,", b",nan,"),
+        ("log.jsonl", b'"step": 1.0', b'"step": 1e400'),
+        ("log.jsonl", b'"step": 1.0', b'"step": ' + b"[" * 100_000),
+        ("log.jsonl", b'"step": 1.0', b'"event": "warning", "step": 1.0'),
     ],
 )
 def test_damage_is_named_and_left_as_it_is(tmp_path, name, old, new):

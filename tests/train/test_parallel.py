@@ -196,18 +196,23 @@ LOSE = """
 import os, signal, sys, time
 import torch
 from ijepa_zoo.processes import join_processes
+from ijepa_zoo.rendezvous import ProcessError
 
 how, who = sys.argv[1], int(sys.argv[2])
-with join_processes("cpu", 1) as processes:
-    for step in range(5):
-        if step == 3 and processes.rank == who:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif how == "hangs":
-                time.sleep(1000)
-            elif how == "fails":
-                raise FloatingPointError("the loss is nan")
-        processes.sum(torch.ones(3), f"the loss of step {step}")
+try:
+    with join_processes("cpu", 1) as processes:
+        for step in range(5):
+            if step == 3 and processes.rank == who:
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif how == "hangs":
+                    time.sleep(1000)
+                elif how == "fails":
+                    raise FloatingPointError("the loss is nan")
+            processes.sum(torch.ones(3), f"the loss of step {step}")
+except ProcessError:
+    assert processes.lost.is_set()
+    raise
 """
 
 
@@ -252,10 +257,11 @@ def test_places():
         ({"RANK": ""}, "not RANK: start with: torchrun"),
         ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "not MASTER_ADDR and MASTER_PORT"),
         ({"RANK": "2"}, r"RANK=2 must be 0 to 1 \(WORLD_SIZE=2\)"),
-        ({"RANK": "one"}, "RANK='one' is no number"),
+        ({"RANK": "one"}, "RANK='one' is no whole number"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE='2.0' is no whole number"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 must be 0 to 1"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 must be 0 to 65535"),
-        ({"WORLD_SIZE": "0"}, "RANK=1 must be"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 must be at least 1"),
     ],
 )
 def test_wrong_variables(change, message):
@@ -267,6 +273,8 @@ def test_a_launcher_without_variables_does_not_train_alone():
     with pytest.raises(ProcessError, match=r"SLURM_STEP_NUM_TASKS=8 .* each would train alone"):
         read_place({"SLURM_STEP_NUM_TASKS": "8"})
     assert read_place({"SLURM_STEP_NUM_TASKS": "1"}).world == 1
+    with pytest.raises(ProcessError, match=r"SLURM_STEP_NUM_TASKS='x' is no .*correct or unset"):
+        read_place({"SLURM_STEP_NUM_TASKS": "x"})
 
 
 @pytest.mark.parametrize(
@@ -323,6 +331,13 @@ def test_devices(monkeypatch):
         choose_device("cuda", Place())
     with pytest.raises(ProcessError, match="unknown to torch: use auto, cuda or cpu"):
         choose_device("gpu", Place())
+    for name in ("meta", "mps", "xpu"):
+        if name == "meta" or not getattr(torch, name).is_available():
+            with pytest.raises(
+                ProcessError, match=rf"^machine\.device={name} cannot be used .*: use auto"
+            ) as e:
+                choose_device(name, Place())
+            assert "\n" not in str(e.value)
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)

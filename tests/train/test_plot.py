@@ -7,7 +7,7 @@ from PIL import Image
 
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig
-from ijepa_zoo.train.log import RunLog
+from ijepa_zoo.train.log import LogError, RunLog
 from ijepa_zoo.train.plot import _coverage, _group, _masks, _picture, plot_run
 from ijepa_zoo.train.settings import dump
 
@@ -75,9 +75,26 @@ def test_refusals(tmp_path, monkeypatch):
         plot_run(tmp_path)
     with pytest.raises(ValueError, match="no row in"):
         plot_run(write_run(tmp_path / "empty", 0))
+    run = write_run(tmp_path / "run", 1)
+    before = sorted(tmp_path.rglob("*"))
+    for out, words in (
+        ("plot", r"is no name of one: use .*plot\.png$"),
+        ("plot.jpg", r"is no name of one: use .*plot\.png$"),
+        ("run", r"is no name of one: use .*run/plot\.png$"),
+        ("none/plot.png", "there is no folder .*none for plot.png: make it first"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plot_run(run, tmp_path / out)
+    assert sorted(tmp_path.rglob("*")) == before
+    log = run / "log.jsonl"
+    for text in ('"rankme"', "[3]", "rankme"):
+        entry = {"step": 0, "event": "initial", "text": text}
+        log.write_text(json.dumps(entry) + "\n")
+        with pytest.raises(LogError, match=r"log\.jsonl, line 1 is damaged"):
+            plot_run(run)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"ijepa-zoo\[plot\]"):
-        plot_run(write_run(tmp_path / "run", 1))
+        plot_run(run)
 
 
 def test_masks_are_those_of_the_run():

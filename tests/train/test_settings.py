@@ -175,6 +175,8 @@ def test_unknown_names_and_wrong_types_are_refused(change, words):
         ("log.keep=0", "it must be at least 1"),
         ("data.crop_scale=0.5,1.5", "it must be 0 < min <= max <= 1"),
         ("mask.target_aspect=2,1", "it must be 0 < min <= max"),
+        ("mask.target_aspect=1,1e308", "must be between 0.001 and 1000"),
+        ("data.crop_ratio=1e-4,1", "must be between 0.001 and 1000"),
         ("optim.duration=0 epochs", "it must be more than 0"),
         ("optim.duration=1e400 epochs", "optim.duration: "),
         ("optim.warmup=2 weeks", "optim.warmup: '2 weeks' is no duration"),
