@@ -178,7 +178,7 @@ def _evaluated(args: argparse.Namespace, evaluate: "Callable[[], Result]") -> in
     from torch import OutOfMemoryError
 
     from ..eval import CacheError, EvaluationError, StateError
-    from ..rendezvous import ProcessError
+    from ..rendezvous import ProcessError, read_place
     from ..weights.layouts import CheckpointError
     from ..weights.ranged import FetchError
 
@@ -186,13 +186,13 @@ def _evaluated(args: argparse.Namespace, evaluate: "Callable[[], Result]") -> in
         result = evaluate()
     except OutOfMemoryError as error:
         return complain(f"{error}\nTry a smaller --img-size or --precision bfloat16", FAILED)
-    except (CacheError, EvaluationError, StateError, ProcessError) as error:
+    except (CacheError, EvaluationError, StateError, ProcessError, FloatingPointError) as error:
         return complain(error, FAILED)
     except (CheckpointError, FetchError, OSError) as error:
         return complain(error, FAILED)
     except (TypeError, ValueError, ImportError) as error:
         return complain(error, USAGE)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if read_place(os.environ).rank == 0:
         print(result.table())
         print(f"all figures: {os.path.join(args.out, 'results.csv')} and the files that it names")
     return DONE

@@ -7,7 +7,6 @@ objects a scene has, and the bin of the depth of the nearest one's centre.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ Kind = Literal["count", "distance"]
 _RENDERED = re.compile(r"scenes:(\d+),(\d+)(?:,(\d+))?")
 _RENDER_SEED = 0  # of the data set; a run's seed must not change what it is tested on
 _NAMED = 3  # examples in a note
+_FARTHEST = 1e9  # more is no distance; whole numbers of any length come out of JSON
 _DISTANCES = (
     f"up to {DISTANCE_EDGES[0]:g}",
     *(f"{low:g} to {high:g}" for low, high in pairwise(DISTANCE_EDGES)),
@@ -138,7 +138,7 @@ def _labelled(scene: Any, kind: Kind) -> tuple[str, int]:
 def _depth(item: Any, number: int, name: str) -> float:
     coords = item.get("pixel_coords") if isinstance(item, dict) else None
     depth = coords[2] if isinstance(coords, list) and len(coords) == 3 else None
-    if isinstance(depth, bool) or not isinstance(depth, int | float) or not math.isfinite(depth):
+    if isinstance(depth, bool) or not isinstance(depth, int | float) or not abs(depth) < _FARTHEST:
         raise _SceneError(f"('{name}') has no depth in 'pixel_coords' of objects[{number}]")
     return float(depth)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
@@ -47,7 +48,7 @@ class DepthSet(Protocol):
         """The image's name for messages."""
 
     def fingerprint(self) -> str:
-        """Some hexadecimal digits that are the same for the same data, wherever they lie."""
+        """Some hexadecimal digits that are the same for the same data, and no other."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,12 @@ class PairFiles:
         return self.images.name(index)
 
     def fingerprint(self) -> str:
-        """See :class:`DepthSet`; by the names of the images."""
-        return self.images.fingerprint()
+        """See :class:`DepthSet`; by names of the images, sizes and times of all files."""
+        digest = blake2b(self.images.fingerprint().encode(), digest_size=8)
+        for path in (*map(self.images.name, range(len(self))), *self.depths):
+            state = os.stat(path)
+            digest.update(f"{state.st_size} {state.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,6 @@ class SceneDepths:
 
     def fingerprint(self) -> str:
         """See :class:`DepthSet`."""
-        from hashlib import blake2b
-
         return blake2b(self.images.tobytes() + self.depth.tobytes(), digest_size=8).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from ..data.array_sets import ArraySet
 from ..data.image_sets import FileSet, ImageSet
 from ..data.labelled import Part
 from ..extraction.encoder import Batch, hash_texts
@@ -51,10 +53,18 @@ class CachedFeatures:
 
 
 def files_state(images: ImageSet) -> str:
-    """A hash of what the images' fingerprint does not tell: sizes and times of their files."""
+    """A hash of what the images' fingerprint does not tell.
+
+    Sizes and times of files, every byte of arrays.
+    """
     rows: Iterable[int] = range(len(images))
     while isinstance(images, Part):
         rows, images = images.rows[np.fromiter(rows, np.int64)].tolist(), images.images
+    if isinstance(images, ArraySet):
+        digest = hashlib.blake2b(digest_size=8)
+        for row in rows:
+            digest.update(images.images[row].tobytes())
+        return digest.hexdigest()
     if not isinstance(images, FileSet):
         return ""
     found = (images.items[row] for row in rows)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..extraction.encoder import usable_cpus
 from ..processes import Processes, join_processes
+from .cache import files_state
 from .epoch_state import EpochState
 from .finetune_training import FineTuning
 from .models import Subject, as_subject, check_model
@@ -149,6 +150,7 @@ def run(
         "model": about,
         "train": train.fingerprint(),
         "test": test.fingerprint(),
+        "files": [files_state(part.images) for part in sets],
         "seed": training.seed,
         **{key: value for key, value in vars(recipe).items() if key != "paper"},
         **training.settings(),

@@ -19,6 +19,7 @@ from ..models.predictor import PREDICTORS
 from ..seeds import Stream, fold
 
 _TIMM, _SOURCES = "timm:", ("local-dir:", "hf-hub:")
+_LARGEST = 4096  # pixels of a side
 _NAMELESS = "a baseline with random weights needs the model's name in the place of the model"
 
 
@@ -117,6 +118,8 @@ def open_model(
         ijepa_zoo.weights.layouts.CheckpointError: The weights do not exist or do not fit.
     """
     source, ours = _source(name, checkpoint, network)
+    if img_size and img_size > _LARGEST:
+        raise ValueError(f"img_size is {img_size}; images of up to {_LARGEST} pixels are read")
     size: dict[str, Any] = {"img_size": img_size} if img_size else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, Stream.EVAL_INIT))
@@ -124,7 +127,7 @@ def open_model(
             own: dict[str, Any] = {} if random else {"checkpoint": checkpoint, "network": network}
             model = create_model(source, pretrained=not random, **own, **size)
         else:
-            model = timm.create_model(source, pretrained=not random, num_classes=0, **size)
+            model = _timm_model(source, pretrained=not random, num_classes=0, **size)
     model.eval()
     if random:
         return Subject(model, f"{name}, random weights", given=name, img_size=img_size)
@@ -150,12 +153,22 @@ def _source(name: str, checkpoint: str | None, network: str | None) -> tuple[str
             "leave them out"
         )
     with torch.device("meta"):  # a look at its class, without weights
-        FeatureExtractor(timm.create_model(source, pretrained=False), "last4")
+        FeatureExtractor(_timm_model(source, pretrained=False), "last4")
     return source, False
 
 
+def _timm_model(source: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(source, **kwargs)
+    except RuntimeError as error:  # no such tag, no weights of that name, weights that do not fit
+        tags = timm.list_pretrained(f"{source.partition('.')[0]}.*") or ["none"]
+        raise ValueError(
+            f"timm cannot make {source!r}: {error}. Its weights are {', '.join(tags)}"
+        ) from error
+
+
 def _similar(name: str) -> str:
-    known = [*PREDICTORS, *timm.list_models("*vit*"), *timm.list_models("*vit*", pretrained=True)]
+    known = {*PREDICTORS, *timm.list_models("*vit*"), *timm.list_models("*vit*", pretrained=True)}
     near = difflib.get_close_matches(name, known, 3)
     hint = f"; similar: {', '.join(near)}" if near else ""
     return f"{hint}. Name a model of `ijepa-zoo list`, one of timm, or a folder with weights"

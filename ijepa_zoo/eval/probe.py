@@ -62,6 +62,7 @@ class Probe:
             "task": self.task.name,
             "train": self.train.fingerprint(),
             "test": self.test.fingerprint(),
+            "files": [files_state(part.images) for part in (self.train, self.test)],
             "select_on_test": not len(self.choose),
             "seed": self.seed,
         }

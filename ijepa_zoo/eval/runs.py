@@ -81,6 +81,8 @@ def once(folder: Path, processes: Processes, precision: str, work: Callable[[], 
     """
     with ExitStack() as stack:
         if (finished := claim(folder, processes, stack)) is not None:
+            if processes.rank == 0:
+                print(f"done before: {folder / RESULT}; remove it to repeat", file=sys.stderr)
             return finished
         result = replace(work(), **about_run(processes, precision))
         if processes.rank == 0:

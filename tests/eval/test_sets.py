@@ -468,3 +468,35 @@ def test_fingerprints_hold_rows_and_classes(tmp_path: Path) -> None:
     parts = (Part(images, np.array(rows)) for rows in ([0, 1], [2, 1]))
     first, second = (EvalSet(part, labels, ("a", "b"), "test").fingerprint() for part in parts)
     assert first != second
+
+
+def test_other_files_of_the_same_names_are_other_data(tmp_path):
+    import os
+
+    from PIL import Image
+
+    from ijepa_zoo.eval.cache import files_state
+
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
+    before = open_task(find_task("classes"), str(tmp_path), 0)[0]
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "cat" / "3.png")
+    os.utime(tmp_path / "cat" / "3.png", (1, 1))
+    after = open_task(find_task("classes"), str(tmp_path), 0)[0]
+    parts = [open_task(find_task("classes"), str(tmp_path), 0)[1], after, before]
+    assert before.fingerprint() == after.fingerprint()
+    assert len({files_state(part.images) for part in parts}) == 2
+
+
+def test_one_changed_image_of_an_array_is_other_data():
+    import numpy as np
+
+    from ijepa_zoo.data.array_sets import ArraySet
+    from ijepa_zoo.eval.cache import files_state
+
+    images = np.zeros((200, 4, 4, 3), np.uint8)
+    before = files_state(ArraySet(images, 3))
+    images[77, 1, 1, 1] = 1
+    assert files_state(ArraySet(images, 3)) != before
