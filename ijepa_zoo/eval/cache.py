@@ -28,6 +28,9 @@ from .representations import Representations
 
 _SETTINGS, _ROWS, _REASONS = "settings.json", "rows.npy", "reasons.json"
 
+# What reading a damaged file raises.
+_DAMAGED = (ValueError, OSError, EOFError, TypeError, LookupError, RecursionError, SyntaxError)
+
 Loader = Callable[[Sequence[int]], Iterable[Batch]]
 
 
@@ -100,15 +103,17 @@ def cached_features(
         progress: Progress bar; `update` is called with numbers of images.
 
     Raises:
-        CacheError: Another process works on it, or features are not finite.
+        CacheError: Another process works on it, its files are of other features or cannot be
+            written whole, or features are not finite.
     """
     settings = json.loads(
         json.dumps({**source.settings, **about, "mirrored": mirrored, "batch_size": images[1]})
     )
     folder = root / hash_texts([json.dumps(settings, sort_keys=True)])
     parts = Parts(folder, *images, 4 * source.row_width)
+    shape = images[0], source.row_width
     with ExitStack() as stack:
-        if not processes.share(_prepare(folder, settings, processes, stack)):
+        if not processes.share(_prepare(folder, settings, shape, processes, stack)):
             computed = _compute(parts, load, source, processes, mirrored, progress)
             if processes.rank == 0:
                 _merge(parts, source.row_width)
@@ -116,21 +121,27 @@ def cached_features(
         else:
             computed = 0
             progress.update(images[0])
-    reasons: list[str | None] = json.loads((folder / _REASONS).read_bytes())
+    try:
+        reasons, rows = _contents(folder, images[0], source.row_width)
+    except _DAMAGED as error:
+        raise CacheError(f"the features in {folder} are damaged ({error}): remove it") from error
     good = np.array([i for i, reason in enumerate(reasons) if reason is None], np.int64)
-    rows = np.load(folder / _ROWS, mmap_mode="c")  # copy on write: torch wants writable memory
     broken = {i: reason for i, reason in enumerate(reasons) if reason is not None}
     return CachedFeatures(torch.from_numpy(rows), good, broken, computed)
 
 
 def _prepare(
-    folder: Path, settings: dict[str, Any], processes: Processes, stack: ExitStack
+    folder: Path,
+    settings: dict[str, Any],
+    shape: tuple[int, int],
+    processes: Processes,
+    stack: ExitStack,
 ) -> bool:
     """Process 0 locks the folder; True where everything is in it already."""
     if processes.rank != 0:
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    if _holds(folder, settings):
+    if _holds(folder, settings, shape):
         return True
     try:
         stack.enter_context(FileLock(folder / "lock", timeout=0))
@@ -139,18 +150,53 @@ def _prepare(
             f"another process computes the features in {folder} now: wait for it, or name another "
             "folder with --out"
         ) from None
+    if _holds(folder, settings, shape):  # another process has just finished them
+        return True
     with whole_file(folder / _SETTINGS) as file:
         file.write(json.dumps(settings, indent=1).encode())
-    return _holds(folder, settings)
+    for name in (_ROWS, _REASONS):  # damaged ones, if any: they are computed again
+        (folder / name).unlink(missing_ok=True)
+    return False
 
 
-def _holds(folder: Path, settings: dict[str, Any]) -> bool:
+def _holds(folder: Path, settings: dict[str, Any], shape: tuple[int, int]) -> bool:
+    """Whether everything is there and sound; what is damaged is as good as missing."""
     if not all((folder / name).is_file() for name in (_SETTINGS, _ROWS, _REASONS)):
         return False
-    found = json.loads((folder / _SETTINGS).read_bytes())
-    if found != settings:
+    try:
+        found = json.loads((folder / _SETTINGS).read_bytes())
+    except _DAMAGED:
+        return False
+    if isinstance(found, dict) and found != settings:
         raise CacheError(f"{folder} holds other features than its name says: remove it")
-    return True
+    try:
+        _contents(folder, *shape)
+    except _DAMAGED:
+        return False
+    return isinstance(found, dict)
+
+
+def _contents(
+    folder: Path, images: int, width: int
+) -> tuple[list[str | None], npt.NDArray[np.float32]]:
+    """A reason or None for every image, and the rows of those with None.
+
+    Raises:
+        ValueError: They do not agree; other errors of `_DAMAGED` where they cannot be read.
+    """
+    reasons = json.loads((folder / _REASONS).read_bytes())
+    known = isinstance(reasons, list) and all(r is None or isinstance(r, str) for r in reasons)
+    if not known or len(reasons) != images:
+        raise ValueError(f"{_REASONS} has no null or reason for each of {images} images")
+    path = folder / _ROWS
+    # copy on write: torch wants writable memory
+    rows: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="c")
+    shape = (reasons.count(None), width)
+    if rows.shape != shape or rows.dtype.str != "<f4" or not rows.flags.c_contiguous:
+        raise ValueError(f"{_ROWS} has {rows.shape} {rows.dtype}, not {shape} float32")
+    if path.stat().st_size != rows.offset + rows.nbytes:
+        raise ValueError(f"{_ROWS} has more bytes than its rows")
+    return reasons, rows
 
 
 def _compute(

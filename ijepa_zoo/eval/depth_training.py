@@ -19,7 +19,7 @@ from ..seeds import Stream, numpy_generator
 from .depth_feed import DepthBatch, DepthFeed, Indices
 from .depth_heads import DepthHeads, DepthHeadSpec, lr_scale
 from .depth_metrics import scale_invariant_loss, valid_pixels
-from .epoch_state import EpochState, StateError
+from .epoch_state import EpochState, StateError, checked_losses, load_optimizer
 
 _CHOOSE_SHARE = 0.1
 
@@ -230,15 +230,19 @@ class DepthTraining:
         self.sums = sums if self.processes.rank == 0 else torch.zeros_like(sums)
 
     def _resume(self, state: EpochState) -> None:
-        found = state.load()
+        found = state.load(self.protocol.epochs)
         if self.processes.share(found is None) != (found is None):
             raise StateError(
                 f"only some processes find '{state.path}': all machines must see the folder"
             )
         if found is None:
             return
-        self.epoch, self.seconds, self.losses = found["epoch"], found["seconds"], found["losses"]
-        self.heads.load_state_dict(found["heads"])
-        self.optimizer.load_state_dict(found["optimizer"])
+        with state.restoring():
+            self.losses = checked_losses(found["losses"], len(self.heads.specs))
+            self.heads.load_state_dict(found["heads"])
+            load_optimizer(self.optimizer, found["optimizer"])
+            if (found["sums"].shape, found["sums"].dtype) != (self.sums.shape, self.sums.dtype):
+                raise ValueError("its sums of depths are of another shape or type")
+        self.epoch, self.seconds = found["epoch"], found["seconds"]
         if self.processes.rank == 0:
             self.sums = found["sums"]

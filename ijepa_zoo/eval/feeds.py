@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..data.crops import DRAWS
 from ..data.labelled import Numbers
+from ..data.sources import InputError
+from ..processes import Processes
 from ..seeds import Stream, numpy_generator
 from .batches import TrainBatches
 from .cache import CachedFeatures
@@ -52,8 +54,48 @@ class Feed(Protocol):
     def testing(self) -> Iterator[Labelled]:
         """The test images."""
 
+    def fitted(self) -> int:
+        """Images that heads were fitted to, those that could be decoded; all processes ask."""
+
     def rate(self, spent: float) -> float | None:
         """Images per second of the encoder, if it worked; `spent` seconds went into all."""
+
+
+def decoded(part: EvalSet, rows: Numbers, broken: Mapping[str, str], processes: Processes) -> int:
+    """How many images no process failed to decode; every process must call this.
+
+    Args:
+        part: Their set.
+        rows: Their numbers.
+        broken: Names and reasons of those of this set that this process could not decode.
+        processes: Those that shared the work.
+    """
+    if not int(processes.sum(torch.tensor([len(broken)]))):
+        return len(rows)  # of a million images no names are asked for
+    failed = torch.tensor([part.images.name(row) in broken for row in rows.tolist()])
+    return len(rows) - int((processes.sum(failed.long()) > 0).sum())
+
+
+def refuse_undecoded(
+    what: str, part: EvalSet, rows: Numbers, count: int, broken: Mapping[str, str]
+) -> None:
+    """Refuse images of which none could be decoded.
+
+    Args:
+        what: What they are for.
+        part: Their set.
+        rows: Their numbers.
+        count: How many of them could be decoded.
+        broken: Name and reason of images that could not.
+
+    Raises:
+        InputError: The count is 0.
+    """
+    if count:
+        return
+    names = (part.images.name(row) for row in rows.tolist())
+    first = next((f" (first: {name}: {broken[name]})" for name in names if name in broken), "")
+    raise InputError(f"none of the {len(rows)} {what} images can be decoded{first}")
 
 
 class OnlineFeed:
@@ -79,13 +121,14 @@ class OnlineFeed:
         )
         self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
         self.broken: dict[str, str] = {}
+        self._broken_to_fit: dict[str, str] = {}
         self.encoded = 0
 
     def training(self, first: int, last: int) -> Iterator[Labelled]:
         """See :class:`Feed`."""
         numbers = self.batches.numbers(first, last)
         pieces: list[Labelled] = []
-        for piece in self._encoded(self.batches, numbers):
+        for piece in self._encoded(self.batches, numbers, self._broken_to_fit):
             pieces.append(piece)
             if len(pieces) == self.batches.parts:
                 rows, labels = zip(*pieces)
@@ -100,16 +143,22 @@ class OnlineFeed:
         """See :class:`Feed`."""
         return self._in_order(self.probe.test, np.arange(len(self.probe.test)))
 
+    def fitted(self) -> int:
+        """See :class:`Feed`."""
+        probe = self.probe
+        return decoded(probe.train, probe.fit, self._broken_to_fit, probe.processes)
+
     def rate(self, spent: float) -> float | None:
         """See :class:`Feed`; the heads train beside the encoder."""
         return self.encoded / spent if self.encoded else None
 
     def _in_order(self, part: EvalSet, rows: Numbers) -> Iterator[Labelled]:
         batches = self.probe.in_order(part, rows, self.source.size)
-        return self._encoded(batches, range(len(batches)))
+        return self._encoded(batches, range(len(batches)), {})
 
-    def _encoded(self, batches: Any, numbers: Any) -> Iterator[Labelled]:
-        for rows, labels in encoded(self.source, self.probe.loaded(batches, numbers), self.broken):
+    def _encoded(self, batches: Any, numbers: Any, broken: dict[str, str]) -> Iterator[Labelled]:
+        for rows, labels in encoded(self.source, self.probe.loaded(batches, numbers), broken):
+            self.broken.update(broken)
             images = len(labels) * self.probe.processes.world
             self.encoded += images
             self.bar.update(images)
@@ -150,6 +199,7 @@ class CachedFeed:
         # places in the cache of the images that could be decoded
         self.fit = np.flatnonzero(np.isin(self.train.indices, probe.fit))
         self.choose = np.flatnonzero(np.isin(self.train.indices, probe.choose))
+        self._refuse_undecoded()
         processes, protocol = probe.processes, probe.protocol
         plan = TrainBatches(
             *(probe.train, self.fit, protocol.view, source.size, protocol.batch_size),
@@ -158,6 +208,17 @@ class CachedFeed:
             world=processes.world,
         )
         self.batch_size, self.steps, self.share = plan.batch_size, plan.steps, plan.share
+
+    def _refuse_undecoded(self) -> None:
+        probe = self.probe
+        uses = [
+            ("training", probe.train, probe.fit, len(self.fit)),
+            ("held-out training", probe.train, probe.choose, len(self.choose)),
+            ("test", probe.test, np.arange(len(probe.test)), len(self.test.indices)),
+        ]
+        for what, part, rows, count in uses:
+            if len(rows):
+                refuse_undecoded(what, part, rows, count, self.broken)
 
     def labels(self, part: EvalSet, found: CachedFeatures, places: Numbers) -> Tensor:
         """Classes of cached images by their places."""
@@ -186,6 +247,10 @@ class CachedFeed:
     def testing(self) -> Iterator[Labelled]:
         """See :class:`Feed`."""
         return self._in_order(self.probe.test, self.test, np.arange(len(self.test.indices)))
+
+    def fitted(self) -> int:
+        """See :class:`Feed`."""
+        return len(self.fit)
 
     def rate(self, spent: float) -> float | None:
         """See :class:`Feed`."""

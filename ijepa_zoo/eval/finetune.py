@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from ..extraction.encoder import usable_cpus
 from ..processes import Processes, join_processes
 from .cache import files_state
 from .epoch_state import EpochState
+from .feeds import decoded, refuse_undecoded
 from .finetune_training import FineTuning
 from .models import Subject, as_subject, check_model
 from .recipes import FULL, FineTuneRecipe
@@ -180,7 +182,9 @@ def _result(
     protocol: dict[str, Any],
 ) -> Result:
     train, test = sets
+    fitted = decoded(train, np.arange(len(train)), training.broken, training.processes)
     right, total = training.right_answers(test)
+    refuse_undecoded("test", test, np.arange(len(test)), total, training.broken)
     figure = 100 * right / total
     notes = [*train.notes, *test.notes]
     notes += [f"could not be decoded: {name}: {why}" for name, why in training.broken.items()]
@@ -195,7 +199,7 @@ def _result(
         heads=[Head("last epoch", None, figure, training.loss)],
         protocol=protocol,
         data={"train": train.fingerprint(), "test": test.fingerprint()},
-        images={"fit": len(train), "test": total},
+        images={"fit": fitted, "test": total},
         seed=training.seed,
         interval=wilson_interval(right, total),
         paper=published.get(subject.paper_name or ""),

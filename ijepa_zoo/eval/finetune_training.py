@@ -17,7 +17,7 @@ from ..data.transforms import transform_config
 from ..processes import Processes
 from ..seeds import Stream, fold
 from .batches import EvalBatch, OrderedBatches, load
-from .epoch_state import EpochState, StateError
+from .epoch_state import EpochState, StateError, load_optimizer
 from .recipes import AugmentedBatches, FineTuneRecipe, add_head, library_seeds, set_drop_path
 from .sets import EvalSet
 
@@ -243,12 +243,14 @@ class FineTuning:
         }
 
     def _resume(self, state: EpochState) -> None:
-        found = state.load()
+        found = state.load(self.recipe.epochs)
         epoch = 0 if found is None else int(found["epoch"])
         if self.processes.share(epoch) != epoch:
             raise StateError(f"process 0 finds another '{state.path}': all machines must see it")
         if found is None:
             return
-        self.epoch, self.loss, self.seconds = epoch, found["loss"], found["seconds"]
-        self.model.load_state_dict(found["model"])
-        self.optimizer.load_state_dict(found["optimizer"])
+        with state.restoring():
+            self.loss = float(found["loss"])
+            self.model.load_state_dict(found["model"])
+            load_optimizer(self.optimizer, found["optimizer"])
+        self.epoch, self.seconds = epoch, found["seconds"]

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..processes import join_processes
 from .check import convex_check
 from .epoch_state import EpochState
-from .feeds import CachedFeed, Feed, OnlineFeed
+from .feeds import CachedFeed, Feed, OnlineFeed, refuse_undecoded
 from .models import Subject, as_subject, check_model
 from .probe import Probe, notes_of, open_probe, protocol_record
 from .representations import BlockFeatures, RawPixels, Representations
@@ -155,16 +156,22 @@ def _measure(
     grid, on_test = trained.grid, not len(probe.choose)
     held_out: list[float | None] = [None] * len(grid.specs)
     test: list[float | None] = [None] * len(grid.specs)
+    images = {"fit": feed.fitted(), "choose": 0}
+    tests = ("test", probe.test, np.arange(len(probe.test)))
     if on_test:
         right, total = count_right(probe, source, feed.testing(), grid)
+        refuse_undecoded(*tests, total, feed.broken)
         test = [100 * n / total for n in right]
         chosen = max(range(len(right)), key=right.__getitem__)
         best = right[chosen]
     else:
-        right, images = count_right(probe, source, feed.held_out(), grid)
-        held_out = [100 * n / images for n in right]
+        right, images["choose"] = count_right(probe, source, feed.held_out(), grid)
+        kept_back = ("held-out training", probe.train, probe.choose)
+        refuse_undecoded(*kept_back, images["choose"], feed.broken)
+        held_out = [100 * n / images["choose"] for n in right]
         chosen = max(range(len(right)), key=right.__getitem__)
         (best,), total = count_right(probe, source, feed.testing(), grid, only=chosen)
+        refuse_undecoded(*tests, total, feed.broken)
         test[chosen] = 100 * best / total
     notes = notes_of(probe, feed.broken)
     check = None
@@ -184,7 +191,7 @@ def _measure(
         heads=[Head(spec.name, kept, tested, loss) for spec, kept, tested, loss in columns],
         protocol={**protocol, "batch_size": feed.batch_size},
         data=probe.data(),
-        images={"fit": len(probe.fit), "choose": len(probe.choose), "test": total},
+        images={**images, "test": total},
         seed=probe.seed,
         interval=wilson_interval(best, total),
         paper=probe.task.paper.get(source.paper_name or ""),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ def write_report(
     """Write one comparison table of results, and a picture of it.
 
     One row per model, one column per task, method and way of feeding; in bold the best of a
-    column. Of several results of one cell (seeds, repetitions) the newest is shown.
+    column. Different data have different columns, told apart by a hash. Of several results of one
+    cell (seeds, repetitions) the newest is shown.
 
     Args:
         places: `result.json` files, or folders with such files anywhere below them.
@@ -31,11 +34,15 @@ def write_report(
 
     Raises:
         ResultError: A place holds no result, or a damaged one.
+        ValueError: `out` is a folder or a picture.
         ImportError: A picture is wanted and matplotlib is not installed.
     """
+    out = Path(out)
+    if out.is_dir() or out.suffix.lower() == ".png":
+        what = "is a folder" if out.is_dir() else "is the name of a picture"
+        raise ValueError(f"'{out}' {what}: name the Markdown file to write, such as report.md")
     results = [result for _, result in find_results(places)]
     figure_class = _figure_class() if picture else None
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as file:
         file.write(markdown(results).encode())
@@ -51,7 +58,7 @@ def markdown(results: Sequence[Result]) -> str:
     cells, columns = _cells(results), _columns(results)
     models = list(dict.fromkeys(model for model, _ in cells))
     lines = [
-        f"| model | {' | '.join(columns)} |",
+        f"| model | {' | '.join(map(_escape, columns))} |",
         f"|---|{'---|' * len(columns)}",
     ]
     best = {column: _best([r for (_, c), r in cells.items() if c == column]) for column in columns}
@@ -60,7 +67,10 @@ def markdown(results: Sequence[Result]) -> str:
         lines.append(f"| {_escape(model)} | {' | '.join(shown)} |")
     lines.append("")
     for (model, column), result in cells.items():
-        lines.append(f"- {_escape(model)}, {column}: {_about(result)}")
+        lines.append(f"- {_escape(model)}, {_escape(column)}: {_about(result)}")
+    if left := len(results) - len(cells):
+        lines += ["", f"{left} results are left out: for each there is a newer one of the same "
+                  "model and data."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -68,7 +78,7 @@ def _cells(results: Sequence[Result]) -> dict[tuple[str, str], Result]:
     """The newest result of each model and column; models in the order of their best figures."""
     newest: dict[tuple[str, str], Result] = {}
     for result in sorted(results, key=lambda result: result.date):
-        newest[_model(result, results), _column(result)] = result
+        newest[_model(result, results), _column(result, results)] = result
     order = sorted(newest.items(), key=lambda item: -item[1].figure * _sign(item[1]))
     return dict(order)
 
@@ -82,14 +92,25 @@ def _model(result: Result, results: Sequence[Result]) -> str:
 
 def _columns(results: Sequence[Result]) -> list[str]:
     ordered = sorted(results, key=lambda r: (r.task, r.method, str(r.protocol.get("fed"))))
-    return list(dict.fromkeys(map(_column, ordered)))
+    return list(dict.fromkeys(_column(result, results) for result in ordered))
 
 
-def _column(result: Result) -> str:
+def _column(result: Result, results: Sequence[Result]) -> str:
+    several = len({_data_hash(other) for other in results if other.task == result.task}) > 1
+    data = f" (data {_data_hash(result)})" if several else ""
     fed = ", cached" if result.protocol.get("fed") == "cached" else ""
     on_test = ", chosen on test" if result.selection == "the test set" else ""
     unit = f" ({result.unit})" if result.unit else ""
-    return f"{result.task}, {result.method}{fed}{on_test}: {result.measure}{unit}"
+    return f"{result.task}{data}, {result.method}{fed}{on_test}: {result.measure}{unit}"
+
+
+def _data_hash(result: Result) -> str:
+    """A short hash of the data's fingerprints, however a method records them."""
+    prints = {
+        name: part.get("fingerprint") if isinstance(part, dict) else part
+        for name, part in result.data.items()
+    }
+    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def _sign(result: Result) -> int:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -125,16 +125,19 @@ class Result:
     date: str = ""
 
     def write(self, folder: Path) -> Path:
-        """Write `result.json` into the folder and append a row to `results.csv` beside the folder.
+        """Write `result.json` into the folder, then a row into `results.csv` beside the folder.
 
         Returns:
             The JSON file.
+
+        Raises:
+            ResultError: `results.csv` is another table; the JSON file is written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / RESULT
-        _append(folder.parent / TABLE, self.row(path))
-        with whole_file(path) as file:  # last: where it is, all is done
+        with whole_file(path) as file:  # first: a table that is refused costs no figures
             file.write(json.dumps(_plain(asdict(self)), indent=1, allow_nan=False).encode() + b"\n")
+        _append(folder.parent / TABLE, self.row(path))
         return path
 
     def row(self, path: Path) -> dict[str, Any]:
@@ -208,17 +211,28 @@ def read_result(path: Path) -> Result:
     """
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultError(f"{path} is damaged ({error}): remove it and evaluate again") from error
     known = {entry.name for entry in fields(Result)}
     if not isinstance(content, dict) or not {"task", "figure", "heads"} <= content.keys() <= known:
         raise ResultError(f"{path} is no result of `ijepa-zoo eval`, or of another version")
     try:
         content["heads"] = [Head(**head) for head in content["heads"]]
-        content["interval"] = tuple(content["interval"]) if content["interval"] else None
-        return Result(**content)
-    except (TypeError, KeyError) as error:
-        raise ResultError(f"{path} is no whole result ({error})") from error
+        if content.get("interval") is not None:
+            content["interval"] = tuple(content["interval"])
+        for name in _FIGURES_BY_NAME:  # JSON has null for those that are not finite
+            found = content.get(name, {}).items()
+            content[name] = {k: math.nan if v is None else v for k, v in found}
+        result = Result(**content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ResultError(
+            f"{path} is no whole result ({error}): remove it and evaluate again"
+        ) from error
+    if wrong := [words for fits, words in _checks(result) if not fits]:
+        raise ResultError(
+            f"{path} is no whole result ({'; '.join(wrong)}): remove it and evaluate again"
+        )
+    return result
 
 
 def find_results(places: Iterable[str | Path]) -> list[tuple[Path, Result]]:
@@ -239,22 +253,75 @@ def find_results(places: Iterable[str | Path]) -> list[tuple[Path, Result]]:
     return list(found.items())
 
 
+_TEXTS = ("task", "method", "chosen", "selection", "measure", "unit", "date")
+_TABLES = ("model", "protocol", "data", "images", "machine", "versions")
+_FIGURES_BY_NAME = ("others", "baselines")
+
+
+def _checks(result: Result) -> Iterator[tuple[bool, str]]:
+    """Whether each part of a result that was read has its type, and what is wrong if not."""
+    yield _number(result.figure), f"the figure is {result.figure!r}, not a number"
+    for name in _TEXTS:
+        yield isinstance(getattr(result, name), str), f"{name} is no text"
+    for name in _TABLES:
+        yield isinstance(getattr(result, name), dict), f"{name} is no table"
+    for name in ("name", "weights", "weights_hash"):
+        model = result.model if isinstance(result.model, dict) else {}
+        yield isinstance(model.get(name), str), f"the model's {name} is no text"
+    if isinstance(result.images, dict):
+        whole = all(type(count) is int for count in result.images.values())
+        yield whole, "images are no whole numbers"
+    yield type(result.seed) is int, "the seed is no whole number"
+    yield isinstance(result.higher_is_better, bool), "higher_is_better is neither true nor false"
+    span = result.interval
+    yield span is None or (len(span) == 2 and all(map(_number, span))), "the interval is not two"
+    for name in _FIGURES_BY_NAME:
+        figures = getattr(result, name).values()
+        yield all(_number(v) or v != v for v in figures), f"{name} are not all numbers"
+    yield _number(result.seconds), "seconds are no number"
+    for name in ("paper", "images_per_second"):
+        value = getattr(result, name)
+        yield value is None or _number(value), f"{name} is no number"
+    yield result.check is None or isinstance(result.check, dict), "check is no table"
+    notes = isinstance(result.notes, list) and all(isinstance(n, str) for n in result.notes)
+    yield notes, "notes are no texts"
+    for head in result.heads:
+        values = (head.held_out, head.test, head.loss)
+        fits = isinstance(head.name, str) and all(v is None or _number(v) for v in values)
+        yield fits, f"the figures of head {head.name!r} are no numbers"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _append(path: Path, row: dict[str, Any]) -> None:
     """Add a line, in the place of an earlier one of the same folder; one process at a time."""
     with FileLock(f"{path}.lock"):
         rows: list[dict[str, Any]] = []
         if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                if reader.fieldnames != list(row):
-                    raise ResultError(f"{path} is no table of this version: move it away")
-                rows = [earlier for earlier in reader if earlier["result"] != row["result"]]
+            rows = [old for old in _rows_of(path, list(row)) if old["result"] != row["result"]]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(row), lineterminator="\n")
         writer.writeheader()
         writer.writerows([*rows, row])
         with whole_file(path) as table:
             table.write(text.getvalue().encode())
+
+
+def _rows_of(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    refusal = f"move it away; the new figures are in the {RESULT} of their own folder"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != columns:
+                raise ResultError(f"{path} is no table of this version: {refusal}")
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
+        raise ResultError(f"{path} is no table ({error}): {refusal}") from error
+    if any(None in row or None in row.values() for row in rows):
+        raise ResultError(f"{path} has lines of more or fewer cells than its first: {refusal}")
+    return rows
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
-from .epoch_state import EpochState, StateError
+from .epoch_state import EpochState, StateError, checked_losses
 from .feeds import Feed, Labelled
 from .heads import HeadGrid, HeadSpec
 from .probe import Probe
@@ -69,9 +69,11 @@ def train(probe: Probe, source: Representations, feed: Feed, state: EpochState) 
     """
     grid, losses, earlier, done = grid_of(probe, source), [0.0], 0.0, 0
     started = time.perf_counter()
-    if (found := state.load()) is not None:
-        grid.load_state_dict(found["grid"])
-        done, losses, earlier = found["epoch"], found["losses"], found["seconds"]
+    if (found := state.load(probe.protocol.epochs)) is not None:
+        with state.restoring():
+            grid.load_state_dict(found["grid"])
+            losses = checked_losses(found["losses"], len(grid.specs))
+        done, earlier = found["epoch"], found["seconds"]
     protocol, epochs = probe.protocol, probe.protocol.epochs
     if probe.processes.share(done) != done:  # also: nobody writes while others read
         raise StateError(

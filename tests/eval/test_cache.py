@@ -128,3 +128,33 @@ def test_raw_pixels_are_the_images_themselves(cached, pictures):
     assert found.rows.shape == (150, 3 * 32 * 32)
     assert len(images) == 6
     assert 0 <= float(found.rows.min()) < float(found.rows.max()) <= 1
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "reasons.json", "settings.json"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "junk", "type", "longer"])
+def test_damaged_files_are_computed_again(cached, tmp_path, name, damage):
+    first = torch.as_tensor(cached().rows).clone()
+    (file,) = tmp_path.glob(f"out/cache/*/{name}")
+    content = file.read_bytes()
+    file.unlink()  # not written in place: the rows are mapped into memory
+    file.write_bytes(
+        {"empty": b"", "cut": content[:-9], "junk": b"\x93\xff\x00", "type": b"7",
+         "longer": content + b"more"}[damage]
+    )  # fmt: skip
+    again = cached()
+    assert again.computed == 150
+    assert torch.equal(torch.as_tensor(again.rows), first)
+    assert cached().computed == 0
+
+
+def test_rows_and_reasons_must_agree(cached, tmp_path):
+    cached()
+    (file,) = tmp_path.glob("out/cache/*/reasons.json")
+    file.write_text(json.dumps(["broken", *[None] * 149]))
+    assert cached().computed == 150
+
+
+def test_files_that_are_damaged_again_at_once_name_their_folder(cached, tmp_path, monkeypatch):
+    monkeypatch.setattr("ijepa_zoo.eval.cache._merge", lambda parts, width: None)
+    with pytest.raises(CacheError, match=r"the features in .*cache.* are damaged .*remove it"):
+        cached()

@@ -22,7 +22,7 @@ from ijepa_zoo.eval.depth_metrics import (
     valid_pixels,
 )
 from ijepa_zoo.eval.depth_training import DepthProtocol, DepthTraining
-from ijepa_zoo.eval.epoch_state import EpochState
+from ijepa_zoo.eval.epoch_state import EpochState, StateError
 from ijepa_zoo.eval.models import Subject, open_model
 from ijepa_zoo.eval.result import read_result
 from ijepa_zoo.processes import Processes
@@ -487,3 +487,18 @@ def test_two_processes_do_what_one_does(subject, tmp_path):
     for ours, theirs in zip(two.heads, one.heads):
         assert ours.held_out == pytest.approx(theirs.held_out, rel=1e-4)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"sums": torch.zeros(2, 3, 3)}, {"losses": 1}, {"epoch": 99}])
+def test_a_state_that_does_not_fit_is_refused(subject, tmp_path, change):
+    def training():
+        data = open_depth("scenes:24,6")
+        return DepthTraining(
+            subject.model, data, PROTOCOL, data.max_depth, 0, "float32", 0, Processes.alone()
+        )
+
+    state = EpochState(tmp_path / "state.pt", {})
+    training().train(state, False, False)
+    state.save({**state.load(), **change})
+    with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it"):
+        training().train(state, False, False)

@@ -1,3 +1,4 @@
+import errno
 import math
 from dataclasses import replace
 
@@ -367,3 +368,77 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
     assert two.machine["processes"] == 2
     assert (two.figure, two.images) == (one.figure, one.images)
     assert two.heads[0].loss == pytest.approx(one.heads[0].loss, rel=1e-3)
+
+
+def test_test_images_of_which_none_can_be_decoded_are_refused(folder, tmp_path):
+    for file in (folder / "test").rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"none of the 10 test images can be decoded \(first: "):
+        _run(folder, tmp_path / "out", epochs=1)
+
+
+def test_images_that_cannot_be_decoded_do_not_count(folder, tmp_path):
+    (folder / "train" / "dark" / "3.png").write_bytes(b"no image")
+    (folder / "test" / "dark" / "4.png").write_bytes(b"no image")
+    recipe = replace(PLAIN, batch_size=20)
+    assert _run(folder, tmp_path, recipe=recipe, epochs=1).images == {"fit": 19, "test": 9}
+
+
+def test_every_flipped_byte_of_tensors_in_a_state_is_noticed(tmp_path):
+    state = EpochState(tmp_path / "state.pt", {"seed": 0})
+    weights = torch.arange(64, dtype=torch.float32) + 0.123
+    state.save({"epoch": 1, "model": {"weight": weights, "half": weights.bfloat16()}})
+    assert torch.equal(state.load()["model"]["weight"], weights)
+    content = state.path.read_bytes()
+    start = content.index(weights.numpy().tobytes())
+    for place in range(start, start + 256, 7):
+        state.path.write_bytes(
+            content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
+        )
+        with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it.*SHA-256"):
+            state.load()
+
+
+def test_any_other_damage_of_a_state_is_named(tmp_path):
+    state = EpochState(tmp_path / "state.pt", {"seed": 0})
+    for content in (b"", b"junk", b"\x80\x02c__main__\nevil\n.", b"PK\x03\x04"):
+        state.path.write_bytes(content)
+        with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it"):
+            state.load()
+    for saved in ([1, 2], {"epoch": 1}, {}, torch.zeros(3)):
+        torch.save(saved, state.path)
+        with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it"):
+            state.load()
+
+
+@pytest.mark.parametrize("change", ["epoch", "model", "missing", "optimizer"])
+def test_a_state_that_does_not_fit_the_model_is_refused(tmp_path, change):
+    training, state = _training(), EpochState(tmp_path / "state.pt", {})
+    training.run(state, _Bar())
+    found = state.load()
+    if change == "epoch":
+        found["epoch"] = -1
+    elif change == "model":
+        found["model"]["norm.weight"] = torch.zeros(5)
+    elif change == "missing":
+        del found["model"]
+    else:
+        found["optimizer"]["state"][0]["exp_avg"] = torch.zeros(5)
+    state.save(found)
+    with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it"):
+        _training().run(state, _Bar())
+
+
+def test_a_full_disk_leaves_the_state_before_and_no_rest(tmp_path, monkeypatch):
+    state = EpochState(tmp_path / "state.pt", {})
+    state.save({"epoch": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device.*state\.pt") as found:
+        state.save({"epoch": 2})
+    assert found.value.errno == errno.ENOSPC
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+    assert state.load() == {"epoch": 1}

@@ -20,6 +20,7 @@ from ijepa_zoo import FeatureExtractor
 from ijepa_zoo.data.sources import InputError
 from ijepa_zoo.eval import Subject, evaluate_knn, evaluate_linear, linear, training
 from ijepa_zoo.eval.cache import CacheError
+from ijepa_zoo.eval.epoch_state import EpochState, StateError
 from ijepa_zoo.eval.heads import HeadGrid, HeadSpec
 from ijepa_zoo.eval.sets import open_task, split_to_choose
 
@@ -183,7 +184,7 @@ def test_broken_images_are_named_and_count_nowhere(evaluate, pictures, tmp_path,
     (folder / "test" / "class0" / "3.png").write_bytes(b"no image")
     (folder / "train" / "class1" / "5.png").write_bytes(b"no image")
     result = evaluate(data=folder, cached=cached, select_on_test=True)
-    assert result.images["test"] == 20
+    assert result.images == {"fit": 35, "choose": 0, "test": 20}
     low, high = result.interval
     assert low < result.figure < high
     assert round(result.figure * 20 / 100, 6).is_integer()
@@ -296,3 +297,43 @@ def test_the_papers_figure_stands_beside_those_weights_alone(evaluate):
     task = replace(TASK, paper={"some.weights": 86.7})
     assert evaluate(Subject(encoder(), "a", "some.weights"), task=task).paper == 86.7
     assert evaluate(Subject(encoder(1), "a", "other.weights"), task=task).paper is None
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_test_images_of_which_none_can_be_decoded_are_refused(evaluate, pictures, tmp_path, cached):
+    folder = shutil.copytree(pictures, tmp_path / "copy")
+    for file in (folder / "test").rglob("*.png"):
+        file.write_bytes(b"no image")
+    words = r"none of the 21 test images can be decoded \(first: .*test/class0/0\.png: not an image"
+    for on_test in (False, True):
+        with pytest.raises(InputError, match=words):
+            evaluate(data=folder, cached=cached, select_on_test=on_test)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epoch": 99}, "its epoch is 99, not one of 0 to 3"),
+        ({"epoch": True}, "its epoch is True"),
+        ({"seconds": None}, "its seconds are None"),
+        ({"losses": [1.0]}, "its losses are not 8 numbers"),
+        ({"grid": {}}, "of other heads"),
+        ({"grid": 3}, "is damaged"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(evaluate, monkeypatch, tmp_path, change, words):
+    save = EpochState.save
+
+    def kill(self, state):
+        save(self, {**state, **change})
+        raise _KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochState, "save", kill)
+        with pytest.raises(_KilledError):
+            evaluate()
+    with pytest.raises(StateError, match=words) as found:
+        evaluate()
+    (path,) = tmp_path.glob("out/*/state.pt")
+    assert str(path) in str(found.value)
+    assert "remove it to start anew" in str(found.value)

@@ -164,3 +164,72 @@ def test_report_writes_table_and_picture(tmp_path):
         assert drawn.width > 500
         assert len(drawn.convert("RGB").getcolors(1 << 24)) > 20
     assert write_report([tmp_path / "runs"], table, picture=False) == (table, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"figure": None}, "the figure is None, not a number"),
+        ({"figure": "80"}, "the figure is '80'"),
+        ({"model": {"name": 3}}, "the model's name is no text"),
+        ({"model": []}, "model is no table"),
+        ({"heads": [{"name": "h", "test": "x"}]}, "the figures of head 'h' are no numbers"),
+        ({"heads": 3}, "is no whole result"),
+        ({"interval": [1]}, "the interval"),
+        ({"interval": 4}, "is no whole result"),
+        ({"others": [1]}, "is no whole result"),
+        ({"images": {"test": "many"}}, "images are no whole numbers"),
+        ({"notes": 1}, "notes are no texts"),
+        ({"date": None}, "date is no text"),
+    ],
+)
+def test_a_result_of_wrong_types_is_named(tmp_path, change, words):
+    path = RESULT.write(tmp_path / "one")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ResultError, match=words) as found:
+        read_result(path)
+    assert str(path) in str(found.value)
+
+
+def test_further_figures_that_are_not_finite_do_not_spoil_a_result(tmp_path):
+    path = replace(RESULT, others={"x": math.inf}).write(tmp_path / "one")
+    assert math.isnan(read_result(path).others["x"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"my,own\n1,2\n", b"", b"extra cells"])
+def test_a_table_that_is_refused_costs_no_result(tmp_path, content):
+    table = tmp_path / "results.csv"
+    if content == b"extra cells":
+        RESULT.write(tmp_path / "other")
+        content = table.read_bytes() + b"," * 40 + b"\n"
+    table.write_bytes(content)
+    with pytest.raises(ResultError, match="move it away") as found:
+        RESULT.write(tmp_path / "one")
+    assert str(table) in str(found.value)
+    assert table.read_bytes() == content
+    assert read_result(tmp_path / "one" / "result.json") == RESULT
+
+
+def test_report_has_a_column_for_each_data_set():
+    data = [{"train": {"fingerprint": a}, "test": {"fingerprint": "t"}} for a in "ab"]
+    small, large = (replace(RESULT, data=part) for part in data)
+    older = replace(small, figure=10.0, date="2025-01-01T00:00:00+00:00")
+    tuned = replace(small, method="finetune", data={"train": "a", "test": "t"})
+    text = markdown([small, replace(large, figure=90.0), older, tuned])
+    head, _, row = text.splitlines()[:3]
+    columns = [name.split(",")[0] for name in head.strip("| ").split(" | ")[1:]]
+    assert len(columns) == 3
+    assert len(set(columns)) == 2
+    assert all(name.startswith("count (data ") for name in columns)
+    assert "**80.0**" in row
+    assert "**90.0**" in row
+    assert "1 results are left out: for each there is a newer one of the same model" in text
+    assert "left out" not in markdown([small, large])
+    assert "(data" not in markdown([small])
+
+
+def test_report_refuses_a_folder_and_a_picture_to_write(tmp_path):
+    RESULT.write(tmp_path / "one")
+    for out in (tmp_path, tmp_path / "report.PNG"):
+        with pytest.raises(ValueError, match=r"name the Markdown file.*report\.md"):
+            write_report([tmp_path], out, picture=False)
