@@ -161,7 +161,7 @@ class HeadGrid:
         running = self._running[spec.representation]
         state = {"weight": mine["gamma"], "bias": mine["beta"]}
         state |= {f"running_{name}": tensor for name, tensor in running.items()}
-        norm.load_state_dict(state, strict=False)  # the number of batches is not counted
+        norm.load_state_dict(norm.state_dict() | state)  # the number of batches stays 0
         return nn.Sequential(norm, linear).to(self._device).eval()
 
     def state_dict(self) -> dict[str, Tensor]:
