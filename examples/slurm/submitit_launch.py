@@ -1,4 +1,4 @@
-"""Submit a pretraining run with submitit (pip install "ijepa-zoo[slurm]").
+"""Submit a pretraining run with submitit (pip install submitit).
 
 python examples/slurm/submitit_launch.py --nodes 2 --gpus 8 --hours 24 --partition gpu -- \
     vith14_in1k --data /imagenet/train --out runs/h14

@@ -100,9 +100,7 @@ def open_hub(name: str, in_chans: int) -> HubSet:
     except ModuleNotFoundError as error:
         if error.name != "datasets":
             raise
-        raise InputError(
-            f"'{name}' needs the package datasets: pip install 'ijepa-zoo[datasets]'"
-        ) from None
+        raise InputError(f"'{name}' needs the package datasets: pip install datasets") from None
     path, split = (name, None) if os.path.isdir(name) else _name_and_split(name)
     try:
         if os.path.isdir(path) and not _has_parquet(path):

@@ -147,7 +147,7 @@ def _figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'the picture needs matplotlib: pip install "ijepa-zoo[plot]", or --no-picture'
+            "the picture needs matplotlib: pip install matplotlib, or --no-picture"
         ) from error
     return Figure
 

@@ -103,7 +103,7 @@ def choose_outputs(
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise ImportError("parquet needs pyarrow: pip install 'ijepa-zoo[parquet]'") from error
+            raise ImportError("parquet needs pyarrow: pip install pyarrow") from error
     return Outputs(path, chosen)
 
 

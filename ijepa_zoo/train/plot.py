@@ -54,7 +54,7 @@ def plot_run(run: Path, out: Path | None = None) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "ijepa-zoo[plot]"') from error
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
     run, out = Path(run), Path(run) / "plot.png" if out is None else Path(out)
     settings = run / "config.yaml"
     if not settings.is_file():
