@@ -17,6 +17,7 @@ from torch import Tensor
 from .rendezvous import Place, ProcessError, Survey, choose_device, meet, read_place
 
 _NCCL_MARGIN = 60.0  # NCCL's own watchdog kills without a word: ours must come first
+_PUT_DOWN = 0.1  # seconds that gloo's threads get at the end; they need some microseconds
 
 
 class _LostError(RuntimeError):
@@ -187,10 +188,22 @@ def join_processes(device: str = "auto", timeout: float = 600.0) -> Iterator[Pro
         cause = error.__cause__ or error
         raise ProcessError(survey.explain(what, timeout, str(cause).strip())) from cause
     finally:
-        if dist.is_initialized() and chosen.type == "cpu":
-            dist.destroy_process_group()
-    if dist.is_initialized():  # after a loss, a GPU's group would wait for the lost process
-        dist.destroy_process_group()
+        if chosen.type == "cpu":
+            disconnect()
+    disconnect()  # only here for a GPU: after a loss its group would wait for the lost process
+
+
+def disconnect() -> None:
+    """Leave the process groups, and let gloo's threads put down what they still hold."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    # A network that still refers to the group keeps its threads. One that is about to free a
+    # tensor of the last exchange needs Python for it, and aborts a process that ends meanwhile
+    # (https://github.com/pytorch/pytorch/pull/179291).
+    time.sleep(_PUT_DOWN)
 
 
 def _connect(place: Place, survey: Survey, device: torch.device, timeout: float) -> Any:

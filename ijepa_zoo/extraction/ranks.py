@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from ..processes import disconnect
+
 _PATIENCE = timedelta(days=7)  # ranks wait for the slowest; a dead one closes its connection
 
 
@@ -62,4 +64,4 @@ def join_ranks() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), group)
     finally:
         if started:
-            dist.destroy_process_group()
+            disconnect()

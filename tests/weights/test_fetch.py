@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -551,7 +552,14 @@ def start(server, tmp_path):
         arguments = [sys.executable, "-c", SCRIPT, server.url + PATH, str(tmp_path / "cache")]
         with log.open("w") as file:
             processes.append(
-                subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=file)
+                subprocess.Popen(
+                    arguments,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    # a shell starts background jobs with SIGINT ignored, and that is inherited
+                    preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+                )
             )
         return processes[-1]
 
