@@ -109,26 +109,45 @@ class IJepaEncoder(VisionTransformer):
 
         Args:
             images: ``[B, C, H, W]``, normalised.
-            keep: Patch indices ``[B, K]``, int64, in raster order of the grid; None for all.
+            keep: Patch indices ``[B * R, K]``, int64, in raster order of the grid, R rows for each
+                image; None for all.
 
         Returns:
-            Tokens ``[B, N, D]``, or ``[B, K, D]`` with ``keep``.
+            Tokens ``[B, N, D]``, or ``[B * R, K, D]`` with ``keep``.
 
         Raises:
-            ValueError: If ``keep`` is not an int64 tensor ``[B, K]``.
+            ValueError: If ``keep`` is not an int64 tensor ``[B * R, K]``.
         """
         if keep is None:
             return self.forward_features(images)
-        if keep.ndim != 2 or len(keep) != len(images) or keep.dtype != torch.int64:
+        if keep.ndim != 2 or not len(keep) or len(keep) % len(images) or keep.dtype != torch.int64:
             raise ValueError(
-                f"keep (the context) must hold int64 patch indices [B, K], B = {len(images)}, "
-                f"got {keep.dtype} {list(keep.shape)}"
+                f"keep (the context) must hold int64 patch indices [B, K] or [B * R, K], "
+                f"B = {len(images)}, got {keep.dtype} {list(keep.shape)}"
             )
         x = self._pos_embed(self.patch_embed(images))
-        x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        index = keep.view(len(images), -1, 1).expand(-1, -1, x.shape[-1])
+        x = x.gather(1, index).view(*keep.shape, -1)
         x = self.norm_pre(self.patch_drop(x))
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.norm(x)
+
+    def encode_layers(self, images: Tensor, layers: int = 1) -> list[Tensor]:
+        """Tokens after the last blocks, each followed by the final LayerNorm.
+
+        Args:
+            images: ``[B, C, H, W]``, normalised.
+            layers: How many blocks.
+
+        Returns:
+            Tokens ``[B, N, D]`` of each, the last block's at the end.
+        """
+        if layers == 1:
+            return [self.encode(images)]
+        tokens: list[Tensor] = self.forward_intermediates(
+            images, indices=layers, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+        return tokens
 
 
 def _check_sizes(kwargs: Mapping[str, Any]) -> None:

@@ -76,12 +76,12 @@ def create_model(
 
 def _resolve_name(
     name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]
-) -> tuple[str, str | Path | None, dict[str, Any], Mapping[str, int]]:
+) -> tuple[str, str | Path | None, dict[str, Any], Mapping[str, Any]]:
     """Registered name, checkpoint, arguments and predictor size that a name stands for.
 
     A folder or repository brings its own architecture, which the caller's arguments override.
     """
-    predictor: Mapping[str, int] = {}
+    predictor: Mapping[str, Any] = {}
     if name.startswith((read.HUB_PREFIX, read.FOLDER_PREFIX)):
         opened = read.open_checkpoint(name, kwargs.get("cache_dir"))
         checkpoint = name if checkpoint is None and pretrained else checkpoint
@@ -106,9 +106,11 @@ def create_ijepa(
     *,
     predictor_embed_dim: int | None = None,
     predictor_depth: int | None = None,
+    predictor_context: Literal["repeated", "shared"] | None = None,
     checkpoint: str | Path | None = None,
     regularizer: nn.Module | None = None,
     loss: Literal["smooth_l1", "l2"] = "smooth_l1",
+    target_layers: int = 1,
     **encoder_kwargs: Any,
 ) -> IJepa:
     """Create all three networks, to predict hidden regions or to go on pretraining.
@@ -119,9 +121,12 @@ def create_ijepa(
         predictor_embed_dim: Width of the predictor; default: that of the weights or the recipe,
             384 for all models of the paper.
         predictor_depth: Blocks of the predictor; default: that of the weights or the recipe.
+        predictor_context: 'repeated', the published predictor, or 'shared', see
+            :class:`~ijepa_zoo.models.predictor.Predictor`; default: that of the weights.
         checkpoint: Your own weights, holding all three networks.
         regularizer: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         loss: See :class:`~ijepa_zoo.models.jepa.IJepa`.
+        target_layers: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         **encoder_kwargs: timm's arguments of the encoder.
 
     Raises:
@@ -136,12 +141,17 @@ def create_ijepa(
         name, pretrained, checkpoint, encoder_kwargs
     )
     model, _, tag = name.partition(".")
+    asked = {
+        "embed_dim": predictor_embed_dim,
+        "depth": predictor_depth,
+        "context": predictor_context,
+    }
+    asked = {key: value for key, value in asked.items() if value is not None}
     if not (pretrained or checkpoint is not None):
         encoder = create_model(name, pretrained=False, **encoder_kwargs)
-        size = {**PREDICTORS[model], **own}
         device = next(encoder.parameters()).device
-        predictor = _predictor(encoder, predictor_embed_dim, predictor_depth, size, device)
-        return IJepa(encoder, predictor, regularizer=regularizer, loss=loss)
+        predictor = _predictor(encoder, {**PREDICTORS[model], **own, **asked}, device)
+        return IJepa(encoder, predictor, None, regularizer, loss, target_layers)
     networks = load.resolve(
         model,
         checkpoint=checkpoint,
@@ -160,30 +170,27 @@ def create_ijepa(
         network: create_model(name, network=network, **source, **copy.deepcopy(encoder_kwargs))
         for network in ("encoder", "target_encoder")
     }
-    size = {**PREDICTORS[model], **networks.predictor}
-    meta = torch.device("meta")
-    predictor = _predictor(made["encoder"], predictor_embed_dim, predictor_depth, size, meta)
+    size = {**PREDICTORS[model], **networks.predictor, **asked}
+    predictor = _predictor(made["encoder"], size, torch.device("meta"))
     state = load.fit_predictor(
         networks.states["predictor"](), predictor, networks.origin, networks.grid_size
     )
     device = next(made["encoder"].parameters()).device
     load.assign(predictor, state, networks.origin, device)
-    return IJepa(made["encoder"], predictor, made["target_encoder"], regularizer, loss)
+    target = made["target_encoder"]
+    return IJepa(made["encoder"], predictor, target, regularizer, loss, target_layers)
 
 
 def _predictor(
-    encoder: IJepaEncoder,
-    embed_dim: int | None,
-    depth: int | None,
-    size: Mapping[str, int],
-    device: torch.device,
+    encoder: IJepaEncoder, arguments: Mapping[str, Any], device: torch.device
 ) -> Predictor:
+    sizes = dict(arguments)
     return Predictor(
         tuple(encoder.patch_embed.grid_size),
         encoder.embed_dim,
-        predictor_embed_dim=size["embed_dim"] if embed_dim is None else embed_dim,
-        depth=size["depth"] if depth is None else depth,
+        predictor_embed_dim=sizes.pop("embed_dim"),
         num_heads=encoder.blocks[0].attn.num_heads,
         device=device,
         dtype=next(encoder.parameters()).dtype,
+        **sizes,
     )

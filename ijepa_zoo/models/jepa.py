@@ -23,6 +23,8 @@ class IJepa(nn.Module):
             The published loss has none.
         loss: ``smooth_l1`` (beta 1, mean) is the published code's; ``l2``, the squared distance
             averaged over features, is the paper's text.
+        target_layers: Blocks of the target encoder, the last ones, whose outputs are averaged into
+            the targets (as in data2vec, arXiv 2202.03555); the published number is 1.
     """
 
     def __init__(
@@ -32,11 +34,18 @@ class IJepa(nn.Module):
         target_encoder: IJepaEncoder | None = None,
         regularizer: nn.Module | None = None,
         loss: Literal["smooth_l1", "l2"] = "smooth_l1",
+        target_layers: int = 1,
     ) -> None:
         super().__init__()
         if loss not in ("smooth_l1", "l2"):
             raise ValueError(f"loss must be 'smooth_l1' or 'l2', got {loss!r}")
+        if not 1 <= target_layers <= len(encoder.blocks):
+            raise ValueError(
+                f"target_layers must lie within 1 and {len(encoder.blocks)}, the encoder's blocks, "
+                f"got {target_layers}"
+            )
         self.loss = loss
+        self.target_layers = target_layers
         self.encoder = encoder
         self.predictor = predictor
         self.target_encoder = target_encoder or copy.deepcopy(encoder)
@@ -58,14 +67,15 @@ class IJepa(nn.Module):
 
         Args:
             images: ``[B, C, H, W]``, normalised.
-            targets: Patch indices ``[B, M, L]``, int64.
+            targets: Patch indices ``[B * R, M, L]``, int64, R rows for each image.
 
         Returns:
-            Tokens ``[B, M, L, D]``.
+            Tokens ``[B * R, M, L, D]``.
         """
-        tokens = self.target_encoder.encode(images)
-        tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        index = targets.flatten(1).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+        layers = self.target_encoder.encode_layers(images, self.target_layers)
+        normed = [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in layers]
+        tokens = normed[0] if len(normed) == 1 else torch.stack(normed).mean(dim=0)
+        index = targets.view(len(images), -1, 1).expand(-1, -1, tokens.shape[-1])
         return tokens.gather(1, index).view(*targets.shape, -1)
 
     def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
@@ -73,11 +83,11 @@ class IJepa(nn.Module):
 
         Args:
             images: ``[B, C, H, W]``, normalised; only the context patches are read.
-            context: Patch indices ``[B, K]``, int64.
-            targets: Patch indices ``[B, M, L]``, int64.
+            context: Patch indices ``[B * R, K]``, int64, R rows for each image.
+            targets: Patch indices ``[B * R, M, L]``, int64.
 
         Returns:
-            Predictions ``[B, M, L, D]`` in the space of :meth:`target_tokens`.
+            Predictions ``[B * R, M, L, D]`` in the space of :meth:`target_tokens`.
         """
         prediction: Tensor = self.predictor(self.encoder.encode(images, context), context, targets)
         return prediction
@@ -87,8 +97,8 @@ class IJepa(nn.Module):
 
         Args:
             images: ``[B, C, H, W]``, normalised.
-            context: Patch indices ``[B, K]``, int64.
-            targets: Patch indices ``[B, M, L]``, int64.
+            context: Patch indices ``[B * R, K]``, int64, R rows for each image.
+            targets: Patch indices ``[B * R, M, L]``, int64.
 
         Returns:
             Scalar.

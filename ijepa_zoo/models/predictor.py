@@ -1,6 +1,6 @@
 """The I-JEPA predictor: a narrow vision transformer over context and mask tokens."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from .positions import sincos_positions
+from .predictor_blocks import ClosingBlock, OpeningBlock, SharedBlock
 
 PREDICTORS: dict[str, dict[str, int]] = {
     "vit_nano8_64_ijepa": {"embed_dim": 64, "depth": 3},
@@ -36,11 +37,15 @@ class Predictor(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads per block: as many as the encoder has.
         mlp_ratio: Hidden width of the blocks' MLP over ``predictor_embed_dim``.
+        context: ``repeated`` is the published predictor, where the context is processed anew
+            beside every target block. ``shared`` processes it once: it does not see the mask
+            tokens, which costs less and is another method. The parameters are the same.
         device: Device to construct on.
         dtype: Data type of the parameters.
 
     Raises:
-        ValueError: If ``predictor_embed_dim`` is not divisible by ``num_heads``, or a size is 0.
+        ValueError: If ``predictor_embed_dim`` is not divisible by ``num_heads``, a size is 0, or
+            ``context`` is unknown.
     """
 
     predictor_pos_embed: Tensor
@@ -53,6 +58,7 @@ class Predictor(nn.Module):
         depth: int = 6,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        context: Literal["repeated", "shared"] = "repeated",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,14 +73,17 @@ class Predictor(nn.Module):
                 f"predictor_embed_dim {predictor_embed_dim} must be divisible by num_heads "
                 f"{num_heads}, which the predictor shares with the encoder"
             )
+        if context not in ("repeated", "shared"):
+            raise ValueError(f"context must be 'repeated' or 'shared', got {context!r}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grid_size = grid_size
+        self.context = context
         self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_embed_dim, **dd))
         positions = sincos_positions(predictor_embed_dim, grid_size).to(**dd)
         self.register_buffer("predictor_pos_embed", positions)
         self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim, **dd)
         self.predictor_blocks = nn.ModuleList(
-            Block(
+            self._block_class(number, depth)(
                 predictor_embed_dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,
@@ -82,11 +91,18 @@ class Predictor(nn.Module):
                 norm_layer=LayerNorm,
                 **dd,
             )
-            for _ in range(depth)
+            for number in range(depth)
         )
         self.predictor_norm = LayerNorm(predictor_embed_dim, **dd)
         self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim, **dd)
         self.init_weights()
+
+    def _block_class(self, number: int, depth: int) -> type[Block]:
+        if self.context == "shared":
+            return SharedBlock
+        if number == 0:
+            return OpeningBlock
+        return ClosingBlock if number == depth - 1 else Block
 
     def init_weights(self) -> None:
         """Initialise as the published recipe does: std 0.02 everywhere, biases 0."""
@@ -116,15 +132,28 @@ class Predictor(nn.Module):
                 f"targets [{len(tokens)}, M, L], got {list(context.shape)} and "
                 f"{list(targets.shape)}"
             )
-        batch, blocks, _ = targets.shape
-        positions = self.predictor_pos_embed[0]
+        table = self.mask_token[0] + self.predictor_pos_embed[0]
         known = self.predictor_embed(tokens)
         # embedding() refuses negative indices, which indexing would count from the end.
-        known = known + F.embedding(context, positions).to(known.dtype)
-        hidden = (self.mask_token + F.embedding(targets, positions)).to(known.dtype)
-        known = known.unsqueeze(1).expand(-1, blocks, -1, -1)
-        x = torch.cat([known, hidden], dim=2).flatten(0, 1)
+        known = known + F.embedding(context, self.predictor_pos_embed[0]).to(known.dtype)
+        hidden = (self._shared if self.context == "shared" else self._repeated)(
+            known, table, targets
+        )
+        prediction: Tensor = self.predictor_proj(self.predictor_norm(hidden))
+        return prediction
+
+    def _repeated(self, known: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        """Target tokens ``[B, M, L, C]`` after all blocks, each block with a context of its own."""
+        first, *others = self.predictor_blocks
+        x = first(known, table, targets)
+        length = targets.shape[-1]
+        for block in others:
+            x = block(x, length) if isinstance(block, ClosingBlock) else block(x)
+        return x[:, x.shape[1] - length :].unflatten(0, targets.shape[:2])
+
+    def _shared(self, known: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        """Target tokens ``[B, M, L, C]`` after all blocks, with one context for all."""
+        hidden = F.embedding(targets, table).to(known.dtype)
         for block in self.predictor_blocks:
-            x = block(x)
-        x = self.predictor_proj(self.predictor_norm(x[:, context.shape[1] :]))
-        return x.unflatten(0, (batch, blocks))
+            known, hidden = block(known, hidden, block is self.predictor_blocks[-1])
+        return hidden

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..data.pixels import Pixels
 from ..data.sources import InputError
 from ..masks import MultiBlockMasks
 from ..seeds import Stream, numpy_generator
-from .config import PretrainConfig
+from .config import MaskConfig, PretrainConfig
 from .workers import heed_the_run_alone, name_deaths
 
 _REPLACEMENTS = 20  # images tried in the place of a broken one
@@ -75,8 +75,8 @@ class Batch:
 
     Attributes:
         images: uint8 `[b, C, H, W]`, cropped and resized.
-        context: int64 `[b, K]`, patch indices.
-        targets: int64 `[b, M, L]`, patch indices.
+        context: int64 `[b * R, K]`, patch indices; those of an image follow each other.
+        targets: int64 `[b * R, M, L]`, patch indices.
         indices: int64 `[b]`, numbers of the images in their set.
         broken: Name and reason of every image that could not be decoded and was replaced.
     """
@@ -91,6 +91,16 @@ class Batch:
         """Called by the loader: the same batch in memory that is copied to a GPU at once."""
         images, context = self.images.pin_memory(), self.context.pin_memory()
         return replace(self, images=images, context=context, targets=self.targets.pin_memory())
+
+
+def mask_sampler(mask: MaskConfig, grid_size: tuple[int, int]) -> MultiBlockMasks:
+    """The sampler that the settings describe, for a grid of `(height, width)` patches.
+
+    Raises:
+        ValueError: The settings do not fit the grid.
+    """
+    names = {field.name for field in fields(MultiBlockMasks)} - {"grid_size"}
+    return MultiBlockMasks(grid_size, **{name: getattr(mask, name) for name in names})
 
 
 class TrainBatches(Dataset[list[Batch]]):
@@ -142,15 +152,25 @@ class TrainBatches(Dataset[list[Batch]]):
         places = slice(first, first + self.micro)
         chosen = self.indices[batch_indices(len(self.indices), whole, seed=seed, step=step)[places]]
         draws = numpy_generator(seed, Stream.CROPS, step).random((whole, DRAWS))[places].tolist()
-        context, targets = self.masks.sample(
-            whole, seed=seed, step=step, part=places, cut=self.config.mask.cut
-        )
+        context, targets = self._masks_of(step, places)
         pixels: list[torch.Tensor] = []
         broken: list[tuple[str, str]] = []
         for number, index in enumerate(chosen.tolist()):
             chosen[number], image = self._read(index, (step, first + number), broken)
             pixels.append(self._crop(image, draws[number]))
         return Batch(torch.stack(pixels), context, targets, torch.from_numpy(chosen), broken)
+
+    def _masks_of(self, step: int, places: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of some images of a step: `per_image` for each, one after the other."""
+        mask, whole = self.config.mask, self.config.optim.batch_size
+        count = mask.per_image
+        return self.masks.sample(
+            whole * count,
+            seed=self.config.seed,
+            step=step,
+            part=slice(places.start * count, places.stop * count),
+            cut=mask.cut if mask.cut == "global" else mask.cut * count,
+        )
 
     def _read(
         self, index: int, place: tuple[int, int], broken: list[tuple[str, str]]

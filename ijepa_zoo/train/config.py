@@ -35,6 +35,7 @@ class ModelConfig:
     mlp_ratio: float | None = None
     predictor_embed_dim: int | None = None
     predictor_depth: int | None = None
+    predictor_context: Literal["repeated", "shared"] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ class MaskConfig:
     `cut` says which images share the length of their contexts, which is that of the shortest: a
     number of images (the published runs had as many on a GPU), or `global` for the whole batch.
     It belongs to the recipe, so results depend neither on the number of processes nor on
-    gradient accumulation.
+    gradient accumulation. With `per_image` above 1 every image has so many contexts with targets
+    of their own, which share the target encoder's pass; the published number is 1.
     """
 
     mode: Literal["published", "unbiased"] = "published"
     cut: int | Literal["global"] = 128
+    per_image: int = 1
     num_targets: int = 4
     target_scale: Range = (0.15, 0.2)
     target_aspect: Range = (0.75, 1.5)
@@ -83,8 +86,10 @@ class OptimConfig:
     Durations are written `300 epochs`, `187500 steps` or `1e8 images`. `batch_size` is that of a
     step, over all processes and accumulated parts. The schedules run over `schedule_scale` times
     `duration` (`ipe_scale` of the published code). `loss`: `smooth_l1` is the published code's,
-    `l2` the paper's text. `regularizer_weight` adds `VarianceCovariance` over
-    `regularizer_over`, computed for each group of `mask.cut` images; 0 is the published loss.
+    `l2` the paper's text. Targets are the mean over the target encoder's last `target_layers`
+    blocks; the published code takes the last. `regularizer_weight` adds `VarianceCovariance` or
+    `IsotropicGaussian` over `regularizer_over`, computed for each group of `mask.cut` images; 0 is
+    the published loss.
     """
 
     batch_size: int = 2048
@@ -100,6 +105,8 @@ class OptimConfig:
     momentum: float = 0.996
     final_momentum: float = 1.0
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
+    target_layers: int = 1
+    regularizer: Literal["variance_covariance", "isotropic_gaussian"] = "variance_covariance"
     regularizer_weight: float = 0.0
     regularizer_over: Literal["images", "tokens", "residuals"] = "images"
     precision: Literal["fp32", "bf16"] = "bf16"

@@ -134,6 +134,7 @@ def dry_run(
         reading = time.perf_counter() - started
         cut, whole = config.mask.cut, config.optim.batch_size
         group = whole if cut == "global" else min(cut, whole)
+        group *= config.mask.per_image
         largest = largest_masks(trainer.masks, group, config.seed)
         typical = typical_masks(trainer.masks, group, config.seed)
         if processes.rank == 0:
@@ -157,7 +158,9 @@ def _report(
     context, target = _lengths(typical)
     return DryRunReport(
         parameters={name: _parameters(getattr(model, name)) for name in _NETWORKS},
-        flops=flops_per_image(model, context, config.mask.num_targets, target),
+        flops=flops_per_image(
+            model, context, config.mask.num_targets, target, config.mask.per_image
+        ),
         images=len(trainer.train_indices),
         steps=trainer.schedule.steps,
         batch_size=config.optim.batch_size,
@@ -216,7 +219,8 @@ def typical_masks(masks: MultiBlockMasks, images: int, seed: int) -> _Masks:
 
 def _timed_update(trainer: Trainer, batch: Batch, masks: _Masks) -> float:
     """Seconds of an update of one part, `batch` with `masks`."""
-    device, size = trainer.processes.device, trainer.micro_batch_size
+    device = trainer.processes.device
+    size = trainer.micro_batch_size * trainer.config.mask.per_image
     part = replace(batch, context=masks[0][:size], targets=masks[1][:size], broken=[])
     trainer.processes.barrier("an update of the dry run")
     _finish(device)

@@ -32,7 +32,9 @@ class Flops:
         return self.target + self.context_forward + self.context_backward + self.predictor
 
 
-def flops_per_image(model: IJepa, context_tokens: int, targets: int, target_tokens: int) -> Flops:
+def flops_per_image(
+    model: IJepa, context_tokens: int, targets: int, target_tokens: int, per_image: int = 1
+) -> Flops:
     """Count the operations of one image's loss and gradients.
 
     Only the products of matrices, convolutions and attention count, as is usual.
@@ -42,12 +44,13 @@ def flops_per_image(model: IJepa, context_tokens: int, targets: int, target_toke
         context_tokens: Tokens of the context, K.
         targets: Target blocks, M.
         target_tokens: Tokens of a target block, L.
+        per_image: Contexts of an image, R.
     """
     embed = model.encoder.patch_embed
     device = next(model.parameters()).device
     images = torch.zeros(1, embed.proj.in_channels, *embed.img_size, device=device)
-    context = torch.zeros(1, context_tokens, dtype=torch.int64, device=device)
-    blocks = torch.zeros(1, targets, target_tokens, dtype=torch.int64, device=device)
+    context = torch.zeros(per_image, context_tokens, dtype=torch.int64, device=device)
+    blocks = torch.zeros(per_image, targets, target_tokens, dtype=torch.int64, device=device)
     with torch.no_grad():
         target = _count(lambda: model.target_encoder.encode(images))
     kept: list[torch.Tensor] = []

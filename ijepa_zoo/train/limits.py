@@ -13,7 +13,15 @@ from .values import DURATIONS, convert, named_values, setting_types, shown, want
 _LEAST_ONE = (
     *(f"model.{name}" for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth")),
     *(f"model.{name}" for name in ("num_heads", "predictor_embed_dim", "predictor_depth")),
-    *("mask.num_targets", "optim.batch_size", "log.log_every", "log.monitor_every", "log.keep"),
+    *(
+        "mask.per_image",
+        "mask.num_targets",
+        "optim.batch_size",
+        "optim.target_layers",
+        "log.log_every",
+        "log.monitor_every",
+        "log.keep",
+    ),
     *("machine.micro_batch_size", "machine.threads"),
 )
 _POSITIVE = ("model.mlp_ratio", "optim.lr", "optim.schedule_scale", "machine.timeout")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from ..masks import MultiBlockMasks
 from ..models.factory import create_model
+from .batches import mask_sampler
 from .config import PretrainConfig
 from .log import read_initial, read_log
 from .settings import parse
@@ -207,11 +207,10 @@ def _draw_masks(figure: Any, config: PretrainConfig) -> None:
 
 
 def _masks(config: PretrainConfig) -> MultiBlockMasks:
-    mask = {k: v for k, v in asdict(config.mask).items() if k != "cut"}
     sizes = ("img_size", "patch_size", "embed_dim", "num_heads")
     given = {k: v for k in sizes if (v := getattr(config.model, k)) is not None}
     model = create_model(config.model.name, pretrained=False, device="meta", depth=1, **given)
-    return MultiBlockMasks(grid_size=tuple(model.patch_embed.grid_size), **mask)
+    return mask_sampler(config.mask, tuple(model.patch_embed.grid_size))
 
 
 def _group(config: PretrainConfig) -> int:

@@ -5,20 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Over = Literal["images", "tokens", "residuals"]
 
 
-class VarianceCovariance(nn.Module):
-    """Variance and covariance terms of VICReg (arXiv 2105.04906, eq. 1-4) on context tokens.
-
-    With samples `z [n, D]`, their covariance matrix `C` and `eps = 1e-4`:
-
-        variance   = 1/D * sum_j max(0, 1 - sqrt(C_jj + eps))
-        covariance = 1/D * sum_{i != j} C_ij^2
-        term       = weight * (variance + covariance_share * covariance)
-
-    C-JEPA (arXiv 2410.19560) adds variance and covariance terms to I-JEPA. VICReg looks at one
-    vector per image; its invariance term needs a second view and is left out.
+class Regularizer(nn.Module):
+    """A term over samples that are made of context tokens.
 
     Args:
         weight: Factor of the whole term.
@@ -26,35 +19,28 @@ class VarianceCovariance(nn.Module):
             `tokens`: every context token, n = B * K; positions then count as variance.
             `residuals`: every context token minus the mean of its image's context tokens, so that
             differences between images do not count and only what varies within them does.
-        covariance_share: Weight of the covariance against the variance term.
+
+    Attributes:
+        step: Number of the update, set by the trainer; for terms that draw random numbers.
 
     Raises:
-        ValueError: `over` is unknown, or a weight is negative.
+        ValueError: `over` is unknown, or the weight is negative.
     """
 
-    def __init__(
-        self,
-        weight: float,
-        over: Literal["images", "tokens", "residuals"] = "images",
-        covariance_share: float = 0.04,
-    ) -> None:
+    def __init__(self, weight: float, over: Over = "images") -> None:
         super().__init__()
         if over not in ("images", "tokens", "residuals"):
             raise ValueError(f"over is {over!r}; it must be 'images', 'tokens' or 'residuals'")
-        if weight < 0 or covariance_share < 0:
-            raise ValueError(
-                f"weight is {weight} and covariance_share {covariance_share}; "
-                "both must be 0 or more"
-            )
-        self.weight = weight
-        self.over = over
-        self.covariance_share = covariance_share
+        if weight < 0:
+            raise ValueError(f"weight is {weight}; it must be 0 or more")
+        self.weight, self.over = weight, over
+        self.step = 0
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Return the weighted term of context tokens `[B, K, D]` as a scalar.
 
         Raises:
-            ValueError: There are fewer than two samples, which have no variance.
+            ValueError: There are fewer than two samples.
         """
         # In bf16 a covariance of unit-variance features has an error as large as its entries.
         with torch.autocast(tokens.device.type, enabled=False):
@@ -64,14 +50,86 @@ class VarianceCovariance(nn.Module):
                 tokens = tokens - means[:, None]
             samples = means if self.over == "images" else tokens.flatten(0, 1)
             if len(samples) < 2:
-                raise ValueError("VarianceCovariance needs at least two images in a batch")
-            centred = samples - samples.mean(dim=0)
-            covariance = centred.T @ centred / (len(samples) - 1)
-            variances = covariance.diagonal()
-            hinge = torch.relu(1.0 - torch.sqrt(variances + 1e-4)).mean()
-            off_diagonal = (covariance.square().sum() - variances.square().sum()) / len(variances)
-            return self.weight * (hinge + self.covariance_share * off_diagonal)
+                raise ValueError(f"{type(self).__name__} needs at least two images in a batch")
+            return self.weight * self.term(samples)
+
+    def term(self, samples: Tensor) -> Tensor:
+        """The term of samples `[n, D]`, float32, without its weight."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Show the settings when the module is printed."""
-        return f"{self.weight}, over={self.over!r}, covariance_share={self.covariance_share}"
+        return f"{self.weight}, over={self.over!r}"
+
+
+class VarianceCovariance(Regularizer):
+    """Variance and covariance terms of VICReg (arXiv 2105.04906, eq. 1-4).
+
+    With samples `z [n, D]`, their covariance matrix `C` and `eps = 1e-4`:
+
+        variance   = 1/D * sum_j max(0, 1 - sqrt(C_jj + eps))
+        covariance = 1/D * sum_{i != j} C_ij^2
+        term       = variance + covariance_share * covariance
+
+    C-JEPA (arXiv 2410.19560) adds variance and covariance terms to I-JEPA. VICReg looks at one
+    vector per image; its invariance term needs a second view and is left out.
+
+    Args:
+        weight: See `Regularizer`.
+        over: See `Regularizer`.
+        covariance_share: Weight of the covariance against the variance term.
+
+    Raises:
+        ValueError: `over` is unknown, or a weight is negative.
+    """
+
+    def __init__(
+        self, weight: float, over: Over = "images", covariance_share: float = 0.04
+    ) -> None:
+        super().__init__(weight, over)
+        if covariance_share < 0:
+            raise ValueError(f"covariance_share is {covariance_share}; it must be 0 or more")
+        self.covariance_share = covariance_share
+
+    def term(self, samples: Tensor) -> Tensor:
+        """See the class."""
+        centred = samples - samples.mean(dim=0)
+        covariance = centred.T @ centred / (len(samples) - 1)
+        variances = covariance.diagonal()
+        hinge = torch.relu(1.0 - torch.sqrt(variances + 1e-4)).mean()
+        off_diagonal = (covariance.square().sum() - variances.square().sum()) / len(variances)
+        return hinge + self.covariance_share * off_diagonal
+
+
+class IsotropicGaussian(Regularizer):
+    """SIGReg of LeJEPA (arXiv 2511.08544): samples like those of an isotropic Gaussian.
+
+    Along random unit directions `a`, other ones in every step, the empirical characteristic
+    function of the samples is compared with that of a standard normal variable (Epps and Pulley):
+
+        distance(t) = |1/n sum_i exp(i t a.z_i) - exp(-t^2/2)|^2
+        term = n * mean_a integral_{-5}^{5} distance(t) exp(-t^2/2) dt
+
+    with 17 points and the trapezoidal rule.
+
+    Args:
+        weight: See `Regularizer`.
+        over: See `Regularizer`.
+        directions: How many.
+    """
+
+    def __init__(self, weight: float, over: Over = "images", directions: int = 256) -> None:
+        super().__init__(weight, over)
+        self.directions = directions
+
+    def term(self, samples: Tensor) -> Tensor:
+        """See the class."""
+        draw = torch.Generator().manual_seed(self.step)
+        directions = torch.randn(samples.shape[1], self.directions, generator=draw)
+        directions = (directions / directions.norm(dim=0)).to(samples.device, non_blocking=True)
+        points = torch.linspace(-5, 5, 17, device=samples.device)
+        normal = torch.exp(-0.5 * points.square())
+        angles = (samples @ directions).unsqueeze(-1) * points  # [n, directions, 17]
+        real, imaginary = angles.cos().mean(dim=0), angles.sin().mean(dim=0)
+        distance = ((real - normal).square() + imaginary.square()) * normal
+        return len(samples) * torch.trapezoid(distance, points, dim=-1).mean()

@@ -225,7 +225,7 @@ class _Run:
                     total=steps,
                     initial=trainer.step,
                     unit="step",
-                    disable=not (self.progress and self.first),
+                    disable=None if self.progress and self.first else True,  # None: not in a pipe
                 )
             )
             bar.set_description(self.out.name)

@@ -15,7 +15,7 @@ from ..weights import catalog, load
 from ..weights.layouts import CheckpointError, some
 from .config import PretrainConfig
 from .parallel import copy_whole
-from .regularizers import VarianceCovariance
+from .regularizers import IsotropicGaussian, VarianceCovariance
 
 
 def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJepa:
@@ -35,7 +35,8 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
     optim = config.optim
     regularizer = None
     if optim.regularizer_weight:
-        regularizer = VarianceCovariance(optim.regularizer_weight, optim.regularizer_over)
+        known = {"variance_covariance": VarianceCovariance, "isotropic_gaussian": IsotropicGaussian}
+        regularizer = known[optim.regularizer](optim.regularizer_weight, optim.regularizer_over)
     name, checkpoint = _weights(config.model.name, init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.seed, Stream.INIT))
@@ -45,6 +46,7 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
             checkpoint=checkpoint,
             regularizer=regularizer,
             loss=optim.loss,
+            target_layers=optim.target_layers,
             **network,
         )
     channels = model.encoder.patch_embed.proj.in_channels

@@ -27,6 +27,7 @@ from .batches import (
     batch_indices,
     evaluation_images,
     loader,
+    mask_sampler,
     normalise,
     split,
 )
@@ -34,6 +35,7 @@ from .config import PretrainConfig, Schedule, micro_batch_size
 from .monitor import Monitor
 from .optim import make_optimizer, set_rates
 from .parallel import accumulate, parallelise
+from .regularizers import Regularizer
 from .start import build_networks, fill_optimizer, starting_optimizer
 
 _NETWORKS = ("encoder", "predictor", "target_encoder")
@@ -125,23 +127,10 @@ class Trainer:
     def _masks(self, grid_size: tuple[int, int]) -> MultiBlockMasks:
         mask = self.config.mask
         try:
-            return self._sampler(grid_size)
+            return mask_sampler(mask, grid_size)
         except ValueError as error:  # with the names that the settings have
             named = "|".join(field.name for field in fields(mask))
             raise ValueError(re.sub(rf"\b({named})\b", r"mask.\1", str(error))) from error
-
-    def _sampler(self, grid_size: tuple[int, int]) -> MultiBlockMasks:
-        mask = self.config.mask
-        return MultiBlockMasks(
-            grid_size=grid_size,
-            num_targets=mask.num_targets,
-            target_scale=mask.target_scale,
-            target_aspect=mask.target_aspect,
-            context_scale=mask.context_scale,
-            min_keep=mask.min_keep,
-            allow_overlap=mask.allow_overlap,
-            mode=mask.mode,
-        )
 
     def batches(self) -> Iterable[list[Batch]]:
         """This process's micro-batches of every step from the next one to the last."""
@@ -178,6 +167,8 @@ class Trainer:
                 the update, `step` is not advanced.
         """
         rates = self.schedule.rates(self.step)
+        if isinstance(self.model.regularizer, Regularizer):
+            self.model.regularizer.step = self.step
         self.optimizer.zero_grad()
         losses: list[torch.Tensor] = []
         for number, batch in enumerate(batches, 1):

@@ -16,6 +16,7 @@ from ..models.factory import create_model
 from ..models.jepa import IJepa
 from ..models.predictor import Predictor
 from . import catalog, load, read
+from .config import mlp_ratio
 from .layouts import CheckpointError, State, some
 from .networks import UNLABELLED, Networks, Training
 
@@ -31,7 +32,8 @@ class Bundle:
         args: timm arguments that build the encoder.
         norm_eps: Epsilon of its LayerNorms.
         preprocessing: timm's input_size, mean, std, crop_pct, interpolation.
-        predictor: ``embed_dim`` and ``depth`` of the predictor, if there is one.
+        predictor: ``embed_dim`` and ``depth`` of the predictor, if there is one, and its
+            ``context`` if that is not the published one.
         license: Licence of the weights, if known.
         training: Optimizer state and counters, if there are any.
     """
@@ -42,7 +44,7 @@ class Bundle:
     args: Mapping[str, Any]
     norm_eps: float
     preprocessing: Mapping[str, Any]
-    predictor: Mapping[str, int]
+    predictor: Mapping[str, Any]
     license: str | None = None
     training: Training | None = None
 
@@ -70,7 +72,7 @@ def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
         "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": read.mlp_ratio(block.mlp.fc1.out_features, encoder.embed_dim),
+        "mlp_ratio": mlp_ratio(block.mlp.fc1.out_features, encoder.embed_dim),
         "qkv_bias": block.attn.qkv.bias is not None,
         "class_token": False,
         "global_pool": encoder.global_pool,
@@ -78,11 +80,13 @@ def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
     }
 
 
-def predictor_args(predictor: Predictor) -> dict[str, int]:
-    """Width and depth of a predictor."""
+def predictor_args(predictor: Predictor) -> dict[str, Any]:
+    """Width and depth of a predictor, and its `context` if that is not the published one."""
+    other = {} if predictor.context == "repeated" else {"context": predictor.context}
     return {
         "embed_dim": predictor.mask_token.shape[-1],
         "depth": len(predictor.predictor_blocks),
+        **other,
     }
 
 
@@ -214,7 +218,7 @@ def from_source(
     return Bundle(
         origin=networks.origin,
         states=states,
-        predictor=_predictor_size(states.get("predictor")),
+        predictor=_predictor_size(states.get("predictor"), networks.predictor),
         license=networks.license,
         training=training,
         **described,
@@ -241,8 +245,8 @@ def _read_states(networks: Networks, network: str | None) -> dict[str, State]:
     return {key: networks.states[key]() for key in wanted}
 
 
-def _predictor_size(state: State | None) -> dict[str, int]:
+def _predictor_size(state: State | None, said: Mapping[str, Any]) -> dict[str, Any]:
     if state is None:
         return {}
     blocks = {key.split(".")[1] for key in state if key.startswith("predictor_blocks.")}
-    return {"embed_dim": state["mask_token"].shape[-1], "depth": len(blocks)}
+    return {**said, "embed_dim": state["mask_token"].shape[-1], "depth": len(blocks)}

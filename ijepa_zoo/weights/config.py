@@ -106,7 +106,8 @@ def native_section(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
                 "folder: it is not opened"
             )
     predictor = ours.get("predictor")
-    fits = isinstance(predictor, Mapping) and all(map(_is_count, predictor.values()))
+    fits = isinstance(predictor, Mapping) and predictor.get("context", "shared") == "shared"
+    fits = fits and all(_is_count(predictor[key]) for key in predictor.keys() - {"context"})
     _require(fits and predictor.get("depth", 1) <= _DEEPEST, origin, "predictor", predictor)
     _require(isinstance(ours.get("model"), str), origin, "model", ours.get("model"))
     license = ours.get("license")
@@ -137,3 +138,40 @@ def _require(fits: bool, origin: str, key: str, value: Any) -> None:
         shown = repr(value)
         shown = shown if len(shown) <= 60 else shown[:60] + "..."
         raise CheckpointError(f"{origin}/config.json: {key} cannot be {shown}")
+
+
+def transformers_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    """timm arguments of a transformers I-JEPA configuration.
+
+    Raises:
+        CheckpointError: If a size is missing or the activation is not that of I-JEPA.
+    """
+    needed = (
+        *("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers"),
+        *("num_attention_heads", "intermediate_size", "layer_norm_eps"),
+    )
+    missing = [key for key in needed if key not in config]
+    if missing:
+        raise CheckpointError(f"the transformers config.json lacks {', '.join(missing)}")
+    for key in ("hidden_size", "intermediate_size"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise CheckpointError(f"the transformers config.json: {key} cannot be {config[key]!r}")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(f"hidden_act is {config['hidden_act']!r}, only 'gelu' is I-JEPA's")
+    return {
+        "img_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "in_chans": config["num_channels"],
+        "embed_dim": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_ratio": mlp_ratio(config["intermediate_size"], config["hidden_size"]),
+        "qkv_bias": config.get("qkv_bias", True),
+        "norm_eps": config["layer_norm_eps"],
+    }
+
+
+def mlp_ratio(hidden: int, embed_dim: int) -> float:
+    """The ratio from which timm's ``int(embed_dim * ratio)`` gives ``hidden`` back."""
+    ratio = hidden / embed_dim
+    return ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf)

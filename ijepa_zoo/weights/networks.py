@@ -41,7 +41,8 @@ class Networks:
         layout: Its layout, see :mod:`ijepa_zoo.weights.layouts`.
         model: Registered model that it belongs to, where it says so.
         args: timm arguments of its encoder, as far as its configuration gives them.
-        predictor: ``embed_dim`` and ``depth`` of its predictor, where it says so.
+        predictor: ``embed_dim`` and ``depth`` of its predictor, and ``context`` if it is not the
+            published one, where it says so.
         pretrained_cfg: timm's description of input and preprocessing, where it has one.
         license: Licence of the weights, where known.
         training: Reads what it holds beside networks to go on training, if anything.
@@ -52,7 +53,7 @@ class Networks:
     layout: str
     model: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
-    predictor: Mapping[str, int] = field(default_factory=dict)
+    predictor: Mapping[str, Any] = field(default_factory=dict)
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
     license: str | None = None
     training: Callable[[], Training] | None = None

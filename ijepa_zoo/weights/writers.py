@@ -210,6 +210,12 @@ def write_official(
             f"{' and no '.join(absent)}"
         )
 
+    if "context" in bundle.predictor:
+        raise CheckpointError(
+            f"the predictor of {bundle.origin} has context='{bundle.predictor['context']}', which "
+            "the published code does not know: use the native layout"
+        )
+
     def cast(state: State) -> State:
         return {key: t.detach().cpu().to(dtype or t.dtype) for key, t in state.items()}
 

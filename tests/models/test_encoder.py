@@ -461,5 +461,7 @@ def test_kept_patches_of_a_dynamic_size():
     ids=lambda keep: f"{keep.dtype} {list(keep.shape)}",
 )
 def test_indices_of_a_wrong_shape_or_type_are_refused(keep):
-    with pytest.raises(ValueError, match=r"int64 patch indices \[B, K\], B = 2, got"):
+    with pytest.raises(
+        ValueError, match=r"int64 patch indices \[B, K\] or \[B \* R, K\], B = 2, got"
+    ):
         _encoder().encode(_images(), keep)

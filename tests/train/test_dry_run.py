@@ -41,7 +41,11 @@ def test_operations_are_those_of_the_closed_formula(
     embed = 2 * patches * 3 * patch**2 * width
     encoder = by_hand(context, width, depth)
     projections = 2 * (context * width * narrow + targets * length * narrow * width)
-    predictor = targets * by_hand(context + length, narrow, predictor_depth) + projections
+    both = context + length
+    # the first block reads a context once and every position once, the last writes targets only
+    read = 2 * (context + patches - targets * both) * 3 * narrow**2
+    written = targets * context * (2 * (1 + 1 + 8) * narrow**2 + 4 * both * narrow)
+    predictor = targets * by_hand(both, narrow, predictor_depth) + read - written + projections
     found = counted(recipe, context, targets, length)
     assert found.target == pytest.approx(embed + by_hand(patches, width, depth))
     assert found.context_forward == pytest.approx(embed + encoder)
@@ -52,8 +56,9 @@ def test_operations_are_those_of_the_closed_formula(
                                found.predictor))  # fmt: skip
 
 
-def test_vit_huge_needs_654_gflop_for_an_image():
-    assert counted("vith14_in1k", 68, 4, 44).total / 1e9 == pytest.approx(654, abs=1)
+def test_vit_huge_needs_less_than_the_654_gflop_of_the_published_code():
+    # 654 by the closed formula with all predictor blocks whole (61 of them the predictor's)
+    assert counted("vith14_in1k", 68, 4, 44).total / 1e9 == pytest.approx(650, abs=1)
 
 
 @pytest.mark.parametrize("mode", ["published", "unbiased"])

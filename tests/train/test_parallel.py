@@ -220,7 +220,7 @@ except ProcessError:
     ("how", "world", "who", "said"),
     [
         ("killed", 2, 0, "process 0 gave no sign of life"),
-        ("hangs", 3, 2, "process 2 gave no sign of life: killed, or hanging (machine.timeout=1 s)"),
+        ("hangs", 3, 2, "process 2 gave no sign of life: killed, or hanging (limit: 1 s)"),
         ("fails", 2, 1, "process 1 ended with FloatingPointError: the loss is nan"),
     ],
 )
@@ -270,7 +270,7 @@ def test_wrong_variables(change, message):
 
 
 def test_a_launcher_without_variables_does_not_train_alone():
-    with pytest.raises(ProcessError, match=r"SLURM_STEP_NUM_TASKS=8 .* each would train alone"):
+    with pytest.raises(ProcessError, match=r"SLURM_STEP_NUM_TASKS=8 .* each would work alone"):
         read_place({"SLURM_STEP_NUM_TASKS": "8"})
     assert read_place({"SLURM_STEP_NUM_TASKS": "1"}).world == 1
     with pytest.raises(ProcessError, match=r"SLURM_STEP_NUM_TASKS='x' is no .*correct or unset"):
@@ -327,14 +327,14 @@ def test_devices(monkeypatch):
     assert choose_device("cpu", Place(0, 2)) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", Place()) == torch.device("cpu")
-    with pytest.raises(ProcessError, match=r"finds no usable CUDA GPU.*machine.device=cpu"):
+    with pytest.raises(ProcessError, match=r"finds no usable CUDA GPU.*use the device cpu"):
         choose_device("cuda", Place())
     with pytest.raises(ProcessError, match="unknown to torch: use auto, cuda or cpu"):
         choose_device("gpu", Place())
     for name in ("meta", "mps", "xpu"):
         if name == "meta" or not getattr(torch, name).is_available():
             with pytest.raises(
-                ProcessError, match=rf"^machine\.device={name} cannot be used .*: use auto"
+                ProcessError, match=rf"^the device {name} cannot be used .*: use auto"
             ) as e:
                 choose_device(name, Place())
             assert "\n" not in str(e.value)
@@ -345,7 +345,7 @@ def test_devices(monkeypatch):
     assert choose_device("auto", Place(3, 4, 1)) == torch.device("cuda", 1)
     with pytest.raises(ProcessError, match=r"LOCAL_RANK=2, .* shows 2 GPUs.*nproc-per-node=2"):
         choose_device("auto", Place(2, 4, 2))
-    with pytest.raises(ProcessError, match=r"use machine\.device=cuda"):
+    with pytest.raises(ProcessError, match=r"use the device cuda"):
         choose_device("cuda:0", Place(1, 2, 1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm: one for each process
     assert choose_device("cuda", Place(3, 4, 3)) == torch.device("cuda", 0)

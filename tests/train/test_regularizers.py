@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_zoo.train.regularizers import VarianceCovariance
+from ijepa_zoo.train.regularizers import IsotropicGaussian, VarianceCovariance
 
 
 def by_hand(samples, share):
@@ -58,3 +58,31 @@ def test_errors():
         VarianceCovariance(-1)
     with pytest.raises(ValueError, match="two images"):
         VarianceCovariance(1.0)(torch.ones(1, 3, 4))
+
+
+def test_isotropic_gaussian_is_the_epps_pulley_statistic_of_projections():
+    samples = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).double() * 1.5
+    term = IsotropicGaussian(0.5, "tokens", directions=3)
+    term.step = 4
+    draw = torch.Generator().manual_seed(4)
+    directions = torch.randn(5, 3, generator=draw).double().numpy()
+    points = np.linspace(-5, 5, 17)
+    statistics = []
+    for direction in (directions / np.linalg.norm(directions, axis=0)).T:
+        projected = samples.numpy() @ direction
+        found = np.exp(1j * projected[:, None] * points).mean(0)
+        window = np.exp(-(points**2) / 2)
+        statistics.append(20 * np.trapezoid(np.abs(found - window) ** 2 * window, points))
+    wanted = 0.5 * np.mean(statistics)
+    assert term(samples.float().view(4, 5, 5)).item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_isotropic_gaussian_prefers_a_standard_normal_and_draws_anew():
+    term = IsotropicGaussian(1.0, "tokens")
+    normal = torch.randn(64, 16, 8, generator=torch.Generator().manual_seed(0))
+    assert term(normal).item() < 2
+    for worse in (0.2 * normal, 3 * normal, normal + 1, normal[..., :1].expand(-1, -1, 8)):
+        assert term(worse).item() > 20
+    first = term(normal).item()
+    term.step = 1
+    assert term(normal).item() != first

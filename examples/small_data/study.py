@@ -1,0 +1,196 @@
+"""Which changes of the recipe help I-JEPA on little data: many short runs, one table.
+
+Every arm is the published recipe, scaled down, with some settings changed; all arms see the same
+number of images. Figures are those of the monitors on held-out images: kNN, linear probe, RankMe.
+
+    python examples/small_data/study.py --data cifar10/train --out runs/small_data
+
+screens the small model on a CPU (7 minutes a run and thread). On a GPU, at real length:
+
+    python examples/small_data/study.py --data cifar10/train --out runs/vit_tiny --size gpu
+
+A run that is finished is not repeated, one that was interrupted goes on. Arms, seeds and steps:
+`--arms published variance`, `--seeds 0 1 2`, `--steps 3000`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES: dict[str, list[str]] = {
+    "cpu": [
+        "model.name=vit_nano8_64_ijepa", "optim.batch_size=64", "mask.cut=64",
+        "optim.duration=1000 steps", "optim.precision=fp32", "machine.device=cpu",
+        "machine.workers=0", "machine.threads=1",
+    ],
+    "gpu": [
+        "model.name=vit_tiny16_ijepa", "model.predictor_embed_dim=192",
+        "model.predictor_depth=4", "optim.batch_size=512", "mask.cut=512",
+        "optim.duration=20000 steps", "optim.precision=bf16", "machine.workers=8",
+    ],
+}  # fmt: skip
+SHARED = [
+    "model.img_size=32", "model.patch_size=4", "data.held_out=4000", "data.crop_scale=0.3,1.0",
+    "mask.min_keep=4", "log.keep=1",
+]  # fmt: skip
+SLOW = ["optim.lr=4e-4", "optim.start_lr=1e-4", "optim.final_weight_decay=0.1"]
+VARIANCE = ["optim.regularizer_weight=0.1", "optim.regularizer_over=residuals"]
+ARMS: dict[str, list[str]] = {
+    "published": [],
+    "slow": SLOW,
+    "variance": [*SLOW, *VARIANCE],
+    "variance_images": [*SLOW, "optim.regularizer_weight=0.1", "optim.regularizer_over=images"],
+    "variance_strong": [*SLOW, "optim.regularizer_weight=1", "optim.regularizer_over=residuals"],
+    "gaussian": [
+        *SLOW, "optim.regularizer=isotropic_gaussian", "optim.regularizer_weight=0.02",
+        "optim.regularizer_over=images",
+    ],
+    "unbiased": [*SLOW, *VARIANCE, "mask.mode=unbiased"],
+    "small_targets": [*SLOW, *VARIANCE, "mask.mode=unbiased", "mask.target_scale=0.05,0.1"],
+    "ema_099": [*SLOW, *VARIANCE, "optim.momentum=0.99"],
+    "layers_3": [*SLOW, *VARIANCE, "optim.target_layers=3"],
+    "masks_4": [*SLOW, *VARIANCE, "mask.per_image=4"],
+    "shared": [*SLOW, *VARIANCE, "model.predictor_context=shared"],
+    "flip": [*SLOW, *VARIANCE, "data.horizontal_flip=true"],
+    "l2": [*SLOW, *VARIANCE, "optim.loss=l2"],
+}  # fmt: skip
+
+
+def overrides(size: str, arm: str, seed: int, steps: int | None) -> list[str]:
+    """The words of `ijepa-zoo pretrain vith14_in1k` for one run."""
+    words = [*SIZES[size], *SHARED, *ARMS[arm], f"seed={seed}"]
+    if steps:
+        words.append(f"optim.duration={steps} steps")
+    total = int(next(w for w in reversed(words) if "duration" in w).split("=")[1].split()[0])
+    return [
+        *words, f"optim.warmup={total // 8} steps", f"log.monitor_every={total // 10}",
+        f"log.save_every={total // 4} steps", "log.log_every=10",
+    ]  # fmt: skip
+
+
+def start(args: argparse.Namespace, arm: str, seed: int, out: Path) -> subprocess.Popen[bytes]:
+    """One run in a process of its own."""
+    command = [
+        *(sys.executable, "-m", "ijepa_zoo.cli", "pretrain", "vith14_in1k"),
+        *overrides(args.size, arm, seed, args.steps),
+        *("--data", *args.data, "--out", str(out), "--quiet"),
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = out.with_suffix(".txt").open("ab")
+    threads = {"OMP_NUM_THREADS": "1"} if args.size == "cpu" else {}
+    return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **threads})
+
+
+def figures(out: Path) -> dict[str, float] | None:
+    """The last monitored figures of a finished run, and what it took; None if unfinished."""
+    if not (out / "export" / "config.json").exists():
+        return None
+    with (out / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    monitored = [row for row in rows if row["linear"]]
+    last, early = monitored[-1], monitored[len(monitored) // 4]
+    named = {key: float(last[key]) for key in ("loss", "knn", "linear", "rankme", "spread")}
+    return {
+        **named,
+        "early rankme": float(early["rankme"]),
+        "early linear": float(early["linear"]),
+        "step (ms)": statistics.median(float(row["time (ms)"]) for row in rows),
+    }
+
+
+def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run what is not finished, `--jobs` at a time; returns a row for each run."""
+    waiting = [(arm, seed) for seed in args.seeds for arm in args.arms]
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    rows: list[dict[str, Any]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                arm, seed = waiting.pop(0)
+                out = args.out / f"{arm}-{seed}"
+                found = figures(out)
+                if found is None:
+                    running[arm, seed] = start(args, arm, seed, out)
+                else:
+                    rows.append({"arm": arm, "seed": seed, **found})
+            for (arm, seed), process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[arm, seed]
+                found = figures(args.out / f"{arm}-{seed}")
+                if found is None:
+                    print(f"{arm}-{seed} failed: see {args.out / f'{arm}-{seed}.txt'}")
+                    continue
+                rows.append({"arm": arm, "seed": seed, **found})
+                print(f"{arm}-{seed}: linear {found['linear']:.1f}, kNN {found['knn']:.1f}")
+            time.sleep(0.5 if running else 0)
+    finally:
+        for process in running.values():
+            process.terminate()
+    return rows
+
+
+def correlations(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Spearman's rank correlation of early figures with the final linear accuracy."""
+    wanted = np.argsort(np.argsort([row["linear"] for row in rows]))
+    result = {}
+    for key in ("early rankme", "rankme", "early linear", "knn", "loss"):
+        ranks = np.argsort(np.argsort([row[key] for row in rows]))
+        result[key] = float(np.corrcoef(ranks, wanted)[0, 1])
+    return result
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean over seeds (and range of the linear accuracy), the best arm first."""
+    arms = {row["arm"] for row in rows}
+    lines = [
+        "| arm | seeds | linear | kNN | RankMe | loss | step (ms) |", "|---|---|---|---|---|---|---|"
+    ]  # fmt: skip
+    means = {}
+    for arm in arms:
+        own = [row for row in rows if row["arm"] == arm]
+        mean = {key: statistics.fmean(row[key] for row in own) for key in own[0] if key != "arm"}
+        linear = [row["linear"] for row in own]
+        spread = f" ({min(linear):.1f}-{max(linear):.1f})" if len(own) > 1 else ""
+        means[arm] = mean["linear"], (
+            f"| {arm} | {len(own)} | {mean['linear']:.1f}{spread} | {mean['knn']:.1f} | "
+            f"{mean['rankme']:.1f} | {mean['loss']:.3f} | {mean['step (ms)']:.0f} |"
+        )
+    return "\n".join([*lines, *(line for _, line in sorted(means.values(), reverse=True))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", nargs="+", required=True, help="folder of class folders")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, help="default: 1,000 on a CPU, 20,000 on a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    args = parser.parse_args()
+    rows = run_all(args)
+    if not rows:
+        sys.exit("no run is finished")
+    text = table(rows)
+    print(text)
+    (args.out / "table.md").write_text(text + "\n")
+    summary: dict[str, Any] = {"rows": rows, "settings": {arm: ARMS[arm] for arm in args.arms}}
+    if len(rows) > 2:
+        summary["rank correlation with linear"] = correlations(rows)
+    (args.out / "study.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
