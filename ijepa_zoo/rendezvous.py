@@ -21,7 +21,7 @@ _PATIENCE = 50.0  # seconds until all have come
 _GRACE = 5.0  # seconds until the others have said what happened to them
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-_START = "start with: torchrun --nproc-per-node=NUMBER_OF_GPUS -m ijepa_zoo.cli pretrain ..."
+_START = "start with: torchrun --nproc-per-node=NUMBER_OF_GPUS -m ijepa_zoo.cli COMMAND ..."
 _joins = itertools.count()  # a process may join twice through one store; keys must differ
 
 
@@ -52,7 +52,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
             if _integer(name, environment.get(name) or "1", f"correct or unset {name}") > 1:
                 raise ProcessError(
                     f"{name}={environment[name]} processes were started, but RANK and WORLD_SIZE "
-                    "are not set, so each would train alone: set them as examples/slurm does, or "
+                    "are not set, so each would work alone: set them as examples/slurm does, or "
                     + _START
                 )
         return Place()
@@ -60,7 +60,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     if missing:
         raise ProcessError(
             f"{' and '.join(given)} set, but not {' and '.join(missing)}: {_START}; or unset "
-            "them all to train in a single process"
+            "them all to work in a single process"
         )
     numbers = {name: _integer(name, environment[name]) for name in _NAMES if name[-4:] != "ADDR"}
     place = Place(
@@ -103,17 +103,17 @@ def choose_device(name: str, place: Place) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ProcessError(
-            f"machine.device={name!r} is unknown to torch: use auto, cuda or cpu"
+            f"the device {name!r} is unknown to torch: use auto, cuda or cpu"
         ) from error
     if device.type != "cuda":
         if place.world > 1 and device.type != "cpu":
-            raise ProcessError(f"machine.device={name} works in a single process only")
+            raise ProcessError(f"the device {name} works in a single process only")
         _try(device)
         return device
     if not torch.cuda.is_available():
         raise ProcessError(
-            f"machine.device={name}, but torch {torch.__version__} finds no usable CUDA GPU: look "
-            "at nvidia-smi and CUDA_VISIBLE_DEVICES, or use machine.device=cpu"
+            f"device {name}: torch {torch.__version__} finds no usable CUDA GPU: look at "
+            "nvidia-smi and CUDA_VISIBLE_DEVICES, or use the device cpu"
         )
     count = torch.cuda.device_count()
     index = place.local_rank if device.index is None else device.index
@@ -121,8 +121,8 @@ def choose_device(name: str, place: Place) -> torch.device:
         index = 0  # Slurm may show each process its own GPU only; meet() finds a shared one
     if index >= count or (place.world > 1 and device.index is not None):
         raise ProcessError(
-            f"machine.device={name} in process LOCAL_RANK={place.local_rank}, but this machine "
-            f"shows {count} GPUs: use machine.device=cuda and torchrun --nproc-per-node={count}"
+            f"device {name} in process LOCAL_RANK={place.local_rank}, but this machine shows "
+            f"{count} GPUs: use the device cuda and torchrun --nproc-per-node={count}"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
@@ -138,9 +138,7 @@ def _try(device: torch.device) -> None:
             return
         except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
             reason = re.split(r"\n|\. ", str(error))[0].rstrip(" .")
-    raise ProcessError(
-        f"machine.device={device} cannot be used here ({reason}): use auto, cuda or cpu"
-    )
+    raise ProcessError(f"the device {device} cannot be used here ({reason}): use auto, cuda or cpu")
 
 
 class Survey:
@@ -211,12 +209,12 @@ class Survey:
         if silent:
             texts.append(
                 f"process {_list(silent)} gave no sign of life: killed, or hanging "
-                f"(machine.timeout={timeout:g} s)"
+                f"(limit: {timeout:g} s)"
             )
         found = "; ".join(texts) or "the connection broke"
         return (
             f"process {place.rank} of {place.world} waited for {what} and lost the others: {found}."
-            " The same command goes on from the last checkpoint. "
+            " The same command goes on where it was. "
             f"[{cause.splitlines()[0] if cause else 'no further word'}]"
         )
 
@@ -296,7 +294,7 @@ def _compare(survey: Survey, device: torch.device) -> int:
         ) from error
     if len({kind for _, _, kind, _ in found}) > 1:
         kinds = ", ".join(f"process {r} on {host}: {kind}" for r, host, kind, _ in found)
-        raise ProcessError(f"processes on different devices ({kinds}): set machine.device")
+        raise ProcessError(f"processes on different devices ({kinds}): name one for all")
     for rank, host, _, gpu in found:
         if gpu and gpu == mine[3] and rank != place.rank:
             raise ProcessError(

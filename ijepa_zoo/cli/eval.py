@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from ..eval import Result
 
-_WEIGHTS = ("checkpoint", "network", "img_size")
+_WEIGHTS = ("checkpoint", "network", "img_size", "random")
 _RUN = ("seed", "device", "workers", "precision")
 _CHOICE = ("test", "baseline", "select_on_test")
 _TRAINING = ("epochs", "batch_size", "micro", "grad_checkpointing")
@@ -22,7 +22,8 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="PROBE")
     linear = commands.add_parser("linear", help="linear heads on frozen features")
     linear.add_argument("--task", default="classes", help="imagenet1k, cifar100, cifar10, "
-        "places205, inat18, or classes (default) for any labelled images")  # fmt: skip
+        "places205, inat18, or classes (default) for any labelled images; count, depth of "
+        "scenes")  # fmt: skip
     _add_linear(linear)
     counting = commands.add_parser("count", help="number of objects in CLEVR's scenes")
     counting.set_defaults(task="count")
@@ -35,7 +36,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     depth.add_argument("--depth-scale", type=float, metavar="N", help="dense: units in a metre")
     depth.set_defaults(run=_depth)
     knn = commands.add_parser("knn", help="nearest neighbours among frozen features")
-    knn.add_argument("--task", default="classes", help="as for linear")
+    knn.add_argument("--task", default="classes", help="as for linear; count, depth of scenes")
     _add_common(knn)
     _add_choice(knn)
     knn.set_defaults(run=_knn)
@@ -65,10 +66,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="NAME",
         help="a model of `ijepa-zoo list`, a timm name, a folder or a pretraining run")  # fmt: skip
     add("--data", required=True, metavar="DATA",
-        help="folder, hf-dataset:NAME, ...; scenes:TRAIN,TEST renders so many scenes")  # fmt: skip
+        help="folder, hf-dataset:NAME, ...; for count and depth also scenes:TRAIN,TEST, which "
+        "renders so many scenes")  # fmt: skip
     add("--out", default="results", metavar="DIR", help="of all evaluations (default: results)")
     add("--checkpoint", metavar="PATH", help="your own weights, or hf-hub:REPO")
     add("--network", choices=("target_encoder", "encoder"), help="default: the target encoder")
+    add("--random", action="store_true", help="random weights, by the seed, in their place")
     add("--img-size", type=positive, metavar="N", help="default: the model's own image size")
     add("--seed", type=count, default=0, metavar="N", help="default: 0")
     add("--device", default="auto", help="auto (default), cpu, cuda, ...")
@@ -129,10 +132,15 @@ def _knn(args: argparse.Namespace) -> int:
 
 
 def _depth(args: argparse.Namespace) -> int:
-    if args.task == "clevr":
-        args.task = "depth"
-        return _linear(args)
-    return _evaluated(args, lambda: _dense(args))
+    if args.task == "dense":
+        return _evaluated(args, lambda: _dense(args))
+    named = {"--max-depth": args.max_depth, "--depth-scale": args.depth_scale}
+    given = [name for name, value in named.items() if value is not None]
+    if given:
+        verb = "is" if len(given) == 1 else "are"
+        return complain(f"{' and '.join(given)} {verb} for depth maps: use --task dense", USAGE)
+    args.task = "depth"
+    return _linear(args)
 
 
 def _dense(args: argparse.Namespace) -> "Result":

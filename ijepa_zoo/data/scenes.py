@@ -7,6 +7,7 @@ depend on the picture's size: the same scene can be drawn small to train on and 
 import json
 import math
 import multiprocessing
+import signal
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -241,11 +242,13 @@ def _draw(
 
     draw = partial(render_scene, seed, size=size)
     indices = range(start, start + count)
-    bar = partial(tqdm, desc="scenes", total=count, unit="img", disable=not progress)
+    hide = None if progress else True  # None: tqdm shows it where standard error is a terminal
+    bar = partial(tqdm, desc="scenes", total=count, unit="img", disable=hide)
     if workers == 0:
         yield from bar(map(draw, indices))
         return
-    with multiprocessing.get_context().Pool(workers) as pool:
+    leave_interrupts = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # they are for this process
+    with multiprocessing.get_context().Pool(workers, *leave_interrupts) as pool:
         yield from bar(pool.imap(draw, indices, chunksize=16))
 
 

@@ -9,7 +9,8 @@ from .lowshot import evaluate_lowshot
 from .models import Subject, open_model
 from .nearest import evaluate_knn
 from .report import write_report
-from .result import Result, ResultError, read_result
+from .result import Result, ResultError
+from .result_files import read_result
 from .runs import EvaluationError
 from .tasks import TASKS, Protocol, Task, find_task
 

@@ -239,7 +239,7 @@ def load(
         sampler=numbers,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=leave_interrupts,
         # Forked workers share the list of images with this process, others would copy it.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
@@ -260,8 +260,13 @@ class _Caught(Dataset[EvalBatch | InputError]):
             return error
 
 
-def _leave_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+def leave_interrupts(worker: int) -> None:
+    """Called in a loader process: Ctrl-C reaches all processes, and the main one ends the others.
+
+    Args:
+        worker: Its number.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @lru_cache(maxsize=1)

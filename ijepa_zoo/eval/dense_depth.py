@@ -1,14 +1,21 @@
 """Dense depth: linear heads on frozen patch features, as DINOv2 reports it.
 
-Differences to DINOv2's `lin. 1` and `lin. 4` (arXiv 2304.07193, section 7.4, and its code): the
-four layers are the last four, the class token is left out, images are resized to the model's own
-size without crops, rotations or colour changes, and the loss is `SigLoss` alone (the published
-gradient loss takes differences along the batch). A grid of heads is trained, and the one of the
-smallest RMSE on held-out training images reads the test set.
+Figures compare with each other, and with published ones only roughly. Differences to DINOv2's
+`lin. 1` and `lin. 4` (arXiv 2304.07193, section 7.4, and its code):
+
+- `last4` are the last four layers, not four spread over the depth, and the class token is left out;
+- images are resized as a whole to the model's own size, in training (DINOv2: crops of 416 x 544,
+  rotations, colour changes; here flips alone) and in tests (DINOv2: 480 x 640). Predictions are
+  resized to the depth map, and figures are of all its pixels that count (NYU: Eigen's crop);
+- the loss is `SigLoss` alone: the published gradient loss takes differences along the batch;
+- a grid of heads is trained (with and without BatchNorm, several learning rates), and the one of
+  the smallest RMSE on held-out training images, a seeded 10 %, reads the test set, once;
+- rendered scenes have fewer bins, epochs and scores, see `SCENES`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +30,16 @@ from ..data.images import ImageError
 from ..data.sources import InputError
 from ..extraction.encoder import usable_cpus
 from ..processes import Processes, join_processes
-from .depth_metrics import METRICS, valid_pixels
+from .depth_metrics import METRICS, MIN_DEPTH, valid_pixels
 from .depth_pictures import depth_picture
 from .depth_scores import Row, measure
 from .depth_training import NYU, SCENES, DepthProtocol, DepthTraining
 from .epoch_state import EpochState
 from .models import Subject, as_subject, check_model
+from .notes import of_all_processes, undecoded
 from .result import Head, Result
 from .runs import once, run_folder
+from .words import counted, option, other_epochs
 
 _TRIED = 20  # pairs that are read before the work, until one can be
 _MAX_DEPTH = 10.0  # metres, where the data set does not say: rooms
@@ -57,6 +66,7 @@ def evaluate_dense_depth(
     checkpoint: str | None = None,
     network: str | None = None,
     img_size: int | None = None,
+    random: bool = False,
     progress: bool = False,
 ) -> Result:
     """Train depth heads on frozen patch features and measure the best one on the test set.
@@ -86,6 +96,7 @@ def evaluate_dense_depth(
         checkpoint: See `open_model`; for a model that is named.
         network: See there.
         img_size: See there.
+        random: See there.
         progress: Show progress bars.
 
     Returns:
@@ -96,28 +107,31 @@ def evaluate_dense_depth(
         ValueError: An argument or the model does not fit, or features are not finite.
         EvaluationError: Another process works on the same evaluation.
     """
-    protocol = protocol or (SCENES if str(data).startswith("scenes:") else NYU)
+    rendered = str(data).startswith("scenes:")
+    _check_units(rendered, max_depth, depth_scale)
+    usual = protocol or (SCENES if rendered else NYU)
     protocol = replace(
-        protocol,
-        epochs=protocol.epochs if epochs is None else epochs,
-        batch_size=protocol.batch_size if batch_size is None else batch_size,
+        usual,
+        epochs=usual.epochs if epochs is None else epochs,
+        batch_size=usual.batch_size if batch_size is None else batch_size,
     )
+    notes = other_epochs(protocol.epochs, usual.epochs, "protocol")
     workers = min(8, usable_cpus()) if workers is None else workers
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, baseline=baseline, **options)
+    check_model(model, baseline=baseline, random=random, **options)
     with join_processes(device) as processes:
         shown = progress and processes.rank == 0
         pairs = open_depth(
             data, seed=seed, depth_scale=depth_scale, workers=workers, progress=shown
         )
-        limit = max_depth or pairs.max_depth or _MAX_DEPTH
+        limit = max_depth if max_depth is not None else pairs.max_depth or _MAX_DEPTH
         _check(protocol, pairs, limit, processes.world)
         workers = 0 if isinstance(pairs.train, SceneDepths) else workers
         if precision == "auto":
             precision = "bfloat16" if processes.device.type == "cuda" else "float32"
-        subject = as_subject(model, **options)
+        subject = as_subject(model, random=random, seed=seed, **options)
         common = (pairs, protocol, limit, seed, precision, workers, processes)
-        how = (Path(out), cached, select_on_test, pictures, shown)
+        how = (Path(out), cached, select_on_test, pictures, notes, shown)
         result, folder = _evaluate(subject, common, *how)
         if baseline and not any("random weights" in name for name in result.baselines):
             untrained = subject.untrained(seed)
@@ -139,6 +153,7 @@ def _evaluate(
     cached: bool,
     select_on_test: bool,
     pictures: int,
+    notes: list[str],
     progress: bool,
 ) -> tuple[Result, Path]:
     """One model; from its folder where its result is there already."""
@@ -153,7 +168,7 @@ def _evaluate(
         result, drawn = _measure(training, subject, select_on_test, pictures, progress)
         if drawn and training.processes.rank == 0:
             depth_picture(drawn, training.max_depth).save(folder / "predictions.png")
-        return result
+        return replace(result, notes=[*notes, *result.notes])
 
     result = once(folder, training.processes, training.precision, work)
     if training.processes.rank == 0:
@@ -161,12 +176,26 @@ def _evaluate(
     return result, folder
 
 
+def _check_units(rendered: bool, max_depth: float | None, depth_scale: float | None) -> None:
+    """Refuse a range that holds no depth, and units of what has none."""
+    if max_depth is not None and not MIN_DEPTH < max_depth < math.inf:
+        raise ValueError(
+            f"{option('max_depth')} is {max_depth:g}: depths from {MIN_DEPTH:g} to it count, so "
+            "give a larger one, such as 10"
+        )
+    if rendered and depth_scale is not None:
+        raise ValueError(
+            f"{option('depth_scale')} holds for depth files, and rendered scenes have none: leave "
+            "it out"
+        )
+
+
 def _check(protocol: DepthProtocol, pairs: DepthData, limit: float, world: int) -> None:
     """Refuse what would fail later, or give figures without a meaning."""
     if protocol.epochs < 1 or protocol.batch_size < 1 or protocol.batch_size % world:
         raise ValueError(
-            f"{protocol.epochs} epochs with batches of {protocol.batch_size} over {world} "
-            "processes: at least one epoch, and a batch that the processes can share equally"
+            f"epochs is {protocol.epochs}, batch_size {protocol.batch_size} and processes are "
+            f"{world}: at least one epoch, and a batch that the processes can share equally"
         )
     if len(pairs.train) < 4 or not len(pairs.test):
         raise InputError(f"{len(pairs.train)} training and {len(pairs.test)} test pairs: at least "
@@ -178,8 +207,8 @@ def _check(protocol: DepthProtocol, pairs: DepthData, limit: float, world: int) 
             raise InputError(
                 f"no pixel of the depth map of '{data.name(0)}' counts: its depths span "
                 f"{depth.min():g} to {depth.max():g}, and those from 0.001 to {limit:g} count. "
-                "Give the units with depth_scale (--depth-scale), the range with max_depth "
-                "(--max-depth)"
+                f"Give the units with {option('depth_scale')}, the range with "
+                f"{option('max_depth')}"
             )
 
 
@@ -199,12 +228,12 @@ def _measure(
 ) -> tuple[Result, list[Row]]:
     """Choose a head on held-out training images; it reads the test set."""
     pairs, specs = training.pairs, training.heads.specs
-    held_out, _ = measure(training, training.feed, training.choose, None, 0, progress)
+    held_out, kept, _ = measure(training, training.feed, training.choose, None, 0, progress)
     rmse = held_out[: len(specs), 0]
     test_feed = training.feed.of(pairs.test)
     everything = np.arange(len(pairs.test))
     only = None if select_on_test else int(rmse.argmin())
-    test, rows = measure(training, test_feed, everything, only, pictures, progress)
+    test, count, rows = measure(training, test_feed, everything, only, pictures, progress)
     best = int(test[: len(specs), 0].argmin()) if only is None else 0
     chosen = best if only is None else only
     constant, mean_map = test[-2:]
@@ -214,7 +243,10 @@ def _measure(
     heads = [
         Head(spec.name, float(rmse[i]), tested.get(i), losses[i]) for i, spec in enumerate(specs)
     ]
-    broken = {**training.feed.broken, **test_feed.broken}
+    broken, test_broken = (
+        of_all_processes(feed.broken, training.processes) for feed in (training.feed, test_feed)
+    )
+    fitted = sum(pairs.train.name(index) not in broken for index in training.fit.tolist())
     drawn = [(pixels, depth, predicted[best]) for pixels, depth, predicted in rows]
     result = Result(
         task=f"dense depth, {pairs.name}",
@@ -225,18 +257,36 @@ def _measure(
         selection="the test set" if select_on_test else "a seeded 10 % of the training images",
         heads=heads,
         protocol=asdict(training.protocol) | {"max_depth": training.max_depth, "crop": pairs.crop},
-        data={"train": pairs.train.fingerprint(), "test": pairs.test.fingerprint()},
-        images={"fit": len(training.fit), "choose": len(training.choose), "test": len(everything)},
+        data=_record(pairs),
+        images={"fit": fitted, "choose": kept, "test": count},
         seed=training.seed,
         measure="RMSE",
         unit=pairs.unit,
         higher_is_better=False,
         others=dict(zip(METRICS[1:], test[best, 1:].tolist())),
         baselines=_baselines(constant, mean_map),
-        notes=[f"left out: {name}: {reason}" for name, reason in broken.items()],
+        notes=[
+            *undecoded(broken | test_broken, "pair"),
+            *_blank(len(everything) - len(test_broken) - count),
+        ],
         seconds=training.seconds,
     )
     return result, drawn
+
+
+def _record(pairs: DepthData) -> dict[str, Any]:
+    """The data as results record them."""
+    return {
+        name: {"split": pairs.split, "images": len(part), "fingerprint": part.fingerprint()}
+        for name, part in (("train", pairs.train), ("test", pairs.test))
+    }
+
+
+def _blank(pairs: int) -> list[str]:
+    """A note on test pairs without a pixel that counts."""
+    if not pairs:
+        return []
+    return [f"{counted(pairs, 'test pair')} without a pixel that counts: not among those tested"]
 
 
 def _baselines(constant: Tensor, mean_map: Tensor) -> dict[str, float]:

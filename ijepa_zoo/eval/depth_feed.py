@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.depth_pairs import DepthSet
 from ..data.images import ImageError
 from ..extraction.encoder import Encoder
+from .batches import leave_interrupts
 from .tasks import View
 from .views import fixed_pixels
 
@@ -177,7 +178,12 @@ class DepthFeed:
         mirrored: bool,
     ) -> Iterator[DepthBatch]:
         pairs = _Pairs(self.data, plan, self.encoder.size, full)
-        loader = DataLoader(pairs, batch_size=None, num_workers=self.workers)
+        loader = DataLoader(
+            pairs,
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=leave_interrupts,
+        )
         waiting: deque[tuple[Tensor, list[Tensor], Indices]] = deque()
 
         def batches() -> Iterator[tuple[Tensor, list[str | None]]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.sources import InputError
+from .bars import progress_bar
 from .depth_feed import DepthBatch, DepthFeed, Indices
 from .depth_metrics import METRICS, depth_figures, valid_pixels
 from .depth_training import DepthTraining
@@ -22,24 +22,23 @@ def measure(
     only: int | None,
     pictures: int,
     progress: bool,
-) -> tuple[Tensor, list[Row]]:
+) -> tuple[Tensor, int, list[Row]]:
     """Mean figures over images of the heads (or one), of the mean depth and of the mean map.
 
     Returns:
-        `[H + 2, 8]`, and the image, depth and predictions `[H, h, w]` of evenly spaced images, on
-        the process that has them.
+        `[H + 2, 8]`, the number of images that they are of, and the image, depth and predictions
+        `[H, h, w]` of evenly spaced images, on the process that has them.
     """
     processes = training.processes
     blind = training.mean_maps()
     heads = len(training.heads.specs) if only is None else 1
     total = torch.zeros(heads + 2, len(METRICS), dtype=torch.float64)
-    count = torch.zeros(1)
+    count = torch.zeros(1, dtype=torch.int64)
     rows: list[Row] = []
     mine = indices[processes.rank :: processes.world]
     evenly = np.linspace(0, len(mine), min(pictures, len(mine)), endpoint=False).astype(int)
     shown = set(mine[evenly].tolist())
-    hidden = not progress or processes.rank > 0
-    with tqdm(total=len(mine), desc="measuring", unit="img", disable=hidden) as bar:
+    with progress_bar(progress and processes.rank == 0, len(mine), "measuring") as bar:
         for batch in feed.for_testing(mine, training.protocol.batch_size):
             predictions = _both_sides(training, batch, only)
             bar.update(len(batch.indices))
@@ -57,7 +56,7 @@ def measure(
     if not count:
         raise InputError("no pair of the set could be read, or none has a pixel that counts: "
                          + next(iter(feed.broken.values()), "see max_depth"))  # fmt: skip
-    return processes.sum(total) / count, rows
+    return processes.sum(total) / count, int(count), rows
 
 
 @torch.inference_mode()

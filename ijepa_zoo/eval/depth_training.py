@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..data.depth_pairs import DepthData
 from ..processes import Processes
 from ..seeds import Stream, numpy_generator
+from .bars import progress_bar
 from .depth_feed import DepthBatch, DepthFeed, Indices
 from .depth_heads import DepthHeads, DepthHeadSpec, lr_scale
 from .depth_metrics import scale_invariant_loss, valid_pixels
@@ -127,14 +127,12 @@ class DepthTraining:
         show = progress and self.processes.rank == 0
         if cached and self.epoch < self.protocol.epochs:
             # every process draws from all images, so each encodes all
-            with tqdm(total=len(self.fit), desc="encoding", unit="img", disable=not show) as bar:
+            with progress_bar(show, len(self.fit), "encoding") as bar:
                 for count in self.feed.store(self.fit, self.protocol.batch_size):
                     bar.update(count)
         steps = self._steps()
-        with tqdm(
-            total=steps * self.protocol.epochs, initial=steps * self.epoch, disable=not show,
-            desc="depth heads", unit="step",
-        ) as bar:  # fmt: skip
+        total, done = steps * self.protocol.epochs, steps * self.epoch
+        with progress_bar(show, total, "depth heads", "step", done) as bar:
             while self.epoch < self.protocol.epochs:
                 self._train_epoch(bar)
                 self.epoch += 1

@@ -9,20 +9,23 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
+from ..data.sources import InputError
 from ..extraction.encoder import usable_cpus
 from ..processes import Processes, join_processes
+from .bars import progress_bar
 from .cache import files_state
 from .epoch_state import EpochState
 from .feeds import decoded, refuse_undecoded
 from .finetune_training import FineTuning
 from .models import Subject, as_subject, check_model
+from .notes import lost_classes, of_all_processes, undecoded
 from .recipes import FULL, FineTuneRecipe
 from .result import Head, Result, wilson_interval
 from .runs import once, run_folder
-from .sets import EvalSet, open_task
+from .sets import EvalSet, data_record, open_task
 from .tasks import Task, find_task
+from .words import other_epochs
 
 
 def evaluate_finetune(
@@ -44,6 +47,7 @@ def evaluate_finetune(
     checkpoint: str | None = None,
     network: str | None = None,
     img_size: int | None = None,
+    random: bool = False,
     progress: bool = False,
 ) -> Result:
     """Fine-tune a copy of a model on all training images, and test it after the last epoch.
@@ -70,6 +74,7 @@ def evaluate_finetune(
         checkpoint: See `open_model`; for a model that is named.
         network: See there.
         img_size: See there.
+        random: See there; then it is a training from scratch.
         progress: Show a progress bar.
 
     Returns:
@@ -82,20 +87,35 @@ def evaluate_finetune(
         EvaluationError: Another process works on the same evaluation.
     """
     chosen = find_task(task) if isinstance(task, str) else task
-    recipe = recipe if epochs is None else recipe.with_epochs(epochs)
-    recipe = with_batch(recipe, batch_size)
+    refuse_scenes(chosen)
+    shown = recipe if epochs is None else recipe.with_epochs(epochs)
+    notes = other_epochs(shown.epochs, recipe.epochs, "recipe")
+    recipe = with_batch(shown, batch_size)
     workers = min(8, usable_cpus()) if workers is None else workers
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, **options)
+    check_model(model, random=random, **options)
     with join_processes(device) as processes:
         sets = open_task(chosen, data, seed, test=test, workers=workers)
-        subject = as_subject(model, **options)
+        subject = as_subject(model, random=random, seed=seed, **options)
         training = prepare(
             subject, sets[0], recipe, seed, processes, micro, grad_checkpointing, workers, precision
         )
-        result = run(chosen, subject, training, sets, Path(out), "finetune", progress)
+        result = run(chosen, subject, training, sets, Path(out), "finetune", notes, progress)
         processes.barrier("the result of process 0")
     return result
+
+
+def refuse_scenes(task: Task) -> None:
+    """Refuse a task whose answers random crops would change.
+
+    Raises:
+        InputError: It counts or measures what is in a scene.
+    """
+    if task.kind != "classes":
+        raise InputError(
+            f"fine-tuning crops images at random, which changes the answers of {task.title}: use a "
+            "task of classes, or `eval count` or `eval depth`, which crop nothing"
+        )
 
 
 def with_batch(recipe: FineTuneRecipe, batch_size: int | None) -> FineTuneRecipe:
@@ -141,9 +161,21 @@ def run(
     sets: tuple[EvalSet, EvalSet],
     out: Path,
     method: str,
+    notes: list[str],
     progress: bool,
 ) -> Result:
-    """Train and test; from the folder where the result is there already."""
+    """Train and test; from the folder where the result is there already.
+
+    Args:
+        task: What is measured.
+        subject: The model that `training` has a copy of.
+        training: Ready to run.
+        sets: Training and test set.
+        out: Folder of all evaluations.
+        method: What results call it.
+        notes: What a reader must know of the recipe.
+        progress: Show a progress bar.
+    """
     train, test = sets
     processes, recipe = training.processes, training.recipe
     about = subject.describe()
@@ -161,11 +193,11 @@ def run(
     state = EpochState(folder / "state.pt", settings)
 
     def work() -> Result:
-        hide = None if progress and processes.rank == 0 else True
         images = recipe.epochs * training.batches.steps * training.batches.batch_size
-        with tqdm(total=images, desc=folder.name, unit="img", disable=hide) as bar:
+        with progress_bar(progress and processes.rank == 0, images, folder.name) as bar:
             training.run(state, bar)
-        return _result(task, subject, training, sets, method, settings)
+        result = _result(task, subject, training, sets, method, settings)
+        return replace(result, notes=[*notes, *result.notes])
 
     result = once(folder, processes, training.settings()["precision"], work)
     if processes.rank == 0:
@@ -182,12 +214,13 @@ def _result(
     protocol: dict[str, Any],
 ) -> Result:
     train, test = sets
-    fitted = decoded(train, np.arange(len(train)), training.broken, training.processes)
+    everything = np.arange(len(train))
+    fitted = decoded(train, everything, training.broken, training.processes)
     right, total = training.right_answers(test)
     refuse_undecoded("test", test, np.arange(len(test)), total, training.broken)
     figure = 100 * right / total
-    notes = [*train.notes, *test.notes]
-    notes += [f"could not be decoded: {name}: {why}" for name, why in training.broken.items()]
+    broken = of_all_processes(training.broken, training.processes)
+    lost = lost_classes(train, everything, broken)
     published = training.recipe.paper if task.name == "imagenet1k" else {}
     return Result(
         task=task.name,
@@ -198,11 +231,11 @@ def _result(
         selection="nothing: it is the state after the last epoch",
         heads=[Head("last epoch", None, figure, training.loss)],
         protocol=protocol,
-        data={"train": train.fingerprint(), "test": test.fingerprint()},
+        data=data_record(train, test),
         images={"fit": fitted, "test": total},
         seed=training.seed,
         interval=wilson_interval(right, total),
         paper=published.get(subject.paper_name or ""),
-        notes=notes,
+        notes=[*train.notes, *test.notes, *undecoded(broken), *lost],
         seconds=training.seconds,
     )

@@ -15,7 +15,7 @@ from .check import convex_check
 from .epoch_state import EpochState
 from .feeds import CachedFeed, Feed, OnlineFeed, refuse_undecoded
 from .models import Subject, as_subject, check_model
-from .probe import Probe, notes_of, open_probe, protocol_record
+from .probe import Probe, notes_of, open_probe, protocol_record, refuse_no_choice
 from .representations import BlockFeatures, RawPixels, Representations
 from .result import Head, Result, wilson_interval
 from .runs import once, run_folder
@@ -23,7 +23,12 @@ from .tasks import Task, find_task
 from .training import Trained, count_right, train
 
 _CROPS_STAND = (
-    "cached: the fixed view of tests and its mirror image stand for the protocol's random crops"
+    "cached: each image and its mirror image are encoded once, in the fixed view of tests, which "
+    "stands for the protocol's random crops"
+)
+_NO_CROPS = (
+    "cached: each image and its mirror image are encoded once, as the protocol has them (its only "
+    "random view is the flip)"
 )
 
 
@@ -46,6 +51,7 @@ def evaluate_linear(
     checkpoint: str | None = None,
     network: str | None = None,
     img_size: int | None = None,
+    random: bool = False,
     progress: bool = False,
 ) -> Result:
     """Train linear heads on a frozen encoder with the protocol of the task, and test the best one.
@@ -77,6 +83,7 @@ def evaluate_linear(
         checkpoint: Weights for a model that is named; see `create_model`.
         network: Which network of them; see there.
         img_size: Image size in pixels for a model that is named; default: its own.
+        random: Random weights, by the seed, in the place of those of a model that is named.
         progress: Show progress bars, where standard error is a terminal.
 
     Returns:
@@ -89,7 +96,7 @@ def evaluate_linear(
     """
     chosen = find_task(task) if isinstance(task, str) else task
     options = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, baseline=baseline, **options)
+    check_model(model, baseline=baseline, random=random, **options)
     with join_processes(device) as processes:
         probe = open_probe(
             *(chosen, data, out, processes),
@@ -101,7 +108,8 @@ def evaluate_linear(
             workers=workers,
             progress=progress,
         )
-        subject = as_subject(model, **options)
+        refuse_no_choice(probe, select_on_test)
+        subject = as_subject(model, random=random, seed=seed, **options)
         source = BlockFeatures(subject, device=str(processes.device), precision=precision)
         result, folder = _evaluate(probe, source, cached)
         if baseline and not result.baselines:
@@ -176,8 +184,7 @@ def _measure(
     notes = notes_of(probe, feed.broken)
     check = None
     if isinstance(feed, CachedFeed):
-        if probe.protocol.view.shape != "square":
-            notes.insert(0, _CROPS_STAND)
+        notes.insert(0, _NO_CROPS if probe.protocol.view.shape == "square" else _CROPS_STAND)
         check = convex_check(feed, source, grid, chosen, held_out[chosen])
         notes += [check["warning"]] if check and check.get("warning") else []
     columns = zip(grid.specs, held_out, test, trained.losses)

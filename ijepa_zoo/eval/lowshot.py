@@ -17,7 +17,7 @@ from ..data.labelled import Numbers, Part
 from ..data.sources import InputError
 from ..processes import join_processes
 from .feeds import CachedFeed
-from .finetune import prepare, run, with_batch
+from .finetune import prepare, refuse_scenes, run, with_batch
 from .logistic import L2S, choose_logistic, fit_logistic
 from .models import Subject, as_subject, check_model
 from .probe import Probe, notes_of, open_probe
@@ -27,8 +27,7 @@ from .result import Head, Result, wilson_interval
 from .runs import once, run_folder
 from .sets import EvalSet, split_to_choose
 from .tasks import Task, find_task
-
-_NAMED = 3  # examples in a message
+from .words import counted, option, other_epochs, some
 
 
 def evaluate_lowshot(
@@ -51,6 +50,7 @@ def evaluate_lowshot(
     checkpoint: str | None = None,
     network: str | None = None,
     img_size: int | None = None,
+    random: bool = False,
     progress: bool = False,
 ) -> Result:
     """Learn from the few training images that a list names, and test on the whole test set.
@@ -78,6 +78,7 @@ def evaluate_lowshot(
         checkpoint: See there.
         network: See there.
         img_size: See there.
+        random: See there.
         progress: See there.
 
     Raises:
@@ -87,29 +88,40 @@ def evaluate_lowshot(
     """
     chosen = find_task(task) if isinstance(task, str) else task
     given = {"epochs": epochs, "batch_size": batch_size, "micro": micro}
-    unused = [name for name, value in given.items() if value is not None and not finetune]
-    if unused:
-        raise ValueError(f"{', '.join(unused)} hold for fine-tuning alone: use finetune too")
+    unused = [option(name) for name, value in given.items() if value is not None]
+    unused += [option("grad_checkpointing")] if grad_checkpointing else []
+    if unused and not finetune:
+        raise ValueError(
+            f"{', '.join(unused)}: for fine-tuning alone, use {option('finetune')} too"
+        )
+    if finetune:
+        refuse_scenes(chosen)
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, **options)
+    check_model(model, random=random, **options)
     with join_processes(device) as processes:
         probe = open_probe(
             *(chosen, data, out, processes),
             test=test, seed=seed, workers=workers, progress=progress,
         )  # fmt: skip
         probe = few_labels(probe, files)
-        subject = as_subject(model, **options)
+        if not finetune and not len(probe.choose):
+            raise InputError(
+                f"'{files}' names {counted(len(probe.train), 'image')}, too few to choose a "
+                "penalty by: name more, at least two of a class and ten of all"
+            )
+        subject = as_subject(model, random=random, seed=seed, **options)
         if finetune:
             recipe = few_labels_recipe(subject.model)
-            recipe = with_batch(
-                recipe if epochs is None else recipe.with_epochs(epochs), batch_size
-            )
+            shorter = recipe if epochs is None else recipe.with_epochs(epochs)
+            notes = other_epochs(shorter.epochs, recipe.epochs, "recipe")
+            recipe = with_batch(shorter, batch_size)
             training = prepare(
                 *(subject, probe.train, recipe, seed, processes, micro, grad_checkpointing),
                 *(probe.workers, precision),
             )
             sets = (probe.train, probe.test)
-            result = run(chosen, subject, training, sets, Path(out), "lowshot-finetune", progress)
+            how = "lowshot-finetune", notes, progress
+            result = run(chosen, subject, training, sets, Path(out), *how)
         else:
             source = BlockFeatures(subject, device=str(processes.device), precision=precision)
             result = _regression(probe, source)
@@ -130,17 +142,16 @@ def few_labels(probe: Probe, files: str | Path) -> Probe:
     present = counts[counts > 0]
     if len(present) < 2:
         raise InputError(f"the images of '{files}' are all of one class, at least two are needed")
+    each = f"{present.min()} to {present.max()}" if present.min() < present.max() else present[0]
     notes = [
         *train.notes,
-        f"{len(rows)} of {len(train)} training images, {present.min()} to {present.max()} of a "
-        f"class, named by '{Path(files).name}'",
+        f"{len(rows)} of {len(train)} training images, {each} of a class, named by "
+        f"'{Path(files).name}'",
     ]
     if len(present) < len(counts):
         notes.append(f"{len(counts) - len(present)} of {len(counts)} classes have no listed image")
     few = EvalSet(Part(train.images, rows), labels, train.classes, train.split, tuple(notes))
     fit, choose = split_to_choose(few, probe.seed)
-    if not len(choose):
-        raise InputError(f"'{files}' names {len(rows)} images, too few to choose a penalty by")
     return replace(probe, train=few, fit=fit, choose=choose)
 
 
@@ -172,13 +183,13 @@ def listed_rows(train: EvalSet, files: str | Path) -> Numbers:
     if missing:
         raise InputError(
             f"{len(missing)} of the {len(wanted)} images of '{files}' are not among the training "
-            f"images: {_some(missing)}; those are called, for example, '{train.images.name(0)}'"
+            f"images: {some(missing)}; those are called, for example, '{train.images.name(0)}'"
         )
     several = [name for name in wanted if len(places[name]) > 1]
     if several:
         example = " and ".join(f"'{train.images.name(row)}'" for row in places[several[0]][:2])
         raise InputError(
-            f"{len(several)} names of '{files}' mean several images ({_some(several)}: {example}): "
+            f"{len(several)} names of '{files}' mean several images ({some(several)}: {example}): "
             "write them with the folder, CLASS/NAME"
         )
     return np.array(sorted({places[name][0] for name in wanted}), np.int64)
@@ -192,10 +203,6 @@ def _places(train: EvalSet, depths: Iterable[int]) -> dict[str, list[int]]:
         for depth in depths:
             found["/".join(parts[-depth - 1 :])].append(row)
     return found
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def _regression(probe: Probe, source: BlockFeatures) -> Result:

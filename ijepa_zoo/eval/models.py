@@ -17,8 +17,12 @@ from ..features import FeatureExtractor
 from ..models.factory import create_model
 from ..models.predictor import PREDICTORS
 from ..seeds import Stream, fold
+from ..weights.catalog import checkpoints, find
+from .timm_weights import weights_within_reach
+from .words import option
 
-_TIMM, _SOURCES = "timm:", ("local-dir:", "hf-hub:")
+_TIMM, _FOLDER = "timm:", "local-dir:"
+_SOURCES = (_FOLDER, "hf-hub:")
 _LARGEST = 4096  # pixels of a side
 _NAMELESS = "a baseline with random weights needs the model's name in the place of the model"
 
@@ -65,15 +69,21 @@ class Subject:
         return open_model(self.given, random=True, seed=seed, img_size=self.img_size)
 
 
-def as_subject(model: str | nn.Module | Subject, **options: Any) -> Subject:
+def as_subject(
+    model: str | nn.Module | Subject, *, random: bool = False, seed: int = 0, **options: Any
+) -> Subject:
     """The model that a name, with the options of `open_model`, or an object stands for."""
     if isinstance(model, str):
-        return open_model(model, **options)
+        return open_model(model, random=random, seed=seed, **options)
     return model if isinstance(model, Subject) else Subject(model, model_name(model))
 
 
 def check_model(
-    model: str | nn.Module | Subject, *, baseline: bool = False, **options: Any
+    model: str | nn.Module | Subject,
+    *,
+    baseline: bool = False,
+    random: bool = False,
+    **options: Any,
 ) -> None:
     """Refuse what `as_subject` or `Subject.untrained` would, before any work.
 
@@ -81,10 +91,15 @@ def check_model(
         ValueError: No model is called that, or an option does not hold for it.
         TypeError: It is no ViT.
     """
+    if random and baseline:
+        raise ValueError(
+            f"{option('random')} is the baseline itself: leave {option('baseline')} out"
+        )
     if isinstance(model, str):
-        _source(model, options.get("checkpoint"), options.get("network"))
+        _check_options(model, random, **options)
         return
     given = [name for name, value in options.items() if value is not None]
+    given += ["random"] if random else []
     if given:
         raise ValueError(f"{', '.join(given)} hold for a model that is named: leave them out")
     if baseline and (not isinstance(model, Subject) or model.given is None):
@@ -105,7 +120,8 @@ def open_model(
     Args:
         name: A model of this package (`vit_huge14_ijepa.in1k`), any timm name
             (`vit_small_patch14_dinov2.lvd142m`, with or without `timm:` before it), a folder, among
-            them those of pretraining runs, `local-dir:FOLDER` or `hf-hub:REPO`.
+            them those of pretraining runs, `local-dir:FOLDER` or `hf-hub:REPO`, or a folder that
+            timm has saved, `timm:local-dir:FOLDER`.
         random: The same architecture with random weights in the place of its own.
         seed: Decides the random weights.
         checkpoint: See :func:`ijepa_zoo.create_model`.
@@ -116,18 +132,18 @@ def open_model(
         ValueError: No model is called that.
         TypeError: It is no ViT.
         ijepa_zoo.weights.layouts.CheckpointError: The weights do not exist or do not fit.
+        ijepa_zoo.weights.fetch.FetchError: They are out of reach.
     """
-    source, ours = _source(name, checkpoint, network)
-    if img_size and img_size > _LARGEST:
-        raise ValueError(f"img_size is {img_size}; images of up to {_LARGEST} pixels are read")
+    source, ours = _check_options(name, random, checkpoint, network, img_size)
     size: dict[str, Any] = {"img_size": img_size} if img_size else {}
+    overlay = {} if ours or random else weights_within_reach(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, Stream.EVAL_INIT))
         if ours:
             own: dict[str, Any] = {} if random else {"checkpoint": checkpoint, "network": network}
             model = create_model(source, pretrained=not random, **own, **size)
         else:
-            model = _timm_model(source, pretrained=not random, num_classes=0, **size)
+            model = _timm_model(source, pretrained=not random, num_classes=0, **size, **overlay)
     model.eval()
     if random:
         return Subject(model, f"{name}, random weights", given=name, img_size=img_size)
@@ -139,13 +155,52 @@ def open_model(
     return Subject(model, released or name, released, name, img_size)
 
 
-def _source(name: str, checkpoint: str | None, network: str | None) -> tuple[str, bool]:
+def _check_options(
+    name: str,
+    random: bool,
+    checkpoint: str | None = None,
+    network: str | None = None,
+    img_size: int | None = None,
+) -> tuple[str, bool]:
     """What the model is made from, and whether this package makes it."""
+    if img_size is not None and not 0 < img_size <= _LARGEST:
+        raise ValueError(
+            f"img_size is {img_size}; images of 1 to {_LARGEST} pixels a side are read"
+        )
+    if random and (checkpoint or network):
+        raise ValueError(
+            f"{option('checkpoint')} and {option('network')} name weights, "
+            f"{option('random')} takes none: leave one of them out"
+        )
     source = f"local-dir:{name}" if os.path.isdir(name) else name
-    if source.startswith(_SOURCES) or source.partition(".")[0] in PREDICTORS:
-        return source, True
-    source = source.removeprefix(_TIMM)
-    if not timm.is_model(source):
+    ours = source.startswith(_SOURCES) or source.partition(".")[0] in PREDICTORS
+    if ours and not (random or checkpoint):
+        _refuse_unreleased(source)
+    return (source, True) if ours else (_timm_source(source, checkpoint, network), False)
+
+
+def _refuse_unreleased(source: str) -> None:
+    """Refuse a name of this package that has no weights, in the words of evaluations."""
+    model, _, tag = source.partition(".")
+    if source.startswith(_SOURCES) or find(model, tag or None) is not None:
+        return
+    known = [record.name for record in checkpoints() if record.model == model]
+    raise ValueError(
+        f"there are no released weights of {source}{'; known: ' if known else ''}"
+        f"{', '.join(known)}: name a file of your own, {option('checkpoint')}, or evaluate random "
+        f"weights, {option('random')}"
+    )
+
+
+def _timm_source(name: str, checkpoint: str | None, network: str | None) -> str:
+    """The name by which timm makes the model.
+
+    Raises:
+        ValueError: timm has no such model, or an option does not hold for its models.
+        TypeError: It is no ViT.
+    """
+    source = name.removeprefix(_TIMM)
+    if not source.startswith(_FOLDER) and not timm.is_model(source):
         raise ValueError(f"no model is called {name!r}{_similar(source)}")
     if checkpoint or network:
         raise ValueError(
@@ -154,7 +209,7 @@ def _source(name: str, checkpoint: str | None, network: str | None) -> tuple[str
         )
     with torch.device("meta"):  # a look at its class, without weights
         FeatureExtractor(_timm_model(source, pretrained=False), "last4")
-    return source, False
+    return source
 
 
 def _timm_model(source: str, **kwargs: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from ..processes import join_processes
 from .feeds import CachedFeed
 from .knn import KS, TEMPERATURES, knn_correct
 from .models import Subject, as_subject, check_model
-from .probe import Probe, notes_of, open_probe
+from .probe import Probe, notes_of, open_probe, refuse_no_choice
 from .representations import BlockFeatures, RawPixels, Representations
 from .result import Head, Result, wilson_interval
 from .runs import once, run_folder
@@ -40,6 +40,7 @@ def evaluate_knn(
     checkpoint: str | None = None,
     network: str | None = None,
     img_size: int | None = None,
+    random: bool = False,
     progress: bool = False,
 ) -> Result:
     """Classify test images by their nearest training images; see `knn_correct`.
@@ -63,6 +64,7 @@ def evaluate_knn(
         checkpoint: See there.
         network: See there.
         img_size: See there.
+        random: See there.
         progress: See there.
 
     Raises:
@@ -72,7 +74,7 @@ def evaluate_knn(
     """
     chosen = find_task(task) if isinstance(task, str) else task
     options = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, baseline=baseline, **options)
+    check_model(model, baseline=baseline, random=random, **options)
     with join_processes(device) as processes:
         probe = open_probe(
             *(chosen, data, out, processes),
@@ -82,7 +84,8 @@ def evaluate_knn(
             workers=workers,
             progress=progress,
         )
-        subject = as_subject(model, **options)
+        refuse_no_choice(probe, select_on_test)
+        subject = as_subject(model, random=random, seed=seed, **options)
         settings = {"device": str(processes.device), "precision": precision}
         source = BlockFeatures(subject, **settings)
         result, folder = _evaluate(probe, source)

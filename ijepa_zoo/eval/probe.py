@@ -10,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..data.labelled import Numbers
+from ..data.sources import InputError
 from ..extraction.encoder import Batch, usable_cpus
 from ..processes import Processes
+from .bars import progress_bar
 from .batches import EvalBatch, OrderedBatches, load
 from .cache import CachedFeatures, cached_features, files_state
+from .notes import lost_classes, of_all_processes, undecoded
 from .representations import Representations
-from .sets import EvalSet, open_task, split_to_choose
+from .sets import CHOOSE_SHARE, EvalSet, data_record, open_task, split_to_choose
 from .tasks import Protocol, Task
+from .words import counted, option, other_epochs
 
 MICRO = 128  # images of a forward pass
-_NAMED = 3  # broken images in a note
+_FEW = 100  # images to choose by that deserve a warning: their accuracies come in whole points
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,7 @@ class Probe:
 
     def data(self) -> dict[str, Any]:
         """The data as results record them."""
-        return {
-            name: {
-                "split": part.split,
-                "images": len(part),
-                "classes": len(part.classes),
-                "fingerprint": part.fingerprint(),
-                "most_frequent": round(100 * np.bincount(part.labels).max() / len(part), 2),
-            }
-            for name, part in (("train", self.train), ("test", self.test))
-        }
+        return data_record(self.train, self.test)
 
     @property
     def selection(self) -> str:
@@ -101,11 +95,8 @@ class Probe:
         return load(batches, numbers, self.workers, self.processes.device.type == "cuda")
 
     def bar(self, total: int, what: str) -> Any:
-        """A progress bar with rate and time left, where standard error is a terminal."""
-        from tqdm import tqdm
-
-        hide = None if self.progress and self.processes.rank == 0 else True
-        return tqdm(total=total, desc=what, unit="img", smoothing=0.05, disable=hide)
+        """A progress bar in images, in process 0."""
+        return progress_bar(self.progress and self.processes.rank == 0, total, what)
 
     def features(
         self, part: EvalSet, source: Representations, *, mirrored: bool = False
@@ -185,6 +176,21 @@ def open_probe(
     )
 
 
+def refuse_no_choice(probe: Probe, select_on_test: bool) -> None:
+    """Refuse training images that leave none to choose the best head by.
+
+    Raises:
+        InputError: There are too few, or all classes have a single one.
+    """
+    if select_on_test or len(probe.choose):
+        return
+    raise InputError(
+        f"the training images ({len(probe.train)} of {len(probe.train.classes)} classes) leave "
+        f"none to choose the best head by: at least {round(1 / CHOOSE_SHARE)} are needed, and two "
+        f"of a class; or choose on the test set, {option('select_on_test')}"
+    )
+
+
 def encoded(
     source: Representations, batches: Iterable[EvalBatch], broken: dict[str, str]
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -218,33 +224,23 @@ def protocol_record(probe: Probe, fed: str, size: tuple[int, int]) -> dict[str, 
 
 
 def notes_of(probe: Probe, broken: dict[str, str]) -> list[str]:
-    """What a reader must know of data and protocol; every process must call this."""
+    """What a reader must know of data and protocol; every process must call this.
+
+    Args:
+        probe: What was measured.
+        broken: Names and reasons of images that this process could not decode.
+    """
     notes = [*probe.train.notes, *probe.test.notes]
-    if probe.protocol.epochs != probe.task.protocol.epochs:
-        notes.append(
-            f"{probe.protocol.epochs} epochs in the place of the protocol's "
-            f"{probe.task.protocol.epochs}"
-        )
-    if not len(probe.choose):
+    notes += other_epochs(probe.protocol.epochs, probe.task.protocol.epochs, "protocol")
+    few = len(probe.choose)
+    if not few:
         notes.append(
             "chosen on the test set, as much of the literature does: the figure is too high by "
             "as much as luck helps the best of the heads"
         )
-    found = _union(broken, probe.processes)
-    if found:
-        named = [f"{name}: {reason}" for name, reason in sorted(found.items())[:_NAMED]]
-        more = ", ..." if len(found) > _NAMED else ""
-        notes.append(f"{len(found)} images could not be decoded ({', '.join(named)}{more})")
-    return notes
-
-
-def _union(texts: dict[str, str], processes: Processes) -> dict[str, str]:
-    """The texts of all processes."""
-    mine = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
-    sizes = processes.gather(torch.tensor([len(mine)]))
-    padded = torch.zeros(1, int(sizes.max()), dtype=torch.uint8)
-    padded[0, : len(mine)] = mine
-    found: dict[str, str] = {}
-    for row, size in zip(processes.gather(padded), sizes.tolist()):
-        found |= json.loads(bytes(row[:size].tolist()))
-    return found
+    elif few < _FEW:
+        notes.append(
+            f"chosen by {counted(few, 'image')} only: with another seed another choice is likely"
+        )
+    found = of_all_processes(broken, probe.processes)
+    return [*notes, *undecoded(found), *lost_classes(probe.train, probe.fit, found)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..extraction.parts import whole_file
-from .result import Result, find_results
+from .result import Result
+from .result_files import find_results
+from .words import counted
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GREY = "#8c8c8c"
@@ -69,8 +71,9 @@ def markdown(results: Sequence[Result]) -> str:
     for (model, column), result in cells.items():
         lines.append(f"- {_escape(model)}, {_escape(column)}: {_about(result)}")
     if left := len(results) - len(cells):
-        lines += ["", f"{left} results are left out: for each there is a newer one of the same "
-                  "model and data."]  # fmt: skip
+        verb = "is" if left == 1 else "are"
+        lines += ["", f"{counted(left, 'result')} {verb} left out: for each there is a newer one "
+                  "of the same model and data."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -84,10 +87,20 @@ def _cells(results: Sequence[Result]) -> dict[tuple[str, str], Result]:
 
 
 def _model(result: Result, results: Sequence[Result]) -> str:
-    """The model's name, with its hash where two sets of weights have one name."""
-    name, own = result.model["name"], result.model["weights_hash"]
-    others = {r.model["weights_hash"] for r in results if r.model["name"] == name}
-    return f"{name} ({own[:6]})" if len(others) > 1 else name
+    """The model's name, with image size and hash where models of one name differ in them."""
+    name = result.model["name"]
+    same = [other.model for other in results if other.model["name"] == name]
+    sizes = {_size(model) for model in same}
+    told = [_size(result.model)] if len(sizes) > 1 else []
+    hashes = {m["weights_hash"] for m in same if _size(m) == _size(result.model)}
+    told += [result.model["weights_hash"][:6]] if len(hashes) > 1 else []
+    return f"{name} ({', '.join(told)})" if told else name
+
+
+def _size(model: Mapping[str, Any]) -> str:
+    """Image size of a model in pixels; older results do not have it."""
+    size = model.get("image_size") or []
+    return f"{' x '.join(map(str, size))} px" if size else "image size unknown"
 
 
 def _columns(results: Sequence[Result]) -> list[str]:
@@ -100,8 +113,7 @@ def _column(result: Result, results: Sequence[Result]) -> str:
     data = f" (data {_data_hash(result)})" if several else ""
     fed = ", cached" if result.protocol.get("fed") == "cached" else ""
     on_test = ", chosen on test" if result.selection == "the test set" else ""
-    unit = f" ({result.unit})" if result.unit else ""
-    return f"{result.task}{data}, {result.method}{fed}{on_test}: {result.measure}{unit}"
+    return f"{result.task}{data}, {result.method}{fed}{on_test}: {result.measured}"
 
 
 def _data_hash(result: Result) -> str:

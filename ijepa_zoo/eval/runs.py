@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 
 from ..extraction.encoder import hash_texts, usable_cpus
 from ..processes import Processes
-from .result import RESULT, Result, read_result
+from .result import RESULT, Result
+from .result_files import read_result
 
 
 class EvaluationError(RuntimeError):
@@ -78,10 +79,12 @@ def once(folder: Path, processes: Processes, precision: str, work: Callable[[], 
 
     Raises:
         EvaluationError: Another process works on it.
+        ResultError: The table beside the folder is another one; the result is written.
     """
     with ExitStack() as stack:
         if (finished := claim(folder, processes, stack)) is not None:
             if processes.rank == 0:
+                finished.enter(folder)  # a table that was in the way the first time may be gone
                 print(f"done before: {folder / RESULT}; remove it to repeat", file=sys.stderr)
             return finished
         result = replace(work(), **about_run(processes, precision))

@@ -18,11 +18,11 @@ from ..data.pixels import ImageSet
 from ..data.sources import InputError
 from ..seeds import Stream, numpy_generator
 from .tasks import TASKS, Task
+from .words import some
 
 CHOOSE_SHARE = 0.1  # of the training images, to choose the head by
 _TEST_SHARE = 0.2  # of a data set that is in one piece
-_FEWEST = 2  # training images of a class: one may go to those that choose the head
-_NAMED = 3  # classes in a message
+_SCENES = "scenes:"
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,15 @@ def split_classes(
 
     Returns:
         Sorted indices int64 of the first part and of the second, which has `n * share` images,
-        rounded up or down. A class of at least two images is never missing in the first.
+        rounded up or down; fewer only where classes have a single image, which stays in the first
+        part, so that no class is missing there.
     """
     rng = numpy_generator(seed, Stream.EVAL_SPLIT, use)
     order = np.lexsort((rng.random(len(labels)), labels))
     marks = np.floor(np.arange(len(labels) + 1) * share + rng.random())
     second = np.zeros(len(labels), np.bool_)
     second[order] = np.diff(marks) > 0
+    second &= np.bincount(labels)[labels] > 1
     return np.flatnonzero(~second), np.flatnonzero(second)
 
 
@@ -117,10 +119,33 @@ def split_to_choose(train: EvalSet, seed: int) -> tuple[Numbers, Numbers]:
     return split_classes(train.labels, CHOOSE_SHARE, seed)
 
 
+def data_record(train: EvalSet, test: EvalSet) -> dict[str, Any]:
+    """The data as results record them: names of the parts, numbers and fingerprints.
+
+    `most_frequent` is the share of the most frequent class in percent.
+    """
+    return {
+        name: {
+            "split": part.split,
+            "images": len(part),
+            "classes": len(part.classes),
+            "fingerprint": part.fingerprint(),
+            "most_frequent": round(100 * np.bincount(part.labels).max() / len(part), 2),
+        }
+        for name, part in (("train", train), ("test", test))
+    }
+
+
 def _open(
     task: Task, data: Any, test: Any, workers: int, progress: bool
 ) -> tuple[Labelled, Labelled | None]:
     if task.kind == "classes":
+        if isinstance(data, str) and data.startswith(_SCENES):
+            raise InputError(
+                f"'{data}' renders scenes, which have numbers of objects and distances, but no "
+                "classes: use `eval count` or `eval depth`, or the task 'count' or 'depth' "
+                "(--task count) of linear and knn"
+            )
         return open_labelled(data, test)
     if test is not None or not isinstance(data, str | os.PathLike):
         raise InputError(
@@ -145,21 +170,17 @@ def _matched(task: Task, trained: Labelled, tested: Labelled) -> tuple[EvalSet, 
     numbers, labels = np.unique(trained.numbers, return_inverse=True)
     names = tuple(_name(trained, tested, number) for number in numbers.tolist())
     train = EvalSet(trained.images, labels.astype(np.int64), names, trained.split, trained.notes)
-    _refuse_poor(task, train)
+    _refuse_classes(task, train)
     seen = np.isin(tested.numbers, numbers)
     if not seen.all():
         strange = np.unique(tested.numbers[~seen]).tolist()
-        named = ", ".join(_name(trained, tested, number) for number in strange[:_NAMED])
-        tested = _without(
-            tested,
-            seen,
-            f"are of classes that training does not have ({named}"
-            f"{', ...' if len(strange) > _NAMED else ''})",
-        )
+        named = some([_name(trained, tested, number) for number in strange])
+        tested = _without(tested, seen, f"are of classes that training does not have ({named})")
     placed = np.searchsorted(numbers, tested.numbers).astype(np.int64)
     test = EvalSet(tested.images, placed, names, tested.split, tested.notes)
-    notes = tuple(_remarks(task, trained, numbers))
-    return replace(train, notes=train.notes + notes), test
+    notes = tuple(_remarks(task, trained, train))
+    absent = tuple(_absent(test))
+    return replace(train, notes=train.notes + notes), replace(test, notes=test.notes + absent)
 
 
 def _name(trained: Labelled, tested: Labelled, number: int) -> str:
@@ -180,7 +201,7 @@ def _without(labelled: Labelled, kept: npt.NDArray[np.bool_], why: str) -> Label
     return labelled.part(np.flatnonzero(kept), labelled.split, [note])
 
 
-def _refuse_poor(task: Task, train: EvalSet) -> None:
+def _refuse_classes(task: Task, train: EvalSet) -> None:
     if len(train.classes) < 2:
         raise InputError(
             f"the training images are all of one class, '{train.classes[0]}'; a probe needs at "
@@ -193,31 +214,32 @@ def _refuse_poor(task: Task, train: EvalSet) -> None:
             f"{task.title} has {task.num_classes} classes, these data have {len(train.classes)} "
             f"('{train.classes[0]}', '{train.classes[1]}', ...): use {hint}"
         )
-    sizes = np.bincount(train.labels)
-    poor = np.flatnonzero(sizes < _FEWEST).tolist()
-    if poor:
-        named = ", ".join(f"'{train.classes[k]}'" for k in poor[:_NAMED])
-        raise InputError(
-            f"{len(poor)} of {len(sizes)} classes have too few training images, {_FEWEST} are "
-            f"needed ({named}{', ...' if len(poor) > _NAMED else ''}): add images or leave the "
-            "classes out"
-        )
-    if len(train) * CHOOSE_SHARE < 1:
-        raise InputError(
-            f"{len(train)} training images leave none to choose the best head by; at least "
-            f"{round(1 / CHOOSE_SHARE)} are needed"
-        )
 
 
-def _remarks(task: Task, trained: Labelled, numbers: Numbers) -> Iterator[str]:
-    classes = len(numbers)
+def _remarks(task: Task, trained: Labelled, train: EvalSet) -> Iterator[str]:
+    classes = len(train.classes)
     if task.kind != "classes" and classes != task.num_classes:
         yield (
             f"{task.title} has {task.num_classes} classes, these training scenes have {classes}: "
             "accuracies do not compare with the paper's"
         )
+    numbers = np.unique(trained.numbers)
     if not trained.names and (numbers != np.arange(classes)).any():
         yield (
             f"the labels are {classes} numbers from {numbers[0]} to {numbers[-1]}; they count as 0 "
             f"to {classes - 1} in their order"
+        )
+    single = np.flatnonzero(np.bincount(train.labels) == 1).tolist()
+    if single:
+        named = some([f"'{train.classes[k]}'" for k in single])
+        yield f"{len(single)} of {classes} classes have a single training image ({named})"
+
+
+def _absent(test: EvalSet) -> Iterator[str]:
+    sizes = np.bincount(test.labels, minlength=len(test.classes))
+    absent = [f"'{test.classes[k]}'" for k in np.flatnonzero(sizes == 0).tolist()]
+    if absent:
+        yield (
+            f"the {test.split} part has no image of {len(absent)} of {len(sizes)} classes "
+            f"({some(absent)})"
         )

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from ijepa_zoo.data.images import ImageError
 from ijepa_zoo.data.sources import InputError
 from ijepa_zoo.eval import depth_training
 from ijepa_zoo.eval.dense_depth import evaluate_dense_depth
+from ijepa_zoo.eval.depth_feed import DepthFeed
 from ijepa_zoo.eval.depth_heads import DepthHeads, DepthHeadSpec, lr_scale
 from ijepa_zoo.eval.depth_metrics import (
     METRICS,
@@ -24,7 +27,7 @@ from ijepa_zoo.eval.depth_metrics import (
 from ijepa_zoo.eval.depth_training import DepthProtocol, DepthTraining
 from ijepa_zoo.eval.epoch_state import EpochState, StateError
 from ijepa_zoo.eval.models import Subject, open_model
-from ijepa_zoo.eval.result import read_result
+from ijepa_zoo.eval.result_files import read_result
 from ijepa_zoo.processes import Processes
 
 SPECS = [
@@ -299,6 +302,11 @@ def test_a_run_leaves_result_and_pictures(finished):
     with Image.open(out / "predictions.png") as picture:
         assert picture.size == (3 * 200 + 8, 2 * 200 + 8)
     assert result.images == {"fit": 22, "choose": 2, "test": 6}
+    assert [(part["split"], part["images"]) for part in result.data.values()] == [
+        ("rendered", 24),
+        ("rendered", 6),
+    ]
+    assert result.notes == []
     assert len(result.heads) == 8
     assert min(result.heads, key=lambda head: head.held_out).name == result.chosen
     assert [head.test is not None for head in result.heads].count(True) == 1
@@ -426,9 +434,12 @@ def test_broken_images_are_left_out_and_named(subject, tmp_path):
     result = evaluate_dense_depth(
         subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL, epochs=1
     )
-    notes = "\n".join(result.notes)
-    assert "test/3.png: not an image" in notes
-    assert "train/4.png: the depth map" in notes
+    assert result.images == {"fit": 4, "choose": 1, "test": 5}
+    epochs, undecoded = result.notes
+    assert epochs == f"1 epoch in the place of the protocol's {PROTOCOL.epochs}"
+    assert undecoded.startswith("2 pairs could not be decoded (")
+    assert "test/3.png: not an image" in undecoded
+    assert "train/4.png: the depth map" in undecoded
     assert math.isfinite(result.figure)
 
 
@@ -436,7 +447,7 @@ def test_depths_in_other_units_are_noticed_before_the_work(subject, tmp_path):
     data = _folder(tmp_path, metres=40.0)
     with pytest.raises(InputError, match=r"no pixel .* counts: its depths span 40 to 40.*depth_sc"):
         evaluate_dense_depth(subject, data, tmp_path / "out")
-    with pytest.raises(ValueError, match="0 epochs"):
+    with pytest.raises(ValueError, match="epochs is 0"):
         evaluate_dense_depth(subject, data, tmp_path / "out", epochs=0)
     result = evaluate_dense_depth(
         subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL, max_depth=80
@@ -477,12 +488,18 @@ def test_two_processes_do_what_one_does(subject, tmp_path):
     for n in range(9):  # something to learn, and a pair that only one process can read
         _write_pair(data / f"train/{n}.png", data / f"train/{n}_depth.png", 25 * n, 1 + n / 2)
     (data / "train/5.png").write_bytes(b"nothing")
+    for n in (2, 3):  # one of each process
+        (data / f"test/{n}.png").write_bytes(b"nothing")
     several_processes.run(TWO, 2, data, tmp_path / "two")
     one = evaluate_dense_depth(subject, data, tmp_path / "one", protocol=PROTOCOL, workers=0)
     (file,) = (tmp_path / "two").glob("*/result.json")
     two = read_result(file)
     assert two.machine["processes"] == 2
     assert two.figure == pytest.approx(one.figure, rel=1e-4)
+    assert two.notes == one.notes
+    assert two.notes[0].startswith("3 pairs could not be decoded")
+    assert two.images == one.images
+    assert one.images["test"] == 7
     assert two.baselines == pytest.approx(one.baselines, rel=1e-6)
     for ours, theirs in zip(two.heads, one.heads):
         assert ours.held_out == pytest.approx(theirs.held_out, rel=1e-4)
@@ -502,3 +519,54 @@ def test_a_state_that_does_not_fit_is_refused(subject, tmp_path, change):
     state.save({**state.load(), **change})
     with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it"):
         training().train(state, False, False)
+
+
+def test_ranges_and_units_that_cannot_hold_are_refused(subject, tmp_path):
+    for wrong in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"max_depth \(--max-depth\) is .* such as 10"):
+            evaluate_dense_depth(subject, "scenes:24,6", tmp_path, max_depth=wrong)
+    with pytest.raises(ValueError, match=r"depth_scale \(--depth-scale\) holds for depth files"):
+        evaluate_dense_depth(subject, "scenes:24,6", tmp_path, depth_scale=1000)
+
+
+def test_test_pairs_without_a_pixel_that_counts_are_told(subject, tmp_path):
+    data = _folder(tmp_path)
+    _write_pair(data / "test/5.png", data / "test/5_depth.png", 9, 30.0)  # beyond 10 m
+    result = evaluate_dense_depth(subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL)
+    assert result.images["test"] == 5
+    assert result.notes == ["1 test pair without a pixel that counts: not among those tested"]
+
+
+class _Interrupted:
+    """Pairs whose loader process gets the Ctrl-C that the whole foreground gets."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getattr__(self, name):
+        if name == "pairs":
+            raise AttributeError(name)  # while it is unpickled
+        return getattr(self.pairs, name)
+
+    def read(self, index):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.pairs.read(index)
+
+
+def test_loader_processes_leave_interrupts_to_the_main_one(subject):
+    pairs = _Interrupted(open_depth("scenes:4,2").train)
+    feed = DepthFeed(pairs, subject.model, "cpu", workers=1)
+    batches = list(feed.for_testing(np.arange(4), 2))
+    assert [len(batch.depths) for batch in batches] == [2, 2]
+
+
+def test_bars_leave_a_pipe_alone(subject, tmp_path, capsys):
+    evaluate_dense_depth(
+        subject, "scenes:24,6", tmp_path, protocol=PROTOCOL, cached=True, epochs=1, workers=0,
+        progress=True,
+    )  # fmt: skip
+    assert capsys.readouterr().err == ""

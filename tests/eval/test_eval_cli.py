@@ -24,12 +24,28 @@ def test_linear_knn_and_report(pictures, tmp_path, capsys):
     result = json.loads(file.read_bytes())
     assert f"{result['figure']:.1f}" in shown
     assert "note: 2 epochs in the place of the protocol's 28" in shown
+    assert "note: cached: each image and its mirror image are encoded once" in shown
     assert main(["eval", "knn", *common]) == 0
     capsys.readouterr()
     report = tmp_path / "table.md"
     assert main(["eval", "report", str(out), "--out", str(report), "--no-picture"]) == 0
     assert capsys.readouterr().out == f"{report}\n"
     assert f"**{result['figure']:.1f}**" in report.read_text()
+
+
+def test_random_weights_alone(pictures, tmp_path, capsys):
+    command = ["eval", "knn", *NANO, "--data", str(pictures), "--out", str(tmp_path)]
+    assert main([*command, "--random"]) == 0
+    assert "vit_nano8_64_ijepa, random weights" in capsys.readouterr().out
+    (file,) = tmp_path.glob("*/result.json")
+    assert main([*command, "--baseline"]) == 0  # the same evaluation: not repeated
+    assert f"done before: {file}" in capsys.readouterr().err
+
+
+def test_knn_of_rendered_scenes(tmp_path, capsys):
+    arguments = [*NANO, "--data", "scenes:60,20", "--out", str(tmp_path), "--task", "count"]
+    assert main(["eval", "knn", *arguments]) == 0
+    assert "count, knn: vit_nano8_64_ijepa.scenes" in capsys.readouterr().out
 
 
 def test_count_and_distance_of_rendered_scenes(tmp_path, capsys):
@@ -50,6 +66,14 @@ def test_count_and_distance_of_rendered_scenes(tmp_path, capsys):
         (["linear", "--batch-size", "1"], 2, "batch_size must be at least 2"),
         (["count"], 2, "CLEVR"),
         (["depth", "--task", "dense", "--test", "x"], 2, "--test holds for classes"),
+        (["depth", "--max-depth", "5"], 2, "--max-depth is for depth maps: use --task dense"),
+        (["depth", "--task", "dense", "--max-depth", "0"], 2, "max_depth (--max-depth) is 0"),
+        (["linear", "--data", "scenes:60,8"], 2, "use `eval count` or `eval depth`"),
+        (["finetune", "--task", "count"], 2, "fine-tuning crops images"),
+        (["lowshot", "--list", "x", "--grad-checkpointing"], 2, "use finetune (--finetune)"),
+        (["linear", "--model", "vit_tiny16_ijepa"], 2, "or evaluate random weights, random (--ran"),
+        (["knn", "--random", "--baseline"], 2, "leave baseline (--baseline) out"),
+        (["knn", "--device", "cudax"], 1, "the device 'cudax' is unknown"),
         (["report", "nowhere"], 1, "nowhere does not exist"),
     ],
 )

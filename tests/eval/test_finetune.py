@@ -25,7 +25,7 @@ from ijepa_zoo.eval.recipes import (
     library_seeds,
     set_drop_path,
 )
-from ijepa_zoo.eval.result import read_result
+from ijepa_zoo.eval.result_files import read_result
 from ijepa_zoo.eval.sets import EvalSet
 from ijepa_zoo.models.factory import create_model
 from ijepa_zoo.processes import Processes
@@ -262,6 +262,11 @@ def test_bright_is_told_from_dark_and_the_given_model_stays_as_it_was(folder, tm
     assert result.interval[0] < 100
     assert result.images == {"fit": 20, "test": 10}
     assert result.protocol["layer_decay"] == 0.9
+    for name, count in (("train", 20), ("test", 10)):
+        part = result.data[name]
+        assert (part["split"], part["images"], part["classes"]) == (name, count, 2)
+        assert part["most_frequent"] == 50
+    assert result.notes == []
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.num_classes == 0
 
@@ -361,12 +366,16 @@ TWO = """
 
 
 def test_two_processes_do_what_one_does(folder, tmp_path):
+    for n in range(2):  # one of each process
+        (folder / "test" / "dark" / f"{n}.png").write_bytes(b"no image")
     several_processes.run(TWO, 2, folder, tmp_path / "two")
     one = _run(folder, tmp_path / "one", recipe=PLAIN)
     (file,) = (tmp_path / "two").glob("*/result.json")
     two = read_result(file)
     assert two.machine["processes"] == 2
     assert (two.figure, two.images) == (one.figure, one.images)
+    assert two.notes == one.notes
+    assert two.notes[0].startswith("2 images could not be decoded")
     assert two.heads[0].loss == pytest.approx(one.heads[0].loss, rel=1e-3)
 
 
@@ -381,7 +390,28 @@ def test_images_that_cannot_be_decoded_do_not_count(folder, tmp_path):
     (folder / "train" / "dark" / "3.png").write_bytes(b"no image")
     (folder / "test" / "dark" / "4.png").write_bytes(b"no image")
     recipe = replace(PLAIN, batch_size=20)
-    assert _run(folder, tmp_path, recipe=recipe, epochs=1).images == {"fit": 19, "test": 9}
+    result = _run(folder, tmp_path / "out", recipe=recipe, epochs=1)
+    assert result.images == {"fit": 19, "test": 9}
+    epochs, undecoded = result.notes
+    assert epochs == f"1 epoch in the place of the recipe's {PLAIN.epochs}"
+    assert undecoded.startswith("2 images could not be decoded (")
+    assert "train/dark/3.png: " in undecoded
+    assert "test/dark/4.png: " in undecoded
+
+
+def test_of_many_undecodable_images_some_are_named(folder, tmp_path):
+    for n in range(5):
+        (folder / "test" / "dark" / f"{n}.png").write_bytes(b"no image")
+    result = _run(folder, tmp_path / "out", epochs=1)
+    (note,) = (note for note in result.notes if "decoded" in note)
+    assert note.startswith("5 images could not be decoded (")
+    assert note.endswith(", ...)")
+    assert note.count(".png") == 3
+
+
+def test_scenes_are_not_fine_tuned_on_crops(tmp_path):
+    with pytest.raises(InputError, match=r"changes the answers of Clevr/Count: .*`eval count`"):
+        evaluate_finetune("count", Subject(_model(), "small"), "scenes:8000,4000", tmp_path)
 
 
 def test_every_flipped_byte_of_tensors_in_a_state_is_noticed(tmp_path):

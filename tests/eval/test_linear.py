@@ -194,6 +194,42 @@ def test_broken_images_are_named_and_count_nowhere(evaluate, pictures, tmp_path,
     assert "class1/5.png" in note
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_class_of_which_no_training_image_can_be_decoded_is_told(
+    evaluate, pictures, tmp_path, cached
+):
+    folder = shutil.copytree(pictures, tmp_path / "copy")
+    for file in (folder / "train" / "class1").iterdir():
+        file.write_bytes(b"no image")
+    notes = " ".join(evaluate(data=folder, cached=cached).notes)
+    assert "no image to train on could be decoded of 1 of 3 classes ('class1')" in notes
+    (folder / "train" / "class1" / "0.png").write_bytes(
+        (folder / "train" / "class2" / "0.png").read_bytes()
+    )
+    notes = " ".join(evaluate(data=folder, cached=cached, select_on_test=True).notes)
+    assert "no image to train on" not in notes
+
+
+def test_few_images_that_choose_are_told(evaluate):
+    result = evaluate()
+    assert f"chosen by {result.images['choose']} images only" in " ".join(result.notes)
+    assert "images only" not in " ".join(evaluate(select_on_test=True).notes)
+
+
+def test_training_images_of_which_none_can_choose_are_refused(evaluate, tmp_path):
+    few = write_pictures(tmp_path / "few", train=1, test=2)
+    with pytest.raises(InputError, match=r"\(3 of 3 classes\) leave none .*--select-on-test"):
+        evaluate(data=few)
+    with pytest.raises(InputError, match="leave none"):
+        evaluate_knn(TASK, encoder(), few, tmp_path / "out", device="cpu", workers=0)
+    assert evaluate(data=few, select_on_test=True).images == {"fit": 3, "choose": 0, "test": 6}
+
+
+def test_cached_results_say_what_that_means(evaluate):
+    assert "encoded once, as the protocol has them" in evaluate(cached=True).notes[0]
+    assert not any("encoded once" in note for note in evaluate().notes)
+
+
 def test_baselines_have_figures_and_rows_of_their_own(evaluate, tmp_path, pictures):
     result = evaluate_linear(
         *("classes", "vit_nano8_64_ijepa", pictures, tmp_path / "out"),

@@ -82,7 +82,7 @@ def test_regression_sees_the_listed_images_alone(folder, tmp_path, subject):
     assert result.images == {"fit": 16, "choose": 2, "test": 24}
     assert len(result.heads) == 16
     assert result.interval[0] < result.figure < 100.1
-    assert "18 of 60 training images, 6 to 6 of a class" in " ".join(result.notes)
+    assert "18 of 60 training images, 6 of a class" in " ".join(result.notes)
 
     def features(paths):
         cfg = subject.model.pretrained_cfg
@@ -136,5 +136,19 @@ def test_classes_without_a_listed_image_are_told(folder, tmp_path, subject):
 
 def test_arguments_of_fine_tuning_need_it(folder, tmp_path, subject):
     files = _list(tmp_path, _names())
-    with pytest.raises(ValueError, match="epochs, micro hold for fine-tuning alone"):
-        evaluate_lowshot("classes", subject, folder, files, tmp_path, epochs=3, micro=2)
+    for given, words in (
+        ({"epochs": 3, "micro": 2}, r"epochs \(--epochs\), micro \(--micro\): for"),
+        ({"grad_checkpointing": True}, r"^grad_checkpointing \(--grad-checkpointing\): for"),
+    ):
+        with pytest.raises(ValueError, match=rf"{words} fine-tuning alone, use finetune \(--fine"):
+            evaluate_lowshot("classes", subject, folder, files, tmp_path, **given)
+
+
+def test_one_image_of_a_class_is_enough_to_fine_tune_and_not_to_choose(folder, tmp_path, subject):
+    files = _list(tmp_path, _names(1))
+    common = "classes", subject, folder, files, tmp_path / "out"
+    with pytest.raises(InputError, match=r"names 3 images, too few to choose a penalty by"):
+        evaluate_lowshot(*common, workers=0)
+    result = evaluate_lowshot(*common, finetune=True, epochs=1, workers=0, device="cpu")
+    assert result.data["train"]["images"] == 3
+    assert result.notes[0] == "1 epoch in the place of the recipe's 50"

@@ -6,7 +6,9 @@ import torch
 from small_probe import encoder
 
 from ijepa_zoo import export
-from ijepa_zoo.eval.models import Subject, as_subject, open_model
+from ijepa_zoo.eval import timm_weights
+from ijepa_zoo.eval.models import Subject, as_subject, check_model, open_model
+from ijepa_zoo.weights.fetch import FetchError
 
 
 def test_names_of_this_package_carry_their_weights():
@@ -41,6 +43,7 @@ def test_timm_models_are_made_by_timm(monkeypatch, prefix):
         return create(name, pretrained=False, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
+    monkeypatch.setattr(timm_weights, "_no_answer", lambda repository: None)
     subject = open_model(f"{prefix}vit_tiny_patch16_224.augreg_in21k", img_size=32)
     assert made == {"name": "vit_tiny_patch16_224.augreg_in21k", "pretrained": True}
     assert subject.name == "vit_tiny_patch16_224.augreg_in21k"
@@ -74,3 +77,94 @@ def test_a_model_without_a_name_has_no_random_twin():
     assert isinstance(as_subject(encoder()), Subject)
     with pytest.raises(ValueError, match="the model's name"):
         as_subject(encoder()).untrained(0)
+
+
+NAME = "vit_tiny_patch16_224.augreg_in21k"
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A Hub that nobody answers for, and an empty cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return constants
+
+
+def _never(*args, **kwargs):
+    raise AssertionError("timm would ask the Hub again and again")
+
+
+def test_timms_weights_out_of_reach_are_told_at_once(no_hub, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", _never)
+    monkeypatch.setattr("ijepa_zoo.eval.models._check_options", lambda *_: (NAME, False))
+    with pytest.raises(FetchError) as found:
+        open_model(NAME)
+    for words in (
+        f"'timm/{NAME}'",
+        "http://127.0.0.1:9 cannot be reached",
+        "HF_HUB_OFFLINE=1",
+        "timm:local-dir:FOLDER",
+    ):
+        assert words in str(found.value)
+    monkeypatch.setattr(no_hub, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FetchError, match="cache, and HF_HUB_OFFLINE is set"):
+        open_model(NAME)
+
+
+def test_timms_weights_in_the_cache_need_no_hub(no_hub, tmp_path):
+    from huggingface_hub.file_download import repo_folder_name
+    from safetensors.torch import save_model
+
+    torch.manual_seed(3)
+    made = timm.create_model("vit_tiny_patch16_224")
+    repository = tmp_path / "hub" / repo_folder_name(repo_id=f"timm/{NAME}", repo_type="model")
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    save_model(made, snapshot / "model.safetensors")
+    subject = open_model(NAME)
+    assert subject.paper_name == NAME
+    for key, value in subject.model.state_dict().items():
+        assert torch.equal(value, made.state_dict()[key]), key
+
+
+def test_a_folder_of_timms_own_is_made_by_timm(tmp_path):
+    from timm.models import save_for_hf
+
+    torch.manual_seed(3)
+    made = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)
+    config = {**made.pretrained_cfg, "num_classes": 0}
+    save_for_hf(made, tmp_path, model_config=config, model_args={"img_size": 32})
+    subject = open_model(f"timm:local-dir:{tmp_path}")
+    assert subject.paper_name is None
+    for key, value in subject.model.state_dict().items():
+        assert torch.equal(value, made.state_dict()[key]), key
+
+
+def test_random_weights_by_name():
+    subject = open_model("vit_tiny16_ijepa", random=True, img_size=32)  # has no released weights
+    assert subject.name == "vit_tiny16_ijepa, random weights"
+    twin = open_model("vit_nano8_64_ijepa").untrained(5).describe()
+    assert open_model("vit_nano8_64_ijepa", random=True, seed=5).describe() == twin
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"model": "vit_tiny16_ijepa"},
+            r"no released weights .*checkpoint \(--checkpoint\).*--rand",
+        ),
+        ({"random": True, "checkpoint": "a.pth"}, r"random \(--random\) takes none"),
+        ({"random": True, "baseline": True}, r"is the baseline itself: leave baseline"),
+        ({"img_size": 0}, "img_size is 0"),
+        ({"model": encoder(), "random": True}, "random hold for a model that is named"),
+    ],
+)
+def test_options_that_contradict_are_refused_before_any_work(given, words):
+    with pytest.raises(ValueError, match=words):
+        check_model(**{"model": "vit_nano8_64_ijepa", **given})

@@ -12,10 +12,11 @@ from ijepa_zoo.eval.result import (
     Head,
     Result,
     ResultError,
-    find_results,
-    read_result,
     wilson_interval,
 )
+from ijepa_zoo.eval.result_files import find_results, read_result
+from ijepa_zoo.eval.runs import once
+from ijepa_zoo.processes import Processes
 
 MODEL = {"name": "a", "architecture": "vit", "weights": "w", "weights_hash": "abcdef012"}
 RESULT = Result(
@@ -140,7 +141,7 @@ def test_report_compares_models_and_marks_the_best():
     head, _, *rows = markdown([RESULT, other, older, far, near]).splitlines()
     assert head.split(" | ")[1:] == [
         "count, linear: top-1 accuracy (%)",
-        "depth, linear: RMSE (m) |",
+        "depth, linear: RMSE (m), lower is better |",
     ]
     assert rows[0] == "| b | **85.0** (77.4-82.4) | **0.25** |"
     assert rows[1] == "| a | 80.0 (77.4-82.4), paper 86.7 | 0.5 |"
@@ -151,6 +152,27 @@ def test_report_tells_apart_weights_of_one_name():
     rows = markdown([RESULT, other]).splitlines()[2:4]
     assert rows[0].startswith("| a (abcdef) | **80.0**")
     assert rows[1].startswith("| a (999999) | 70.0")
+
+
+def test_report_tells_apart_image_sizes_of_one_model():
+    models = [{**MODEL, "image_size": [size, size]} for size in (64, 96)]
+    small, large = (replace(RESULT, model=model) for model in models)
+    old = replace(RESULT, model={**models[1], "weights_hash": "999999999"}, figure=1.0)
+    text = markdown([small, replace(large, figure=90.0), old])
+    names = [row.split(" | ")[0] for row in text.splitlines()[2:5]]
+    assert names == ["| a (96 x 96 px, abcdef)", "| a (64 x 64 px)", "| a (96 x 96 px, 999999)"]
+    assert "| a |" in markdown([small, replace(small, task="depth")])
+
+
+def test_lower_is_better_is_said_and_marked():
+    depth = {"measure": "RMSE", "unit": "m", "higher_is_better": False, "interval": None}
+    near, far = (replace(RESULT, **depth, model={**MODEL, "name": n}, figure=f, paper=None)
+                 for n, f in (("near", 0.25), ("far", 0.5)))  # fmt: skip
+    rows = markdown([far, near]).splitlines()
+    assert "RMSE (m), lower is better" in rows[0]
+    assert rows[2:4] == ["| near | **0.25** |", "| far | 0.5 |"]
+    assert "RMSE (m), lower is better" in near.table()
+    assert "lower is better" not in RESULT.table()
 
 
 def test_report_writes_table_and_picture(tmp_path):
@@ -223,7 +245,7 @@ def test_report_has_a_column_for_each_data_set():
     assert all(name.startswith("count (data ") for name in columns)
     assert "**80.0**" in row
     assert "**90.0**" in row
-    assert "1 results are left out: for each there is a newer one of the same model" in text
+    assert "1 result is left out: for each there is a newer one of the same model" in text
     assert "left out" not in markdown([small, large])
     assert "(data" not in markdown([small])
 
@@ -233,3 +255,23 @@ def test_report_refuses_a_folder_and_a_picture_to_write(tmp_path):
     for out in (tmp_path, tmp_path / "report.PNG"):
         with pytest.raises(ValueError, match=r"name the Markdown file.*report\.md"):
             write_report([tmp_path], out, picture=False)
+
+
+def test_the_row_that_a_strange_table_kept_out_comes_when_it_is_gone(tmp_path):
+    table, alone = tmp_path / "results.csv", Processes.alone("cpu")
+
+    def done():
+        return once(tmp_path / "one", alone, "float32", lambda: RESULT)
+
+    table.write_text("my,own\n1,2\n")
+    for _ in range(2):
+        with pytest.raises(ResultError, match="move it away"):
+            done()
+    table.unlink()
+    done()
+    (row,) = csv.DictReader(table.open())
+    assert float(row["figure"]) == RESULT.figure
+    replace(RESULT, figure=1.0).write(tmp_path / "two")
+    before = table.read_bytes()
+    done()
+    assert table.read_bytes() == before

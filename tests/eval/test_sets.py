@@ -205,8 +205,6 @@ def test_data_sets_in_memory() -> None:
     ("classes", "words"),
     [
         ({"a": 20}, "all of one class, 'a'"),
-        ({"a": 20, "b": 1}, r"1 of 2 classes have too few training images, 2 are needed \('b'\)"),
-        ({"a": 4, "b": 4}, "8 training images leave none to choose the best head by; at least 10"),
     ],
 )
 def test_too_little_to_train_on(tmp_path: Path, classes: dict[str, int], words: str) -> None:
@@ -214,6 +212,24 @@ def test_too_little_to_train_on(tmp_path: Path, classes: dict[str, int], words: 
     put(tmp_path / "val", {"a": 1, "b": 1})
     with pytest.raises(InputError, match=words):
         opened(tmp_path)
+
+
+def test_a_class_of_one_training_image_is_told_and_stays_among_those_fitted(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"a": 30, "b": 1, "c": 1})
+    put(tmp_path / "val", {"a": 1, "c": 1}, 100)
+    train, test = opened(tmp_path)
+    assert train.notes == ("2 of 3 classes have a single training image ('b', 'c')",)
+    assert test.notes == ("the val part has no image of 1 of 3 classes ('b')",)
+    for seed in range(30):
+        fit, choose = split_to_choose(train, seed)
+        assert set(train.labels[fit]) == {0, 1, 2}
+        assert set(train.labels[choose]) == {0}
+        assert len(fit) + len(choose) == 32
+
+
+def test_rendered_scenes_have_no_classes() -> None:
+    with pytest.raises(InputError, match=r"'scenes:60,8' .*`eval count` .*\(--task count\)"):
+        opened("scenes:60,8")
 
 
 def test_what_is_no_labelled_data_set(tmp_path: Path) -> None:
@@ -265,6 +281,17 @@ def test_a_test_count_that_never_occurs_in_training_is_dropped(tmp_path: Path) -
     assert "2 of 4 images of the val part" in test.notes[1]
     assert "(2 objects, 11 objects)" in test.notes[1]
     assert train.notes == ()
+
+
+def test_a_count_of_one_training_scene_is_fitted_to(tmp_path: Path) -> None:
+    clevr(tmp_path, "train", [3, 4, 5, 6, 7, 8, 9] * 3 + [10])
+    clevr(tmp_path, "val", [3, 10])
+    for seed in range(20):
+        train, test = open_task(find_task("count"), tmp_path, seed)
+        assert test.labels.tolist() == [0, 7]
+        fit, _ = split_to_choose(train, seed)
+        assert 21 in fit
+    assert train.notes == ("1 of 8 classes have a single training image ('10 objects')",)
 
 
 def test_fewer_classes_of_scenes_are_said(tmp_path: Path) -> None:
