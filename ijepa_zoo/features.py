@@ -81,7 +81,7 @@ class FeatureExtractor(nn.Module):
         if self.pool == "avg":
             return tokens.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
         height, width = self.model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-        return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
 
 def _block_indices(layers: Layers, depth: int) -> list[int]:

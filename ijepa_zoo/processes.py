@@ -170,7 +170,6 @@ def join_processes(device: str = "auto", timeout: float = 600.0) -> Iterator[Pro
     if place.world == 1:
         yield Processes(0, 1, place.local_rank, chosen)
         return
-    import torch.distributed as dist
 
     survey, neighbours = meet(place, chosen)
     lost = threading.Event()

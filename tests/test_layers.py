@@ -23,6 +23,7 @@ LAYERS = {
     "rendezvous": 1,
     "models.encoder": 1,
     "models.predictor": 1,
+    "models.predictor_blocks": 1,
     "weights.layouts": 1,
     "weights.config": 1,
     "weights.torch_file": 1,
@@ -43,11 +44,13 @@ LAYERS = {
     "pictures": 2,
     "train": 3,
     "eval": 3,
+    "serving": 3,
+    "bench": 4,
     "cli": 4,
     "": 4,  # ijepa_zoo itself
 }
 # packages whose modules are all of one layer
-WHOLE = {"data", "extraction", "train", "eval", "cli"}
+WHOLE = {"data", "extraction", "train", "eval", "serving", "bench", "cli"}
 GROUND = {"torch", "numpy"} | sys.stdlib_module_names  # all that layer 0 may import
 PROCESS_GROUPS = {
     *("processes", "rendezvous", "train.parallel", "train.checkpoint"),

@@ -155,17 +155,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: mean over seeds (and range of the linear accuracy), the best arm first."""
     arms = {row["arm"] for row in rows}
     lines = [
-        "| arm | seeds | linear | kNN | RankMe | loss | step (ms) |", "|---|---|---|---|---|---|---|"
-    ]  # fmt: skip
+        "| arm | seeds | linear | kNN | RankMe | loss | step (ms) |",
+        "|---|---|---|---|---|---|---|",
+    ]
     means = {}
     for arm in arms:
         own = [row for row in rows if row["arm"] == arm]
         mean = {key: statistics.fmean(row[key] for row in own) for key in own[0] if key != "arm"}
         linear = [row["linear"] for row in own]
         spread = f" ({min(linear):.1f}-{max(linear):.1f})" if len(own) > 1 else ""
-        means[arm] = mean["linear"], (
-            f"| {arm} | {len(own)} | {mean['linear']:.1f}{spread} | {mean['knn']:.1f} | "
-            f"{mean['rankme']:.1f} | {mean['loss']:.3f} | {mean['step (ms)']:.0f} |"
+        means[arm] = (
+            mean["linear"],
+            (
+                f"| {arm} | {len(own)} | {mean['linear']:.1f}{spread} | {mean['knn']:.1f} | "
+                f"{mean['rankme']:.1f} | {mean['loss']:.3f} | {mean['step (ms)']:.0f} |"
+            ),
         )
     return "\n".join([*lines, *(line for _, line in sorted(means.values(), reverse=True))])
 

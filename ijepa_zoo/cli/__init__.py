@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .bench import add_bench
 from .eval import add_eval
+from .export import add_export
 from .features import add_features
-from .pretrain import add_export, add_plot, add_pretrain
+from .pretrain import add_plot, add_pretrain
 from .status import FAILED, INTERRUPTED, complain
 from .weights import add_convert, add_list
 
@@ -84,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
             "130 stopped by Ctrl-C and saved.",
         )
     )
-    add_export(commands.add_parser("export", help="weights of a pretraining run into a folder"))
+    add_export(
+        commands.add_parser("export", help="a run's weights into a folder, or a model for servers")
+    )
     add_plot(commands.add_parser("plot", help="curves and masks of a pretraining run, a PNG"))
     add_eval(
         commands.add_parser(
@@ -93,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
             description="Measure a frozen encoder with the paper's probes. The same command after "
             "an interruption goes on at the last epoch. torchrun --nproc-per-node N -m "
             "ijepa_zoo.cli eval ... shares the work. Exit status: 0 done, 1 error, 2 wrong usage.",
+        )
+    )
+    add_bench(
+        commands.add_parser(
+            "bench",
+            help="measure this machine, and other libraries beside this package",
+            description="Time the work of this package on this machine, and the same work of other "
+            "libraries in turns, after seeing that the outputs agree.",
         )
     )
     return parser

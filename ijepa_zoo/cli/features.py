@@ -5,7 +5,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from .status import DONE, FAILED, SOME_IMAGES_FAILED, USAGE, complain, count, positive
+from .status import DONE, FAILED, SOME_IMAGES_FAILED, USAGE, complain, count, layers, positive
 
 if TYPE_CHECKING:
     from ..extraction import ExtractionReport
@@ -29,7 +29,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=positive, metavar="N", help="default: the model's own image size")
     add(
         "--layers",
-        type=_layers,
+        type=layers,
         default="last",
         help="last (default), last4 or block indices: 3,7,11 or, from the end, --layers=-4,-1",
     )
@@ -144,14 +144,3 @@ def _print_report(report: "ExtractionReport", args: argparse.Namespace) -> None:
     if len(report.failed) > _SHOWN:
         rest = len(report.failed) - _SHOWN
         print(f"and {rest} more, see 'error' in {report.index}", file=sys.stderr)
-
-
-def _layers(text: str) -> str | list[int]:
-    if text in ("last", "last4"):
-        return text
-    try:
-        return [int(index) for index in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither last, last4 nor block indices such as 3,7,11"
-        ) from None

@@ -1,4 +1,4 @@
-"""`ijepa-zoo pretrain`, `ijepa-zoo export` and `ijepa-zoo plot`."""
+"""`ijepa-zoo pretrain` and `ijepa-zoo plot`."""
 
 import argparse
 import os
@@ -38,18 +38,6 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--recipes", action="store_true", help="list the recipes")
     add("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_pretrain)
-
-
-def add_export(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `export`."""
-    add = parser.add_argument
-    add("run_folder", metavar="RUN", help="the folder of a pretraining run")
-    add("folder", nargs="?", metavar="DST", help="folder to write (default: RUN/export)")
-    add("--step", type=count, metavar="N", help="which checkpoint (default: the newest)")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32")
-    add("--license", metavar="SPDX", help="licence of the weights, for the model card")
-    add("--overwrite", action="store_true", help="replace DST once the new folder is whole")
-    parser.set_defaults(run=_export)
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
@@ -160,27 +148,6 @@ def _places(args: argparse.Namespace) -> tuple[list[str], str]:
         if not given and name.startswith("$"):
             raise ValueError(f"{args.config} has no folder yet but {name}: give it by {option}")
     return data, out or ""
-
-
-def _export(args: argparse.Namespace) -> int:
-    import torch
-
-    from ..train import RunError, export_run
-    from ..weights.layouts import CheckpointError
-
-    try:
-        folder = export_run(
-            args.run_folder,
-            args.folder,
-            step=args.step,
-            dtype=getattr(torch, args.dtype) if args.dtype else None,
-            license=args.license,
-            overwrite=args.overwrite,
-        )
-    except (RunError, CheckpointError, OSError, ValueError) as error:
-        return complain(error, FAILED)
-    print(f'{folder}  for create_model("local-dir:{folder}")')
-    return DONE
 
 
 def _plot(args: argparse.Namespace) -> int:

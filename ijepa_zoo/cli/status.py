@@ -24,3 +24,15 @@ def positive(text: str) -> int:
     if not count(text):
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+def layers(text: str) -> str | list[int]:
+    """Which blocks: last, last4 or their indices."""
+    if text in ("last", "last4"):
+        return text
+    try:
+        return [int(index) for index in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither last, last4 nor block indices such as 3,7,11"
+        ) from None

@@ -91,7 +91,7 @@ def export(
     if license is not None:
         bundle = replace(bundle, license=license)
     write = WRITERS[to]
-    _write_whole(folder, lambda part: write(bundle, part, network, dtype))
+    write_whole(folder, lambda part: write(bundle, part, network, dtype))
     if push_to is not None:
         push(folder, push_to)
     return folder
@@ -136,7 +136,7 @@ def push(folder: Path, repo_id: str) -> None:
     api.upload_folder(repo_id=repo_id, folder_path=folder)
 
 
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary folder, then put it in the place of ``folder``."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -24,7 +24,7 @@ from ijepa_zoo.train.parallel import accumulate, parallelise
 from ijepa_zoo.processes import Processes, join_processes
 
 NETWORK = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4,
-               predictor_embed_dim=32, predictor_depth=1)
+               predictor_embed_dim=32, predictor_depth=3)
 
 def make():
     torch.manual_seed(0)
@@ -156,8 +156,9 @@ def test_compiled_blocks_share_few_graphs(one, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert largest_difference(alone(compile=True), one) == 0
-    # context, target and predictor blocks; neither one per layer nor one per context length
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    # context, target, and the predictor's first, middle and last block, two of which have a second
+    # graph for any target length; neither one per layer nor one per context length
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 7
 
 
 EXCHANGE = """

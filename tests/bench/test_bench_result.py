@@ -1,0 +1,95 @@
+"""What results record, and the tables that are made of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ijepa_zoo.bench import BenchResult, DisagreementError
+from ijepa_zoo.bench.result import agreed
+from ijepa_zoo.bench.tables import fill, newest
+from ijepa_zoo.bench.timing import Summary
+
+ROOT = Path(__file__).parents[2]
+
+
+def result(median=0.5, day="2026-01-02", model="vit_a", **settings):
+    seconds = Summary(median, (median, median), (median, median), 3).as_json()
+    ratio = Summary(1.25, (1.2, 1.3), (1.1, 1.4), 3).as_json()
+    return BenchResult(
+        "train",
+        {"model": model, "compile": True, "vs": ("published",), "img_size": None, **settings},
+        {
+            "ijepa_zoo": {"seconds": seconds, "images_per_second": 16 / median},
+            "published": {"seconds": seconds, "images_per_second": 16 / median},
+        },
+        {"published": ratio},
+        {"published": agreed("losses", 1e-7, 1e-5)},
+        machine={"cpu": "a CPU", "threads": 2},
+        versions={"torch": "2.15"},
+        date=day,
+    )
+
+
+def test_command_repeats_the_settings_and_tells_no_place():
+    found = result(published_path=Path("/home/somebody/ijepa"), ranks=(1, 2), data=None)
+    assert found.command == (
+        "ijepa-zoo bench train --model vit_a --compile --vs published --published-path ijepa "
+        "--ranks 1 2"
+    )
+    assert "somebody" not in json.dumps(found.as_json()) + str(found)
+
+
+def test_file_holds_everything(tmp_path):
+    found = result(published_path=Path("x/ijepa"))
+    assert found.save(tmp_path).name == "bench-train-2026-01-02.json"
+    content = json.loads(found.save(tmp_path / "own.json").read_text())
+    assert content == json.loads(json.dumps(found.as_json()))
+    assert content["settings"]["published_path"] == "ijepa"
+    assert content["ratios"]["published"]["range"] == [1.1, 1.4]
+    assert content["agreement"]["published"] == {
+        "what": "losses", "difference": 1e-7, "tolerance": 1e-5,
+    }  # fmt: skip
+
+
+def test_text_names_ratio_and_agreement():
+    text = str(result())
+    assert "published takes 1.25 times as long as ijepa_zoo (1.1 to 1.4, 3 pairs)" in text
+    assert "published agrees: losses differ by 1.0e-07 (at most 1.0e-05)" in text
+    assert "500 ms" in text
+    assert "32 images/s" in text
+
+
+@pytest.mark.parametrize("difference", [2e-5, float("nan")])
+def test_disagreement_is_an_error(difference):
+    with pytest.raises(DisagreementError, match=r"losses differ by .*their times say nothing"):
+        agreed("losses", difference, 1e-5)
+
+
+def test_table_is_made_of_the_newest_results(tmp_path):
+    result(0.9, "2026-01-01").save(tmp_path / "z.json")
+    result(0.5, "2026-01-02").save(tmp_path / "a.json")
+    result(0.7, "2025-12-31", model="vit_b").save(tmp_path / "b.json")
+    (tmp_path / "other.json").write_text('{"date": "2026"}')
+    assert [found["date"] for found in newest(tmp_path)] == ["2026-01-02", "2025-12-31"]
+    text = "before\n<!-- bench:train -->\nold\n<!-- /bench -->\nafter\n"
+    filled = fill(text, tmp_path)
+    assert filled.startswith("before\n<!-- bench:train -->\n|")
+    assert filled.endswith("<!-- /bench -->\nafter\n")
+    assert "old" not in filled
+    row = "| vit_a, compile True | 500 ms, 32 images/s | published 500 ms, 32 images/s | **1.25** "
+    assert f"{row}(1.1 to 1.4, 3 pairs) |" in filled
+    assert "900 ms" not in filled
+    assert "a CPU, threads: 2, torch 2.15, 2026-01-02" in filled
+    assert fill(filled, tmp_path) == filled
+
+
+def test_table_without_a_result_is_an_error(tmp_path):
+    result().save(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="no result of `bench load`, only of train"):
+        fill("<!-- bench:load -->\n<!-- /bench -->", tmp_path)
+
+
+def test_readme_is_what_the_results_make_it():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert fill(text, ROOT / "examples" / "benchmarks" / "results") == text

@@ -1,0 +1,114 @@
+"""`ijepa-zoo export` for servers, and the example that serves what it writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_serving import needs_onnx
+
+import ijepa_zoo
+from ijepa_zoo.cli import main
+
+ROOT = Path(__file__).parents[1]
+NANO = "vit_nano8_64_ijepa"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@needs_onnx
+def test_name_to_onnx_served_by_the_example(here, capfd):
+    assert main(["export", NANO, "served", "--to", "onnx", "--layers", "last4"]) == 0
+    out, err = capfd.readouterr()
+    assert "served/model.onnx" in out
+    assert "features float32 ['batch', 512]" in out
+    assert not err
+    record = json.loads(Path("served/serving.json").read_text())
+    assert record["weights"] == f"target encoder of {NANO}.scenes"
+    assert record["license"] == "apache-2.0"
+    photos = sorted(map(str, (ROOT / "examples/images/photos").glob("*.jpg")))
+    words = [str(ROOT / "examples" / "serve_onnx.py"), str(here / "served"), *photos]
+    alone = "import runpy, sys; sys.modules.update(torch=None, timm=None, ijepa_zoo=None); "
+    alone += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    said = f"{len(photos)} images -> features [{len(photos)}, 512]"
+    for command in (["-c", alone, *words], [*words, "--compare", NANO]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=100
+        )
+        assert said in done.stdout, done.stderr
+    assert f"agrees with {NANO} in PyTorch" in done.stdout
+
+
+def test_folder_to_torch_export_with_options(here, capsys):
+    assert main(["convert", NANO, "folder", "--to", "native"]) == 0
+    words = ["--dtype", "bfloat16", "--img-size", "32", "--license", "MIT", "--layers", "1,3"]
+    assert main(["export", "folder", "served", "--to", "torch-export", *words]) == 0
+    record = json.loads(Path("served/serving.json").read_text())
+    assert record["precision"] == "bfloat16"
+    assert record["license"] == "MIT"
+    assert record["layers"] == [1, 3]
+    assert record["input"]["shape"] == ["batch", 3, 32, 32]
+    served = torch.export.load("served/model.pt2").module()
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    model = ijepa_zoo.create_model(NANO, img_size=32).eval()
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    with torch.no_grad():
+        wanted = ijepa_zoo.FeatureExtractor(model, [1, 3])((pixels / 255 - mean) / std)
+        got = served(pixels)
+    assert torch.cosine_similarity(got, wanted).min() > 0.999
+
+
+def test_own_weights_by_checkpoint(here):
+    model = ijepa_zoo.create_model(NANO, pretrained=False).eval()
+    save_file(model.state_dict(), "own.safetensors")
+    words = ["--checkpoint", "own.safetensors", "--to", "torch-export"]
+    assert main(["export", NANO, "served", *words]) == 0
+    pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    with torch.no_grad():
+        wanted = model.encode((pixels / 255 - mean) / std).mean(1)
+        got = torch.export.load("served/model.pt2").module()(pixels)
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["vit_tiny16_ijepa", "out"], "`ijepa-zoo convert vit_tiny16_ijepa DST --to native`"),
+        (["vit_tiny16_ijepa", "--to", "onnx"], "ijepa-zoo export vit_tiny16_ijepa DST --to onnx"),
+        (["run", "out", "--layers", "last4", "--img-size", "64"],
+         "--layers, --img-size: only with --to onnx or --to torch-export"),
+        (["run", "out", "--to", "onnx", "--step", "5"], "export run DST --step 5`"),
+        (["run", "out", "--to", "onnx", "--dtype", "bfloat16"], "use float16 or int8"),
+        (["run", "out", "--to", "torch-export", "--quantize", "int8"], "is bfloat16"),
+        (["weights.pth", "out", "--to", "torch-export"], "by --checkpoint weights.pth"),
+        (["vit_tiny61", "out", "--to", "torch-export"], "no I-JEPA model is called 'vit_tiny61'"),
+        ([NANO, "out", "--to", "torch-export", "--layers", "9"], "a model of 6 blocks"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_says_what_to_type(here, capsys, words, message):
+    Path("run").mkdir()
+    Path("run/config.yaml").touch()
+    Path("weights.pth").touch()
+    assert main(["export", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_folder_that_is_no_run_is_told_from_a_run(here, capsys):
+    assert main(["convert", NANO, "folder", "--to", "timm"]) == 0
+    assert main(["export", "folder", "out"]) == 2
+    assert "`ijepa-zoo export folder DST --to onnx`" in capsys.readouterr().err
+    Path("empty").mkdir()
+    assert main(["export", "empty", "out"]) == 1
+    assert "it has no config.yaml" in capsys.readouterr().err
+    Path("out").mkdir()
+    assert main(["export", NANO, "out", "--to", "torch-export"]) == 1
+    assert "out exists" in capsys.readouterr().err
