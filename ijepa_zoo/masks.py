@@ -88,14 +88,12 @@ class MultiBlockMasks:
 
     def block_sizes(self, step: int) -> tuple[_Size, _Size]:
         """Sizes (height, width) of the target blocks and of the context block at `step`."""
-        generator = torch.Generator().manual_seed(step)
-
-        def uniform() -> float:
-            return torch.rand(1, generator=generator).item()
+        # Two or four numbers at once are those that the published code draws one by one.
+        draws = iter(torch.rand(4, generator=torch.Generator().manual_seed(step)).tolist())
 
         def draw(scale: tuple[float, float], aspect: tuple[float, float]) -> _Size:
-            first = uniform()
-            second = first if self.mode == "published" else uniform()
+            first = next(draws)
+            second = first if self.mode == "published" else next(draws)
             return self._size(_between(scale, first), _between(aspect, second))
 
         return draw(self.target_scale, self.target_aspect), draw(self.context_scale, (1.0, 1.0))
@@ -134,22 +132,20 @@ class MultiBlockMasks:
         target_size, context_size = self.block_sizes(step)
         shape = (batch_size, self.num_targets)
         tops, lefts = self._corners(rng, target_size, shape)
-        rows = tops[..., None, None] + np.arange(target_size[0])[:, None]
-        columns = lefts[..., None, None] + np.arange(target_size[1])
-        targets = (rows * self.grid_size[1] + columns).reshape(*shape, -1)
-
-        blocked = np.zeros((self.num_targets, batch_size, math.prod(self.grid_size)), np.bool_)
-        if not self.allow_overlap:
-            # Flat indices are four times faster than put_along_axis.
-            starts = np.arange(0, blocked.size, blocked.shape[2]).reshape(blocked.shape[:2])
-            blocked.reshape(-1)[targets + starts.T[..., None]] = True
-        allowed = self._contexts(rng, context_size, blocked)
+        columns = self.grid_size[1]
+        first_block = np.arange(target_size[0])[:, None] * columns + np.arange(target_size[1])
+        targets = (tops * columns + lefts)[..., None] + first_block.reshape(-1)
+        if self.allow_overlap:
+            blocked = np.zeros((self.num_targets, batch_size, math.prod(self.grid_size)), np.bool_)
+        else:
+            blocked = self._blocks(target_size, tops.T, lefts.T)
+        allowed, counts = self._contexts(rng, context_size, blocked)
         if self.mode == "unbiased":  # keys of the whole batch: parts of it must not differ
             keys = rng.integers(2**32, size=allowed.shape, dtype=np.uint32)[first:last]
         else:
             keys = None
-        shortest = int(allowed[group].sum(axis=1).min())
-        context = self._cut(allowed[first:last], shortest, keys)
+        shortest = int(counts[group].min())
+        context = self._cut(allowed[first:last], counts[first:last], shortest, keys)
         return torch.from_numpy(context), torch.from_numpy(targets[first:last])
 
     def _size(self, scale: float, aspect: float) -> _Size:
@@ -184,40 +180,53 @@ class MultiBlockMasks:
         tops = rng.integers(self.grid_size[0] - size[0] + spare, size=shape)
         return tops, rng.integers(self.grid_size[1] - size[1] + spare, size=shape)
 
-    def _contexts(self, rng: np.random.Generator, size: _Size, blocked: _Bool) -> _Bool:
-        """Context patches [B, H * W] of every image, given its blocked patches [M, B, H * W]."""
+    def _contexts(
+        self, rng: np.random.Generator, size: _Size, blocked: _Bool
+    ) -> tuple[_Bool, _Int]:
+        """Context patches [B, H * W] of every image, given its blocked patches [M, B, H * W].
+
+        Their numbers [B] come with them.
+        """
         num_targets, batch_size, patches = blocked.shape
         allowed = np.empty((batch_size, patches), np.bool_)
+        counts = np.empty(batch_size, np.int64)
         waiting = np.arange(batch_size)
         for constraints in range(num_targets, -1, -1):
             free = ~np.logical_or.reduce(blocked[:constraints], axis=0)
             for _ in range(_TRIES):
                 tops, lefts = self._corners(rng, size, waiting.shape)
-                allowed[waiting] = self._blocks(size, tops, lefts) & free[waiting]
-                waiting = waiting[allowed[waiting].sum(axis=1) <= self.min_keep]
+                tried = self._blocks(size, tops, lefts)
+                tried &= free[waiting]
+                allowed[waiting], counts[waiting] = tried, tried.sum(axis=1)
+                waiting = waiting[counts[waiting] <= self.min_keep]
                 if not len(waiting):
-                    return allowed
+                    return allowed, counts
         raise AssertionError("a context block without constraints is larger than min_keep")
 
     def _blocks(self, size: _Size, tops: _Int, lefts: _Int) -> _Bool:
-        rows = np.arange(self.grid_size[0]) - tops[:, None]
-        columns = np.arange(self.grid_size[1]) - lefts[:, None]
-        in_rows = (rows >= 0) & (rows < size[0])
-        in_columns = (columns >= 0) & (columns < size[1])
-        return (in_rows[:, :, None] & in_columns[:, None, :]).reshape(len(tops), -1)
+        """Patches [..., H * W] of blocks of `size` whose corners are given."""
+        # One row per possible top or left: taking whole rows is far faster than comparing.
+        height, width = self.grid_size
+        in_rows = _intervals(height, size[0]).repeat(width, axis=1)
+        in_columns = np.tile(_intervals(width, size[1]), height)
+        blocks: _Bool = in_rows.take(tops, axis=0)
+        blocks &= in_columns.take(lefts, axis=0)
+        return blocks
 
-    def _cut(self, allowed: _Bool, shortest: int, keys: npt.NDArray[np.uint32] | None) -> _Int:
+    def _cut(
+        self, allowed: _Bool, counts: _Int, shortest: int, keys: npt.NDArray[np.uint32] | None
+    ) -> _Int:
         """Indices [b, shortest] of the allowed patches; the first ones, or those of lowest keys."""
-        batch_size, patches = allowed.shape
-        counts = allowed.sum(axis=1)
+        patches = allowed.shape[1]
         if keys is not None:
-            # The index in the low bits makes keys distinct; the clear top bit leaves the largest
-            # value to patches outside the context.
+            # The index in the low bits makes keys distinct; the top bit puts patches outside the
+            # context behind all others.
             low_bits = np.uint32((1 << (patches - 1).bit_length()) - 1)
-            keys = keys & (np.uint32(2**31 - 1) ^ low_bits) | np.arange(patches, dtype=np.uint32)
-            keys[~allowed] = 2**32 - 1
+            keys &= np.uint32(2**31 - 1) ^ low_bits
+            keys |= np.arange(patches, dtype=np.uint32)
+            keys |= (~allowed).astype(np.uint32) << np.uint32(31)
             allowed = keys <= np.partition(keys, shortest - 1, axis=1)[:, shortest - 1, None]
-            counts = np.full(batch_size, shortest)
+            counts = np.full_like(counts, shortest)
         row_starts = np.arange(0, allowed.size, patches)[:, None]
         firsts = np.cumsum(counts) - counts
         kept: _Int = np.flatnonzero(allowed)[firsts[:, None] + np.arange(shortest)] - row_starts
@@ -233,6 +242,12 @@ def _group(first: int, last: int, size: int) -> slice:
             "each group on its own, or use cut='global'"
         )
     return slice(start, start + size)
+
+
+def _intervals(length: int, size: int) -> _Bool:
+    """Places [length, length] of an interval, by its start."""
+    place = np.arange(length) - np.arange(length)[:, None]
+    return (place >= 0) & (place < size)
 
 
 def _between(bounds: tuple[float, float], u: float) -> float:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from .images import ImageError, ImageReader, decode
 from .items import Item
+from .jpeg import decode_pixels
 from .pixels import Pixels, from_picture, labels_or_none
 from .sources import InputError
 
@@ -26,12 +27,13 @@ class HubSet:
         data: A `datasets.Dataset`.
         in_chans: Channels of the images that are read, 1 or 3.
         name: What messages call it.
+        tensors: See :func:`~ijepa_zoo.data.image_sets.open_images`.
 
     Raises:
         InputError: It is a stream or a dictionary of splits, or has no single column of images.
     """
 
-    def __init__(self, data: Any, in_chans: int, name: str) -> None:
+    def __init__(self, data: Any, in_chans: int, name: str, *, tensors: bool = False) -> None:
         import datasets
 
         if isinstance(data, datasets.DatasetDict):
@@ -51,6 +53,7 @@ class HubSet:
         data = data.with_format(None).select_columns([self.column])
         self.data = data.cast_column(self.column, datasets.Image(decode=False))
         self.in_chans, self._name = in_chans, name
+        self.tensors = tensors and in_chans == 3
 
     def __len__(self) -> int:
         return len(self.data)
@@ -61,7 +64,10 @@ class HubSet:
         if stored is None:
             raise ImageError("no image in this row")
         if stored["bytes"] is not None:
-            return from_picture(decode(io.BytesIO(stored["bytes"])), self.in_chans)
+            file = io.BytesIO(stored["bytes"])
+            return (
+                decode_pixels(file) if self.tensors else from_picture(decode(file), self.in_chans)
+            )
         return from_picture(ImageReader().read(Item(stored["path"])), self.in_chans)
 
     def name(self, index: int) -> str:
@@ -86,7 +92,7 @@ def holds_data_set(folder: str) -> bool:
     return _has_parquet(folder)
 
 
-def open_hub(name: str, in_chans: int) -> HubSet:
+def open_hub(name: str, in_chans: int, *, tensors: bool = False) -> HubSet:
     """A data set by `NAME` or `NAME:SPLIT`; NAME is on the Hub or a folder, SPLIT train if absent.
 
     Parquet files are unpacked once into the cache of the `datasets` package, where images can be
@@ -111,7 +117,7 @@ def open_hub(name: str, in_chans: int) -> HubSet:
         raise InputError(f"data set '{name}' cannot be loaded: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         found = _choose(found, split, name)
-    return HubSet(found, in_chans, name)
+    return HubSet(found, in_chans, name, tensors=tensors)
 
 
 def _name_and_split(name: str) -> tuple[str, str | None]:

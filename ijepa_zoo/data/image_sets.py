@@ -12,6 +12,7 @@ import numpy as np
 
 from .images import ImageError, ImageReader
 from .items import Item
+from .jpeg import decode_pixels
 from .packed import PackedItems, load_index
 from .pixels import ImageSet, Pixels, from_array, from_picture, labels_or_none
 from .sources import SHARD_SUFFIXES, InputError, expand, list_items, no_images
@@ -30,10 +31,12 @@ class FileSet:
     Args:
         items: What there is.
         in_chans: Channels of the images that are read.
+        tensors: See :func:`open_images`.
     """
 
-    def __init__(self, items: PackedItems, in_chans: int) -> None:
+    def __init__(self, items: PackedItems, in_chans: int, *, tensors: bool = False) -> None:
         self.items, self.in_chans = items, in_chans
+        self.tensors = tensors and in_chans == 3
         self.labels = labels_or_none(items.labels)
         self._reader: tuple[int, ImageReader] | None = None
 
@@ -43,9 +46,12 @@ class FileSet:
     def read(self, index: int) -> Pixels:
         """See :class:`ImageSet`."""
         item = self.items[index]
-        if not item.path.lower().endswith(_ARRAY):
+        is_array = item.path.lower().endswith(_ARRAY)
+        if not is_array and not self.tensors:
             return from_picture(self._own_reader().read(item), self.in_chans)
         with self._own_reader().open(item) as file:
+            if not is_array:
+                return decode_pixels(file)
             try:
                 array = np.load(file, allow_pickle=False)
             except _DAMAGED_ARRAY as error:
@@ -70,7 +76,9 @@ class FileSet:
         return self._reader[1]
 
 
-def open_images(source: Any, *, in_chans: int = 3, index: Path | None = None) -> ImageSet:
+def open_images(
+    source: Any, *, in_chans: int = 3, index: Path | None = None, tensors: bool = False
+) -> ImageSet:
     """Open what a user names; the whole list is known afterwards, and no image was decoded.
 
     Args:
@@ -90,6 +98,7 @@ def open_images(source: Any, *, in_chans: int = 3, index: Path | None = None) ->
             other numbers need arrays of that many channels.
         index: A file that keeps the list of tar shards, whose every member is visited otherwise.
             It is made where it is missing, and again when a shard has changed.
+        tensors: Read files as tensors of the same pixels where that is faster than Pillow.
 
     Raises:
         InputError: There is no such input, it holds no images or one image twice, or it cannot be
@@ -100,10 +109,10 @@ def open_images(source: Any, *, in_chans: int = 3, index: Path | None = None) ->
     elif not _are_inputs(source):
         return _open_object(source, in_chans)
     if len(source) == 1 and not isinstance(source[0], Item):
-        single = _open_single(os.fspath(source[0]), in_chans)
+        single = _open_single(os.fspath(source[0]), in_chans, tensors)
         if single is not None:
             return single
-    return _open_files(source, in_chans, index)
+    return _open_files(source, in_chans, index, tensors)
 
 
 def _are_inputs(source: Any) -> bool:
@@ -122,16 +131,16 @@ def _open_object(source: Any, in_chans: int) -> ImageSet:
     return open_object(source, in_chans) if array is None else array
 
 
-def _open_single(path: str, in_chans: int) -> ImageSet | None:
+def _open_single(path: str, in_chans: int, tensors: bool) -> ImageSet | None:
     """The set behind a path that is no list of image files."""
     if path.startswith(_HUB_PREFIX):
         from .hub_sets import open_hub
 
-        return open_hub(path.removeprefix(_HUB_PREFIX), in_chans)
+        return open_hub(path.removeprefix(_HUB_PREFIX), in_chans, tensors=tensors)
     if os.path.isdir(path):
         from .hub_sets import holds_data_set, open_hub
 
-        return open_hub(path, in_chans) if holds_data_set(path) else None
+        return open_hub(path, in_chans, tensors=tensors) if holds_data_set(path) else None
     if path.lower().endswith((_ARRAY, ".npz")) and os.path.isfile(path):
         from .array_sets import open_array_file
 
@@ -144,7 +153,10 @@ def _open_single(path: str, in_chans: int) -> ImageSet | None:
 
 
 def _open_files(
-    inputs: Sequence[str | os.PathLike[str] | Item], in_chans: int, index: Path | None
+    inputs: Sequence[str | os.PathLike[str] | Item],
+    in_chans: int,
+    index: Path | None,
+    tensors: bool,
 ) -> FileSet:
     given = [path for i in inputs if not isinstance(i, Item) for path in expand(os.fspath(i))]
     for path in given:
@@ -161,7 +173,7 @@ def _open_files(
             f"'{items[0].path}' is read with 1 or 3 channels, model.in_chans is {in_chans}: give "
             "images of other channels as .npy files [H, W, C] or as one array [n, H, W, C]"
         )
-    return FileSet(items, in_chans)
+    return FileSet(items, in_chans, tensors=tensors)
 
 
 def _indexed(shards: list[str], index: Path) -> PackedItems:

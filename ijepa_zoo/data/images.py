@@ -166,6 +166,27 @@ def decode(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise ImageError(f"{kind} image: {_words(error)}") from error
 
 
+def plain_jpeg_size(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
+    """Height and width of a JPEG file whose pixels :func:`decode` would take as they are.
+
+    Args:
+        file: The file, open for reading in binary mode, at its beginning.
+        max_pixels: Limit of width x height.
+
+    Returns:
+        None for a file that has to be converted or turned, is above the limit, or is no JPEG.
+    """
+    with _pillow_limits(max_pixels):
+        try:
+            image = Image.open(file, formats=["JPEG"])
+            upright = image.getexif().get(_ORIENTATION, 1) not in _UPRIGHT
+        except (Image.DecompressionBombError, *_DECODE_ERRORS):
+            return None
+    plain = image.format == "JPEG" and image.mode == "RGB" and upright
+    within = 0 < image.width * image.height <= max_pixels
+    return (image.height, image.width) if plain and within else None
+
+
 @contextmanager
 def _pillow_limits(max_pixels: int) -> Iterator[None]:
     """Our limits instead of Pillow's process-wide ones: it refuses above twice its limit."""

@@ -127,7 +127,7 @@ def dry_run(
     """
     check(config)
     with join_processes(config.machine.device, config.machine.timeout) as processes:
-        images = open_images(data, in_chans=config.model.in_chans or 3)
+        images = open_images(data, in_chans=config.model.in_chans or 3, tensors=True)
         trainer = Trainer(config, images, processes, init=init)
         started = time.perf_counter()
         batch = trainer.data.micro_batch(0, 0)

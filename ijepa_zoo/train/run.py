@@ -90,7 +90,7 @@ def pretrain(
         processes = stack.enter_context(join_processes(machine.device, machine.timeout))
         claim_folder(out, processes, stack)
         in_chans = config.model.in_chans or 3
-        images = open_images(data, in_chans=in_chans, index=out / "shards.index")
+        images = open_images(data, in_chans=in_chans, index=out / "shards.index", tensors=True)
         settle_folder(out, config, images, processes)
         checkpoints = _checkpoints(out, config, images, processes)
         step = checkpoints.choose(resume_from)

@@ -265,7 +265,8 @@ def assign(
 
     Args:
         model: Module on meta.
-        state: Tensors in our names, already fitted.
+        state: Tensors in our names, already fitted; it is empty afterwards, so that a tensor of
+            another data type is gone when the next one is converted.
         origin: The checkpoint, for messages.
         device: Where the model goes; None for the CPU.
 
@@ -282,6 +283,6 @@ def assign(
             named_apply(partial(init_weights_vit_timm, needs_reset=True), part, include_root=True)
             state |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
     ready = {
-        name: tensor.to(device=target, dtype=expected[name].dtype) for name, tensor in state.items()
+        name: state.pop(name).to(device=target, dtype=expected[name].dtype) for name in list(state)
     }
     model.load_state_dict(ready, assign=True)

@@ -1,6 +1,5 @@
 """Open a checkpoint of any known kind and hand out its networks, read lazily, in our names."""
 
-import math
 import pickle
 import struct
 import zipfile
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import catalog, fetch, layouts
-from .config import encoder_args, native_section, preprocessing, read_config
+from . import catalog, fetch, layouts, safetensors_file
+from .config import encoder_args, native_section, preprocessing, read_config, transformers_args
 from .layouts import CheckpointError, State
 from .networks import LABEL_KEY, UNLABELLED, Networks, Training, label_of
 
@@ -30,8 +29,10 @@ _DAMAGE = (
 def read_safetensors(path: Path) -> State:
     """Map a safetensors file into memory: pages are read when touched, writes stay private."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt") as file:  # checks header and sizes
+            mapped = safetensors_file.map_tensors(path)
+            rare = [name for name in file.keys() if name not in mapped]  # noqa: SIM118
+            return mapped | {name: file.get_tensor(name) for name in rare}
     except SafetensorError as error:
         raise CheckpointError(
             f"{path} is damaged or no safetensors file ({error}); fetch or write it again"
@@ -140,13 +141,17 @@ def open_file(path: Path) -> Networks:
     origin = str(path)
     if path.suffix == ".safetensors":
         label = label_of(safetensors_metadata(path).get("network"))
-        content: dict[str, Any] = read_safetensors(path)
-    elif path.name.endswith(PICKLES):
-        label, content = UNLABELLED, read_pickle(path)
-    else:
+        layout = layouts.recognise(read_safetensors(path), origin)
+
+        def read() -> State:  # again: tensors in nobody's hands give their memory back
+            return layouts.to_timm(read_safetensors(path), layout, origin)
+
+        return Networks(origin, {label: read}, layout)
+    if not path.name.endswith(PICKLES):
         raise CheckpointError(
             f"{path}: a checkpoint file ends in .safetensors or one of {', '.join(PICKLES)}"
         )
+    content = read_pickle(path)
     layout = layouts.recognise(content, origin)
     if layout == "official":
         return Networks(
@@ -158,7 +163,8 @@ def open_file(path: Path) -> Networks:
             layout,
             training=partial(_official_training, content, origin),
         )
-    return Networks(origin, {label: partial(layouts.to_timm, content, layout, origin)}, layout)
+    renamed = partial(layouts.to_timm, content, layout, origin)
+    return Networks(origin, {UNLABELLED: renamed}, layout)
 
 
 def _official_training(content: Mapping[str, Any], origin: str) -> Training:
@@ -229,43 +235,6 @@ def _read_single(locate: Callable[[str], Path], origin: str, layout: str) -> Sta
             f"{origin}: config.json says {layout}, but model.safetensors has {found} names"
         )
     return layouts.to_timm(state, layout, origin)
-
-
-def transformers_args(config: Mapping[str, Any]) -> dict[str, Any]:
-    """timm arguments of a transformers I-JEPA configuration.
-
-    Raises:
-        CheckpointError: If a size is missing or the activation is not that of I-JEPA.
-    """
-    needed = (
-        *("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers"),
-        *("num_attention_heads", "intermediate_size", "layer_norm_eps"),
-    )
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise CheckpointError(f"the transformers config.json lacks {', '.join(missing)}")
-    for key in ("hidden_size", "intermediate_size"):
-        if type(config[key]) is not int or config[key] < 1:
-            raise CheckpointError(f"the transformers config.json: {key} cannot be {config[key]!r}")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise CheckpointError(f"hidden_act is {config['hidden_act']!r}, only 'gelu' is I-JEPA's")
-    return {
-        "img_size": config["image_size"],
-        "patch_size": config["patch_size"],
-        "in_chans": config["num_channels"],
-        "embed_dim": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "mlp_ratio": mlp_ratio(config["intermediate_size"], config["hidden_size"]),
-        "qkv_bias": config.get("qkv_bias", True),
-        "norm_eps": config["layer_norm_eps"],
-    }
-
-
-def mlp_ratio(hidden: int, embed_dim: int) -> float:
-    """The ratio from which timm's ``int(embed_dim * ratio)`` gives ``hidden`` back."""
-    ratio = hidden / embed_dim
-    return ratio if int(embed_dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def packaged_folder(name: str) -> Path:

@@ -1,19 +1,24 @@
-"""Layout of a safetensors file that is written piece by piece.
+"""Safetensors files that are written piece by piece, or read tensor by tensor.
 
-The safetensors package writes a file from tensors that are all in memory. Where they come in
-pieces (a download, rows of features), this module says which bytes the file starts with and where
-every tensor goes; the writer puts the pieces there in any order. Format:
+The safetensors package writes a file from tensors that are all in memory, and maps a file as a
+whole. Where tensors come in pieces (a download, rows of features), this module says which bytes the
+file starts with and where every tensor goes; the writer puts the pieces there in any order. Where
+they are converted one after the other, it maps each on its own. Format:
 https://github.com/huggingface/safetensors#format
 """
 
 import json
 import math
+import mmap
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
-__all__ = ["DTYPE_NAMES", "Entry", "Layout", "layout"]
+__all__ = ["DTYPE_NAMES", "Entry", "Layout", "layout", "map_tensors"]
 
 # In the order in which the safetensors package stores them, so that every tensor is aligned.
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -31,7 +36,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
 }
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_NAMES)}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _LONGEST_HEADER = 100_000_000  # readers refuse longer ones
+_MAPPINGS = 32  # of a file; each holds a file descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +124,40 @@ def _place(entry: Entry) -> tuple[int, str]:
             f"as safetensors; convert it to one of {known}"
         )
     return _RANK[entry.dtype], entry.name
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file into memory, some neighbours at a time.
+
+    Pages are read when touched and writes stay private. A mapping ends with its last tensor, so a
+    program that converts tensors in their order and lets go of them holds little of the file.
+
+    Args:
+        path: A sound file: header and sizes are not checked again.
+
+    Returns:
+        The tensors whose dtype is in ``DTYPE_NAMES``, in the order of the file.
+    """
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        described = json.loads(file.read(header))
+        described.pop("__metadata__", None)
+        size = file.seek(0, os.SEEK_END)
+        tensors: dict[str, Tensor] = {}
+        pages, begin, end = None, 0, 0
+        for name, entry in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = (8 + header + offset for offset in entry["data_offsets"])
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is None:
+                continue
+            if start == stop:
+                tensors[name] = torch.empty(entry["shape"], dtype=dtype)
+                continue
+            if pages is None or stop > end:
+                begin = start - start % mmap.ALLOCATIONGRANULARITY
+                end = min(size, max(stop, begin + size // _MAPPINGS))
+                pages = mmap.mmap(file.fileno(), end - begin, access=mmap.ACCESS_COPY, offset=begin)
+            count = (stop - start) // dtype.itemsize
+            flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=start - begin)
+            tensors[name] = flat.view(entry["shape"])
+    return tensors

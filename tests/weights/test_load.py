@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 import ijepa_zoo
 from ijepa_zoo.weights import layouts
 from ijepa_zoo.weights.layouts import CheckpointError
+from ijepa_zoo.weights.read import read_safetensors
 
 
 def _create(checkpoint, tiny, **kwargs):
@@ -417,7 +419,7 @@ def test_tensors_are_those_of_the_file_and_no_copies(file, tiny, monkeypatch):
     monkeypatch.setattr("ijepa_zoo.weights.read.read_safetensors", remember)
     model = _create(file, tiny)
     for name, tensor in model.state_dict().items():
-        assert tensor.data_ptr() == given[0][name].data_ptr(), name
+        assert tensor.data_ptr() == given[-1][name].data_ptr(), name
 
 
 def test_every_parameter_is_real_and_trainable(official, tiny):
@@ -433,6 +435,28 @@ def test_data_type_of_the_call_holds(official, states, tiny, dtype):
     model = _create(official, tiny, dtype=dtype)
     for name, tensor in model.state_dict().items():
         assert_close(tensor, states["target_encoder"][name].to(dtype), rtol=0, atol=0)
+
+
+def test_tensors_of_another_data_type_are_let_go_one_by_one(file, tiny, monkeypatch):
+    alive = []
+
+    def remember(path):
+        state = read_safetensors(path)
+        alive.append([weakref.ref(tensor) for tensor in state.values()])
+        return state
+
+    convert = torch.Tensor.to
+
+    def watched(tensor, *args, **kwargs):
+        if kwargs.get("dtype") is torch.bfloat16:
+            left.append(sum(tensor() is not None for tensor in alive[-1]))
+        return convert(tensor, *args, **kwargs)
+
+    left = []
+    monkeypatch.setattr("ijepa_zoo.weights.read.read_safetensors", remember)
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    _create(file, tiny, dtype=torch.bfloat16)
+    assert left[-len(alive[-1]) :] == list(range(len(alive[-1]), 0, -1))
 
 
 def test_file_in_half_precision_gives_a_model_in_full(states, tiny, tmp_path):

@@ -1,9 +1,13 @@
+import sys
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from ijepa_zoo.weights.safetensors_file import DTYPE_NAMES, Entry, layout
+from ijepa_zoo.weights.read import read_safetensors
+from ijepa_zoo.weights.safetensors_file import DTYPE_NAMES, Entry, layout, map_tensors
 
 
 def _tensors():
@@ -99,3 +103,51 @@ def test_refusals(entries, message):
 def test_too_long_a_header_is_refused_as_readers_would():
     with pytest.raises(ValueError, match="readers accept"):
         layout([Entry("a", torch.int8, (1,))], {"long": "x" * 100_000_000})
+
+
+def test_mapped_tensors_are_those_that_the_package_reads(tmp_path):
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(_tensors(), path, {"key": "value"})
+    expected, read = safetensors.torch.load_file(path), map_tensors(path)
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape), name
+        assert _bytes(read[name]) == _bytes(tensor), name
+
+
+def test_types_that_this_package_does_not_know_are_read_by_the_other(tmp_path):
+    tensors = {"known": torch.ones(3), "rare": torch.tensor([1, -1], dtype=torch.int16)}
+    content = safetensors.torch.save(tensors).replace(b'"I16"', b'"U16"')
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert list(map_tensors(tmp_path / "a.safetensors")) == ["known"]
+    read = read_safetensors(tmp_path / "a.safetensors")
+    assert read["known"].tolist() == [1.0] * 3
+    assert read["rare"].tolist() == [1, 65535]
+
+
+def test_writes_to_mapped_tensors_stay_private(tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(5), "b": torch.ones(7)}, tmp_path / "a")
+    first, second = map_tensors(tmp_path / "a"), map_tensors(tmp_path / "a")
+    first["a"].zero_()
+    for tensors in (second, map_tensors(tmp_path / "a")):
+        assert tensors["a"].tolist() == [1.0] * 5
+    assert first["b"].tolist() == [1.0] * 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's list of mappings")
+def test_a_mapping_ends_with_its_last_tensor(tmp_path):
+    path = tmp_path / "large.safetensors"
+    safetensors.torch.save_file({f"{i:03}": torch.full((4096,), i * 1.0) for i in range(200)}, path)
+
+    def mapped():
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        parts = (line.split()[0].split("-") for line in lines if line.endswith(str(path)))
+        return sum(int(end, 16) - int(start, 16) for start, end in parts)
+
+    tensors = map_tensors(path)
+    whole = path.stat().st_size
+    assert whole <= mapped() < 1.3 * whole
+    for number, name in enumerate(sorted(tensors)):
+        assert tensors.pop(name)[0] == number
+        assert mapped() <= whole * (1 - number / 200) * 1.3 + whole / 16
+    assert mapped() == 0
