@@ -10,7 +10,7 @@ from ijepa_zoo import bench
 from ijepa_zoo.cli.bench import add_bench
 from ijepa_zoo.cli.status import DONE, INTERRUPTED, USAGE
 
-KINDS = ("train", "scaling", "features", "load", "masks", "data", "eval")
+KINDS = ("train", "scaling", "features", "load", "masks", "data", "checkpoint", "eval")
 
 
 def parse(*words):

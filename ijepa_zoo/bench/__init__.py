@@ -7,11 +7,13 @@ from .head_grid import eval
 from .loading import load
 from .result import BenchResult, DisagreementError
 from .sampling import masks
+from .saving import checkpoint
 from .training import train
 
 __all__ = [
     "BenchResult",
     "DisagreementError",
+    "checkpoint",
     "data",
     "eval",
     "features",

@@ -76,7 +76,7 @@ def data(
         raise ValueError(f"bench data has no contender {', '.join(unknown)}: use published")
     code = published_code(published_path) if vs else None
     with use_threads(threads), photographs(data, images) as folder:
-        found = open_images(folder)
+        found = open_images(folder, tensors=True)
         batches = _batches(found, min(batch_size, len(found)), img_size)
         steps = count()
         works: dict[str, Work] = {OURS: lambda: batches.micro_batch(next(steps), 0)}

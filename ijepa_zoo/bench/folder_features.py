@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,7 +71,9 @@ def features(
         progress: Show a progress bar.
 
     Returns:
-        Seconds and images/s, end to end and of the bare models, and the ratios.
+        Seconds and images/s, end to end and of the bare models, and the ratios; end to end also
+        `start_seconds` until the first batch comes to the model, which with few images decides:
+        processes that decode must begin first. Not with `compile`, whose graphs it would break.
 
     Raises:
         ValueError: A setting does not fit.
@@ -97,7 +101,10 @@ def features(
         if compile:
             ours.model.compile()
         turn = partial(take_turns, seconds=seconds, rounds=rounds, progress=progress)
-        works: dict[str, Work] = {name: one.folder_features for name, one in contenders.items()}
+        works: dict[str, Work] = {
+            name: one.folder_features if compile else partial(_timed_start, one)
+            for name, one in contenders.items()
+        }
         whole = turn(works, what="features", warmup=0)
         bare: dict[str, Work] = {name: one.bare for name, one in contenders.items()}
         alone = turn(bare, what=_BARE)
@@ -109,6 +116,9 @@ def features(
             taken = timings.summary(name)
             rate = number / taken.median
             results[name + suffix] = {"seconds": taken.as_json(), "images_per_second": rate}
+            if timings is whole and not compile:
+                start = timings.summary(name, "start_seconds").median
+                results[name]["start_seconds"] = start
         ratios |= {name + suffix: ratio for name, ratio in timings.ratios().items()}
     return BenchResult("features", settings, results, ratios, agreement, {"images": count})
 
@@ -120,6 +130,7 @@ class _Ours:
         self, model: str, folder: Path, scratch: Path, settings: dict[str, Any], workers: int
     ) -> None:
         self.model = create_model(model, pretrained=False).eval()
+        self.entry = self.model.patch_embed  # begins the work on a batch
         self.folder, self.out, self.workers = folder, scratch / "ours.safetensors", workers
         self.batch_size, self.threads = settings["batch_size"], settings["threads"]
         self.precision = settings["precision"]
@@ -164,6 +175,7 @@ class _Timm:
         self.ours, self.autocast = ours, _autocast(ours.device, precision)
         self.model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
         self.model.eval().to(ours.device)
+        self.entry = self.model.patch_embed
         config = timm.data.resolve_model_data_config(self.model)
         self.transform = timm.data.create_transform(**config, is_training=False)
         if compile:
@@ -193,6 +205,7 @@ class _Transformers:
         logging.disable_progress_bar()
         self.ours, self.autocast = ours, _autocast(ours.device, precision)
         self.pipeline = pipeline("image-feature-extraction", model=str(folder), device=ours.device)
+        self.entry = self.pipeline.model
         if compile:
             self.pipeline.model.compile()
 
@@ -207,6 +220,26 @@ class _Transformers:
         with torch.inference_mode(), self.autocast():
             self.pipeline.model(self.ours.images).last_hidden_state.mean(1)
         finish(self.ours.device)
+
+
+def _timed_start(one: Any) -> dict[str, float]:
+    """Features of the folder; seconds until the first batch came to the model."""
+    with _first_call(one.entry) as called:
+        started = time.perf_counter()
+        one.folder_features()
+        whole = time.perf_counter() - started
+    return {"seconds": whole, "start_seconds": called[0] - started}
+
+
+@contextmanager
+def _first_call(module: nn.Module) -> Iterator[list[float]]:
+    """A list that gets the times of a module's calls, the first of them first."""
+    called: list[float] = []
+    handle = module.register_forward_pre_hook(lambda *call: called.append(time.perf_counter()))
+    try:
+        yield called
+    finally:
+        handle.remove()
 
 
 def _compare(contenders: dict[str, Any], exact: bool) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,12 @@ _SHOWN = {
     "bytes_exchanged": ("MiB exchanged", 2**-20),
     "exchange_hidden": ("of the exchange hidden", 1.0),
     "over_encoder": ("of the encoder's time", 1.0),
+    "start_seconds": ("s until the first batch", 1.0),
+    "steps_stalled": ("steps stalled at most", 1.0),
+    "steps_lost": ("steps lost in all", 1.0),
+    "copy_seconds": ("s standing still", 1.0),
+    "save_seconds": ("s until it is whole", 1.0),
+    "bytes_written": ("MiB written", 2**-20),
 }
 
 
@@ -152,7 +158,8 @@ class BenchResult:
                 f"{name} takes {ratio['median']:.3g} times as long as {OURS} ({low:.3g} to "
                 f"{high:.3g}, {ratio['count']} pairs)"
             )
-        lines += [f"{name}: {_plain(value)}" for name, value in self.extra.items()]
+        for name, value in self.extra.items():
+            lines += _lines(name, value)
         return "\n".join(lines)
 
 
@@ -176,6 +183,14 @@ def duration(seconds: float) -> str:
 
 def _given(value: Any) -> bool:
     return value is not None and value is not False and value != () and value != []
+
+
+def _lines(name: str, value: Any) -> list[str]:
+    """A value in a line; a mapping of mappings with a line for each, indented."""
+    if not isinstance(value, dict) or not any(isinstance(part, dict) for part in value.values()):
+        return [f"{name}: {_plain(value)}"]
+    inner = [line for key, part in value.items() for line in _lines(key, part)]
+    return [f"{name}:", *(f"  {line}" for line in inner)]
 
 
 def _plain(value: Any) -> str:

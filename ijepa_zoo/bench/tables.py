@@ -3,7 +3,8 @@
     python -m ijepa_zoo.bench.tables README.md examples/benchmarks/results
 
 fills everything between a line `<!-- bench:NAME -->` and the next `<!-- /bench -->`, where NAME is
-`train`, `features`, `load`, `masks`, `data`, `eval` or `scaling`. Of results with the same settings
+`train`, `features`, `load`, `masks`, `data`, `eval`, `checkpoint` or `scaling`, or `scale_out` for
+the model of many GPUs that results of `bench scaling` have. Of results with the same settings
 on the same machine the newest counts.
 """
 
@@ -12,16 +13,21 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .result import duration
+from .saving import SAVING
 from .timing import OURS
+
+SCALE_OUT = "scale_out"  # a table of what results of `bench scaling` have beside measurements
 
 _BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 # settings that do not tell what was measured
-_HOW = frozenset({"vs", "published_path", "seconds", "rounds", "data", "device", "workers"})
+_HOW = frozenset(
+    {"vs", "published_path", "seconds", "rounds", "data", "device", "workers", "folder"}
+)
 _WORDS = frozenset({"model", "precision", "dtype", "mode", "task"})  # whose value says enough
 _UNSAID = frozenset({"published_precision", "other_precision"})  # stands beside the other's name
 
@@ -41,11 +47,12 @@ def fill(text: str, folder: Path) -> str:
     results = newest(folder)
 
     def block(match: re.Match[str]) -> str:
-        found = [result for result in results if result["bench"] == match[2]]
+        bench = "scaling" if match[2] == SCALE_OUT else match[2]
+        found = [result for result in results if result["bench"] == bench]
         if not found:
             kinds = ", ".join(sorted({result["bench"] for result in results})) or "none"
-            raise ValueError(f"{folder} has no result of `bench {match[2]}`, only of {kinds}")
-        return f"{match[1]}{table(found)}\n{match[3]}"
+            raise ValueError(f"{folder} has no result of `bench {bench}`, only of {kinds}")
+        return f"{match[1]}{table(found, match[2])}\n{match[3]}"
 
     return _BLOCK.sub(block, text)
 
@@ -62,13 +69,16 @@ def newest(folder: Path) -> list[Found]:
     return list(kept.values())
 
 
-def table(found: Sequence[Found]) -> str:
+def table(found: Sequence[Found], kind: str) -> str:
     """The table of one kind of bench, and beneath it where and how it was measured."""
-    rows = _ROWS.get(found[0]["bench"], _against)(found)
+    rows = _ROWS.get(kind, _against)(found)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    places = dict.fromkeys(_place(result) for result in found)
     commands = "; ".join(f"`{result['command']}`" for result in found)
+    if kind == SCALE_OUT:
+        what = found[0]["extra"]["many_gpus"]["what"]
+        return "\n".join([*lines, "", f"{what[0].upper()}{what[1:]}: {commands}."])
+    places = dict.fromkeys(_place(result) for result in found)
     return "\n".join([*lines, "", f"Measured on {'; '.join(places)}: {commands}."])
 
 
@@ -77,21 +87,38 @@ def _against(found: Sequence[Found]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("", OURS, "", "times as long as ours: median of the pairs (range)")
     ]
+    for what, ours, name, other, ratio in _pairs(found):
+        low, high = ratio["range"]
+        rows.append(
+            (
+                what,
+                _cell(ours),
+                f"{name} {_cell(other)}",
+                f"**{ratio['median']:.3g}** ({low:.3g} to {high:.3g}, {ratio['count']} pairs)",
+            )
+        )
+    return rows
+
+
+def _features(found: Sequence[Found]) -> list[tuple[str, ...]]:
+    """With a column for the time until the first batch, which is part of the others."""
+    starts = ["of it until the first batch: ours, other"]
+    for _, ours, _, other, _ in _pairs(found):
+        pair = (ours, other)
+        times = [duration(one["start_seconds"]) for one in pair if "start_seconds" in one]
+        starts.append(", ".join(times))
+    return [(*row, start) for row, start in zip(_against(found), starts)]
+
+
+def _pairs(found: Sequence[Found]) -> Iterator[tuple[str, Found, str, Found, Found]]:
+    """What was measured, our figures, the other's name and figures, and the ratio."""
     for result in found:
         what = ", ".join(_settings(result))
         for name, ratio in result["ratios"].items():
             other, _, part = name.partition(", ")
             ours = result["results"][", ".join(filter(None, (OURS, part)))]
-            low, high = ratio["range"]
-            rows.append(
-                (
-                    ", ".join(filter(None, (what, part))),
-                    _cell(ours),
-                    f"{_contender(other, result)} {_cell(result['results'][name])}",
-                    f"**{ratio['median']:.3g}** ({low:.3g} to {high:.3g}, {ratio['count']} pairs)",
-                )
-            )
-    return rows
+            words = ", ".join(filter(None, (what, part)))
+            yield words, ours, _contender(other, result), result["results"][name], ratio
 
 
 def _eval(found: Sequence[Found]) -> list[tuple[str, ...]]:
@@ -126,7 +153,63 @@ def _scaling(found: Sequence[Found]) -> list[tuple[str, ...]]:
     return rows
 
 
-_ROWS = {"eval": _eval, "scaling": _scaling}
+def _checkpoint(found: Sequence[Found]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        ("", "step", "longest step while saving", "steps stalled (range)", "without a save",
+         "steps lost in all", "until whole", "written")
+    ]  # fmt: skip
+    for result in found:
+        usual, saving = result["results"][OURS], result["results"][SAVING]
+        stalled = saving["steps_stalled_summary"]
+        low, high = stalled["range"]
+        rows.append(
+            (
+                ", ".join(_settings(result)),
+                *(duration(one["seconds"]["median"]) for one in (usual, saving)),
+                f"**{stalled['median']:.2g}** ({low:.2g} to {high:.2g}, {stalled['count']} saves)",
+                *(f"{found:.2g}" for found in (usual["steps_stalled"], saving["steps_lost"])),
+                duration(saving["save_seconds"]),
+                f"{saving['bytes_written'] / 1e6:,.0f} MB",
+            )
+        )
+    return rows
+
+
+def _scale_out(found: Sequence[Found]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        ("", "GPUs", "images per GPU", "step", "images/s", "exchange", "hidden", "efficiency")
+    ]
+    for result in found:
+        model = result["extra"]["many_gpus"]
+        assumed = model["assumed"]
+        what = (
+            f"{assumed['model']}, one GPU {assumed['one_gpu_step_ms']:.0f} ms for "
+            f"{assumed['one_gpu_images']} images, {assumed['bandwidth_gb_s']:g} GB/s"
+        )
+        for scaling in ("weak", "strong"):
+            for gpus, row in model[scaling].items():
+                rows.append(
+                    (
+                        f"{scaling}: {what}",
+                        gpus,
+                        f"{row['images_per_gpu']:g}",
+                        f"{row['step_ms']:.3g} ms",
+                        _rate(row),
+                        f"{row['exchange_ms']:.3g} ms",
+                        f"{100 * row['exchange_hidden']:.2g} %",
+                        f"{100 * row['efficiency']:.3g} %",
+                    )
+                )
+    return rows
+
+
+_ROWS = {
+    "eval": _eval,
+    "scaling": _scaling,
+    SCALE_OUT: _scale_out,
+    "features": _features,
+    "checkpoint": _checkpoint,
+}
 
 
 def _cell(figures: Mapping[str, Any]) -> str:

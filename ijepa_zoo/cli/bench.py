@@ -122,6 +122,27 @@ def _scaling(parser: argparse.ArgumentParser) -> None:
         help="processes on this machine (default: 1 2 4)")  # fmt: skip
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     add("--device", default="auto", help="auto (default), cpu, cuda, ...")
+    add("--plot", type=Path, metavar="FILE", help="draw a .png file")
+    many = parser.add_argument_group("model of many GPUs", "computed, not measured").add_argument
+    many("--gpu-model", default="vit_huge14_ijepa", metavar="NAME", help="vit_huge14_ijepa")
+    many("--gpu-batch-size", type=positive, default=128, metavar="N",
+        help="images of each in weak scaling, and of the step of --step-ms (128)")  # fmt: skip
+    many("--gpus", nargs="+", type=positive, default=(8, 16, 32, 64, 128, 256), metavar="N",
+        help="default: 8 16 32 64 128 256")  # fmt: skip
+    many("--step-ms", type=_positive_number, metavar="MS",
+        help="step on one GPU, from `bench train` (default: roofline of an H200)")  # fmt: skip
+    many("--bandwidth-gb-s", type=_positive_number, default=100.0, metavar="GB/S",
+        help="bus bandwidth as nccl-tests reports it (100, a guess)")  # fmt: skip
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_model(parser, "vit_small16_ijepa")
+    add("--img-size", type=positive, metavar="N", help="default: the model's own image size")
+    add("--batch-size", type=positive, default=16, metavar="N", help="images of a step (16)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    add("--folder", type=Path, metavar="DIR",
+        help="on the disk to measure (default: the system's temporary folder)")  # fmt: skip
 
 
 def _add_model(parser: argparse.ArgumentParser, default: str, device: bool = True) -> None:
@@ -150,6 +171,10 @@ _KINDS = {
     "load": _Kind("loading a model from a local file", _load, _LIBRARIES, 120.0, 5),
     "masks": _Kind("sampling the masks of a batch", _masks, _PUBLISHED),
     "data": _Kind("JPEG files to training crops, in one process", _data, _PUBLISHED, threads=1),
+    "checkpoint": _Kind(
+        "training steps while a checkpoint is saved in the background",
+        *(_checkpoint, (), 120.0, 10),
+    ),
     "eval": _Kind("the heads of a linear probe beside the encoder's pass", _eval),
 }
 

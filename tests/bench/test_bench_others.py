@@ -89,6 +89,9 @@ def test_features_of_three_libraries(photographs):
     }  # fmt: skip
     ours = found.results["ijepa_zoo"]
     assert ours["images_per_second"] == pytest.approx(6 / ours["seconds"]["median"])
+    for name in ("ijepa_zoo", "timm", "transformers"):
+        assert 0 < found.results[name]["start_seconds"] < found.results[name]["seconds"]["range"][1]
+        assert "start_seconds" not in found.results[f"{name}, bare model"]
 
 
 def test_other_features_are_an_error(photographs, monkeypatch):

@@ -1,6 +1,7 @@
 """What results record, and the tables that are made of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,17 @@ def test_table_is_made_of_the_newest_results(tmp_path):
     assert "900 ms" not in filled
     assert "a CPU, threads: 2, torch 2.15, 2026-01-02" in filled
     assert fill(filled, tmp_path) == filled
+
+
+def test_features_have_a_column_for_their_start(tmp_path):
+    found = result()
+    figures = {
+        name: {**row, "start_seconds": 0.25 if name == "published" else 0.125}
+        for name, row in found.results.items()
+    }
+    replace(found, bench="features", results=figures).save(tmp_path / "a.json")
+    filled = fill("<!-- bench:features -->\n<!-- /bench -->", tmp_path)
+    assert "(1.1 to 1.4, 3 pairs) | 125 ms, 250 ms |" in filled
 
 
 def test_table_without_a_result_is_an_error(tmp_path):

@@ -143,7 +143,7 @@ def test_scaling_goes_along_each_axis(monkeypatch):
     )
     found = bench.scaling(
         models=[SMALL.model], img_sizes=[64, 128], batch_sizes=[1], ranks=[1, 3],
-        device="cpu", seconds=0.1, rounds=3,
+        device="cpu", gpu_model=SMALL.model, seconds=0.1, rounds=3,
     )  # fmt: skip
     assert list(found.results) == [
         f"model {SMALL.model}", "img_size 64", "img_size 128", "batch_size 1", "ranks 1", "ranks 3",
