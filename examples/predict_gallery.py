@@ -9,10 +9,10 @@ A filled patch is a hit if it shows an object where the scene has one, or ground
 ground. Chance: gallery patches of the same place, so knowing where objects usually stand is no
 merit.
 
-    python examples/predict_gallery.py gallery.png
+    python examples/predict_gallery.py --out gallery.png
 """
 
-import sys
+import argparse
 
 import numpy as np
 import torch
@@ -23,15 +23,17 @@ from torch import Tensor
 import ijepa_zoo
 from ijepa_zoo.data.scenes import SPLIT_STARTS, render_scenes
 
-OUT = sys.argv[1] if len(sys.argv) > 1 else "gallery.png"
-GALLERY, SCENES, DRAWN = (
-    600,
-    200,
-    6,
-)  # scenes to choose patches from, to predict, and in the picture
-SIDE = 192  # pixels of a scene in the picture
+SIDE, CAPTION = 192, 16  # pixels of a scene in the picture, and of the words above
 
-ijepa = ijepa_zoo.create_ijepa("vit_nano8_64_ijepa").eval()
+parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser.add_argument("--model", default="vit_nano8_64_ijepa", help="also local-dir:RUN/export")
+parser.add_argument("--gallery", type=int, default=600, help="scenes to choose patches from")
+parser.add_argument("--scenes", type=int, default=200, help="scenes to predict")
+parser.add_argument("--drawn", type=int, default=6, help="scenes in the picture")
+parser.add_argument("--out", default="gallery.png")
+args = parser.parse_args()
+
+ijepa = ijepa_zoo.create_ijepa(args.model).eval()
 transform = ijepa_zoo.create_transform(ijepa.encoder)
 rows, columns = ijepa.encoder.patch_embed.grid_size
 patch = ijepa.encoder.patch_embed.patch_size[0]
@@ -62,8 +64,8 @@ def features(images: np.ndarray) -> tuple[Tensor, Tensor]:
     return truth, ijepa.predict(batch, context, targets)[:, 0]
 
 
-gallery = render_scenes(7, SPLIT_STARTS["train"], GALLERY, progress=True, dense=True)
-scenes = render_scenes(7, SPLIT_STARTS["val"], SCENES, progress=True, dense=True)
+gallery = render_scenes(7, SPLIT_STARTS["train"], args.gallery, progress=True, dense=True)
+scenes = render_scenes(7, SPLIT_STARTS["val"], args.scenes, progress=True, dense=True)
 known, _ = features(gallery["images"])
 truth, predicted = features(scenes["images"])
 centre = known.mean((0, 1))
@@ -89,9 +91,11 @@ for name, place in (("objects", kind), ("ground", ~kind)):
     )
 
 stock = patches(gallery["images"]).reshape(-1, patch, patch, 3)
-sheet = Image.new("RGB", (4 * (SIDE + 8) - 8, DRAWN * (SIDE + 8) - 8), "white")
+sheet = Image.new("RGB", (4 * (SIDE + 8) - 8, CAPTION + args.drawn * (SIDE + 8) - 8), "white")
+for column, word in enumerate(("scene", "seen", "predicted", "true features")):
+    ImageDraw.Draw(sheet).text((column * (SIDE + 8), 2), word, fill="black")
 frame = [int(c * SIDE / rows) for c in (rows // 2 - 1, rows // 2 - 1, rows // 2 + 2, rows // 2 + 2)]
-chosen = kind.sum(1).topk(DRAWN).indices.tolist()  # scenes that hide most of an object
+chosen = kind.sum(1).topk(args.drawn).indices.tolist()  # scenes that hide most of an object
 for row, scene in enumerate(chosen):
     pictures = [scenes["images"][scene].copy() for _ in range(4)]
     for number, place in enumerate(hidden.tolist()):
@@ -103,6 +107,6 @@ for row, scene in enumerate(chosen):
     for column, picture in enumerate(pictures):
         tile = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.NEAREST)
         ImageDraw.Draw(tile).rectangle(frame, outline="red", width=2)
-        sheet.paste(tile, (column * (SIDE + 8), row * (SIDE + 8)))
-sheet.save(OUT)
-print(f"{DRAWN} scenes -> {OUT}")
+        sheet.paste(tile, (column * (SIDE + 8), CAPTION + row * (SIDE + 8)))
+sheet.save(args.out)
+print(f"{args.drawn} scenes -> {args.out}")

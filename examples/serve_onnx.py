@@ -54,5 +54,7 @@ if __name__ == "__main__":
         with torch.inference_mode():
             expected = extract(images).numpy()
         error = np.linalg.norm(features - expected) / np.linalg.norm(expected)
-        word = "agrees" if error < 1e-4 else "differs"
-        print(f"{word} with {args.compare} in PyTorch: relative error {error:.1e}")
+        allowed = record["checked"]["limit"]
+        print(f"relative error to {args.compare} in PyTorch: {error:.1e}, allowed {allowed:g}")
+        if error > allowed:
+            raise SystemExit("the features differ: is it the model that was exported?")

@@ -36,6 +36,7 @@ def add_pretrain(parser: argparse.ArgumentParser) -> None:
         help="leave out up to N steps whose loss is not finite (default 0)")  # fmt: skip
     add("--dry-run", action="store_true", help="two steps with the largest masks, then a report")
     add("--recipes", action="store_true", help="list the recipes")
+    add("--settings", action="store_true", help="all settings of the recipe, and what they mean")
     add("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_pretrain)
 
@@ -85,9 +86,12 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 def _run_pretrain(args: argparse.Namespace) -> int:
     from ..rendezvous import read_place
-    from ..train import dry_run, pretrain
+    from ..train import dry_run, explained, pretrain
 
     config = _config(args)
+    if args.settings:
+        print(explained(config), end="")
+        return DONE
     data, out = _places(args)
     if args.dry_run:
         report = dry_run(config, data, init=args.init)
@@ -106,6 +110,7 @@ def _run_pretrain(args: argparse.Namespace) -> int:
     )
     if read_place(os.environ).rank == 0:
         print(f"done: {folder}")
+        print(f"curves: ijepa-zoo plot {out}")
         print(f"features: ijepa-zoo features IMAGES --model local-dir:{folder} --out FILE")
     return DONE
 

@@ -7,7 +7,7 @@ from .export import export_run
 from .folder import RunError
 from .plot import plot_run
 from .run import pretrain
-from .settings import load_config, override, recipe_table
+from .settings import explained, load_config, override, recipe_table
 from .stopping import Interrupted
 from .trainer import NonFiniteLossError, Trainer
 
@@ -19,6 +19,7 @@ __all__ = [
     "RunError",
     "Trainer",
     "dry_run",
+    "explained",
     "export_run",
     "load_config",
     "override",

@@ -22,7 +22,9 @@ class ModelConfig:
     """The networks; None stands for the model's own value.
 
     `name` is a registered model or `local-dir:` / `hf-hub:` (see `create_ijepa`), without a tag:
-    weights to start from are a matter of `pretrain(init=...)`.
+    weights to start from are a matter of `pretrain(init=...)`. `predictor_context` is `repeated`,
+    as published, or `shared`: the context passes once for all targets, which costs less and is
+    another method.
     """
 
     name: str = "vit_huge14_ijepa"

@@ -23,6 +23,7 @@ COLUMNS = (
     *("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)"),
     *("step", "lr", "weight_decay", "momentum", "images_per_second"),
     *("grad_encoder", "grad_predictor", "update_encoder", "update_predictor"),
+    "regularizer",
     *("rankme", "spread", "cosine", "ema_distance", "knn", "linear"),
 )
 _PUBLISHED = {"context_tokens": "mask-A", "target_tokens": "mask-B"}
@@ -116,13 +117,24 @@ class RunLog:
     def initial(self, figures: dict[str, float]) -> None:
         """Log and show what was measured before the first step; `read_initial` gives it back."""
         self._record(0, "initial", json.dumps(figures))
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        tqdm.write(f"at initialisation: {shown}", file=sys.stderr)
+        tqdm.write(f"at initialisation: {_listed(figures)}", file=sys.stderr)
+
+    def final(self, figures: dict[str, float], initial: dict[str, float]) -> None:
+        """Show what was measured after the last step, beside the same before the first."""
+        kept = {name: value for name, value in figures.items() if name in initial}
+        if kept:
+            tqdm.write(f"at initialisation: {_listed(initial)}", file=sys.stderr)
+            tqdm.write(f"at the end:        {_listed(kept)}", file=sys.stderr)
 
     def _record(self, step: int, kind: str, text: str) -> None:
         time = datetime.now(UTC).isoformat(timespec="seconds")
         entry = {"step": int(step), "event": kind, "text": text, "time": time}
         _append(self._jsonl, json.dumps(entry, ensure_ascii=False))
+
+
+def _listed(figures: dict[str, float]) -> str:
+    units = {"knn": " %", "linear": " %"}
+    return ", ".join(f"{k} {value:.4g}{units.get(k, '')}" for k, value in figures.items())
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

@@ -22,6 +22,7 @@ class Regularizer(nn.Module):
 
     Attributes:
         step: Number of the update, set by the trainer; for terms that draw random numbers.
+        value: The weighted term of the last forward pass, a scalar, for the log.
 
     Raises:
         ValueError: `over` is unknown, or the weight is negative.
@@ -35,6 +36,7 @@ class Regularizer(nn.Module):
             raise ValueError(f"weight is {weight}; it must be 0 or more")
         self.weight, self.over = weight, over
         self.step = 0
+        self.value = torch.zeros(())
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the weighted term of context tokens `[B, K, D]` as a scalar.
@@ -51,7 +53,9 @@ class Regularizer(nn.Module):
             samples = means if self.over == "images" else tokens.flatten(0, 1)
             if len(samples) < 2:
                 raise ValueError(f"{type(self).__name__} needs at least two images in a batch")
-            return self.weight * self.term(samples)
+            term = self.weight * self.term(samples)
+        self.value = term.detach()
+        return term
 
     def term(self, samples: Tensor) -> Tensor:
         """The term of samples `[n, D]`, float32, without its weight."""

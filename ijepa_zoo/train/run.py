@@ -176,6 +176,7 @@ class _Run:
         self.broken_file = out / f"broken-{self.processes.rank}.jsonl"
         self.named = named_broken(self.broken_file)
         self.shown: dict[str, str] = {}
+        self.measured: dict[str, float] = {}
 
     def resume(self, step: int) -> None:
         """Load a checkpoint; the log of steps that are to be done again is kept beside the new."""
@@ -230,6 +231,8 @@ class _Run:
             )
             bar.set_description(self.out.name)
             self._loop(received, _Watching(monitor, watch, log, bar))
+            if log is not None and trainer.step == steps:
+                log.final(self.measured, self.about["initial"])
         if self.saved != trainer.step:
             self._save()
         self.checkpoints.wait()
@@ -250,7 +253,8 @@ class _Run:
                 row |= gradient_norms(trainer.model)
                 row |= update_norms(trainer.model, trainer.optimizer)
             if step % log.monitor_every == 0 or last:
-                row |= watching.monitor.measure(trainer.model, self.processes)
+                self.measured = watching.monitor.measure(trainer.model, self.processes)
+                row |= self.measured
             self._write(row, seconds, watching)
             if step % self.save_every == 0:
                 self._save()

@@ -7,8 +7,9 @@ another type is refused with the nearest name or the type wanted.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "check",
     "differences",
     "dump",
+    "explained",
     "load_config",
     "override",
     "parse",
@@ -138,6 +140,18 @@ def dump(config: PretrainConfig) -> str:
         target = tree.setdefault(section, {}) if section else tree
         target[leaf] = list(value) if isinstance(value, tuple) else value
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, default_flow_style=False)
+
+
+def explained(config: PretrainConfig) -> str:
+    """All settings as YAML, what they mean as comments; `parse` gives the same settings back."""
+    lines = []
+    for line in dump(config).splitlines():
+        section = line.removesuffix(":")
+        if is_dataclass(part := getattr(config, section, None)):
+            text = inspect.getdoc(type(part)) or ""
+            lines += ["", *(f"# {row}".rstrip() for row in text.splitlines())]
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def differences(before: PretrainConfig, now: PretrainConfig, result_only: bool = True) -> list[str]:

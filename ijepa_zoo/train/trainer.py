@@ -167,20 +167,25 @@ class Trainer:
                 the update, `step` is not advanced.
         """
         rates = self.schedule.rates(self.step)
-        if isinstance(self.model.regularizer, Regularizer):
-            self.model.regularizer.step = self.step
+        regularizer = self.model.regularizer
+        if isinstance(regularizer, Regularizer):
+            regularizer.step = self.step
         self.optimizer.zero_grad()
         losses: list[torch.Tensor] = []
+        terms: list[torch.Tensor] = []
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)
             with accumulate(self.module, last):
                 loss = self.loss(batch)
                 losses.append(loss.detach())
+                if isinstance(regularizer, Regularizer):
+                    terms.append(regularizer.value)
                 if last:  # before the backward pass: the host reads it while the device works
-                    report = self._report(losses, batches, stop)
+                    report = self._report(losses, terms, batches, stop)
                 torch.autograd.backward(loss / len(batches))
         seen = report.read()
-        micro_losses, rest = seen[:, : len(batches)], seen[:, len(batches) :]
+        micro_losses, seen = seen[:, : len(batches)], seen[:, len(batches) :]
+        micro_terms, rest = seen[:, : len(terms)], seen[:, len(terms) :]
         loss_value = micro_losses.mean().item()
         if not math.isfinite(loss_value):
             raise NonFiniteLossError(self._describe(micro_losses, rates["lr"]))
@@ -193,16 +198,22 @@ class Trainer:
             "context_tokens": context / self.processes.world,
             "target_tokens": float(batches[0].targets.shape[2]),
         }
-        return Update({"loss": loss_value, **rates, **tokens}, int(broken), bool(stopped))
+        added = {"regularizer": micro_terms.mean().item()} if terms else {}
+        figures = {"loss": loss_value, **rates, **tokens, **added}
+        return Update(figures, int(broken), bool(stopped))
 
     def _report(
-        self, losses: Sequence[torch.Tensor], batches: Sequence[Batch], stop: bool
+        self,
+        losses: Sequence[torch.Tensor],
+        terms: Sequence[torch.Tensor],
+        batches: Sequence[Batch],
+        stop: bool,
     ) -> Arrival:
         """What every process has seen, on its way to the host: a row of numbers for each."""
         broken = sum(len(batch.broken) for batch in batches)
         context = sum(batch.context.shape[1] for batch in batches) / len(batches)
         rest = torch.tensor([broken, stop, context], device=self.processes.device)
-        mine = torch.cat([torch.stack(list(losses)).float(), rest])
+        mine = torch.cat([torch.stack([*losses, *terms]).float(), rest])
         return self.processes.to_host(self.processes.gather(mine.unsqueeze(0), "the losses"))
 
     def _describe(self, losses: torch.Tensor, lr: float) -> str:
@@ -259,7 +270,7 @@ class Trainer:
             f"{self.micro_batch_size} images at once"
             + (f", {machine.parallel}" if self.processes.world > 1 else "")
             + (
-                f", {torch.get_num_threads()} threads"
+                f", {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
                 if self.processes.device.type == "cpu"
                 else ""
             ),

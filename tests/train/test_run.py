@@ -354,3 +354,39 @@ def test_signal_before_the_first_step_stops_there(tmp_path, monkeypatch):
 def test_patches_must_fill_the_image():
     with pytest.raises(ValueError, match=r"use model\.img_size=48"):
         Trainer(change(CONFIG, model={"img_size": 50}), open_images(IMAGES))
+
+
+def test_the_regularizers_part_of_the_loss_is_logged(whole, tmp_path):
+    config = change(CONFIG, optim={"regularizer_weight": 0.0, "duration": "4 steps"})
+    train(tmp_path, config)
+    with_term, without = rows(whole)[0], rows(tmp_path)[0]
+    assert without["regularizer"] == ""
+    part = float(with_term["loss"]) - float(without["loss"])
+    assert float(with_term["regularizer"]) == pytest.approx(part, rel=1e-3)
+
+
+SMALL_DATA = {
+    "model": {"predictor_context": "shared", "predictor_depth": 2},
+    "mask": {"per_image": 2},
+    "optim": {"target_layers": 2, "regularizer": "isotropic_gaussian", "duration": "4 steps"},
+}
+
+
+def test_settings_for_small_data_resume_exactly_and_accumulate(tmp_path, monkeypatch):
+    config = change(CONFIG, **SMALL_DATA)
+    train(tmp_path / "whole", config)
+    with monkeypatch.context() as patch:
+        after_updates(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(tmp_path / "stopped", config)
+    train(tmp_path / "stopped", config)
+    assert same_state(tmp_path / "whole", tmp_path / "stopped")
+    free = change(config, optim={"regularizer_weight": 0.0})
+    for micro in (4, 2):
+        train(tmp_path / str(micro), change(free, machine={"micro_batch_size": micro}))
+    one, two = ([float(r["loss"]) for r in rows(tmp_path / str(micro))] for micro in (4, 2))
+    assert one == pytest.approx(two, rel=1e-5)
+    images = open_images(IMAGES)
+    (batch, *_), *_ = Trainer(config, images).batches()
+    assert len(batch.images) * 2 == len(batch.context) == len(batch.targets)
+    assert not torch.equal(batch.context[0], batch.context[1])

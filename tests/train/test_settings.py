@@ -295,3 +295,10 @@ def test_differences_leave_out_what_may_change():
     assert settings.differences(before, now) == ["data.held_out: 512 then, 0 now"]
     assert len(settings.differences(before, now, result_only=False)) == 4
     assert settings.differences(before, load()) == []
+
+
+def test_explained_settings_are_the_settings_with_their_meaning():
+    config = load("optim.lr=3e-4", recipe="nano_scenes")
+    text = settings.explained(config)
+    assert settings.parse(text, "text") == config
+    assert "# `cut` says which images share the length of their contexts" in text
