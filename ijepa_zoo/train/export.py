@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..models.jepa import IJepa
+from ..weights.bundle import from_module
 from ..weights.export import export
 from ..weights.layouts import CheckpointError
 from . import checkpoint_folder as layout
@@ -65,7 +67,10 @@ def export_run(
     model = build_networks(config)
     _fill(model, tensors, layout.path(checkpoints, step))
     target = run / "export" if folder is None else Path(folder)
-    written = export(model, target, dtype=dtype, license=license, overwrite=overwrite)
+    bundle = from_module(model)
+    done = f"a pretraining run of ijepa_zoo on {config.model.name}, after {step} steps"
+    bundle = replace(bundle, origin=done)
+    written = export(bundle, target, dtype=dtype, license=license, overwrite=overwrite)
     if folder is None:
         (run / _STEP).write_text(str(step), encoding="utf-8")
     return written

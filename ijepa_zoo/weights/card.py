@@ -39,6 +39,7 @@ def model_card(bundle: Bundle, library: str, network: str) -> str:
     size = "x".join(map(str, pre["input_size"][1:]))
     name = "timm" if library == "native" else library
     held = ", ".join(bundle.states) if library == "native" else network
+    part = "" if pre["crop_pct"] == 1 else f" / {pre['crop_pct']}"
     license_line = f"license: {bundle.license.lower()}\n" if bundle.license else ""
     what = _NETWORK.get(network, "one encoder of I-JEPA; the source did not say which")
     use = _USE[library]
@@ -62,9 +63,9 @@ This folder holds {what}.
 | width, depth, heads | {args["embed_dim"]}, {args["depth"]}, {args["num_heads"]} |
 | patch, image | {args["patch_size"][0]}, {size} |
 | networks | {held} |
-| preprocessing | resize to {size} / {pre["crop_pct"]} ({pre["interpolation"]}), centre crop, \
+| preprocessing | resize to {size}{part} ({pre["interpolation"]}), centre crop, \
 mean {pre["mean"]}, std {pre["std"]} |
-| licence | {bundle.license or "that of the weights it was made from"} |
+| licence | {bundle.license or "not stated; that of the weights it was made from, if any"} |
 
 ```python
 {use}
