@@ -43,6 +43,7 @@ _RANGES = (
 )
 _RATIOS = ("data.crop_ratio", "mask.target_aspect")  # the other ranges are parts of an area
 _RATIO_BOUNDS = 1e-3, 1e3  # longer boxes have no pixels, and their sides no finite numbers
+_MOST_MASKS = 64  # of an image; more is a slip of the pen that would take all memory
 _NO_NAMES = ("local-dir:", "hf-hub:")
 
 
@@ -74,6 +75,11 @@ def check(config: PretrainConfig) -> None:
     _check_channels(config.data, config.model)
     _check_durations(values)
     _check_cut(config)
+    if config.mask.per_image > _MOST_MASKS:
+        raise ValueError(
+            f"mask.per_image is {config.mask.per_image}; it must be at most {_MOST_MASKS}: every "
+            "mask of an image costs a pass of its own through context encoder and predictor"
+        )
 
 
 def _check_type(name: str, value: Any) -> None:

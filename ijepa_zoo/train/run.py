@@ -335,7 +335,8 @@ class _Run:
             raise ImageError(
                 f"{self.about['broken']} images could not be decoded until step {trainer.step}, "
                 f"more than data.max_broken={trainer.config.data.max_broken:g} of {wanted}: "
-                f"{self.out}/broken-*.jsonl names them. Mend or remove them, or allow more"
+                f"{self.out}/broken-*.jsonl names them. Mend or remove them, or allow "
+                f"more: data.max_broken={min(1.0, 2 * self.about['broken'] / wanted):.2g}"
             )
 
     def _note_broken(self, broken: list[tuple[str, str]]) -> None:

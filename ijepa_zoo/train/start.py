@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -40,15 +41,18 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
     name, checkpoint = _weights(config.model.name, init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.seed, Stream.INIT))
-        model = create_ijepa(
-            name,
-            pretrained=init is not None,
-            checkpoint=checkpoint,
-            regularizer=regularizer,
-            loss=optim.loss,
-            target_layers=optim.target_layers,
-            **network,
-        )
+        try:
+            model = create_ijepa(
+                name,
+                pretrained=init is not None,
+                checkpoint=checkpoint,
+                regularizer=regularizer,
+                loss=optim.loss,
+                target_layers=optim.target_layers,
+                **network,
+            )
+        except ValueError as error:  # with the name that the setting has
+            raise ValueError(re.sub(r"^target_layers", "optim.target_layers", str(error))) from error
     channels = model.encoder.patch_embed.proj.in_channels
     for key in ("mean", "std"):
         values = getattr(config.data, key)
