@@ -20,6 +20,7 @@ LAYERS = {
     "weights": 0,
     "data": 1,
     "processes": 1,
+    "progress": 1,
     "rendezvous": 1,
     "models.encoder": 1,
     "models.predictor": 1,

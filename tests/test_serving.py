@@ -268,3 +268,26 @@ def test_missing_packages_are_named_before_work(model, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"needs .*onnxscript.*pip install 'ijepa-zoo\[onnx\]'"):
         export_graph(model, tmp_path / "served", "onnx")
     assert not list(tmp_path.iterdir())
+
+
+@needs_onnx
+@pytest.mark.parametrize("kind", [ImportError, OSError])
+def test_installed_package_that_does_not_load_is_named_with_the_reason(monkeypatch, kind):
+    def load(name):
+        if name == "onnxruntime":
+            raise kind("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(formats.importlib, "import_module", load)
+    with pytest.raises(ImportError, match=r"onnxruntime, which is installed .*libgomp\.so\.1"):
+        formats.require_onnx()
+
+
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "not finite"), (0.0, "all zero")])
+def test_weights_without_features_are_told_before_exporting(tmp_path, monkeypatch, value, words):
+    spoilt = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY).eval()
+    torch.nn.init.constant_(spoilt.norm.weight, value)
+    torch.nn.init.constant_(spoilt.norm.bias, value)
+    monkeypatch.setattr(export, "trace", lambda _: pytest.fail("traced"))
+    with pytest.raises(ServingError, match=f"the model's own features are {words}"):
+        export_graph(spoilt, tmp_path / "served", "torch-export")
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """`ijepa-zoo export` for servers, and the example that serves what it writes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_name_to_onnx_served_by_the_example(here, capfd):
             [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=100
         )
         assert said in done.stdout, done.stderr
-    assert f"agrees with {NANO} in PyTorch" in done.stdout
+    assert f"relative error to {NANO} in PyTorch" in done.stdout
 
 
 def test_folder_to_torch_export_with_options(here, capsys):
@@ -111,4 +112,18 @@ def test_folder_that_is_no_run_is_told_from_a_run(here, capsys):
     assert "it has no config.yaml" in capsys.readouterr().err
     Path("out").mkdir()
     assert main(["export", NANO, "out", "--to", "torch-export"]) == 1
-    assert "out exists" in capsys.readouterr().err
+    assert "out exists: choose another name, or add --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=needs_onnx), "torch-export"])
+def test_file_that_may_not_grow_is_an_error_with_the_folders_name(here, to):
+    code = "import resource as r, sys; r.setrlimit(r.RLIMIT_FSIZE, (1_000_000, 1_000_000)); "
+    code += "from ijepa_zoo.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "export", NANO, "served", "--to", to, "--quiet"]
+    done = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "error: served cannot be written (File too large): check the space" in done.stderr
+    assert not list(here.iterdir())

@@ -22,11 +22,10 @@ from ..train import PretrainConfig
 from ..train.batches import TrainBatches, batch_indices
 from ..train.settings import override
 from .photos import photographs
-from .published import published_code
+from .published import PUBLISHED, chosen_code
 from .result import BenchResult, agreed
 from .timing import OURS, Work, take_turns, use_threads
 
-PUBLISHED = "published"
 _LEVELS = 1.0  # of 255, between the two antialiased filters
 _BOXES = 4000  # drawn by both codes
 _LAW = 0.03  # of means and deviations of areas and log ratios: 4 standard errors
@@ -53,7 +52,8 @@ def data(
     published ones are normalised float32 crops without masks.
 
     Args:
-        data: A folder of photographs; None for made up ones.
+        data: A folder of photographs, of which as many are used as the rounds need; those that
+            cannot be decoded are left out. None for made up ones.
         images: Number of made up ones.
         batch_size: Images of a batch.
         img_size: Side of the crops in pixels.
@@ -68,15 +68,15 @@ def data(
         Seconds per batch and images/s of each contender, and the ratio.
 
     Raises:
-        ValueError: A setting does not fit, or there is no such clone.
+        ValueError: A setting does not fit, no file can be decoded, or there is no such clone.
         DisagreementError: Crops have other pixels or another law.
     """
+    vs = list(dict.fromkeys(vs))
     settings = {name: value for name, value in locals().items() if name != "progress"}
-    if unknown := set(vs) - {PUBLISHED}:
-        raise ValueError(f"bench data has no contender {', '.join(unknown)}: use published")
-    code = published_code(published_path) if vs else None
-    with use_threads(threads), photographs(data, images) as folder:
-        found = open_images(folder, tensors=True)
+    code = chosen_code("data", vs, published_path)
+    most = (rounds + 1) * batch_size + _COMPARED
+    with use_threads(threads), photographs(data, images, most, progress=progress) as good:
+        found = open_images(good.folder, tensors=True)
         batches = _batches(found, min(batch_size, len(found)), img_size)
         steps = count()
         works: dict[str, Work] = {OURS: lambda: batches.micro_batch(next(steps), 0)}
@@ -96,7 +96,7 @@ def data(
             rate = batches.micro / taken.median
             results[name] = {"seconds": taken.as_json(), "images_per_second": rate}
         sizes = [Path(found.name(i)).stat().st_size for i in range(len(found))]
-    extra = {"mean_file_bytes": float(np.mean(sizes)), "images": len(sizes)}
+    extra = {"mean_file_bytes": float(np.mean(sizes)), "images": len(sizes), **good.about}
     return BenchResult("data", settings, results, timings.ratios(), agreement, extra)
 
 

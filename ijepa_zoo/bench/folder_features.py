@@ -56,7 +56,8 @@ def features(
 
     Args:
         model: Name of the model.
-        data: A folder of images; None for made up photographs.
+        data: A folder of images, those that cannot be decoded are left out; None for made up
+            photographs.
         images: Number of made up ones.
         precision: Ours, see `extract_features`.
         other_precision: That of the others, by autocast: float32 (as documented) or bfloat16.
@@ -76,11 +77,12 @@ def features(
         processes that decode must begin first. Not with `compile`, whose graphs it would break.
 
     Raises:
-        ValueError: A setting does not fit.
+        ValueError: A setting does not fit, or no file can be decoded.
         ImportError: A library is not installed.
         DisagreementError: Features, less their mean over the images, differ by more than a cosine
             distance of 1e-2; those of timm in float32 by more than 1e-5.
     """
+    vs = list(dict.fromkeys(vs))
     settings = {name: value for name, value in locals().items() if name != "progress"}
     refuse_absent("features", vs, OTHERS)
     if other_precision not in _DTYPES:
@@ -88,10 +90,10 @@ def features(
     workers = min(8, usable_cpus()) if workers is None else workers
     with (
         use_threads(threads),
-        photographs(data, images) as folder,
+        photographs(data, images, progress=progress) as good,
         TemporaryDirectory(prefix="ijepa-zoo-bench-") as scratch,
     ):
-        ours = _Ours(model, folder, Path(scratch), settings, workers)
+        ours = _Ours(model, good.folder, Path(scratch), settings, workers)
         contenders: dict[str, Any] = {OURS: ours}
         for name in vs:
             exported = export(ours.model, Path(scratch) / name, name)
@@ -120,7 +122,8 @@ def features(
                 start = timings.summary(name, "start_seconds").median
                 results[name]["start_seconds"] = start
         ratios |= {name + suffix: ratio for name, ratio in timings.ratios().items()}
-    return BenchResult("features", settings, results, ratios, agreement, {"images": count})
+    resolved, extra = {"device": str(ours.device)}, {"images": count, **good.about}
+    return BenchResult("features", settings, results, ratios, agreement, extra, resolved)
 
 
 class _Ours:

@@ -111,7 +111,10 @@ def scaling(
     results = {f"{axis} {name}": row for axis, rows in found.items() for name, row in rows.items()}
     if plot is not None:
         draw_scaling(_points(found, threads), of_gpus, plot)
-    return BenchResult("scaling", settings, results, extra={"many_gpus": of_gpus})
+    resolved = {"device": str(next(iter(steps.values())).device)}
+    return BenchResult(
+        "scaling", settings, results, extra={"many_gpus": of_gpus}, resolved=resolved
+    )
 
 
 def time_rank(settings: dict[str, Any], threads: int) -> dict[str, Any]:

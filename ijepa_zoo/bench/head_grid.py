@@ -11,6 +11,7 @@ from ..eval.models import Subject
 from ..eval.representations import BlockFeatures
 from ..eval.tasks import find_task
 from ..models.factory import create_model
+from ..rendezvous import Place, choose_device
 from .result import BenchResult
 from .timing import OURS, Work, finish, take_turns, use_threads
 
@@ -51,12 +52,15 @@ def eval(
 
     Raises:
         ValueError: A setting does not fit.
+        ProcessError: There is no such device.
     """
     settings = {name: value for name, value in locals().items() if name != "progress"}
     chosen = find_task(task)
     protocol, number = chosen.protocol, classes or chosen.num_classes
     if number is None:
         raise ValueError(f"task {task} has any number of classes: give classes, --classes N")
+    if device != "auto":
+        choose_device(device, Place())  # refuses what cannot be used
     batch = batch_size or protocol.batch_size
     with use_threads(threads):
         source = BlockFeatures(_subject(model), device=device, precision=precision)
@@ -98,7 +102,11 @@ def eval(
         },
     }
     return BenchResult(
-        "eval", settings, results, extra={"heads": len(specs), "batch": batch, "classes": number}
+        "eval",
+        settings,
+        results,
+        extra={"heads": len(specs), "batch": batch, "classes": number},
+        resolved={"device": str(source.device), "precision": source.settings["precision"]},
     )
 
 

@@ -60,6 +60,7 @@ def load(
         ImportError: A library is not installed.
         DisagreementError: Features of the image are others.
     """
+    vs = list(dict.fromkeys(vs))
     settings = {name: value for name, value in locals().items() if name != "progress"}
     refuse_absent("load", vs, OTHERS)
     if dtype not in _TOLERANCE:

@@ -2,33 +2,112 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
+
+from ..data.images import ImageError, ImageReader
+from ..data.items import Item
+from ..data.sources import find_items
+from ..extraction.encoder import usable_cpus
 
 _SIZES = ((500, 375), (375, 500), (500, 333))  # width and height: those of ImageNet's photographs
 _QUALITY = 90
+_NAMED = 3  # files that are left out, in messages
 _DECAY = 1.0  # amplitudes fall with the frequency, as those of photographs do
 
 
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Photographs that can be decoded.
+
+    Attributes:
+        folder: Holds them and nothing else.
+        about: For the result: how many files were left out, and the first of them; empty if none.
+    """
+
+    folder: Path
+    about: dict[str, Any] = field(default_factory=dict)
+
+
 @contextmanager
-def photographs(data: str | Path | None, count: int) -> Iterator[Path]:
-    """A folder of photographs: `data`, or `count` made up JPEG files that are deleted afterwards.
+def photographs(
+    data: str | Path | None, count: int, most: int | None = None, *, progress: bool = False
+) -> Iterator[Photographs]:
+    """Photographs of `data`, or `count` made up JPEG files; what is made is deleted afterwards.
+
+    All files of `data` are decoded first: what cannot be decoded takes no time, and other libraries
+    end with an error at it. The others come as links in one folder, the same for all contenders.
 
     Args:
         data: The user's folder; None for made up ones.
         count: Number of made up ones.
+        most: Photographs of `data` that are needed, taken evenly from a larger folder; None for
+            all.
+        progress: Show a progress bar, where standard error is a terminal.
+
+    Raises:
+        ValueError: `data` is no folder, or holds no image that can be decoded.
     """
-    if data is not None:
-        yield Path(data)
-        return
-    with TemporaryDirectory(prefix="ijepa-zoo-bench-") as folder:
-        write_photographs(Path(folder), count)
-        yield Path(folder)
+    with TemporaryDirectory(prefix="ijepa-zoo-bench-") as scratch:
+        if data is None:
+            write_photographs(Path(scratch), count)
+            yield Photographs(Path(scratch))
+        else:
+            yield _link_good(Path(data), Path(scratch), most, progress)
+
+
+def _link_good(data: Path, folder: Path, most: int | None, progress: bool) -> Photographs:
+    if data.exists() and not data.is_dir():
+        raise ValueError(f"--data {data} is no folder: name one that holds photographs as files")
+    items = [item for item in find_items(data) if item.skipped is None]
+    if most is not None:
+        items = items[:: -(-len(items) // most)]
+    hide = None if progress else True  # None: tqdm shows it where standard error is a terminal
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        decoded = tqdm(pool.map(_problem, items), "decoding", len(items), disable=hide)
+        problems = list(decoded)
+    bad = [
+        f"{os.path.relpath(item.path, data)} ({problem})"
+        for item, problem in zip(items, problems)
+        if problem is not None
+    ]
+    named = ", ".join(bad[:_NAMED]) + (", ..." if len(bad) > _NAMED else "")
+    if len(bad) == len(items):
+        raise ValueError(
+            f"--data {data}: none of its {len(items)} image files can be decoded: {named}; name a "
+            "folder of whole photographs, or leave --data out for made up ones"
+        )
+    good = (item for item, problem in zip(items, problems) if problem is None)
+    for number, item in enumerate(good):
+        # One suffix for all: timm lists few of them, and every decoder looks at the content.
+        (folder / f"{number:07}.jpg").symlink_to(Path(item.path).resolve())
+    if not bad:
+        return Photographs(folder)
+    _log.warning("left out %d of %d files of %s: %s", len(bad), len(items), data, named)
+    return Photographs(folder, {"left_out": f"{len(bad)} of {len(items)} files: {named}"})
+
+
+def _problem(item: Item) -> str | None:
+    """Why a file cannot be decoded; None if it can."""
+    try:
+        ImageReader().read(item)
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 def write_photographs(folder: Path, count: int) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+PUBLISHED = "published"
+_CLONE = "https://github.com/facebookresearch/ijepa"
 _MODULES = {
     "helper": "src.helper",
     "networks": "src.models.vision_transformer",
@@ -22,6 +25,19 @@ _MODULES = {
     "transforms": "src.transforms",
     "logs": "src.utils.logging",
 }
+_NEEDED = {
+    "helper": ("init_opt",),
+    "networks": ("VisionTransformer", "VisionTransformerPredictor"),
+    "masks": ("apply_masks",),
+    "multiblock": ("MaskCollator",),
+    "transforms": ("make_transforms",),
+    "logs": ("grad_logger",),
+}
+# What importing a changed or half copied file raises: its top level runs, so whole families.
+_IMPORT_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError),
+    *(OSError, RuntimeError, SyntaxError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,29 @@ class PublishedCode:
     logs: ModuleType
 
 
+def chosen_code(bench: str, vs: Sequence[str], path: str | Path | None) -> PublishedCode | None:
+    """The published code if it is a contender, None if there is none.
+
+    Args:
+        bench: Name of the bench.
+        vs: The contenders asked for.
+        path: A clone of it.
+
+    Raises:
+        ValueError: A contender is unknown, or path and contenders do not go together.
+    """
+    if unknown := set(vs) - {PUBLISHED}:
+        raise ValueError(f"bench {bench} has no contender {', '.join(unknown)}: use {PUBLISHED}")
+    if vs:
+        return published_code(path)
+    if path is not None:
+        raise ValueError(
+            f"--published-path {path} is used with --vs {PUBLISHED} only: add that, or leave the "
+            "path out"
+        )
+    return None
+
+
 def published_code(path: str | Path | None) -> PublishedCode:
     """Import the published code from a clone of it.
 
@@ -54,12 +93,13 @@ def published_code(path: str | Path | None) -> PublishedCode:
         path: Folder of a clone of github.com/facebookresearch/ijepa.
 
     Raises:
-        ValueError: `path` is missing or no such clone.
+        ValueError: `path` is missing, no such clone, or a broken one.
+        ImportError: A package that it imports is not installed.
     """
     if path is None:
         raise ValueError(
             "published needs a clone of the published code: git clone "
-            "https://github.com/facebookresearch/ijepa, and --published-path ijepa"
+            f"{_CLONE}, and --published-path ijepa"
         )
     folder = Path(path).expanduser().resolve()
     missing = [name for name in _MODULES.values() if not (folder / _file_of(name)).is_file()]
@@ -69,7 +109,41 @@ def published_code(path: str | Path | None) -> PublishedCode:
             f"{_file_of(missing[0])}"
         )
     with _elsewhere(folder):
-        return PublishedCode(**{k: importlib.import_module(name) for k, name in _MODULES.items()})
+        return PublishedCode(**{part: _import(part, folder, path) for part in _MODULES})
+
+
+def _import(part: str, folder: Path, path: str | Path) -> ModuleType:
+    """One of its modules, with the names that are used."""
+    name = _MODULES[part]
+    try:
+        module = importlib.import_module(name)
+    except _IMPORT_ERRORS as error:
+        package = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
+        if package and package.partition(".")[0] != "src":
+            package = package.partition(".")[0]
+            raise ImportError(
+                f"{path} needs the package {package}, which is not installed: pip install {package}"
+            ) from error
+        reason = f"{type(error).__name__}: {error}"
+        raise _unusable(path, _place_of(error, folder) or _file_of(name), reason) from error
+    for needed in _NEEDED[part]:
+        if not hasattr(module, needed):
+            raise _unusable(path, _file_of(name), f"it has no {needed}")
+    return module
+
+
+def _unusable(path: str | Path, file: Path, reason: str) -> ValueError:
+    return ValueError(f"{path}: this clone cannot be used ({file}: {reason}): clone {_CLONE} again")
+
+
+def _place_of(error: BaseException, folder: Path) -> Path | None:
+    """The file of the clone that an error came from, below its folder."""
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [Path(frame.filename) for frame in frames]
+    if isinstance(error, SyntaxError) and error.filename:
+        files.append(Path(error.filename))
+    inside = [file.relative_to(folder) for file in files if file.is_relative_to(folder)]
+    return inside[-1] if inside else None
 
 
 def _file_of(module: str) -> Path:

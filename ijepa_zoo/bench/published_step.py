@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 
 from ..train.batches import Batch, normalise
 from ..train.trainer import Trainer
-from .published import published_code
+from .published import PublishedCode
 from .steps import BATCHES, STEPS, WARMUP, OurStep, autocast
 
 
@@ -21,14 +20,13 @@ class PublishedStep:
     """Updates in the order of the published loop, by the modules of the published code.
 
     Args:
-        path: A clone of it.
+        code: Its modules.
         ours: Whose weights, images and masks it takes over; not changed.
         precision: `bf16` switches its autocast on; it was released with fp32.
     """
 
-    def __init__(self, path: str | Path, ours: OurStep, precision: str) -> None:
-        self.path, self.code = path, published_code(path)
-        self.device, trainer = ours.device, ours.trainer
+    def __init__(self, code: PublishedCode, ours: OurStep, precision: str) -> None:
+        self.code, self.device, trainer = code, ours.device, ours.trainer
         self.optim, self.precision = trainer.config.optim, precision
         self._build(trainer)
         self._init_optimizer()

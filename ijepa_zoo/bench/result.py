@@ -14,6 +14,7 @@ from typing import Any
 from .machine import machine, versions
 from .timing import OURS
 
+_FEW_PAIRS = 5  # fewer do not tell how far a ratio varies
 # key of a figure -> its words and what it is multiplied with where it is shown
 _SHOWN = {
     "images_per_second": ("images/s", 1.0),
@@ -72,6 +73,7 @@ class BenchResult:
         agreement: By other contender, what was compared before the timing, how far it differed and
             how far it might have.
         extra: Figures that belong to no contender.
+        resolved: What settings that were `auto` became.
         machine: What it was measured on.
         versions: Of the packages.
         date: ISO date.
@@ -83,6 +85,7 @@ class BenchResult:
     ratios: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     agreement: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    resolved: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=machine)
     versions: Mapping[str, str] = field(default_factory=versions)
     date: str = field(default_factory=lambda: date.today().isoformat())
@@ -137,10 +140,15 @@ class BenchResult:
     def __str__(self) -> str:
         """The figures, a line for each contender and ratio."""
         settings = ", ".join(
-            f"{name} {_plain(value)}" for name, value in self.settings.items() if _given(value)
+            f"{name} {_plain(self.resolved.get(name, value) if value == 'auto' else value)}"
+            for name, value in self.settings.items()
+            if _given(value)
         )
-        where = self.machine.get("gpu", self.machine["cpu"])
-        lines = [f"{self.bench}: {settings}", f"on {where}, {self.machine['threads']} CPU threads"]
+        where, threads = self.machine.get("gpu", self.machine["cpu"]), self.machine["threads"]
+        lines = [
+            f"{self.bench}: {settings}",
+            f"on {where}, {threads} CPU thread{'' if threads == 1 else 's'}",
+        ]
         for name, found in self.agreement.items():
             lines.append(
                 f"{name} agrees: {found['what']} differ by {found['difference']:.1e} (at most "
@@ -156,7 +164,7 @@ class BenchResult:
             low, high = ratio["range"]
             lines.append(
                 f"{name} takes {ratio['median']:.3g} times as long as {OURS} ({low:.3g} to "
-                f"{high:.3g}, {ratio['count']} pairs)"
+                f"{high:.3g}, {ratio['count']} pairs){_caution(ratio)}"
             )
         for name, value in self.extra.items():
             lines += _lines(name, value)
@@ -179,6 +187,14 @@ def shown(figures: Mapping[str, Any]) -> str:
 def duration(seconds: float) -> str:
     """Seconds or milliseconds, with four digits."""
     return f"{seconds:.4g} s" if seconds >= 1 else f"{1e3 * seconds:.4g} ms"
+
+
+def _caution(ratio: Mapping[str, Any]) -> str:
+    """Why a ratio says little, where it does."""
+    low, high = ratio["range"]
+    words = ["no clear difference"] if low <= 1 <= high else []
+    words += ["few pairs"] if ratio["count"] < _FEW_PAIRS else []
+    return f": {', '.join(words)}" if words else ""
 
 
 def _given(value: Any) -> bool:

@@ -11,11 +11,10 @@ from typing import Any, Literal
 import torch
 
 from ..masks import MultiBlockMasks
-from .published import published_code
+from .published import PUBLISHED, PublishedCode, chosen_code
 from .result import BenchResult, agreed
 from .timing import OURS, Work, repeated, take_turns, use_threads
 
-PUBLISHED = "published"
 _BATCHES = 10  # of a round
 _COMPARED = 40  # batches whose masks are compared
 # Contexts of a batch have the length of the shortest, which is random. Means of 40 batches differ
@@ -55,9 +54,9 @@ def masks(
         ValueError: A setting does not fit, or there is no such clone.
         DisagreementError: Sizes of blocks or lengths of contexts are others.
     """
+    vs = list(dict.fromkeys(vs))
     settings = {name: value for name, value in locals().items() if name != "progress"}
-    if unknown := set(vs) - {PUBLISHED}:
-        raise ValueError(f"bench masks has no contender {', '.join(unknown)}: use published")
+    code = chosen_code("masks", vs, published_path)
     sampler = MultiBlockMasks((grid, grid), mode=mode)
     steps = count()
     with use_threads(threads), torch.random.fork_rng(devices=[]):
@@ -66,8 +65,8 @@ def masks(
             OURS: repeated(lambda: sampler.sample(batch_size, seed=0, step=next(steps)), _BATCHES)
         }
         agreement = {}
-        if vs:
-            collator, batch = _collator(published_path, sampler), list(range(batch_size))
+        if code is not None:
+            collator, batch = _collator(code, sampler), list(range(batch_size))
             agreement[PUBLISHED] = compare_masks(sampler, collator, batch)
             works[PUBLISHED] = repeated(lambda: collator(batch), _BATCHES)
         timings = take_turns(works, seconds=seconds, rounds=rounds, progress=progress, what="masks")
@@ -113,8 +112,8 @@ def compare_masks(sampler: MultiBlockMasks, collator: Any, batch: list[int]) -> 
     )
 
 
-def _collator(path: str | Path | None, sampler: MultiBlockMasks) -> Any:
-    return published_code(path).multiblock.MaskCollator(
+def _collator(code: PublishedCode, sampler: MultiBlockMasks) -> Any:
+    return code.multiblock.MaskCollator(
         input_size=sampler.grid_size,
         patch_size=1,
         pred_mask_scale=sampler.target_scale,

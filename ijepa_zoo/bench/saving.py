@@ -106,7 +106,13 @@ def checkpoint(
         },
     }
     first_save = {name: found.median for name, found in _stalled([usual], [first]).items()}
-    return BenchResult("checkpoint", settings, results, extra={"first_save": first_save})
+    return BenchResult(
+        "checkpoint",
+        settings,
+        results,
+        extra={"first_save": first_save},
+        resolved={"device": str(work.step.device)},
+    )
 
 
 class _Saving:

@@ -23,13 +23,12 @@ from .machine import (
     memory_now,
     memory_peak,
 )
-from .published import published_code
+from .published import PUBLISHED, chosen_code, published_code
 from .published_step import PublishedStep
 from .result import BenchResult, agreed
 from .steps import OurStep, Step, StepSettings, updating
 from .timing import OURS, Timings, take_turns, time_phases, use_threads
 
-PUBLISHED = "published"
 _COMPARED = 3  # updates whose losses must agree
 _EXACT, _LOOSE = 1e-5, 2e-2  # relative; bfloat16 keeps 8 bits
 _PHASE_REPEATS = 5
@@ -80,18 +79,16 @@ def train(
         ValueError: A setting does not fit, or there is no such clone.
         DisagreementError: The losses of the first updates differ from the published code's.
     """
+    vs = list(dict.fromkeys(vs))
     settings = {name: value for name, value in locals().items() if name != "progress"}
-    if unknown := set(vs) - {PUBLISHED}:
-        raise ValueError(f"bench train has no contender {', '.join(unknown)}: use published")
+    code = chosen_code("train", vs, published_path)
     own = StepSettings(model, img_size, batch_size, precision, device, compile, predictor_context)
-    if vs:
-        published_code(published_path)  # before the networks are built
     with use_threads(threads):
         agreement: dict[str, dict[str, Any]] = {}
         ours = OurStep(own)
         steps: dict[str, Step] = {OURS: ours}
-        if published_path is not None and vs:
-            other = PublishedStep(published_path, ours, published_precision)
+        if code is not None:
+            other = PublishedStep(code, ours, published_precision)
             agreement = _agreement(own, ours, other)
             steps[PUBLISHED] = other
         precisions = {OURS: own.precision, PUBLISHED: published_precision}
@@ -126,6 +123,7 @@ def train(
         results=results,
         ratios=timings.ratios(),
         agreement=agreement,
+        resolved={"device": str(ours.device)},
         extra={
             "gflop_per_image": {
                 name: value / 1e9 for name, value in {"all": flops.total, **asdict(flops)}.items()
@@ -140,7 +138,7 @@ def _agreement(own: StepSettings, ours: OurStep, other: PublishedStep) -> dict[s
     if exact == own and other.precision == "fp32":
         return {PUBLISHED: compare_losses(ours, other, _EXACT, "fp32")}
     first = OurStep(exact)
-    second = PublishedStep(other.path, first, "fp32")
+    second = PublishedStep(other.code, first, "fp32")
     found = {"published in fp32": compare_losses(first, second, _EXACT, "fp32")}
     if own.predictor_context in (None, "repeated"):
         what = f"{own.precision} and {other.precision}"
@@ -187,7 +185,7 @@ def memory_of_updates(
     before = memory_now() if measures_memory() else None
     step: Any = OurStep(StepSettings(**settings))
     if published_path is not None:
-        step = PublishedStep(published_path, step, published_precision)
+        step = PublishedStep(published_code(published_path), step, published_precision)
     gc.collect()  # our networks, of which only the numbers were needed
     if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

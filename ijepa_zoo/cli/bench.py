@@ -1,6 +1,7 @@
 """`ijepa-zoo bench`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from .status import DONE, FAILED, INTERRUPTED, USAGE, complain, count, positive
 
 if TYPE_CHECKING:
     from ..bench import BenchResult
+
+
+_LEAST_ROUNDS = 3  # as in `bench.timing`, whose import would load torch for --help
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +51,10 @@ def _add_shared(parser: argparse.ArgumentParser, kind: _Kind) -> None:
     add("--threads", type=positive, default=kind.threads, metavar="N",
         help=f"CPU threads (default: {threads})")  # fmt: skip
     add("--seconds", type=_positive_number, default=kind.seconds, metavar="S",
-        help=f"time for the rounds, at least three (default: {kind.seconds:g})")  # fmt: skip
-    add("--rounds", type=positive, default=kind.rounds, metavar="N",
-        help=f"most rounds (default: {kind.rounds})")  # fmt: skip
+        help="time for the rounds; set-up and agreement checks come on top "
+        f"(default: {kind.seconds:g})")  # fmt: skip
+    add("--rounds", type=_rounds, default=kind.rounds, metavar="N",
+        help=f"most rounds, at least {_LEAST_ROUNDS} (default: {kind.rounds})")  # fmt: skip
     add("--out", type=Path, metavar="FILE", help="default: bench-BENCH-DATE.json here")
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -184,9 +189,11 @@ def _bench(args: argparse.Namespace) -> int:
 
     from ..bench import DisagreementError
     from ..bench.fresh import FreshProcessError
+    from ..rendezvous import ProcessError
     from ..weights.layouts import CheckpointError
 
     try:
+        _refuse_out(args.out)
         result = _run(args)
         print(result)
         print(f"written: {result.save(args.out)}")
@@ -198,7 +205,7 @@ def _bench(args: argparse.Namespace) -> int:
         return complain(error, FAILED)
     except OutOfMemoryError as error:
         return complain(f"{error}\nTry a smaller --batch-size", FAILED)
-    except (ValueError, ImportError) as error:
+    except (ProcessError, ValueError, ImportError) as error:
         return complain(error, USAGE)
 
 
@@ -209,6 +216,26 @@ def _run(args: argparse.Namespace) -> "BenchResult":
     words: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in own}
     result: BenchResult = getattr(bench, args.bench)(**words, progress=not args.quiet)
     return result
+
+
+def _refuse_out(out: Path | None) -> None:
+    """Refuse a result file that cannot be written, before anything is measured."""
+    folder = Path(".") if out is None else out.parent
+    words = "the current folder" if out is None else f"--out {out}: {folder}"
+    if not folder.is_dir():
+        raise ValueError(f"{words} is no folder: make it first, or name a file in another one")
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name a file in it, such as {out}/bench.json")
+    if out is not None and out.exists() and not os.access(out, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written: name another file")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{words} cannot be written in: name a file elsewhere, --out FILE")
+
+
+def _rounds(text: str) -> int:
+    if count(text) < _LEAST_ROUNDS:
+        raise argparse.ArgumentTypeError(f"must be at least {_LEAST_ROUNDS}")
+    return int(text)
 
 
 def _positive_number(text: str) -> float:

@@ -14,44 +14,61 @@ if TYPE_CHECKING:
 _WEIGHTS = ("checkpoint", "network", "img_size", "random")
 _RUN = ("seed", "device", "workers", "precision")
 _CHOICE = ("test", "baseline", "select_on_test")
+_CLASSES = (
+    "  classes: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or val); or DIR/CLASS/*.jpg, of\n"
+    "  which 20 % become the test set"
+)
+_SCENES = (
+    "  scenes: CLEVR's folder, with DIR/images/{train,val} and DIR/scenes/*.json; or\n"
+    "  scenes:TRAIN,TEST, which renders so many"
+)
+_PAIRS = (
+    "  --task dense: NYU Depth v2, or pairs of the same name, DIR/train/rgb/1.jpg and\n"
+    "  DIR/train/depth/1.png, and DIR/test; or scenes:TRAIN,TEST"
+)
 _TRAINING = ("epochs", "batch_size", "micro", "grad_checkpointing")
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     """The commands below `eval`."""
     commands = parser.add_subparsers(required=True, metavar="PROBE")
-    linear = commands.add_parser("linear", help="linear heads on frozen features")
+    linear = _add_probe(commands, "linear", "linear heads on frozen features", _CLASSES,
+        "--model MODEL --data photos --cached")  # fmt: skip
     linear.add_argument("--task", default="classes", help="imagenet1k, cifar100, cifar10, "
         "places205, inat18, or classes (default) for any labelled images; count, depth of "
         "scenes")  # fmt: skip
     _add_linear(linear)
-    counting = commands.add_parser("count", help="number of objects in CLEVR's scenes")
+    counting = _add_probe(commands, "count", "number of objects in CLEVR's scenes", _SCENES,
+        "--model MODEL --data scenes:5000,1000 --cached")  # fmt: skip
     counting.set_defaults(task="count")
     _add_linear(counting)
-    depth = commands.add_parser("depth", help="distance of the nearest object; dense depth maps")
+    depth = _add_probe(commands, "depth", "distance of the nearest object; dense depth maps",
+        f"{_SCENES}\n{_PAIRS}", "--task dense --model MODEL --data nyu")  # fmt: skip
     depth.add_argument("--task", choices=("clevr", "dense"), default="clevr",
         help="clevr (default): class of distance; dense: a depth for every pixel")  # fmt: skip
     _add_linear(depth)
     depth.add_argument("--max-depth", type=float, metavar="M", help="dense: farther does not count")
     depth.add_argument("--depth-scale", type=float, metavar="N", help="dense: units in a metre")
     depth.set_defaults(run=_depth)
-    knn = commands.add_parser("knn", help="nearest neighbours among frozen features")
+    knn = _add_probe(commands, "knn", "nearest neighbours among frozen features", _CLASSES,
+        "--model MODEL --data photos --baseline")  # fmt: skip
     knn.add_argument("--task", default="classes", help="as for linear; count, depth of scenes")
     _add_common(knn)
     _add_choice(knn)
     knn.set_defaults(run=_knn)
-    finetune = commands.add_parser("finetune", help="train all weights, the paper's full recipe")
+    finetune = _add_probe(commands, "finetune", "train all weights, the paper's full recipe",
+        _CLASSES, "--model MODEL --data photos --epochs 20")  # fmt: skip
     finetune.add_argument("--task", default="classes", help="as for linear")
     _add_common(finetune)
     _add_training(finetune)
     finetune.set_defaults(run=_finetune)
-    lowshot = commands.add_parser("lowshot", help="few labels: frozen, or --finetune")
+    lowshot = _add_probe(commands, "lowshot", "few labels: frozen, or --finetune", _CLASSES,
+        "--model MODEL --data photos --list one_percent.txt")  # fmt: skip
     lowshot.add_argument("--task", default="classes", help="as for linear")
-    lowshot.add_argument("--list", required=True, metavar="FILE",
-        help="names of the training images, one a line, as ImageNet's 1 %% has them")  # fmt: skip
     lowshot.add_argument("--finetune", action="store_true",
         help="train all weights by the paper's recipe; default: logistic regression")  # fmt: skip
-    _add_common(lowshot)
+    _add_common(lowshot).add_argument("--list", required=True, metavar="FILE",
+        help="names of the training images, one a line, as ImageNet's 1 %% has them")  # fmt: skip
     _add_training(lowshot)
     lowshot.set_defaults(run=_lowshot)
     report = commands.add_parser("report", help="one table of several results")
@@ -61,13 +78,33 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     report.set_defaults(run=_report)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", required=True, metavar="NAME",
+def _add_probe(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    what: str,
+    layout: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """A command with the layout of its data and an example below its options."""
+    return commands.add_parser(
+        name,
+        help=what,
+        description=what.capitalize() + ".",
+        epilog=f"layout of --data:\n{layout}\n\nexample:\n  ijepa-zoo eval {name} "
+        + example.replace("MODEL", "vit_nano8_64_ijepa"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_common(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """What every probe takes; returns the group of those options that must be given."""
+    required = parser.add_argument_group("required options")
+    required.add_argument("--model", required=True, metavar="NAME",
         help="a model of `ijepa-zoo list`, a timm name, a folder or a pretraining run")  # fmt: skip
-    add("--data", required=True, metavar="DATA",
+    required.add_argument("--data", required=True, metavar="DATA",
         help="folder, hf-dataset:NAME, ...; for count and depth also scenes:TRAIN,TEST, which "
         "renders so many scenes")  # fmt: skip
+    add = parser.add_argument
     add("--out", default="results", metavar="DIR", help="of all evaluations (default: results)")
     add("--checkpoint", metavar="PATH", help="your own weights, or hf-hub:REPO")
     add("--network", choices=("target_encoder", "encoder"), help="default: the target encoder")
@@ -79,7 +116,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--precision", default="auto", help="of the encoder: float32, bfloat16, float16 or "
         "bfloat16-weights; auto (default) is bfloat16 on a GPU, float32 elsewhere",
         choices=("auto", "float32", "bfloat16", "float16", "bfloat16-weights"))  # fmt: skip
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--quiet", action="store_true", help="no progress")
+    return required
 
 
 def _add_test(parser: argparse.ArgumentParser) -> None:

@@ -55,6 +55,12 @@ def _export(args: argparse.Namespace) -> int:
         return complain(error, USAGE)
 
 
+def _refuse_existing(folder: str | Path, overwrite: bool) -> None:
+    """As Python does, in the words of the command line."""
+    if os.path.exists(folder) and not overwrite:
+        raise FileExistsError(f"{folder} exists: choose another name, or add --overwrite")
+
+
 def _native(args: argparse.Namespace) -> int:
     import torch
 
@@ -71,6 +77,7 @@ def _native(args: argparse.Namespace) -> int:
             f"`ijepa-zoo convert {args.source} DST --to native`, and written for servers by "
             f"`ijepa-zoo export {args.source} DST --to onnx`"
         )
+    _refuse_existing(args.folder or run / "export", args.overwrite)
     folder = export_run(
         run,
         args.folder,
@@ -97,6 +104,7 @@ def _graph(args: argparse.Namespace) -> int:
         raise ValueError(
             f"name the folder to write: ijepa-zoo export {args.source} DST --to {args.to}"
         )
+    _refuse_existing(args.folder, args.overwrite)
     options: dict[str, Any] = {"dtype": args.dtype or "float32", "quantize": args.quantize}
     check_request(args.folder, args.to, overwrite=args.overwrite, **options)
     model = create_model(

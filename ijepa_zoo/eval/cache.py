@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ..data.labelled import Part
 from ..extraction.encoder import Batch, hash_texts
 from ..extraction.parts import Parts, whole_file
 from ..processes import Processes
+from ..progress import skip
 from .representations import Representations
 
 _SETTINGS, _ROWS, _REASONS = "settings.json", "rows.npy", "reasons.json"
@@ -120,7 +122,7 @@ def cached_features(
             processes.barrier("the features of process 0")
         else:
             computed = 0
-            progress.update(images[0])
+            skip(progress, images[0])
     try:
         reasons, rows = _contents(folder, images[0], source.row_width)
     except _DAMAGED as error:
@@ -170,21 +172,24 @@ def _holds(folder: Path, settings: dict[str, Any], shape: tuple[int, int]) -> bo
     if isinstance(found, dict) and found != settings:
         raise CacheError(f"{folder} holds other features than its name says: remove it")
     try:
-        _contents(folder, *shape)
+        _contents(folder, *shape, checked=True)
     except _DAMAGED:
         return False
     return isinstance(found, dict)
 
 
 def _contents(
-    folder: Path, images: int, width: int
+    folder: Path, images: int, width: int, checked: bool = False
 ) -> tuple[list[str | None], npt.NDArray[np.float32]]:
     """A reason or None for every image, and the rows of those with None.
+
+    With `checked` the rows are read and compared with their checksum.
 
     Raises:
         ValueError: They do not agree; other errors of `_DAMAGED` where they cannot be read.
     """
-    reasons = json.loads((folder / _REASONS).read_bytes())
+    found = json.loads((folder / _REASONS).read_bytes())
+    reasons = found["reasons"]
     known = isinstance(reasons, list) and all(r is None or isinstance(r, str) for r in reasons)
     if not known or len(reasons) != images:
         raise ValueError(f"{_REASONS} has no null or reason for each of {images} images")
@@ -196,7 +201,17 @@ def _contents(
         raise ValueError(f"{_ROWS} has {rows.shape} {rows.dtype}, not {shape} float32")
     if path.stat().st_size != rows.offset + rows.nbytes:
         raise ValueError(f"{_ROWS} has more bytes than its rows")
+    if checked and _checksum(path) != found["crc32"]:
+        raise ValueError(f"{_ROWS} is not what was written")
     return reasons, rows
+
+
+def _checksum(path: Path) -> int:
+    total = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            total = zlib.crc32(piece, total)
+    return total
 
 
 def _compute(
@@ -212,7 +227,7 @@ def _compute(
     mine = [p for p in range(processes.rank, len(parts), processes.world) if p not in done]
     loaded = load([batch for part in mine for batch in parts.batches(part)])
     before = sum(map(parts.size, done))
-    progress.update(before)
+    skip(progress, before)
     with closing(source.encode(_mirrored(loaded) if mirrored else loaded)) as encoded:
         for part in mine:
             rows, errors = [], []
@@ -224,8 +239,12 @@ def _compute(
                 raise CacheError(
                     f"features of images {part * parts.images_each} to "
                     f"{part * parts.images_each + parts.size(part) - 1} are not finite (NaN or "
-                    "infinite): try --precision float32; if they are not finite then, the weights "
-                    "are broken"
+                    "infinite)"
+                    + (
+                        ""
+                        if source.settings.get("precision") == "float32"
+                        else ": try --precision float32"
+                    )
                 )
             parts.write(part, rows, errors)
             progress.update(parts.size(part) * processes.world)
@@ -242,13 +261,14 @@ def _merge(parts: Parts, width: int) -> None:
     reasons = [reason for part in range(len(parts)) for reason in parts.errors(part)]
     header = {"descr": "<f4", "fortran_order": False}
     shape = (reasons.count(None), width)
-    with whole_file(parts.folder / _REASONS) as file:
-        file.write(json.dumps(reasons).encode())
     with whole_file(parts.folder / _ROWS) as file:
         np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
         for part in range(len(parts)):
             with parts.rows_file(part).open("rb") as rows:
                 shutil.copyfileobj(rows, file, 1 << 20)
+    content = {"crc32": _checksum(parts.folder / _ROWS), "reasons": reasons}
+    with whole_file(parts.folder / _REASONS) as file:
+        file.write(json.dumps(content).encode())
     for part in range(len(parts)):
         parts.rows_file(part).unlink()
         parts.rows_file(part).with_suffix(".json").unlink()

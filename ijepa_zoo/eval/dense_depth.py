@@ -15,33 +15,28 @@ Figures compare with each other, and with published ones only roughly. Differenc
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
-from ..data.depth_pairs import DepthData, DepthSet, SceneDepths, open_depth
-from ..data.images import ImageError
-from ..data.sources import InputError
+from ..data.depth_pairs import DepthData, SceneDepths, open_depth
 from ..extraction.encoder import usable_cpus
 from ..processes import Processes, join_processes
-from .depth_metrics import METRICS, MIN_DEPTH, valid_pixels
+from .depth_checks import check_pairs, check_units
+from .depth_metrics import METRICS
 from .depth_pictures import depth_picture
 from .depth_scores import Row, measure
 from .depth_training import NYU, SCENES, DepthProtocol, DepthTraining
 from .epoch_state import EpochState
 from .models import Subject, as_subject, check_model
-from .notes import of_all_processes, undecoded
+from .notes import CACHED_AS_IS, few_to_choose, of_all_processes, undecoded
 from .result import Head, Result
 from .runs import once, run_folder
-from .words import counted, option, other_epochs
+from .words import counted, data_name, option, other_epochs
 
-_TRIED = 20  # pairs that are read before the work, until one can be
 _MAX_DEPTH = 10.0  # metres, where the data set does not say: rooms
 
 
@@ -108,7 +103,7 @@ def evaluate_dense_depth(
         EvaluationError: Another process works on the same evaluation.
     """
     rendered = str(data).startswith("scenes:")
-    _check_units(rendered, max_depth, depth_scale)
+    check_units(rendered, max_depth, depth_scale)
     usual = protocol or (SCENES if rendered else NYU)
     protocol = replace(
         usual,
@@ -125,13 +120,13 @@ def evaluate_dense_depth(
             data, seed=seed, depth_scale=depth_scale, workers=workers, progress=shown
         )
         limit = max_depth if max_depth is not None else pairs.max_depth or _MAX_DEPTH
-        _check(protocol, pairs, limit, processes.world)
+        check_pairs(protocol, pairs, limit, processes.world)
         workers = 0 if isinstance(pairs.train, SceneDepths) else workers
         if precision == "auto":
             precision = "bfloat16" if processes.device.type == "cuda" else "float32"
         subject = as_subject(model, random=random, seed=seed, **options)
         common = (pairs, protocol, limit, seed, precision, workers, processes)
-        how = (Path(out), cached, select_on_test, pictures, notes, shown)
+        how = (Path(out), data_name(data), cached, select_on_test, pictures, notes, shown)
         result, folder = _evaluate(subject, common, *how)
         if baseline and not any("random weights" in name for name in result.baselines):
             untrained = subject.untrained(seed)
@@ -150,6 +145,7 @@ def _evaluate(
     subject: Subject,
     common: _Common,
     out: Path,
+    called: str,
     cached: bool,
     select_on_test: bool,
     pictures: int,
@@ -165,10 +161,11 @@ def _evaluate(
 
     def work() -> Result:
         training.train(state, cached, progress)
-        result, drawn = _measure(training, subject, select_on_test, pictures, progress)
+        result, drawn = _measure(training, subject, select_on_test, pictures, progress, called)
         if drawn and training.processes.rank == 0:
             depth_picture(drawn, training.max_depth).save(folder / "predictions.png")
-        return replace(result, notes=[*notes, *result.notes])
+        how = [CACHED_AS_IS] if cached else []
+        return replace(result, notes=[*how, *notes, *result.notes])
 
     result = once(folder, training.processes, training.precision, work)
     if training.processes.rank == 0:
@@ -176,55 +173,13 @@ def _evaluate(
     return result, folder
 
 
-def _check_units(rendered: bool, max_depth: float | None, depth_scale: float | None) -> None:
-    """Refuse a range that holds no depth, and units of what has none."""
-    if max_depth is not None and not MIN_DEPTH < max_depth < math.inf:
-        raise ValueError(
-            f"{option('max_depth')} is {max_depth:g}: depths from {MIN_DEPTH:g} to it count, so "
-            "give a larger one, such as 10"
-        )
-    if rendered and depth_scale is not None:
-        raise ValueError(
-            f"{option('depth_scale')} holds for depth files, and rendered scenes have none: leave "
-            "it out"
-        )
-
-
-def _check(protocol: DepthProtocol, pairs: DepthData, limit: float, world: int) -> None:
-    """Refuse what would fail later, or give figures without a meaning."""
-    if protocol.epochs < 1 or protocol.batch_size < 1 or protocol.batch_size % world:
-        raise ValueError(
-            f"epochs is {protocol.epochs}, batch_size {protocol.batch_size} and processes are "
-            f"{world}: at least one epoch, and a batch that the processes can share equally"
-        )
-    if len(pairs.train) < 4 or not len(pairs.test):
-        raise InputError(f"{len(pairs.train)} training and {len(pairs.test)} test pairs: at least "
-                         "four and one are needed")  # fmt: skip
-    for data in (pairs.train, pairs.test):
-        depth = _first_depth(data)
-        valid = valid_pixels(torch.from_numpy(depth), limit, pairs.crop)
-        if not valid.any():
-            raise InputError(
-                f"no pixel of the depth map of '{data.name(0)}' counts: its depths span "
-                f"{depth.min():g} to {depth.max():g}, and those from 0.001 to {limit:g} count. "
-                f"Give the units with {option('depth_scale')}, the range with "
-                f"{option('max_depth')}"
-            )
-
-
-def _first_depth(data: DepthSet) -> npt.NDArray[np.float32]:
-    """The first depth map that can be read, with its image."""
-    reason = ""
-    for index in range(min(len(data), _TRIED)):
-        try:
-            return data.read(index)[1]
-        except ImageError as error:
-            reason = reason or f"'{data.name(index)}': {error}"
-    raise InputError(f"none of the first {min(len(data), _TRIED)} pairs can be read; {reason}")
-
-
 def _measure(
-    training: DepthTraining, subject: Subject, select_on_test: bool, pictures: int, progress: bool
+    training: DepthTraining,
+    subject: Subject,
+    select_on_test: bool,
+    pictures: int,
+    progress: bool,
+    called: str,
 ) -> tuple[Result, list[Row]]:
     """Choose a head on held-out training images; it reads the test set."""
     pairs, specs = training.pairs, training.heads.specs
@@ -257,7 +212,7 @@ def _measure(
         selection="the test set" if select_on_test else "a seeded 10 % of the training images",
         heads=heads,
         protocol=asdict(training.protocol) | {"max_depth": training.max_depth, "crop": pairs.crop},
-        data=_record(pairs),
+        data=_record(pairs, called),
         images={"fit": fitted, "choose": kept, "test": count},
         seed=training.seed,
         measure="RMSE",
@@ -266,6 +221,8 @@ def _measure(
         others=dict(zip(METRICS[1:], test[best, 1:].tolist())),
         baselines=_baselines(constant, mean_map),
         notes=[
+            *few_to_choose(0 if select_on_test else kept),
+            *_worse_than_mean(float(test[best, 0]), float(mean_map[0])),
             *undecoded(broken | test_broken, "pair"),
             *_blank(len(everything) - len(test_broken) - count),
         ],
@@ -274,12 +231,27 @@ def _measure(
     return result, drawn
 
 
-def _record(pairs: DepthData) -> dict[str, Any]:
+def _record(pairs: DepthData, called: str) -> dict[str, Any]:
     """The data as results record them."""
     return {
-        name: {"split": pairs.split, "images": len(part), "fingerprint": part.fingerprint()}
+        name: {
+            **({"name": called} if called else {}),
+            "split": pairs.split,
+            "images": len(part),
+            "fingerprint": part.fingerprint(),
+        }
         for name, part in (("train", pairs.train), ("test", pairs.test))
     }
+
+
+def _worse_than_mean(rmse: float, mean_map: float) -> list[str]:
+    """A note where a prediction that does not look at the image is better."""
+    if rmse <= mean_map:
+        return []
+    return [
+        f"worse than the mean depth map, which looks at no image (RMSE {rmse:.4g}, mean depth map "
+        f"{mean_map:.4g}): train longer, {option('epochs')}, or on more images"
+    ]
 
 
 def _blank(pairs: int) -> list[str]:

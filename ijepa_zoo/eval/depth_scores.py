@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..data.sources import InputError
-from .bars import progress_bar
+from ..progress import progress_bar
 from .depth_feed import DepthBatch, DepthFeed, Indices
 from .depth_metrics import METRICS, depth_figures, valid_pixels
 from .depth_training import DepthTraining

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..data.depth_pairs import DepthData
 from ..processes import Processes
+from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator
-from .bars import progress_bar
 from .depth_feed import DepthBatch, DepthFeed, Indices
 from .depth_heads import DepthHeads, DepthHeadSpec, lr_scale
 from .depth_metrics import scale_invariant_loss, valid_pixels

@@ -13,15 +13,16 @@ from torch import nn
 from ..data.sources import InputError
 from ..extraction.encoder import usable_cpus
 from ..processes import Processes, join_processes
-from .bars import progress_bar
+from ..progress import progress_bar
 from .cache import files_state
 from .epoch_state import EpochState
 from .feeds import decoded, refuse_undecoded
 from .finetune_training import FineTuning
+from .intervals import wilson_interval
 from .models import Subject, as_subject, check_model
 from .notes import lost_classes, of_all_processes, undecoded
 from .recipes import FULL, FineTuneRecipe
-from .result import Head, Result, wilson_interval
+from .result import NOTHING_CHOSEN, Head, Result
 from .runs import once, run_folder
 from .sets import EvalSet, data_record, open_task
 from .tasks import Task, find_task
@@ -228,7 +229,7 @@ def _result(
         model=subject.describe(),
         figure=figure,
         chosen="last epoch",
-        selection="nothing: it is the state after the last epoch",
+        selection=NOTHING_CHOSEN,
         heads=[Head("last epoch", None, figure, training.loss)],
         protocol=protocol,
         data=data_record(train, test),

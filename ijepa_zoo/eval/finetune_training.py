@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data.transforms import transform_config
 from ..processes import Processes
+from ..progress import skip
 from ..seeds import Stream, fold
 from .batches import EvalBatch, OrderedBatches, load
 from .epoch_state import EpochState, StateError, load_optimizer
@@ -90,8 +91,10 @@ class FineTuning:
         batch = min(self.recipe.batch_size, len(self.train)) // pairs * pairs
         if not batch or (self.micro or 2) < 2:
             raise ValueError(
-                f"{len(self.train)} training images, batches of {self.recipe.batch_size} and "
-                f"passes of {self.micro} for {world} processes: each needs at least two images"
+                f"{len(self.train)} training images, batches of {self.recipe.batch_size}"
+                + (f" and passes of {self.micro}" if self.micro else "")
+                + (f" for {world} processes" if world > 1 else "")
+                + ": each needs at least two images"
             )
         return AugmentedBatches(
             self.train,
@@ -144,7 +147,7 @@ class FineTuning:
         """
         self._resume(state)
         device, recipe = self.processes.device, self.recipe
-        bar.update(self.epoch * self.batches.steps * self.batches.batch_size)
+        skip(bar, self.epoch * self.batches.steps * self.batches.batch_size)
         numbers = self.batches.numbers(self.epoch, recipe.epochs)
         generators = [device] if device.type == "cuda" else []
         pieces = load(self.batches, numbers, self.workers, device.type == "cuda")
@@ -172,8 +175,9 @@ class FineTuning:
         loss = float(self.processes.sum(total)) / (steps * self.processes.world)
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss of epoch {self.epoch + 1} is {loss}: use a smaller learning rate, or "
-                "precision float32"
+                f"the loss of epoch {self.epoch + 1} is {loss}: use a smaller "
+                "batch_size (--batch-size), to which the learning rate belongs, or precision "
+                "float32 (--precision)"
             )
         return loss
 

@@ -14,10 +14,12 @@ from ..processes import join_processes
 from .check import convex_check
 from .epoch_state import EpochState
 from .feeds import CachedFeed, Feed, OnlineFeed, refuse_undecoded
+from .intervals import wilson_interval
 from .models import Subject, as_subject, check_model
+from .notes import CACHED_AS_IS
 from .probe import Probe, notes_of, open_probe, protocol_record, refuse_no_choice
 from .representations import BlockFeatures, RawPixels, Representations
-from .result import Head, Result, wilson_interval
+from .result import Head, Result
 from .runs import once, run_folder
 from .tasks import Task, find_task
 from .training import Trained, count_right, train
@@ -25,10 +27,6 @@ from .training import Trained, count_right, train
 _CROPS_STAND = (
     "cached: each image and its mirror image are encoded once, in the fixed view of tests, which "
     "stands for the protocol's random crops"
-)
-_NO_CROPS = (
-    "cached: each image and its mirror image are encoded once, as the protocol has them (its only "
-    "random view is the flip)"
 )
 
 
@@ -84,7 +82,7 @@ def evaluate_linear(
         network: Which network of them; see there.
         img_size: Image size in pixels for a model that is named; default: its own.
         random: Random weights, by the seed, in the place of those of a model that is named.
-        progress: Show progress bars, where standard error is a terminal.
+        progress: Show progress: bars in a terminal, a line every 30 s elsewhere.
 
     Returns:
         The result, which is also in the folder.
@@ -184,7 +182,7 @@ def _measure(
     notes = notes_of(probe, feed.broken)
     check = None
     if isinstance(feed, CachedFeed):
-        notes.insert(0, _NO_CROPS if probe.protocol.view.shape == "square" else _CROPS_STAND)
+        notes.insert(0, CACHED_AS_IS if probe.protocol.view.shape == "square" else _CROPS_STAND)
         check = convex_check(feed, source, grid, chosen, held_out[chosen])
         notes += [check["warning"]] if check and check.get("warning") else []
     columns = zip(grid.specs, held_out, test, trained.losses)

@@ -18,12 +18,13 @@ from ..data.sources import InputError
 from ..processes import join_processes
 from .feeds import CachedFeed
 from .finetune import prepare, refuse_scenes, run, with_batch
+from .intervals import wilson_interval
 from .logistic import L2S, choose_logistic, fit_logistic
 from .models import Subject, as_subject, check_model
 from .probe import Probe, notes_of, open_probe
 from .recipes import few_labels_recipe
 from .representations import BlockFeatures
-from .result import Head, Result, wilson_interval
+from .result import Head, Result
 from .runs import once, run_folder
 from .sets import EvalSet, split_to_choose
 from .tasks import Task, find_task
@@ -150,7 +151,7 @@ def few_labels(probe: Probe, files: str | Path) -> Probe:
     ]
     if len(present) < len(counts):
         notes.append(f"{len(counts) - len(present)} of {len(counts)} classes have no listed image")
-    few = EvalSet(Part(train.images, rows), labels, train.classes, train.split, tuple(notes))
+    few = replace(train, images=Part(train.images, rows), labels=labels, notes=tuple(notes))
     fit, choose = split_to_choose(few, probe.seed)
     return replace(probe, train=few, fit=fit, choose=choose)
 

@@ -18,6 +18,7 @@ from ..models.factory import create_model
 from ..models.predictor import PREDICTORS
 from ..seeds import Stream, fold
 from ..weights.catalog import checkpoints, find
+from ..weights.layouts import CheckpointError
 from .timm_weights import weights_within_reach
 from .words import option
 
@@ -145,6 +146,7 @@ def open_model(
         else:
             model = _timm_model(source, pretrained=not random, num_classes=0, **size, **overlay)
     model.eval()
+    _refuse_broken(model, name)
     if random:
         return Subject(model, f"{name}, random weights", given=name, img_size=img_size)
     cfg = model.pretrained_cfg
@@ -177,6 +179,18 @@ def _check_options(
     if ours and not (random or checkpoint):
         _refuse_unreleased(source)
     return (source, True) if ours else (_timm_source(source, checkpoint, network), False)
+
+
+def _refuse_broken(model: nn.Module, name: str) -> None:
+    """Refuse weights of which every probe would make a figure that says nothing."""
+    tensors = dict(model.named_parameters())
+    for tensor, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"the weights of {name} are broken: {tensor} is not finite (NaN or infinite)"
+            )
+    if not any(bool(value.any()) for value in tensors.values() if value.ndim > 1):
+        raise CheckpointError(f"the weights of {name} are all zero: every image is alike to them")
 
 
 def _refuse_unreleased(source: str) -> None:

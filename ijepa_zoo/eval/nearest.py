@@ -15,11 +15,12 @@ from torch import nn
 from ..data.labelled import Numbers
 from ..processes import join_processes
 from .feeds import CachedFeed
+from .intervals import wilson_interval
 from .knn import KS, TEMPERATURES, knn_correct
 from .models import Subject, as_subject, check_model
 from .probe import Probe, notes_of, open_probe, refuse_no_choice
 from .representations import BlockFeatures, RawPixels, Representations
-from .result import Head, Result, wilson_interval
+from .result import Head, Result
 from .runs import once, run_folder
 from .tasks import Task, find_task
 

@@ -13,6 +13,21 @@ from ..processes import Processes
 from .sets import EvalSet
 from .words import counted, some
 
+CACHED_AS_IS = (
+    "cached: each image and its mirror image are encoded once, as the protocol has them (its only "
+    "random view is the flip)"
+)
+_FEW = 100  # images to choose by that deserve a warning: their accuracies come in whole points
+
+
+def few_to_choose(number: int) -> list[str]:
+    """A note where few images choose the head; none where there are enough, or none at all."""
+    if not 0 < number < _FEW:
+        return []
+    return [
+        f"chosen by {counted(number, 'image')} only: with another seed another choice is likely"
+    ]
+
 
 def of_all_processes(texts: Mapping[str, str], processes: Processes) -> dict[str, str]:
     """The texts of all processes; every process must call this."""

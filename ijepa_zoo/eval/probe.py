@@ -16,17 +16,16 @@ from ..data.labelled import Numbers
 from ..data.sources import InputError
 from ..extraction.encoder import Batch, usable_cpus
 from ..processes import Processes
-from .bars import progress_bar
+from ..progress import progress_bar
 from .batches import EvalBatch, OrderedBatches, load
 from .cache import CachedFeatures, cached_features, files_state
-from .notes import lost_classes, of_all_processes, undecoded
+from .notes import few_to_choose, lost_classes, of_all_processes, undecoded
 from .representations import Representations
 from .sets import CHOOSE_SHARE, EvalSet, data_record, open_task, split_to_choose
 from .tasks import Protocol, Task
-from .words import counted, option, other_epochs
+from .words import option, other_epochs
 
 MICRO = 128  # images of a forward pass
-_FEW = 100  # images to choose by that deserve a warning: their accuracies come in whole points
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,8 @@ def open_probe(
         ValueError: A number is out of range.
     """
     if (batch_size or 2) < 2 or (workers or 0) < 0:
-        raise ValueError("batch_size must be at least 2, workers at least 0")
+        name, least = ("batch_size", 2) if (batch_size or 2) < 2 else ("workers", 0)
+        raise ValueError(f"{option(name)} must be at least {least}")
     protocol = task.protocol if epochs is None else task.protocol.with_epochs(epochs)
     protocol = replace(protocol, batch_size=batch_size or protocol.batch_size)
     workers = min(8, usable_cpus()) if workers is None else workers
@@ -232,15 +232,11 @@ def notes_of(probe: Probe, broken: dict[str, str]) -> list[str]:
     """
     notes = [*probe.train.notes, *probe.test.notes]
     notes += other_epochs(probe.protocol.epochs, probe.task.protocol.epochs, "protocol")
-    few = len(probe.choose)
-    if not few:
+    notes += few_to_choose(len(probe.choose))
+    if not len(probe.choose):
         notes.append(
             "chosen on the test set, as much of the literature does: the figure is too high by "
             "as much as luck helps the best of the heads"
-        )
-    elif few < _FEW:
-        notes.append(
-            f"chosen by {counted(few, 'image')} only: with another seed another choice is likely"
         )
     found = of_all_processes(broken, probe.processes)
     return [*notes, *undecoded(found), *lost_classes(probe.train, probe.fit, found)]

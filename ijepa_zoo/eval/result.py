@@ -17,35 +17,14 @@ from filelock import FileLock
 from ..extraction.parts import whole_file
 
 RESULT, TABLE = "result.json", "results.csv"
-_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-_SHOWN = 12  # heads in the terminal
+_SHARE = "most_frequent"  # in the record of the data
+_SHOWN = 5  # heads in the terminal
+MOST_FREQUENT = "most frequent class"
+NOTHING_CHOSEN = "nothing: it is the state after the last epoch"
 
 
 class ResultError(ValueError):
     """A result that cannot be read; the text says which and why."""
-
-
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of an accuracy, in percent.
-
-    Wilson's score interval (E. B. Wilson, "Probable inference, the law of succession, and
-    statistical inference", JASA 22, 1927): unlike the normal approximation it stays in 0..100 and
-    holds for small numbers and accuracies near the ends.
-
-    Args:
-        right: Right answers.
-        total: Answers, at least 1.
-
-    Raises:
-        ValueError: There are no answers, or more right ones than answers.
-    """
-    if not 0 <= right <= total or total < 1:
-        raise ValueError(f"{right} right answers of {total}: give 0 <= right <= total, total >= 1")
-    share, spread = right / total, _Z * _Z / total
-    middle = share + spread / 2
-    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    low, high = middle - half, middle + half
-    return 100 * max(low / (1 + spread), 0.0), 100 * min(high / (1 + spread), 1.0)
 
 
 @dataclass(frozen=True)
@@ -175,24 +154,53 @@ class Result:
 
     def table(self) -> str:
         """What the terminal shows."""
-        lines = [f"{self.task}, {self.method}: {self.model['name']} ({self.model['weights']})"]
-        rows = [[self.measured, "held out", "test"]]
-        rows += [
-            [_mark(h, self.chosen), self.show(h.held_out), self.show(h.test)] for h in self._best()
-        ]
-        left = len(self.heads) + 1 - len(rows)
-        if left:
-            rows.append([f"  and {left} more in {RESULT}", "", ""])
         span = "  [{}, {}]".format(*map(self.show, self.interval)) if self.interval else ""
-        rows.append(["test figure of the chosen head", "", f"{self.show(self.figure)}{span}"])
-        rows += [[f"  {name}", "", f"{value:.4g}"] for name, value in self.others.items()]
+        figures = [[self._figure_name, "", f"{self.show(self.figure)}{span}"]]
+        figures += [[f"  {name}", "", f"{value:.4g}"] for name, value in self.others.items()]
         if self.paper is not None:
-            rows.append(["the paper's figure", "", self.show(self.paper)])
-        rows += [[f"{name}", "", self.show(value)] for name, value in self.baselines.items()]
-        lines += _columns(rows)
-        lines.append(f"chosen by {self.selection}; images: {_counts(self.images)}")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join(lines)
+            figures.append(["the paper's figure", "", self.show(self.paper)])
+        figures += [[name, "", self.show(value)] for name, value in self.baselines.items()]
+        if self.most_frequent is not None:
+            figures.append([MOST_FREQUENT, "", self.show(self.most_frequent)])
+        if self.selection == NOTHING_CHOSEN:
+            rows = [[self.measured, "test"], *([name, value] for name, _, value in figures)]
+        else:
+            rows = [[self.measured, "held out", "test"], *self._head_rows(), *figures]
+        about = f"{self._title}: {_named(self.model)}"
+        last = f"{self.choice}; images: {_counts(self.images)}"
+        return "\n".join([about, *_columns(rows), last, *(f"note: {n}" for n in self.notes)])
+
+    @property
+    def choice(self) -> str:
+        """What the head was chosen by, as a clause."""
+        if self.selection == NOTHING_CHOSEN:
+            return "state after the last epoch; nothing was chosen"
+        return f"chosen by {self.selection}"
+
+    @property
+    def most_frequent(self) -> float | None:
+        """Chance level: share of the most frequent class in the test set, in percent, if known."""
+        test = self.data.get("test")
+        share = test.get(_SHARE) if isinstance(test, dict) else None
+        return float(share) if isinstance(share, int | float) and self.unit == "%" else None
+
+    @property
+    def _title(self) -> str:
+        told = self.task.startswith(self.method)
+        return self.task if told else f"{self.task}, {self.method}"
+
+    @property
+    def _figure_name(self) -> str:
+        if self.selection == NOTHING_CHOSEN:
+            return "test figure"
+        what = "setting" if self.method in ("knn", "lowshot") else "head"
+        return f"test figure of the chosen {what}"
+
+    def _head_rows(self) -> list[list[str]]:
+        shown = self._best()
+        rows = [[_mark(h, self.chosen), self.show(h.held_out), self.show(h.test)] for h in shown]
+        left = len(self.heads) - len(shown)
+        return [*rows, [f"  and {left} more in {RESULT}", "", ""]] if left else rows
 
     @property
     def measured(self) -> str:
@@ -261,6 +269,12 @@ def _plain(value: Any) -> Any:
 
 def _mark(head: Head, chosen: str) -> str:
     return f"{'>' if head.name == chosen else ' '} {head.name}"
+
+
+def _named(model: dict[str, Any]) -> str:
+    """A model's name with its weights, which often repeat the name."""
+    name, weights = model["name"], model["weights"].removesuffix(f" of {model['name']}")
+    return f"{name} ({weights})"
 
 
 def _counts(images: dict[str, int]) -> str:

@@ -18,7 +18,7 @@ from ..data.pixels import ImageSet
 from ..data.sources import InputError
 from ..seeds import Stream, numpy_generator
 from .tasks import TASKS, Task
-from .words import some
+from .words import data_name, some
 
 CHOOSE_SHARE = 0.1  # of the training images, to choose the head by
 _TEST_SHARE = 0.2  # of a data set that is in one piece
@@ -35,6 +35,7 @@ class EvalSet:
         classes: Names of the C classes.
         split: What the data set calls this part.
         notes: What a user should know about it, in sentences.
+        name: What a person calls the data, such as the name of their folder; empty: not known.
     """
 
     images: ImageSet
@@ -42,6 +43,7 @@ class EvalSet:
     classes: tuple[str, ...]
     split: str
     notes: tuple[str, ...] = ()
+    name: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,7 +88,9 @@ def open_task(
         trained = _without(trained, known, "have no class")
     if tested is None:
         trained, tested = _share_out(trained, seed)
-    return _matched(task, trained, tested)
+    name = data_name(data)
+    train, matched = (replace(part, name=name) for part in _matched(task, trained, tested))
+    return train, matched
 
 
 def split_classes(
@@ -126,6 +130,7 @@ def data_record(train: EvalSet, test: EvalSet) -> dict[str, Any]:
     """
     return {
         name: {
+            **({"name": part.name} if part.name else {}),
             "split": part.split,
             "images": len(part),
             "classes": len(part.classes),

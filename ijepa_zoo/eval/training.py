@@ -10,6 +10,7 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
+from ..progress import skip
 from .epoch_state import EpochState, StateError, checked_losses
 from .feeds import Feed, Labelled
 from .heads import HeadGrid, HeadSpec
@@ -80,7 +81,7 @@ def train(probe: Probe, source: Representations, feed: Feed, state: EpochState) 
             f"process {probe.processes.rank} finds {done} finished epochs in '{state.path}', and "
             "process 0 others: the folder must be one that all machines see"
         )
-    feed.bar.update(done * feed.steps * feed.batch_size)
+    skip(feed.bar, done * feed.steps * feed.batch_size)
     steps = feed.training(done, epochs)
     for epoch in range(done, epochs):
         scale = protocol.lr_scale(epoch, feed.batch_size)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 _NAMED = 3  # examples in a sentence
 
@@ -20,6 +23,14 @@ def some(names: Sequence[str]) -> str:
 def option(name: str) -> str:
     """An argument as Python and as the command line call it: `max_depth (--max-depth)`."""
     return f"{name} (--{name.replace('_', '-')})"
+
+
+def data_name(data: Any) -> str:
+    """What a person calls data: the last part of a folder's path; empty where they have no name."""
+    if not isinstance(data, str | os.PathLike):
+        return ""
+    text = os.fspath(data)
+    return Path(text).resolve().name if Path(text).exists() else str(text)
 
 
 def other_epochs(epochs: int, usual: int, whose: str) -> list[str]:

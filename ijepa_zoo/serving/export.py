@@ -25,7 +25,7 @@ _LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1e-1}
 
 
 class ServingError(RuntimeError):
-    """The written file does not compute what the model computes."""
+    """The written file does not compute what the model computes, or the model nothing of use."""
 
 
 def export_graph(
@@ -67,7 +67,8 @@ def export_graph(
         The folder.
 
     Raises:
-        ServingError: If the written file disagrees with the model.
+        ServingError: If the written file disagrees with the model, or if the model's own features
+            are not finite, or all zero.
         ImportError: If a package for ONNX is missing.
         ValueError: If the options do not fit each other or the model.
         FileExistsError: If ``folder`` exists and ``overwrite`` is false, or holds something else.
@@ -87,8 +88,11 @@ def export_graph(
         "precision": quantize or dtype,
     }
 
+    with evaluating(reference):
+        expected = _expected(reference)
+
     def fill(part: Path) -> None:
-        with _progress_bar(progress) as bar, evaluating(reference), evaluating(graph):
+        with _progress_bar(progress) as bar, evaluating(graph):
             bar.set_description("trace")
             program = trace(graph)
             bar.update()
@@ -97,7 +101,7 @@ def export_graph(
             bar.update()
             bar.set_description("check")
             run = formats.reopen(part, to)
-            checked = _compare(run, reference, str(record["precision"]), bar)
+            checked = _compare(run, expected, str(record["precision"]), bar)
         _write_record(part / RECORD, {**record, **checked, "versions": formats.versions(to)})
 
     write_whole(folder, fill)
@@ -159,8 +163,31 @@ def _description(model: nn.Module, license: str | None) -> dict[str, Any]:
     }
 
 
+def _expected(reference: PixelsToFeatures) -> list[tuple[Tensor, Tensor]]:
+    """Batches of images and the model's features of them, which a file is compared with.
+
+    Raises:
+        ServingError: If the features are good for no comparison, nor for anything else.
+    """
+    with torch.inference_mode():
+        batches = [(images, reference(images)) for images in _check_images(reference.size)]
+    for _, features in batches:
+        if not features.isfinite().all():
+            raise ServingError(_useless("not finite (NaN or infinite)"))
+        if not features.any():
+            raise ServingError(_useless("all zero"))
+    return batches
+
+
+def _useless(what: str) -> str:
+    return (
+        f"the model's own features are {what} in float32, before any export: nothing is written; "
+        "use other weights, such as an earlier checkpoint"
+    )
+
+
 def _compare(
-    run: formats.Run, reference: PixelsToFeatures, precision: str, bar: Any
+    run: formats.Run, expectations: list[tuple[Tensor, Tensor]], precision: str, bar: Any
 ) -> dict[str, Any]:
     """Input, output and agreement of a written file.
 
@@ -168,17 +195,22 @@ def _compare(
         ServingError: If it is further from the model than its precision explains.
     """
     checks, cosines = [], []
-    for images in _check_images(reference.size):
+    for images, expected in expectations:
         with torch.inference_mode():
-            expected, got = reference(images), run(images)
+            got = run(images)
         if got.shape != expected.shape or got.dtype != torch.float32:
             raise ServingError(
                 f"the file gives {got.dtype} {list(got.shape)} for {len(images)} images, the model "
                 f"float32 {list(expected.shape)}: it is not kept"
             )
+        if not got.isfinite().all():
+            raise ServingError(
+                f"the file's features are not finite in {precision}, the model's in float32 are: "
+                f"it is not kept{'' if precision == 'float32' else '; use float32'}"
+            )
         error = float((got - expected).norm() / expected.norm())
         limit = _LIMITS[precision]
-        if not error <= limit:  # also where it is no number
+        if error > limit:
             raise ServingError(
                 f"the file differs from the model by {error:.2g} of the features' size for "
                 f"{len(images)} images, more than {precision} explains ({limit:g}): it is not "

@@ -1,6 +1,7 @@
 """The two file formats: how each is written, and how it runs again."""
 
 import importlib
+import io
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def require_onnx() -> None:
     """Refuse before any work where a package is missing.
 
     Raises:
-        ImportError: With what to install.
+        ImportError: With what to install, or why an installed package cannot be loaded.
     """
     missing = []
     for name in _ONNX_PACKAGES:
@@ -37,6 +38,11 @@ def require_onnx() -> None:
             importlib.import_module(name)
         except ModuleNotFoundError:
             missing.append(name)
+        except (ImportError, OSError) as error:  # such as a missing system library
+            raise ImportError(
+                f"writing ONNX needs {name}, which is installed but cannot be loaded ({error}): "
+                "install what is missing there, or use torch-export"
+            ) from error
     if missing:
         raise ImportError(f"writing ONNX needs {', '.join(missing)}: pip install 'ijepa-zoo[onnx]'")
 
@@ -51,11 +57,9 @@ def write(program: ExportedProgram, folder: Path, to: str, quantize: str | None)
     weights = sum(tensor.nbytes for tensor in program.state_dict.values())
     _check_space(folder, 3 * weights if quantize else weights)
     if to == "torch-export":
-        try:
-            torch.export.save(program, path)
-        except RuntimeError as error:  # torch's word for a full disk, among others
-            reason = str(error).splitlines()[0]
-            raise OSError(f"{path} cannot be written ({reason})") from error
+        content = io.BytesIO()  # given a path, torch ends the process where it cannot write
+        torch.export.save(program, content)
+        path.write_bytes(content.getbuffer())
         return
     made = _to_onnx(program)
     if quantize is None:
@@ -69,10 +73,10 @@ def write(program: ExportedProgram, folder: Path, to: str, quantize: str | None)
 
 
 def _check_space(folder: Path, size: int) -> None:
-    """Refuse before a long work, and before torch's writer ends the process on a full disk."""
+    """Refuse before a long work."""
     free = shutil.disk_usage(folder).free
     if free < 1.1 * size:
-        raise OSError(f"{folder.parent} has {free:,} bytes free, and {size:,} are to be written")
+        raise OSError(f"{free:,} bytes free, and {size:,} are to be written")
 
 
 def _to_onnx(program: ExportedProgram) -> "ONNXProgram":

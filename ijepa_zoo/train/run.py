@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..data.image_sets import ImageSet, open_images
 from ..data.images import ImageError
 from ..processes import Processes, join_processes
+from ..progress import progress_bar
 from .batches import Batch
 from .checkpoint import Checkpoints
 from .config import PretrainConfig, steps_of
@@ -221,15 +222,9 @@ class _Run:
             watch = CollapseWatch(self.about["initial"])
             if self.first:
                 watch.replay(read_log(self.out))
-            bar = stack.enter_context(
-                tqdm(
-                    total=steps,
-                    initial=trainer.step,
-                    unit="step",
-                    disable=None if self.progress and self.first else True,  # None: not in a pipe
-                )
-            )
-            bar.set_description(self.out.name)
+            shown = self.progress and self.first
+            bar = progress_bar(shown, steps, self.out.name, "step", trainer.step)
+            stack.enter_context(bar)
             self._loop(received, _Watching(monitor, watch, log, bar))
             if log is not None and trainer.step == steps:
                 log.final(self.measured, self.about["initial"])

@@ -52,7 +52,9 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
                 **network,
             )
         except ValueError as error:  # with the name that the setting has
-            raise ValueError(re.sub(r"^target_layers", "optim.target_layers", str(error))) from error
+            raise ValueError(
+                re.sub(r"^target_layers", "optim.target_layers", str(error))
+            ) from error
     channels = model.encoder.patch_embed.proj.in_channels
     for key in ("mean", "std"):
         values = getattr(config.data, key)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..models.encoder import IJepaEncoder
 from ..models.jepa import IJepa
@@ -25,6 +26,8 @@ WRITERS = {
     "transformers": writers.write_transformers,
     "official": writers.write_official,
 }
+# Of a temporary folder: the end of its name, the lock of its process, the folder being replaced.
+_PLACE, _LOCK, _OLD = ".part", "lock", "old"
 
 
 def export(
@@ -137,26 +140,105 @@ def push(folder: Path, repo_id: str) -> None:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder, then put it in the place of ``folder``."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    """Let ``write`` fill a temporary folder, then put it in the place of ``folder``.
+
+    What a killed process left of an earlier try is removed first.
+
+    Raises:
+        OSError: It cannot be written; the message names ``folder``, not the temporary one.
+    """
+    place: Path | None = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_PLACE, dir=folder.parent))
+        _write_in(place, folder, write)
+    except OSError as error:
+        named = _named(error, folder, place)
+        if named is error:
+            raise
+        raise named from error
+
+
+def _write_in(place: Path, folder: Path, write: Callable[[Path], None]) -> None:
+    part, aside = place / folder.name, place / _OLD / folder.name
+    lock = None
+    try:
+        lock = _lock(place)
+        part.mkdir()  # only now may others take the place for a leftover, if it is not locked
         write(part)
         part.chmod(0o755)
         for item in part.rglob("*"):  # safetensors makes files that only their owner reads
             item.chmod(0o755 if item.is_dir() else 0o644)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            aside = old / folder.name
-            try:
-                os.replace(folder, aside)
-                os.replace(part, folder)
-            finally:  # also after Ctrl-C: one of the two is at its place before anything is removed
-                if aside.exists() and not folder.exists():
-                    os.replace(aside, folder)
-                shutil.rmtree(old)
-        else:
-            os.replace(part, folder)
+        _put(part, folder, aside)
     finally:
-        if part.exists():
-            shutil.rmtree(part)
+        for item in (part, aside.parent):
+            if item.exists():
+                shutil.rmtree(item)
+        if lock is not None:
+            lock.release()
+        shutil.rmtree(place)
+
+
+def _put(part: Path, folder: Path, aside: Path) -> None:
+    """Replace a folder; one of the two is always at its place or restored to it."""
+    if not folder.exists():
+        os.replace(part, folder)
+        return
+    aside.parent.mkdir()
+    try:
+        os.replace(folder, aside)
+        os.replace(part, folder)
+    finally:  # also after Ctrl-C: one of the two is at its place before anything is removed
+        if aside.exists() and not folder.exists():
+            os.replace(aside, folder)
+
+
+def _lock(place: Path) -> FileLock | None:
+    """Lock a temporary folder for as long as this process lives; None: not to be had."""
+    lock = FileLock(place / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except (Timeout, NotImplementedError):  # somebody writes there; or a disk without locks
+        return None
+    return lock
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary folders of killed processes: those whose lock nobody holds."""
+    start = f".{folder.name}."
+    for place in sorted(folder.parent.iterdir()):
+        if not (place.name.startswith(start) and place.name.endswith(_PLACE)):
+            continue
+        if place.is_symlink() or not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+            continue  # of another user
+        aside = place / _OLD / folder.name
+        if not (place / _LOCK).is_file() or not (aside.exists() or (place / folder.name).exists()):
+            continue
+        lock = _lock(place)
+        if lock is None:
+            continue
+        try:
+            if aside.exists() and not folder.exists():  # killed while the folders changed places
+                os.replace(aside, folder)
+            shutil.rmtree(place)
+        finally:
+            lock.release()
+
+
+def _named(error: OSError, folder: Path, place: Path | None) -> OSError:
+    """The error in the caller's words: with the folder, not the temporary one."""
+    hidden = str(place / folder.name) if place else str(folder)
+    file = error.filename
+    if error.strerror is None:  # a message of ours
+        text = str(error)
+        if hidden in text:
+            return OSError(text.replace(hidden, str(folder)))
+    elif file is None or f".{folder.name}." in str(file) or Path(str(file)) == folder.parent:
+        text = error.strerror
+    else:  # of another file, such as the weights that are read
+        return error
+    return OSError(
+        f"{folder} cannot be written ({text}): check the space, limits and permissions there, or "
+        "choose another folder"
+    )

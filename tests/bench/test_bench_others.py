@@ -10,6 +10,7 @@ from ijepa_zoo import bench
 from ijepa_zoo.bench import DisagreementError, crops
 from ijepa_zoo.bench.crops import compare_boxes, compare_pixels
 from ijepa_zoo.bench.folder_features import _Timm
+from ijepa_zoo.bench.photos import photographs as usable_photographs
 from ijepa_zoo.bench.photos import write_photographs
 from ijepa_zoo.data.image_sets import open_images
 
@@ -63,6 +64,54 @@ def test_data(photographs, tmp_path):
     assert found.agreement["published"]["difference"] <= 1
     assert found.extra["images"] == 6
     assert found.settings["data"] == photographs
+
+
+@pytest.fixture
+def damaged(photographs, tmp_path):
+    """Three good photographs and two files that cannot be decoded."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for file in sorted(photographs.iterdir())[:3]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "00001a.jpg").write_bytes(b"no picture")
+    (folder / "00009.jpg").write_bytes((folder / "00000.jpg").read_bytes()[:9_000])
+    (folder / "notes.txt").write_text("no image name")
+    return folder
+
+
+def test_files_that_cannot_be_decoded_are_left_out_for_all(damaged, tmp_path, caplog):
+    with Image.open(damaged / "00002.jpg") as image:
+        image.save(damaged / "00003.webp")  # timm lists no such names
+    found = bench.features(
+        model=MODEL, data=damaged, batch_size=4, workers=0, device="cpu",
+        vs=["timm", "timm"], **SHORT,
+    )  # fmt: skip
+    assert found.extra["images"] == 4
+    assert found.extra["left_out"].startswith("2 of 6 files: 00001a.jpg (")
+    assert "00009.jpg" in found.extra["left_out"]
+    assert found.settings["vs"] == ["timm"]
+    assert "left out 2 of 6 files" in caplog.text
+    stub = write_stub(tmp_path / "stub")
+    crops = bench.data(
+        data=damaged, batch_size=2, img_size=64, vs=["published"], published_path=stub, **SHORT
+    )
+    assert crops.extra["images"] == 4
+
+
+def test_folders_without_any_photograph_are_refused(damaged):
+    for file in damaged.glob("0000[0-2].jpg"):
+        file.unlink()
+    for measure in (bench.features, bench.data):
+        with pytest.raises(ValueError, match=r"none of its 2 image files can be decoded: 00001a"):
+            measure(data=damaged)
+
+
+def test_large_folders_give_as_many_photographs_as_are_used(tmp_path):
+    for number in range(50):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number:02}.png")
+    with usable_photographs(tmp_path, 1, most=20) as good:
+        reds = [Image.open(file).getpixel((0, 0))[0] for file in sorted(good.folder.iterdir())]
+    assert reds == list(range(0, 50, 3))
 
 
 def test_other_crops_are_an_error(photographs, monkeypatch):

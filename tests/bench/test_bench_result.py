@@ -61,6 +61,26 @@ def test_text_names_ratio_and_agreement():
     assert "32 images/s" in text
 
 
+def test_text_warns_of_ratios_that_say_little():
+    def line(low, high, pairs):
+        ratio = Summary(1.25, (1.2, 1.3), (low, high), pairs).as_json()
+        return str(replace(result(), ratios={"published": ratio})).splitlines()[-1]
+
+    assert line(1.1, 1.4, 5).endswith("5 pairs)")
+    assert line(1.1, 1.4, 4).endswith("4 pairs): few pairs")
+    assert line(0.9, 1.4, 9).endswith("9 pairs): no clear difference")
+    assert line(0.9, 1.4, 3).endswith("3 pairs): no clear difference, few pairs")
+
+
+def test_header_says_what_auto_became():
+    found = replace(result(device="auto"), resolved={"device": "cpu"})
+    assert str(found).splitlines()[0].endswith("device cpu")
+    assert "--device auto" in found.command
+    assert str(found).splitlines()[1] == "on a CPU, 2 CPU threads"
+    one = replace(found, machine={"cpu": "a CPU", "threads": 1})
+    assert str(one).splitlines()[1] == "on a CPU, 1 CPU thread"
+
+
 @pytest.mark.parametrize("difference", [2e-5, float("nan")])
 def test_disagreement_is_an_error(difference):
     with pytest.raises(DisagreementError, match=r"losses differ by .*their times say nothing"):

@@ -41,7 +41,7 @@ def test_phases_are_an_update():
 
 def test_published_code_agrees(tmp_path):
     ours = OurStep(SMALL)
-    other = PublishedStep(write_stub(tmp_path), ours, "fp32")
+    other = PublishedStep(published_code(write_stub(tmp_path)), ours, "fp32")
     found = compare_losses(ours, other, 1e-5, "fp32")
     assert found["difference"] < 1e-5
     assert list(other.phases()) == list(ours.phases())
@@ -58,7 +58,7 @@ def test_published_code_agrees(tmp_path):
 )
 def test_another_method_is_an_error(tmp_path, change):
     ours = OurStep(SMALL)
-    other = PublishedStep(write_stub(tmp_path, **change), ours, "fp32")
+    other = PublishedStep(published_code(write_stub(tmp_path, **change)), ours, "fp32")
     with pytest.raises(DisagreementError, match="losses of the first 3 updates in fp32"):
         compare_losses(ours, other, 1e-5, "fp32")
 
@@ -102,6 +102,27 @@ def test_missing_clone_is_a_sentence(tmp_path):
         bench.train(model=SMALL.model, img_size=32, device="cpu")
     with pytest.raises(ValueError, match="has no contender timm: use published"):
         bench.train(vs=["timm"])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "error", "message"),
+    [
+        ("helper", "def x(:", ValueError, r"cannot be used \(src/helper\.py: SyntaxError: .*again"),
+        ("helper", "1 / 0", ValueError, r"src/helper\.py: ZeroDivisionError"),
+        ("helper", "import src.nothing", ValueError, r"src/helper\.py: ModuleNotFoundError"),
+        ("helper", "from src.broken import x", ValueError, r"src/broken\.py: KeyError"),
+        ("masks/multiblock", "", ValueError, r"src/masks/multiblock\.py: it has no MaskCollator"),
+        ("transforms", "import nowhere.x", ImportError, "is not installed: pip install nowhere$"),
+    ],
+)
+def test_broken_clone_is_a_sentence(tmp_path, file, text, error, message):
+    write_stub(tmp_path)
+    (tmp_path / "src" / "broken.py").write_text("{}[1]")
+    (tmp_path / "src" / f"{file}.py").write_text(text)
+    with pytest.raises(error, match=message) as caught:
+        bench.masks(vs=["published"], published_path=tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(not measures_memory(), reason="this system does not tell")

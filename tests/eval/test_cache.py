@@ -150,8 +150,21 @@ def test_damaged_files_are_computed_again(cached, tmp_path, name, damage):
 def test_rows_and_reasons_must_agree(cached, tmp_path):
     cached()
     (file,) = tmp_path.glob("out/cache/*/reasons.json")
-    file.write_text(json.dumps(["broken", *[None] * 149]))
+    content = json.loads(file.read_bytes())
+    file.write_text(json.dumps({**content, "reasons": ["broken", *[None] * 149]}))
     assert cached().computed == 150
+
+
+def test_rows_with_other_values_are_computed_again(cached, tmp_path):
+    first = torch.as_tensor(cached().rows).clone()
+    (file,) = tmp_path.glob("out/cache/*/rows.npy")
+    content = bytearray(file.read_bytes())
+    content[-400:] = bytes(400)
+    file.unlink()
+    file.write_bytes(content)
+    again = cached()
+    assert again.computed == 150
+    assert torch.equal(torch.as_tensor(again.rows), first)
 
 
 def test_files_that_are_damaged_again_at_once_name_their_folder(cached, tmp_path, monkeypatch):

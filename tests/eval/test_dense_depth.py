@@ -306,7 +306,11 @@ def test_a_run_leaves_result_and_pictures(finished):
         ("rendered", 24),
         ("rendered", 6),
     ]
-    assert result.notes == []
+    few, *worse = result.notes
+    assert few == "chosen by 2 images only: with another seed another choice is likely"
+    assert bool(worse) == (result.figure > result.baselines["rmse of the mean depth map"])
+    assert result.data["train"]["name"] == "scenes:24,6"
+    assert result.table().startswith("dense depth, rendered scenes: ")
     assert len(result.heads) == 8
     assert min(result.heads, key=lambda head: head.held_out).name == result.chosen
     assert [head.test is not None for head in result.heads].count(True) == 1
@@ -356,6 +360,9 @@ def test_kept_features_give_the_same_figures(finished, subject, tmp_path):
         subject, "scenes:24,6", tmp_path, protocol=PROTOCOL, cached=True, pictures=0
     )
     online = finished[1]
+    how, *others = cached.notes
+    assert how.startswith("cached: each image and its mirror image are encoded once, as the proto")
+    assert [n.split(",")[0] for n in others] == [n.split(",")[0] for n in online.notes]
     assert cached.figure == pytest.approx(online.figure, rel=1e-3)
     assert [h.held_out for h in cached.heads] == pytest.approx(
         [h.held_out for h in online.heads], rel=1e-3
@@ -435,7 +442,7 @@ def test_broken_images_are_left_out_and_named(subject, tmp_path):
         subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL, epochs=1
     )
     assert result.images == {"fit": 4, "choose": 1, "test": 5}
-    epochs, undecoded = result.notes
+    epochs, *_, undecoded = result.notes
     assert epochs == f"1 epoch in the place of the protocol's {PROTOCOL.epochs}"
     assert undecoded.startswith("2 pairs could not be decoded (")
     assert "test/3.png: not an image" in undecoded
@@ -497,7 +504,7 @@ def test_two_processes_do_what_one_does(subject, tmp_path):
     assert two.machine["processes"] == 2
     assert two.figure == pytest.approx(one.figure, rel=1e-4)
     assert two.notes == one.notes
-    assert two.notes[0].startswith("3 pairs could not be decoded")
+    assert two.notes[-1].startswith("3 pairs could not be decoded")
     assert two.images == one.images
     assert one.images["test"] == 7
     assert two.baselines == pytest.approx(one.baselines, rel=1e-6)
@@ -534,7 +541,12 @@ def test_test_pairs_without_a_pixel_that_counts_are_told(subject, tmp_path):
     _write_pair(data / "test/5.png", data / "test/5_depth.png", 9, 30.0)  # beyond 10 m
     result = evaluate_dense_depth(subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL)
     assert result.images["test"] == 5
-    assert result.notes == ["1 test pair without a pixel that counts: not among those tested"]
+    few, worse, blank = result.notes
+    assert blank == "1 test pair without a pixel that counts: not among those tested"
+    assert few == "chosen by 1 image only: with another seed another choice is likely"
+    assert worse.startswith("worse than the mean depth map, which looks at no image (RMSE ")
+    assert "train longer, epochs (--epochs)" in worse
+    assert result.figure > result.baselines["rmse of the mean depth map"]
 
 
 class _Interrupted:

@@ -25,12 +25,17 @@ def test_linear_knn_and_report(pictures, tmp_path, capsys):
     assert f"{result['figure']:.1f}" in shown
     assert "note: 2 epochs in the place of the protocol's 28" in shown
     assert "note: cached: each image and its mirror image are encoded once" in shown
+    assert "most frequent class" in shown
     assert main(["eval", "knn", *common]) == 0
-    capsys.readouterr()
+    assert "test figure of the chosen setting" in capsys.readouterr().out
     report = tmp_path / "table.md"
     assert main(["eval", "report", str(out), "--out", str(report), "--no-picture"]) == 0
     assert capsys.readouterr().out == f"{report}\n"
-    assert f"**{result['figure']:.1f}**" in report.read_text()
+    text = report.read_text()
+    assert f"| {result['figure']:.1f} (" in text
+    assert "**" not in text  # nothing to compare with
+    assert "| most frequent class | 33.3 | 33.3 |" in text
+    assert result["data"]["train"]["name"] == pictures.name
 
 
 def test_random_weights_alone(pictures, tmp_path, capsys):
@@ -63,7 +68,7 @@ def test_count_and_distance_of_rendered_scenes(tmp_path, capsys):
         (["linear", "--model", "resnet50"], 2, "no timm ViT"),
         (["linear", "--model", "vit_nano"], 2, "no model is called 'vit_nano'; similar:"),
         (["linear", "--data", "nowhere"], 2, "nowhere"),
-        (["linear", "--batch-size", "1"], 2, "batch_size must be at least 2"),
+        (["linear", "--batch-size", "1"], 2, "(--batch-size) must be at least 2"),
         (["count"], 2, "CLEVR"),
         (["depth", "--task", "dense", "--test", "x"], 2, "--test holds for classes"),
         (["depth", "--max-depth", "5"], 2, "--max-depth is for depth maps: use --task dense"),
@@ -100,3 +105,25 @@ def test_another_process_in_the_folder_is_named(pictures, tmp_path, capsys):
     with FileLock(file.with_name(".lock")):
         assert main(command) == 1
     assert "another process evaluates in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("probe", ["linear", "knn", "finetune", "lowshot", "count", "depth"])
+def test_help_shows_layout_example_and_required_options(capsys, probe):
+    with pytest.raises(SystemExit):
+        main(["eval", probe, "--help"])
+    shown = capsys.readouterr().out
+    own = shown.split("\nrequired options:\n")[1].split("\n\n")[0]
+    names = [line.split()[0] for line in own.splitlines() if line.strip().startswith("--")]
+    assert names == ["--model", "--data", *(["--list"] if probe == "lowshot" else [])]
+    layout = "DIR/images/{train,val}" if probe in ("count", "depth") else "DIR/train/CLASS/*.jpg"
+    assert layout in shown.split("\nlayout of --data:\n")[1]
+    example = shown.split("\nexample:\n")[1].split()
+    assert example[:3] == ["ijepa-zoo", "eval", probe]
+
+
+def test_the_example_of_the_help_is_a_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "lowshot", "--help"])
+    words = capsys.readouterr().out.split("\nexample:\n")[1].split()[1:]
+    assert main(words) == 2  # it is parsed; the data are not there
+    assert "'photos'" in capsys.readouterr().err

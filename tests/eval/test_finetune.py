@@ -267,6 +267,11 @@ def test_bright_is_told_from_dark_and_the_given_model_stays_as_it_was(folder, tm
         assert (part["split"], part["images"], part["classes"]) == (name, count, 2)
         assert part["most_frequent"] == 50
     assert result.notes == []
+    shown = result.table().splitlines()
+    assert shown[1].split() == ["top-1", "accuracy", "(%)", "test"]
+    assert shown[2].startswith("test figure  ")
+    assert shown[3].split() == ["most", "frequent", "class", "50.0"]
+    assert shown[4].startswith("state after the last epoch; nothing was chosen; images: ")
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.num_classes == 0
 

@@ -9,6 +9,7 @@ from ijepa_zoo import export
 from ijepa_zoo.eval import timm_weights
 from ijepa_zoo.eval.models import Subject, as_subject, check_model, open_model
 from ijepa_zoo.weights.fetch import FetchError
+from ijepa_zoo.weights.layouts import CheckpointError
 
 
 def test_names_of_this_package_carry_their_weights():
@@ -64,6 +65,23 @@ def test_folders_are_opened_with_their_own_architecture(tmp_path):
         for key, value in subject.model.state_dict().items():
             assert torch.equal(value, model.state_dict()[key])
         assert len(subject.untrained(0).model.blocks) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(float("nan"), "blocks.1.mlp.fc1.weight is not finite"), (0.0, "are all zero")],
+)
+def test_broken_weights_are_refused(tmp_path, value, words):
+    model = encoder()
+    with torch.no_grad():
+        if value:
+            model.blocks[1].mlp.fc1.weight[0, 0] = float("inf")
+        else:
+            for parameter in model.parameters():
+                parameter.zero_()
+    folder = export(model, tmp_path / "exported")
+    with pytest.raises(CheckpointError, match=words):
+        open_model(str(folder))
 
 
 def test_unknown_names_are_refused_with_similar_ones():

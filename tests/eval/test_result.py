@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from ijepa_zoo.eval.intervals import wilson_interval
 from ijepa_zoo.eval.report import markdown, write_report
 from ijepa_zoo.eval.result import (
     Head,
     Result,
     ResultError,
-    wilson_interval,
 )
 from ijepa_zoo.eval.result_files import find_results, read_result
 from ijepa_zoo.eval.runs import once

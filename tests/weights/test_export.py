@@ -1,7 +1,12 @@
+import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from torch.testing import assert_close
 import ijepa_zoo
 from ijepa_zoo.weights import bundle as bundles
 from ijepa_zoo.weights import layouts
+from ijepa_zoo.weights.export import write_whole
 from ijepa_zoo.weights.layouts import CheckpointError
 
 LAYOUTS = ("native", "timm", "transformers", "official")
@@ -531,6 +537,62 @@ def test_full_disk_is_an_error_of_the_operating_system(source, tmp_path, monkeyp
     monkeypatch.setattr("ijepa_zoo.weights.writers.save_file", full)
     with pytest.raises(OSError, match=r"model\.safetensors cannot be written .*No space"):
         source(tmp_path / "a", "timm")
+
+
+def test_system_errors_name_the_folder_and_not_the_temporary_one(tmp_path):
+    def full(part):
+        raise OSError(errno.ENOSPC, "No space left on device", str(part / "model.onnx"))
+
+    def source_is_gone(part):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "weights.pth")
+
+    with pytest.raises(OSError, match=r"/a cannot be written \(No space left") as caught:
+        write_whole(tmp_path / "a", full)
+    assert ".part" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match=r"weights\.pth"):
+        write_whole(tmp_path / "a", source_is_gone)
+    assert not list(tmp_path.iterdir())
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ijepa_zoo.weights.export import write_whole
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+def write(part):
+    (part / "new").touch()
+    if sys.argv[2] == "writing":
+        die()
+    replace = os.replace
+    os.replace = lambda a, b: replace(a, b) if Path(a) != part else die()
+write_whole(Path(sys.argv[1]), write)
+"""
+
+
+@pytest.mark.parametrize("moment", ["writing", "changing places"])
+def test_leftovers_of_killed_processes_and_only_those_are_removed(tmp_path, moment):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "old").touch()
+    foreign = tmp_path / ".a.mine"
+    foreign.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(Path(ijepa_zoo.__file__).parents[1])}
+    words = [sys.executable, "-c", _KILLED, str(folder), moment]
+    assert subprocess.run(words, env=environment, timeout=100).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".a.*.part"))) == 1
+    assert folder.exists() == (moment == "writing")
+
+    def write(part):
+        assert [place for place in tmp_path.glob(".a.*.part")] == [part.parent]
+        assert [path.name for path in folder.iterdir()] == ["old"]  # the earlier
+        write_whole(tmp_path / "b", lambda other: None)
+        write_whole(folder, lambda other: (other / "second").touch())  # spares the living
+        (part / "first").touch()
+
+    write_whole(folder, write)
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.mine", "a", "b"]
 
 
 def test_arguments_that_would_spoil_the_weights_are_refused(source, tiny, tmp_path):
