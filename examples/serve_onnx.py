@@ -29,9 +29,7 @@ def pixels(image: Image.Image, how: dict) -> np.ndarray:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "folder", type=Path, help="written by `ijepa-zoo export NAME DST --to onnx`"
-    )
+    parser.add_argument("folder", type=Path, help="of `ijepa-zoo export ... --to onnx`")
     parser.add_argument("images", nargs="+")
     parser.add_argument("--compare", metavar="NAME", help="the model that was exported")
     args = parser.parse_args()

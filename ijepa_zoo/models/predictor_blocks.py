@@ -92,7 +92,8 @@ def _beside(known: Tensor, hidden: Tensor) -> Tensor:
 
 def _heads(block: Block, x: Tensor, parts: int) -> tuple[Tensor, ...]:
     """``[B, T, parts * C]`` as ``parts`` tensors ``[B, heads, T, C / heads]``."""
-    split = x.reshape(len(x), x.shape[1], parts, block.attn.num_heads, -1)
+    attn = block.attn
+    split = x.reshape(len(x), x.shape[1], parts, attn.num_heads, attn.head_dim)
     return split.permute(2, 0, 3, 1, 4).unbind(0)
 
 
