@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 _SECONDS = 30.0  # between two lines
@@ -83,6 +82,10 @@ class ProgressLines:
         self.n += done
         self._first += done
 
+    def set_description(self, what: str) -> None:
+        """What the next lines call the work."""
+        self.what = what
+
     def set_postfix(
         self, shown: Mapping[str, str] | None = None, refresh: bool = True, **values: str
     ) -> None:
@@ -103,12 +106,7 @@ class ProgressLines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Nothing is left to close."""
 
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ..data.images import ImageError, ImageReader
 from ..data.items import Item
 from ..data.sources import find_items
 from ..extraction.encoder import usable_cpus
+from ..progress import progress_bar
 
 _SIZES = ((500, 375), (375, 500), (500, 333))  # width and height: those of ImageNet's photographs
 _QUALITY = 90
@@ -76,10 +76,14 @@ def _link_good(data: Path, folder: Path, most: int | None, progress: bool) -> Ph
     items = [item for item in find_items(data) if item.skipped is None]
     if most is not None:
         items = items[:: -(-len(items) // most)]
-    hide = None if progress else True  # None: tqdm shows it where standard error is a terminal
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        decoded = tqdm(pool.map(_problem, items), "decoding", len(items), disable=hide)
-        problems = list(decoded)
+    problems = []
+    with (
+        ThreadPoolExecutor(usable_cpus()) as pool,
+        progress_bar(progress, len(items), "decoding") as bar,
+    ):
+        for problem in pool.map(_problem, items):
+            problems.append(problem)
+            bar.update()
     bad = [
         f"{os.path.relpath(item.path, data)} ({problem})"
         for item, problem in zip(items, problems)

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..progress import progress_bar
+
 OURS = "ijepa_zoo"
 Work = Callable[[], object]
 _LEAST_ROUNDS = 3  # quartiles and a range of ratios need some
@@ -103,12 +105,9 @@ def take_turns(
             f"seconds is {seconds} and rounds {rounds}; use more than 0 and at least "
             f"{_LEAST_ROUNDS}"
         )
-    from tqdm import tqdm
-
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     order = list(contenders)
-    hide = None if progress else True  # None: tqdm shows it where standard error is a terminal
-    with tqdm(total=warmup + rounds, desc=what, unit="round", disable=hide) as bar:
+    with progress_bar(progress, warmup + rounds, what, "round") as bar:
         for _ in range(warmup):
             for name in order:
                 contenders[name]()

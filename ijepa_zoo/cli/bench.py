@@ -59,11 +59,17 @@ def _add_shared(parser: argparse.ArgumentParser, kind: _Kind) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
-def _train(parser: argparse.ArgumentParser) -> None:
+def _add_step(parser: argparse.ArgumentParser, model: str) -> None:
+    """What a training step is made of."""
     add = parser.add_argument
-    _add_model(parser, "vit_tiny16_ijepa")
+    _add_model(parser, model)
     add("--img-size", type=positive, metavar="N", help="default: the model's own image size")
     add("--batch-size", type=positive, default=16, metavar="N", help="images of a step (16)")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_step(parser, "vit_tiny16_ijepa")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="ours (default fp32)")
     add("--compile", action="store_true", help="compile the blocks (ours)")
     add("--predictor-context", choices=("repeated", "shared"),
@@ -142,9 +148,7 @@ def _scaling(parser: argparse.ArgumentParser) -> None:
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    _add_model(parser, "vit_small16_ijepa")
-    add("--img-size", type=positive, metavar="N", help="default: the model's own image size")
-    add("--batch-size", type=positive, default=16, metavar="N", help="images of a step (16)")
+    _add_step(parser, "vit_small16_ijepa")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     add("--folder", type=Path, metavar="DIR",
         help="on the disk to measure (default: the system's temporary folder)")  # fmt: skip

@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from ijepa_zoo.data.scene_layout import COUNTS, TRACE_SIZE, sample_layout
 from ijepa_zoo.data.scene_shade import shade
 from ijepa_zoo.data.scene_trace import Floats, Vector, trace
+from ijepa_zoo.progress import progress_bar
 from ijepa_zoo.seeds import Stream, numpy_generator
 
 DISTANCE_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
@@ -238,18 +240,19 @@ def _clevr_record(item: SceneObject) -> dict[str, Any]:
 def _draw(
     seed: int, start: int, count: int, size: int, workers: int, progress: bool
 ) -> Iterator[Scene]:
-    from tqdm import tqdm
-
     draw = partial(render_scene, seed, size=size)
     indices = range(start, start + count)
-    hide = None if progress else True  # None: tqdm shows it where standard error is a terminal
-    bar = partial(tqdm, desc="scenes", total=count, unit="img", disable=hide)
-    if workers == 0:
-        yield from bar(map(draw, indices))
-        return
     leave_interrupts = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # they are for this process
-    with multiprocessing.get_context().Pool(workers, *leave_interrupts) as pool:
-        yield from bar(pool.imap(draw, indices, chunksize=16))
+    with ExitStack() as stack:
+        drawn: Iterator[Scene] = map(draw, indices)
+        if workers:
+            context = multiprocessing.get_context()
+            pool = stack.enter_context(context.Pool(workers, *leave_interrupts))
+            drawn = pool.imap(draw, indices, chunksize=16)
+        bar = stack.enter_context(progress_bar(progress, count, "scenes"))
+        for scene in drawn:
+            bar.update()
+            yield scene
 
 
 def _to_srgb(linear: Floats) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,12 @@ from ..data.items import Item
 from ..data.sources import Inputs, find_items
 from ..data.transforms import create_transform
 from ..features import Layers
+from ..progress import progress_bar
 from .claim import ExtractionError, claim
 from .encoder import Batch, Encoder, hash_texts, usable_cpus
 from .outputs import DTYPES, Outputs, choose_outputs, merge
 from .parts import Parts
 from .ranks import Ranks, join_ranks
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def extract_features(
         strict: Stop at the first image that fails.
         max_pixels: Images with more pixels are refused.
         overwrite: Replace finished files, and parts made with other settings.
-        progress: Show a progress bar, where standard error is a terminal.
+        progress: Show progress: a bar in a terminal, a line every 30 s elsewhere.
 
     Returns:
         What was done. Images that failed are in it and in the index, and the rest is complete.
@@ -186,7 +184,9 @@ def _work(
     before, start = sum(map(parts.size, done)), time.perf_counter()
     with (
         closing(encoder.encode(_decoded(loader))) as encoded,
-        _progress_bar(parts.images, before, progress and ranks.rank == 0) as bar,
+        progress_bar(
+            progress and ranks.rank == 0, parts.images, "features", "image", before
+        ) as bar,
     ):
         for part in mine:
             rows, errors = [], []
@@ -212,15 +212,6 @@ def _decoded(loader: Iterable[Batch]) -> Iterator[Batch]:
             f"a process that decodes images ended ({error}): memory may be short, so try fewer "
             "workers (--workers). What is done is kept; the same command goes on from there"
         ) from error
-
-
-def _progress_bar(total: int, done: int, show: bool) -> "tqdm[Any]":
-    from tqdm import tqdm
-
-    hide = None if show else True  # None: tqdm shows it where standard error is a terminal
-    return tqdm(
-        total=total, initial=done, unit="image", desc="features", smoothing=0.05, disable=hide
-    )
 
 
 def _stop_at_failure(

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..data.scenes import SPLIT_STARTS, render_scenes
 from ..extraction.encoder import model_name, weights_fingerprint
 from ..features import Layers
+from ..progress import progress_bar
 from ..weights.export import write_whole
 from . import formats
 from .graph import INPUT, OUTPUT, PixelsToFeatures, evaluating, preprocessing, trace
@@ -61,7 +62,7 @@ def export_graph(
             the range of each batch, so features depend a little on the other images of the batch.
         license: Licence of the weights (SPDX), for the record; default: what the model says.
         overwrite: Replace an earlier file of this kind, once the new one is whole.
-        progress: Show a progress bar, where standard error is a terminal.
+        progress: Show progress: a bar in a terminal, a line every 30 s elsewhere.
 
     Returns:
         The folder.
@@ -92,8 +93,8 @@ def export_graph(
         expected = _expected(reference)
 
     def fill(part: Path) -> None:
-        with _progress_bar(progress) as bar, evaluating(graph):
-            bar.set_description("trace")
+        steps = 2 + len(_BATCHES)
+        with progress_bar(progress, steps, "trace", "step") as bar, evaluating(graph):
             program = trace(graph)
             bar.update()
             bar.set_description("write")
@@ -237,13 +238,6 @@ def _check_images(size: tuple[int, int]) -> Iterator[Tensor]:
     images = torch.from_numpy(scenes["images"]).permute(0, 3, 1, 2).float()
     resized = F.interpolate(images, size, mode="bilinear", align_corners=False)
     yield from torch.split(resized.round().to(torch.uint8), list(_BATCHES))
-
-
-def _progress_bar(show: bool) -> Any:
-    from tqdm import tqdm
-
-    hide = None if show else True  # None leaves it to tqdm, which asks for a terminal
-    return tqdm(total=2 + len(_BATCHES), unit="step", disable=hide)
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 Over = Literal["images", "tokens", "residuals"]
 
 
-class Regularizer(nn.Module):
+class Regularizer(nn.Module, ABC):
     """A term over samples that are made of context tokens.
 
     Args:
@@ -57,9 +58,9 @@ class Regularizer(nn.Module):
         self.value = term.detach()
         return term
 
+    @abstractmethod
     def term(self, samples: Tensor) -> Tensor:
         """The term of samples `[n, D]`, float32, without its weight."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Show the settings when the module is printed."""
