@@ -56,7 +56,8 @@ def draw_scaling(axes: Mapping[str, Mapping[str, Figures]], of_gpus: Figures, pl
         panel.set(title=f"Measured: {title}", xlabel=xlabel, ylabel="step (ms)")
     assumed = of_gpus["assumed"]
     where = f"{assumed['model']}, {assumed['bandwidth_gb_s']:g} GB/s"
-    panels[1, 1].set(ylabel="step (ms)", yscale="log")
+    computed = [row["step_ms"] for kind in ("weak", "strong") for row in of_gpus[kind].values()]
+    panels[1, 1].set(ylabel="step (ms)", ylim=_around(computed), yscale="log")
     panels[1, 2].set(ylabel="efficiency", ylim=(0, 1.03))
     for panel, value in zip(panels[1, 1:], ("step_ms", "efficiency")):
         _draw_gpus(panel, of_gpus, value)
@@ -75,8 +76,8 @@ def _draw_axis(panel: Any, rows: Mapping[str, Figures]) -> None:
     for name, x, time in zip(rows, xs, times):
         place = {"xytext": (0, -14), "textcoords": "offset points", "ha": "center"}
         panel.annotate(name, (x, time), fontsize=8, **place)
-    panel.set(xscale="log", yscale="log")
-    panel.margins(x=0.22, y=0.15)
+    panel.margins(x=0.22)
+    panel.set(ylim=_around(times + expected), xscale="log", yscale="log")
     _label(panel, xs)
 
 
@@ -93,6 +94,11 @@ def _draw_gpus(panel: Any, of_gpus: Figures, figure: str) -> None:
         panel.plot(gpus, values, marker="o", color=colour, label=label)
     panel.set(xscale="log", xlabel="GPUs")
     _label(panel, gpus)
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """Limits with some room; a margin has none where values are equal but for rounding."""
+    return min(values) / 1.3, max(values) * 1.3
 
 
 def _label(panel: Any, xs: Sequence[float]) -> None:

@@ -112,6 +112,15 @@ def test_points_stand_where_they_were_measured(tmp_path, monkeypatch):
     assert all("not measured" in panel.get_title() for panel in panels[4:])
 
 
+def test_times_that_differ_by_rounding_have_an_axis(tmp_path):
+    """Seen by chance: one point, whose expected time is its own up to the last bit."""
+    row = {"x": 64.0, "work": 0.3, "step_seconds": 0.1}
+    odd = {"64": row, "65": row | {"x": 65.0, "step_seconds": 0.1 + 2e-17}}
+    axes = dict.fromkeys(("model", "img_size", "batch_size", "ranks"), odd)
+    draw_scaling(axes, modelled(MODEL, [8, 16], 128, 100.0, None), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size
+
+
 def test_plot_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("ijepa_zoo.bench.growth.OurStep", None)
     for wrong in (tmp_path, tmp_path / "a.pdf", tmp_path / "nowhere" / "a.png"):
