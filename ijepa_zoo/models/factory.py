@@ -111,6 +111,8 @@ def create_ijepa(
     regularizer: nn.Module | None = None,
     loss: Literal["smooth_l1", "l2"] = "smooth_l1",
     target_layers: int = 1,
+    target_norm: Literal["layer", "instance", "position"] = "layer",
+    position_noise: float = 0.0,
     **encoder_kwargs: Any,
 ) -> IJepa:
     """Create all three networks, to predict hidden regions or to go on pretraining.
@@ -127,6 +129,8 @@ def create_ijepa(
         regularizer: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         loss: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         target_layers: See :class:`~ijepa_zoo.models.jepa.IJepa`.
+        target_norm: See :class:`~ijepa_zoo.models.jepa.IJepa`.
+        position_noise: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         **encoder_kwargs: timm's arguments of the encoder.
 
     Raises:
@@ -141,6 +145,13 @@ def create_ijepa(
         name, pretrained, checkpoint, encoder_kwargs
     )
     model, _, tag = name.partition(".")
+    objective: dict[str, Any] = {
+        "regularizer": regularizer,
+        "loss": loss,
+        "target_layers": target_layers,
+        "target_norm": target_norm,
+        "position_noise": position_noise,
+    }
     asked = {
         "embed_dim": predictor_embed_dim,
         "depth": predictor_depth,
@@ -151,7 +162,7 @@ def create_ijepa(
         encoder = create_model(name, pretrained=False, **encoder_kwargs)
         device = next(encoder.parameters()).device
         predictor = _predictor(encoder, {**PREDICTORS[model], **own, **asked}, device)
-        return IJepa(encoder, predictor, None, regularizer, loss, target_layers)
+        return IJepa(encoder, predictor, **objective)
     networks = load.resolve(
         model,
         checkpoint=checkpoint,
@@ -177,8 +188,7 @@ def create_ijepa(
     )
     device = next(made["encoder"].parameters()).device
     load.assign(predictor, state, networks.origin, device)
-    target = made["target_encoder"]
-    return IJepa(made["encoder"], predictor, target, regularizer, loss, target_layers)
+    return IJepa(made["encoder"], predictor, made["target_encoder"], **objective)
 
 
 def _predictor(

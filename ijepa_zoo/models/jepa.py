@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .encoder import IJepaEncoder
 from .predictor import Predictor
 
+# Dimension of tokens [B, N, D] over which each feature is normalised before the LayerNorm
+_NORMS = {"layer": None, "instance": 1, "position": 0}
+
 
 class IJepa(nn.Module):
     """Image joint-embedding predictive architecture (Assran et al., CVPR 2023).
@@ -25,6 +28,15 @@ class IJepa(nn.Module):
             averaged over features, is the paper's text.
         target_layers: Blocks of the target encoder, the last ones, whose outputs are averaged into
             the targets (as in data2vec, arXiv 2202.03555); the published number is 1.
+        target_norm: ``layer``, the published one, normalises each token over its features. Before
+            it, ``instance`` gives every feature mean 0 and variance 1 over the tokens of an image
+            (as in data2vec 2.0, arXiv 2212.07525), and ``position`` over the images of the batch
+            at each position, so that nothing is left to predict from the position alone.
+        position_noise: Standard deviation of the noise in the positions of the mask tokens (StoP,
+            arXiv 2308.00566, whose code has 0.25); the published code has none. See `forward`.
+
+    Attributes:
+        step: Number of the update, set by the trainer; the noise is a function of it.
     """
 
     def __init__(
@@ -35,8 +47,14 @@ class IJepa(nn.Module):
         regularizer: nn.Module | None = None,
         loss: Literal["smooth_l1", "l2"] = "smooth_l1",
         target_layers: int = 1,
+        target_norm: Literal["layer", "instance", "position"] = "layer",
+        position_noise: float = 0.0,
     ) -> None:
         super().__init__()
+        if target_norm not in _NORMS:
+            raise ValueError(f"target_norm must be one of {[*_NORMS]}, got {target_norm!r}")
+        if position_noise < 0:
+            raise ValueError(f"position_noise must be 0 or more, got {position_noise}")
         if loss not in ("smooth_l1", "l2"):
             raise ValueError(f"loss must be 'smooth_l1' or 'l2', got {loss!r}")
         if not 1 <= target_layers <= len(encoder.blocks):
@@ -46,6 +64,9 @@ class IJepa(nn.Module):
             )
         self.loss = loss
         self.target_layers = target_layers
+        self.target_norm = target_norm
+        self.position_noise = position_noise
+        self.step = 0
         self.encoder = encoder
         self.predictor = predictor
         self.target_encoder = target_encoder or copy.deepcopy(encoder)
@@ -73,10 +94,17 @@ class IJepa(nn.Module):
             Tokens ``[B * R, M, L, D]``.
         """
         layers = self.target_encoder.encode_layers(images, self.target_layers)
-        normed = [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in layers]
+        normed = [self._normed(tokens) for tokens in layers]
         tokens = normed[0] if len(normed) == 1 else torch.stack(normed).mean(dim=0)
         index = targets.view(len(images), -1, 1).expand(-1, -1, tokens.shape[-1])
         return tokens.gather(1, index).view(*targets.shape, -1)
+
+    def _normed(self, tokens: Tensor) -> Tensor:
+        over = _NORMS[self.target_norm]
+        if over is not None:
+            variance, mean = torch.var_mean(tokens.float(), dim=over, correction=0, keepdim=True)
+            tokens = (tokens - mean) * torch.rsqrt(variance + 1e-6)
+        return F.layer_norm(tokens, tokens.shape[-1:])
 
     def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """Predict the tokens of hidden blocks from the visible context.
@@ -95,6 +123,12 @@ class IJepa(nn.Module):
     def forward(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """Loss between predictions and target tokens, and the regularizer's term.
 
+        With ``position_noise`` the mask token at position j is ``m + p_j + W n_j + b``, where W and
+        b are the predictor's embedding of context tokens and ``n_j`` is drawn from
+        ``N(0, position_noise^2 I)``. The paper draws for every mask token; here all images of an
+        update share the draw of a position, so that it neither depends on how the batch is shared
+        out nor costs anything.
+
         Args:
             images: ``[B, C, H, W]``, normalised.
             context: Patch indices ``[B * R, K]``, int64, R rows for each image.
@@ -106,10 +140,18 @@ class IJepa(nn.Module):
         truth = self.target_tokens(images, targets)
         tokens = self.encoder.encode(images, context)
         distance = F.smooth_l1_loss if self.loss == "smooth_l1" else F.mse_loss
-        loss = distance(self.predictor(tokens, context, targets), truth)
+        loss = distance(self.predictor(tokens, context, targets, self._noise(tokens)), truth)
         if self.regularizer is not None:
             loss = loss + self.regularizer(tokens)
         return loss
+
+    def _noise(self, tokens: Tensor) -> Tensor | None:
+        """Noise for each position of the grid, ``[N, D]``."""
+        if not self.position_noise:
+            return None
+        draw = torch.Generator().manual_seed(self.step)
+        noise = torch.randn(self.encoder.patch_embed.num_patches, tokens.shape[-1], generator=draw)
+        return (self.position_noise * noise).to(tokens, non_blocking=True)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:

@@ -112,13 +112,17 @@ class Predictor(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, context: Tensor, targets: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
         """Predict the tokens of every target block.
 
         Args:
             tokens: The context encoder's tokens ``[B, K, D]``.
             context: Their patch indices ``[B, K]``, int64.
             targets: Patch indices of the target blocks ``[B, M, L]``, int64.
+            noise: Added to the mask token of each position, embedded like context tokens:
+                ``[N, D]``; see :meth:`ijepa_zoo.models.jepa.IJepa.forward`.
 
         Returns:
             Predicted tokens ``[B, M, L, D]``.
@@ -133,6 +137,8 @@ class Predictor(nn.Module):
                 f"{list(targets.shape)}"
             )
         table = self.mask_token[0] + self.predictor_pos_embed[0]
+        if noise is not None:
+            table = table + self.predictor_embed(noise)
         known = self.predictor_embed(tokens)
         # embedding() refuses negative indices, which indexing would count from the end.
         known = known + F.embedding(context, self.predictor_pos_embed[0]).to(known.dtype)

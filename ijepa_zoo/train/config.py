@@ -89,9 +89,11 @@ class OptimConfig:
     step, over all processes and accumulated parts. The schedules run over `schedule_scale` times
     `duration` (`ipe_scale` of the published code). `loss`: `smooth_l1` is the published code's,
     `l2` the paper's text. Targets are the mean over the target encoder's last `target_layers`
-    blocks; the published code takes the last. `regularizer_weight` adds `VarianceCovariance` or
-    `IsotropicGaussian` over `regularizer_over`, computed for each group of `mask.cut` images; 0 is
-    the published loss.
+    blocks, each normalised as `target_norm` says; the published code takes the last and normalises
+    by `layer`. `position_noise` blurs the positions of the mask tokens (StoP; 0 is the published
+    predictor). `IJepa` describes all three. `regularizer_weight` adds `VarianceCovariance` or
+    `IsotropicGaussian` over `regularizer_over`; 0 is the published loss. It and
+    `target_norm=position` are computed for each group of `mask.cut` images.
     """
 
     batch_size: int = 2048
@@ -108,6 +110,8 @@ class OptimConfig:
     final_momentum: float = 1.0
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
     target_layers: int = 1
+    target_norm: Literal["layer", "instance", "position"] = "layer"
+    position_noise: float = 0.0
     regularizer: Literal["variance_covariance", "isotropic_gaussian"] = "variance_covariance"
     regularizer_weight: float = 0.0
     regularizer_over: Literal["images", "tokens", "residuals"] = "images"
@@ -208,9 +212,11 @@ def micro_batch_size(config: PretrainConfig, world: int) -> int:
     most = config.machine.micro_batch_size or share
     together = math.gcd(share, cut)
     size = max(n for n in range(1, min(most, together) + 1) if together % n == 0)
-    if config.optim.regularizer_weight and size != cut:
+    by_group = config.optim.target_norm == "position"
+    if (config.optim.regularizer_weight or by_group) and size != cut:
+        setting = "optim.target_norm=position" if by_group else "optim.regularizer_weight"
         raise ValueError(
-            f"optim.regularizer_weight needs the {cut} images of mask.cut in one forward pass, "
+            f"{setting} needs the {cut} images of mask.cut in one forward pass, "
             f"here they would be {size}: use mask.cut={size}, which is another run, or other "
             "numbers of processes and machine.micro_batch_size"
         )

@@ -28,7 +28,7 @@ _POSITIVE = ("model.mlp_ratio", "optim.lr", "optim.schedule_scale", "machine.tim
 _NOT_NEGATIVE = (
     *("data.held_out", "mask.min_keep", "optim.start_lr", "optim.final_lr"),
     *("optim.weight_decay", "optim.final_weight_decay", "optim.regularizer_weight"),
-    "machine.workers",
+    *("optim.position_noise", "machine.workers"),
 )
 _SHARES = ("data.max_broken", "optim.momentum", "optim.final_momentum")
 _NUMBERS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -148,9 +148,14 @@ def _check_cut(config: PretrainConfig) -> None:
     if mask.cut != "global" and mask.cut < 1:
         raise ValueError(f"mask.cut is {mask.cut}; it must be at least 1, or global")
     group = optim.batch_size if mask.cut == "global" else min(mask.cut, optim.batch_size)
-    if group < 2 and optim.regularizer_weight and optim.regularizer_over == "images":
+    by_images = {
+        "optim.regularizer_over=images": optim.regularizer_weight > 0
+        and optim.regularizer_over == "images",
+        "optim.target_norm=position": optim.target_norm == "position",
+    }
+    for setting in (name for name, used in by_images.items() if used and group < 2):
         raise ValueError(
-            "optim.regularizer_over=images compares the images of mask.cut, of which there is one; "
+            f"{setting} compares the images of mask.cut, of which there is one; "
             "use mask.cut=2 or more"
         )
     micro_batch_size(config, world=1)

@@ -49,6 +49,8 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
                 regularizer=regularizer,
                 loss=optim.loss,
                 target_layers=optim.target_layers,
+                target_norm=optim.target_norm,
+                position_noise=optim.position_noise,
                 **network,
             )
         except ValueError as error:  # with the name that the setting has

@@ -167,6 +167,7 @@ class Trainer:
                 the update, `step` is not advanced.
         """
         rates = self.schedule.rates(self.step)
+        self.model.step = self.step
         regularizer = self.model.regularizer
         if isinstance(regularizer, Regularizer):
             regularizer.step = self.step

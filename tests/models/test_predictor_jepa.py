@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -251,3 +252,57 @@ def test_targets_of_several_layers_are_their_normalised_mean():
 def test_more_target_layers_than_blocks_are_refused():
     with pytest.raises(ValueError, match="target_layers must lie within 1 and 2, the encoder's"):
         _ijepa(target_layers=3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("target_norm", "axis"), [("instance", 1), ("position", 0)])
+def test_targets_are_normalised_over_an_image_or_a_batch(target_norm, axis):
+    ijepa, images = _ijepa(target_norm=target_norm), _images()
+    tokens = ijepa.target_encoder.forward_features(images).double().numpy()
+    centred = tokens - tokens.mean(axis=axis, keepdims=True)
+    scaled = centred / np.sqrt(np.square(centred).mean(axis=axis, keepdims=True) + 1e-6)
+    wanted = scaled - scaled.mean(axis=-1, keepdims=True)
+    wanted /= np.sqrt(np.square(wanted).mean(axis=-1, keepdims=True) + 1e-5)
+    found = ijepa.target_tokens(images, TARGETS).numpy()
+    np.testing.assert_allclose(found[1, 2, 0], wanted[1, 12], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found[0, 1, 1], wanted[0, 15], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_noise_moves_the_mask_tokens_of_a_position_as_the_embedding_moves_tokens():
+    """By hand: the same as another mask token where all positions get the same noise."""
+    ijepa, images = _ijepa().eval(), _images()
+    predictor = ijepa.predictor
+    tokens = ijepa.encoder.encode(images, CONTEXT)
+    noise = torch.randn(48).expand(16, 48)
+    found = predictor(tokens, CONTEXT, TARGETS, noise)
+    shift = predictor.predictor_embed.weight @ noise[0] + predictor.predictor_embed.bias
+    predictor.mask_token += shift
+    assert_close(found, predictor(tokens, CONTEXT, TARGETS))
+
+
+@torch.no_grad()
+def test_noise_is_drawn_anew_in_every_update_and_for_every_position():
+    ijepa, images = _ijepa(position_noise=0.25), _images()
+    calm = _ijepa()
+    calm.load_state_dict(ijepa.state_dict())
+    seen = []
+    hook = ijepa.predictor.register_forward_hook(lambda _, given, __: seen.append(given[3]))
+    for ijepa.step in (0, 1, 1):
+        last = ijepa(images, CONTEXT, TARGETS)
+    hook.remove()
+    assert seen[0].shape == (16, 48)
+    assert_close(seen[1], seen[2], rtol=0, atol=0)
+    assert not torch.equal(seen[0], seen[1])
+    assert 0.2 < seen[0].std() < 0.3
+    assert seen[0].std(dim=0).min() > 0.05
+    assert last != calm(images, CONTEXT, TARGETS)
+    assert_close(
+        ijepa.predict(images, CONTEXT, TARGETS), calm.predict(images, CONTEXT, TARGETS)
+    )  # outside training there is none
+
+
+@pytest.mark.parametrize("wrong", [{"target_norm": "batch"}, {"position_noise": -1}])
+def test_unknown_norm_and_negative_noise_are_refused(wrong):
+    with pytest.raises(ValueError, match="target_norm must be one of|position_noise must be 0"):
+        _ijepa(**wrong)

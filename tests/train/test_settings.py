@@ -176,6 +176,8 @@ def test_unknown_names_and_wrong_types_are_refused(change, words):
         ("mask.per_image=0", "it must be at least 1"),
         ("mask.per_image=65", "it must be at most 64"),
         ("optim.target_layers=0", "it must be at least 1"),
+        ("optim.target_norm=batch", "it must be layer or instance or position"),
+        ("optim.position_noise=-1", "it must be 0 or more"),
         ("optim.regularizer=vicreg", "it must be variance_covariance or isotropic_gaussian"),
         ("model.predictor_context=once", "it must be repeated or shared or null"),
         ("data.crop_scale=0.5,1.5", "it must be 0 < min <= max <= 1"),
@@ -209,6 +211,10 @@ def test_sizes_that_do_not_fit_each_other_are_refused():
         load("optim.regularizer_weight=1", "mask.cut=1")
     with pytest.raises(ValueError, match=r"regularizer_weight needs the 128 images"):
         load("optim.regularizer_weight=1", "machine.micro_batch_size=64")
+    with pytest.raises(ValueError, match=r"target_norm=position compares the images of mask.cut"):
+        load("optim.target_norm=position", "mask.cut=1")
+    with pytest.raises(ValueError, match=r"target_norm=position needs the 128 images"):
+        load("optim.target_norm=position", "machine.micro_batch_size=64")
 
 
 def test_changes_from_python_leave_the_settings_as_they_were():
