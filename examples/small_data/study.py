@@ -9,8 +9,9 @@ screens the small model on a CPU (7 minutes a run and thread). On a GPU, at real
 
     python examples/small_data/study.py --data cifar10/train --out runs/vit_tiny --size gpu
 
-A run that is finished is not repeated, one that was interrupted goes on. Arms, seeds and steps:
-`--arms published variance`, `--seeds 0 1 2`, `--steps 3000`.
+A run that is finished is not repeated, one that was interrupted goes on. Rows of mae.py in the same
+folder join the table. Arms, seeds and steps: `--arms published variance`, `--seeds 0 1 2`,
+`--steps 3000`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,6 +46,7 @@ SHARED = [
     "model.img_size=32", "model.patch_size=4", "data.held_out=4000", "data.crop_scale=0.3,1.0",
     "mask.min_keep=4", "log.keep=1",
 ]  # fmt: skip
+COLUMNS = ("arm", "seed", "linear", "knn", "rankme", "loss", "step (ms)")
 SLOW = ["optim.lr=4e-4", "optim.start_lr=1e-4", "optim.final_weight_decay=0.1"]
 VARIANCE = ["optim.regularizer_weight=0.1", "optim.regularizer_over=residuals"]
 ARMS: dict[str, list[str]] = {
@@ -76,12 +79,12 @@ ARMS: dict[str, list[str]] = {
 def overrides(size: str, arm: str, seed: int, steps: int | None) -> list[str]:
     """The words of `ijepa-zoo pretrain vith14_in1k` for one run."""
     words = [*SIZES[size], *SHARED, *ARMS[arm], f"seed={seed}"]
-    if steps:
+    if steps is not None:
         words.append(f"optim.duration={steps} steps")
     total = int(next(w for w in reversed(words) if "duration" in w).split("=")[1].split()[0])
     return [
-        *words, f"optim.warmup={total // 8} steps", f"log.monitor_every={total // 10}",
-        f"log.save_every={total // 4} steps", "log.log_every=10",
+        *words, f"optim.warmup={total // 8} steps", f"log.monitor_every={max(1, total // 10)}",
+        f"log.save_every={max(1, total // 4)} steps", "log.log_every=10",
     ]  # fmt: skip
 
 
@@ -149,12 +152,23 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def correlations(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Spearman's rank correlation of early figures with the final linear accuracy."""
-    wanted = np.argsort(np.argsort([row["linear"] for row in rows]))
-    result = {}
-    for key in ("early rankme", "rankme", "early linear", "knn", "loss"):
-        ranks = np.argsort(np.argsort([row[key] for row in rows]))
-        result[key] = float(np.corrcoef(ranks, wanted)[0, 1])
-    return result
+    wanted = ranks([row["linear"] for row in rows])
+    return {
+        key: float(np.corrcoef(ranks([row[key] for row in rows]), wanted)[0, 1])
+        for key in ("early rankme", "rankme", "early linear", "knn", "loss")
+    }
+
+
+def ranks(values: list[float]) -> np.ndarray:
+    """Places in ascending order; equal values share the mean of theirs."""
+    column = np.array(values)[:, None]
+    return (column > column.T).sum(1) + (column == column.T).sum(1) / 2
+
+
+def mae_rows(out: Path) -> list[dict[str, Any]]:
+    """Finished runs of mae.py in the same folder, with the keys of the table."""
+    found = [json.loads(file.read_text()) for file in sorted(out.glob("mae*/figures.json"))]
+    return [{key: row[key] for key in COLUMNS} for row in found]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -167,7 +181,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     means = {}
     for arm in arms:
         own = [row for row in rows if row["arm"] == arm]
-        mean = {key: statistics.fmean(row[key] for row in own) for key in own[0] if key != "arm"}
+        mean = {key: statistics.fmean(row[key] for row in own) for key in COLUMNS[2:]}
         linear = [row["linear"] for row in own]
         spread = f" ({min(linear):.1f}-{max(linear):.1f})" if len(own) > 1 else ""
         means[arm] = (
@@ -181,6 +195,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end too
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", nargs="+", required=True, help="folder of class folders")
     parser.add_argument("--out", type=Path, required=True)
@@ -193,7 +208,7 @@ def main() -> None:
     rows = run_all(args)
     if not rows:
         sys.exit("no run is finished")
-    text = table(rows)
+    text = table([*rows, *mae_rows(args.out)])
     print(text)
     (args.out / "table.md").write_text(text + "\n")
     summary: dict[str, Any] = {"rows": rows, "settings": {arm: ARMS[arm] for arm in args.arms}}

@@ -304,5 +304,5 @@ def test_noise_is_drawn_anew_in_every_update_and_for_every_position():
 
 @pytest.mark.parametrize("wrong", [{"target_norm": "batch"}, {"position_noise": -1}])
 def test_unknown_norm_and_negative_noise_are_refused(wrong):
-    with pytest.raises(ValueError, match="target_norm must be one of|position_noise must be 0"):
+    with pytest.raises(ValueError, match=r"target_norm must be one of|position_noise must be 0"):
         _ijepa(**wrong)
