@@ -23,7 +23,8 @@ _SCENES = (
     "  scenes:TRAIN,TEST, which renders so many"
 )
 _PAIRS = (
-    "  --task dense: NYU Depth v2, or pairs of the same name, DIR/train/rgb/1.jpg and\n"
+    "  --task dense: NYU Depth v2, as DIR/nyu_depth_v2_labeled.mat and DIR/splits.mat or as a\n"
+    "  copy with nyu_train.txt; or pairs of the same name, DIR/train/rgb/1.jpg and\n"
     "  DIR/train/depth/1.png, and DIR/test; or scenes:TRAIN,TEST"
 )
 _TRAINING = ("epochs", "batch_size", "micro", "grad_checkpointing")

@@ -18,11 +18,11 @@ from .words import option
 _TRIED = 20  # pairs that are read before the work, until one can be
 
 
-def check_units(rendered: bool, max_depth: float | None, depth_scale: float | None) -> None:
-    """Refuse a range that holds no depth, and units of what has none.
+def check_units(known: str | None, max_depth: float | None, depth_scale: float | None) -> None:
+    """Refuse a range that holds no depth, and units where they are known.
 
     Args:
-        rendered: Whether the data are rendered scenes.
+        known: Why the data need no units, as a clause; None where they are files of depth maps.
         max_depth: Farther pixels do not count; None: not given.
         depth_scale: Units of the depth files in a metre; None: not given.
 
@@ -34,10 +34,9 @@ def check_units(rendered: bool, max_depth: float | None, depth_scale: float | No
             f"{option('max_depth')} is {max_depth:g}: depths from {MIN_DEPTH:g} to it count, so "
             "give a larger one, such as 10"
         )
-    if rendered and depth_scale is not None:
+    if known and depth_scale is not None:
         raise ValueError(
-            f"{option('depth_scale')} holds for depth files, and rendered scenes have none: leave "
-            "it out"
+            f"{option('depth_scale')} holds for depth files, and {known}: leave it out"
         )
 
 

@@ -20,6 +20,7 @@ from .depth_feed import DepthBatch, DepthFeed, Indices
 from .depth_heads import DepthHeads, DepthHeadSpec, lr_scale
 from .depth_metrics import scale_invariant_loss, valid_pixels
 from .epoch_state import EpochState, StateError, checked_losses, load_optimizer
+from .notes import of_all_processes
 
 _CHOOSE_SHARE = 0.1
 
@@ -213,6 +214,7 @@ class DepthTraining:
 
     def _save(self, state: EpochState) -> None:
         sums = self.processes.sum(self.sums, "the exchange of mean depths")
+        broken = of_all_processes(self.feed.broken, self.processes)
         if self.processes.rank == 0:
             state.save(
                 {
@@ -220,6 +222,7 @@ class DepthTraining:
                     "seconds": self.seconds,
                     "losses": self.losses,
                     "sums": sums,
+                    "broken": broken,
                     "heads": self.heads.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                 }
@@ -242,5 +245,6 @@ class DepthTraining:
             if (found["sums"].shape, found["sums"].dtype) != (self.sums.shape, self.sums.dtype):
                 raise ValueError("its sums of depths are of another shape or type")
         self.epoch, self.seconds = found["epoch"], found["seconds"]
+        self.feed.broken.update(found["broken"])
         if self.processes.rank == 0:
             self.sums = found["sums"]

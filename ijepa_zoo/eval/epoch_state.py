@@ -63,7 +63,8 @@ class EpochState:
         """The last state, its tensors on the CPU; None where there is none.
 
         Args:
-            epochs: Epochs of the whole run; `epoch` in the state must be one of 0 to that.
+            epochs: Epochs of the whole run; `epoch` in the state must be one of 0 to that, and
+                `broken` the names of images that could not be decoded, with reasons.
 
         Raises:
             StateError: It is damaged, or of other settings.
@@ -124,6 +125,10 @@ class EpochState:
             raise self._damaged(f"its epoch is {epoch!r}, not one of 0 to {epochs}")
         if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
             raise self._damaged(f"its seconds are {seconds!r}")
+        broken = state.get("broken")
+        texts = [*broken, *broken.values()] if isinstance(broken, dict) else [broken]
+        if not all(isinstance(text, str) for text in texts):
+            raise self._damaged("its images that could not be decoded are no names with reasons")
 
     def _damaged(self, why: str) -> StateError:
         return StateError(

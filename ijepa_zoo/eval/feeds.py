@@ -57,6 +57,9 @@ class Feed(Protocol):
     def fitted(self) -> int:
         """Images that heads were fitted to, those that could be decoded; all processes ask."""
 
+    def recall(self, broken: Mapping[str, str]) -> None:
+        """Take in `broken` as it was after an epoch of an earlier session."""
+
     def rate(self, spent: float) -> float | None:
         """Images per second of the encoder, if it worked; `spent` seconds went into all."""
 
@@ -147,6 +150,11 @@ class OnlineFeed:
         """See :class:`Feed`."""
         probe = self.probe
         return decoded(probe.train, probe.fit, self._broken_to_fit, probe.processes)
+
+    def recall(self, broken: Mapping[str, str]) -> None:
+        """See :class:`Feed`; until the last epoch only images to fit to are read."""
+        self._broken_to_fit.update(broken)
+        self.broken.update(broken)
 
     def rate(self, spent: float) -> float | None:
         """See :class:`Feed`; the heads train beside the encoder."""
@@ -251,6 +259,9 @@ class CachedFeed:
     def fitted(self) -> int:
         """See :class:`Feed`."""
         return len(self.fit)
+
+    def recall(self, broken: Mapping[str, str]) -> None:
+        """See :class:`Feed`; the cache knows them."""
 
     def rate(self, spent: float) -> float | None:
         """See :class:`Feed`."""

@@ -19,6 +19,7 @@ from ..progress import skip
 from ..seeds import Stream, fold
 from .batches import EvalBatch, OrderedBatches, load
 from .epoch_state import EpochState, StateError, load_optimizer
+from .notes import of_all_processes
 from .recipes import AugmentedBatches, FineTuneRecipe, add_head, library_seeds, set_drop_path
 from .sets import EvalSet
 
@@ -159,6 +160,7 @@ class FineTuning:
                 self.epoch += 1
                 self.seconds += time.perf_counter() - started
                 bar.set_postfix(epoch=f"{self.epoch}/{recipe.epochs}", loss=f"{self.loss:.3g}")
+                self.broken = of_all_processes(self.broken, self.processes)
                 if self.processes.rank == 0:
                     state.save(self._state())
 
@@ -242,6 +244,7 @@ class FineTuning:
             "epoch": self.epoch,
             "loss": self.loss,
             "seconds": self.seconds,
+            "broken": self.broken,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -258,3 +261,4 @@ class FineTuning:
             self.model.load_state_dict(found["model"])
             load_optimizer(self.optimizer, found["optimizer"])
         self.epoch, self.seconds = epoch, found["seconds"]
+        self.broken.update(found["broken"])

@@ -193,14 +193,21 @@ def _fed(result: Result) -> str:
 
 
 def _data(result: Result, results: Sequence[Result]) -> str:
-    """What tells the data of a task from others of that task: their name, or a short hash."""
-    same = [other for other in results if other.task == result.task]
-    if len({_data_hash(other) for other in same}) == 1:
+    """What tells the data of a task from others of that task: their name, or a short hash.
+
+    Older results have no name: they take that of a newer one of the same data.
+    """
+    same = [
+        (_data_hash(other), _data_name(other)) for other in results if other.task == result.task
+    ]
+    if len({data for data, _ in same}) == 1:
         return ""
-    name = _data_name(result)
-    hashes = {_data_hash(other) for other in same if _data_name(other) == name}
-    told = [name] if name else ["data"] if len(hashes) > 1 else ["other data"]
-    return f" ({' '.join(told + ([_data_hash(result)] if len(hashes) > 1 else []))})"
+    known = {data: name for data, name in same if name}
+    mine = _data_hash(result)
+    name = _data_name(result) or known.get(mine, "")
+    alike = {data for data, other in same if (other or known.get(data, "")) == name}
+    told = [name] if name else ["data"] if len(alike) > 1 else ["other data"]
+    return f" ({' '.join(told + ([mine] if len(alike) > 1 else []))})"
 
 
 def _data_name(result: Result) -> str:

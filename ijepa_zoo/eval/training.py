@@ -14,6 +14,7 @@ from ..progress import skip
 from .epoch_state import EpochState, StateError, checked_losses
 from .feeds import Feed, Labelled
 from .heads import HeadGrid, HeadSpec
+from .notes import of_all_processes
 from .probe import Probe
 from .representations import Representations
 
@@ -75,6 +76,7 @@ def train(probe: Probe, source: Representations, feed: Feed, state: EpochState) 
             grid.load_state_dict(found["grid"])
             losses = checked_losses(found["losses"], len(grid.specs))
         done, earlier = found["epoch"], found["seconds"]
+        feed.recall(found["broken"])
     protocol, epochs = probe.protocol, probe.protocol.epochs
     if probe.processes.share(done) != done:  # also: nobody writes while others read
         raise StateError(
@@ -90,9 +92,10 @@ def train(probe: Probe, source: Representations, feed: Feed, state: EpochState) 
             total += grid.update(source.split(rows), labels, scale)
         losses = (total / feed.steps).tolist()
         feed.bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", loss=f"{min(losses):.3g}")
+        broken = of_all_processes(feed.broken, probe.processes)
         if probe.processes.rank == 0:
             seconds = earlier + time.perf_counter() - started
-            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds}
+            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
             state.save({**kept, "grid": grid.state_dict()})
     return Trained(grid, losses, earlier)
 

@@ -78,7 +78,9 @@ def export(
         raise ValueError(f"dtype must be a floating-point type, got {dtype}")
     folder = Path(folder)
     if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists: choose another name, or overwrite it")
+        raise FileExistsError(
+            f"{folder} exists: choose another name, or replace it, overwrite=True (--overwrite)"
+        )
     if folder.exists():
         refuse_foreign(folder)
     if isinstance(model, Bundle):

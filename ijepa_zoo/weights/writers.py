@@ -1,7 +1,11 @@
 """What goes into an exported folder, for each library that is to load it."""
 
 import json
-from collections.abc import Mapping
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +36,39 @@ def _save(
         return tensor.contiguous()
 
     metadata = {"format": "pt"} | ({"network": network} if network in catalog.NETWORKS else {})
+    tensors = {name: ready(tensor) for name, tensor in state.items()}
+    with _said(path, _nbytes(tensors)):
+        save_file(tensors, path, metadata=metadata)
+
+
+@contextmanager
+def _said(path: Path, size: int) -> Iterator[None]:
+    """Around writing a file: an error says what the file takes and what is free without it."""
     try:
-        save_file({name: ready(tensor) for name, tensor in state.items()}, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error})") from error
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        path.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        text = f"{_reason(error)}: {path.name} takes {size:,} bytes, {free:,} are free"
+        raise OSError(None, text, str(path)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The system's words; torch's own have them as context, safetensors' have their number."""
+    for cause in (error, error.__context__):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    number = re.search(r"(?:os error|code:) (\d+)", str(error))
+    return os.strerror(int(number[1])) if number else str(error)
+
+
+def _nbytes(content: Any) -> int:
+    """Bytes of all tensors in nested tables and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    if isinstance(content, Mapping):
+        return sum(map(_nbytes, content.values()))
+    return sum(map(_nbytes, content)) if isinstance(content, list | tuple) else 0
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -89,8 +122,8 @@ def write_native(
     """All networks at hand; model.safetensors and config.json also make a timm folder."""
     if UNLABELLED in bundle.states:
         raise CheckpointError(
-            f"{bundle.origin} does not say which network it holds: give network='encoder' "
-            "(context encoder) or 'target_encoder'"
+            f"{bundle.origin} does not say which network it holds: give network (--network) "
+            "encoder, the context encoder, or target_encoder"
         )
     chosen = bundle.choose(network)
     if network is not None:
@@ -202,7 +235,9 @@ def write_official(
 ) -> None:
     """The published code's checkpoint file, optimizer included; fresh where there is none."""
     if network is not None:
-        raise CheckpointError("an official file holds all three networks: leave network out")
+        raise CheckpointError(
+            "an official file holds all three networks: leave network (--network) out"
+        )
     absent = [name for name in layouts.OFFICIAL_NETWORKS if name not in bundle.states]
     if absent:
         raise CheckpointError(
@@ -228,10 +263,10 @@ def write_official(
         content |= plain["rest"]
     else:
         content |= _fresh_training(groups)
-    try:
-        torch.save(content, folder / OFFICIAL_FILE)
-    except RuntimeError as error:  # torch's word for a full disk, among others
-        raise OSError(f"{folder / OFFICIAL_FILE} cannot be written ({error})") from error
+    path = folder / OFFICIAL_FILE
+    # given a path, torch says nothing of the system's reason
+    with _said(path, _nbytes(content)), path.open("wb") as file:
+        torch.save(content, file)
 
 
 def _fresh_training(groups: list[list[str]]) -> dict[str, Any]:

@@ -450,6 +450,23 @@ def test_broken_images_are_left_out_and_named(subject, tmp_path):
     assert math.isfinite(result.figure)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
+    subject, tmp_path, monkeypatch, cached
+):
+    data = _folder(tmp_path)
+    (data / "train/4_depth.png").write_bytes(b"nothing")
+    arguments = {"workers": 0, "protocol": PROTOCOL, "pictures": 0, "cached": cached}
+    whole = evaluate_dense_depth(subject, data, tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr("ijepa_zoo.eval.dense_depth._measure", None)
+        with pytest.raises(TypeError, match="NoneType"):
+            evaluate_dense_depth(subject, data, tmp_path / "killed", **arguments)
+    resumed = evaluate_dense_depth(subject, data, tmp_path / "killed", **arguments)
+    assert (resumed.notes, resumed.images) == (whole.notes, whole.images)
+    assert whole.notes[-1].startswith("1 pair could not be decoded")
+
+
 def test_depths_in_other_units_are_noticed_before_the_work(subject, tmp_path):
     data = _folder(tmp_path, metres=40.0)
     with pytest.raises(InputError, match=r"no pixel .* counts: its depths span 40 to 40.*depth_sc"):

@@ -300,6 +300,21 @@ def test_a_killed_run_goes_on_with_the_same_numbers(folder, tmp_path, monkeypatc
     assert sorted(p.name for p in found.parent.iterdir()) == [".lock", "result.json"]
 
 
+def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
+    folder, tmp_path, monkeypatch
+):
+    (folder / "train" / "dark" / "3.png").write_bytes(b"no image")
+    arguments = {"recipe": replace(PLAIN, batch_size=20), "epochs": 1}
+    whole = _run(folder, tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr("ijepa_zoo.eval.finetune._result", None)
+        with pytest.raises(TypeError, match="NoneType"):
+            _run(folder, tmp_path / "killed", **arguments)
+    resumed = _run(folder, tmp_path / "killed", **arguments)
+    assert (resumed.notes, resumed.images) == (whole.notes, whole.images)
+    assert whole.notes[-1].startswith("1 image could not be decoded")
+
+
 def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
     state = EpochState(tmp_path / "state.pt", {"lr": 1, "seed": 0})
     assert state.load() is None

@@ -146,6 +146,24 @@ def test_a_killed_run_goes_on_at_the_last_epoch_exactly(evaluate, tmp_path, monk
     assert not list(tmp_path.glob("killed/*/state.pt"))
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
+    evaluate, pictures, tmp_path, monkeypatch, cached
+):
+    folder = shutil.copytree(pictures, tmp_path / "copy")
+    for file in (folder / "train" / "class1").iterdir():
+        file.write_bytes(b"no image")
+    whole = evaluate(data=folder, out=tmp_path / "whole", cached=cached)
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "_measure", None)
+        with pytest.raises(TypeError, match="NoneType"):
+            evaluate(data=folder, out=tmp_path / "killed", cached=cached)
+    resumed = evaluate(data=folder, out=tmp_path / "killed", cached=cached)
+    assert (resumed.notes, resumed.images) == (whole.notes, whole.images)
+    assert any(note.startswith("12 images could not be decoded") for note in whole.notes)
+    assert any("of 1 of 3 classes ('class1')" in note for note in whole.notes)
+
+
 def test_a_finished_evaluation_is_not_repeated(evaluate, monkeypatch):
     first = evaluate()
     monkeypatch.setattr(linear, "train", None)
@@ -253,22 +271,30 @@ def test_two_processes_give_the_figures_of_one(evaluate, pictures, tmp_path):
         sys.path.insert(0, sys.argv[3])
         from dataclasses import replace
         import small_probe
-        from ijepa_zoo.eval import evaluate_linear
+        from ijepa_zoo.eval import evaluate_linear, linear
 
         task = replace(small_probe.TASK, protocol=replace(small_probe.PROTOCOL, batch_size=16))
+        if sys.argv[4] == "killed":  # after the last epoch
+            linear._measure = None
         for cached in (False, True):
             evaluate_linear(task, small_probe.encoder(), sys.argv[1], sys.argv[2], cached=cached,
                             device="cpu", workers=0)
     """
-    several_processes.run(script, 2, pictures, tmp_path / "two", Path(__file__).parent)
+    pictures = shutil.copytree(pictures, tmp_path / "copy")
+    (pictures / "train" / "class1" / "5.png").write_bytes(b"no image")  # one process reads it
+    arguments = (script, 2, pictures, tmp_path / "two", Path(__file__).parent)
+    ended = several_processes.finish(several_processes.start(*arguments, "killed"))
+    assert ["'NoneType' object is not callable" in text for _, text in ended] == [True, True]
+    several_processes.run(*arguments, "repeated")
     task = replace(TASK, protocol=replace(PROTOCOL, batch_size=16))
     for cached in (False, True):
-        one = evaluate(task=task, cached=cached)
+        one = evaluate(task=task, data=pictures, cached=cached)
         fed = "cached" if cached else "online"
         (file,) = tmp_path.glob(f"two/*linear-{fed}*/result.json")
         two = json.loads(file.read_bytes())
         assert two["figure"] == one.figure
-        assert two["images"] == one.images
+        assert (two["images"], two["notes"]) == (one.images, one.notes)
+        assert "1 image could not be decoded" in one.notes[-1]
         assert [h["held_out"] for h in two["heads"]] == [h.held_out for h in one.heads]
         losses = [h.loss for h in one.heads]
         assert [h["loss"] for h in two["heads"]] == pytest.approx(losses, abs=1e-5)
@@ -353,6 +379,8 @@ def test_test_images_of_which_none_can_be_decoded_are_refused(evaluate, pictures
         ({"epoch": True}, "its epoch is True"),
         ({"seconds": None}, "its seconds are None"),
         ({"losses": [1.0]}, "its losses are not 8 numbers"),
+        ({"broken": None}, "its images that could not be decoded are no names"),
+        ({"broken": {"a.png": 1}}, "its images that could not be decoded are no names"),
         ({"grid": {}}, "of other heads"),
         ({"grid": 3}, "is damaged"),
     ],

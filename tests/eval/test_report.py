@@ -110,6 +110,23 @@ def test_data_are_told_apart_by_their_names():
     assert "count (flowers)" in names
 
 
+def test_older_results_have_the_name_that_a_newer_one_gives_their_data():
+    older = [
+        {name: {"fingerprint": name} for name in DATA},
+        {name: name for name in DATA},  # still older
+    ]
+    other = {name: {"name": "flowers", "fingerprint": "x"} for name in DATA}
+    unknown = {name: {"fingerprint": "y"} for name in DATA}
+    named = [replace(PLAIN, data=data) for data in (*older, DATA, other, unknown)]
+    columns = compare(named).columns
+    assert [column.split(",")[0] for column in columns] == [
+        "count (photos)",
+        "count (flowers)",
+        "count (other data)",
+    ]
+    assert compare([*named[:2], named[3]]).columns[0].startswith("count (other data), ")
+
+
 def test_the_terminal_shows_five_heads_chance_level_and_no_name_twice():
     heads = [replace(RESULT.heads[0], name=f"k{n}") for n in range(30)]
     named = {**MODEL, "weights": "target encoder of a"}

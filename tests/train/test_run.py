@@ -368,8 +368,11 @@ def test_the_regularizers_part_of_the_loss_is_logged(whole, tmp_path):
 SMALL_DATA = {
     "model": {"predictor_context": "shared", "predictor_depth": 2},
     "mask": {"per_image": 2},
-    "optim": {"target_layers": 2, "regularizer": "isotropic_gaussian", "duration": "4 steps"},
-}
+    "optim": {
+        "target_layers": 2, "target_norm": "instance", "position_noise": 0.25,
+        "regularizer": "isotropic_gaussian", "duration": "4 steps",
+    },
+}  # fmt: skip
 
 
 def test_settings_for_small_data_resume_exactly_and_accumulate(tmp_path, monkeypatch):

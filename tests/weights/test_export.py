@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch.testing import assert_close
 
 import ijepa_zoo
+from ijepa_zoo import cli
 from ijepa_zoo.weights import bundle as bundles
 from ijepa_zoo.weights import layouts
 from ijepa_zoo.weights.export import write_whole
@@ -289,7 +292,7 @@ def test_what_a_layout_cannot_say_is_refused(source, official, tiny, tmp_path):
     for kwargs, to, message in cases:
         with pytest.raises(CheckpointError, match=message):
             ijepa_zoo.export(_encoder(tiny, **kwargs), tmp_path / "a", to)
-    with pytest.raises(CheckpointError, match="leave network out"):
+    with pytest.raises(CheckpointError, match=r"leave network \(--network\) out"):
         source(tmp_path / "a", "official", network="encoder")
     with pytest.raises(CheckpointError, match="give the model, for example"):
         ijepa_zoo.export(official, tmp_path / "a")
@@ -327,7 +330,7 @@ def test_existing_folder_is_kept_unless_overwritten_and_then_replaced_whole(sour
     (folder / "model.safetensors").write_bytes(b"old")
     (folder / "networks").mkdir()
     (folder / "networks" / "stale.safetensors").write_bytes(b"old")
-    with pytest.raises(FileExistsError, match="exists: choose another name, or overwrite"):
+    with pytest.raises(FileExistsError, match=r"exists: .* overwrite=True \(--overwrite\)"):
         source(folder, to)
     assert (folder / "model.safetensors").read_bytes() == b"old"
     source(folder, to, overwrite=True)
@@ -356,9 +359,11 @@ def test_interrupted_write_leaves_nothing_behind(source, tmp_path, monkeypatch, 
         folder.mkdir()
         (folder / "README.md").write_text("old")
 
-    def half(content, path, **kwargs):
-        with open(path, "wb") as file:
-            file.write(b"half")
+    def half(content, target, **kwargs):
+        if isinstance(target, Path):
+            target.write_bytes(b"half")
+        else:
+            target.write(b"half")
         raise error
 
     monkeypatch.setattr("ijepa_zoo.weights.writers.save_file", half)
@@ -535,8 +540,48 @@ def test_full_disk_is_an_error_of_the_operating_system(source, tmp_path, monkeyp
         raise SafetensorError("No space left on device")
 
     monkeypatch.setattr("ijepa_zoo.weights.writers.save_file", full)
-    with pytest.raises(OSError, match=r"model\.safetensors cannot be written .*No space"):
+    with pytest.raises(OSError, match=r"/a cannot be written \(No space left on device: model"):
         source(tmp_path / "a", "timm")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_a_file_that_does_not_fit_is_said_in_one_sentence_and_leaves_no_rest(
+    source, tmp_path, to, exists
+):
+    """A limit of the process stands for a full disk, whose words differ in the system's alone."""
+    fits = source(tmp_path / "fits", to)
+    files = {file.name: file.stat().st_size for file in fits.rglob("*.*") if file.is_file()}
+    shutil.rmtree(fits)
+    if exists:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "README.md").write_text("old")
+    free = shutil.disk_usage(tmp_path).free
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written") as caught:
+            source(tmp_path / "a", to, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    found = re.fullmatch(
+        rf"{tmp_path}/a cannot be written \(File too large: (?P<file>[\w.-]+) takes "
+        r"(?P<size>[\d,]+) bytes, (?P<free>[\d,]+) are free\): check the space, limits and "
+        r"permissions there, or choose another folder",
+        str(caught.value),
+    )
+    size = int(found["size"].replace(",", ""))
+    assert 0.5 * files[found["file"]] < size <= files[found["file"]]  # but for names and headers
+    assert 0.5 < int(found["free"].replace(",", "")) / free < 2
+    assert [path.name for path in tmp_path.rglob("*")] == (["a", "README.md"] if exists else [])
+
+
+def test_the_command_names_its_own_option(source, official, tmp_path, capsys):
+    folder = source(tmp_path / "a", "timm")
+    assert cli.main(["convert", str(official), str(folder), "--to", "timm"]) == 1
+    assert "or replace it, overwrite=True (--overwrite)" in capsys.readouterr().err
 
 
 def test_system_errors_name_the_folder_and_not_the_temporary_one(tmp_path):
