@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..extraction.encoder import usable_cpus
 from ..processes import join_processes
+from ..train.config import Precision
 from .fresh import in_ranks
 from .growth_plot import draw_scaling, refuse_plot
 from .result import BenchResult
@@ -31,7 +32,7 @@ def scaling(
     img_sizes: Sequence[int] = (112, 160, 224),
     batch_sizes: Sequence[int] = (4, 8, 16),
     ranks: Sequence[int] = (1, 2, 4),
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     device: str = "auto",
     plot: str | Path | None = None,
     gpu_model: str = "vit_huge14_ijepa",
@@ -57,7 +58,7 @@ def scaling(
         img_sizes: Sides of images in pixels.
         batch_sizes: Images of a step, of each rank.
         ranks: Numbers of processes; more than cores make sense on GPUs only.
-        precision: `fp32` or `bf16`.
+        precision: `fp32`, `bf16` or `fp8`.
         device: `auto`, `cpu`, `cuda`, ...
         plot: Picture to draw, a PNG file; needs matplotlib.
         gpu_model: Name of the model on many GPUs.

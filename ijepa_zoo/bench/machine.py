@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,19 @@ from typing import Any
 import torch
 
 from ..extraction.encoder import usable_cpus
+from ..train.config import Precision
 from .timing import finish
 
-_PACKAGES = ("torch", "torchvision", "timm", "transformers", "torchcodec", "numpy", "pillow")
+_PACKAGES = (
+    *("torch", "torchvision", "torchao", "timm", "transformers", "torchcodec", "numpy", "pillow"),
+)
 _SIDE = {"cpu": 1536, "cuda": 8192}  # of the matrices: large enough for the full rate
-# Dense bfloat16 products, TFLOP/s, from the makers' data sheets; the first name that fits counts.
-_DATA_SHEET = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0}
+# Dense products, TFLOP/s, from the makers' data sheets; the first name that fits counts.
+_DATA_SHEET: dict[Precision, dict[str, float]] = {
+    "bf16": {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0},
+    "fp8": {"H200": 1979.0, "H100 PCIe": 1513.0, "H100": 1979.0},
+}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 
 def machine() -> dict[str, Any]:
@@ -52,30 +60,45 @@ def versions() -> dict[str, str]:
     return found
 
 
-def data_sheet_peak(device: torch.device) -> float | None:
-    """FLOP/s of dense bfloat16 products that the maker of a GPU states; None if unknown."""
+def data_sheet_peak(device: torch.device, precision: Precision) -> float | None:
+    """FLOP/s of dense products that the maker of a GPU states; None if unknown.
+
+    Args:
+        device: Which.
+        precision: `bf16` or `fp8`.
+    """
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for word, peak in _DATA_SHEET.items() if word in name), None)
+    name, sheet = torch.cuda.get_device_name(device), _DATA_SHEET[precision]
+    return next((1e12 * peak for word, peak in sheet.items() if word in name), None)
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+def peak_precision(device: torch.device, precision: Precision) -> Precision:
+    """The fastest products that a step does: float8 is emulated by float32 ones on a CPU."""
+    return "fp32" if precision == "fp8" and device.type == "cpu" else precision
+
+
+def matrix_peak(device: torch.device, precision: Precision, seconds: float = 1.0) -> float:
     """FLOP/s of a product of two large random matrices, the best of as many as fit the time.
 
     Args:
         device: Where.
-        dtype: Of the matrices.
+        precision: Of the matrices.
         seconds: How long to try.
     """
     side = _SIDE.get(device.type, 4096)
-    left, right = torch.randn(2, side, side, device=device).to(dtype)
-    out = torch.empty_like(left)
+    left, right = torch.randn(2, side, side, device=device).to(_DTYPES[precision])
+    if precision == "fp8":  # the product of torchao's layers; it wants the right one's columns
+        one = torch.ones((), device=device)
+        scales: dict[str, Any] = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
+        product = partial(torch._scaled_mm, left, right.t(), **scales, use_fast_accum=True)
+    else:
+        product = partial(torch.mm, left, right, out=torch.empty_like(left))
     best, started = float("inf"), time.perf_counter()
     while time.perf_counter() - started < seconds or best == float("inf"):
         finish(device)
         begun = time.perf_counter()
-        torch.mm(left, right, out=out)
+        product()
         finish(device)
         best = min(best, time.perf_counter() - begun)
     return 2 * side**3 / best

@@ -61,20 +61,26 @@ class PublishedCode:
     logs: ModuleType
 
 
-def chosen_code(bench: str, vs: Sequence[str], path: str | Path | None) -> PublishedCode | None:
+def chosen_code(
+    bench: str, vs: Sequence[str], path: str | Path | None, others: Sequence[str] = ()
+) -> PublishedCode | None:
     """The published code if it is a contender, None if there is none.
 
     Args:
         bench: Name of the bench.
         vs: The contenders asked for.
         path: A clone of it.
+        others: The contenders that the bench has beside it.
 
     Raises:
         ValueError: A contender is unknown, or path and contenders do not go together.
     """
-    if unknown := set(vs) - {PUBLISHED}:
-        raise ValueError(f"bench {bench} has no contender {', '.join(unknown)}: use {PUBLISHED}")
-    if vs:
+    known = [PUBLISHED, *others]
+    if unknown := set(vs) - set(known):
+        raise ValueError(
+            f"bench {bench} has no contender {', '.join(unknown)}: use {' or '.join(known)}"
+        )
+    if PUBLISHED in vs:
         return published_code(path)
     if path is not None:
         raise ValueError(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from ..train.batches import Batch, normalise
+from ..train.parallel import autocast
 from ..train.trainer import Trainer
 from .published import PublishedCode
-from .steps import BATCHES, STEPS, WARMUP, OurStep, autocast
+from .steps import BATCHES, STEPS, WARMUP, OurStep
 
 
 class PublishedStep:
@@ -25,7 +27,9 @@ class PublishedStep:
         precision: `bf16` switches its autocast on; it was released with fp32.
     """
 
-    def __init__(self, code: PublishedCode, ours: OurStep, precision: str) -> None:
+    def __init__(
+        self, code: PublishedCode, ours: OurStep, precision: Literal["fp32", "bf16"]
+    ) -> None:
         self.code, self.device, trainer = code, ours.device, ours.trainer
         self.optim, self.precision = trainer.config.optim, precision
         self._build(trainer)
@@ -47,7 +51,10 @@ class PublishedStep:
 
     def phases(self) -> Iterator[str]:
         """The published step, divided where its comments divide it."""
-        mask, precision = self.code.masks.apply_masks, autocast(self.device, self.precision)
+        mask, precision = (
+            self.code.masks.apply_masks,
+            partial(autocast, self.device, self.precision),
+        )
         images, context, targets = self.batches[self.step % BATCHES]
         images = images.to(self.device, non_blocking=True)
         context, targets = (

@@ -15,12 +15,13 @@ from .machine import machine, versions
 from .timing import OURS
 
 _FEW_PAIRS = 5  # fewer do not tell how far a ratio varies
-# key of a figure -> its words and what it is multiplied with where it is shown
+# key of a figure -> its words, with other figures, and what it is multiplied with where it is shown
 _SHOWN = {
     "images_per_second": ("images/s", 1.0),
     "tflop_per_second": ("TFLOP/s", 1.0),
-    "fraction_of_peak": ("of the measured peak", 1.0),
-    "mfu": ("MFU", 1.0),
+    "fraction_of_peak": ("of the measured {peak_precision} peak", 1.0),
+    "mfu": ("MFU of the bf16 data sheet", 1.0),
+    "mfu_fp8": ("MFU of the fp8 data sheet", 1.0),
     "peak_memory_bytes": ("MiB at most", 2**-20),
     "peak_over_file": ("file sizes at most", 1.0),
     "host_syncs": ("host syncs", 1.0),
@@ -180,7 +181,7 @@ def shown(figures: Mapping[str, Any]) -> str:
         parts.append(f"{duration(seconds['median'])} (quartiles {low} to {high})")
     for key, (words, factor) in _SHOWN.items():
         if figures.get(key) is not None:
-            parts.append(f"{figures[key] * factor:.4g} {words}")
+            parts.append(f"{figures[key] * factor:.4g} {words.format_map(figures)}")
     return ", ".join(parts)
 
 

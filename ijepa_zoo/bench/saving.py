@@ -8,11 +8,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 from ..processes import Processes
 from ..train.checkpoint import Checkpoints
 from ..train.checkpoint_folder import path as checkpoint_path
+from ..train.config import Precision
 from ..train.monitor import total_norm
 from .result import BenchResult
 from .steps import OurStep, StepSettings
@@ -27,7 +27,7 @@ def checkpoint(
     model: str = "vit_small16_ijepa",
     img_size: int | None = None,
     batch_size: int = 16,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     device: str = "auto",
     folder: str | Path | None = None,
     threads: int | None = None,
@@ -46,7 +46,7 @@ def checkpoint(
         model: Name of the model, see `ijepa-zoo list`.
         img_size: Side of the images in pixels; None for the model's own.
         batch_size: Images of a step; they lie in memory.
-        precision: `fp32` or `bf16`.
+        precision: `fp32`, `bf16` or `fp8`.
         device: `auto`, `cpu`, `cuda`, ...
         folder: On the disk to measure; a folder is made in it and deleted at the end. None for
             the system's folder for temporary files, which may lie in memory.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from ..data.image_sets import open_images
 from ..processes import Processes
 from ..train import PretrainConfig
 from ..train.batches import Batch, normalise
+from ..train.config import Precision
 from ..train.optim import set_rates
-from ..train.parallel import accumulate
+from ..train.parallel import accumulate, autocast
 from ..train.settings import check, override
 from ..train.start import build_networks
 from ..train.trainer import Trainer
@@ -40,7 +41,7 @@ class StepSettings:
     model: str = "vit_tiny16_ijepa"
     img_size: int | None = None
     batch_size: int = 16
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     device: str = "auto"
     compile: bool = False
     predictor_context: str | None = None
@@ -132,7 +133,7 @@ class OurStep:
         trainer, model, device = self.trainer, self.trainer.model, self.device
         data, batch = trainer.config.data, self._batch()
         rates = trainer.schedule.rates(trainer.step)
-        precision = autocast(device, trainer.config.optim.precision)
+        precision = partial(autocast, device, trainer.config.optim.precision)
         pixels, context, targets = (
             part.to(device, non_blocking=True)
             for part in (batch.images, batch.context, batch.targets)
@@ -170,12 +171,6 @@ def updating(step: Step) -> Work:
         finish(step.device)
 
     return update
-
-
-def autocast(device: torch.device, precision: str) -> Any:
-    """Makes the context of a forward pass in `fp32` or `bf16`."""
-    enabled = precision == "bf16"
-    return partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def _noise(config: PretrainConfig) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -213,12 +213,13 @@ _ROWS = {
 
 
 def _cell(figures: Mapping[str, Any]) -> str:
-    """Time of a run, images/s and, where it was measured, memory."""
+    """Time of a run, images/s and, where they were measured, share of the peak and memory."""
     parts = [duration(figures["seconds"]["median"])]
     if "images_per_second" in figures:
         parts.append(f"{_rate(figures)} images/s")
     if "fraction_of_peak" in figures:
-        parts.append(f"{100 * figures['fraction_of_peak']:.2g} % of peak")
+        peak = "fp8 peak" if figures.get("peak_precision") == "fp8" else "peak"
+        parts.append(f"{100 * figures['fraction_of_peak']:.2g} % of {peak}")
     if "peak_over_file" in figures:
         parts.append(f"{figures['peak_over_file']:.2f} file sizes")
     return ", ".join(parts)

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import torch
 
+from ..train.config import Precision
 from ..train.flops import Flops, flops_per_image
 from ..train.start import build_networks
+from .agreement import compare_first_updates
 from .fresh import in_fresh_process
 from .machine import (
     data_sheet_peak,
@@ -22,17 +24,17 @@ from .machine import (
     measures_memory,
     memory_now,
     memory_peak,
+    peak_precision,
 )
 from .published import PUBLISHED, chosen_code, published_code
 from .published_step import PublishedStep
-from .result import BenchResult, agreed
-from .steps import OurStep, Step, StepSettings, updating
-from .timing import OURS, Timings, take_turns, time_phases, use_threads
+from .result import BenchResult
+from .steps import BATCHES, OurStep, Step, StepSettings, updating
+from .timing import OURS, Summary, take_turns, time_phases, use_threads
 
-_COMPARED = 3  # updates whose losses must agree
-_EXACT, _LOOSE = 1e-5, 2e-2  # relative; bfloat16 keeps 8 bits
+BF16 = "bf16"  # our step in it, beside another precision
 _PHASE_REPEATS = 5
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_EMULATED = "emulated in float32: times and memory say nothing about a GPU's"
 
 
 def train(
@@ -40,7 +42,7 @@ def train(
     model: str = "vit_tiny16_ijepa",
     img_size: int | None = None,
     batch_size: int = 16,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     device: str = "auto",
     compile: bool = False,
     predictor_context: str | None = None,
@@ -58,13 +60,13 @@ def train(
         model: Name of the model, see `ijepa-zoo list`.
         img_size: Side of the images in pixels; None for the model's own.
         batch_size: Images of an update.
-        precision: `fp32` or `bf16` (autocast), ours.
+        precision: `fp32`, `bf16` (autocast) or `fp8` (see `OptimConfig`), ours.
         device: `auto`, `cpu`, `cuda`, ...
         compile: Compile the blocks (ours).
         predictor_context: The predictor: `repeated` is the paper's (None: the model's own);
             `shared` is another method, whose losses are not those of the published code.
         threads: CPU threads; None for torch's own choice.
-        vs: `published` to take turns with the published code.
+        vs: `published` to take turns with the published code, `bf16` with our own step in bf16.
         published_path: A clone of it.
         published_precision: `fp32` as released, or `bf16` for its autocast.
         seconds: Time for the rounds.
@@ -72,27 +74,36 @@ def train(
         progress: Show a progress bar.
 
     Returns:
-        Of each contender time, images/s, phases, operations, share of the machine's matrix-product
-        rate and memory; the ratio of the times.
+        Of each contender time, images/s, phases, operations, memory, and share of the machine's
+        matrix-product rate in the step's precision, which `peak_precision` names: for `fp8` that
+        of float8, though a part of the step does not compute in it. `mfu` is the share of the rate
+        of dense bfloat16 products in the GPU's data sheet, whatever the precision, and `mfu_fp8`
+        that of float8. The ratio of the times.
 
     Raises:
         ValueError: A setting does not fit, or there is no such clone.
-        DisagreementError: The losses of the first updates differ from the published code's.
+        ImportError: `fp8` without torchao.
+        DisagreementError: The losses of the first updates differ from those of the contender.
     """
     vs = list(dict.fromkeys(vs))
     settings = {name: value for name, value in locals().items() if name != "progress"}
-    code = chosen_code("train", vs, published_path)
+    if BF16 in vs and precision == "bf16":
+        raise ValueError("--vs bf16 is our step in bf16 itself: use --precision fp8 or fp32")
+    code = chosen_code("train", vs, published_path, others=(BF16,))
     own = StepSettings(model, img_size, batch_size, precision, device, compile, predictor_context)
+    built = {OURS: own, PUBLISHED: own, BF16: replace(own, precision="bf16")}
+    precisions: dict[str, Precision] = {name: step.precision for name, step in built.items()}
+    precisions[PUBLISHED] = published_precision
     with use_threads(threads):
-        agreement: dict[str, dict[str, Any]] = {}
         ours = OurStep(own)
         steps: dict[str, Step] = {OURS: ours}
+        if BF16 in vs:
+            steps[BF16] = OurStep(built[BF16])
         if code is not None:
-            other = PublishedStep(code, ours, published_precision)
-            agreement = _agreement(own, ours, other)
-            steps[PUBLISHED] = other
-        precisions = {OURS: own.precision, PUBLISHED: published_precision}
-        peaks = _peaks(steps, precisions)
+            steps[PUBLISHED] = PublishedStep(code, ours, published_precision)
+        precisions = {name: precisions[name] for name in steps}
+        agreement = compare_first_updates(own, steps, precisions)
+        peaks = _peaks(ours.device, precisions)
         timings = take_turns(
             {name: updating(step) for name, step in steps.items()},
             seconds=seconds,
@@ -101,15 +112,19 @@ def train(
             progress=progress,
             what="training step",
         )
-        peaks = {name: max(peak, _peaks(steps, precisions)[name]) for name, peak in peaks.items()}
+        again = _peaks(ours.device, precisions)
+        peaks = {name: max(peak, again[name]) for name, peak in peaks.items()}
         flops = count_flops(ours)
         results = {
             name: {
-                **_rates(name, timings, batch_size, flops, peaks[name], step.device),
+                **_rates(
+                    *(timings.summary(name), batch_size, flops, peaks[name], step.device),
+                    precisions[name],
+                ),
                 **_own_figures(step),
-                "peak_memory_bytes": in_fresh_process(
-                    memory_of_updates,
-                    settings=asdict(own),
+                **_fresh_figures(
+                    step.device,
+                    settings=asdict(built[name]),
                     published_path=str(published_path) if name == PUBLISHED else None,
                     published_precision=published_precision,
                     threads=torch.get_num_threads(),
@@ -127,63 +142,41 @@ def train(
         extra={
             "gflop_per_image": {
                 name: value / 1e9 for name, value in {"all": flops.total, **asdict(flops)}.items()
-            }
+            },
+            **({"fp8": _EMULATED} if peak_precision(ours.device, precision) != precision else {}),
         },
     )
 
 
-def _agreement(own: StepSettings, ours: OurStep, other: PublishedStep) -> dict[str, Any]:
-    """Compare the first updates: in fp32 exactly, and otherwise also as they are timed."""
-    exact = replace(own, precision="fp32", compile=False, predictor_context=None)
-    if exact == own and other.precision == "fp32":
-        return {PUBLISHED: compare_losses(ours, other, _EXACT, "fp32")}
-    first = OurStep(exact)
-    second = PublishedStep(other.code, first, "fp32")
-    found = {"published in fp32": compare_losses(first, second, _EXACT, "fp32")}
-    if own.predictor_context in (None, "repeated"):
-        what = f"{own.precision} and {other.precision}"
-        found[PUBLISHED] = compare_losses(ours, other, _LOOSE, what)
+def _fresh_figures(device: torch.device, **arguments: Any) -> dict[str, int | None]:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the other process needs the room
+    found: dict[str, int | None] = in_fresh_process(fresh_updates, **arguments)
     return found
 
 
-def compare_losses(ours: Step, other: Step, tolerance: float, what: str) -> dict[str, Any]:
-    """Do the first updates of both.
-
-    Args:
-        ours: Ours.
-        other: With the same weights and batches.
-        tolerance: Largest relative difference of a loss.
-        what: Their precisions, for the record.
-
-    Raises:
-        DisagreementError: A loss differs by more.
-    """
-    pairs = [(ours.update(), other.update()) for _ in range(_COMPARED)]
-    difference = max(abs(one - two) / abs(one) for one, two in pairs)
-    words = f"losses of the first {_COMPARED} updates in {what}, relative,"
-    shown = ", ".join(f"{one:.6g} and {two:.6g}" for one, two in pairs)
-    return agreed(words, difference, tolerance, shown)
-
-
-def memory_of_updates(
+def fresh_updates(
     settings: Mapping[str, Any],
     published_path: str | None,
-    published_precision: str,
+    published_precision: Literal["fp32", "bf16"],
     threads: int,
-) -> int | None:
-    """Bytes that networks, optimizer and updates take; called in a fresh process.
-
-    On a GPU its memory, otherwise main memory; None where the system does not tell.
+) -> dict[str, int | None]:
+    """What a step takes in a process of its own, in which this is called.
 
     Args:
         settings: Of `StepSettings`.
         published_path: Measure the published code of this clone instead of ours.
         published_precision: Its precision.
         threads: CPU threads.
+
+    Returns:
+        `peak_memory_bytes` of networks, optimizer and updates: on a GPU its memory, otherwise main
+        memory, None where the system does not tell. `compiled_graphs` where ours was compiled.
     """
     torch.set_num_threads(threads)
     before = memory_now() if measures_memory() else None
-    step: Any = OurStep(StepSettings(**settings))
+    own = StepSettings(**settings)
+    step: Any = OurStep(own)
     if published_path is not None:
         step = PublishedStep(published_code(published_path), step, published_precision)
     gc.collect()  # our networks, of which only the numbers were needed
@@ -191,21 +184,27 @@ def memory_of_updates(
         torch.cuda.reset_peak_memory_stats()
     elif before is not None:
         forget_memory_peak()
-    for _ in range(2):
+    for _ in range(BATCHES):
         step.update()
+    found: dict[str, int | None] = {"peak_memory_bytes": None}
     if step.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return None if before is None else memory_peak() - before
+        found["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    elif before is not None:
+        found["peak_memory_bytes"] = memory_peak() - before
+    if own.compile and published_path is None:
+        from torch._dynamo.utils import counters
+
+        found["compiled_graphs"] = counters["stats"]["unique_graphs"]
+    return found
 
 
-def _peaks(steps: Mapping[str, Step], precisions: Mapping[str, str]) -> dict[str, float]:
+def _peaks(device: torch.device, precisions: Mapping[str, Precision]) -> dict[str, float]:
     """The machine's matrix-product rate in the precision of each contender, FLOP/s."""
-    device = next(iter(steps.values())).device
-    by_precision = {
-        precision: matrix_peak(device, _DTYPES[precision])
-        for precision in {precisions[name] for name in steps}
+    rates = {
+        precision: matrix_peak(device, precision)
+        for precision in {peak_precision(device, own) for own in precisions.values()}
     }
-    return {name: by_precision[precisions[name]] for name in steps}
+    return {name: rates[peak_precision(device, own)] for name, own in precisions.items()}
 
 
 def count_flops(step: OurStep) -> Flops:
@@ -219,35 +218,34 @@ def count_flops(step: OurStep) -> Flops:
 
 
 def _rates(
-    name: str,
-    timings: Timings,
+    seconds: Summary,
     batch_size: int,
     flops: Flops,
     peak: float,
     device: torch.device,
+    precision: Precision,
 ) -> dict[str, Any]:
-    seconds = timings.summary(name)
+    """Rates, and the shares of those that the machine reaches and its maker states."""
     rate = batch_size / seconds.median * flops.total
-    stated = data_sheet_peak(device)
+    stated = {"mfu": data_sheet_peak(device, "bf16")}
+    if precision == "fp8":
+        stated["mfu_fp8"] = data_sheet_peak(device, "fp8")
     return {
         "seconds": seconds.as_json(),
         "images_per_second": batch_size / seconds.median,
         "tflop_per_second": rate / 1e12,
         "fraction_of_peak": rate / peak,
+        "peak_precision": peak_precision(device, precision),
         "measured_peak_tflop_per_second": peak / 1e12,
-        **({"mfu": rate / stated} if stated else {}),
+        **{name: rate / most for name, most in stated.items() if most},
     }
 
 
 def _own_figures(step: Step) -> dict[str, Any]:
-    """Phases, and what only some steps have: host syncs of a GPU, compiled graphs."""
+    """Phases, and host syncs of a GPU."""
     found: dict[str, Any] = {"phases_ms": time_phases(step.phases, step.device, _PHASE_REPEATS)}
     if step.device.type == "cuda":
         found["host_syncs"] = host_syncs(step)
-    if isinstance(step, OurStep) and step.trainer.config.machine.compile:
-        from torch._dynamo.utils import counters
-
-        found["compiled_graphs"] = counters["stats"]["unique_graphs"]
     return found
 
 

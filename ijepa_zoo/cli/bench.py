@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..bench import BenchResult
 
 
+_PRECISIONS = ("fp32", "bf16", "fp8")
 _LEAST_ROUNDS = 3  # as in `bench.timing`, whose import would load torch for --help
 
 
@@ -70,7 +71,8 @@ def _add_step(parser: argparse.ArgumentParser, model: str) -> None:
 def _train(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_step(parser, "vit_tiny16_ijepa")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="ours (default fp32)")
+    add("--precision", choices=_PRECISIONS, default="fp32",
+        help="ours (default fp32); --vs bf16 compares with ours in bf16")  # fmt: skip
     add("--compile", action="store_true", help="compile the blocks (ours)")
     add("--predictor-context", choices=("repeated", "shared"),
         help="shared: a cheaper predictor, not the paper's")  # fmt: skip
@@ -131,7 +133,7 @@ def _scaling(parser: argparse.ArgumentParser) -> None:
             help=f"default: {' '.join(map(str, values))}")  # fmt: skip
     add("--ranks", nargs="+", type=positive, default=(1, 2, 4), metavar="N",
         help="processes on this machine (default: 1 2 4)")  # fmt: skip
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    add("--precision", choices=_PRECISIONS, default="fp32", help="default fp32")
     add("--device", default="auto", help="auto (default), cpu, cuda, ...")
     add("--plot", type=Path, metavar="FILE", help="draw a .png file")
     many = parser.add_argument_group("model of many GPUs", "computed, not measured").add_argument
@@ -149,7 +151,7 @@ def _scaling(parser: argparse.ArgumentParser) -> None:
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_step(parser, "vit_small16_ijepa")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="default fp32")
+    add("--precision", choices=_PRECISIONS, default="fp32", help="default fp32")
     add("--folder", type=Path, metavar="DIR",
         help="on the disk to measure (default: the system's temporary folder)")  # fmt: skip
 
@@ -168,7 +170,7 @@ def _add_photographs(parser: argparse.ArgumentParser, images: int) -> None:
 
 _PUBLISHED, _LIBRARIES = ("published",), ("timm", "transformers")
 _KINDS = {
-    "train": _Kind("a training step, without loading images", _train, _PUBLISHED),
+    "train": _Kind("a training step, without loading images", _train, (*_PUBLISHED, "bf16")),
     "scaling": _Kind(
         "training steps of growing models, images, batches and numbers of processes",
         *(_scaling, (), 60.0, 10),

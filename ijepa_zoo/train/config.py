@@ -13,6 +13,7 @@ from typing import Literal
 
 from . import schedules
 
+Precision = Literal["fp32", "bf16", "fp8"]
 Range = tuple[float, float]
 _DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(steps?|epochs?|images?)")
 
@@ -93,7 +94,10 @@ class OptimConfig:
     by `layer`. `position_noise` blurs the positions of the mask tokens (StoP; 0 is the published
     predictor). `IJepa` describes all three. `regularizer_weight` adds `VarianceCovariance` or
     `IsotropicGaussian` over `regularizer_over`; 0 is the published loss. It and
-    `target_norm=position` are computed for each group of `mask.cut` images.
+    `target_norm=position` are computed for each group of `mask.cut` images. `precision`: `bf16` is
+    autocast; `fp8` is the same with the matrix products of the encoders' blocks in float8, which
+    needs torchao and a GPU of compute capability 8.9 or more, is meant for widths above 1,000 with
+    `machine.compile`, and is emulated on a CPU.
     """
 
     batch_size: int = 2048
@@ -115,7 +119,7 @@ class OptimConfig:
     regularizer: Literal["variance_covariance", "isotropic_gaussian"] = "variance_covariance"
     regularizer_weight: float = 0.0
     regularizer_over: Literal["images", "tokens", "residuals"] = "images"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
 
 
 @dataclass(frozen=True)

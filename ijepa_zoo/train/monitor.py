@@ -7,7 +7,7 @@ beside the same numbers at initialisation.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from ..models.jepa import IJepa
 from ..processes import Processes
 from .batches import normalise
+from .config import Precision
+from .float8 import without_float8
+from .parallel import autocast
 
 _NEIGHBOURS = 20
 _TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's kNN classifier
@@ -139,7 +142,7 @@ class Monitor:
         mean: Mean of the channels, of values from 0 to 1.
         std: Standard deviation of the channels, of values from 0 to 1.
         batch_size: Images of a forward pass of one process.
-        precision: That of the forward pass; the run's own.
+        precision: That of the forward pass: the run's own, bf16 for fp8.
 
     Raises:
         ValueError: There are fewer than two images, or labels of another number.
@@ -152,7 +155,7 @@ class Monitor:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         batch_size: int = 64,
-        precision: Literal["fp32", "bf16"] = "fp32",
+        precision: Precision = "fp32",
     ) -> None:
         if len(images) < 2:
             raise ValueError(
@@ -196,9 +199,7 @@ class Monitor:
         pooled: list[Tensor] = []
         for start in range(0, share, self.batch_size):
             pixels = self.images[mine[start : start + self.batch_size]].to(processes.device)
-            with torch.autocast(
-                pixels.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-            ):
+            with without_float8(model.target_encoder), autocast(pixels.device, self.precision):
                 tokens = model.target_encoder.encode(normalise(pixels, self.mean, self.std))
             pooled.append(tokens.float().mean(dim=1))
         gathered: Tensor = processes.gather(torch.cat(pooled))

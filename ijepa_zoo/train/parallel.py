@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Attention
@@ -18,22 +18,23 @@ from torch import Tensor, nn
 
 from ..models.jepa import IJepa
 from ..processes import Processes, waiting
-from .config import MachineConfig
+from .config import MachineConfig, Precision
+from .float8 import use_float8
 
 
 def parallelise(
     model: IJepa,
     machine: MachineConfig,
     processes: Processes,
-    precision: Literal["fp32", "bf16"],
+    precision: Precision,
 ) -> nn.Module:
     """Move the networks to the device and spread the work over the processes.
 
-    In this order: activation checkpointing and compilation, both per block, then DDP or FSDP2.
-    Optimizer states must be made afterwards. FSDP2 shards the blocks and the rest of each of the
-    three networks; `encode` may be called on its own, by all processes together. With `bf16` on
-    GPUs it gathers parameters in bfloat16 and reduces gradients in float32; as with DDP the
-    forward pass belongs under autocast, so that residuals stay in float32.
+    In this order: float8, activation checkpointing and compilation, the last two per block, then
+    DDP or FSDP2. Optimizer states must be made afterwards. FSDP2 shards the blocks and the rest of
+    each of the three networks; `encode` may be called on its own, by all processes together.
+    Unless in `fp32`, on GPUs it gathers parameters in bfloat16 and reduces gradients in float32;
+    as with DDP the forward pass belongs under `autocast`, so that residuals stay in float32.
 
     Args:
         model: The networks; changed in place. Names and shapes of the parameters stay.
@@ -43,9 +44,14 @@ def parallelise(
 
     Returns:
         A module with the forward pass of `model`: a DDP wrapper, or `model` itself.
+
+    Raises:
+        ValueError: No layer of the networks can compute in `fp8`.
     """
-    if precision == "bf16" and processes.device.type == "cpu":
+    if precision != "fp32" and processes.device.type == "cpu":
         _plain_attention(model)
+    if precision == "fp8":
+        use_float8(model, processes.device)
     student = [*model.encoder.blocks, *model.predictor.predictor_blocks]
     if machine.activation_checkpointing:
         for block in student:
@@ -68,6 +74,16 @@ def parallelise(
             broadcast_buffers=False,  # they are tables of positions
             gradient_as_bucket_view=True,
         )
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """The context of a forward pass: bfloat16 by autocast, unless in `fp32`.
+
+    Args:
+        device: Where the networks are.
+        precision: See `OptimConfig`; with `fp8` the layers that compute in it were replaced.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
 
 
 @contextmanager
@@ -161,7 +177,7 @@ def _any_length(forward: Callable[..., Tensor], tokens: Tensor, *args: Any) -> T
     return forward(tokens, *args)
 
 
-def _shard(model: IJepa, processes: Processes, precision: str) -> None:
+def _shard(model: IJepa, processes: Processes, precision: Precision) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
@@ -172,7 +188,7 @@ def _shard(model: IJepa, processes: Processes, precision: str) -> None:
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     policy = MixedPrecisionPolicy()
     # Autocast on a CPU leaves LayerNorm alone, which then cannot mix the two types.
-    if precision == "bf16" and processes.device.type == "cuda":
+    if precision != "fp32" and processes.device.type == "cuda":
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )

@@ -32,9 +32,10 @@ from .batches import (
     split,
 )
 from .config import PretrainConfig, Schedule, micro_batch_size
+from .float8 import float8_remark, require_float8
 from .monitor import Monitor
 from .optim import make_optimizer, set_rates
-from .parallel import accumulate, parallelise
+from .parallel import accumulate, autocast, parallelise
 from .regularizers import Regularizer
 from .start import build_networks, fill_optimizer, starting_optimizer
 
@@ -74,7 +75,8 @@ class Trainer:
         resume_optimizer: Take the optimizer's state from `init` too.
 
     Raises:
-        ValueError: The settings do not fit the images, the model or the processes.
+        ValueError: The settings do not fit the images, the model, the processes or the device.
+        ImportError: The precision fp8 without torchao.
         CheckpointError: `init` does not fit.
     """
 
@@ -90,6 +92,8 @@ class Trainer:
         self.config, self.images = config, images
         self.processes = processes or Processes.alone(config.machine.device)
         self.step = 0
+        if config.optim.precision == "fp8":
+            require_float8(self.processes.device)
         self.train_indices, self.held_out = split(len(images), config.data.held_out, config.seed)
         self.schedule = Schedule.of(config.optim, len(self.train_indices))
         self.micro_batch_size = micro_batch_size(config, self.processes.world)
@@ -148,8 +152,7 @@ class Trainer:
             part.to(device, non_blocking=True)
             for part in (batch.images, batch.context, batch.targets)
         )
-        bf16 = self.config.optim.precision == "bf16"
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        with autocast(device, self.config.optim.precision):
             loss: torch.Tensor = self.module(
                 normalise(pixels, data.mean, data.std), context, targets
             )
@@ -263,11 +266,13 @@ class Trainer:
         side, patch = self.image_size, self.model.encoder.patch_embed.patch_size
         held = f"{len(self.held_out):,} others" if len(self.held_out) else "some of them"
         epochs = schedule.steps / schedule.epoch_steps
+        float8 = optim.precision == "fp8"
+        remark = float8_remark(self.processes.device, machine.compile) if float8 else ""
         lines = [
             f"{len(self.train_indices):,} images to train on, {held} for the monitors",
             f"{self.config.model.name}, images {side[0]}x{side[1]}, patches {patch[0]}x{patch[1]}",
             f"{schedule.steps:,} steps of {optim.batch_size} images ({epochs:.4g} epochs)",
-            f"{self.processes.world} x {self.processes.device}, {optim.precision}, "
+            f"{self.processes.world} x {self.processes.device}, {optim.precision}{remark}, "
             f"{self.micro_batch_size} images at once"
             + (f", {machine.parallel}" if self.processes.world > 1 else "")
             + (

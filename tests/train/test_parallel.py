@@ -20,7 +20,7 @@ import ijepa_zoo
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.config import MachineConfig
 from ijepa_zoo.train.optim import make_optimizer, set_rates
-from ijepa_zoo.train.parallel import accumulate, parallelise
+from ijepa_zoo.train.parallel import accumulate, autocast, parallelise
 from ijepa_zoo.processes import Processes, join_processes
 
 NETWORK = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4,
@@ -47,7 +47,7 @@ def train(processes, precision="fp32", micro=2, **machine):
             part = slice(start, start + micro)
             context, targets = masks.sample(8, seed=0, step=step, part=part, cut=micro)
             with accumulate(module, start + micro == first + share):
-                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                with autocast(processes.device, precision):
                     loss = module(images[part], context, targets)
                 (loss * micro / share).backward()
             total += loss.detach() * micro / 8
@@ -71,6 +71,10 @@ VARIANTS = {
     "fsdp2 recomputed": {"parallel": "fsdp2", "activation_checkpointing": True},
     "ddp bf16": {"precision": "bf16"},
     "fsdp2 bf16": {"precision": "bf16", "parallel": "fsdp2"},
+    "ddp fp8": {"precision": "fp8"},
+    "fsdp2 fp8 recomputed": {
+        "precision": "fp8", "parallel": "fsdp2", "activation_checkpointing": True
+    },
 }
 with join_processes("cpu", 60) as processes:
     results = {name: train(processes, **VARIANTS[name]) for name in sys.argv[2:]}

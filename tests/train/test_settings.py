@@ -93,13 +93,13 @@ def test_the_papers_text_is_a_recipe_of_its_own():
     ]
 
 
-def test_the_shipped_models_recipe_runs_its_600_steps():
+def test_the_shipped_models_recipe_runs_its_3000_steps():
     config = settings.load_config("nano_scenes")
     schedule = Schedule.of(config.optim, 40_000)
-    assert (schedule.steps, schedule.warmup_steps) == (600, 30)
-    assert schedule.rates(29)["lr"] == pytest.approx(4e-4)
-    assert schedule.rates(599) == pytest.approx(
-        {"lr": 2e-5, "weight_decay": 0.1, "momentum": 0.99 + 599 / 600 * 0.01}
+    assert (schedule.steps, schedule.warmup_steps) == (3000, 100)
+    assert schedule.rates(99)["lr"] == pytest.approx(4e-4)
+    assert schedule.rates(2999) == pytest.approx(
+        {"lr": 2e-5, "weight_decay": 0.1, "momentum": 0.99 + 2999 / 3000 * 0.01}
     )
 
 
