@@ -31,6 +31,7 @@ class Stream(IntEnum):
     EVAL_AUGMENT = 10
     EVAL_SPLIT = 11
     EVAL_INIT = 12
+    POSITIONS = 13
 
 
 def fold(*keys: int) -> int:

@@ -95,8 +95,8 @@ def test_table_has_means_over_seeds_and_the_best_arm_first(study):
 
 
 def test_correlations_are_those_of_ranks(study):
-    names = ("linear", "early rankme", "rankme", "early linear", "knn", "loss")
-    values = np.random.default_rng(1).permuted(np.arange(48.0).reshape(6, 8) ** 2, axis=1)
+    names = ("linear", "early rankme", "early knn", "early linear", "rankme", "knn", "loss")
+    values = np.random.default_rng(1).permuted(np.arange(56.0).reshape(7, 8) ** 2, axis=1)
     rows = [dict(zip(names, map(float, column))) for column in values.T]
     found = study.correlations(rows)
     for name, series in zip(names[1:], values[1:]):
@@ -129,7 +129,7 @@ def test_figures_are_those_of_the_last_monitoring_of_a_finished_run(study, tmp_p
     (tmp_path / "export" / "config.json").write_text("{}")
     assert study.figures(tmp_path) == {
         "loss": 0.125, "knn": 17, "linear": 27, "rankme": 37, "spread": 47, "early rankme": 33,
-        "early linear": 23, "step (ms)": 112.5,
+        "early knn": 13, "early linear": 23, "step (ms)": 112.5,
     }  # fmt: skip
 
 

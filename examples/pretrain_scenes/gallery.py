@@ -32,11 +32,15 @@ parser.add_argument("--scenes", type=int, default=200, help="scenes to predict")
 parser.add_argument("--drawn", type=int, default=6, help="scenes in the picture")
 parser.add_argument("--out", default="gallery.png")
 args = parser.parse_args()
+if min(args.gallery, args.scenes, args.drawn) < 1:
+    parser.error("--gallery, --scenes and --drawn must be at least 1")
 
 ijepa = ijepa_zoo.create_ijepa(args.model).eval()
 transform = ijepa_zoo.create_transform(ijepa.encoder)
 rows, columns = ijepa.encoder.patch_embed.grid_size
 patch = ijepa.encoder.patch_embed.patch_size[0]
+if rows != columns or rows < 5:
+    parser.error(f"--model has a grid of {rows} x {columns} patches; it must be square, 5 or more")
 grid = torch.arange(rows * columns).view(rows, columns)
 hidden = grid[rows // 2 - 1 : rows // 2 + 2, columns // 2 - 1 : columns // 2 + 2].flatten()
 seen = torch.tensor(sorted(set(grid.flatten().tolist()) - set(hidden.tolist())))
@@ -64,8 +68,9 @@ def features(images: np.ndarray) -> tuple[Tensor, Tensor]:
     return truth, ijepa.predict(batch, context, targets)[:, 0]
 
 
-gallery = render_scenes(7, SPLIT_STARTS["train"], args.gallery, progress=True, dense=True)
-scenes = render_scenes(7, SPLIT_STARTS["val"], args.scenes, progress=True, dense=True)
+size, render = rows * patch, {"progress": True, "dense": True}
+gallery = render_scenes(7, SPLIT_STARTS["train"], args.gallery, size, **render)
+scenes = render_scenes(7, SPLIT_STARTS["val"], args.scenes, size, **render)
 known, _ = features(gallery["images"])
 truth, predicted = features(scenes["images"])
 centre = known.mean((0, 1))
@@ -91,11 +96,12 @@ for name, place in (("objects", kind), ("ground", ~kind)):
     )
 
 stock = patches(gallery["images"]).reshape(-1, patch, patch, 3)
-sheet = Image.new("RGB", (4 * (SIDE + 8) - 8, CAPTION + args.drawn * (SIDE + 8) - 8), "white")
+drawn = min(args.drawn, len(kind))
+sheet = Image.new("RGB", (4 * (SIDE + 8) - 8, CAPTION + drawn * (SIDE + 8) - 8), "white")
 for column, word in enumerate(("scene", "seen", "predicted", "true features")):
     ImageDraw.Draw(sheet).text((column * (SIDE + 8), 2), word, fill="black")
 frame = [int(c * SIDE / rows) for c in (rows // 2 - 1, rows // 2 - 1, rows // 2 + 2, rows // 2 + 2)]
-chosen = kind.sum(1).topk(args.drawn).indices.tolist()  # scenes that hide most of an object
+chosen = kind.sum(1).topk(drawn).indices.tolist()  # scenes that hide most of an object
 for row, scene in enumerate(chosen):
     pictures = [scenes["images"][scene].copy() for _ in range(4)]
     for number, place in enumerate(hidden.tolist()):
@@ -109,4 +115,4 @@ for row, scene in enumerate(chosen):
         ImageDraw.Draw(tile).rectangle(frame, outline="red", width=2)
         sheet.paste(tile, (column * (SIDE + 8), CAPTION + row * (SIDE + 8)))
 sheet.save(args.out)
-print(f"{args.drawn} scenes -> {args.out}")
+print(f"{drawn} scenes -> {args.out}")

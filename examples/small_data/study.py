@@ -10,14 +10,15 @@ screens the small model on a CPU (7 minutes a run and thread). On a GPU, at real
     python examples/small_data/study.py --data cifar10/train --out runs/vit_tiny --size gpu
 
 A run that is finished is not repeated, one that was interrupted goes on. Rows of mae.py in the same
-folder join the table. Arms, seeds and steps: `--arms published variance`, `--seeds 0 1 2`,
-`--steps 3000`.
+folder join the table (give both the same --steps). Arms, seeds and steps:
+`--arms published variance`, `--seeds 0 1 2`, `--steps 3000`.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import signal
@@ -29,6 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.train import load_config
+from ijepa_zoo.train.folder import read_settings
+from ijepa_zoo.train.settings import differences
 
 SIZES: dict[str, list[str]] = {
     "cpu": [
@@ -113,9 +119,33 @@ def figures(out: Path) -> dict[str, float] | None:
     return {
         **named,
         "early rankme": float(early["rankme"]),
+        "early knn": float(early["knn"]),
         "early linear": float(early["linear"]),
         "step (ms)": statistics.median(float(row["time (ms)"]) for row in rows),
     }
+
+
+def refuse_other_runs(args: argparse.Namespace) -> None:
+    """End before anything runs where data have no classes or `--out` has runs of another kind.
+
+    Raises:
+        ValueError: Which run, and what differs.
+    """
+    images = open_images(args.data)
+    if images.labels is None or images.labels.min() < 0:
+        raise ValueError("images without a class: --data must be a folder of class folders")
+    for arm, seed in itertools.product(args.arms, args.seeds):
+        config = load_config("vith14_in1k", overrides(args.size, arm, seed, args.steps))
+        out = args.out / f"{arm}-{seed}"
+        if not (out / "config.yaml").exists():
+            continue
+        differing = differences(read_settings(out), config)
+        if json.loads((out / "data.json").read_text())["fingerprint"] != images.fingerprint():
+            differing.append("other images")
+        if differing:
+            raise ValueError(
+                f"{out} is of another study ({'; '.join(differing)}): choose another --out"
+            )
 
 
 def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -139,6 +169,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
                 del running[arm, seed]
                 found = figures(args.out / f"{arm}-{seed}")
                 if found is None:
+                    waiting.clear()  # what stops one run stops the others
                     print(f"{arm}-{seed} failed: see {args.out / f'{arm}-{seed}.txt'}")
                     continue
                 rows.append({"arm": arm, "seed": seed, **found})
@@ -155,7 +186,7 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, float]:
     wanted = ranks([row["linear"] for row in rows])
     return {
         key: float(np.corrcoef(ranks([row[key] for row in rows]), wanted)[0, 1])
-        for key in ("early rankme", "rankme", "early linear", "knn", "loss")
+        for key in ("early rankme", "early knn", "early linear", "rankme", "knn", "loss")
     }
 
 
@@ -205,7 +236,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: 1,000 on a CPU, 20,000 on a GPU")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
+    args.arms, args.seeds = ([*dict.fromkeys(given)] for given in (args.arms, args.seeds))
+    if args.jobs < 1 or (args.steps is not None and args.steps < 1):
+        parser.error("--jobs and --steps must be at least 1")
+    refuse_other_runs(args)
     rows = run_all(args)
+    missing = len(args.arms) * len(args.seeds) - len(rows)
     if not rows:
         sys.exit("no run is finished")
     text = table([*rows, *mae_rows(args.out)])
@@ -215,7 +251,14 @@ def main() -> None:
     if len(rows) > 2:
         summary["rank correlation with linear"] = correlations(rows)
     (args.out / "study.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if missing:
+        sys.exit(f"{missing} runs are not finished")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"study.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on")

@@ -73,7 +73,8 @@ def labelled_file(source: str | Path) -> Path | None:
     if path.suffix.lower() == ".mat":
         return path
     inside = path / NYU_FILE
-    return inside if inside.is_file() and not (path / _LIST).is_file() else None
+    named = inside.is_file() or (path / SPLITS).is_file()
+    return inside if named and not (path / _LIST).is_file() else None
 
 
 def open_labelled(file: Path) -> DepthData:

@@ -36,7 +36,7 @@ class IJepa(nn.Module):
             arXiv 2308.00566, whose code has 0.25); the published code has none. See `forward`.
 
     Attributes:
-        step: Number of the update, set by the trainer; the noise is a function of it.
+        noise_seed: The noise is a function of it; the trainer sets another one for every update.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class IJepa(nn.Module):
         self.target_layers = target_layers
         self.target_norm = target_norm
         self.position_noise = position_noise
-        self.step = 0
+        self.noise_seed = 0
         self.encoder = encoder
         self.predictor = predictor
         self.target_encoder = target_encoder or copy.deepcopy(encoder)
@@ -149,7 +149,7 @@ class IJepa(nn.Module):
         """Noise for each position of the grid, ``[N, D]``."""
         if not self.position_noise:
             return None
-        draw = torch.Generator().manual_seed(self.step)
+        draw = torch.Generator().manual_seed(self.noise_seed)
         noise = torch.randn(self.encoder.patch_embed.num_patches, tokens.shape[-1], generator=draw)
         return (self.position_noise * noise).to(tokens, non_blocking=True)
 

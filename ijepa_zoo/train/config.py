@@ -254,8 +254,9 @@ class Schedule:
         """
         if images < optim.batch_size:
             raise ValueError(
-                f"{images} training images are fewer than a batch: use optim.batch_size={images} "
-                f"or less (it is {optim.batch_size})"
+                f"{images} training images are fewer than a batch: lower optim.batch_size (now "
+                f"{optim.batch_size}; mask.cut must divide it) or data.held_out, the number of "
+                "images that are kept for the monitors"
             )
         size = {"batch_size": optim.batch_size, "images": images}
         steps = steps_of(optim.duration, **size)

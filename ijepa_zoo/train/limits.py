@@ -44,6 +44,7 @@ _RANGES = (
 _RATIOS = ("data.crop_ratio", "mask.target_aspect")  # the other ranges are parts of an area
 _RATIO_BOUNDS = 1e-3, 1e3  # longer boxes have no pixels, and their sides no finite numbers
 _MOST_MASKS = 64  # of an image; more is a slip of the pen that would take all memory
+_MOST_NOISE = 10.0  # standard deviations; tokens have about one
 _NO_NAMES = ("local-dir:", "hf-hub:")
 
 
@@ -75,6 +76,11 @@ def check(config: PretrainConfig) -> None:
     _check_channels(config.data, config.model)
     _check_durations(values)
     _check_cut(config)
+    if config.optim.position_noise > _MOST_NOISE:
+        raise ValueError(
+            f"optim.position_noise is {config.optim.position_noise:g}; it must be at most "
+            f"{_MOST_NOISE:g} (StoP's is 0.25)"
+        )
     if config.mask.per_image > _MOST_MASKS:
         raise ValueError(
             f"mask.per_image is {config.mask.per_image}; it must be at most {_MOST_MASKS}: every "

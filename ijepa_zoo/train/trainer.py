@@ -20,7 +20,7 @@ from ..data.image_sets import ImageSet
 from ..masks import MultiBlockMasks
 from ..models.jepa import IJepa
 from ..processes import Arrival, Processes
-from ..seeds import Stream, numpy_generator
+from ..seeds import Stream, fold, numpy_generator
 from .batches import (
     Batch,
     TrainBatches,
@@ -170,7 +170,7 @@ class Trainer:
                 the update, `step` is not advanced.
         """
         rates = self.schedule.rates(self.step)
-        self.model.step = self.step
+        self.model.noise_seed = fold(self.config.seed, Stream.POSITIONS, self.step)
         regularizer = self.model.regularizer
         if isinstance(regularizer, Regularizer):
             regularizer.step = self.step

@@ -288,7 +288,7 @@ def test_noise_is_drawn_anew_in_every_update_and_for_every_position():
     calm.load_state_dict(ijepa.state_dict())
     seen = []
     hook = ijepa.predictor.register_forward_hook(lambda _, given, __: seen.append(given[3]))
-    for ijepa.step in (0, 1, 1):
+    for ijepa.noise_seed in (0, 1, 1):
         last = ijepa(images, CONTEXT, TARGETS)
     hook.remove()
     assert seen[0].shape == (16, 48)

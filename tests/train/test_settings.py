@@ -178,6 +178,7 @@ def test_unknown_names_and_wrong_types_are_refused(change, words):
         ("optim.target_layers=0", "it must be at least 1"),
         ("optim.target_norm=batch", "it must be layer or instance or position"),
         ("optim.position_noise=-1", "it must be 0 or more"),
+        ("optim.position_noise=1e30", "it must be at most 10"),
         ("optim.regularizer=vicreg", "it must be variance_covariance or isotropic_gaussian"),
         ("model.predictor_context=once", "it must be repeated or shared or null"),
         ("data.crop_scale=0.5,1.5", "it must be 0 < min <= max <= 1"),
