@@ -276,16 +276,16 @@ def test_two_processes_give_the_figures_of_one(evaluate, pictures, tmp_path):
         task = replace(small_probe.TASK, protocol=replace(small_probe.PROTOCOL, batch_size=16))
         if sys.argv[4] == "killed":  # after the last epoch
             linear._measure = None
-        for cached in (False, True):
-            evaluate_linear(task, small_probe.encoder(), sys.argv[1], sys.argv[2], cached=cached,
-                            device="cpu", workers=0)
+        evaluate_linear(task, small_probe.encoder(), sys.argv[1], sys.argv[2],
+                        cached=sys.argv[5] == "cached", device="cpu", workers=0)
     """
     pictures = shutil.copytree(pictures, tmp_path / "copy")
     (pictures / "train" / "class1" / "5.png").write_bytes(b"no image")  # one process reads it
     arguments = (script, 2, pictures, tmp_path / "two", Path(__file__).parent)
-    ended = several_processes.finish(several_processes.start(*arguments, "killed"))
+    ended = several_processes.finish(several_processes.start(*arguments, "killed", "online"))
     assert ["'NoneType' object is not callable" in text for _, text in ended] == [True, True]
-    several_processes.run(*arguments, "repeated")
+    for fed in ("online", "cached"):
+        several_processes.run(*arguments, "repeated", fed)
     task = replace(TASK, protocol=replace(PROTOCOL, batch_size=16))
     for cached in (False, True):
         one = evaluate(task=task, data=pictures, cached=cached)
