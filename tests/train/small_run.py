@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train.config import (
     DataConfig,
     LogConfig,
@@ -53,3 +54,16 @@ def rows(folder):
     clock = ("time (ms)", "images_per_second")
     with (folder / "log.csv").open() as file:
         return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(file)]
+
+
+def after_updates(monkeypatch, updates, action):
+    """Run `action` at the end of update number `updates`."""
+    done, original = [], IJepa.update_target
+
+    def update_target(self, momentum):
+        original(self, momentum)
+        done.append(momentum)
+        if len(done) == updates:
+            action()
+
+    monkeypatch.setattr(IJepa, "update_target", update_target)

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import several_processes
 import torch
-from small_run import CONFIG, change, pictures, rows
+from small_run import CONFIG, after_updates, change, pictures, rows
 from test_parallel import TRAIN_MANY, alone, largest_difference
 
 import ijepa_zoo
 from ijepa_zoo.cli import main
 from ijepa_zoo.data.image_sets import open_images
-from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.processes import Processes
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
@@ -170,16 +169,8 @@ def test_resumed_equals_uninterrupted_and_exports(tmp_path, monkeypatch, capsys)
     assert "1 x cpu, fp8 (emulated on a CPU: slower than bf16, for trials), 4 " in (
         capsys.readouterr().err
     )
-    done, original = [], IJepa.update_target
-
-    def update_target(self, momentum):
-        original(self, momentum)
-        done.append(momentum)
-        if len(done) == 4:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(IJepa, "update_target", update_target)
+        after_updates(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             pretrain(FP8, IMAGES, tmp_path / "parts", progress=False)
     exported = pretrain(FP8, IMAGES, tmp_path / "parts", progress=False)

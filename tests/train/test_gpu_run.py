@@ -4,9 +4,8 @@ import signal
 
 import pytest
 import torch
-from small_run import CONFIG, change, pictures, rows
+from small_run import CONFIG, after_updates, change, pictures, rows
 
-from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import Interrupted, dry_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
 
@@ -52,16 +51,8 @@ def test_bf16_with_every_machine_setting_stays_close(tmp_path, machine):
 
 def test_stopped_and_resumed_goes_on(tmp_path, monkeypatch):
     whole = losses(tmp_path / "whole", GPU)
-    done, original = [], IJepa.update_target
-
-    def update_target(self, momentum):
-        original(self, momentum)
-        done.append(momentum)
-        if len(done) == 4:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(IJepa, "update_target", update_target)
+        after_updates(patch, 4, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             losses(tmp_path / "parts", GPU)
     assert losses(tmp_path / "parts", GPU) == pytest.approx(whole, rel=1e-4)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import CONFIG, change, pictures, rows
+from small_run import CONFIG, after_updates, change, pictures, rows
 
 import ijepa_zoo
 from ijepa_zoo.data.image_sets import open_images
@@ -38,19 +38,6 @@ def same_state(one, other):
     (a, _), (b, _) = state(one), state(other)
     assert a.keys() == b.keys()
     return [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def after_updates(monkeypatch, updates, action):
-    """Run `action` at the end of update number `updates`."""
-    done, original = [], IJepa.update_target
-
-    def update_target(self, momentum):
-        original(self, momentum)
-        done.append(momentum)
-        if len(done) == updates:
-            action()
-
-    monkeypatch.setattr(IJepa, "update_target", update_target)
 
 
 @pytest.fixture(scope="module")
