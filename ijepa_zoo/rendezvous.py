@@ -23,6 +23,7 @@ _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _START = "start with: torchrun --nproc-per-node=NUMBER_OF_GPUS -m ijepa_zoo.cli COMMAND ..."
 _joins = itertools.count()  # a process may join twice through one store; keys must differ
+_stores: dict[tuple[str, int], Any] = {}  # by address and port
 
 
 class ProcessError(RuntimeError):
@@ -239,20 +240,42 @@ def meet(place: Place, device: torch.device) -> tuple[Survey, int]:
         ProcessError: They do not find each other, or do not fit.
     """
     import torch.distributed as dist
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     if dist.is_initialized():
         raise ProcessError(
             "torch.distributed is initialised already: leave that to ijepa_zoo, or call "
             "torch.distributed.destroy_process_group() before"
         )
+    store = _connect(place)
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_joins)}"
+    survey = Survey(place, PrefixStore(f"ijepa_zoo/{attempt}", store))
+    survey.come()
+    return survey, _compare(survey, device)
+
+
+def _connect(place: Place) -> Any:
+    """The store of the job, hosted by process 0 unless torchrun does.
+
+    It is kept while the process lives. A second meeting with a store of its own would fail when one
+    process still leaves the first meeting: the others would reach the old store, which then ends.
+    """
+    import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    key = (place.address, place.port)
+    try:
+        if key in _stores and _stores[key].add("alive", 1):
+            return _stores[key]
+    except dist.DistError:
+        del _stores[key]  # its host has left; a new job may have this address
     where = f"MASTER_ADDR={place.address}, MASTER_PORT={place.port}"
     # torchrun's agent keeps the store itself
     host = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(seconds=_PATIENCE)
     try:
         socket.getaddrinfo(place.address, place.port)
-        store = TCPStore(
+        _stores[key] = TCPStore(
             place.address, place.port, None, host, limit, wait_for_workers=False, multi_tenant=True
         )
     except socket.gaierror as error:
@@ -263,10 +286,7 @@ def meet(place: Place, device: torch.device) -> tuple[Survey, int]:
             f"cannot {'listen at' if host else 'reach'} {where}: {hint} "
             f"[{str(error).splitlines()[0]}]"
         ) from error
-    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_joins)}"
-    survey = Survey(place, PrefixStore(f"ijepa_zoo/{attempt}", store))
-    survey.come()
-    return survey, _compare(survey, device)
+    return _stores[key]
 
 
 def _compare(survey: Survey, device: torch.device) -> int:

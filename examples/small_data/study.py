@@ -11,7 +11,7 @@ screens the small model on a CPU (7 minutes a run and thread). On a GPU, at real
 
 A run that is finished is not repeated, one that was interrupted goes on. Rows of mae.py in the same
 folder join the table (give both the same --steps). Arms, seeds and steps:
-`--arms published variance`, `--seeds 0 1 2`, `--steps 3000`.
+`--arms published variance`, `--seeds 0 1 2`, `--steps 3000`; `--set` changes a setting of all arms.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,11 @@ ARMS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def overrides(size: str, arm: str, seed: int, steps: int | None) -> list[str]:
-    """The words of `ijepa-zoo pretrain vith14_in1k` for one run."""
-    words = [*SIZES[size], *SHARED, *ARMS[arm], f"seed={seed}"]
+def overrides(
+    size: str, arm: str, seed: int, steps: int | None, more: Sequence[str] = ()
+) -> list[str]:
+    """The words of `ijepa-zoo pretrain vith14_in1k` for one run; `more` is for all arms."""
+    words = [*SIZES[size], *SHARED, *ARMS[arm], f"seed={seed}", *more]
     if steps is not None:
         words.append(f"optim.duration={steps} steps")
     total = int(next(w for w in reversed(words) if "duration" in w).split("=")[1].split()[0])
@@ -98,7 +101,7 @@ def start(args: argparse.Namespace, arm: str, seed: int, out: Path) -> subproces
     """One run in a process of its own."""
     command = [
         *(sys.executable, "-m", "ijepa_zoo.cli", "pretrain", "vith14_in1k"),
-        *overrides(args.size, arm, seed, args.steps),
+        *overrides(args.size, arm, seed, args.steps, args.set),
         *("--data", *args.data, "--out", str(out), "--quiet"),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +138,7 @@ def refuse_other_runs(args: argparse.Namespace) -> None:
     if images.labels is None or images.labels.min() < 0:
         raise ValueError("images without a class: --data must be a folder of class folders")
     for arm, seed in itertools.product(args.arms, args.seeds):
-        config = load_config("vith14_in1k", overrides(args.size, arm, seed, args.steps))
+        config = load_config("vith14_in1k", overrides(args.size, arm, seed, args.steps, args.set))
         out = args.out / f"{arm}-{seed}"
         if not (out / "config.yaml").exists():
             continue
@@ -235,6 +238,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="default: 1,000 on a CPU, 20,000 on a GPU")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="SETTING",
+        help="for all arms, such as optim.precision=bf16 or model.name=vit_small16_ijepa",
+    )  # fmt: skip
     args = parser.parse_args()
     args.arms, args.seeds = ([*dict.fromkeys(given)] for given in (args.arms, args.seeds))
     if args.jobs < 1 or (args.steps is not None and args.steps < 1):

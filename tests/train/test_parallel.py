@@ -197,6 +197,23 @@ def test_under_torchrun(tmp_path):
     assert done.stdout.count("done") == 4
 
 
+AGAIN = """
+import os, time
+import torch
+from ijepa_zoo.rendezvous import meet, read_place
+
+place = read_place(os.environ)
+survey, _ = meet(place, torch.device("cpu"))
+time.sleep(2 if place.rank == 0 else 0)  # process 1 comes again while 0 has not left
+del survey
+meet(place, torch.device("cpu"))
+"""
+
+
+def test_processes_that_leave_late_meet_again():
+    several_processes.run(AGAIN, 2)
+
+
 LOSE = """
 import os, signal, sys, time
 import torch
