@@ -112,10 +112,12 @@ def test_equal_values_share_their_rank(study):
 def test_runs_of_mae_join_the_table(study, tmp_path):
     row = dict(zip(study.COLUMNS, ("mae", 0, 41.0, 25.0, 9.0, 0.7, 80.0)))
     (tmp_path / "mae-0").mkdir()
-    (tmp_path / "mae-0" / "figures.json").write_text(json.dumps({**row, "settings": ["a"]}))
+    (tmp_path / "mae-0" / "figures.json").write_text(json.dumps({**row, "images": 640}))
     (tmp_path / "mae-1").mkdir()  # not finished
-    assert study.mae_rows(tmp_path) == [row]
-    assert "| mae | 1 | 41.0 | 25.0 | 9.0 | 0.700 | 80 |" in study.table(study.mae_rows(tmp_path))
+    named = "mae, 640 images"
+    assert study.mae_rows(tmp_path) == [{**row, "arm": named}]
+    text = study.table(study.mae_rows(tmp_path))
+    assert f"| {named} | 1 | 41.0 | 25.0 | 9.0 | 0.700 | 80 |" in text
 
 
 def test_figures_are_those_of_the_last_monitoring_of_a_finished_run(study, tmp_path):
@@ -158,6 +160,9 @@ def test_mae_writes_figures_of_the_encoder_that_it_saves(mae, photos, tmp_path, 
     start(mae, monkeypatch, "--data", photos, "--out", out, "--seed", 5, "--steps", 12)
     with pytest.raises(ValueError, match="other settings"):
         start(mae, monkeypatch, "--data", photos, "--out", out, "--seed", 5, "--lr", 1)
+    (photos / "dark" / "0.png").unlink()
+    with pytest.raises(ValueError, match="other data"):
+        start(mae, monkeypatch, "--data", photos, "--out", out, "--seed", 5, "--steps", 12)
 
 
 def test_mae_sees_the_images_of_the_study_unless_its_own_crops_are_asked_for(
@@ -169,7 +174,7 @@ def test_mae_sees_the_images_of_the_study_unless_its_own_crops_are_asked_for(
         return images, trainer.held_out
 
     class Args:
-        size, seed, lr, mae_crops = "cpu", 2, 1e-3, False
+        size, seed, lr, mae_crops, set = "cpu", 2, 1e-3, False, ()
 
     ours, held_out = seen(mae.overrides("cpu", "published", 2, None))
     same, same_held_out = seen(mae.words_of(Args, None))

@@ -63,7 +63,8 @@ DRAWS = 32  # steps whose masks are averaged to count I-JEPA's operations
 
 def words_of(args: argparse.Namespace, steps: int | None) -> list[str]:
     """Settings of study.py's run, with MAE's rates in the place of I-JEPA's."""
-    words = [*overrides(args.size, "published", args.seed, steps), *CROPS * args.mae_crops]
+    words = overrides(args.size, "published", args.seed, steps, args.set)
+    words += CROPS * args.mae_crops
     optim = load_config("vith14_in1k", words).optim
     total = steps_of(optim.duration, batch_size=optim.batch_size, images=0)
     return [
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="default: those of study.py")
+    parser.add_argument("--set", nargs="+", default=[], metavar="SETTING", help="as in study.py")
     parser.add_argument("--lr", type=float, default=LR, help="at its peak (default: %(default)g)")
     parser.add_argument("--mae-crops", action="store_true", help="scales 0.2 to 1, and flips")
     parser.add_argument("--equal-compute", action="store_true", help="as many FLOP as I-JEPA")
@@ -229,15 +231,17 @@ def main() -> None:
     arm = "mae_compute" if args.equal_compute else "mae"
     folder = args.out / f"{arm}-{args.seed}"
     file = folder / "figures.json"
+    images = open_images(args.data, tensors=True)
+    given = {"settings": words, "data": images.fingerprint()}
     if file.exists():
         found = json.loads(file.read_text())
-        if found["settings"] != words:
-            raise ValueError(f"{file} is of other settings: choose another --out")
+        if differing := [name for name, value in given.items() if found.get(name) != value]:
+            raise ValueError(f"{file} is of other {' and '.join(differing)}: choose another --out")
     else:
-        found = {"arm": arm, **run(config, open_images(args.data, tensors=True), folder)}
-        found |= {"GFLOP": gflop, "GFLOP of I-JEPA": ijepa, "settings": words}
+        found = {"arm": arm, **run(config, images, folder)}
+        found |= {"GFLOP": gflop, "GFLOP of I-JEPA": ijepa, **given}
         file.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in found.items() if key != "settings"}, indent=1))
+    print(json.dumps({key: value for key, value in found.items() if key not in given}, indent=1))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ screens the small model on a CPU (7 minutes a run and thread). On a GPU, at real
     python examples/small_data/study.py --data cifar10/train --out runs/vit_tiny --size gpu
 
 A run that is finished is not repeated, one that was interrupted goes on. Rows of mae.py in the same
-folder join the table (give both the same --steps). Arms, seeds and steps:
-`--arms published variance`, `--seeds 0 1 2`, `--steps 3000`; `--set` changes a setting of all arms.
+folder join the table. Arms, seeds and steps: `--arms published variance`, `--seeds 0 1 2`,
+`--steps 3000`; `--set` changes a setting of all arms.
 """
 
 from __future__ import annotations
@@ -200,9 +200,13 @@ def ranks(values: list[float]) -> np.ndarray:
 
 
 def mae_rows(out: Path) -> list[dict[str, Any]]:
-    """Finished runs of mae.py in the same folder, with the keys of the table."""
+    """Finished runs of mae.py in the same folder, with the keys of the table.
+
+    They may have seen more images than the others, or less: each says how many.
+    """
     found = [json.loads(file.read_text()) for file in sorted(out.glob("mae*/figures.json"))]
-    return [{key: row[key] for key in COLUMNS} for row in found]
+    named = [{**row, "arm": f"{row['arm']}, {row['images']:,} images"} for row in found]
+    return [{key: row[key] for key in COLUMNS} for row in named]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -61,7 +61,7 @@ def draw_scaling(axes: Mapping[str, Mapping[str, Figures]], of_gpus: Figures, pl
     panels[1, 2].set(ylabel="efficiency", ylim=(0, 1.03))
     for panel, value in zip(panels[1, 1:], ("step_ms", "efficiency")):
         _draw_gpus(panel, of_gpus, value)
-        panel.set_title(f"Computed, not measured: {where}")
+        panel.set_title(f"Computed, not measured:\n{where}")
     figure.savefig(plot, dpi=110)
 
 

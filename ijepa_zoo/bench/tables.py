@@ -74,7 +74,9 @@ def table(found: Sequence[Found], kind: str) -> str:
     rows = _ROWS.get(kind, _against)(found)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    commands = "; ".join(f"`{result['command']}`" for result in found)
+    commands = f"`{found[0]['command']}`"
+    if len(found) > 1:
+        commands = f"`ijepa-zoo bench {found[0]['bench']}`, with the options that each result names"
     if kind == SCALE_OUT:
         what = found[0]["extra"]["many_gpus"]["what"]
         return "\n".join([*lines, "", f"{what[0].upper()}{what[1:]}: {commands}."])

@@ -89,6 +89,10 @@ def train(
     settings = {name: value for name, value in locals().items() if name != "progress"}
     if BF16 in vs and precision == "bf16":
         raise ValueError("--vs bf16 is our step in bf16 itself: use --precision fp8 or fp32")
+    if PUBLISHED not in vs and published_precision != "fp32":
+        raise ValueError(
+            f"--published-precision {published_precision} is used with --vs {PUBLISHED} only"
+        )
     code = chosen_code("train", vs, published_path, others=(BF16,))
     own = StepSettings(model, img_size, batch_size, precision, device, compile, predictor_context)
     built = {OURS: own, PUBLISHED: own, BF16: replace(own, precision="bf16")}

@@ -102,6 +102,7 @@ def test_table_is_made_of_the_newest_results(tmp_path):
     assert f"{row}(1.1 to 1.4, 3 pairs) |" in filled
     assert "900 ms" not in filled
     assert "a CPU, threads: 2, torch 2.15, 2026-01-02" in filled
+    assert "`ijepa-zoo bench train`, with the options that each result names" in filled
     assert fill(filled, tmp_path) == filled
 
 
@@ -122,6 +123,8 @@ def test_table_without_a_result_is_an_error(tmp_path):
         fill("<!-- bench:load -->\n<!-- /bench -->", tmp_path)
 
 
-def test_readme_is_what_the_results_make_it():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["README.md", "examples/benchmarks/NOTES.md"])
+def test_texts_are_what_the_results_make_them(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- bench:" in text
     assert fill(text, ROOT / "examples" / "benchmarks" / "results") == text

@@ -164,6 +164,8 @@ def test_missing_clone_is_a_sentence(tmp_path):
         bench.train(vs=["timm"])
     with pytest.raises(ValueError, match="use --precision fp8 or fp32"):
         bench.train(vs=["bf16"], precision="bf16")
+    with pytest.raises(ValueError, match="bf16 is used with --vs published only"):
+        bench.train(published_precision="bf16")
 
 
 @pytest.mark.parametrize(
