@@ -5,7 +5,6 @@ Everything a wrong environment can do is refused here, within a minute and in wo
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import socket
@@ -22,8 +21,17 @@ _GRACE = 5.0  # seconds until the others have said what happened to them
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _START = "start with: torchrun --nproc-per-node=NUMBER_OF_GPUS -m ijepa_zoo.cli COMMAND ..."
-_joins = itertools.count()  # a process may join twice through one store; keys must differ
-_stores: dict[tuple[str, int], Any] = {}  # by address and port
+
+
+@dataclass
+class _Connection:
+    """The store of a job, and how often its processes have met there."""
+
+    store: Any
+    meetings: int = 0
+
+
+_known: dict[tuple[str, int], _Connection] = {}  # by address and port
 
 
 class ProcessError(RuntimeError):
@@ -167,7 +175,9 @@ class Survey:
                 f"WORLD_SIZE={place.world} here, but {told} in another process of the job: give "
                 "all nodes the same numbers"
             )
-        if self.store.add(f"come/{place.rank}", 1) > 1:
+        came = f"come/{place.rank}"
+        if self.store.add(came, 1) > 1:
+            self.store.add(came, -1)
             raise ProcessError(
                 f"two processes have RANK={place.rank}: every process needs its own; {_START}"
             )
@@ -175,7 +185,9 @@ class Survey:
         limit = time.monotonic() + _PATIENCE
         while self.store.add("count", 0) < place.world:
             if time.monotonic() > limit:
-                missing = [r for r in range(place.world) if not self.store.check([f"come/{r}"])]
+                missing = [r for r in range(place.world) if not self.store.add(f"come/{r}", 0)]
+                for mine in (came, "count"):  # the others shall not meet one who has left
+                    self.store.add(mine, -1)
                 raise ProcessError(
                     f"process {_list(missing)} of {place.world} did not come to "
                     f"{place.address}:{place.port} within {_PATIENCE:g} s: see that every node "
@@ -247,14 +259,15 @@ def meet(place: Place, device: torch.device) -> tuple[Survey, int]:
             "torch.distributed is initialised already: leave that to ijepa_zoo, or call "
             "torch.distributed.destroy_process_group() before"
         )
-    store = _connect(place)
-    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_joins)}"
-    survey = Survey(place, PrefixStore(f"ijepa_zoo/{attempt}", store))
+    known = _connect(place)
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{known.meetings}"
+    survey = Survey(place, PrefixStore(f"ijepa_zoo/{attempt}", known.store))
     survey.come()
+    known.meetings += 1  # keys must differ the next time
     return survey, _compare(survey, device)
 
 
-def _connect(place: Place) -> Any:
+def _connect(place: Place) -> _Connection:
     """The store of the job, hosted by process 0 unless torchrun does.
 
     It is kept while the process lives. A second meeting with a store of its own would fail when one
@@ -265,17 +278,17 @@ def _connect(place: Place) -> Any:
 
     key = (place.address, place.port)
     try:
-        if key in _stores and _stores[key].add("alive", 1):
-            return _stores[key]
+        if key in _known and _known[key].store.add("alive", 1):
+            return _known[key]
     except dist.DistError:
-        del _stores[key]  # its host has left; a new job may have this address
+        del _known[key]  # its host has left; a new job may have this address
     where = f"MASTER_ADDR={place.address}, MASTER_PORT={place.port}"
     # torchrun's agent keeps the store itself
     host = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(seconds=_PATIENCE)
     try:
         socket.getaddrinfo(place.address, place.port)
-        _stores[key] = TCPStore(
+        store = TCPStore(
             place.address, place.port, None, host, limit, wait_for_workers=False, multi_tenant=True
         )
     except socket.gaierror as error:
@@ -286,7 +299,8 @@ def _connect(place: Place) -> Any:
             f"cannot {'listen at' if host else 'reach'} {where}: {hint} "
             f"[{str(error).splitlines()[0]}]"
         ) from error
-    return _stores[key]
+    _known[key] = _Connection(store)
+    return _known[key]
 
 
 def _compare(survey: Survey, device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """examples/small_data: the study's words and tables, and MAE beside it."""
 
+import argparse
 import json
 import math
 import sys
@@ -109,15 +110,40 @@ def test_equal_values_share_their_rank(study):
     assert study.ranks([7.0, 3.0, 7.0, 9.0]).tolist() == [2, 0.5, 2, 3.5]
 
 
-def test_runs_of_mae_join_the_table(study, tmp_path):
+def test_runs_of_mae_join_the_table(study, photos, tmp_path, capsys):
+    args = argparse.Namespace(data=[str(photos)], out=tmp_path, size="cpu", steps=80, set=[])
     row = dict(zip(study.COLUMNS, ("mae", 0, 41.0, 25.0, 9.0, 0.7, 80.0)))
-    (tmp_path / "mae-0").mkdir()
-    (tmp_path / "mae-0" / "figures.json").write_text(json.dumps({**row, "images": 640}))
-    (tmp_path / "mae-1").mkdir()  # not finished
-    named = "mae, 640 images"
-    assert study.mae_rows(tmp_path) == [{**row, "arm": named}]
-    text = study.table(study.mae_rows(tmp_path))
-    assert f"| {named} | 1 | 41.0 | 25.0 | 9.0 | 0.700 | 80 |" in text
+    words = [*study.overrides("cpu", "published", 0, 100), "optim.lr=1e-3", "optim.start_lr=0"]
+    about = {"settings": words, "data": open_images(args.data).fingerprint(), "images": 6400}
+    others = {"settings": [*words, "model.patch_size=8"]}, {"data": "of another set"}, {}
+    for number, other in enumerate(others):
+        (tmp_path / f"mae-{number}").mkdir()
+        text = json.dumps({**row, **about, **other})
+        (tmp_path / f"mae-{number}" / "figures.json").write_text(text)
+    (tmp_path / "mae-9").mkdir()  # not finished
+    named = "mae, 6,400 images"
+    assert study.mae_rows(args) == [{**row, "arm": named}]
+    said = capsys.readouterr().out
+    assert "mae-0/figures.json is left out (model.patch_size: 8 then, 4 now)" in said
+    assert "mae-1/figures.json is left out (other images)" in said
+    assert f"| {named} | 1 | 41.0 | 25.0 | 9.0 | 0.700 | 80 |" in study.table(study.mae_rows(args))
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("seed=5", "use --seeds"),
+        ("optim.duration=5 epochs", "use --steps"),
+        ("optim.lr=1e-3", "the arm slow sets it"),
+        ("data.held_out=0", "images held out"),
+    ],
+)
+def test_settings_of_all_arms_change_no_arm(study, photos, tmp_path, monkeypatch, word, message):
+    with pytest.raises(ValueError, match=message):
+        start(study, monkeypatch, "--data", photos, "--out", tmp_path, "--arms", "slow",
+              "--set", word)  # fmt: skip
+    words = study.overrides("cpu", "slow", 0, 80, ["optim.warmup=3 steps"])
+    assert load_config(RECIPE, words).optim.warmup == "3 steps"
 
 
 def test_figures_are_those_of_the_last_monitoring_of_a_finished_run(study, tmp_path):

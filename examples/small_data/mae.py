@@ -34,7 +34,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import load_file
-from study import SIZES, overrides
+from study import MAES_OWN, SIZES, overrides, refuse_settings
 from timm.models import save_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -222,6 +222,8 @@ def main() -> None:
     parser.add_argument("--equal-compute", action="store_true", help="as many FLOP as I-JEPA")
     args = parser.parse_args()
     disable_progress_bar()
+    own = {name: "MAE has its own" for name in MAES_OWN}
+    refuse_settings(args.set, {**own, "seed": "use --seed", "optim.duration": "use --steps"})
     config = load_config("vith14_in1k", words := words_of(args, args.steps))
     gflop, ijepa = operations(config)
     print(f"GFLOP of a step for each image: MAE {gflop:.4f}, I-JEPA {ijepa:.4f}")

@@ -2,6 +2,7 @@
 
 Every arm is the published recipe, scaled down, with some settings changed; all arms see the same
 number of images. Figures are those of the monitors on held-out images: kNN, linear probe, RankMe.
+Data sets are told apart by the names of their images.
 
     python examples/small_data/study.py --data cifar10/train --out runs/small_data
 
@@ -26,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ SHARED = [
     "mask.min_keep=4", "log.keep=1",
 ]  # fmt: skip
 COLUMNS = ("arm", "seed", "linear", "knn", "rankme", "loss", "step (ms)")
+MAES_OWN = (
+    *("optim.lr", "optim.start_lr", "optim.final_lr", "optim.warmup", "optim.duration"),
+    *("optim.weight_decay", "optim.final_weight_decay", "data.crop_scale", "data.horizontal_flip"),
+)  # what mae.py may have otherwise
 SLOW = ["optim.lr=4e-4", "optim.start_lr=1e-4", "optim.final_weight_decay=0.1"]
 VARIANCE = ["optim.regularizer_weight=0.1", "optim.regularizer_over=residuals"]
 ARMS: dict[str, list[str]] = {
@@ -87,14 +92,37 @@ def overrides(
     size: str, arm: str, seed: int, steps: int | None, more: Sequence[str] = ()
 ) -> list[str]:
     """The words of `ijepa-zoo pretrain vith14_in1k` for one run; `more` is for all arms."""
-    words = [*SIZES[size], *SHARED, *ARMS[arm], f"seed={seed}", *more]
+    words = [*SIZES[size], *SHARED, *ARMS[arm], f"seed={seed}"]
     if steps is not None:
         words.append(f"optim.duration={steps} steps")
     total = int(next(w for w in reversed(words) if "duration" in w).split("=")[1].split()[0])
     return [
         *words, f"optim.warmup={total // 8} steps", f"log.monitor_every={max(1, total // 10)}",
-        f"log.save_every={max(1, total // 4)} steps", "log.log_every=10",
+        f"log.save_every={max(1, total // 4)} steps", "log.log_every=10", *more,
     ]  # fmt: skip
+
+
+def refuse_settings(given: Sequence[str], own: Mapping[str, str]) -> None:
+    """End where `--set` changes what is not for it.
+
+    Args:
+        given: Its words.
+        own: Names of settings, and what to do about each.
+
+    Raises:
+        ValueError: Which word, and what to do.
+    """
+    for word in given:
+        name = word.partition("=")[0].strip()
+        if name in own:
+            raise ValueError(f"--set {word}: {own[name]}")
+    if any(word.replace(" ", "") == "data.held_out=0" for word in given):
+        raise ValueError("--set data.held_out=0: the figures are those of images held out")
+
+
+def names(words: Sequence[str]) -> list[str]:
+    """The settings that words change."""
+    return [word.partition("=")[0] for word in words]
 
 
 def start(args: argparse.Namespace, arm: str, seed: int, out: Path) -> subprocess.Popen[bytes]:
@@ -134,6 +162,8 @@ def refuse_other_runs(args: argparse.Namespace) -> None:
     Raises:
         ValueError: Which run, and what differs.
     """
+    own = {name: f"the arm {arm} sets it" for arm in args.arms for name in names(ARMS[arm])}
+    refuse_settings(args.set, {**own, "seed": "use --seeds", "optim.duration": "use --steps"})
     images = open_images(args.data)
     if images.labels is None or images.labels.min() < 0:
         raise ValueError("images without a class: --data must be a folder of class folders")
@@ -199,14 +229,27 @@ def ranks(values: list[float]) -> np.ndarray:
     return (column > column.T).sum(1) + (column == column.T).sum(1) / 2
 
 
-def mae_rows(out: Path) -> list[dict[str, Any]]:
+def mae_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Finished runs of mae.py in the same folder, with the keys of the table.
 
-    They may have seen more images than the others, or less: each says how many.
+    They may have seen more images than the others, or less: each says how many. Those of another
+    model or of other data are left out and named.
     """
-    found = [json.loads(file.read_text()) for file in sorted(out.glob("mae*/figures.json"))]
-    named = [{**row, "arm": f"{row['arm']}, {row['images']:,} images"} for row in found]
-    return [{key: row[key] for key in COLUMNS} for row in named]
+    fingerprint, rows = open_images(args.data).fingerprint(), []
+    for file in sorted(args.out.glob("mae*/figures.json")):
+        row = json.loads(file.read_text())
+        words = overrides(args.size, "published", row["seed"], args.steps, args.set)
+        theirs = load_config("vith14_in1k", row["settings"])
+        apart = differences(theirs, load_config("vith14_in1k", words))
+        apart = [text for text in apart if not text.startswith(MAES_OWN)]
+        if row.get("data") != fingerprint:
+            apart.append("other images")
+        if apart:
+            print(f"{file} is left out ({'; '.join(apart)})")
+            continue
+        arm = f"{row['arm']}, {row['images']:,} images"
+        rows.append({**{key: row[key] for key in COLUMNS}, "arm": arm})
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -255,10 +298,11 @@ def main() -> None:
     missing = len(args.arms) * len(args.seeds) - len(rows)
     if not rows:
         sys.exit("no run is finished")
-    text = table([*rows, *mae_rows(args.out)])
+    text = table([*rows, *mae_rows(args)])
     print(text)
     (args.out / "table.md").write_text(text + "\n")
-    summary: dict[str, Any] = {"rows": rows, "settings": {arm: ARMS[arm] for arm in args.arms}}
+    settings = {arm: overrides(args.size, arm, 0, args.steps, args.set) for arm in args.arms}
+    summary: dict[str, Any] = {"rows": rows, "settings": settings}
     if len(rows) > 2:
         summary["rank correlation with linear"] = correlations(rows)
     (args.out / "study.json").write_text(json.dumps(summary, indent=1) + "\n")

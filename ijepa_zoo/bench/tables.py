@@ -10,6 +10,7 @@ on the same machine the newest counts.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -24,10 +25,9 @@ from .timing import OURS
 SCALE_OUT = "scale_out"  # a table of what results of `bench scaling` have beside measurements
 
 _BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_LENGTH = frozenset({"published_path", "seconds", "rounds", "folder"})  # of the measurement
 # settings that do not tell what was measured
-_HOW = frozenset(
-    {"vs", "published_path", "seconds", "rounds", "data", "device", "workers", "folder"}
-)
+_HOW = _LENGTH | {"vs", "data", "device", "workers"}
 _WORDS = frozenset({"model", "precision", "dtype", "mode", "task"})  # whose value says enough
 _UNSAID = frozenset({"published_precision", "other_precision"})  # stands beside the other's name
 
@@ -42,9 +42,15 @@ def fill(text: str, folder: Path) -> str:
         folder: Where the JSON files are.
 
     Raises:
-        ValueError: There is no result for a table.
+        ValueError: There is no result for a table, or a table has no end or an unknown name.
     """
     results = newest(folder)
+    opened, whole = text.count("<!-- bench:"), len(_BLOCK.findall(text))
+    if opened != whole:
+        raise ValueError(
+            f"{opened} lines `<!-- bench:NAME -->`, but {whole} tables: each needs a name of "
+            "letters and a `<!-- /bench -->` after it"
+        )
 
     def block(match: re.Match[str]) -> str:
         bench = "scaling" if match[2] == SCALE_OUT else match[2]
@@ -61,9 +67,13 @@ def newest(folder: Path) -> list[Found]:
     """The results in a folder, in the order of their names; the last of those that are alike."""
     kept: dict[str, Found] = {}
     for file in sorted(folder.glob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error})") from error
         if isinstance(content, dict) and "bench" in content:
-            like = json.dumps([content["bench"], content["settings"], content["machine"]["cpu"]])
+            settings = {k: v for k, v in content["settings"].items() if k not in _LENGTH}
+            like = json.dumps([content["bench"], settings, content["machine"]["cpu"]])
             if like not in kept or kept[like]["date"] <= content["date"]:
                 kept[like] = content
     return list(kept.values())
@@ -258,16 +268,20 @@ def _optional(figures: Mapping[str, Any], key: str, factor: float, unit: str = "
     return f"{figures[key] * factor:.3g}{unit}" if key in figures else ""
 
 
-def main(text_file: str, folder: str) -> None:
-    """Fill the tables of a file.
-
-    Args:
-        text_file: README.md or another.
-        folder: The folder of the JSON files.
-    """
-    path = Path(text_file)
-    path.write_text(fill(path.read_text(encoding="utf-8"), Path(folder)), encoding="utf-8")
+def main() -> None:
+    """Fill the tables of a file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_zoo.bench.tables", description="Fill the tables of a text."
+    )
+    parser.add_argument("text", type=Path, help="README.md or another")
+    parser.add_argument("results", type=Path, help="folder of the JSON files")
+    args = parser.parse_args()
+    try:
+        filled = fill(args.text.read_text(encoding="utf-8"), args.results)
+        args.text.write_text(filled, encoding="utf-8")
+    except (ValueError, OSError) as error:
+        sys.exit(f"tables: {error}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -89,7 +89,8 @@ def test_disagreement_is_an_error(difference):
 
 def test_table_is_made_of_the_newest_results(tmp_path):
     result(0.9, "2026-01-01").save(tmp_path / "z.json")
-    result(0.5, "2026-01-02").save(tmp_path / "a.json")
+    longer = result(0.5, "2026-01-02")
+    replace(longer, settings={**longer.settings, "seconds": 300}).save(tmp_path / "a.json")
     result(0.7, "2025-12-31", model="vit_b").save(tmp_path / "b.json")
     (tmp_path / "other.json").write_text('{"date": "2026"}')
     assert [found["date"] for found in newest(tmp_path)] == ["2026-01-02", "2025-12-31"]
@@ -121,6 +122,12 @@ def test_table_without_a_result_is_an_error(tmp_path):
     result().save(tmp_path / "a.json")
     with pytest.raises(ValueError, match="no result of `bench load`, only of train"):
         fill("<!-- bench:load -->\n<!-- /bench -->", tmp_path)
+    for text in ("<!-- bench:train -->\n", "<!-- bench:train-x -->\n<!-- /bench -->"):
+        with pytest.raises(ValueError, match=r"1 lines .*, but 0 tables"):
+            fill(text, tmp_path)
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(ValueError, match=r"b\.json is damaged"):
+        newest(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["README.md", "examples/benchmarks/NOTES.md"])

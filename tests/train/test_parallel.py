@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -214,6 +215,29 @@ def test_processes_that_leave_late_meet_again():
     several_processes.run(AGAIN, 2)
 
 
+LATE = """
+import os, time
+import torch
+from ijepa_zoo import rendezvous
+
+rendezvous._PATIENCE = 3.0
+place = rendezvous.read_place(os.environ)
+time.sleep(4 if place.rank == 1 else 0)
+for attempt in range(3):
+    try:
+        rendezvous.meet(place, torch.device("cpu"))
+        break
+    except rendezvous.ProcessError as error:
+        assert "process 1 of 2 did not come" in str(error) and (place.rank, attempt) == (0, 0)
+else:
+    raise AssertionError("never met")
+"""
+
+
+def test_a_meeting_that_one_missed_can_be_repeated():
+    several_processes.run(LATE, 2)
+
+
 LOSE = """
 import os, signal, sys, time
 import torch
@@ -336,13 +360,17 @@ def test_taken_port(monkeypatch):
         (Place(0, 2), Place(1, 3), "WORLD_SIZE=3 here, but 2 in another process"),
     ],
 )
-def test_places_that_do_not_fit_together(monkeypatch, first, second, message):
-    monkeypatch.setattr(rendezvous, "_PATIENCE", 0.1)
+def test_places_that_do_not_fit_together(first, second, message):
     store = torch.distributed.HashStore()
-    with pytest.raises(ProcessError, match="did not come"):
-        rendezvous.Survey(first, store).come()
+    waits = threading.Thread(target=rendezvous.Survey(first, store).come, daemon=True)
+    waits.start()
+    while not store.add("count", 0):
+        time.sleep(0.01)
     with pytest.raises(ProcessError, match=message):
         rendezvous.Survey(second, store).come()
+    rendezvous.Survey(Place(1, 2), store).come()  # the first one waits for this one
+    waits.join(20)
+    assert not waits.is_alive()
 
 
 def test_devices(monkeypatch):
