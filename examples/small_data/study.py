@@ -112,8 +112,7 @@ def refuse_settings(given: Sequence[str], own: Mapping[str, str]) -> None:
     Raises:
         ValueError: Which word, and what to do.
     """
-    for word in given:
-        name = word.partition("=")[0].strip()
+    for word, name in zip(given, names(given)):
         if name in own:
             raise ValueError(f"--set {word}: {own[name]}")
     if any(word.replace(" ", "") == "data.held_out=0" for word in given):
@@ -122,7 +121,7 @@ def refuse_settings(given: Sequence[str], own: Mapping[str, str]) -> None:
 
 def names(words: Sequence[str]) -> list[str]:
     """The settings that words change."""
-    return [word.partition("=")[0] for word in words]
+    return [word.partition("=")[0].strip() for word in words]
 
 
 def start(args: argparse.Namespace, arm: str, seed: int, out: Path) -> subprocess.Popen[bytes]:
