@@ -46,12 +46,11 @@ LAYERS = {
     "train": 3,
     "eval": 3,
     "serving": 3,
-    "bench": 4,
     "cli": 4,
     "": 4,  # ijepa_zoo itself
 }
 # packages whose modules are all of one layer
-WHOLE = {"data", "extraction", "train", "eval", "serving", "bench", "cli"}
+WHOLE = {"data", "extraction", "train", "eval", "serving", "cli"}
 GROUND = {"torch", "numpy"} | sys.stdlib_module_names  # all that layer 0 may import
 PROCESS_GROUPS = {
     *("processes", "rendezvous", "train.parallel", "train.checkpoint"),

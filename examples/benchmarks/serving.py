@@ -16,13 +16,12 @@ from statistics import median
 
 import onnxruntime
 import torch
+from harness import environment, interleave
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 import ijepa_zoo
-from ijepa_zoo.bench.machine import machine, versions
-from ijepa_zoo.bench.timing import take_turns
 from ijepa_zoo.serving import export_graph
 from ijepa_zoo.serving.formats import Run
 
@@ -66,9 +65,8 @@ def speed(name: str, batch: int, rounds: int, threads: int, folder: Path) -> dic
     images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8)
     extract = ijepa_zoo.FeatureExtractor(model)
     runs = {"model in PyTorch": lambda pixels: extract(pixels.float().div(255)), **runs}
-    contenders = {key: partial(run, images) for key, run in runs.items()}
-    timings = take_turns(contenders, seconds=600, rounds=rounds)
-    seconds = {key: [turn["seconds"] for turn in timings.samples[key]] for key in runs}
+    contenders = {key: partial(_call, run, images) for key, run in runs.items()}
+    *_, seconds = interleave(contenders, seconds=600, rounds=rounds)
     return {
         key: {
             "ms_per_image": round(1000 * median(seconds[key]) / batch, 2),
@@ -77,6 +75,10 @@ def speed(name: str, batch: int, rounds: int, threads: int, folder: Path) -> dic
         }
         for key in runs
     }
+
+
+def _call(run: Run, images: Tensor, number: int) -> None:
+    run(images)
 
 
 def _ratios(base: list[float], own: list[float]) -> dict:
@@ -142,8 +144,7 @@ if __name__ == "__main__":
             "command": "python examples/benchmarks/serving.py --speed-model "
             f"{' '.join(args.speed_model)} --photos cifar10 --threads {args.threads}",
             "date": str(date.today()),
-            "machine": machine(),
-            "versions": {**versions(), "onnxruntime": onnxruntime.__version__},
+            "environment": {**environment(), "onnxruntime": onnxruntime.__version__},
             "settings": {"batch_size": args.batch_size, "rounds": args.rounds},
             "speed": {
                 name: speed(name, args.batch_size, args.rounds, args.threads, Path(place) / name)

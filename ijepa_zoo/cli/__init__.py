@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .bench import add_bench
 from .eval import add_eval
 from .export import add_export
 from .features import add_features
@@ -97,14 +96,6 @@ def _parser() -> argparse.ArgumentParser:
             description="Measure a frozen encoder with the paper's probes. The same command after "
             "an interruption goes on at the last epoch. torchrun --nproc-per-node N -m "
             "ijepa_zoo.cli eval ... shares the work. Exit status: 0 done, 1 error, 2 wrong usage.",
-        )
-    )
-    add_bench(
-        commands.add_parser(
-            "bench",
-            help="measure this machine, and other libraries beside this package",
-            description="Time the work of this package on this machine, and the same work of other "
-            "libraries in turns, after seeing that the outputs agree.",
         )
     )
     return parser

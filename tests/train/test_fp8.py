@@ -212,7 +212,7 @@ def test_every_way_of_sharing_the_work_gives_the_same(tmp_path, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert largest_difference(alone(precision="fp8", compile=True), one) == 0
-    # no more than in bf16; beside it, as the bench has it, one for each encoder and no limit passed
+    # no more than in bf16; beside it one for each encoder and no limit passed
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs <= 7
     assert 1e-4 < largest_difference(alone(precision="bf16", compile=True), one) < 1e-2

@@ -1,0 +1,218 @@
+"""Everything that only a GPU can show, in one run of about eight minutes.
+
+    python examples/benchmarks/gpu.py --out DIR --minutes 8 --official ijepa
+    python examples/benchmarks/gpu.py --out DIR --minutes 8 --imagenette imagenette/train
+
+Each step is a process with a time limit; a step that fails or runs out of time does not stop the
+others. `DIR/results.json` and `DIR/log.txt` are written after every step. The second form trains
+ViT-S/16 on Imagenette and keeps its export, in pieces of 15 MB. `--smoke` runs the same steps with
+the smallest models on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+PIECE = 15 * 2**20  # bytes
+HUGE = ["--model=vit_huge14_ijepa", "--batch-size=128", "--compile", "--device=cuda"]
+NANO = ["--model=vit_nano8_64_ijepa", "--batch-size=4", "--device=cpu", "--rounds=3", "--steps=1"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Attributes:
+        name: For the log and the results.
+        command: Arguments of Python; a benchmark's script gets `--out`.
+        limit: Seconds.
+        aims: Metric, as a path into the result, and the value to reach.
+    """
+
+    name: str
+    command: list[str]
+    limit: float
+    aims: dict[str, float] = field(default_factory=dict)
+
+
+def steps(args: argparse.Namespace) -> list[Step]:
+    """The steps of a run, the most important ones first."""
+    size, cuda = (NANO, False) if args.smoke else (HUGE, True)
+    train = [str(HERE / "train_step.py"), *size]
+    official = []
+    if args.official:
+        official = ["--vs", "official", "--official", str(args.official.resolve())]
+        official += ["--official-precision=bf16"]
+    features = [str(HERE / "extract_features.py"), size[0], f"--device={'cuda' if cuda else 'cpu'}"]
+    features += ["--vs", "timm", "transformers", "--precision=bfloat16", "--vs-precision=bfloat16"]
+    features += ["--images=2000", "--batch-size=256", "--compile", "--rounds=3"] if cuda else []
+    features += ["--images=8", "--batch-size=4", "--rounds=3", "--seconds=1"] if not cuda else []
+    tests = ["-m", "pytest", "-m", "gpu", *(["tests/test_gpu.py"] if args.smoke else [])]
+    return [
+        Step("tests", tests, 90),
+        Step(
+            "train bf16",
+            [*train, "--precision=bf16", *official, "--seconds=40"],
+            150,
+            {"ratios official median": 2.2, "metrics ijepa_zoo mfu": 0.48},
+        ),
+        Step(
+            "train fp8",
+            [*train, "--precision=fp8", "--vs", "bf16", "--seconds=15"],
+            60,
+            {"metrics ijepa_zoo mfu": 0.55},
+        ),
+        Step(
+            "features",
+            [*features, "--seconds=8"] if cuda else features,
+            90,
+            {
+                "metrics ijepa_zoo images_per_second": 1500,
+                "ratios timm, bare model median": 1.0,
+                "ratios transformers, bare model median": 1.0,
+                "ratios timm median": 1.5,
+                "ratios transformers median": 1.5,
+            },
+        ),
+        Step("train bf16 cuDNN", [*train, "--precision=bf16", "--cudnn", "--seconds=10"], 60),
+        Step(
+            "train bf16 eager",
+            [*(a for a in train if a != "--compile"), "--precision=bf16", "--seconds=10"],
+            60,
+        ),
+    ]
+
+
+def imagenette(args: argparse.Namespace, run: Path) -> list[Step]:
+    """Pretraining of ViT-S/16 on Imagenette at 128 px for 200 epochs."""
+    settings = ["model.name=vit_small16_ijepa", "model.img_size=128", "optim.batch_size=256"]
+    settings += ["optim.duration=200 epochs", "optim.warmup=20 epochs", "mask.min_keep=4"]
+    settings += ["machine.compile=true"]
+    if args.smoke:
+        settings = ["model.name=vit_nano8_64_ijepa", "model.img_size=64", "optim.batch_size=4"]
+        settings += ["optim.duration=2 steps", "optim.warmup=1 steps", "optim.precision=fp32"]
+        settings += ["machine.device=cpu", "data.held_out=0", "mask.cut=global"]
+        settings += ["mask.min_keep=4", "machine.workers=0"]
+    command = ["-m", "ijepa_zoo.cli", "pretrain", args.recipe, "--data", str(args.imagenette)]
+    return [Step("imagenette", [*command, "--out", str(run), *settings], 60 * args.minutes - 30)]
+
+
+def perform(step: Step, limit: float, scratch: Path) -> tuple[dict[str, Any], str]:
+    """Run a step; returns what became of it and what it printed."""
+    result = scratch / "result.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, *step.command]
+    if step.command[0].endswith(".py"):
+        command += [f"--out={result}"]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    started = time.monotonic()
+    with (scratch / "log").open("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+            status = f"exit code {code}" if code else "done"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = f"stopped after {limit:.0f} s"
+        log.seek(0)
+        text = log.read()
+    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    seconds = round(time.monotonic() - started, 1)
+    return {"status": status, "wall_seconds": seconds, **found}, text
+
+
+def lookup(result: dict[str, Any], path: str) -> Any:
+    """A value by `outer name inner`, where the name may have spaces."""
+    outer, _, rest = path.partition(" ")
+    name, _, inner = rest.rpartition(" ")
+    return result.get(outer, {}).get(name, {}).get(inner)
+
+
+def summarize(results: dict[str, dict[str, Any]], planned: list[Step], aims: bool) -> Iterator[str]:
+    """Lines of the table of what was reached."""
+    for step in planned:
+        result = results.get(step.name, {"status": "no time left", "wall_seconds": 0})
+        yield f"{step.name:18} {result['status']} ({result['wall_seconds']} s)"
+        for name, row in result.get("metrics", {}).items():
+            rates = {k: v for k, v in row.items() if isinstance(v, int | float)}
+            yield f"  {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in rates.items())
+        if "compile" in result:
+            yield f"  compile: {result['compile']}"
+        for path, aim in step.aims.items():
+            value = lookup(result, path)
+            if aims and value is not None:
+                word = "met" if value >= aim else "missed"
+                yield f"  aim {path} >= {aim}: {value:.3g}, {word}"
+
+
+def pack(folder: Path, out: Path) -> None:
+    """Write a folder as `export.tar.000`, `.001`, ... for `cat export.tar.* | tar x`."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(folder, arcname="export")
+    data = buffer.getvalue()
+    for number in range(-(-len(data) // PIECE)):
+        piece = data[number * PIECE : (number + 1) * PIECE]
+        (out / f"export.tar.{number:03}").write_bytes(piece)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--official", type=Path, help="clone of the official repository")
+    parser.add_argument("--imagenette", type=Path, help="train on this folder, nothing else")
+    parser.add_argument("--recipe", default="custom_small", help="for --imagenette")
+    parser.add_argument("--smoke", action="store_true", help="smallest models, on a CPU")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * args.minutes
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        planned = imagenette(args, run) if args.imagenette else steps(args)
+        for step in planned:
+            left = deadline - time.monotonic()
+            if left < 20:
+                break
+            print(f"{step.name} ...", flush=True)
+            results[step.name], text = perform(step, min(step.limit, left), Path(folder))
+            (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            with (args.out / "log.txt").open("a", encoding="utf-8") as log:
+                log.write(f"===== {step.name}: {' '.join(step.command)}\n{text}\n")
+        if (run / "export").is_dir():
+            from ijepa_zoo import export
+
+            small = export(f"local-dir:{run}", Path(folder) / "small", "timm", dtype=_bfloat16())
+            pack(small, args.out)
+            (args.out / "train.csv").write_bytes((run / "log.csv").read_bytes())
+    print("\n".join(summarize(results, planned, aims=not args.smoke)))
+
+
+def _bfloat16() -> Any:
+    import torch
+
+    return torch.bfloat16
+
+
+if __name__ == "__main__":
+    main()
