@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -61,6 +62,21 @@ def fold(*keys: int) -> int:
 def numpy_generator(*keys: int) -> np.random.Generator:
     """A fresh NumPy generator (Philox, 64-bit key) that depends on `keys` alone; see `fold`."""
     return np.random.Generator(np.random.Philox(key=fold(*keys)))
+
+
+def standard_normal(shape: Sequence[int], seed: int, device: torch.device) -> torch.Tensor:
+    """Standard normal numbers that depend on `seed` alone, the same on every device.
+
+    They are drawn on the CPU and copied from pinned memory, so that nothing waits for a GPU.
+
+    Args:
+        shape: Of the result.
+        seed: An integer in [0, 2**64), for example of `fold`.
+        device: Where they are wanted.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(shape, generator=draw, pin_memory=device.type == "cuda")
+    return numbers.to(device, non_blocking=True)
 
 
 def torch_generator(*keys: int, device: str | torch.device = "cpu") -> torch.Generator:

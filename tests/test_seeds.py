@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_zoo.seeds import Stream, fold, numpy_generator, torch_generator
+from ijepa_zoo.seeds import Stream, fold, numpy_generator, standard_normal, torch_generator
 
 
 def test_fold_is_stable():
@@ -33,6 +33,13 @@ def test_generators_repeat_and_differ():
     ):
         assert draw(make(1, 2, 3)) == draw(make(1, 2, 3))
         assert draw(make(1, 2, 3)) != draw(make(1, 2, 4))
+
+
+def test_normal_is_a_function_of_its_seed():
+    cpu = torch.device("cpu")
+    expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(standard_normal((2, 3), 5, cpu), expected)
+    assert not torch.equal(standard_normal((2, 3), 6, cpu), expected)
 
 
 def test_no_global_state():

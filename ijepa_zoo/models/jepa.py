@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..seeds import standard_normal
 from .encoder import IJepaEncoder
 from .predictor import Predictor
 
@@ -149,9 +150,9 @@ class IJepa(nn.Module):
         """Noise for each position of the grid, ``[N, D]``."""
         if not self.position_noise:
             return None
-        draw = torch.Generator().manual_seed(self.noise_seed)
-        noise = torch.randn(self.encoder.patch_embed.num_patches, tokens.shape[-1], generator=draw)
-        return (self.position_noise * noise).to(tokens, non_blocking=True)
+        shape = self.encoder.patch_embed.num_patches, tokens.shape[-1]
+        noise = standard_normal(shape, self.noise_seed, tokens.device)
+        return (self.position_noise * noise).to(tokens.dtype)
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..seeds import standard_normal
+
 Over = Literal["images", "tokens", "residuals"]
 
 
@@ -129,9 +131,8 @@ class IsotropicGaussian(Regularizer):
 
     def term(self, samples: Tensor) -> Tensor:
         """See the class."""
-        draw = torch.Generator().manual_seed(self.step)
-        directions = torch.randn(samples.shape[1], self.directions, generator=draw)
-        directions = (directions / directions.norm(dim=0)).to(samples.device, non_blocking=True)
+        directions = standard_normal((samples.shape[1], self.directions), self.step, samples.device)
+        directions = directions / directions.norm(dim=0)
         points = torch.linspace(-5, 5, 17, device=samples.device)
         normal = torch.exp(-0.5 * points.square())
         angles = (samples @ directions).unsqueeze(-1) * points  # [n, directions, 17]

@@ -216,7 +216,10 @@ class Trainer:
         """What every process has seen, on its way to the host: a row of numbers for each."""
         broken = sum(len(batch.broken) for batch in batches)
         context = sum(batch.context.shape[1] for batch in batches) / len(batches)
-        rest = torch.tensor([broken, stop, context], device=self.processes.device)
+        device = self.processes.device
+        # From pageable memory the copy would wait for the forward pass.
+        rest = torch.tensor([broken, stop, context], pin_memory=device.type == "cuda")
+        rest = rest.to(device, non_blocking=True)
         mine = torch.cat([torch.stack([*losses, *terms]).float(), rest])
         return self.processes.to_host(self.processes.gather(mine.unsqueeze(0), "the losses"))
 
