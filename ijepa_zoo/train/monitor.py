@@ -141,7 +141,7 @@ class Monitor:
         labels: Class numbers `[m]`, int64, -1 for an image without one; None: no labels.
         mean: Mean of the channels, of values from 0 to 1.
         std: Standard deviation of the channels, of values from 0 to 1.
-        batch_size: Images of a forward pass of one process.
+        batch_size: Images of every forward pass of a process; the last one is padded.
         precision: That of the forward pass: the run's own, bf16 for fp8.
 
     Raises:
@@ -194,15 +194,15 @@ class Monitor:
     def _features(self, model: IJepa, processes: Processes) -> Tensor:
         """Features `[m, D]` of all images; processes do equal numbers of forward passes."""
         share = -(-len(self.images) // processes.world)
-        mine = torch.arange(processes.rank * share, (processes.rank + 1) * share)
-        mine = mine.clamp(max=len(self.images) - 1)
+        first, size = processes.rank * share, self.batch_size
         pooled: list[Tensor] = []
-        for start in range(0, share, self.batch_size):
-            pixels = self.images[mine[start : start + self.batch_size]].to(processes.device)
+        for start in range(first, first + share, size):
+            batch = torch.arange(start, start + size).clamp(max=len(self.images) - 1)
+            pixels = self.images[batch].to(processes.device)
             with without_float8(model.target_encoder), autocast(pixels.device, self.precision):
                 tokens = model.target_encoder.encode(normalise(pixels, self.mean, self.std))
             pooled.append(tokens.float().mean(dim=1))
-        gathered: Tensor = processes.gather(torch.cat(pooled))
+        gathered: Tensor = processes.gather(torch.cat(pooled)[:share])
         return gathered[: len(self.images)]
 
 

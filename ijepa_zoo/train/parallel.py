@@ -172,7 +172,9 @@ def _compile(student: list[nn.Module], target: Any) -> None:
 
 
 def _any_length(forward: Callable[..., Tensor], tokens: Tensor, *args: Any) -> Tensor:
-    # Contexts take about 28 lengths: one graph each would pass the limit of recompilations.
+    # Contexts of ViT-H/14 take 57 lengths: one graph each would pass the limit of recompilations.
+    # The batch stays: blocks of encoder and predictor share code, and dynamo takes a size in which
+    # two calls of it differ for one that varies.
     torch._dynamo.maybe_mark_dynamic(tokens, 1)
     return forward(tokens, *args)
 
@@ -201,6 +203,10 @@ def _shard(model: IJepa, processes: Processes, precision: Precision) -> None:
         for part in (*blocks, network):
             fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     # In-place changes of what the predictor returns would be wrong; there are none.
+    torch._dynamo.mark_static(tokens, 0)
+    for part in args:  # target blocks [B, M, L] or [B, M, L, C]
+        if isinstance(part, Tensor) and part.ndim > 2:
+            torch._dynamo.maybe_mark_dynamic(part, 2)
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPPredictor\) returned a view")
     # Each network is a root of its own: monitors call encode before and between updates.
     for encoder in (model.encoder, model.target_encoder):

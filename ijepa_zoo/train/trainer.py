@@ -259,9 +259,10 @@ class Trainer:
             count = min(_MONITORED, len(self.train_indices))
             chosen = np.sort(draw.choice(self.train_indices, count, replace=False))
         pixels, labels, broken = evaluation_images(self.images, chosen, self.image_size)
-        data = self.config.data
-        precision = self.config.optim.precision
-        return Monitor(pixels, labels, data.mean, data.std, precision=precision), broken
+        data, precision = self.config.data, self.config.optim.precision
+        # Of the training steps' shape: a second one would be another graph, for any batch size.
+        size = self.micro_batch_size
+        return Monitor(pixels, labels, data.mean, data.std, size, precision), broken
 
     def __str__(self) -> str:
         """What the run is, in a few lines."""

@@ -192,6 +192,7 @@ def test_ranks_share_the_images_and_do_equal_work(world):
         calls.append(passes)
     model.target_encoder.encode = encode
     assert all(passes == calls[0] for passes in calls)
+    assert set(calls[0]) == {3}  # of one shape, which is that of training
     whole = Monitor(images, None, MEAN, STD)._features(model, ALONE)
     torch.testing.assert_close(torch.cat(parts)[:10], whole)
 

@@ -8,10 +8,13 @@ import time
 import pytest
 import several_processes
 import torch
+from small_run import CONFIG, change, pictures
 
 from ijepa_zoo import rendezvous
+from ijepa_zoo.data.image_sets import open_images
 from ijepa_zoo.processes import Processes, join_processes
 from ijepa_zoo.rendezvous import Place, ProcessError, choose_device, read_place
+from ijepa_zoo.train import Trainer
 
 # Three updates with batch 8; masks are cut per group of two images
 TRAIN = """
@@ -164,6 +167,39 @@ def test_compiled_blocks_share_few_graphs(one, monkeypatch):
     # context, target, and the predictor's first, middle and last block, two of which have a second
     # graph for any target length; neither one per layer nor one per context length
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 7
+
+
+def test_the_first_steps_make_all_graphs(monkeypatch):
+    """Monitors and other lengths add no graph; nothing breaks one, and no batch size varies."""
+    compiled, batches = torch.compile, []
+
+    def backend(module, inputs):
+        inputs = [node.meta["example_value"] for node in module.graph.find_nodes(op="placeholder")]
+        batches.append({x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.ndim > 2})
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend=backend))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = change(CONFIG, model={"predictor_depth": 3}, machine={"compile": True})
+    trainer = Trainer(config, open_images(pictures()), Processes.alone("cpu"))
+    monitor, _ = trainer.monitor()
+    steps = list(trainer.batches())
+    lengths = {(part.context.shape[1], part.targets.shape[2]) for step in steps for part in step}
+    assert len(lengths) > 4
+    first = 1 + next(
+        n for n, step in enumerate(steps) if step[0].targets.shape != steps[0][0].targets.shape
+    )
+    for step in steps[:first]:
+        trainer.update(step)
+    graphs = len(batches)
+    monitor.measure(trainer.model, trainer.processes)
+    for step in steps[first:]:
+        trainer.update(step)
+    # target, context, and the predictor's three; its last has a second one for any target length
+    assert len(batches) == graphs == 6
+    assert all(type(size) is int for sizes in batches for size in sizes)
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 EXCHANGE = """
