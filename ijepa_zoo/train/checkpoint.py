@@ -195,7 +195,8 @@ class Checkpoints:
                 new = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
                 self._copies[name] = new
             copy = copies[name] = self._copies[name].copy_(local, non_blocking=True)
-            if isinstance(tensor, DTensor):
+            # In a group of one process the shard is the whole tensor.
+            if isinstance(tensor, DTensor) and self._group is not None:
                 sizes: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
                 copies[name] = DTensor.from_local(copy, self._mesh, tensor.placements, **sizes)
         if self._processes.device.type == "cuda":

@@ -39,7 +39,7 @@ def parallelise(
     Args:
         model: The networks; changed in place. Names and shapes of the parameters stay.
         machine: How.
-        processes: The processes of the run; with a single one nothing is wrapped or sharded.
+        processes: The processes of the run; a single one without a process group wraps nothing.
         precision: That of the forward pass.
 
     Returns:
@@ -58,7 +58,7 @@ def parallelise(
             block.forward = partial(_recomputed, block.forward)
     if machine.compile:
         _compile(student, model.target_encoder.blocks)
-    if processes.world == 1:
+    if not in_group(processes):
         return model.to(processes.device)
     if machine.parallel == "fsdp2":
         _shard(model, processes, precision)
@@ -74,6 +74,15 @@ def parallelise(
             broadcast_buffers=False,  # they are tables of positions
             gradient_as_bucket_view=True,
         )
+
+
+def in_group(processes: Processes) -> bool:
+    """Whether the processes are those of torch's process group, be it of a single one."""
+    import torch.distributed as dist
+
+    return (
+        dist.is_available() and dist.is_initialized() and dist.get_world_size() == processes.world
+    )
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -176,6 +185,10 @@ def _any_length(forward: Callable[..., Tensor], tokens: Tensor, *args: Any) -> T
     # The batch stays: blocks of encoder and predictor share code, and dynamo takes a size in which
     # two calls of it differ for one that varies.
     torch._dynamo.maybe_mark_dynamic(tokens, 1)
+    torch._dynamo.mark_static(tokens, 0)
+    for part in args:  # target blocks [B, M, L] or [B, M, L, C]
+        if isinstance(part, Tensor) and part.ndim > 2:
+            torch._dynamo.maybe_mark_dynamic(part, 2)
     return forward(tokens, *args)
 
 
@@ -203,10 +216,6 @@ def _shard(model: IJepa, processes: Processes, precision: Precision) -> None:
         for part in (*blocks, network):
             fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     # In-place changes of what the predictor returns would be wrong; there are none.
-    torch._dynamo.mark_static(tokens, 0)
-    for part in args:  # target blocks [B, M, L] or [B, M, L, C]
-        if isinstance(part, Tensor) and part.ndim > 2:
-            torch._dynamo.maybe_mark_dynamic(part, 2)
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPPredictor\) returned a view")
     # Each network is a root of its own: monitors call encode before and between updates.
     for encoder in (model.encoder, model.target_encoder):

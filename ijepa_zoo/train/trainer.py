@@ -35,7 +35,7 @@ from .config import PretrainConfig, Schedule, micro_batch_size
 from .float8 import float8_remark, require_float8
 from .monitor import Monitor
 from .optim import make_optimizer, set_rates
-from .parallel import accumulate, autocast, parallelise
+from .parallel import accumulate, autocast, in_group, parallelise
 from .regularizers import Regularizer
 from .start import build_networks, fill_optimizer, starting_optimizer
 
@@ -278,7 +278,7 @@ class Trainer:
             f"{schedule.steps:,} steps of {optim.batch_size} images ({epochs:.4g} epochs)",
             f"{self.processes.world} x {self.processes.device}, {optim.precision}{remark}, "
             f"{self.micro_batch_size} images at once"
-            + (f", {machine.parallel}" if self.processes.world > 1 else "")
+            + (f", {machine.parallel}" if in_group(self.processes) else "")
             + (
                 f", {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
                 if self.processes.device.type == "cpu"
