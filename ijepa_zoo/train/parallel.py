@@ -85,6 +85,24 @@ def in_group(processes: Processes) -> bool:
     )
 
 
+def choose_kernels(device: torch.device) -> None:
+    """Choose the kernels of training on a GPU, for the whole process; does nothing elsewhere.
+
+    Attention: flash, memory-efficient or plain. cuDNN's, which torch prefers on Hopper, builds a
+    plan for every new pair of query and key lengths, and masks of ViT-H/14 make 207 pairs in 1,500
+    steps. Products of float32 matrices, of which bf16 has few: in TF32.
+
+    To try cuDNN's, call `torch.backends.cuda.enable_cudnn_sdp(True)` after this and before the
+    first step.
+
+    Args:
+        device: Where the networks will be.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.set_float32_matmul_precision("high")
+
+
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The context of a forward pass: bfloat16 by autocast, unless in `fp32`.
 

@@ -35,7 +35,7 @@ from .config import PretrainConfig, Schedule, micro_batch_size
 from .float8 import float8_remark, require_float8
 from .monitor import Monitor
 from .optim import make_optimizer, set_rates
-from .parallel import accumulate, autocast, in_group, parallelise
+from .parallel import accumulate, autocast, choose_kernels, in_group, parallelise
 from .regularizers import Regularizer
 from .start import build_networks, fill_optimizer, starting_optimizer
 
@@ -108,6 +108,7 @@ class Trainer:
                 )
         self.masks = self._masks(embed.grid_size)
         self.model.train()
+        choose_kernels(self.processes.device)
         self.module = parallelise(
             self.model, config.machine, self.processes, config.optim.precision
         )
@@ -272,6 +273,8 @@ class Trainer:
         epochs = schedule.steps / schedule.epoch_steps
         float8 = optim.precision == "fp8"
         remark = float8_remark(self.processes.device, machine.compile) if float8 else ""
+        if optim.precision == "fp32" and self.processes.device.type == "cuda":
+            remark = " (TF32 products)"
         lines = [
             f"{len(self.train_indices):,} images to train on, {held} for the monitors",
             f"{self.config.model.name}, images {side[0]}x{side[1]}, patches {patch[0]}x{patch[1]}",

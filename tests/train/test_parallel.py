@@ -15,6 +15,7 @@ from ijepa_zoo.data.image_sets import open_images
 from ijepa_zoo.processes import Processes, join_processes
 from ijepa_zoo.rendezvous import Place, ProcessError, choose_device, read_place
 from ijepa_zoo.train import Trainer
+from ijepa_zoo.train.parallel import choose_kernels
 
 # Three updates with batch 8; masks are cut per group of two images
 TRAIN = """
@@ -200,6 +201,19 @@ def test_the_first_steps_make_all_graphs(monkeypatch):
     assert len(batches) == graphs == 6
     assert all(type(size) is int for sizes in batches for size in sizes)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_kernels_are_chosen_on_a_gpu_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
+    trainer = Trainer(CONFIG, open_images(pictures()), Processes.alone("cpu"))
+    assert not calls
+    assert "1 x cpu, fp32, 4 images" in str(trainer)
+    choose_kernels(torch.device("cuda", 1))
+    assert calls == [False, "high"]
+    trainer.processes = Processes(0, 1, 0, torch.device("cuda", 0))
+    assert "1 x cuda:0, fp32 (TF32 products), 4 images" in str(trainer)
 
 
 EXCHANGE = """
