@@ -27,6 +27,7 @@ _SIZES = 4096  # steps whose block sizes are looked at; positions cost more
 _STEPS = 32  # of them, those with the longest contexts, are drawn
 _DRAWS = 16  # times each
 _TYPICAL = 63  # steps whose median is the typical one
+_TIMED = 3  # updates whose median counts
 _GIB = 2**30
 _NETWORKS = ("encoder", "predictor", "target_encoder")
 _Masks = tuple[torch.Tensor, torch.Tensor]  # context [b, K] and targets [b, M, L]
@@ -107,11 +108,12 @@ class DryRunReport:
 def dry_run(
     config: PretrainConfig, data: Any, *, init: str | Path | None = None
 ) -> DryRunReport | None:
-    """Build all that a run needs, do three updates and measure them; nothing is kept.
+    """Build all that a run needs, do some updates and measure them; nothing is kept.
 
-    Each update is of a single part (see `machine.micro_batch_size`). The first two have the
-    largest masks that the settings draw, so they show the memory that the run needs; the third has
-    masks of typical size and shows its speed.
+    Updates are of one part (see `machine.micro_batch_size`), and of two where the run has more: the
+    second shows what a further part takes, without the optimizer and the moving average. The first
+    have the largest masks that the settings draw, so they show the memory that the run needs; the
+    others have masks of typical size and show its speed.
 
     Args:
         config: Settings.
@@ -126,6 +128,8 @@ def dry_run(
         torch.OutOfMemoryError: The device has too little memory for `machine.micro_batch_size`.
     """
     check(config)
+    if config.machine.threads:
+        torch.set_num_threads(config.machine.threads)
     with join_processes(config.machine.device, config.machine.timeout) as processes:
         images = open_images(data, in_chans=config.model.in_chans or 3, tensors=True)
         trainer = Trainer(config, images, processes, init=init)
@@ -138,11 +142,11 @@ def dry_run(
         largest = largest_masks(trainer.masks, group, config.seed)
         typical = typical_masks(trainer.masks, group, config.seed)
         if processes.rank == 0:
-            print(f"{trainer}\ntiming {trainer.micro_batch_size} images three times ...")
+            print(f"{trainer}\ntiming updates of {trainer.micro_batch_size} images ...")
         for _ in range(2):
-            _timed_update(trainer, batch, largest)
+            _timed_update(trainer, batch, largest, min(trainer.data.parts, 2))
         memory = float(_memory_peak(processes.device))
-        update = trainer.data.parts * _timed_update(trainer, batch, typical)
+        update = _whole_update(trainer, batch, typical)
         measured = torch.tensor([[update, reading, memory]], dtype=torch.float64)
         slowest = processes.gather(measured).amax(dim=0).tolist()
         return None if processes.rank else _report(trainer, largest, typical, slowest)
@@ -217,15 +221,28 @@ def typical_masks(masks: MultiBlockMasks, images: int, seed: int) -> _Masks:
     return context, next(targets for _, targets in drawn if targets.shape[2] == area)
 
 
-def _timed_update(trainer: Trainer, batch: Batch, masks: _Masks) -> float:
-    """Seconds of an update of one part, `batch` with `masks`."""
+def _whole_update(trainer: Trainer, batch: Batch, masks: _Masks) -> float:
+    """Seconds of an update of all parts, from those of updates of one and of two."""
+
+    def median(parts: int) -> float:
+        return statistics.median(_timed_update(trainer, batch, masks, parts) for _ in range(_TIMED))
+
+    _timed_update(trainer, batch, masks, 1)  # compiles and fills caches for these lengths
+    one = median(1)
+    further = max(0.0, median(2) - one) if trainer.data.parts > 1 else 0.0
+    return one + (trainer.data.parts - 1) * further
+
+
+def _timed_update(trainer: Trainer, batch: Batch, masks: _Masks, parts: int) -> float:
+    """Seconds of an update of so many parts, each `batch` with `masks`."""
     device = trainer.processes.device
     size = trainer.micro_batch_size * trainer.config.mask.per_image
     part = replace(batch, context=masks[0][:size], targets=masks[1][:size], broken=[])
+    part = part.pin_memory() if device.type == "cuda" else part  # as the loader does
     trainer.processes.barrier("an update of the dry run")
     _finish(device)
     started = time.perf_counter()
-    trainer.update([part])
+    trainer.update([part] * parts)
     _finish(device)
     return time.perf_counter() - started
 

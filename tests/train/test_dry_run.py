@@ -1,5 +1,7 @@
 """A trial counts, measures and leaves nothing behind."""
 
+import sys
+
 import numpy as np
 import pytest
 import several_processes
@@ -98,6 +100,31 @@ def test_dry_run_measures_and_leaves_nothing_behind(tmp_path, monkeypatch):
         model = build_networks(CONFIG)
     assert report.parameters["predictor"] == sum(p.numel() for p in model.predictor.parameters())
     assert report.flops == flops_per_image(model, report.typical[0], 4, report.typical[1])
+
+
+def test_further_parts_do_not_count_the_optimizer_again(monkeypatch):
+    seconds = iter([9.0, 1.0, 5.0, 1.2, 1.4, 1.7, 8.0])  # warm-up, one part, two parts
+    done = []
+
+    def timed(trainer, batch, masks, parts):
+        done.append((masks[0].shape[1], parts))
+        return next(seconds) if len(done) > 2 else 100.0
+
+    module = sys.modules[dry_run.__module__]  # its package has the function under this name
+    monkeypatch.setattr(module, "_timed_update", timed)
+    report = dry_run(change(CONFIG, machine={"micro_batch_size": 4}, optim={
+        "batch_size": 16, "duration": "4 steps"}), pictures())  # fmt: skip
+    assert report.parts == 4
+    assert report.step_seconds == pytest.approx(1.2 + 3 * (1.7 - 1.2))
+    largest, typical = report.largest[0], report.typical[0]
+    assert done == [*2 * [(largest, 2)], *4 * [(typical, 1)], *3 * [(typical, 2)]]
+
+
+def test_threads_are_those_of_the_run(capsys, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    dry_run(change(CONFIG, machine={"threads": 1}), pictures())
+    assert chosen == [1]
 
 
 def test_the_report_in_words():
