@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from ijepa_zoo.data.sources import InputError
 from ijepa_zoo.data.transforms import create_transform
 from ijepa_zoo.extraction import ExtractionError, ExtractionReport, extract_features
+from ijepa_zoo.extraction import encoder as encoder_module
 from ijepa_zoo.extraction.encoder import Encoder, weights_fingerprint
 from ijepa_zoo.extraction.parts import Parts
 from ijepa_zoo.features import FeatureExtractor
@@ -491,6 +492,22 @@ def test_wrong_arguments(images: Path, options: dict[str, Any], message: str) ->
         extract_features([images], make_model(), **{**OPTIONS, **options})
     with pytest.raises(InputError, match="no such file"):
         extract_features([images / "absent"], make_model(), "f.npy", **OPTIONS)
+
+
+def test_every_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, current = encoder_module._choose_device, []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose("auto") == choose("cuda") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="LOCAL_RANK=2, but this machine shows 2 GPUs"):
+        choose("auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm: one for each process
+    assert choose("auto") == torch.device("cuda", 0)
+    assert [device.index for device in current] == [0, 1, 1, 0]
 
 
 def test_training_mode_is_kept(images: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data.transforms import describe_transform, transform_config
 from ..features import FeatureExtractor, Layers
+from ..rendezvous import Place, ProcessError, choose_device
 from .outputs import DTYPES
 
 PRECISIONS = ("float32", "bfloat16", "float16", "bfloat16-weights")
@@ -134,7 +134,9 @@ class Encoder:
         enabled = self.autocast is not None
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled):
             features: Tensor = self.extractor(images)
-        return features[good].to(self.result_device, self.dtype)
+        if len(good) < len(features):  # a list of indices waits for the GPU
+            features = features[good]
+        return features.to(self.result_device, self.dtype)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -150,8 +152,13 @@ class Encoder:
     def _thread_pool(self) -> Iterator[ThreadPoolExecutor]:
         """Threads that each compute alone; jobs that have not begun are dropped at the end."""
         before = torch.get_num_threads()
-        alone = partial(torch.set_num_threads, 1 if self.on_cpu else before)
-        pool = ThreadPoolExecutor(self.threads, initializer=alone)
+
+        def begin() -> None:
+            torch.set_num_threads(1 if self.on_cpu else before)
+            if self.device.type == "cuda":  # every thread has a current GPU of its own
+                torch.cuda.set_device(self.device)
+
+        pool = ThreadPoolExecutor(self.threads, initializer=begin)
         try:
             yield pool
         finally:
@@ -197,18 +204,25 @@ def _versions() -> str:
 
 
 def _choose_device(name: str) -> torch.device:
-    if name != "auto":
+    """The device of this process; a GPU, by default that of its local rank, becomes current."""
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    local_rank = os.environ.get("LOCAL_RANK")
+    if name == "auto" or (name == "cuda" and local_rank):
         try:
-            device = torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
-        if device.type == "meta":
-            raise ValueError("device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+            return choose_device("cuda", Place(local_rank=int(local_rank or 0)))
+        except ProcessError as error:
+            raise ValueError(str(error)) from error
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def usable_cpus() -> int:
