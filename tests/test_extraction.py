@@ -494,6 +494,29 @@ def test_wrong_arguments(images: Path, options: dict[str, Any], message: str) ->
         extract_features([images / "absent"], make_model(), "f.npy", **OPTIONS)
 
 
+def test_defaults_fill_a_gpu_and_are_recorded(
+    whole: ExtractionReport, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = extract_features([images], make_model(), tmp_path / "f.npy", device="cpu", workers=0)
+    assert report.settings["precision"] == "float32"
+    assert report.settings["batch_size"] == 22  # all images, fewer than 32
+    with safe_open(whole.features, "np") as file:
+        expected = file.get_tensor("features")
+    np.testing.assert_allclose(np.load(report.features), expected, atol=1e-5)
+    capability = {"nvidia": (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability["nvidia"])
+    encoder = Encoder(make_model(), device="cpu")
+    assert encoder.batch_size == 32
+    assert encoder_module._fast_precision(torch.device("mps")) == "float32"
+    encoder.device = torch.device("cuda", 0)
+    assert encoder.batch_size == 1024  # of 64 patches
+    encoder.grid = (64, 64)
+    assert encoder.batch_size == 32
+    assert encoder_module._fast_precision(encoder.device) == "bfloat16"
+    capability["nvidia"] = (7, 5)
+    assert encoder_module._fast_precision(encoder.device) == "float16"
+
+
 def test_every_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     choose, current = encoder_module._choose_device, []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

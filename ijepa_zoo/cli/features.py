@@ -36,15 +36,16 @@ def add_features(parser: argparse.ArgumentParser) -> None:
     add("--pool", choices=("avg", "none"), default="avg", help="mean over patches, or maps")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add("--format", choices=("safetensors", "npy", "parquet"), help="default: by FILE's suffix")
-    add("--batch-size", type=positive, default=32, metavar="N")
+    add("--batch-size", type=positive, metavar="N", help="default: 32, more on a CUDA GPU")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     add("--workers", type=count, metavar="N", help="processes that decode (default: one per CPU)")
     add("--threads", type=positive, metavar="N", help="CPU threads of the computation")
     add(
         "--precision",
-        choices=("float32", "bfloat16", "float16", "bfloat16-weights"),
-        default="float32",
-        help="of the computation; bfloat16 and float16 by autocast",
+        choices=("auto", "float32", "bfloat16", "float16", "bfloat16-weights"),
+        default="auto",
+        help="of the computation; bfloat16 and float16 by autocast; auto (default): the faster of "
+        "the two on a CUDA GPU, else float32",
     )
     add("--max-pixels", type=positive, metavar="N", help="largest image decoded (178956970)")
     add("--strict", action="store_true", help="stop at the first image that fails")
@@ -66,7 +67,8 @@ def _features(args: argparse.Namespace) -> int:
     except ValueError as error:
         return complain(error, USAGE)
     except OutOfMemoryError as error:
-        return complain(f"{error}\nTry a smaller --batch-size than {args.batch_size}", FAILED)
+        now = f" than {args.batch_size}" if args.batch_size else ", for example 32"
+        return complain(f"{error}\nTry a smaller --batch-size{now}", FAILED)
     except (CheckpointError, FetchError, ExtractionError, ImportError, OSError) as error:
         return complain(error, FAILED)
 

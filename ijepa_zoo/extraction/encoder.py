@@ -17,9 +17,11 @@ from ..features import FeatureExtractor, Layers
 from ..rendezvous import Place, ProcessError, choose_device
 from .outputs import DTYPES
 
-PRECISIONS = ("float32", "bfloat16", "float16", "bfloat16-weights")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "bfloat16-weights")
 Batch = tuple[Tensor, list[str | None]]
 _TOKENS = 512  # that one CPU thread works on at a time; more is hardly faster
+_GPU_TOKENS = 65_536  # of a batch that fills a GPU
+_BATCH = 32  # images, elsewhere and at least
 
 
 class Encoder:
@@ -54,6 +56,8 @@ class Encoder:
         self.result_device = torch.device("cpu") if host else self.device
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
+        if precision == "auto":
+            precision = _fast_precision(self.device)
         if precision == "float16" and self.on_cpu:
             raise ValueError("float16 computation needs a GPU; use bfloat16 on a CPU")
         extractor = FeatureExtractor(model, layers, pool)
@@ -83,6 +87,12 @@ class Encoder:
         self.mean, self.std = (
             torch.tensor(config[key], device=self.device).view(3, 1, 1) for key in ("mean", "std")
         )
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a batch that fills the device."""
+        on_gpu = self.device.type == "cuda"
+        return max(_BATCH, _GPU_TOKENS // (self.grid[0] * self.grid[1])) if on_gpu else _BATCH
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -201,6 +211,13 @@ def _versions() -> str:
     from importlib.metadata import version
 
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "pillow"))
+
+
+def _fast_precision(device: torch.device) -> str:
+    """What a GPU multiplies fastest by autocast; float32 elsewhere."""
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 
 def _choose_device(name: str) -> torch.device:

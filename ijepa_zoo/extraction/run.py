@@ -66,11 +66,11 @@ def extract_features(
     layers: Layers = "last",
     pool: str | None = "avg",
     dtype: str = "float32",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     threads: int | None = None,
-    precision: str = "float32",
+    precision: str = "auto",
     format: str | None = None,
     strict: bool = False,
     max_pixels: int = MAX_PIXELS,
@@ -91,12 +91,15 @@ def extract_features(
         layers: See :class:`~ijepa_zoo.features.FeatureExtractor`.
         pool: 'avg' or None, see there.
         dtype: Of the file: 'float32', 'float16' or 'bfloat16'.
-        batch_size: Images per batch.
+        batch_size: Images per batch. Default: 32, on a CUDA GPU as many as have about 65,536
+            patches.
         device: 'auto' for the GPU if there is one (under torchrun one each), or torch's name.
         workers: Processes that decode images; 0 decodes in this one. Default: one per CPU, up to 8.
         threads: Threads of the computation on a CPU. Default: one per CPU.
-        precision: Of the computation: 'float32', 'bfloat16' or 'float16' (autocast), or
-            'bfloat16-weights' (everything in bfloat16: a little faster, about twice the error).
+        precision: Of the computation: 'float32', 'bfloat16' or 'float16' (autocast),
+            'bfloat16-weights' (everything in bfloat16: a little faster, about twice the error), or
+            'auto': on a CUDA GPU 'bfloat16', before compute capability 8.0 'float16', elsewhere
+            'float32'.
         format: 'safetensors', 'npy' or 'parquet'; default: by the suffix of ``out``.
         strict: Stop at the first image that fails.
         max_pixels: Images with more pixels are refused.
@@ -114,7 +117,8 @@ def extract_features(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
-    if batch_size < 1 or max_pixels < 1 or (threads or 1) < 1 or (workers or 0) < 0:
+    smallest = min(1 if batch_size is None else batch_size, max_pixels, threads or 1)
+    if smallest < 1 or (workers or 0) < 0:
         raise ValueError(
             "batch_size, max_pixels and threads must be at least 1, workers at least 0"
         )
@@ -132,7 +136,7 @@ def extract_features(
         threads=threads,
     )
     # Equal batches waste the fewest slots of the last one, down to a run of a single image.
-    batch_size = -(-len(images) // -(-len(images) // batch_size))
+    batch_size = -(-len(images) // -(-len(images) // (batch_size or encoder.batch_size)))
     settings = {
         **encoder.settings,
         "format": outputs.format,
