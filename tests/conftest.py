@@ -12,6 +12,24 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _kernels():
+    """A trainer on a GPU chooses kernels for the whole process."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+_NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NO_GPU])])
+def device(request):
+    """The CPU; with `-m gpu` a GPU. For tests of what should not depend on it."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Folder of the numbers recorded from the published code."""
