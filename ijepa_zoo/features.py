@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .errors import SettingsError
+
 Layers = Literal["last", "last4"] | Sequence[int]
 
 
@@ -38,12 +40,12 @@ class FeatureExtractor(nn.Module):
     def __init__(self, model: nn.Module, layers: Layers = "last", pool: str | None = "avg") -> None:
         super().__init__()
         if not (hasattr(model, "forward_intermediates") and hasattr(model, "blocks")):
-            raise TypeError(
+            raise SettingsError(
                 f"{type(model).__name__} is no timm ViT: features need forward_intermediates() and "
                 "blocks, for example ijepa_zoo.create_model('vit_huge14_ijepa')"
             )
         if pool not in ("avg", None):
-            raise ValueError(
+            raise SettingsError(
                 f"pool is {pool!r}; use 'avg' for the mean over patches, None for maps"
             )
         self.model = model
@@ -87,17 +89,19 @@ class FeatureExtractor(nn.Module):
 def _block_indices(layers: Layers, depth: int) -> list[int]:
     if isinstance(layers, str):
         if layers not in ("last", "last4"):
-            raise ValueError(
+            raise SettingsError(
                 f"layers is {layers!r}; use 'last', 'last4' or a list of block indices"
             )
         layers = range(-1, 0) if layers == "last" else range(-4, 0)
     bad = [i for i in layers if not -depth <= i < depth]
     if bad or not layers:
-        raise ValueError(
+        raise SettingsError(
             f"layers {list(layers)} do not fit a model of {depth} blocks: indices run from 0 to "
             f"{depth - 1}, or from {-depth} to -1 counted from the end"
         )
     indices = sorted(i % depth for i in layers)
     if len(set(indices)) < len(indices):
-        raise ValueError(f"layers {list(layers)} name a block twice; the model has {depth} blocks")
+        raise SettingsError(
+            f"layers {list(layers)} name a block twice; the model has {depth} blocks"
+        )
     return indices

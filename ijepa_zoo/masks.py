@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .errors import SettingsError
 from .seeds import Stream, numpy_generator
 
 _TRIES = 20  # draws of the context corner before a target is dropped from the constraint
@@ -59,11 +60,13 @@ class MultiBlockMasks:
     def __post_init__(self) -> None:
         """Refuse settings under which some step could not be sampled."""
         if self.mode not in ("published", "unbiased"):
-            raise ValueError(f"mode is {self.mode!r}; it must be 'published' or 'unbiased'")
+            raise SettingsError(f"mode is {self.mode!r}; it must be 'published' or 'unbiased'")
         if min(self.grid_size) < 2:
-            raise ValueError(f"grid_size {self.grid_size} is too small: it must be at least (2, 2)")
+            raise SettingsError(
+                f"grid_size {self.grid_size} is too small: it must be at least (2, 2)"
+            )
         if self.num_targets < 1 or self.min_keep < 0:
-            raise ValueError(
+            raise SettingsError(
                 f"num_targets is {self.num_targets} and min_keep {self.min_keep}; "
                 "they must be at least 1 and 0"
             )
@@ -71,7 +74,7 @@ class MultiBlockMasks:
             low, high = getattr(self, name)
             if not 0 < low <= high or (high > 1 and name != "target_aspect"):
                 bound = "" if name == "target_aspect" else " <= 1"
-                raise ValueError(f"{name} is {(low, high)}; it must be 0 < min <= max{bound}")
+                raise SettingsError(f"{name} is {(low, high)}; it must be 0 < min <= max{bound}")
         for name, sizes in (
             ("target", self._possible_sizes(self.target_scale, self.target_aspect)),
             ("context", self._possible_sizes(self.context_scale, (1.0, 1.0))),
@@ -80,7 +83,7 @@ class MultiBlockMasks:
             if height * width <= self.min_keep:
                 most = height * width - 1  # without a patch, no min_keep would do
                 fewer = f"min_keep={most} or less, " if most >= 0 else ""
-                raise ValueError(
+                raise SettingsError(
                     f"on a grid of {self.grid_size} a {name} block can be {height} x {width}, "
                     f"which is not more than min_keep={self.min_keep} patches: use {fewer}a larger "
                     f"{name}_scale or a larger grid (a larger image or smaller patches)"
@@ -125,7 +128,7 @@ class MultiBlockMasks:
             ValueError: `batch_size` is below 1, or `part` reaches over several groups.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+            raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
         first, last, _ = (part or slice(None)).indices(batch_size)
         group = _group(first, last, batch_size if cut == "global" else cut)
         rng = numpy_generator(seed, Stream.MASKS, step)
@@ -237,7 +240,7 @@ def _group(first: int, last: int, size: int) -> slice:
     """The group of `size` images in which images `first` to `last` lie."""
     start = first // size * size
     if not first < last <= start + size:
-        raise ValueError(
+        raise SettingsError(
             f"images {first} to {last} of the batch lie in several groups of cut={size}: draw "
             "each group on its own, or use cut='global'"
         )

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .data.images import MAX_PIXELS, ImageError, ImageReader
+from .data.images import MAX_PIXELS, ImageReader
 from .data.items import Item
 from .data.transforms import create_transform
+from .errors import ImageError, SettingsError
 from .extraction.encoder import Encoder
 
 _GAP = 8  # pixels between the pairs
@@ -110,12 +111,12 @@ def check_picture(path: str | Path, items: Sequence[Item]) -> None:
     Image.init()
     path = Path(path)
     if Image.EXTENSION.get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"the picture '{path}' needs a name that ends like one, such as .png")
+        raise SettingsError(f"the picture '{path}' needs a name that ends like one, such as .png")
     if not path.parent.is_dir():
-        raise ValueError(f"the picture's folder '{path.parent}' does not exist")
+        raise SettingsError(f"the picture's folder '{path.parent}' does not exist")
     inputs = {os.path.abspath(item.shard or item.path) for item in items if item.skipped is None}
     if os.path.abspath(path) in inputs:
-        raise ValueError(f"the picture '{path}' is also an input: choose another name")
+        raise SettingsError(f"the picture '{path}' is also an input: choose another name")
 
 
 def _some_images(

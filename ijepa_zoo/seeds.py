@@ -14,6 +14,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from .errors import SettingsError
+
 _UINT64 = 2**64
 
 
@@ -51,10 +53,12 @@ def fold(*keys: int) -> int:
         ValueError: No key was given, or a key does not fit into 64 bits.
     """
     if not keys:
-        raise ValueError("fold() needs at least one integer, e.g. fold(seed, Stream.MASKS, step)")
+        raise SettingsError(
+            "fold() needs at least one integer, e.g. fold(seed, Stream.MASKS, step)"
+        )
     for key in keys:
         if not -(2**63) <= key < _UINT64:
-            raise ValueError(f"seed key {key} does not fit into 64 bits; use a smaller integer")
+            raise SettingsError(f"seed key {key} does not fit into 64 bits; use a smaller integer")
     packed = struct.pack(f"<{len(keys)}Q", *(int(key) % _UINT64 for key in keys))
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 

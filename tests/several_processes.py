@@ -57,7 +57,7 @@ def _child(script, arguments, environment, errors):
 def start(script, world, *arguments):
     """Start `world` processes of a script; each has a file `errors` for what it prints."""
     context, port = _context(), free_port()
-    processes = []
+    distributed = []
     for rank in range(world):
         environment = {
             "RANK": str(rank),
@@ -74,15 +74,15 @@ def start(script, world, *arguments):
         )
         process.errors = Path(errors)
         process.start()
-        processes.append(process)
-    return processes
+        distributed.append(process)
+    return distributed
 
 
-def finish(processes, seconds=100):
+def finish(distributed, seconds=100):
     """Exit status and output of every process; what still runs after `seconds` is killed."""
     limit = time.monotonic() + seconds
     results = []
-    for process in processes:
+    for process in distributed:
         process.join(max(limit - time.monotonic(), 0.1))
         note = ""
         if process.is_alive():

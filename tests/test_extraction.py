@@ -19,9 +19,9 @@ from PIL import Image
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
-from ijepa_zoo.data.sources import InputError
 from ijepa_zoo.data.transforms import create_transform
-from ijepa_zoo.extraction import ExtractionError, ExtractionReport, extract_features
+from ijepa_zoo.errors import DataError, RunError
+from ijepa_zoo.extraction import ExtractionReport, extract_features
 from ijepa_zoo.extraction import encoder as encoder_module
 from ijepa_zoo.extraction.encoder import Encoder, weights_fingerprint
 from ijepa_zoo.extraction.parts import Parts
@@ -171,9 +171,9 @@ def test_same_bytes_after_kill_9(
     done: int,
 ) -> None:
     out = tmp_path / "features.safetensors"
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["ijepa_zoo.extraction"])
-    child = processes.Process(target=run, args=(images, out))
+    distributed = multiprocessing.get_context("forkserver")
+    distributed.set_forkserver_preload(["ijepa_zoo.extraction"])
+    child = distributed.Process(target=run, args=(images, out))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
@@ -229,9 +229,9 @@ def test_ranks_that_differ_all_fail(images: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = multiprocessing.get_context("forkserver")
+    distributed = multiprocessing.get_context("forkserver")
     ranks = [
-        processes.Process(target=as_rank, args=(rank, port, rank, images, tmp_path / "f.npy"))
+        distributed.Process(target=as_rank, args=(rank, port, rank, images, tmp_path / "f.npy"))
         for rank in range(2)
     ]
     for rank in ranks:
@@ -335,20 +335,20 @@ def test_other_settings_are_refused(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.npy"
     extract_features([images], make_model(), out, **OPTIONS)
     before, rows = files(tmp_path), np.load(out)
-    with pytest.raises(ExtractionError, match=r"layers: \[4\] then, \[1, 2, 3, 4\] now"):
+    with pytest.raises(RunError, match=r"layers: \[4\] then, \[1, 2, 3, 4\] now"):
         extract_features([images], make_model(), out, layers="last4", **OPTIONS)
-    with pytest.raises(ExtractionError, match=r"weights_hash: .* --overwrite"):
+    with pytest.raises(RunError, match=r"weights_hash: .* --overwrite"):
         extract_features([images], make_model(1), out, **OPTIONS)
-    with pytest.raises(ExtractionError, match="images: 22 then, 11 now; inputs: "):
+    with pytest.raises(RunError, match="images: 22 then, 11 now; inputs: "):
         extract_features([images / "dog"], make_model(), out, **OPTIONS)
-    with pytest.raises(ExtractionError, match=r"f.index.jsonl' exists"):  # same stem
+    with pytest.raises(RunError, match=r"f.index.jsonl' exists"):  # same stem
         extract_features([images], make_model(), tmp_path / "f.safetensors", **OPTIONS)
     assert files(tmp_path) == before
     report = extract_features([images], make_model(1), out, overwrite=True, **OPTIONS)
     assert not np.isclose(np.load(report.features), rows).all(1).any()
     out.unlink()
     out.with_suffix(".index.jsonl").write_text("mine")
-    with pytest.raises(ExtractionError, match="is not from a finished run"):
+    with pytest.raises(RunError, match="is not from a finished run"):
         extract_features([images], make_model(1), out, **OPTIONS)
 
 
@@ -360,7 +360,7 @@ def test_parts_of_other_settings_are_refused(
         patch.setattr(Encoder, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             extract_features([images], make_model(), out, **OPTIONS)
-    with pytest.raises(ExtractionError, match=r"unfinished run .*dtype: float32 then, float16 now"):
+    with pytest.raises(RunError, match=r"unfinished run .*dtype: float32 then, float16 now"):
         extract_features([images], make_model(), out, dtype="float16", **OPTIONS)
     report = extract_features(
         [images], make_model(), out, dtype="float16", overwrite=True, **OPTIONS
@@ -376,7 +376,7 @@ def interrupted(*_: object) -> Any:
 def test_folder_of_somebody_else_is_left_alone(images: Path, tmp_path: Path) -> None:
     (tmp_path / "f.npy.parts").mkdir()
     (tmp_path / "f.npy.parts/thesis.tex").write_text("years of work")
-    with pytest.raises(ExtractionError, match=r"holds other files, such as 'thesis.tex'"):
+    with pytest.raises(RunError, match=r"holds other files, such as 'thesis.tex'"):
         extract_features([images], make_model(), tmp_path / "f.npy", overwrite=True, **OPTIONS)
     assert (tmp_path / "f.npy.parts/thesis.tex").exists()
 
@@ -388,7 +388,7 @@ def test_second_process_is_told(images: Path, tmp_path: Path) -> None:
     (tmp_path / "f.npy.parts").mkdir()
     with (
         FileLock(tmp_path / "f.npy.parts/lock"),
-        pytest.raises(ExtractionError, match="another process is writing"),
+        pytest.raises(RunError, match="another process is writing"),
     ):
         extract_features([images], make_model(), out, **OPTIONS)
     assert extract_features([images], make_model(), out, **OPTIONS).shape == (20, 48)
@@ -396,7 +396,7 @@ def test_second_process_is_told(images: Path, tmp_path: Path) -> None:
 
 def test_strict_stops_at_the_first(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.npy"
-    with pytest.raises(ExtractionError, match=r"03.jpg': truncated image: .* first failure"):
+    with pytest.raises(RunError, match=r"03.jpg': truncated image: .* first failure"):
         extract_features([images], make_model(), out, strict=True, **OPTIONS)
     assert not out.exists()
     extract_features([images / "dog"], make_model(), out, overwrite=True, strict=True, **OPTIONS)
@@ -409,7 +409,7 @@ def test_strict_sees_failures_of_an_earlier_session(
         patch.setattr("ijepa_zoo.extraction.run.merge", lambda *_: next(interrupted()))
         with pytest.raises(KeyboardInterrupt):
             extract_features([images], make_model(), tmp_path / "f.npy", **OPTIONS)
-    with pytest.raises(ExtractionError, match=r"03\.jpg"):
+    with pytest.raises(RunError, match=r"03\.jpg"):
         extract_features([images], make_model(), tmp_path / "f.npy", strict=True, **OPTIONS)
 
 
@@ -468,7 +468,7 @@ def test_nothing_decodes(tmp_path: Path) -> None:
 def test_features_that_are_not_finite_are_refused(images: Path, tmp_path: Path) -> None:
     model = make_model()
     torch.nn.init.constant_(model.norm.bias, 1e5)  # above the largest float16
-    with pytest.raises(ExtractionError, match="not finite: use float32"):
+    with pytest.raises(RunError, match="not finite: use float32"):
         extract_features([images], model, tmp_path / "f.npy", dtype="float16", **OPTIONS)
 
 
@@ -490,7 +490,7 @@ def test_features_that_are_not_finite_are_refused(images: Path, tmp_path: Path) 
 def test_wrong_arguments(images: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         extract_features([images], make_model(), **{**OPTIONS, **options})
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(DataError, match="no such file"):
         extract_features([images / "absent"], make_model(), "f.npy", **OPTIONS)
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from ijepa_zoo.extraction import ExtractionError, extract_features, run
+from ijepa_zoo.errors import RunError
+from ijepa_zoo.extraction import extract_features, run
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +88,11 @@ def test_damaged_settings_are_told(
 ) -> None:
     (parts / "settings.json").write_text(text)
     out = parts.with_suffix("")
-    with pytest.raises(ExtractionError, match="names them is damaged"):
+    with pytest.raises(RunError, match="names them is damaged"):
         extract(images, model, out)
     assert extract(images, model, out, overwrite=True)
     (tmp_path / "f.run.json").write_text(text)
-    with pytest.raises(ExtractionError, match="names them is damaged"):
+    with pytest.raises(RunError, match="names them is damaged"):
         extract(images, model, out)
     assert extract(images, model, out, overwrite=True)
 
@@ -103,7 +104,7 @@ def test_killed_workers_are_told(
         os.kill(os.getpid(), 9)
 
     monkeypatch.setattr("ijepa_zoo.data.batches.ImageBatches.__getitem__", killed)
-    with pytest.raises(ExtractionError, match="fewer workers"):
+    with pytest.raises(RunError, match="fewer workers"):
         extract_features([images], model, tmp_path / "f.npy", device="cpu", workers=1)
 
 

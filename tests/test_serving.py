@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import ijepa_zoo
-from ijepa_zoo.serving import ServingError, export, export_graph, formats
+from ijepa_zoo.errors import RunError
+from ijepa_zoo.serving import export, export_graph, formats
 
 PHOTOS = sorted((Path(__file__).parents[1] / "examples" / "images" / "photos").glob("*.jpg"))
 HAVE_ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
@@ -170,7 +171,7 @@ def test_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch, damage):
 
     with monkeypatch.context() as patch:
         patch.setattr(formats, "reopen", damaged)
-        with pytest.raises(ServingError, match="not kept"):
+        with pytest.raises(RunError, match="not kept"):
             export_graph(model, earlier, "torch-export", overwrite=True)
         assert [path.name for path in tmp_path.rglob("*")] == ["served", "serving.json"]
         assert (earlier / "serving.json").read_text() == "earlier"
@@ -288,6 +289,6 @@ def test_weights_without_features_are_told_before_exporting(tmp_path, monkeypatc
     torch.nn.init.constant_(spoilt.norm.weight, value)
     torch.nn.init.constant_(spoilt.norm.bias, value)
     monkeypatch.setattr(export, "trace", lambda _: pytest.fail("traced"))
-    with pytest.raises(ServingError, match=f"the model's own features are {words}"):
+    with pytest.raises(RunError, match=f"the model's own features are {words}"):
         export_graph(spoilt, tmp_path / "served", "torch-export")
     assert not list(tmp_path.iterdir())

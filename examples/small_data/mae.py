@@ -121,7 +121,7 @@ def operations(config: PretrainConfig) -> tuple[float, float]:
 
 def train(model: ViTMAEForPreTraining, trainer: Trainer) -> dict[str, float]:
     """Train on the trainer's batches, by its schedule; returns the last loss and the time."""
-    config, device = trainer.config, trainer.processes.device
+    config, device = trainer.config, trainer.distributed.device
     bf16, times = config.optim.precision == "bf16", []
     optimizer = make_optimizer(model.vit, model.decoder)
     for group in optimizer.param_groups:
@@ -197,7 +197,7 @@ def run(config: PretrainConfig, images: ImageSet, folder: Path) -> dict[str, Any
         torch.set_num_threads(config.machine.threads)
     trainer = Trainer(config, images)
     monitor, _ = trainer.monitor()
-    preprocessing, device = transform_config(trainer.model.encoder), trainer.processes.device
+    preprocessing, device = transform_config(trainer.model.encoder), trainer.distributed.device
     torch.manual_seed(fold(config.seed, Stream.INIT))  # initialisation, then what is hidden
     model = make_mae(trainer.model)
     before = measure(to_timm(model, preprocessing)[0], monitor, device)

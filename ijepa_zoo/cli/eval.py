@@ -4,6 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from ..errors import CheckpointError, DistributedError, FetchError, RunError, SettingsError
 from .status import DONE, FAILED, USAGE, complain, count, positive
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _dense(args: argparse.Namespace) -> "Result":
     from ..eval import evaluate_dense_depth
 
     if args.test:
-        raise ValueError("--test holds for classes: DATA holds training and test pairs")
+        raise SettingsError("--test holds for classes: DATA holds training and test pairs")
     own = ("cached", "baseline", "select_on_test", "epochs", "batch_size")
     names = (*own, "max_depth", "depth_scale", *_RUN, *_WEIGHTS)
     return evaluate_dense_depth(*_places(args), **_given(args, names))
@@ -224,16 +225,13 @@ def _evaluated(args: argparse.Namespace, evaluate: "Callable[[], Result]") -> in
     """Evaluate and show the result, or say what was wrong."""
     from torch import OutOfMemoryError
 
-    from ..eval import CacheError, EvaluationError, StateError
-    from ..rendezvous import ProcessError, read_place
-    from ..weights.layouts import CheckpointError
-    from ..weights.ranged import FetchError
+    from ..rendezvous import read_place
 
     try:
         result = evaluate()
     except OutOfMemoryError as error:
         return complain(f"{error}\nTry a smaller --img-size or --precision bfloat16", FAILED)
-    except (CacheError, EvaluationError, StateError, ProcessError, FloatingPointError) as error:
+    except (RunError, DistributedError, FloatingPointError) as error:
         return complain(error, FAILED)
     except (CheckpointError, FetchError, OSError) as error:
         return complain(error, FAILED)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError, FetchError, RunError, SettingsError
 from .status import DONE, FAILED, USAGE, complain, count, layers, positive
 
 _GRAPH_OPTIONS = ("layers", "pool", "quantize", "img_size", "checkpoint", "network")
@@ -40,16 +41,12 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ..serving import ServingError
-    from ..train import RunError
-    from ..weights.layouts import CheckpointError
-    from ..weights.ranged import FetchError
 
     try:
         return _native(args) if args.to == "native" else _graph(args)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; nothing is written") from None
-    except (RunError, ServingError, CheckpointError, FetchError, OSError) as error:
+    except (RunError, CheckpointError, FetchError, OSError) as error:
         return complain(error, FAILED)
     except (ValueError, TypeError, ImportError) as error:
         return complain(error, USAGE)
@@ -69,10 +66,10 @@ def _native(args: argparse.Namespace) -> int:
     given = [name for name in _GRAPH_OPTIONS if getattr(args, name) is not None]
     if given:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{options}: only with --to onnx or --to torch-export")
+        raise SettingsError(f"{options}: only with --to onnx or --to torch-export")
     run = Path(args.source)
     if not run.is_dir() or ((run / "config.json").exists() and not (run / "config.yaml").exists()):
-        raise ValueError(
+        raise SettingsError(
             f"{args.source} is no folder of a pretraining run. Other weights are copied by "
             f"`ijepa-zoo convert {args.source} DST --to native`, and written for servers by "
             f"`ijepa-zoo export {args.source} DST --to onnx`"
@@ -96,12 +93,12 @@ def _graph(args: argparse.Namespace) -> int:
     from ..serving.export import check_request
 
     if args.step is not None:
-        raise ValueError(
+        raise SettingsError(
             f"--step is for native: `ijepa-zoo export {args.source} DST --step {args.step}`, then "
             f"`ijepa-zoo export DST SERVED --to {args.to}`"
         )
     if args.folder is None:
-        raise ValueError(
+        raise SettingsError(
             f"name the folder to write: ijepa-zoo export {args.source} DST --to {args.to}"
         )
     _refuse_existing(args.folder, args.overwrite)
@@ -131,7 +128,7 @@ def _graph(args: argparse.Namespace) -> int:
 def _source(source: str) -> str:
     """What `create_model` calls it: a folder that is there is one."""
     if os.path.isfile(source):
-        raise ValueError(
+        raise SettingsError(
             f"{source} is a file: name its model, and the file by --checkpoint {source}"
         )
     return f"local-dir:{source}" if os.path.isdir(source) else source

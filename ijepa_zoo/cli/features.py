@@ -5,6 +5,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from ..errors import CheckpointError, FetchError, RunError
 from .status import DONE, FAILED, SOME_IMAGES_FAILED, USAGE, complain, count, layers, positive
 
 if TYPE_CHECKING:
@@ -58,10 +59,6 @@ def add_features(parser: argparse.ArgumentParser) -> None:
 def _features(args: argparse.Namespace) -> int:
     from torch import OutOfMemoryError
 
-    from ..extraction import ExtractionError
-    from ..weights.layouts import CheckpointError
-    from ..weights.ranged import FetchError
-
     try:
         return _run_features(args)
     except ValueError as error:
@@ -69,7 +66,7 @@ def _features(args: argparse.Namespace) -> int:
     except OutOfMemoryError as error:
         now = f" than {args.batch_size}" if args.batch_size else ", for example 32"
         return complain(f"{error}\nTry a smaller --batch-size{now}", FAILED)
-    except (CheckpointError, FetchError, ExtractionError, ImportError, OSError) as error:
+    except (CheckpointError, FetchError, RunError, ImportError, OSError) as error:
         return complain(error, FAILED)
 
 

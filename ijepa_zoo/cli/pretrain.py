@@ -7,6 +7,14 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from ..errors import (
+    CheckpointError,
+    DistributedError,
+    FetchError,
+    ImageError,
+    RunError,
+    SettingsError,
+)
 from .status import DONE, FAILED, INTERRUPTED, STOPPED, USAGE, complain, count
 
 if TYPE_CHECKING:
@@ -58,10 +66,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         return DONE
     from torch import OutOfMemoryError
 
-    from ..data.images import ImageError
-    from ..train import Interrupted, NonFiniteLossError, ProcessError, RunError
-    from ..weights.layouts import CheckpointError
-    from ..weights.ranged import FetchError
+    from ..train import Interrupted, NonFiniteLossError
 
     try:
         return _run_pretrain(args)
@@ -76,7 +81,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     except OutOfMemoryError as error:
         hint = "use a smaller machine.micro_batch_size, or machine.activation_checkpointing=true"
         return complain(f"{error}\nTry {hint}", FAILED)
-    except (ImageError, NonFiniteLossError, ProcessError, RunError) as error:
+    except (ImageError, NonFiniteLossError, DistributedError, RunError) as error:
         return complain(error, FAILED)
     except (CheckpointError, FetchError, OSError) as error:
         return complain(error, FAILED)
@@ -131,7 +136,7 @@ def _config(args: argparse.Namespace) -> "PretrainConfig":
         changes.insert(0, f"model.name={released[0].model}")
     if len(names) + bool(args.config) != 1:
         given = ", ".join([*names, *([args.config] if args.config else [])]) or "none"
-        raise ValueError(
+        raise SettingsError(
             f"name one recipe, or one file with --config (given: {given}); "
             "`ijepa-zoo pretrain --recipes` lists the recipes"
         )
@@ -146,19 +151,19 @@ def _places(args: argparse.Namespace) -> tuple[list[str], str]:
     data = args.data or ([own.data] if own else None)
     out = args.out or (own.out if own else None)
     if not data:
-        raise ValueError("name the images: --data FOLDER (or shards, a list, ...)")
+        raise SettingsError("name the images: --data FOLDER (or shards, a list, ...)")
     if not (out or args.dry_run):
-        raise ValueError("name a folder for the run: --out runs/NAME")
+        raise SettingsError("name a folder for the run: --out runs/NAME")
     for option, given, name in (("--data", args.data, data[0]), ("--out", args.out, out or "")):
         if not given and name.startswith("$"):
-            raise ValueError(f"{args.config} has no folder yet but {name}: give it by {option}")
+            raise SettingsError(f"{args.config} has no folder yet but {name}: give it by {option}")
     return data, out or ""
 
 
 def _plot(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from ..train import RunError, plot_run
+    from ..train import plot_run
 
     try:
         print(plot_run(Path(args.run_folder), Path(args.out) if args.out else None))

@@ -4,6 +4,7 @@ import argparse
 from functools import cache
 from typing import TYPE_CHECKING
 
+from ..errors import CheckpointError, FetchError
 from .status import DONE, FAILED, USAGE, complain, positive
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ def _convert(args: argparse.Namespace) -> int:
     import torch
 
     from ..weights.export import export
-    from ..weights.layouts import CheckpointError
-    from ..weights.ranged import FetchError
 
     sizes = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "in_chans", "mlp_ratio")
     given = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..errors import DataError
 from .array_sets import ArraySet
 from .labelled import Labelled, listed
 from .scene_layout import COUNTS
 from .scenes import DISTANCE_EDGES, SPLIT_STARTS, distance_class, render_scenes
-from .sources import InputError
 
 Kind = Literal["count", "distance"]
 
@@ -55,14 +55,14 @@ def open_clevr(
         image are left out, and the notes name them.
 
     Raises:
-        InputError: There are no such scenes, or none can be used.
+        DataError: There are no such scenes, or none can be used.
     """
     if os.fspath(data).startswith("scenes:"):
         return _render(os.fspath(data), kind, workers, progress)
     root = Path(data)
     folders = [f for f in (root, root / "CLEVR_v1.0") if _scene_file(f, "train").is_file()]
     if not folders:
-        raise InputError(
+        raise DataError(
             f"'{root}' is no CLEVR: '{_scene_file(root, 'train')}' is missing. Unpack "
             "CLEVR_v1.0.zip and name its folder, or write scenes:8000,4000 to render some"
         )
@@ -82,13 +82,11 @@ def _read(root: Path, split: str, kind: Kind) -> Labelled:
         scenes = json.loads(path.read_text(encoding="utf-8"))["scenes"]
         present = {entry.name for entry in os.scandir(folder)}
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"CLEVR's {split} part cannot be read: {error}") from error
+        raise DataError(f"CLEVR's {split} part cannot be read: {error}") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"'{path}' is no CLEVR scene file (JSON with 'scenes'): {error}"
-        ) from error
+        raise DataError(f"'{path}' is no CLEVR scene file (JSON with 'scenes'): {error}") from error
     if not isinstance(scenes, list):
-        raise InputError(f"'{path}' is no CLEVR scene file: 'scenes' is no list")
+        raise DataError(f"'{path}' is no CLEVR scene file: 'scenes' is no list")
     files, numbers, left_out = [], [], []
     for place, scene in enumerate(scenes):
         try:
@@ -103,7 +101,7 @@ def _read(root: Path, split: str, kind: Kind) -> Labelled:
         numbers.append(number)
     if not files:
         why = f": {left_out[0]}" if left_out else ""
-        raise InputError(f"none of the {len(scenes)} scenes of '{path}' can be used{why}")
+        raise DataError(f"none of the {len(scenes)} scenes of '{path}' can be used{why}")
     notes = [*_missing(path, left_out), *(_odd_counts(path, files, numbers, kind))]
     return listed(
         folder,
@@ -175,13 +173,13 @@ def _names(numbers: list[int], kind: Kind) -> dict[int, str]:
 def _render(data: str, kind: Kind, workers: int, progress: bool) -> tuple[Labelled, Labelled]:
     asked = _RENDERED.fullmatch(data)
     if asked is None:
-        raise InputError(
+        raise DataError(
             f"'{data}' is no order for scenes: write scenes:TRAIN,TEST, such as scenes:8000,4000, "
             "or scenes:TRAIN,TEST,SIZE for pictures of SIZE x SIZE pixels (64 if absent)"
         )
     train, test, size = int(asked[1]), int(asked[2]), int(asked[3] or 64)
     if not train or not test or size < 32:
-        raise InputError(f"'{data}': at least one scene for each part, of 32 pixels or more")
+        raise DataError(f"'{data}': at least one scene for each part, of 32 pixels or more")
     parts = [
         _rendered(split, count, size, kind, workers, progress)
         for split, count in (("train", train), ("test", test))

@@ -6,8 +6,9 @@ import os
 import re
 from pathlib import Path
 
+from ..errors import DataError
 from .items import is_image_name
-from .sources import InputError, list_items
+from .sources import list_items
 
 ARRAY = ".npy"
 
@@ -28,7 +29,7 @@ def folder_pairs(source: str) -> dict[str, list[Pair]]:
     has the same name without such words and `rgb`, `image`, `color`, `sync`.
 
     Raises:
-        InputError: A file has no partner, or two.
+        DataError: A file has no partner, or two.
     """
     return {name: _pairs(found, source) for name, found in _by_split(source).items()}
 
@@ -40,18 +41,18 @@ def listed_pairs(path: Path) -> list[Pair]:
     to one of those that the usual copies have.
 
     Raises:
-        InputError: It names no pairs, or its files are not there.
+        DataError: It names no pairs, or its files are not there.
     """
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     named = [(line[0].lstrip("/"), line[1].lstrip("/")) for line in lines if len(line) > 1]
     named = [pair for pair in named if pair[1] != "None"]
     if not named:
-        raise InputError(f"'{path}' names no pairs: each line is IMAGE DEPTH FOCAL_LENGTH")
+        raise DataError(f"'{path}' names no pairs: each line is IMAGE DEPTH FOCAL_LENGTH")
     roots = [path.parent / root for root in _LIST_ROOTS]
     for root in roots:
         if (root / named[0][0]).is_file():
             return [(str(root / image), str(root / depth)) for image, depth in named]
-    raise InputError(
+    raise DataError(
         f"'{path}' names '{named[0][0]}', which is in none of "
         + ", ".join(f"'{root}'" for root in roots)
     )
@@ -87,13 +88,13 @@ def _pairs(files: list[_Found], source: str) -> list[Pair]:
         other = halves[depth].setdefault(key, path)
         if other != path:
             kind = "depth maps" if depth else "images"
-            raise InputError(f"'{other}' and '{path}' are two {kind} of one pair by their names: "
+            raise DataError(f"'{other}' and '{path}' are two {kind} of one pair by their names: "
                              "rename one, or name depth maps NAME_depth")  # fmt: skip
     images, depths = halves[False], halves[True]
     alone = sorted(images.keys() ^ depths.keys())
     if alone:
         path = images.get(alone[0]) or depths[alone[0]]
-        raise InputError(
+        raise DataError(
             f"{len(alone)} files below '{source}' have no partner, for example '{path}': an image "
             "and its depth map have the same name, such as rgb/a/1.jpg and depth/a/1.png, or "
             "1.jpg and 1_depth.png"

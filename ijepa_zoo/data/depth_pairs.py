@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..errors import DataError, ImageError
 from ..seeds import Stream, numpy_generator
 from .depth_names import ARRAY, Pair, folder_pairs, listed_pairs
 from .image_sets import open_images
-from .images import ImageError, ImageReader
+from .images import ImageReader
 from .items import Item
 from .pixels import ImageSet, Pixels, from_array
-from .sources import InputError
 
 DepthMap = npt.NDArray[np.float32]
 
@@ -211,10 +211,10 @@ def open_depth(
         progress: Show a progress bar while rendering.
 
     Raises:
-        InputError: There is no such input, it holds no pairs, or one of the two splits is empty.
+        DataError: There is no such input, it holds no pairs, or one of the two splits is empty.
     """
     if depth_scale is not None and not depth_scale > 0:
-        raise InputError(f"depth_scale is {depth_scale}: units in a metre, 1000 for millimetres")
+        raise DataError(f"depth_scale is {depth_scale}: units in a metre, 1000 for millimetres")
     source = os.fspath(source)
     if source.startswith("scenes:"):
         return _render(source, workers, progress)
@@ -232,7 +232,7 @@ def _render(source: str, workers: int, progress: bool) -> DepthData:
 
     asked = _RENDERED.fullmatch(source)
     if asked is None or min(int(asked[1]), int(asked[2])) < 2 or int(asked[3] or 64) < 32:
-        raise InputError(
+        raise DataError(
             f"'{source}': write scenes:TRAIN,TEST, such as scenes:2000,500, or "
             "scenes:TRAIN,TEST,SIZE for pictures of SIZE x SIZE pixels (64 if absent, at least 32)"
         )
@@ -264,7 +264,7 @@ def _open_folder(source: str, seed: int, depth_scale: float | None) -> DepthData
         split = "folders named train and test (or val)"
     for name in ("train", "test"):
         if not splits.get(name):
-            raise InputError(f"'{source}' has no pairs for the {name} set: put image and depth map "
+            raise DataError(f"'{source}' has no pairs for the {name} set: put image and depth map "
                              "files below a folder train and a folder test")  # fmt: skip
     train, test = (_files(splits[name], depth_scale) for name in ("train", "test"))
     return DepthData(train, test, None, None, split)

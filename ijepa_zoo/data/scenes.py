@@ -26,6 +26,8 @@ from ijepa_zoo.data.scene_trace import Floats, Vector, trace
 from ijepa_zoo.progress import progress_bar
 from ijepa_zoo.seeds import Stream, numpy_generator
 
+from ..errors import SettingsError
+
 DISTANCE_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
 # First index of each split, far enough apart that splits of one seed never share a scene.
 SPLIT_STARTS = {"train": 0, "val": 1_000_000_000, "test": 2_000_000_000}
@@ -85,7 +87,7 @@ def count_class(count: int) -> int:
         ValueError: if `count` is outside 3..10.
     """
     if count not in COUNTS:
-        raise ValueError(f"a scene has {COUNTS[0]} to {COUNTS[-1]} objects, not {count}")
+        raise SettingsError(f"a scene has {COUNTS[0]} to {COUNTS[-1]} objects, not {count}")
     return count - COUNTS[0]
 
 
@@ -102,7 +104,9 @@ def render_scene(seed: int, index: int, size: int = 64, *, supersample: int = 2)
         ValueError: if an argument is out of range.
     """
     if size < 32 or supersample < 1:
-        raise ValueError(f"size must be >= 32 and supersample >= 1, not {size} and {supersample}")
+        raise SettingsError(
+            f"size must be >= 32 and supersample >= 1, not {size} and {supersample}"
+        )
     layout = sample_layout(numpy_generator(seed, Stream.SCENES, index))
     camera, solids = layout.camera, [piece.solid for piece in layout.pieces]
     rays = size * supersample
@@ -202,7 +206,7 @@ def write_scenes(
     from PIL import Image
 
     if split not in SPLIT_STARTS:
-        raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLIT_STARTS)}")
+        raise SettingsError(f"split {split!r} is unknown; choose one of {', '.join(SPLIT_STARTS)}")
     images = Path(folder, "images", split)
     labels = Path(folder, "scenes", f"CLEVR_{split}_scenes.json")
     images.mkdir(parents=True, exist_ok=True)

@@ -1,203 +1,223 @@
-"""From what the user names (folders, files, globs, tar shards, lists) to an ordered list of images.
+"""`open_images`: whatever holds images, as one map-style dataset that is read by number."""
 
-Nothing is opened here except tar shards, whose member offsets are needed. Every file that is seen
-becomes an :class:`Item`, also those that cannot or need not be read, so that nothing is lost.
-"""
+from __future__ import annotations
 
-import difflib
-import glob
+import importlib
+import logging
 import os
-import stat
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
 
-from .items import Item, is_image_name
-from .shards import list_shard
+import numpy as np
+import numpy.typing as npt
+import torch
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+from ..errors import DataError, ImageError
+from .datasets import ArrayDataset, FileDataset, ImageDataset, ObjectDataset
+from .decode import Decoder, deep_range
+from .files import SHARD_SUFFIXES, expand, list_files
+from .huggingface import HFDataset, is_hf, open_hf, parse_options
 
-
-class InputError(ValueError):
-    """An input that does not exist or holds no images; raised before any work is done."""
-
-
-Inputs = str | os.PathLike[str] | Item | Sequence[str | os.PathLike[str] | Item]
-
-
-def find_items(inputs: Inputs) -> list[Item]:
-    """List the images of all inputs: inputs in the given order, folders sorted by path bytes.
-
-    Args:
-        inputs: Folders (read with everything below them), image files, globs, tar shards (also
-            gzipped; ``key.jpg`` beside ``key.cls`` gives the label), ``.txt`` lists of image
-            paths (one a line, relative to the current folder), or items from an earlier call;
-            one of them, or several.
-
-    Returns:
-        All items in row order, those to be skipped included. Hidden files are left out.
-
-    Raises:
-        InputError: If an input does not exist, a glob matches nothing or there is no image at all.
-    """
-    if isinstance(inputs, str | os.PathLike | Item):
-        inputs = [inputs]
-    items = [item for _, item in list_items(inputs)]
-    if all(item.skipped is not None for item in items):
-        raise InputError(no_images(inputs, len(items), next(iter(items), None)))
-    return items
+_ARRAYS = (".npy", ".npz")
+_ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_DEEP_SAMPLED = 16  # files whose range of values is looked at
+_log = logging.getLogger(__name__)
 
 
-def list_items(
-    inputs: Iterable[str | os.PathLike[str] | Item], also: tuple[str, ...] = ()
-) -> Iterator[tuple[str, Item]]:
-    """List the images of all inputs one by one, for lists too long for a list of objects.
+def open_images(
+    source: Any,
+    *,
+    in_chans: int = 3,
+    value_range: tuple[float, float] | None = None,
+    bands: tuple[int, ...] | None = None,
+    decoder: Decoder | None = None,
+    index: Path | None = None,
+) -> ImageDataset:
+    """Open what holds images. The whole list is known afterwards, and no image was decoded.
 
     Args:
-        inputs: As in :func:`find_items`.
-        also: Lower-case suffixes of files in folders that count as images beside the usual ones.
+        source: One of
 
-    Yields:
-        The part of the item's path that only says where its input lies (a folder with a slash at
-        its end; empty for lines of a list), and the item.
-
-    Raises:
-        InputError: If an input does not exist or a glob matches nothing.
-    """
-    for given in inputs:
-        if isinstance(given, Item):
-            yield "", given
-            continue
-        for path in expand(os.fspath(given)):
-            yield from _one_input(path, also)
-
-
-def expand(path: str) -> list[str]:
-    """The paths that a glob matches, sorted; any other path as it is.
+            - paths, one or several: folders (everything below them), image files, `.npy` files of
+              one image, globs, `{000..012}`, `.txt` lists of paths, `.tar` shards, also gzipped,
+              folders of shards;
+            - `.npy` files `[n, H, W, C]` or `[n, H, W]`, which stay on the disk, or an `.npz` file
+              with `images` and, if there are classes, `labels`;
+            - `hfds/NAME` or a local folder of the Hugging Face `datasets` package, or a folder of
+              Parquet files; `hfds/NAME:split=test,image=COLUMN,label=COLUMN` chooses;
+            - `torch/NAME:root=DIR`, a dataset of torchvision that timm knows;
+            - `module:attribute`, a map-style Dataset, or a callable that makes one;
+            - such a Dataset, an array `[n, H, W, C]`, a tensor `[n, C, H, W]`, or an
+              `ImageDataset`, which is returned as it is.
+        in_chans: See `Decoder`.
+        value_range: See `Decoder`.
+        bands: See `Decoder`.
+        decoder: Instead of the three.
+        index: A file that keeps the list of tar shards, whose every member is visited otherwise.
 
     Raises:
-        InputError: If the glob matches nothing.
+        DataError: There is no such input, it holds no images, or cannot be read by number.
     """
-    if os.path.lexists(path) or not glob.has_magic(path):
-        return [path]
-    matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
-    if not matches:
-        raise InputError(f"no file matches the pattern '{path}'")
-    return matches
-
-
-def _one_input(path: str, also: tuple[str, ...]) -> Iterator[tuple[str, Item]]:
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise InputError(f"no such file or folder: '{path}'{_nearest(path)}") from None
-    except OSError as error:
-        raise InputError(f"input '{path}' cannot be read: {error.strerror}") from error
-    if stat.S_ISDIR(mode):
-        root = os.path.join(path, "")
-        yield from ((root, item) for item in _list_folder(path, also))
-        return
-    root = path[: path.rfind("/") + 1]
-    if path.lower().endswith((*SHARD_SUFFIXES, ".txt")):
-        if not stat.S_ISREG(mode):  # a pipe would be waited for, and a device has no end
-            raise InputError(f"'{path}' is no regular file, as a tar shard or a list must be")
-        if path.lower().endswith(SHARD_SUFFIXES):
-            yield from ((root, item) for item in list_shard(path))
-        else:
-            yield from (("", item) for item in _read_list(path))
+    decoder = decoder or Decoder(in_chans, value_range, bands)
+    if isinstance(source, ImageDataset):
+        return source
+    if isinstance(source, str | os.PathLike):
+        source = [source]
+    if isinstance(source, list | tuple) and all(isinstance(s, str | os.PathLike) for s in source):
+        paths = [path for given in source for path in expand(os.fspath(given))]
+        images = _open_paths(paths, decoder, index)
+    elif isinstance(source, torch.Tensor):
+        array = source.detach().cpu().numpy()
+        images = ArrayDataset([array.transpose(0, 2, 3, 1) if array.ndim == 4 else array], decoder)
+    elif isinstance(source, np.ndarray):
+        images = ArrayDataset([source], decoder)
+    elif type(source).__module__.partition(".")[0] == "datasets":
+        images = HFDataset(source, decoder, type(source).__name__, None, None)
     else:
-        yield root, Item(path)
+        images = ObjectDataset(source, decoder, type(source).__name__)
+    _warn_of_dark_files(images)
+    return images
 
 
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    path: str
-    label: str | None
-    above: frozenset[tuple[int, int]]  # device and inode of the folders that lead to it
+def _open_paths(paths: list[str], decoder: Decoder, index: Path | None) -> ImageDataset:
+    if not paths:
+        raise DataError("no input is named: give a folder, files, shards or a dataset")
+    special = [path for path in paths if _opener(path) is not None]
+    if special and len(paths) > 1:
+        raise DataError(f"'{special[0]}' cannot be joined with other inputs: give it alone")
+    if special:
+        opener = _opener(paths[0])
+        assert opener is not None
+        return opener(paths[0], decoder)
+    if all(path.lower().endswith(_ARRAYS) for path in paths):
+        arrays = [_open_array(path) for path in paths]
+        if all(images.ndim == 4 or len(paths) == 1 for images, _ in arrays):
+            targets = [labels for _, labels in arrays]
+            joined = None if None in [*targets] else np.concatenate(targets)
+            name = os.path.basename(paths[0])
+            return ArrayDataset([images for images, _ in arrays], decoder, name, joined)
+    return _open_files(paths, decoder, index)
 
 
-def _list_folder(root: str, also: tuple[str, ...]) -> Iterator[Item]:
-    """Everything below a folder; links to folders are followed unless they lead back up."""
-    pending: list[_Folder | Item] = [_Folder(root, None, frozenset())]
-    while pending:
-        found = pending.pop()
-        if isinstance(found, Item):
-            yield found
-            continue
-        # A folder sorts as its name with a slash: then the whole list is in the order of its paths.
-        entries = _entries(found, also)
-        entries.sort(key=lambda e: os.fsencode(e.path + "/" * isinstance(e, _Folder)), reverse=True)
-        pending += entries
+def _opener(path: str) -> Any:
+    """What opens a path that is not a list of files."""
+    if is_hf(path):
+        return open_hf
+    if path.startswith("torch/"):
+        return _open_torch
+    if _ATTRIBUTE.fullmatch(path) and not os.path.lexists(path):
+        return _open_attribute
+    return None
 
 
-def _entries(folder: _Folder, also: tuple[str, ...]) -> list[_Folder | Item]:
-    try:
-        status = os.stat(folder.path)
-        with os.scandir(folder.path) as listing:
-            entries = [entry for entry in listing if not entry.name.startswith(".")]
-    except OSError as error:
-        return [Item(folder.path, problem=f"folder cannot be listed: {error.strerror}")]
-    identity = (status.st_dev, status.st_ino)
-    if identity in folder.above:
-        return [Item(folder.path, skipped="a link back to a folder that holds it")]
-    found: list[_Folder | Item] = []
-    for entry in entries:
-        if _is_folder(entry):
-            found.append(_Folder(entry.path, entry.name, folder.above | {identity}))
-        elif is_image_name(entry.name) or entry.name.lower().endswith(also):
-            found.append(Item(entry.path, folder.label))
-        else:
-            found.append(Item(entry.path, folder.label, skipped=_why_skipped(entry.name)))
-    return found
+def _open_files(paths: list[str], decoder: Decoder, index: Path | None) -> FileDataset:
+    shards = [path for path in paths if path.lower().endswith(SHARD_SUFFIXES)]
+    keep = index is not None and len(shards) == len(paths) and all(map(os.path.isfile, shards))
+    if not keep:
+        return _checked(FileDataset(list_files(paths), decoder), paths)
+    from filelock import FileLock
+
+    assert index is not None
+    index.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{index}.lock"):  # one process of a run lists, the others wait
+        images = FileDataset.load_index(index, shards, decoder)
+        if images is None:
+            images = _checked(FileDataset(list_files(paths), decoder), paths)
+            images.save_index(index, shards)
+    return images
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself: it is listed as a file, and opening it gives the reason
-        return False
-
-
-def _why_skipped(name: str) -> str:
-    if name.lower().endswith(SHARD_SUFFIXES):
-        return "a tar shard inside a folder; name it as an input to read it"
-    return f"no image by its name ({os.path.splitext(name)[1] or 'no suffix'})"
-
-
-def _read_list(path: str) -> Iterator[Item]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file):
-                if number == 0:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield Item(os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r")))
-    except OSError as error:
-        raise InputError(f"list '{path}' cannot be read: {error.strerror}") from error
-
-
-def _nearest(path: str) -> str:
-    """A hint for a path that does not exist: how far it does, and the nearest name there."""
-    parent, name = os.path.split(os.path.normpath(path))
-    while parent and not os.path.isdir(parent):
-        parent, name = os.path.split(parent)
-    try:
-        names = os.listdir(parent or ".")
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
-        return f". Did you mean '{os.path.join(parent, close[0])}'?"
-    return f" (the folder '{parent or '.'}' has nothing like '{name}')"
-
-
-def no_images(
-    inputs: Iterable[str | os.PathLike[str] | Item], skipped: int, example: Item | None
-) -> str:
-    """Why there is nothing to read: how many other files were seen, and one of them."""
-    named = ", ".join(f"'{os.fspath(i)}'" for i in inputs if not isinstance(i, Item)) or "the list"
-    if example is None:
-        return f"no images found in {named}: nothing there except hidden files"
-    return (
-        f"no images found in {named}: {skipped} other files were seen, for example "
-        f"'{example.path}': {example.skipped}"
+def _checked(images: FileDataset, paths: list[str]) -> FileDataset:
+    if len(images):
+        return images
+    named = ", ".join(f"'{path}'" for path in paths[:3]) + ", ..." * (len(paths) > 3)
+    if not images.skipped:
+        raise DataError(f"no images found in {named}")
+    _, path, reason = images.skipped[0]
+    raise DataError(
+        f"no images found in {named}: {len(images.skipped)} other files were seen, for example "
+        f"'{path}': {reason}"
     )
+
+
+def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
+    """The images of a `.npy` or `.npz` file, and their labels."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return found, None
+        with found:
+            if "images" in found:
+                return found["images"], found.get("labels")
+            raise DataError(f"'{path}' holds {list(found)}; the array must be called images")
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+        raise DataError(f"'{path}' cannot be read as an array: {error}") from error
+
+
+def _open_torch(path: str, decoder: Decoder) -> ImageDataset:
+    from timm.data import create_dataset
+
+    name, options = parse_options(path, ("root", "split", "download"))
+    if "root" not in options:
+        raise DataError(f"'{path}' needs the folder of the data: {name}:root=DIR")
+    try:
+        found = create_dataset(
+            name,
+            root=options["root"],
+            split=options.get("split", "train"),
+            download=options.get("download") == "true",
+        )
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        raise DataError(f"'{path}' cannot be opened: {error}") from error
+    return ObjectDataset(found, decoder, path)
+
+
+def _open_attribute(path: str, decoder: Decoder) -> ImageDataset:
+    module_name, _, attribute = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports something that is not
+        raise DataError(
+            f"'{path}' is neither a file or folder nor module:attribute: there is no module "
+            f"'{error.name}'"
+        ) from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise DataError(f"'{path}': module {module_name} has no {attribute}")
+        found = getattr(found, part)
+    if isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__")):
+        found = found()
+    if isinstance(found, ImageDataset):
+        return found
+    return ObjectDataset(found, decoder, path)
+
+
+def _warn_of_dark_files(images: ImageDataset) -> None:
+    """Warn when 16-bit files use a small part of their range, which 8 bits would not resolve."""
+    if images.decoder.value_range is not None or not isinstance(images, FileDataset | HFDataset):
+        return
+    ranges = []
+    for index in np.unique(np.linspace(0, len(images) - 1, _DEEP_SAMPLED).astype(int)):
+        try:
+            raw = images.raw(int(index))
+        except ImageError:
+            continue
+        found = deep_range(raw) if isinstance(raw, bytes) else None
+        if found is not None:
+            ranges.append(found)
+    if ranges and max(high for _, high in ranges) - min(low for low, _ in ranges) < 65536 // 8:
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        _log.warning(
+            "16-bit files such as %s hold values from %d to %d, less than an eighth of their "
+            "range, of which 8 bits keep few levels: set the range of values (--value-range "
+            "%d,%d or data.value_range)", images.name(0), low, high, low, high,
+        )  # fmt: skip

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tv
 
 from ..data.crops import DRAWS
-from ..data.images import ImageError
 from ..data.labelled import Numbers
-from ..data.sources import InputError
+from ..errors import DataError, ImageError
 from ..seeds import Stream, numpy_generator
 from .sets import EvalSet
 from .tasks import View
@@ -71,11 +70,11 @@ class TrainBatches(Dataset[EvalBatch]):
         batch_size: Images of a step, of all processes together.
         seed: The run's seed.
         rank: Number of this process.
-        world: Processes that share a batch.
+        world: Distributed that share a batch.
         micro: Images of a piece, at most.
 
     Raises:
-        InputError: The batch cannot be shared out, or there are fewer images than processes.
+        DataError: The batch cannot be shared out, or there are fewer images than processes.
     """
 
     def __init__(
@@ -92,15 +91,13 @@ class TrainBatches(Dataset[EvalBatch]):
         micro: int = 256,
     ) -> None:
         if batch_size < 1 or batch_size % world:
-            raise InputError(
+            raise DataError(
                 f"a batch of {batch_size} images cannot be shared by {world} processes: use a "
                 f"multiple of {world}"
             )
         batch_size = min(batch_size, len(rows) - len(rows) % world)
         if batch_size < 2 * world:  # BatchNorm needs two
-            raise InputError(
-                f"{len(rows)} images to fit heads to are too few for {world} processes"
-            )
+            raise DataError(f"{len(rows)} images to fit heads to are too few for {world} processes")
         self.data, self.rows, self.view, self.size = data, rows, view, size
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.share = batch_size // world
@@ -125,7 +122,7 @@ class TrainBatches(Dataset[EvalBatch]):
         """A piece of a batch.
 
         Raises:
-            InputError: An image cannot be decoded, nor could any of those tried in its place.
+            DataError: An image cannot be decoded, nor could any of those tried in its place.
         """
         step, part = divmod(number, self.parts)
         epoch, step = divmod(step, self.steps)
@@ -155,7 +152,7 @@ class TrainBatches(Dataset[EvalBatch]):
             except ImageError as error:
                 broken.append((self.data.images.name(candidate), str(error)))
         name, reason = broken[-1]
-        raise InputError(
+        raise DataError(
             f"{self.data.images.name(index)} cannot be decoded, nor can {_REPLACEMENTS} others "
             f"drawn in its place; the last was {name}: {reason}"
         )
@@ -179,7 +176,7 @@ class OrderedBatches(Dataset[EvalBatch]):
         size: Height and width of the model's input.
         batch_size: Slots of a batch of one process.
         rank: Number of this process.
-        world: Processes that share the images.
+        world: Distributed that share the images.
     """
 
     def __init__(
@@ -230,10 +227,10 @@ def load(
         pin_memory: Make copies to a GPU fast.
 
     Raises:
-        InputError: Too many broken images in a row.
+        DataError: Too many broken images in a row.
     """
     workers = min(workers, len(numbers))
-    loaded: DataLoader[EvalBatch | InputError] = DataLoader(
+    loaded: DataLoader[EvalBatch | DataError] = DataLoader(
         _Caught(batches),
         batch_size=None,
         sampler=numbers,
@@ -244,19 +241,19 @@ def load(
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     for found in loaded:
-        if isinstance(found, InputError):
+        if isinstance(found, DataError):
             raise found
         yield found
 
 
-class _Caught(Dataset[EvalBatch | InputError]):
+class _Caught(Dataset[EvalBatch | DataError]):
     def __init__(self, batches: TrainBatches | OrderedBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, number: int) -> EvalBatch | InputError:
+    def __getitem__(self, number: int) -> EvalBatch | DataError:
         try:
             return self.batches[number]
-        except InputError as error:  # raised in the main process, without a worker's traceback
+        except DataError as error:  # raised in the main process, without a worker's traceback
             return error
 
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from ..data.array_sets import ArraySet
 from ..data.image_sets import FileSet, ImageSet
 from ..data.labelled import Part
+from ..errors import RunError, SettingsError
 from ..extraction.encoder import Batch, hash_texts
 from ..extraction.parts import Parts, whole_file
-from ..processes import Processes
+from ..distributed import Distributed
 from ..progress import skip
 from .representations import Representations
 
@@ -34,10 +35,6 @@ _SETTINGS, _ROWS, _REASONS = "settings.json", "rows.npy", "reasons.json"
 _DAMAGED = (ValueError, OSError, EOFError, TypeError, LookupError, RecursionError, SyntaxError)
 
 Loader = Callable[[Sequence[int]], Iterable[Batch]]
-
-
-class CacheError(RuntimeError):
-    """Cached features that cannot be used or made; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def cached_features(
     images: tuple[int, int],
     source: Representations,
     about: Mapping[str, Any],
-    processes: Processes,
+    distributed: Distributed,
     *,
     mirrored: bool,
     progress: Any,
@@ -100,12 +97,12 @@ def cached_features(
         images: How many there are, and how many slots a batch has.
         source: Makes the rows.
         about: What decides the pixels: images and transform.
-        processes: Those that share the work.
+        distributed: Those that share the work.
         mirrored: Take the mirror images in the place of the images.
         progress: Progress bar; `update` is called with numbers of images.
 
     Raises:
-        CacheError: Another process works on it, its files are of other features or cannot be
+        RunError: Another process works on it, its files are of other features or cannot be
             written whole, or features are not finite.
     """
     settings = json.loads(
@@ -115,18 +112,18 @@ def cached_features(
     parts = Parts(folder, *images, 4 * source.row_width)
     shape = images[0], source.row_width
     with ExitStack() as stack:
-        if not processes.share(_prepare(folder, settings, shape, processes, stack)):
-            computed = _compute(parts, load, source, processes, mirrored, progress)
-            if processes.rank == 0:
+        if not distributed.broadcast_object(_prepare(folder, settings, shape, distributed, stack)):
+            computed = _compute(parts, load, source, distributed, mirrored, progress)
+            if distributed.rank == 0:
                 _merge(parts, source.row_width)
-            processes.barrier("the features of process 0")
+            distributed.barrier()
         else:
             computed = 0
             skip(progress, images[0])
     try:
         reasons, rows = _contents(folder, images[0], source.row_width)
     except _DAMAGED as error:
-        raise CacheError(f"the features in {folder} are damaged ({error}): remove it") from error
+        raise RunError(f"the features in {folder} are damaged ({error}): remove it") from error
     good = np.array([i for i, reason in enumerate(reasons) if reason is None], np.int64)
     broken = {i: reason for i, reason in enumerate(reasons) if reason is not None}
     return CachedFeatures(torch.from_numpy(rows), good, broken, computed)
@@ -136,11 +133,11 @@ def _prepare(
     folder: Path,
     settings: dict[str, Any],
     shape: tuple[int, int],
-    processes: Processes,
+    distributed: Distributed,
     stack: ExitStack,
 ) -> bool:
     """Process 0 locks the folder; True where everything is in it already."""
-    if processes.rank != 0:
+    if distributed.rank != 0:
         return False
     folder.mkdir(parents=True, exist_ok=True)
     if _holds(folder, settings, shape):
@@ -148,7 +145,7 @@ def _prepare(
     try:
         stack.enter_context(FileLock(folder / "lock", timeout=0))
     except Timeout:
-        raise CacheError(
+        raise RunError(
             f"another process computes the features in {folder} now: wait for it, or name another "
             "folder with --out"
         ) from None
@@ -170,7 +167,7 @@ def _holds(folder: Path, settings: dict[str, Any], shape: tuple[int, int]) -> bo
     except _DAMAGED:
         return False
     if isinstance(found, dict) and found != settings:
-        raise CacheError(f"{folder} holds other features than its name says: remove it")
+        raise RunError(f"{folder} holds other features than its name says: remove it")
     try:
         _contents(folder, *shape, checked=True)
     except _DAMAGED:
@@ -192,17 +189,17 @@ def _contents(
     reasons = found["reasons"]
     known = isinstance(reasons, list) and all(r is None or isinstance(r, str) for r in reasons)
     if not known or len(reasons) != images:
-        raise ValueError(f"{_REASONS} has no null or reason for each of {images} images")
+        raise SettingsError(f"{_REASONS} has no null or reason for each of {images} images")
     path = folder / _ROWS
     # copy on write: torch wants writable memory
     rows: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="c")
     shape = (reasons.count(None), width)
     if rows.shape != shape or rows.dtype.str != "<f4" or not rows.flags.c_contiguous:
-        raise ValueError(f"{_ROWS} has {rows.shape} {rows.dtype}, not {shape} float32")
+        raise SettingsError(f"{_ROWS} has {rows.shape} {rows.dtype}, not {shape} float32")
     if path.stat().st_size != rows.offset + rows.nbytes:
-        raise ValueError(f"{_ROWS} has more bytes than its rows")
+        raise SettingsError(f"{_ROWS} has more bytes than its rows")
     if checked and _checksum(path) != found["crc32"]:
-        raise ValueError(f"{_ROWS} is not what was written")
+        raise SettingsError(f"{_ROWS} is not what was written")
     return reasons, rows
 
 
@@ -218,13 +215,13 @@ def _compute(
     parts: Parts,
     load: Loader,
     source: Representations,
-    processes: Processes,
+    distributed: Distributed,
     mirrored: bool,
     progress: Any,
 ) -> int:
     """Make the missing parts of this process; returns how many images all of them encoded."""
-    done = processes.share(parts.sound())
-    mine = [p for p in range(processes.rank, len(parts), processes.world) if p not in done]
+    done = distributed.broadcast_object(parts.sound())
+    mine = [p for p in range(distributed.rank, len(parts), distributed.world_size) if p not in done]
     loaded = load([batch for part in mine for batch in parts.batches(part)])
     before = sum(map(parts.size, done))
     skip(progress, before)
@@ -236,7 +233,7 @@ def _compute(
                 rows.append(found.float().cpu())
                 errors += reasons
             if not all(bool(batch.isfinite().all()) for batch in rows):
-                raise CacheError(
+                raise RunError(
                     f"features of images {part * parts.images_each} to "
                     f"{part * parts.images_each + parts.size(part) - 1} are not finite (NaN or "
                     "infinite)"
@@ -247,8 +244,8 @@ def _compute(
                     )
                 )
             parts.write(part, rows, errors)
-            progress.update(parts.size(part) * processes.world)
-    processes.barrier("the features of all processes")
+            progress.update(parts.size(part) * distributed.world_size)
+    distributed.barrier()
     return parts.images - before
 
 

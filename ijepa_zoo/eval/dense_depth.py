@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..data.depth_pairs import DepthData, SceneDepths, open_depth
 from ..extraction.encoder import usable_cpus
-from ..processes import Processes, join_processes
+from ..distributed import Distributed, init_distributed
 from .depth_checks import check_pairs, check_units
 from .depth_metrics import METRICS
 from .depth_pictures import depth_picture
@@ -90,7 +90,7 @@ def evaluate_dense_depth(
         batch_size: In the place of the protocol's.
         pictures: Rows of `predictions.png`; 0 for none.
         device: 'auto', or torch's name of a device.
-        workers: Processes that decode; default: one per CPU, up to 8.
+        workers: Distributed that decode; default: one per CPU, up to 8.
         precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
         checkpoint: See `open_model`; for a model that is named.
         network: See there.
@@ -102,9 +102,9 @@ def evaluate_dense_depth(
         The result, which is also in the folder; its figure is the RMSE in metres or scene units.
 
     Raises:
-        InputError: The data cannot be used.
+        DataError: The data cannot be used.
         ValueError: An argument or the model does not fit, or features are not finite.
-        EvaluationError: Another process works on the same evaluation.
+        RunError: Another process works on the same evaluation.
     """
     rendered, labelled = str(data).startswith("scenes:"), labelled_file(data)
     known = f"'{labelled}' is in metres" if labelled else None
@@ -119,8 +119,8 @@ def evaluate_dense_depth(
     workers = min(8, usable_cpus()) if workers is None else workers
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
     check_model(model, baseline=baseline, random=random, **options)
-    with join_processes(device) as processes:
-        shown = progress and processes.rank == 0
+    with init_distributed(device) as distributed:
+        shown = progress and distributed.rank == 0
         pairs = (
             open_labelled(labelled)
             if labelled
@@ -129,25 +129,25 @@ def evaluate_dense_depth(
             )
         )
         limit = max_depth if max_depth is not None else pairs.max_depth or _MAX_DEPTH
-        check_pairs(protocol, pairs, limit, processes.world)
+        check_pairs(protocol, pairs, limit, distributed.world_size)
         workers = 0 if isinstance(pairs.train, SceneDepths) else workers
         if precision == "auto":
-            precision = "bfloat16" if processes.device.type == "cuda" else "float32"
+            precision = "bfloat16" if distributed.device.type == "cuda" else "float32"
         subject = as_subject(model, random=random, seed=seed, **options)
-        common = (pairs, protocol, limit, seed, precision, workers, processes)
+        common = (pairs, protocol, limit, seed, precision, workers, distributed)
         how = (Path(out), data_name(data), cached, select_on_test, pictures, notes, shown)
         result, folder = _evaluate(subject, common, *how)
         if baseline and not any("random weights" in name for name in result.baselines):
             untrained = subject.untrained(seed)
             other = _evaluate(untrained, common, *how)[0]
             result = replace(result, baselines={**result.baselines, untrained.name: other.figure})
-            if processes.rank == 0:
+            if distributed.rank == 0:
                 result.write(folder)
-        processes.barrier("the result of process 0")
+        distributed.barrier()
     return result
 
 
-_Common = tuple[DepthData, DepthProtocol, float, int, str, int, Processes]
+_Common = tuple[DepthData, DepthProtocol, float, int, str, int, Distributed]
 
 
 def _evaluate(
@@ -171,13 +171,13 @@ def _evaluate(
     def work() -> Result:
         training.train(state, cached, progress)
         result, drawn = _measure(training, subject, select_on_test, pictures, progress, called)
-        if drawn and training.processes.rank == 0:
+        if drawn and training.distributed.rank == 0:
             depth_picture(drawn, training.max_depth).save(folder / "predictions.png")
         how = [CACHED_AS_IS] if cached else []
         return replace(result, notes=[*how, *notes, *result.notes])
 
-    result = once(folder, training.processes, training.precision, work)
-    if training.processes.rank == 0:
+    result = once(folder, training.distributed, training.precision, work)
+    if training.distributed.rank == 0:
         state.remove()
     return result, folder
 
@@ -208,7 +208,7 @@ def _measure(
         Head(spec.name, float(rmse[i]), tested.get(i), losses[i]) for i, spec in enumerate(specs)
     ]
     broken, test_broken = (
-        of_all_processes(feed.broken, training.processes) for feed in (training.feed, test_feed)
+        of_all_processes(feed.broken, training.distributed) for feed in (training.feed, test_feed)
     )
     fitted = sum(pairs.train.name(index) not in broken for index in training.fit.tolist())
     drawn = [(pixels, depth, predicted[best]) for pixels, depth, predicted in rows]

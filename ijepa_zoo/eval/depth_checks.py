@@ -9,8 +9,7 @@ import numpy.typing as npt
 import torch
 
 from ..data.depth_pairs import DepthData, DepthSet
-from ..data.images import ImageError
-from ..data.sources import InputError
+from ..errors import DataError, ImageError, SettingsError
 from .depth_metrics import MIN_DEPTH, valid_pixels
 from .depth_training import DepthProtocol
 from .words import option
@@ -30,12 +29,12 @@ def check_units(known: str | None, max_depth: float | None, depth_scale: float |
         ValueError: One of them makes no sense.
     """
     if max_depth is not None and not MIN_DEPTH < max_depth < math.inf:
-        raise ValueError(
+        raise SettingsError(
             f"{option('max_depth')} is {max_depth:g}: depths from {MIN_DEPTH:g} to it count, so "
             "give a larger one, such as 10"
         )
     if known and depth_scale is not None:
-        raise ValueError(
+        raise SettingsError(
             f"{option('depth_scale')} holds for depth files, and {known}: leave it out"
         )
 
@@ -50,22 +49,22 @@ def check_pairs(protocol: DepthProtocol, pairs: DepthData, limit: float, world: 
         world: Number of processes.
 
     Raises:
-        InputError: There are too few pairs, or none that can be read, or no pixel counts.
+        DataError: There are too few pairs, or none that can be read, or no pixel counts.
         ValueError: A batch cannot be shared, or there is no epoch.
     """
     if protocol.epochs < 1 or protocol.batch_size < 1 or protocol.batch_size % world:
-        raise ValueError(
+        raise SettingsError(
             f"epochs is {protocol.epochs}, batch_size {protocol.batch_size} and processes are "
             f"{world}: at least one epoch, and a batch that the processes can share equally"
         )
     if len(pairs.train) < 4 or not len(pairs.test):
-        raise InputError(f"{len(pairs.train)} training and {len(pairs.test)} test pairs: at least "
+        raise DataError(f"{len(pairs.train)} training and {len(pairs.test)} test pairs: at least "
                          "four and one are needed")  # fmt: skip
     for data in (pairs.train, pairs.test):
         depth = _first_depth(data)
         valid = valid_pixels(torch.from_numpy(depth), limit, pairs.crop)
         if not valid.any():
-            raise InputError(
+            raise DataError(
                 f"no pixel of the depth map of '{data.name(0)}' counts: its depths span "
                 f"{depth.min():g} to {depth.max():g}, and those from 0.001 to {limit:g} count. "
                 f"Give the units with {option('depth_scale')}, the range with "
@@ -81,4 +80,4 @@ def _first_depth(data: DepthSet) -> npt.NDArray[np.float32]:
             return data.read(index)[1]
         except ImageError as error:
             reason = reason or f"'{data.name(index)}': {error}"
-    raise InputError(f"none of the first {min(len(data), _TRIED)} pairs can be read; {reason}")
+    raise DataError(f"none of the first {min(len(data), _TRIED)} pairs can be read; {reason}")

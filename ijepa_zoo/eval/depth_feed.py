@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.depth_pairs import DepthSet
-from ..data.images import ImageError
+from ..errors import ImageError, SettingsError
 from ..extraction.encoder import Encoder
 from .batches import leave_interrupts
 from .tasks import View
@@ -212,7 +212,7 @@ class DepthFeed:
 
     def _refuse_not_finite(self, features: Tensor, indices: Indices) -> None:
         if not features.isfinite().all():
-            raise ValueError(
+            raise SettingsError(
                 f"features of '{self.data.name(int(indices[0]))}' or its neighbours are not "
                 "finite: the model's weights are damaged, or need another precision (float32)"
             )

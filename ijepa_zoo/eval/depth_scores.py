@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.sources import InputError
+from ..errors import DataError
 from ..progress import progress_bar
 from .depth_feed import DepthBatch, DepthFeed, Indices
 from .depth_metrics import METRICS, depth_figures, valid_pixels
@@ -29,16 +29,16 @@ def measure(
         `[H + 2, 8]`, the number of images that they are of, and the image, depth and predictions
         `[H, h, w]` of evenly spaced images, on the process that has them.
     """
-    processes = training.processes
+    distributed = training.distributed
     blind = training.mean_maps()
     heads = len(training.heads.specs) if only is None else 1
     total = torch.zeros(heads + 2, len(METRICS), dtype=torch.float64)
     count = torch.zeros(1, dtype=torch.int64)
     rows: list[Row] = []
-    mine = indices[processes.rank :: processes.world]
+    mine = indices[distributed.rank :: distributed.world_size]
     evenly = np.linspace(0, len(mine), min(pictures, len(mine)), endpoint=False).astype(int)
     shown = set(mine[evenly].tolist())
-    with progress_bar(progress and processes.rank == 0, len(mine), "measuring") as bar:
+    with progress_bar(progress and distributed.rank == 0, len(mine), "measuring") as bar:
         for batch in feed.for_testing(mine, training.protocol.batch_size):
             predictions = _both_sides(training, batch, only)
             bar.update(len(batch.indices))
@@ -52,11 +52,11 @@ def measure(
                 count += 1
                 if int(batch.indices[i]) in shown:
                     rows.append((batch.pixels[i], depth, predicted))
-    count = processes.sum(count)
+    count = distributed.all_reduce(count)
     if not count:
-        raise InputError("no pair of the set could be read, or none has a pixel that counts: "
+        raise DataError("no pair of the set could be read, or none has a pixel that counts: "
                          + next(iter(feed.broken.values()), "see max_depth"))  # fmt: skip
-    return processes.sum(total) / count, int(count), rows
+    return distributed.all_reduce(total) / count, int(count), rows
 
 
 @torch.inference_mode()

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.depth_pairs import DepthData
-from ..processes import Processes
+from ..errors import RunError, SettingsError
+from ..distributed import Distributed
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator
 from .depth_feed import DepthBatch, DepthFeed, Indices
 from .depth_heads import DepthHeads, DepthHeadSpec, lr_scale
 from .depth_metrics import scale_invariant_loss, valid_pixels
-from .epoch_state import EpochState, StateError, checked_losses, load_optimizer
+from .epoch_state import EpochState, checked_losses, load_optimizer
 from .notes import of_all_processes
 
 _CHOOSE_SHARE = 0.1
@@ -73,7 +74,7 @@ class DepthTraining:
         seed: Decides split, order, flips and the heads at the start.
         precision: Of the encoder.
         workers: Loader processes.
-        processes: Those that share the work.
+        distributed: Those that share the work.
         epoch: Epochs done.
         seconds: Time that they took, over all sessions.
         losses: Mean loss of each head in the last epoch.
@@ -89,13 +90,13 @@ class DepthTraining:
     seed: int
     precision: str
     workers: int
-    processes: Processes
+    distributed: Distributed
     epoch: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        device = str(self.processes.device)
+        device = str(self.distributed.device)
         self.feed = DepthFeed(self.pairs.train, self.model, device, self.precision, self.workers)
         order = numpy_generator(self.seed, Stream.EVAL_SPLIT, 1).permutation(len(self.pairs.train))
         held_out = max(1, round(_CHOOSE_SHARE * len(order)))
@@ -107,8 +108,8 @@ class DepthTraining:
             bins=self.protocol.bins,
             upsample=self.protocol.upsample,
             seed=self.seed,
-            total=self.processes.sum if self.processes.world > 1 else None,
-        ).to(self.processes.device)
+            total=self.distributed.all_reduce if self.distributed.world_size > 1 else None,
+        ).to(self.distributed.device)
         self.optimizer = self.heads.optimizer(self.protocol.weight_decay)
         self.sums = torch.zeros(2, *self.feed.encoder.size, dtype=torch.float64)
 
@@ -121,11 +122,11 @@ class DepthTraining:
             progress: Show progress bars.
 
         Raises:
-            StateError: The state is damaged, or of other settings.
+            RunError: The state is damaged, or of other settings.
         """
         self._resume(state)
         started = time.monotonic() - self.seconds
-        show = progress and self.processes.rank == 0
+        show = progress and self.distributed.rank == 0
         if cached and self.epoch < self.protocol.epochs:
             # every process draws from all images, so each encodes all
             with progress_bar(show, len(self.fit), "encoding") as bar:
@@ -145,7 +146,7 @@ class DepthTraining:
 
         Means over the pixels that were trained on, mirrored images included.
         """
-        sums, counts = self.processes.sum(self.sums, "the exchange of mean depths")
+        sums, counts = self.distributed.all_reduce(self.sums)
         mean = sums.sum() / counts.sum()
         by_place = torch.where(counts > 0, sums / counts.clamp(min=1), mean)
         return torch.stack([torch.full_like(by_place, float(mean)), by_place]).float()
@@ -158,13 +159,13 @@ class DepthTraining:
         keys = (self.seed, Stream.EVAL_ORDER, self.epoch)
         order = self.fit[numpy_generator(*keys).permutation(len(self.fit))]
         flips = numpy_generator(self.seed, Stream.EVAL_AUGMENT, self.epoch).random(len(order)) < 0.5
-        size, rank, world = self.protocol.batch_size, self.processes.rank, self.processes.world
+        size, rank, world = self.protocol.batch_size, self.distributed.rank, self.distributed.world_size
         parts = [slice(s * size + rank, (s + 1) * size, world) for s in range(self._steps())]
         return [(order[part], flips[part]) for part in parts]
 
     def _train_epoch(self, bar: Any) -> None:
         self.heads.train()
-        total = torch.zeros(len(self.heads.specs), device=self.processes.device)
+        total = torch.zeros(len(self.heads.specs), device=self.distributed.device)
         steps = self._steps() * self.protocol.epochs
         for step, batch in enumerate(self.feed.for_training(self._plan())):
             scale = lr_scale(self.epoch * self._steps() + step, steps)
@@ -176,7 +177,7 @@ class DepthTraining:
 
     def _update(self, batch: DepthBatch) -> Tensor:
         """One step of all heads; returns their losses."""
-        device, total = self.processes.device, self.heads.total
+        device, total = self.distributed.device, self.heads.total
         depths = batch.stacked(self.feed.encoder.size)
         valid = valid_pixels(depths, self.max_depth)
         known = torch.where(valid, depths, 0).double()
@@ -213,9 +214,9 @@ class DepthTraining:
         }
 
     def _save(self, state: EpochState) -> None:
-        sums = self.processes.sum(self.sums, "the exchange of mean depths")
-        broken = of_all_processes(self.feed.broken, self.processes)
-        if self.processes.rank == 0:
+        sums = self.distributed.all_reduce(self.sums)
+        broken = of_all_processes(self.feed.broken, self.distributed)
+        if self.distributed.rank == 0:
             state.save(
                 {
                     "epoch": self.epoch,
@@ -228,12 +229,12 @@ class DepthTraining:
                 }
             )
         # from now on in process 0 alone, so that later epochs add to it
-        self.sums = sums if self.processes.rank == 0 else torch.zeros_like(sums)
+        self.sums = sums if self.distributed.rank == 0 else torch.zeros_like(sums)
 
     def _resume(self, state: EpochState) -> None:
         found = state.load(self.protocol.epochs)
-        if self.processes.share(found is None) != (found is None):
-            raise StateError(
+        if self.distributed.broadcast_object(found is None) != (found is None):
+            raise RunError(
                 f"only some processes find '{state.path}': all machines must see the folder"
             )
         if found is None:
@@ -243,8 +244,8 @@ class DepthTraining:
             self.heads.load_state_dict(found["heads"])
             load_optimizer(self.optimizer, found["optimizer"])
             if (found["sums"].shape, found["sums"].dtype) != (self.sums.shape, self.sums.dtype):
-                raise ValueError("its sums of depths are of another shape or type")
+                raise SettingsError("its sums of depths are of another shape or type")
         self.epoch, self.seconds = found["epoch"], found["seconds"]
         self.feed.broken.update(found["broken"])
-        if self.processes.rank == 0:
+        if self.distributed.rank == 0:
             self.sums = found["sums"]

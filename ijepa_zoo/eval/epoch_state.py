@@ -15,14 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RunError, SettingsError
 from ..extraction.parts import whole_file
 
 # What putting back a state raises that is not of this run.
 _UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
-
-
-class StateError(RuntimeError):
-    """A state that cannot be gone on with; the text says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class EpochState:
                 `broken` the names of images that could not be decoded, with reasons.
 
         Raises:
-            StateError: It is damaged, or of other settings.
+            RunError: It is damaged, or of other settings.
         """
         if not self.path.exists():
             return None
@@ -87,7 +84,7 @@ class EpochState:
             if before.get(key) != now.get(key)
         ]
         if differences:
-            raise StateError(
+            raise RunError(
                 f"'{self.path}' is of an unfinished run with other settings "
                 f"({'; '.join(differences)}): use those of then to go on with it, or remove it"
             )
@@ -97,10 +94,10 @@ class EpochState:
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Around what puts a loaded state back: one that does not fit is a :class:`StateError`."""
+        """Around what puts a loaded state back: one that does not fit is a :class:`RunError`."""
         try:
             yield
-        except (StateError, torch.OutOfMemoryError):
+        except (RunError, torch.OutOfMemoryError):
             raise
         except _UNFIT as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -130,8 +127,8 @@ class EpochState:
         if not all(isinstance(text, str) for text in texts):
             raise self._damaged("its images that could not be decoded are no names with reasons")
 
-    def _damaged(self, why: str) -> StateError:
-        return StateError(
+    def _damaged(self, why: str) -> RunError:
+        return RunError(
             f"'{self.path}', the state of an unfinished run, is damaged: remove it to start anew "
             f"({why})"
         )
@@ -147,7 +144,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     for parameter, kept in optimizer.state.items():
         for name, value in kept.items():
             if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(
+                raise SettingsError(
                     f"the optimizer's {name} has shape {tuple(value.shape)}, its parameter "
                     f"{tuple(parameter.shape)}"
                 )
@@ -161,7 +158,7 @@ def checked_losses(losses: Any, heads: int) -> list[float]:
     """
     numbers = isinstance(losses, list) and all(isinstance(loss, int | float) for loss in losses)
     if not numbers or len(losses) != heads:
-        raise ValueError(f"its losses are not {heads} numbers, one for each head")
+        raise SettingsError(f"its losses are not {heads} numbers, one for each head")
     return list(losses)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..data.crops import DRAWS
 from ..data.labelled import Numbers
-from ..data.sources import InputError
-from ..processes import Processes
+from ..errors import DataError
+from ..distributed import Distributed
 from ..seeds import Stream, numpy_generator
 from .batches import TrainBatches
 from .cache import CachedFeatures
@@ -64,19 +64,19 @@ class Feed(Protocol):
         """Images per second of the encoder, if it worked; `spent` seconds went into all."""
 
 
-def decoded(part: EvalSet, rows: Numbers, broken: Mapping[str, str], processes: Processes) -> int:
+def decoded(part: EvalSet, rows: Numbers, broken: Mapping[str, str], distributed: Distributed) -> int:
     """How many images no process failed to decode; every process must call this.
 
     Args:
         part: Their set.
         rows: Their numbers.
         broken: Names and reasons of those of this set that this process could not decode.
-        processes: Those that shared the work.
+        distributed: Those that shared the work.
     """
-    if not int(processes.sum(torch.tensor([len(broken)]))):
+    if not int(distributed.all_reduce(torch.tensor([len(broken)]))):
         return len(rows)  # of a million images no names are asked for
     failed = torch.tensor([part.images.name(row) in broken for row in rows.tolist()])
-    return len(rows) - int((processes.sum(failed.long()) > 0).sum())
+    return len(rows) - int((distributed.all_reduce(failed.long()) > 0).sum())
 
 
 def refuse_undecoded(
@@ -92,13 +92,13 @@ def refuse_undecoded(
         broken: Name and reason of images that could not.
 
     Raises:
-        InputError: The count is 0.
+        DataError: The count is 0.
     """
     if count:
         return
     names = (part.images.name(row) for row in rows.tolist())
     first = next((f" (first: {name}: {broken[name]})" for name in names if name in broken), "")
-    raise InputError(f"none of the {len(rows)} {what} images can be decoded{first}")
+    raise DataError(f"none of the {len(rows)} {what} images can be decoded{first}")
 
 
 class OnlineFeed:
@@ -114,12 +114,12 @@ class OnlineFeed:
 
     def __init__(self, probe: Probe, source: Representations, bar: Any) -> None:
         self.probe, self.source, self.bar = probe, source, bar
-        processes, protocol = probe.processes, probe.protocol
+        distributed, protocol = probe.distributed, probe.protocol
         self.batches = TrainBatches(
             *(probe.train, probe.fit, protocol.view, source.size, protocol.batch_size),
             seed=probe.seed,
-            rank=processes.rank,
-            world=processes.world,
+            rank=distributed.rank,
+            world=distributed.world_size,
             micro=MICRO,
         )
         self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
@@ -149,7 +149,7 @@ class OnlineFeed:
     def fitted(self) -> int:
         """See :class:`Feed`."""
         probe = self.probe
-        return decoded(probe.train, probe.fit, self._broken_to_fit, probe.processes)
+        return decoded(probe.train, probe.fit, self._broken_to_fit, probe.distributed)
 
     def recall(self, broken: Mapping[str, str]) -> None:
         """See :class:`Feed`; until the last epoch only images to fit to are read."""
@@ -167,7 +167,7 @@ class OnlineFeed:
     def _encoded(self, batches: Any, numbers: Any, broken: dict[str, str]) -> Iterator[Labelled]:
         for rows, labels in encoded(self.source, self.probe.loaded(batches, numbers), broken):
             self.broken.update(broken)
-            images = len(labels) * self.probe.processes.world
+            images = len(labels) * self.probe.distributed.world_size
             self.encoded += images
             self.bar.update(images)
             yield rows, labels
@@ -208,12 +208,12 @@ class CachedFeed:
         self.fit = np.flatnonzero(np.isin(self.train.indices, probe.fit))
         self.choose = np.flatnonzero(np.isin(self.train.indices, probe.choose))
         self._refuse_undecoded()
-        processes, protocol = probe.processes, probe.protocol
+        distributed, protocol = probe.distributed, probe.protocol
         plan = TrainBatches(
             *(probe.train, self.fit, protocol.view, source.size, protocol.batch_size),
             seed=probe.seed,
-            rank=processes.rank,
-            world=processes.world,
+            rank=distributed.rank,
+            world=distributed.world_size,
         )
         self.batch_size, self.steps, self.share = plan.batch_size, plan.steps, plan.share
 
@@ -235,7 +235,7 @@ class CachedFeed:
     def training(self, first: int, last: int) -> Iterator[Labelled]:
         """See :class:`Feed`; the same images and flips as online, where all can be decoded."""
         seed, batch = self.probe.seed, self.batch_size
-        mine = slice(self.probe.processes.rank * self.share, None)
+        mine = slice(self.probe.distributed.rank * self.share, None)
         for epoch in range(first, last):
             order = numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(len(self.fit))
             for step in range(self.steps):
@@ -270,10 +270,10 @@ class CachedFeed:
     def _in_order(
         self, part: EvalSet, found: CachedFeatures, places: Numbers
     ) -> Iterator[Labelled]:
-        for chosen in _pieces(places[self.probe.processes.rank :: self.probe.processes.world]):
+        for chosen in _pieces(places[self.probe.distributed.rank :: self.probe.distributed.world_size]):
             rows = found.rows[chosen].to(self.device)
             yield rows, self.labels(part, found, chosen)
-            self.bar.update(len(chosen) * self.probe.processes.world)
+            self.bar.update(len(chosen) * self.probe.distributed.world_size)
 
 
 def _pieces(places: Numbers) -> Iterable[Numbers]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..data.sources import InputError
+from ..errors import DataError, SettingsError
 from ..extraction.encoder import usable_cpus
-from ..processes import Processes, join_processes
+from ..distributed import Distributed, init_distributed
 from ..progress import progress_bar
 from .cache import files_state
 from .epoch_state import EpochState
@@ -70,7 +70,7 @@ def evaluate_finetune(
         micro: Images of a forward and backward pass of a process; None for its share of a batch.
         grad_checkpointing: Compute activations twice rather than keep them.
         device: 'auto', or torch's name of a device.
-        workers: Processes that decode; default: one per CPU, up to 8.
+        workers: Distributed that decode; default: one per CPU, up to 8.
         precision: 'bfloat16' or 'float32'; 'auto': the first on a GPU.
         checkpoint: See `open_model`; for a model that is named.
         network: See there.
@@ -82,10 +82,10 @@ def evaluate_finetune(
         The result, which is also in the folder.
 
     Raises:
-        InputError: The data cannot be used, or do not fit the task.
+        DataError: The data cannot be used, or do not fit the task.
         ValueError: An argument or the model does not fit.
         FloatingPointError: The loss is not finite.
-        EvaluationError: Another process works on the same evaluation.
+        RunError: Another process works on the same evaluation.
     """
     chosen = find_task(task) if isinstance(task, str) else task
     refuse_scenes(chosen)
@@ -95,14 +95,14 @@ def evaluate_finetune(
     workers = min(8, usable_cpus()) if workers is None else workers
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
     check_model(model, random=random, **options)
-    with join_processes(device) as processes:
+    with init_distributed(device) as distributed:
         sets = open_task(chosen, data, seed, test=test, workers=workers)
         subject = as_subject(model, random=random, seed=seed, **options)
         training = prepare(
-            subject, sets[0], recipe, seed, processes, micro, grad_checkpointing, workers, precision
+            subject, sets[0], recipe, seed, distributed, micro, grad_checkpointing, workers, precision
         )
         result = run(chosen, subject, training, sets, Path(out), "finetune", notes, progress)
-        processes.barrier("the result of process 0")
+        distributed.barrier()
     return result
 
 
@@ -110,10 +110,10 @@ def refuse_scenes(task: Task) -> None:
     """Refuse a task whose answers random crops would change.
 
     Raises:
-        InputError: It counts or measures what is in a scene.
+        DataError: It counts or measures what is in a scene.
     """
     if task.kind != "classes":
-        raise InputError(
+        raise DataError(
             f"fine-tuning crops images at random, which changes the answers of {task.title}: use a "
             "task of classes, or `eval count` or `eval depth`, which crop nothing"
         )
@@ -132,7 +132,7 @@ def prepare(
     train: EvalSet,
     recipe: FineTuneRecipe,
     seed: int,
-    processes: Processes,
+    distributed: Distributed,
     micro: int | None,
     grad_checkpointing: bool,
     workers: int,
@@ -144,15 +144,17 @@ def prepare(
         ValueError: An argument or the model does not fit.
     """
     if precision not in ("auto", "float32", "bfloat16"):
-        raise ValueError(
+        raise SettingsError(
             f"precision is {precision!r}; fine-tune in 'float32', 'bfloat16' or 'auto'"
         )
     if not hasattr(subject.model, "blocks") or not hasattr(subject.model, "group_matcher"):
-        raise ValueError(f"{type(subject.model).__name__} is no timm ViT, whose layers are known")
-    half = precision == "bfloat16" or (precision == "auto" and processes.device.type == "cuda")
+        raise SettingsError(
+            f"{type(subject.model).__name__} is no timm ViT, whose layers are known"
+        )
+    half = precision == "bfloat16" or (precision == "auto" and distributed.device.type == "cuda")
     network: Any = copy.deepcopy(subject.model)
     network.set_grad_checkpointing(grad_checkpointing)
-    return FineTuning(network, train, recipe, seed, processes, half, micro, workers)
+    return FineTuning(network, train, recipe, seed, distributed, half, micro, workers)
 
 
 def run(
@@ -178,7 +180,7 @@ def run(
         progress: Show a progress bar.
     """
     train, test = sets
-    processes, recipe = training.processes, training.recipe
+    distributed, recipe = training.distributed, training.recipe
     about = subject.describe()
     settings: dict[str, Any] = {
         "task": task.name,
@@ -195,13 +197,13 @@ def run(
 
     def work() -> Result:
         images = recipe.epochs * training.batches.steps * training.batches.batch_size
-        with progress_bar(progress and processes.rank == 0, images, folder.name) as bar:
+        with progress_bar(progress and distributed.rank == 0, images, folder.name) as bar:
             training.run(state, bar)
         result = _result(task, subject, training, sets, method, settings)
         return replace(result, notes=[*notes, *result.notes])
 
-    result = once(folder, processes, training.settings()["precision"], work)
-    if processes.rank == 0:
+    result = once(folder, distributed, training.settings()["precision"], work)
+    if distributed.rank == 0:
         state.remove()
     return result
 
@@ -216,11 +218,11 @@ def _result(
 ) -> Result:
     train, test = sets
     everything = np.arange(len(train))
-    fitted = decoded(train, everything, training.broken, training.processes)
+    fitted = decoded(train, everything, training.broken, training.distributed)
     right, total = training.right_answers(test)
     refuse_undecoded("test", test, np.arange(len(test)), total, training.broken)
     figure = 100 * right / total
-    broken = of_all_processes(training.broken, training.processes)
+    broken = of_all_processes(training.broken, training.distributed)
     lost = lost_classes(train, everything, broken)
     published = training.recipe.paper if task.name == "imagenet1k" else {}
     return Result(

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data.transforms import transform_config
-from ..processes import Processes
+from ..errors import RunError, SettingsError
+from ..distributed import Distributed
 from ..progress import skip
 from ..seeds import Stream, fold
 from .batches import EvalBatch, OrderedBatches, load
-from .epoch_state import EpochState, StateError, load_optimizer
+from .epoch_state import EpochState, load_optimizer
 from .notes import of_all_processes
 from .recipes import AugmentedBatches, FineTuneRecipe, add_head, library_seeds, set_drop_path
 from .sets import EvalSet
@@ -33,7 +34,7 @@ class FineTuning:
         train: Training set.
         recipe: Settings.
         seed: Decides order, augmentation, dropped branches and the head at the start.
-        processes: Those that share the work.
+        distributed: Those that share the work.
         bfloat16: Compute in bfloat16; weights and optimizer stay in float32.
         micro: Images of a forward and backward pass; None for a process's whole share of a batch.
         workers: Loader processes.
@@ -47,7 +48,7 @@ class FineTuning:
     train: EvalSet
     recipe: FineTuneRecipe
     seed: int
-    processes: Processes
+    distributed: Distributed
     bfloat16: bool = False
     micro: int | None = None
     workers: int = 0
@@ -60,7 +61,7 @@ class FineTuning:
         from timm.data.mixup import Mixup
         from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-        recipe, device, classes = self.recipe, self.processes.device, len(self.train.classes)
+        recipe, device, classes = self.recipe, self.distributed.device, len(self.train.classes)
         add_head(self.model, classes, self.seed)
         set_drop_path(self.model, recipe.drop_path)
         self.model.to(device).requires_grad_(True)
@@ -82,16 +83,16 @@ class FineTuning:
             self.criterion = SoftTargetCrossEntropy()
         self.optimizer, self.scheduler = self._optimizer()
         self.module: Any = self.model
-        if self.processes.world > 1:
+        if self.distributed.world_size > 1:
             places = [device] if device.type == "cuda" else None
             self.module = nn.parallel.DistributedDataParallel(self.model, device_ids=places)
 
     def _batches(self, mean: tuple[float, ...]) -> AugmentedBatches:
         """Mixup takes pairs, so every process and every piece has an even number of images."""
-        pairs, world = 2 * self.processes.world, self.processes.world
+        pairs, world = 2 * self.distributed.world_size, self.distributed.world_size
         batch = min(self.recipe.batch_size, len(self.train)) // pairs * pairs
         if not batch or (self.micro or 2) < 2:
-            raise ValueError(
+            raise SettingsError(
                 f"{len(self.train)} training images, batches of {self.recipe.batch_size}"
                 + (f" and passes of {self.micro}" if self.micro else "")
                 + (f" for {world} processes" if world > 1 else "")
@@ -105,7 +106,7 @@ class FineTuning:
             auto_augment=self.recipe.auto_augment,
             mean=mean,
             seed=self.seed,
-            rank=self.processes.rank,
+            rank=self.distributed.rank,
             world=world,
             micro=(self.micro or batch) // 2 * 2,
         )
@@ -144,10 +145,10 @@ class FineTuning:
 
         Raises:
             FloatingPointError: The loss is not finite; the state of the epoch before is intact.
-            StateError: The state is damaged, or of other settings.
+            RunError: The state is damaged, or of other settings.
         """
         self._resume(state)
-        device, recipe = self.processes.device, self.recipe
+        device, recipe = self.distributed.device, self.recipe
         skip(bar, self.epoch * self.batches.steps * self.batches.batch_size)
         numbers = self.batches.numbers(self.epoch, recipe.epochs)
         generators = [device] if device.type == "cuda" else []
@@ -160,13 +161,13 @@ class FineTuning:
                 self.epoch += 1
                 self.seconds += time.perf_counter() - started
                 bar.set_postfix(epoch=f"{self.epoch}/{recipe.epochs}", loss=f"{self.loss:.3g}")
-                self.broken = of_all_processes(self.broken, self.processes)
-                if self.processes.rank == 0:
+                self.broken = of_all_processes(self.broken, self.distributed)
+                if self.distributed.rank == 0:
                     state.save(self._state())
 
     def _epoch(self, pieces: Iterator[EvalBatch], bar: Any) -> float:
         steps, parts = self.batches.steps, self.batches.parts
-        total = torch.zeros((), device=self.processes.device)
+        total = torch.zeros((), device=self.distributed.device)
         for step in range(steps):
             self.scheduler.step_update(self.epoch * steps + step)
             self.optimizer.zero_grad()
@@ -174,7 +175,7 @@ class FineTuning:
                 total += self._backward(batch, step, part, last=part == parts - 1)
             self.optimizer.step()
             bar.update(self.batches.batch_size)
-        loss = float(self.processes.sum(total)) / (steps * self.processes.world)
+        loss = float(self.distributed.all_reduce(total)) / (steps * self.distributed.world_size)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of epoch {self.epoch + 1} is {loss}: use a smaller "
@@ -185,7 +186,7 @@ class FineTuning:
 
     def _backward(self, batch: EvalBatch, step: int, part: int, *, last: bool) -> Tensor:
         """Add the gradients of a piece, weighted by its share of the batch; returns its loss."""
-        device, rank = self.processes.device, self.processes.rank
+        device, rank = self.distributed.device, self.distributed.rank
         self.broken.update(batch.broken)
         keys = (self.seed, Stream.EVAL_AUGMENT, self.epoch, step, part, rank)
         images, labels = self._normalised(batch.images), batch.labels.to(device)
@@ -193,7 +194,7 @@ class FineTuning:
             with library_seeds(*keys):
                 images, labels = self.mixup(images, labels)
         torch.manual_seed(fold(*keys))  # of the dropped branches
-        waits = self.processes.world > 1 and not last
+        waits = self.distributed.world_size > 1 and not last
         with self.module.no_sync() if waits else nullcontext():
             with self._autocast():
                 loss = self.criterion(self.module(images), labels)
@@ -204,7 +205,7 @@ class FineTuning:
     @torch.inference_mode()
     def right_answers(self, test: EvalSet) -> tuple[int, int]:
         """Right answers on a set and its images, of all processes; padding does not count."""
-        world, rank, device = self.processes.world, self.processes.rank, self.processes.device
+        world, rank, device = self.distributed.world_size, self.distributed.rank, self.distributed.device
         rows = torch.arange(len(test)).numpy()
         size = min(self.batches.micro, -(-len(test) // world))
         batches = OrderedBatches(
@@ -218,7 +219,7 @@ class FineTuning:
                 answers = self.model(self._normalised(batch.images)).argmax(dim=1).cpu()
             right = (answers == batch.labels) & batch.valid
             found += torch.stack([right.sum(), batch.valid.sum()])
-        right_total, total = self.processes.sum(found).tolist()
+        right_total, total = self.distributed.all_reduce(found).tolist()
         return right_total, total
 
     def settings(self) -> dict[str, Any]:
@@ -226,17 +227,17 @@ class FineTuning:
         return {
             "batch_size": self.batches.batch_size,
             "micro": self.batches.micro,
-            "processes": self.processes.world,
+            "processes": self.distributed.world_size,
             "precision": "bfloat16" if self.bfloat16 else "float32",
         }
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        images = pixels.to(self.processes.device, non_blocking=True).float().div_(255)
+        images = pixels.to(self.distributed.device, non_blocking=True).float().div_(255)
         return images.sub_(self.mean).div_(self.std)
 
     def _autocast(self) -> Any:
         return torch.autocast(
-            self.processes.device.type, dtype=torch.bfloat16, enabled=self.bfloat16
+            self.distributed.device.type, dtype=torch.bfloat16, enabled=self.bfloat16
         )
 
     def _state(self) -> dict[str, Any]:
@@ -252,8 +253,8 @@ class FineTuning:
     def _resume(self, state: EpochState) -> None:
         found = state.load(self.recipe.epochs)
         epoch = 0 if found is None else int(found["epoch"])
-        if self.processes.share(epoch) != epoch:
-            raise StateError(f"process 0 finds another '{state.path}': all machines must see it")
+        if self.distributed.broadcast_object(epoch) != epoch:
+            raise RunError(f"process 0 finds another '{state.path}': all machines must see it")
         if found is None:
             return
         with state.restoring():

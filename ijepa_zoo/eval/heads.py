@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingsError
 from .head_group import HeadGroup, HeadSpec, Rule
 
 __all__ = ["HeadGrid", "HeadSpec"]
@@ -42,7 +43,7 @@ class HeadGrid:
         nesterov: Nesterov's momentum, of 'sgd' alone.
         seed: Decides the first weights.
         device: Where the heads live.
-        total: Sum of a tensor over the processes, such as `Processes.sum`; None for one process.
+        total: Sum of a tensor over the processes, such as `Distributed.sum`; None for one process.
 
     Attributes:
         specs: The heads; every result with one entry per head is in their order.
@@ -190,7 +191,7 @@ class HeadGrid:
         names = sorted(mine.keys() | state.keys())
         wrong = [n for n in names if n not in mine or n not in state or differ(n)]
         if wrong:
-            raise ValueError(
+            raise SettingsError(
                 f"the saved state is of other heads: {', '.join(wrong)} differ; start anew, or "
                 "with the heads, classes and model that it was saved with"
             )
@@ -204,11 +205,11 @@ class HeadGrid:
         for representation, width in self._widths.items():
             shape = tuple(features[representation].shape) if representation in features else None
             if shape is None or len(shape) != 2 or shape[1] != width:
-                raise ValueError(
+                raise SettingsError(
                     f"features {representation!r} have shape {shape}; the heads need [B, {width}]"
                 )
             if labels is not None and labels.shape != shape[:1]:
-                raise ValueError(
+                raise SettingsError(
                     f"labels have shape {tuple(labels.shape)} and features {representation!r} "
                     f"{shape}; there must be one label for each row"
                 )
@@ -227,11 +228,11 @@ class HeadGrid:
         count, strangers, *spoiled_rows = (int(n) for n in figures.tolist())
         self._refuse(spoiled_rows, count)
         if strangers:
-            raise ValueError(
+            raise SettingsError(
                 f"{strangers} of {count} labels are not from 0 to {self.num_classes - 1}"
             )
         if count < (2 if self._running else 1):
-            raise ValueError(
+            raise SettingsError(
                 f"a batch of {count} images; BatchNorm needs 2: use a larger batch, or leave out a "
                 "last batch that is smaller than the others"
             )
@@ -240,7 +241,7 @@ class HeadGrid:
     def _refuse(self, spoiled: list[int], count: int) -> None:
         for representation, number in zip(self._widths, spoiled):
             if number:
-                raise ValueError(
+                raise SettingsError(
                     f"features {representation!r} of {number} of {count} images are NaN or "
                     "infinite; check the model's weights, or compute in float32 or bfloat16"
                 )
@@ -274,22 +275,24 @@ def _check(
     specs: Sequence[HeadSpec], widths: Mapping[str, int], num_classes: int, rule: Rule
 ) -> None:
     if not specs:
-        raise ValueError("no head to train; give at least one HeadSpec")
+        raise SettingsError("no head to train; give at least one HeadSpec")
     if num_classes < 2:
-        raise ValueError(f"{num_classes} classes; a probe needs 2 or more")
+        raise SettingsError(f"{num_classes} classes; a probe needs 2 or more")
     if rule.optimizer not in ("sgd", "lars"):
-        raise ValueError(f"optimizer is {rule.optimizer!r}; use 'sgd' or 'lars'")
+        raise SettingsError(f"optimizer is {rule.optimizer!r}; use 'sgd' or 'lars'")
     if not 0 <= rule.momentum < 1:
-        raise ValueError(f"momentum is {rule.momentum}; use a number from 0 to below 1, e.g. 0.9")
+        raise SettingsError(
+            f"momentum is {rule.momentum}; use a number from 0 to below 1, e.g. 0.9"
+        )
     if rule.nesterov and (rule.optimizer == "lars" or not rule.momentum):
-        raise ValueError("Nesterov's momentum is of optimizer 'sgd' with a momentum above 0")
+        raise SettingsError("Nesterov's momentum is of optimizer 'sgd' with a momentum above 0")
     for spec in specs:
         if specs.count(spec) > 1:
-            raise ValueError(f"head '{spec.name}' is in the grid twice; leave one out")
+            raise SettingsError(f"head '{spec.name}' is in the grid twice; leave one out")
         if spec.representation not in widths:
-            raise ValueError(
+            raise SettingsError(
                 f"head '{spec.name}' reads {spec.representation!r}, of which no width is given; "
                 f"there are {', '.join(widths) or 'none'}"
             )
         if not (0 < spec.lr < math.inf and 0 <= spec.weight_decay < math.inf):
-            raise ValueError(f"head '{spec.name}': lr must be above 0 and wd 0 or more")
+            raise SettingsError(f"head '{spec.name}': lr must be above 0 and wd 0 or more")

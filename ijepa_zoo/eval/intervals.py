@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from ..errors import SettingsError
+
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
@@ -22,7 +24,9 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
         ValueError: There are no answers, or more right ones than answers.
     """
     if not 0 <= right <= total or total < 1:
-        raise ValueError(f"{right} right answers of {total}: give 0 <= right <= total, total >= 1")
+        raise SettingsError(
+            f"{right} right answers of {total}: give 0 <= right <= total, total >= 1"
+        )
     share, spread = right / total, _Z * _Z / total
     middle = share + spread / 2
     half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import SettingsError
+
 KS = (10, 20, 50, 100, 200)
 TEMPERATURES = (0.02, 0.04, 0.07, 0.1, 0.2)
 
@@ -100,28 +102,30 @@ def _unit(features: Tensor) -> Tensor:
 def _check(train: Tensor, train_labels: Tensor, queries: Tensor, query_labels: Tensor) -> None:
     for what, x, y in (("training", train, train_labels), ("query", queries, query_labels)):
         if x.ndim != 2 or y.shape != x.shape[:1] or not len(x):
-            raise ValueError(
+            raise SettingsError(
                 f"{what} features have shape {tuple(x.shape)} and labels {tuple(y.shape)}; they "
                 "must be [n, D] and [n], with n above 0"
             )
         spoiled = int((~x.isfinite().all(dim=1)).sum())
         if spoiled:
-            raise ValueError(
+            raise SettingsError(
                 f"{what} features of {spoiled} of {len(x)} images are NaN or infinite; check the "
                 "model's weights, or compute in float32 or bfloat16"
             )
     if train.shape[1] != queries.shape[1]:
-        raise ValueError(f"{train.shape[1]} training and {queries.shape[1]} query features")
+        raise SettingsError(f"{train.shape[1]} training and {queries.shape[1]} query features")
     if train_labels.min() < 0:
-        raise ValueError(f"training label {int(train_labels.min())}; labels must be 0 or more")
+        raise SettingsError(f"training label {int(train_labels.min())}; labels must be 0 or more")
 
 
 def _check_grid(ks: Sequence[int], temperatures: Sequence[float], images: int) -> None:
     if not ks or not temperatures:
-        raise ValueError("give at least one k and one temperature, e.g. k 20 and temperature 0.07")
+        raise SettingsError(
+            "give at least one k and one temperature, e.g. k 20 and temperature 0.07"
+        )
     for temperature in temperatures:
         if not temperature > 0:
-            raise ValueError(f"temperature {temperature} must be above 0, e.g. 0.07")
+            raise SettingsError(f"temperature {temperature} must be above 0, e.g. 0.07")
     for k in ks:
         if not 1 <= k <= images:
-            raise ValueError(f"k is {k}; with {images} training images use 1 to {images}")
+            raise SettingsError(f"k is {k}; with {images} training images use 1 to {images}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..processes import join_processes
+from ..distributed import init_distributed
 from .check import convex_check
 from .epoch_state import EpochState
 from .feeds import CachedFeed, Feed, OnlineFeed, refuse_undecoded
@@ -76,7 +76,7 @@ def evaluate_linear(
         epochs: In the place of the protocol's.
         batch_size: In the place of the protocol's; learning rates grow linearly with it.
         device: 'auto', or torch's name of a device.
-        workers: Processes that decode; default: one per CPU, up to 8.
+        workers: Distributed that decode; default: one per CPU, up to 8.
         precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
         checkpoint: Weights for a model that is named; see `create_model`.
         network: Which network of them; see there.
@@ -88,16 +88,16 @@ def evaluate_linear(
         The result, which is also in the folder.
 
     Raises:
-        InputError: The data cannot be used, or do not fit the task.
+        DataError: The data cannot be used, or do not fit the task.
         ValueError: An argument or the model does not fit, or features are not finite.
-        EvaluationError: Another process works on the same evaluation.
+        RunError: Another process works on the same evaluation.
     """
     chosen = find_task(task) if isinstance(task, str) else task
     options = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
     check_model(model, baseline=baseline, random=random, **options)
-    with join_processes(device) as processes:
+    with init_distributed(device) as distributed:
         probe = open_probe(
-            *(chosen, data, out, processes),
+            *(chosen, data, out, distributed),
             test=test,
             select_on_test=select_on_test,
             epochs=epochs,
@@ -108,19 +108,19 @@ def evaluate_linear(
         )
         refuse_no_choice(probe, select_on_test)
         subject = as_subject(model, random=random, seed=seed, **options)
-        source = BlockFeatures(subject, device=str(processes.device), precision=precision)
+        source = BlockFeatures(subject, device=str(distributed.device), precision=precision)
         result, folder = _evaluate(probe, source, cached)
         if baseline and not result.baselines:
-            settings = {"device": str(processes.device), "precision": precision}
+            settings = {"device": str(distributed.device), "precision": precision}
             others: list[Representations] = [
                 BlockFeatures(subject.untrained(seed), **settings),
                 RawPixels(source.size, source.device),
             ]
             figures = {o.about["name"]: _evaluate(probe, o, cached)[0].figure for o in others}
             result = replace(result, baselines=figures)
-            if processes.rank == 0:
+            if distributed.rank == 0:
                 result.write(folder)
-        processes.barrier("the result of process 0")
+        distributed.barrier()
     return result
 
 
@@ -145,8 +145,8 @@ def _evaluate(probe: Probe, source: Representations, cached: bool) -> tuple[Resu
         return replace(result, seconds=seconds, images_per_second=feed.rate(spent))
 
     precision = str(source.settings.get("precision", "float32"))
-    result = once(folder, probe.processes, precision, work)
-    if probe.processes.rank == 0:
+    result = once(folder, probe.distributed, precision, work)
+    if probe.distributed.rank == 0:
         EpochState(folder / "state.pt", settings).remove()
     return result, folder
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import SettingsError
+
 L2S = tuple(10.0**exponent for exponent in range(-6, 2))
 _ROWS = 8192  # whose logits are in memory at once
 
@@ -125,7 +127,7 @@ def fit_logistic(
             that is not above 0.
     """
     if not 0 < l2 < math.inf:
-        raise ValueError(f"l2 is {l2}; use a number above 0, e.g. 1e-4")
+        raise SettingsError(f"l2 is {l2}; use a number above 0, e.g. 1e-4")
     x, y, classes = _checked(features, labels, num_classes)
     mean, scale = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
     if standardise:
@@ -183,9 +185,9 @@ def choose_logistic(
         ValueError: See `fit_logistic`; no penalty, or nothing held out.
     """
     if not l2s or not len(held_out):
-        raise ValueError(f"{len(l2s)} penalties and {len(held_out)} held-out images; give some")
+        raise SettingsError(f"{len(l2s)} penalties and {len(held_out)} held-out images; give some")
     if len(held_out) != len(held_out_labels) or not held_out.isfinite().all():
-        raise ValueError(
+        raise SettingsError(
             f"{len(held_out)} held-out features need a label each ({len(held_out_labels)} given) "
             "and must be finite"
         )
@@ -248,21 +250,21 @@ def _checked(
     features: Tensor, labels: Tensor, num_classes: int | None
 ) -> tuple[Tensor, Tensor, int]:
     if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(
+        raise SettingsError(
             f"features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}; they "
             "must be [n, D] and [n]"
         )
     found = torch.unique(labels)
     if len(found) < 2:
-        raise ValueError(f"{len(found)} class among {len(labels)} labels; 2 or more are needed")
+        raise SettingsError(f"{len(found)} class among {len(labels)} labels; 2 or more are needed")
     classes = int(found[-1]) + 1 if num_classes is None else num_classes
     if found[0] < 0 or found[-1] >= classes:
-        raise ValueError(
+        raise SettingsError(
             f"labels are from {int(found[0])} to {int(found[-1])}; they must be from 0 to "
             f"{classes - 1}"
         )
     spoiled = int((~features.isfinite().all(dim=1)).sum())
     if spoiled:
-        raise ValueError(f"features of {spoiled} of {len(features)} images are NaN or infinite")
+        raise SettingsError(f"features of {spoiled} of {len(features)} images are NaN or infinite")
     x = features.detach() if features.dtype == torch.float64 else features.detach().float()
     return x, labels.to(x.device), classes

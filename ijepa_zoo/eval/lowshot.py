@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..data.labelled import Numbers, Part
-from ..data.sources import InputError
-from ..processes import join_processes
+from ..errors import DataError, SettingsError
+from ..distributed import init_distributed
 from .feeds import CachedFeed
 from .finetune import prepare, refuse_scenes, run, with_batch
 from .intervals import wilson_interval
@@ -83,30 +83,30 @@ def evaluate_lowshot(
         progress: See there.
 
     Raises:
-        InputError: The data or the list cannot be used, or do not fit the task.
+        DataError: The data or the list cannot be used, or do not fit the task.
         ValueError: An argument or the model does not fit, or features are not finite.
-        EvaluationError: Another process works on the same evaluation.
+        RunError: Another process works on the same evaluation.
     """
     chosen = find_task(task) if isinstance(task, str) else task
     given = {"epochs": epochs, "batch_size": batch_size, "micro": micro}
     unused = [option(name) for name, value in given.items() if value is not None]
     unused += [option("grad_checkpointing")] if grad_checkpointing else []
     if unused and not finetune:
-        raise ValueError(
+        raise SettingsError(
             f"{', '.join(unused)}: for fine-tuning alone, use {option('finetune')} too"
         )
     if finetune:
         refuse_scenes(chosen)
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
     check_model(model, random=random, **options)
-    with join_processes(device) as processes:
+    with init_distributed(device) as distributed:
         probe = open_probe(
-            *(chosen, data, out, processes),
+            *(chosen, data, out, distributed),
             test=test, seed=seed, workers=workers, progress=progress,
         )  # fmt: skip
         probe = few_labels(probe, files)
         if not finetune and not len(probe.choose):
-            raise InputError(
+            raise DataError(
                 f"'{files}' names {counted(len(probe.train), 'image')}, too few to choose a "
                 "penalty by: name more, at least two of a class and ten of all"
             )
@@ -117,16 +117,16 @@ def evaluate_lowshot(
             notes = other_epochs(shorter.epochs, recipe.epochs, "recipe")
             recipe = with_batch(shorter, batch_size)
             training = prepare(
-                *(subject, probe.train, recipe, seed, processes, micro, grad_checkpointing),
+                *(subject, probe.train, recipe, seed, distributed, micro, grad_checkpointing),
                 *(probe.workers, precision),
             )
             sets = (probe.train, probe.test)
             how = "lowshot-finetune", notes, progress
             result = run(chosen, subject, training, sets, Path(out), *how)
         else:
-            source = BlockFeatures(subject, device=str(processes.device), precision=precision)
+            source = BlockFeatures(subject, device=str(distributed.device), precision=precision)
             result = _regression(probe, source)
-        processes.barrier("the result of process 0")
+        distributed.barrier()
     return result
 
 
@@ -134,7 +134,7 @@ def few_labels(probe: Probe, files: str | Path) -> Probe:
     """The probe with the listed training images alone.
 
     Raises:
-        InputError: The list cannot be used, or leaves fewer than two classes.
+        DataError: The list cannot be used, or leaves fewer than two classes.
     """
     train = probe.train
     rows = listed_rows(train, files)
@@ -142,7 +142,7 @@ def few_labels(probe: Probe, files: str | Path) -> Probe:
     counts = np.bincount(labels, minlength=len(train.classes))
     present = counts[counts > 0]
     if len(present) < 2:
-        raise InputError(f"the images of '{files}' are all of one class, at least two are needed")
+        raise DataError(f"the images of '{files}' are all of one class, at least two are needed")
     each = f"{present.min()} to {present.max()}" if present.min() < present.max() else present[0]
     notes = [
         *train.notes,
@@ -169,27 +169,27 @@ def listed_rows(train: EvalSet, files: str | Path) -> Numbers:
         Sorted int64.
 
     Raises:
-        InputError: The list cannot be read or is empty, names an image that is not there, or one
+        DataError: The list cannot be read or is empty, names an image that is not there, or one
             of several of that name.
     """
     try:
         lines = Path(files).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the list '{files}' cannot be read: {error}") from error
+        raise DataError(f"the list '{files}' cannot be read: {error}") from error
     wanted = dict.fromkeys(line.strip() for line in lines if line.strip())
     if not wanted:
-        raise InputError(f"the list '{files}' is empty: it has one file name a line")
+        raise DataError(f"the list '{files}' is empty: it has one file name a line")
     places = _places(train, {name.count("/") for name in wanted})
     missing = [name for name in wanted if name not in places]
     if missing:
-        raise InputError(
+        raise DataError(
             f"{len(missing)} of the {len(wanted)} images of '{files}' are not among the training "
             f"images: {some(missing)}; those are called, for example, '{train.images.name(0)}'"
         )
     several = [name for name in wanted if len(places[name]) > 1]
     if several:
         example = " and ".join(f"'{train.images.name(row)}'" for row in places[several[0]][:2])
-        raise InputError(
+        raise DataError(
             f"{len(several)} names of '{files}' mean several images ({some(several)}: {example}): "
             "write them with the folder, CLASS/NAME"
         )
@@ -224,7 +224,7 @@ def _regression(probe: Probe, source: BlockFeatures) -> Result:
         spent = time.perf_counter() - started
         return replace(result, seconds=spent, images_per_second=feed.rate(spent))
 
-    return once(folder, probe.processes, str(source.settings["precision"]), work)
+    return once(folder, probe.distributed, str(source.settings["precision"]), work)
 
 
 def _measure(
@@ -249,7 +249,7 @@ def _measure(
     for rows, truth in feed.testing():
         answers = source.split(rows)[name]
         found += torch.tensor([best.correct(answers, truth), len(truth)])
-    correct, total = probe.processes.sum(found).tolist()
+    correct, total = probe.distributed.all_reduce(found).tolist()
     figure = 100 * correct / total
     return Result(
         task=probe.task.name,

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from ..data.transforms import transform_config
+from ..errors import CheckpointError, SettingsError
 from ..extraction.encoder import model_name, weights_fingerprint
 from ..features import FeatureExtractor
 from ..models.factory import create_model
 from ..models.predictor import PREDICTORS
 from ..seeds import Stream, fold
 from ..weights.catalog import checkpoints, find
-from ..weights.layouts import CheckpointError
 from .timm_weights import weights_within_reach
 from .words import option
 
@@ -66,7 +66,7 @@ class Subject:
             ValueError: The model was not made by its name.
         """
         if self.given is None:
-            raise ValueError(_NAMELESS)
+            raise SettingsError(_NAMELESS)
         return open_model(self.given, random=True, seed=seed, img_size=self.img_size)
 
 
@@ -93,7 +93,7 @@ def check_model(
         TypeError: It is no ViT.
     """
     if random and baseline:
-        raise ValueError(
+        raise SettingsError(
             f"{option('random')} is the baseline itself: leave {option('baseline')} out"
         )
     if isinstance(model, str):
@@ -102,9 +102,9 @@ def check_model(
     given = [name for name, value in options.items() if value is not None]
     given += ["random"] if random else []
     if given:
-        raise ValueError(f"{', '.join(given)} hold for a model that is named: leave them out")
+        raise SettingsError(f"{', '.join(given)} hold for a model that is named: leave them out")
     if baseline and (not isinstance(model, Subject) or model.given is None):
-        raise ValueError(_NAMELESS)
+        raise SettingsError(_NAMELESS)
 
 
 def open_model(
@@ -166,11 +166,11 @@ def _check_options(
 ) -> tuple[str, bool]:
     """What the model is made from, and whether this package makes it."""
     if img_size is not None and not 0 < img_size <= _LARGEST:
-        raise ValueError(
+        raise SettingsError(
             f"img_size is {img_size}; images of 1 to {_LARGEST} pixels a side are read"
         )
     if random and (checkpoint or network):
-        raise ValueError(
+        raise SettingsError(
             f"{option('checkpoint')} and {option('network')} name weights, "
             f"{option('random')} takes none: leave one of them out"
         )
@@ -199,7 +199,7 @@ def _refuse_unreleased(source: str) -> None:
     if source.startswith(_SOURCES) or find(model, tag or None) is not None:
         return
     known = [record.name for record in checkpoints() if record.model == model]
-    raise ValueError(
+    raise SettingsError(
         f"there are no released weights of {source}{'; known: ' if known else ''}"
         f"{', '.join(known)}: name a file of your own, {option('checkpoint')}, or evaluate random "
         f"weights, {option('random')}"
@@ -215,9 +215,9 @@ def _timm_source(name: str, checkpoint: str | None, network: str | None) -> str:
     """
     source = name.removeprefix(_TIMM)
     if not source.startswith(_FOLDER) and not timm.is_model(source):
-        raise ValueError(f"no model is called {name!r}{_similar(source)}")
+        raise SettingsError(f"no model is called {name!r}{_similar(source)}")
     if checkpoint or network:
-        raise ValueError(
+        raise SettingsError(
             f"checkpoint and network hold for models of this package, and {name!r} is timm's: "
             "leave them out"
         )
@@ -231,7 +231,7 @@ def _timm_model(source: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(source, **kwargs)
     except RuntimeError as error:  # no such tag, no weights of that name, weights that do not fit
         tags = timm.list_pretrained(f"{source.partition('.')[0]}.*") or ["none"]
-        raise ValueError(
+        raise SettingsError(
             f"timm cannot make {source!r}: {error}. Its weights are {', '.join(tags)}"
         ) from error
 

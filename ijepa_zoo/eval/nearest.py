@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..data.labelled import Numbers
-from ..processes import join_processes
+from ..distributed import init_distributed
 from .feeds import CachedFeed
 from .intervals import wilson_interval
 from .knn import KS, TEMPERATURES, knn_correct
@@ -69,16 +69,16 @@ def evaluate_knn(
         progress: See there.
 
     Raises:
-        InputError: The data cannot be used, or do not fit the task.
+        DataError: The data cannot be used, or do not fit the task.
         ValueError: An argument or the model does not fit, or features are not finite.
-        EvaluationError: Another process works on the same evaluation.
+        RunError: Another process works on the same evaluation.
     """
     chosen = find_task(task) if isinstance(task, str) else task
     options = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
     check_model(model, baseline=baseline, random=random, **options)
-    with join_processes(device) as processes:
+    with init_distributed(device) as distributed:
         probe = open_probe(
-            *(chosen, data, out, processes),
+            *(chosen, data, out, distributed),
             test=test,
             select_on_test=select_on_test,
             seed=seed,
@@ -87,7 +87,7 @@ def evaluate_knn(
         )
         refuse_no_choice(probe, select_on_test)
         subject = as_subject(model, random=random, seed=seed, **options)
-        settings = {"device": str(processes.device), "precision": precision}
+        settings = {"device": str(distributed.device), "precision": precision}
         source = BlockFeatures(subject, **settings)
         result, folder = _evaluate(probe, source)
         if baseline and not result.baselines:
@@ -95,9 +95,9 @@ def evaluate_knn(
             others = untrained, RawPixels(source.size, source.device)
             figures = {o.about["name"]: _evaluate(probe, o)[0].figure for o in others}
             result = replace(result, baselines=figures)
-            if processes.rank == 0:
+            if distributed.rank == 0:
                 result.write(folder)
-        processes.barrier("the result of process 0")
+        distributed.barrier()
     return result
 
 
@@ -118,7 +118,7 @@ def _evaluate(probe: Probe, source: Representations) -> tuple[Result, Path]:
         return replace(result, seconds=spent, images_per_second=feed.rate(spent))
 
     precision = str(source.settings.get("precision", "float32"))
-    return once(folder, probe.processes, precision, work), folder
+    return once(folder, probe.distributed, precision, work), folder
 
 
 def _measure(
@@ -179,5 +179,5 @@ def _right(
         found = knn_correct(near, labels, queries, truth, ks=ks, temperatures=temperatures)
         right += found.flatten().cpu()
         answers += len(truth)
-    *counts, total = probe.processes.sum(torch.cat([right, torch.tensor([answers])])).tolist()
+    *counts, total = probe.distributed.all_reduce(torch.cat([right, torch.tensor([answers])])).tolist()
     return counts, total

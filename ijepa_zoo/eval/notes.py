@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..data.labelled import Numbers
-from ..processes import Processes
+from ..distributed import Distributed
 from .sets import EvalSet
 from .words import counted, some
 
@@ -29,14 +29,14 @@ def few_to_choose(number: int) -> list[str]:
     ]
 
 
-def of_all_processes(texts: Mapping[str, str], processes: Processes) -> dict[str, str]:
+def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
     """The texts of all processes; every process must call this."""
     mine = torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
-    sizes = processes.gather(torch.tensor([len(mine)]))
+    sizes = distributed.all_gather(torch.tensor([len(mine)]))
     padded = torch.zeros(1, int(sizes.max()), dtype=torch.uint8)
     padded[0, : len(mine)] = mine
     found: dict[str, str] = {}
-    for row, size in zip(processes.gather(padded), sizes.tolist()):
+    for row, size in zip(distributed.all_gather(padded), sizes.tolist()):
         found |= json.loads(bytes(row[:size].tolist()))
     return found
 

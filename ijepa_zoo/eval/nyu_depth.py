@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.depth_pairs import DepthData, DepthMap
-from ..data.images import ImageError
 from ..data.pixels import Pixels, from_array
-from ..data.sources import InputError
+from ..errors import DataError, ImageError, MissingPackageError
 
 NYU_FILE, SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
 _NUMBERS = {"train": "trainNdxs", "test": "testNdxs"}
@@ -88,14 +87,14 @@ def open_labelled(file: Path) -> DepthData:
         The 795 training and 654 test pairs; figures are taken in Eigen's crop, up to 10 m.
 
     Raises:
-        InputError: One of the two files is missing, damaged or another one.
+        DataError: One of the two files is missing, damaged or another one.
         ImportError: h5py or scipy is not installed.
     """
     if not file.is_file():
-        raise InputError(f"'{file}' does not exist: name {NYU_FILE}, or the folder that holds it")
+        raise DataError(f"'{file}' does not exist: name {NYU_FILE}, or the folder that holds it")
     splits = file.with_name(SPLITS)
     if not splits.is_file():
-        raise InputError(
+        raise DataError(
             f"'{file}' needs the official split beside it, and '{splits}' does not exist: put "
             f"{SPLITS} there, from the page where the data set comes from"
         )
@@ -114,11 +113,11 @@ def _count(file: Path) -> int:
                 return len(arrays["images"])
             held = [f"{name} {part.dtype} {list(part.shape)}" for name, part in arrays.items()]
     except _DAMAGED as error:
-        raise InputError(
+        raise DataError(
             f"'{file}' is damaged or not the labelled file of NYU Depth v2 ({error}): fetch "
             f"{NYU_FILE} again"
         ) from error
-    raise InputError(
+    raise DataError(
         f"'{file}' is not the labelled file of NYU Depth v2, which has images uint8 [n, 3, W, H] "
         f"and depths float32 [n, W, H]; this one has {' and '.join(held) or 'neither'}"
     )
@@ -136,24 +135,24 @@ def _rows(splits: Path, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[
     try:
         found = load(splits)
     except Exception as error:  # damaged bytes: whatever scipy stumbles over
-        raise InputError(
+        raise DataError(
             f"'{splits}' is damaged ({type(error).__name__}: {error}): fetch it again"
         ) from error
     missing = [name for name in _NUMBERS.values() if name not in found]
     if missing:
-        raise InputError(
+        raise DataError(
             f"'{splits}' is not the split of NYU Depth v2: it has no {' and no '.join(missing)}"
         )
     parts = [np.asarray(found[name]).ravel() for name in _NUMBERS.values()]
     numbers = np.concatenate(parts)
     whole = numbers.dtype.kind in "uif" and bool((numbers % 1 == 0).all())
     if not whole or min(map(len, parts)) == 0 or numbers.min() < 1 or numbers.max() > count:
-        raise InputError(
+        raise DataError(
             f"'{splits}' is not the split of these pairs: {' and '.join(_NUMBERS.values())} are "
             f"numbers from 1 to {count}"
         )
     if len(np.unique(numbers)) < len(numbers):
-        raise InputError(
+        raise DataError(
             f"'{splits}' is not the official split: it has a pair twice, and no training pair may "
             "be tested on"
         )
@@ -165,6 +164,6 @@ def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"{NYU_FILE} needs h5py and scipy: pip install 'ijepa-zoo[nyu]'"
         ) from error

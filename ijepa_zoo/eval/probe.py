@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from ..data.labelled import Numbers
-from ..data.sources import InputError
+from ..errors import DataError, SettingsError
 from ..extraction.encoder import Batch, usable_cpus
-from ..processes import Processes
+from ..distributed import Distributed
 from ..progress import progress_bar
 from .batches import EvalBatch, OrderedBatches, load
 from .cache import CachedFeatures, cached_features, files_state
@@ -39,7 +39,7 @@ class Probe:
         test: Test set.
         fit: Numbers of the training images that heads are fitted to.
         choose: Numbers of those that choose the head; none where the test set does.
-        processes: Those that share the work.
+        distributed: Those that share the work.
         out: Folder of all evaluations.
         seed: Decides split, order, augmentation and heads at the start.
         workers: Loader processes.
@@ -52,7 +52,7 @@ class Probe:
     test: EvalSet
     fit: Numbers
     choose: Numbers
-    processes: Processes
+    distributed: Distributed
     out: Path
     seed: int
     workers: int
@@ -83,7 +83,7 @@ class Probe:
         self, part: EvalSet, rows: Numbers, size: tuple[int, int], *, shared: bool = True
     ) -> OrderedBatches:
         """Images in order with the transform of tests; of this process, or all of them."""
-        rank, world = (self.processes.rank, self.processes.world) if shared else (0, 1)
+        rank, world = (self.distributed.rank, self.distributed.world_size) if shared else (0, 1)
         # one shape for all batches: no slot is wasted where there are few images
         micro = min(MICRO, -(-len(rows) // world))
         view = self.protocol.view
@@ -91,11 +91,11 @@ class Probe:
 
     def loaded(self, batches: Any, numbers: Any) -> Iterator[EvalBatch]:
         """Batches by their numbers, decoded ahead."""
-        return load(batches, numbers, self.workers, self.processes.device.type == "cuda")
+        return load(batches, numbers, self.workers, self.distributed.device.type == "cuda")
 
     def bar(self, total: int, what: str) -> Any:
         """A progress bar in images, in process 0."""
-        return progress_bar(self.progress and self.processes.rank == 0, total, what)
+        return progress_bar(self.progress and self.distributed.rank == 0, total, what)
 
     def features(
         self, part: EvalSet, source: Representations, *, mirrored: bool = False
@@ -120,7 +120,7 @@ class Probe:
                 (len(part), batches.batch_size),
                 source,
                 about,
-                self.processes,
+                self.distributed,
                 mirrored=mirrored,
                 progress=bar,
             )
@@ -130,7 +130,7 @@ def open_probe(
     task: Task,
     data: Any,
     out: str | Path,
-    processes: Processes,
+    distributed: Distributed,
     *,
     test: Any = None,
     select_on_test: bool = False,
@@ -146,7 +146,7 @@ def open_probe(
         task: See `find_task`.
         data: See `open_task`.
         out: Folder of all evaluations.
-        processes: Those that share the work.
+        distributed: Those that share the work.
         test: See `open_task`.
         select_on_test: Choose heads on the test set, and fit them to all training images.
         epochs: In the place of the protocol's; milestones move with it.
@@ -156,22 +156,22 @@ def open_probe(
         progress: Show progress bars.
 
     Raises:
-        InputError: The data cannot be used, or do not fit the task.
+        DataError: The data cannot be used, or do not fit the task.
         ValueError: A number is out of range.
     """
     if (batch_size or 2) < 2 or (workers or 0) < 0:
         name, least = ("batch_size", 2) if (batch_size or 2) < 2 else ("workers", 0)
-        raise ValueError(f"{option(name)} must be at least {least}")
+        raise SettingsError(f"{option(name)} must be at least {least}")
     protocol = task.protocol if epochs is None else task.protocol.with_epochs(epochs)
     protocol = replace(protocol, batch_size=batch_size or protocol.batch_size)
     workers = min(8, usable_cpus()) if workers is None else workers
-    shown = progress and processes.rank == 0
+    shown = progress and distributed.rank == 0
     train, tested = open_task(task, data, seed, test=test, workers=workers, progress=shown)
     fit, choose = split_to_choose(train, seed)
     if select_on_test:
         fit, choose = np.arange(len(train)), choose[:0]
     return Probe(
-        *(task, protocol, train, tested, fit, choose, processes, Path(out)),
+        *(task, protocol, train, tested, fit, choose, distributed, Path(out)),
         *(seed, workers, progress),
     )
 
@@ -180,11 +180,11 @@ def refuse_no_choice(probe: Probe, select_on_test: bool) -> None:
     """Refuse training images that leave none to choose the best head by.
 
     Raises:
-        InputError: There are too few, or all classes have a single one.
+        DataError: There are too few, or all classes have a single one.
     """
     if select_on_test or len(probe.choose):
         return
-    raise InputError(
+    raise DataError(
         f"the training images ({len(probe.train)} of {len(probe.train.classes)} classes) leave "
         f"none to choose the best head by: at least {round(1 / CHOOSE_SHARE)} are needed, and two "
         f"of a class; or choose on the test set, {option('select_on_test')}"
@@ -238,5 +238,5 @@ def notes_of(probe: Probe, broken: dict[str, str]) -> list[str]:
             "chosen on the test set, as much of the literature does: the figure is too high by "
             "as much as luck helps the best of the heads"
         )
-    found = of_all_processes(broken, probe.processes)
+    found = of_all_processes(broken, probe.distributed)
     return [*notes, *undecoded(found), *lost_classes(probe.train, probe.fit, found)]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
 from ..data.labelled import Numbers
+from ..errors import SettingsError
 from ..seeds import Stream, fold, torch_generator
 from .batches import EvalBatch, TrainBatches
 from .sets import EvalSet
@@ -75,7 +76,7 @@ class FineTuneRecipe:
             ValueError: `epochs` is below 1.
         """
         if epochs < 1:
-            raise ValueError(f"epochs is {epochs}; fine-tuning needs at least 1")
+            raise SettingsError(f"epochs is {epochs}; fine-tuning needs at least 1")
         return replace(self, epochs=epochs, warmup_epochs=self.warmup_epochs * epochs / self.epochs)
 
 
@@ -121,7 +122,7 @@ def set_drop_path(model: Any, rate: float) -> None:
     for block, share in zip(blocks, np.linspace(0, rate, len(blocks)).tolist()):
         places = [name for name, _ in block.named_children() if name.startswith("drop_path")]
         if not places:
-            raise ValueError(
+            raise SettingsError(
                 f"blocks of {type(block).__name__} take no drop path: use a recipe with drop_path=0"
             )
         for place in places:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..errors import SettingsError
 from ..extraction.parts import whole_file
 from .report_picture import draw, figure_class
 from .report_table import Cell, Table, compare, settings
@@ -32,14 +33,14 @@ def write_report(
         The Markdown file and the picture, None without one.
 
     Raises:
-        ResultError: A place holds no result, or a damaged one.
+        DataError: A place holds no result, or a damaged one.
         ValueError: `out` is a folder or a picture.
         ImportError: A picture is wanted and matplotlib is not installed.
     """
     out = Path(out)
     if out.is_dir() or out.suffix.lower() == ".png":
         what = "is a folder" if out.is_dir() else "is the name of a picture"
-        raise ValueError(f"'{out}' {what}: name the Markdown file to write, such as report.md")
+        raise SettingsError(f"'{out}' {what}: name the Markdown file to write, such as report.md")
     results = [result for _, result in find_results(places)]
     kind = figure_class() if picture else None
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import SettingsError
 from ..extraction.encoder import Batch, Encoder
 from .models import Subject
 
@@ -65,7 +66,7 @@ class BlockFeatures:
     def __init__(self, subject: Subject, *, device: str = "auto", precision: str = "auto") -> None:
         blocks = getattr(subject.model, "blocks", None)
         if blocks is not None and len(blocks) < 4:
-            raise ValueError(
+            raise SettingsError(
                 f"the model has {len(blocks)} blocks, and the paper's probes read the last four: "
                 "take a model of at least four"
             )

@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from ..errors import DataError
 from ..extraction.parts import whole_file
 
 RESULT, TABLE = "result.json", "results.csv"
@@ -21,10 +22,6 @@ _SHARE = "most_frequent"  # in the record of the data
 _SHOWN = 5  # heads in the terminal
 MOST_FREQUENT = "most frequent class"
 NOTHING_CHOSEN = "nothing: it is the state after the last epoch"
-
-
-class ResultError(ValueError):
-    """A result that cannot be read; the text says which and why."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class Result:
             The JSON file.
 
         Raises:
-            ResultError: `results.csv` is another table; the JSON file is written.
+            DataError: `results.csv` is another table; the JSON file is written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / RESULT
@@ -123,7 +120,7 @@ class Result:
         """See that `results.csv` beside the folder has this result's row.
 
         Raises:
-            ResultError: `results.csv` is another table.
+            DataError: `results.csv` is another table.
         """
         _append(folder.parent / TABLE, self.row(folder / RESULT))
 
@@ -247,12 +244,12 @@ def _rows_of(path: Path, columns: list[str]) -> list[dict[str, Any]]:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != columns:
-                raise ResultError(f"{path} is no table of this version: {refusal}")
+                raise DataError(f"{path} is no table of this version: {refusal}")
             rows = list(reader)
     except (UnicodeDecodeError, csv.Error, IsADirectoryError) as error:
-        raise ResultError(f"{path} is no table ({error}): {refusal}") from error
+        raise DataError(f"{path} is no table ({error}): {refusal}") from error
     if any(None in row or None in row.values() for row in rows):
-        raise ResultError(f"{path} has lines of more or fewer cells than its first: {refusal}")
+        raise DataError(f"{path} has lines of more or fewer cells than its first: {refusal}")
     return rows
 
 

@@ -9,22 +9,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .result import RESULT, Head, Result, ResultError
+from ..errors import DataError
+from .result import RESULT, Head, Result
 
 
 def read_result(path: Path) -> Result:
     """Read a `result.json`.
 
     Raises:
-        ResultError: It is no result, or a damaged one.
+        DataError: It is no result, or a damaged one.
     """
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ResultError(f"{path} is damaged ({error}): remove it and evaluate again") from error
+        raise DataError(f"{path} is damaged ({error}): remove it and evaluate again") from error
     known = {entry.name for entry in fields(Result)}
     if not isinstance(content, dict) or not {"task", "figure", "heads"} <= content.keys() <= known:
-        raise ResultError(f"{path} is no result of `ijepa-zoo eval`, or of another version")
+        raise DataError(f"{path} is no result of `ijepa-zoo eval`, or of another version")
     try:
         content["heads"] = [Head(**head) for head in content["heads"]]
         if content.get("interval") is not None:
@@ -34,11 +35,11 @@ def read_result(path: Path) -> Result:
             content[name] = {k: math.nan if v is None else v for k, v in found}
         result = Result(**content)
     except (TypeError, KeyError, AttributeError) as error:
-        raise ResultError(
+        raise DataError(
             f"{path} is no whole result ({error}): remove it and evaluate again"
         ) from error
     if wrong := [words for fits, words in _checks(result) if not fits]:
-        raise ResultError(
+        raise DataError(
             f"{path} is no whole result ({'; '.join(wrong)}): remove it and evaluate again"
         )
     return result
@@ -48,16 +49,16 @@ def find_results(places: Iterable[str | Path]) -> list[tuple[Path, Result]]:
     """All results in files and folders, with everything below them.
 
     Raises:
-        ResultError: A place holds none, or a damaged one.
+        DataError: A place holds none, or a damaged one.
     """
     found: dict[Path, Result] = {}
     for place in map(Path, places):
         files = sorted(place.rglob(RESULT)) if place.is_dir() else [place]
         if not files:
-            raise ResultError(f"{place} holds no {RESULT}: name folders that `--out` has named")
+            raise DataError(f"{place} holds no {RESULT}: name folders that `--out` has named")
         for file in files:
             if not file.is_file():
-                raise ResultError(f"{file} does not exist: name a {RESULT}, or a folder of them")
+                raise DataError(f"{file} does not exist: name a {RESULT}, or a folder of them")
             found.setdefault(file.resolve(), read_result(file))
     return list(found.items())
 

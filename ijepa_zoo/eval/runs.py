@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from ..errors import RunError
 from ..extraction.encoder import hash_texts, usable_cpus
-from ..processes import Processes
+from ..distributed import Distributed
 from .result import RESULT, Result
 from .result_files import read_result
-
-
-class EvaluationError(RuntimeError):
-    """An evaluation that cannot start or go on; the text says why."""
 
 
 def run_folder(out: str | Path, task: str, method: str, model: str, settings: Any) -> Path:
@@ -41,18 +38,18 @@ def run_folder(out: str | Path, task: str, method: str, model: str, settings: An
     return Path(out) / f"{shown}-{hash_texts([json.dumps(settings, sort_keys=True)])[:8]}"
 
 
-def claim(folder: Path, processes: Processes, stack: ExitStack) -> Result | None:
+def claim(folder: Path, distributed: Distributed, stack: ExitStack) -> Result | None:
     """Keep other evaluations out of the folder, for all processes.
 
     Returns:
         The result that is in it already, None where there is work to do.
 
     Raises:
-        EvaluationError: Another process works on it, or the folder cannot be written.
-        ResultError: There is a damaged result in it.
+        RunError: Another process works on it, or the folder cannot be written.
+        DataError: There is a damaged result in it.
     """
     refusal, finished = None, None
-    if processes.rank == 0:
+    if distributed.rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder / ".lock", timeout=0))
@@ -62,45 +59,45 @@ def claim(folder: Path, processes: Processes, stack: ExitStack) -> Result | None
             refusal = f"the folder {folder} cannot be used: {error.strerror or error}"
         if refusal is None and (folder / RESULT).exists():
             finished = read_result(folder / RESULT)
-    refusal, finished = processes.share((refusal, finished))
+    refusal, finished = distributed.broadcast_object((refusal, finished))
     if refusal is not None:
-        raise EvaluationError(refusal)
+        raise RunError(refusal)
     return finished
 
 
-def once(folder: Path, processes: Processes, precision: str, work: Callable[[], Result]) -> Result:
+def once(folder: Path, distributed: Distributed, precision: str, work: Callable[[], Result]) -> Result:
     """The result that is in the folder, or that of `work`, which is then written there.
 
     Args:
         folder: See `run_folder`.
-        processes: All of them must call this.
+        distributed: All of them must call this.
         precision: Of the encoder, for the record.
         work: Makes the result.
 
     Raises:
-        EvaluationError: Another process works on it.
-        ResultError: The table beside the folder is another one; the result is written.
+        RunError: Another process works on it.
+        DataError: The table beside the folder is another one; the result is written.
     """
     with ExitStack() as stack:
-        if (finished := claim(folder, processes, stack)) is not None:
-            if processes.rank == 0:
+        if (finished := claim(folder, distributed, stack)) is not None:
+            if distributed.rank == 0:
                 finished.enter(folder)  # a table that was in the way the first time may be gone
                 print(f"done before: {folder / RESULT}; remove it to repeat", file=sys.stderr)
             return finished
-        result = replace(work(), **about_run(processes, precision))
-        if processes.rank == 0:
+        result = replace(work(), **about_run(distributed, precision))
+        if distributed.rank == 0:
             result.write(folder)
         return result
 
 
-def about_run(processes: Processes, precision: str) -> dict[str, Any]:
+def about_run(distributed: Distributed, precision: str) -> dict[str, Any]:
     """The fields of a :class:`Result` that tell where and when: machine, versions, date."""
-    cuda = processes.device.type == "cuda"
-    name = torch.cuda.get_device_name(processes.device) if cuda else _cpu_name()
+    cuda = distributed.device.type == "cuda"
+    name = torch.cuda.get_device_name(distributed.device) if cuda else _cpu_name()
     return {
         "machine": {
             "device": name,
-            "processes": processes.world,
+            "processes": distributed.world_size,
             "cpus": usable_cpus(),
             "precision": precision,
         },

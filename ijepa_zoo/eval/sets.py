@@ -15,7 +15,7 @@ from ..data.clevr import open_clevr
 from ..data.labelled import Labelled, Numbers
 from ..data.labelled_sources import open_labelled
 from ..data.pixels import ImageSet
-from ..data.sources import InputError
+from ..errors import DataError
 from ..seeds import Stream, numpy_generator
 from .tasks import TASKS, Task
 from .words import data_name, some
@@ -73,14 +73,14 @@ def open_task(
             CLEVR's tasks what :func:`~ijepa_zoo.data.clevr.open_clevr` takes.
         seed: The run's seed; it shares out a data set in one piece, 80 % to train and 20 % to test.
         test: The test part, if `data` does not hold it (classes alone).
-        workers: Processes that render scenes, if any are rendered.
+        workers: Distributed that render scenes, if any are rendered.
         progress: Show a progress bar while rendering.
 
     Returns:
         Training and test set. Their `notes` say what was left out or shared out.
 
     Raises:
-        InputError: The data cannot be used, or do not fit the task.
+        DataError: The data cannot be used, or do not fit the task.
     """
     trained, tested = _open(task, data, test, workers, progress)
     known = trained.numbers >= 0
@@ -146,14 +146,14 @@ def _open(
 ) -> tuple[Labelled, Labelled | None]:
     if task.kind == "classes":
         if isinstance(data, str) and data.startswith(_SCENES):
-            raise InputError(
+            raise DataError(
                 f"'{data}' renders scenes, which have numbers of objects and distances, but no "
                 "classes: use `eval count` or `eval depth`, or the task 'count' or 'depth' "
                 "(--task count) of linear and knn"
             )
         return open_labelled(data, test)
     if test is not None or not isinstance(data, str | os.PathLike):
-        raise InputError(
+        raise DataError(
             f"task {task.name!r} takes one folder of CLEVR or scenes:TRAIN,TEST, which hold the "
             "test scenes too"
         )
@@ -202,20 +202,20 @@ def _without(labelled: Labelled, kept: npt.NDArray[np.bool_], why: str) -> Label
         f"for example '{labelled.images.name(int(gone[0]))}'"
     )
     if not kept.any():
-        raise InputError(f"all images of the {labelled.split} part {why}")
+        raise DataError(f"all images of the {labelled.split} part {why}")
     return labelled.part(np.flatnonzero(kept), labelled.split, [note])
 
 
 def _refuse_classes(task: Task, train: EvalSet) -> None:
     if len(train.classes) < 2:
-        raise InputError(
+        raise DataError(
             f"the training images are all of one class, '{train.classes[0]}'; a probe needs at "
             "least two"
         )
     if task.kind == "classes" and task.num_classes not in (None, len(train.classes)):
         fitting = [t.name for t in TASKS.values() if t.num_classes == len(train.classes)]
         hint = " or ".join(f"--task {name}" for name in [*fitting, "classes"])
-        raise InputError(
+        raise DataError(
             f"{task.title} has {task.num_classes} classes, these data have {len(train.classes)} "
             f"('{train.classes[0]}', '{train.classes[1]}', ...): use {hint}"
         )

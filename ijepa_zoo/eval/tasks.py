@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..data.sources import InputError
+from ..errors import DataError, SettingsError
 
 _BASE_BATCH = 256  # images that learning rates are given for
 
@@ -111,7 +111,7 @@ class Protocol:
             ValueError: `epochs` is below 1.
         """
         if epochs < 1:
-            raise ValueError(f"epochs is {epochs}; a probe needs at least 1")
+            raise SettingsError(f"epochs is {epochs}; a probe needs at least 1")
         moved = tuple(round(m * epochs / self.epochs) for m in self.milestones)
         return replace(self, epochs=epochs, milestones=moved)
 
@@ -202,10 +202,10 @@ def find_task(name: str) -> Task:
     the paper has no figure.
 
     Raises:
-        InputError: There is no such task.
+        DataError: There is no such task.
     """
     if name in TASKS:
         return TASKS[name]
     close = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise InputError(f"there is no task {name!r}: {hint}Choose one of {', '.join(TASKS)}")
+    raise DataError(f"there is no task {name!r}: {hint}Choose one of {', '.join(TASKS)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 
-from ..weights.fetch import FetchError
+from ..errors import FetchError
 
 _SECONDS = 5.0  # that the Hub may take to answer
 _FILES = ("model.safetensors", "pytorch_model.bin")  # as timm looks for them

@@ -10,8 +10,9 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
+from ..errors import RunError
 from ..progress import skip
-from .epoch_state import EpochState, StateError, checked_losses
+from .epoch_state import EpochState, checked_losses
 from .feeds import Feed, Labelled
 from .heads import HeadGrid, HeadSpec
 from .notes import of_all_processes
@@ -52,7 +53,7 @@ def grid_of(probe: Probe, source: Representations) -> HeadGrid:
         nesterov=protocol.nesterov,
         seed=probe.seed,
         device=source.device,
-        total=probe.processes.sum if probe.processes.world > 1 else None,
+        total=probe.distributed.all_reduce if probe.distributed.world_size > 1 else None,
     )
 
 
@@ -67,7 +68,7 @@ def train(probe: Probe, source: Representations, feed: Feed, state: EpochState) 
 
     Raises:
         ValueError: Features are not finite.
-        StateError: The state is damaged, or of other settings.
+        RunError: The state is damaged, or of other settings.
     """
     grid, losses, earlier, done = grid_of(probe, source), [0.0], 0.0, 0
     started = time.perf_counter()
@@ -78,9 +79,9 @@ def train(probe: Probe, source: Representations, feed: Feed, state: EpochState) 
         done, earlier = found["epoch"], found["seconds"]
         feed.recall(found["broken"])
     protocol, epochs = probe.protocol, probe.protocol.epochs
-    if probe.processes.share(done) != done:  # also: nobody writes while others read
-        raise StateError(
-            f"process {probe.processes.rank} finds {done} finished epochs in '{state.path}', and "
+    if probe.distributed.broadcast_object(done) != done:  # also: nobody writes while others read
+        raise RunError(
+            f"process {probe.distributed.rank} finds {done} finished epochs in '{state.path}', and "
             "process 0 others: the folder must be one that all machines see"
         )
     skip(feed.bar, done * feed.steps * feed.batch_size)
@@ -92,8 +93,8 @@ def train(probe: Probe, source: Representations, feed: Feed, state: EpochState) 
             total += grid.update(source.split(rows), labels, scale)
         losses = (total / feed.steps).tolist()
         feed.bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", loss=f"{min(losses):.3g}")
-        broken = of_all_processes(feed.broken, probe.processes)
-        if probe.processes.rank == 0:
+        broken = of_all_processes(feed.broken, probe.distributed)
+        if probe.distributed.rank == 0:
             seconds = earlier + time.perf_counter() - started
             kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
             state.save({**kept, "grid": grid.state_dict()})
@@ -122,7 +123,7 @@ def count_right(
     for rows, labels in batches:
         right += count(source.split(rows), labels).cpu()
         images += len(labels)
-    found = probe.processes.sum(torch.cat([right, torch.tensor([images])]))
+    found = probe.distributed.all_reduce(torch.cat([right, torch.tensor([images])]))
     *counts, total = found.tolist()
     return counts, total
 

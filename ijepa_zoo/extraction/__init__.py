@@ -1,6 +1,6 @@
 """Features of many images into one file."""
 
-from .claim import ExtractionError
+from ..errors import RunError
 from .run import ExtractionReport, extract_features
 
-__all__ = ["ExtractionError", "ExtractionReport", "extract_features"]
+__all__ = ["ExtractionReport", "RunError", "extract_features"]

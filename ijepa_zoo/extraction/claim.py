@@ -8,13 +8,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..errors import RunError
 from .outputs import Outputs
 from .parts import whole_file
 from .ranks import Ranks
-
-
-class ExtractionError(RuntimeError):
-    """The run cannot start, or cannot go on."""
 
 
 @contextmanager
@@ -29,20 +26,20 @@ def claim(
         Whether a run with these settings is finished already.
 
     Raises:
-        ExtractionError: If other results are in the way or another process is at work.
+        RunError: If other results are in the way or another process is at work.
     """
     with ExitStack() as stack:
         state: tuple[str | None, bool, dict[str, Any]] = (None, False, settings)
         if ranks.rank == 0:
             try:
                 state = (None, _prepare(outputs, settings, overwrite, stack), settings)
-            except ExtractionError as error:
+            except RunError as error:
                 state = (str(error), False, settings)
         refusal, finished, first = ranks.share(state)
         if refusal is not None:
-            raise ExtractionError(refusal)
+            raise RunError(refusal)
         if first != settings:
-            raise ExtractionError(
+            raise RunError(
                 f"rank {ranks.rank} does not do the same as rank 0: {_differences(first, settings)}"
             )
         yield finished
@@ -60,7 +57,7 @@ def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool, stack:
     if before == settings:
         return False
     if before is not None and not overwrite:
-        raise ExtractionError(
+        raise RunError(
             f"'{outputs.parts}' holds an unfinished run with other settings "
             f"({_differences(before, settings)}). Use the settings of then to go on with it, "
             "or --overwrite (overwrite=True) to start anew"
@@ -78,7 +75,7 @@ def _lock(outputs: Outputs, stack: ExitStack) -> None:
     try:
         stack.enter_context(lock)
     except Timeout:
-        raise ExtractionError(
+        raise RunError(
             f"another process is writing '{outputs.features}' now; wait for it, or choose another "
             "output"
         ) from None
@@ -90,7 +87,7 @@ def _empty(folder: Path, ours: bool) -> None:
         if file.name == "lock":
             continue
         if not ours and file.name != "settings.json.tmp":
-            raise ExtractionError(
+            raise RunError(
                 f"'{folder}' is the place for unfinished work but holds other files, such as "
                 f"'{file.name}'; move them away or choose another output"
             )
@@ -112,7 +109,7 @@ def _refuse_old_results(outputs: Outputs, settings: dict[str, Any]) -> None:
         before = _settings(outputs.record, "settings")
         if before != settings:
             why = f"it was made with other settings ({_differences(before, settings)})"
-    raise ExtractionError(
+    raise RunError(
         f"'{found[0]}' exists: {why}. Choose another output, or --overwrite (overwrite=True) to "
         "replace it"
     )

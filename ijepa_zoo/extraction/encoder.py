@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.transforms import describe_transform, transform_config
+from ..errors import DistributedError, SettingsError
 from ..features import FeatureExtractor, Layers
-from ..rendezvous import Place, ProcessError, choose_device
 from .outputs import DTYPES
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "bfloat16-weights")
@@ -55,11 +55,11 @@ class Encoder:
         self.on_cpu = self.device.type == "cpu"
         self.result_device = torch.device("cpu") if host else self.device
         if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
+            raise SettingsError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         if precision == "auto":
             precision = _fast_precision(self.device)
         if precision == "float16" and self.on_cpu:
-            raise ValueError("float16 computation needs a GPU; use bfloat16 on a CPU")
+            raise SettingsError("float16 computation needs a GPU; use bfloat16 on a CPU")
         extractor = FeatureExtractor(model, layers, pool)
         config = transform_config(model)
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
@@ -228,15 +228,15 @@ def _choose_device(name: str) -> torch.device:
     if name == "auto" or (name == "cuda" and local_rank):
         try:
             return choose_device("cuda", Place(local_rank=int(local_rank or 0)))
-        except ProcessError as error:
-            raise ValueError(str(error)) from error
+        except DistributedError as error:
+            raise SettingsError(str(error)) from error
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here: {reason}") from error
+        raise SettingsError(f"device {name!r} cannot be used here: {reason}") from error
     if device.type == "meta":
-        raise ValueError("device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
+        raise SettingsError("device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..data.items import Item
+from ..errors import MissingPackageError, SettingsError
 from ..weights import safetensors_file
 from .parts import Parts, whole_file
 
@@ -67,7 +68,7 @@ class Outputs:
         files = self._files()
         for path in dict.fromkeys(item.shard or item.path for item in images):
             if os.path.abspath(path) in files:
-                raise ValueError(f"'{path}' is an input and an output: choose another output")
+                raise SettingsError(f"'{path}' is an input and an output: choose another output")
 
     def _files(self) -> set[str]:
         return {os.path.abspath(p) for p in (self.features, self.index, self.record)}
@@ -85,25 +86,27 @@ def choose_outputs(
     path = Path(out)
     chosen = format or FORMATS.get(path.suffix.lower())
     if chosen is None or chosen not in FORMATS.values():
-        raise ValueError(
+        raise SettingsError(
             f"the format of '{path}' is not clear: end its name in {', '.join(FORMATS)}, or give "
             f"the format as {', '.join(FORMATS.values())}"
         )
     if path.is_dir():
-        raise ValueError(
+        raise SettingsError(
             f"the output '{path}' is a folder; name a file, like '{path}/features.npy'"
         )
     if path.exists() and not path.is_file():
-        raise ValueError(f"the output '{path}' is a device or a pipe; name a file")
+        raise SettingsError(f"the output '{path}' is a device or a pipe; name a file")
     if chosen != "safetensors" and dtype == "bfloat16":
-        raise ValueError(f"{chosen} cannot hold bfloat16; use safetensors, or float16 or float32")
+        raise SettingsError(
+            f"{chosen} cannot hold bfloat16; use safetensors, or float16 or float32"
+        )
     if chosen == "parquet" and pool is None:
-        raise ValueError("parquet holds one vector per image; use safetensors or npy for maps")
+        raise SettingsError("parquet holds one vector per image; use safetensors or npy for maps")
     if chosen == "parquet":
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise ImportError("parquet needs pyarrow: pip install pyarrow") from error
+            raise MissingPackageError("parquet needs pyarrow: pip install pyarrow") from error
     return Outputs(path, chosen)
 
 

@@ -20,9 +20,10 @@ from ..data.images import MAX_PIXELS
 from ..data.items import Item
 from ..data.sources import Inputs, find_items
 from ..data.transforms import create_transform
+from ..errors import RunError, SettingsError
 from ..features import Layers
 from ..progress import progress_bar
-from .claim import ExtractionError, claim
+from .claim import claim
 from .encoder import Batch, Encoder, hash_texts, usable_cpus
 from .outputs import DTYPES, Outputs, choose_outputs, merge
 from .parts import Parts
@@ -110,16 +111,16 @@ def extract_features(
         What was done. Images that failed are in it and in the index, and the rest is complete.
 
     Raises:
-        ijepa_zoo.data.sources.InputError: If an input does not exist or there are no images.
+        ijepa_zoo.data.sources.DataError: If an input does not exist or there are no images.
         ValueError: If an argument is out of range.
-        ExtractionError: If other results are in the way, another process is at work, an image
+        RunError: If other results are in the way, another process is at work, an image
             fails under ``strict``, or features are not finite in the chosen precision.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
+        raise SettingsError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
     smallest = min(1 if batch_size is None else batch_size, max_pixels, threads or 1)
     if smallest < 1 or (workers or 0) < 0:
-        raise ValueError(
+        raise SettingsError(
             "batch_size, max_pixels and threads must be at least 1, workers at least 0"
         )
     outputs = choose_outputs(out, format, dtype, pool)
@@ -212,7 +213,7 @@ def _decoded(loader: Iterable[Batch]) -> Iterator[Batch]:
     try:
         yield from loader
     except RuntimeError as error:  # torch's word for a worker that was killed
-        raise ExtractionError(
+        raise RunError(
             f"a process that decodes images ended ({error}): memory may be short, so try fewer "
             "workers (--workers). What is done is kept; the same command goes on from there"
         ) from error
@@ -224,12 +225,12 @@ def _stop_at_failure(
     for position, reason in enumerate(errors):
         if reason is not None:
             path = items[part * parts.images_each + position].path
-            raise ExtractionError(f"{path!r}: {reason} (strict: stopped at the first failure)")
+            raise RunError(f"{path!r}: {reason} (strict: stopped at the first failure)")
 
 
 def _check_finite(rows: Sequence[Tensor], path: str) -> None:
     if not all(torch.isfinite(batch).all() for batch in rows):
-        raise ExtractionError(
+        raise RunError(
             f"features in the batches from {path!r} on are not finite: use float32 for dtype and "
             "precision; if they are not finite then, the weights are broken"
         )
@@ -238,7 +239,7 @@ def _check_finite(rows: Sequence[Tensor], path: str) -> None:
 def _check_complete(parts: Parts) -> None:
     missing = sorted(set(range(len(parts))) - parts.done())
     if missing:
-        raise ExtractionError(
+        raise RunError(
             f"{len(missing)} of {len(parts)} parts are missing in '{parts.folder}', the first is "
             f"{missing[0]}: do all processes see the same folder?"
         )

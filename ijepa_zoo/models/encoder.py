@@ -13,6 +13,7 @@ from timm.models._manipulate import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..errors import SettingsError
 from ..weights import catalog, load, read
 from .positions import sincos_positions
 
@@ -44,7 +45,7 @@ class IJepaEncoder(VisionTransformer):
         **kwargs: Any,
     ) -> None:
         if class_token or reg_tokens or global_pool == "token":
-            raise ValueError(
+            raise SettingsError(
                 "I-JEPA encoders have patch tokens only: use class_token=False, reg_tokens=0 and "
                 "global_pool='avg', 'avgmax', 'max', 'map' or ''"
             )
@@ -121,7 +122,7 @@ class IJepaEncoder(VisionTransformer):
         if keep is None:
             return self.forward_features(images)
         if keep.ndim != 2 or not len(keep) or len(keep) % len(images) or keep.dtype != torch.int64:
-            raise ValueError(
+            raise SettingsError(
                 f"keep (the context) must hold int64 patch indices [B, K] or [B * R, K], "
                 f"B = {len(images)}, got {keep.dtype} {list(keep.shape)}"
             )
@@ -154,14 +155,14 @@ def _check_sizes(kwargs: Mapping[str, Any]) -> None:
     """Refuse sizes that no network has; timm leaves that to assertions deep inside."""
     for key in ("in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"):
         if not kwargs.get(key, 1) > 0:
-            raise ValueError(f"{key} must be above 0, got {kwargs[key]}")
+            raise SettingsError(f"{key} must be above 0, got {kwargs[key]}")
     width, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
     if width % heads:
-        raise ValueError(f"embed_dim {width} must be divisible by num_heads {heads}")
+        raise SettingsError(f"embed_dim {width} must be divisible by num_heads {heads}")
     patch = to_2tuple(kwargs.get("patch_size", 16))
     image = to_2tuple(patch if kwargs.get("img_size", 224) is None else kwargs.get("img_size", 224))
     if min(patch) < 1 or any(side < piece for side, piece in zip(image, patch)):
-        raise ValueError(f"img_size {image} must hold at least one patch of patch_size {patch}")
+        raise SettingsError(f"img_size {image} must hold at least one patch of patch_size {patch}")
 
 
 def _cfg(record: catalog.Checkpoint | None = None, img_size: int = 224) -> dict[str, Any]:
@@ -211,11 +212,11 @@ def _create(
     """
     checkpoint, network = kwargs.pop("checkpoint", None), kwargs.pop("network", None)
     if not kwargs.pop("pretrained_strict", True):
-        raise ValueError("I-JEPA weights load strictly: leave pretrained_strict at True")
+        raise SettingsError("I-JEPA weights load strictly: leave pretrained_strict at True")
     if network == "predictor":
-        raise ValueError("create_model makes encoders; create_ijepa makes the predictor too")
+        raise SettingsError("create_model makes encoders; create_ijepa makes the predictor too")
     if network is not None and not pretrained and checkpoint is None:
-        raise ValueError(
+        raise SettingsError(
             f"network={network!r} tells which weights to load, but pretrained is False and there "
             "is no checkpoint: leave network out, or ask for weights"
         )

@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import nn
 
+from ..errors import CheckpointError, SettingsError
 from ..weights import catalog, load, read
-from ..weights.layouts import CheckpointError
 from .encoder import IJepaEncoder
 from .jepa import IJepa
 from .predictor import PREDICTORS, Predictor
@@ -93,7 +93,7 @@ def _resolve_name(
         name, kwargs = opened.model or "vit_base16_ijepa", {**own, **kwargs}
     model = name.partition(".")[0]
     if model not in PREDICTORS:
-        raise ValueError(
+        raise SettingsError(
             f"no I-JEPA model is called {model!r}; ijepa_zoo.list_models() has "
             f"{', '.join(PREDICTORS)}. Other timm models are made by timm.create_model"
         )
@@ -138,9 +138,9 @@ def create_ijepa(
             do not fit.
     """
     if encoder_kwargs.get("features_only"):
-        raise ValueError("create_ijepa makes whole networks: leave features_only out")
+        raise SettingsError("create_ijepa makes whole networks: leave features_only out")
     if "network" in encoder_kwargs:
-        raise ValueError("create_ijepa makes all three networks: leave network out")
+        raise SettingsError("create_ijepa makes all three networks: leave network out")
     name, checkpoint, encoder_kwargs, own = _resolve_name(
         name, pretrained, checkpoint, encoder_kwargs
     )

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import SettingsError
 from ..seeds import standard_normal
 from .encoder import IJepaEncoder
 from .predictor import Predictor
@@ -53,13 +54,13 @@ class IJepa(nn.Module):
     ) -> None:
         super().__init__()
         if target_norm not in _NORMS:
-            raise ValueError(f"target_norm must be one of {[*_NORMS]}, got {target_norm!r}")
+            raise SettingsError(f"target_norm must be one of {[*_NORMS]}, got {target_norm!r}")
         if position_noise < 0:
-            raise ValueError(f"position_noise must be 0 or more, got {position_noise}")
+            raise SettingsError(f"position_noise must be 0 or more, got {position_noise}")
         if loss not in ("smooth_l1", "l2"):
-            raise ValueError(f"loss must be 'smooth_l1' or 'l2', got {loss!r}")
+            raise SettingsError(f"loss must be 'smooth_l1' or 'l2', got {loss!r}")
         if not 1 <= target_layers <= len(encoder.blocks):
-            raise ValueError(
+            raise SettingsError(
                 f"target_layers must lie within 1 and {len(encoder.blocks)}, the encoder's blocks, "
                 f"got {target_layers}"
             )
@@ -165,7 +166,7 @@ class IJepa(nn.Module):
             ValueError: If ``momentum`` is outside 0 to 1.
         """
         if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must lie within 0 and 1, got {momentum}")
+            raise SettingsError(f"momentum must lie within 0 and 1, got {momentum}")
         targets: Any = list(self.target_encoder.parameters())
         sources: Any = [p.detach() for p in self.encoder.parameters()]
         torch._foreach_lerp_(targets, sources, 1.0 - momentum)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..errors import SettingsError
+
 
 def sincos_positions(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
     """Sine-cosine table of a grid of patches in raster order.
@@ -22,7 +24,7 @@ def sincos_positions(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
         ValueError: If ``embed_dim`` is not a multiple of 4.
     """
     if embed_dim % 4:
-        raise ValueError(f"sine-cosine positions need a width divisible by 4, got {embed_dim}")
+        raise SettingsError(f"sine-cosine positions need a width divisible by 4, got {embed_dim}")
     omega = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim / 4))
     rows, columns = (torch.arange(size, dtype=torch.float64) for size in grid_size)
     row, column = torch.meshgrid(rows, columns, indexing="ij")

@@ -8,6 +8,7 @@ from timm.layers import LayerNorm, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from ..errors import SettingsError
 from .positions import sincos_positions
 from .predictor_blocks import ClosingBlock, OpeningBlock, SharedBlock
 
@@ -64,17 +65,17 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         if min(predictor_embed_dim, depth, num_heads) < 1:
-            raise ValueError(
+            raise SettingsError(
                 f"predictor_embed_dim {predictor_embed_dim}, depth {depth} and num_heads "
                 f"{num_heads} must be at least 1"
             )
         if predictor_embed_dim % num_heads:
-            raise ValueError(
+            raise SettingsError(
                 f"predictor_embed_dim {predictor_embed_dim} must be divisible by num_heads "
                 f"{num_heads}, which the predictor shares with the encoder"
             )
         if context not in ("repeated", "shared"):
-            raise ValueError(f"context must be 'repeated' or 'shared', got {context!r}")
+            raise SettingsError(f"context must be 'repeated' or 'shared', got {context!r}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grid_size = grid_size
         self.context = context
@@ -131,7 +132,7 @@ class Predictor(nn.Module):
             ValueError: If the shapes of the indices are others.
         """
         if context.shape != tokens.shape[:2] or targets.ndim != 3 or len(targets) != len(tokens):
-            raise ValueError(
+            raise SettingsError(
                 f"for tokens {list(tokens.shape)} the context must be {list(tokens.shape[:2])} and "
                 f"targets [{len(tokens)}, M, L], got {list(context.shape)} and "
                 f"{list(targets.shape)}"

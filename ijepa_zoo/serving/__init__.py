@@ -1,5 +1,6 @@
 """Models as files that servers run without this package: ONNX and torch.export."""
 
-from .export import ServingError, export_graph
+from ..errors import RunError
+from .export import export_graph
 
-__all__ = ["ServingError", "export_graph"]
+__all__ = ["RunError", "export_graph"]

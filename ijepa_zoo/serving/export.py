@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.scenes import SPLIT_STARTS, render_scenes
+from ..errors import RunError, SettingsError
 from ..extraction.encoder import model_name, weights_fingerprint
 from ..features import Layers
 from ..progress import progress_bar
@@ -23,10 +24,6 @@ _DTYPES = {dtype: getattr(torch, dtype) for dtype in ("float32", "float16", "bfl
 _BATCHES = (1, 2, 5)  # images of the checks
 # Largest |file - model in float32| / |model in float32|: rounding stays well below, errors do not.
 _LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1e-1}
-
-
-class ServingError(RuntimeError):
-    """The written file does not compute what the model computes, or the model nothing of use."""
 
 
 def export_graph(
@@ -68,7 +65,7 @@ def export_graph(
         The folder.
 
     Raises:
-        ServingError: If the written file disagrees with the model, or if the model's own features
+        RunError: If the written file disagrees with the model, or if the model's own features
             are not finite, or all zero.
         ImportError: If a package for ONNX is missing.
         ValueError: If the options do not fit each other or the model.
@@ -120,18 +117,18 @@ def check_request(
         ImportError: If a package for ONNX is missing.
     """
     if to not in formats.FILES:
-        raise ValueError(f"no format {to!r}: use one of {', '.join(formats.FILES)}")
+        raise SettingsError(f"no format {to!r}: use one of {', '.join(formats.FILES)}")
     if dtype not in _DTYPES:
-        raise ValueError(f"no data type {dtype!r}: use one of {', '.join(_DTYPES)}")
+        raise SettingsError(f"no data type {dtype!r}: use one of {', '.join(_DTYPES)}")
     if quantize not in (None, "int8"):
-        raise ValueError(f"no quantization {quantize!r}: there is int8")
+        raise SettingsError(f"no quantization {quantize!r}: there is int8")
     if to == "onnx" and dtype == "bfloat16":
-        raise ValueError(
+        raise SettingsError(
             "onnxruntime has no bfloat16 convolution on CPUs: use float16 or int8 for onnx, or "
             "torch-export"
         )
     if quantize and (to, dtype) != ("onnx", "float32"):
-        raise ValueError(
+        raise SettingsError(
             f"int8 is made from onnx in float32, not from {to} in {dtype}; the fast precision of "
             "torch-export is bfloat16"
         )
@@ -168,15 +165,15 @@ def _expected(reference: PixelsToFeatures) -> list[tuple[Tensor, Tensor]]:
     """Batches of images and the model's features of them, which a file is compared with.
 
     Raises:
-        ServingError: If the features are good for no comparison, nor for anything else.
+        RunError: If the features are good for no comparison, nor for anything else.
     """
     with torch.inference_mode():
         batches = [(images, reference(images)) for images in _check_images(reference.size)]
     for _, features in batches:
         if not features.isfinite().all():
-            raise ServingError(_useless("not finite (NaN or infinite)"))
+            raise RunError(_useless("not finite (NaN or infinite)"))
         if not features.any():
-            raise ServingError(_useless("all zero"))
+            raise RunError(_useless("all zero"))
     return batches
 
 
@@ -193,26 +190,26 @@ def _compare(
     """Input, output and agreement of a written file.
 
     Raises:
-        ServingError: If it is further from the model than its precision explains.
+        RunError: If it is further from the model than its precision explains.
     """
     checks, cosines = [], []
     for images, expected in expectations:
         with torch.inference_mode():
             got = run(images)
         if got.shape != expected.shape or got.dtype != torch.float32:
-            raise ServingError(
+            raise RunError(
                 f"the file gives {got.dtype} {list(got.shape)} for {len(images)} images, the model "
                 f"float32 {list(expected.shape)}: it is not kept"
             )
         if not got.isfinite().all():
-            raise ServingError(
+            raise RunError(
                 f"the file's features are not finite in {precision}, the model's in float32 are: "
                 f"it is not kept{'' if precision == 'float32' else '; use float32'}"
             )
         error = float((got - expected).norm() / expected.norm())
         limit = _LIMITS[precision]
         if error > limit:
-            raise ServingError(
+            raise RunError(
                 f"the file differs from the model by {error:.2g} of the features' size for "
                 f"{len(images)} images, more than {precision} explains ({limit:g}): it is not "
                 f"kept{'' if precision == 'float32' else '; use float32'}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from ..errors import MissingPackageError, SettingsError
 from .graph import INPUT, OUTPUT
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ def require_onnx() -> None:
         except ModuleNotFoundError:
             missing.append(name)
         except (ImportError, OSError) as error:  # such as a missing system library
-            raise ImportError(
+            raise MissingPackageError(
                 f"writing ONNX needs {name}, which is installed but cannot be loaded ({error}): "
                 "install what is missing there, or use torch-export"
             ) from error
     if missing:
-        raise ImportError(f"writing ONNX needs {', '.join(missing)}: pip install 'ijepa-zoo[onnx]'")
+        raise MissingPackageError(
+            f"writing ONNX needs {', '.join(missing)}: pip install 'ijepa-zoo[onnx]'"
+        )
 
 
 def write(program: ExportedProgram, folder: Path, to: str, quantize: str | None) -> None:
@@ -90,7 +93,7 @@ def _to_onnx(program: ExportedProgram) -> "ONNXProgram":
         verbose=False,
     )
     if made is None:  # torch's type, for its older exporter
-        raise TypeError("torch.onnx.export gave no program")
+        raise SettingsError("torch.onnx.export gave no program")
     return made
 
 

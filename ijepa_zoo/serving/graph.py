@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.transforms import transform_config
+from ..errors import SettingsError
 from ..features import FeatureExtractor, Layers
 
 INPUT, OUTPUT = "images", "features"
@@ -98,7 +99,7 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
     height, width = config["input_size"][1:]
     mode = config["crop_mode"]
     if mode not in ("center", "squash") or (mode == "center" and height != width):
-        raise ValueError(
+        raise SettingsError(
             f"images become {height}x{width} by the crop mode {mode!r}, which serving.json cannot "
             "say: export a square image size with the crop mode 'center'"
         )

@@ -1,10 +1,9 @@
 """Self-supervised pretraining."""
 
-from ..rendezvous import ProcessError
+from ..errors import DistributedError, RunError
 from .config import PretrainConfig
 from .dry_run import dry_run
 from .export import export_run
-from .folder import RunError
 from .plot import plot_run
 from .run import pretrain
 from .settings import explained, load_config, override, recipe_table
@@ -12,10 +11,10 @@ from .stopping import Interrupted
 from .trainer import NonFiniteLossError, Trainer
 
 __all__ = [
+    "DistributedError",
     "Interrupted",
     "NonFiniteLossError",
     "PretrainConfig",
-    "ProcessError",
     "RunError",
     "Trainer",
     "dry_run",

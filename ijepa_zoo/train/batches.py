@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.crops import DRAWS, centre_box, crop_box, cut, size_of
 from ..data.image_sets import ImageSet
-from ..data.images import ImageError
 from ..data.pixels import Pixels
-from ..data.sources import InputError
+from ..errors import DataError, ImageError, SettingsError
 from ..masks import MultiBlockMasks
 from ..seeds import Stream, numpy_generator
 from .config import MaskConfig, PretrainConfig
@@ -37,7 +36,7 @@ def split(n: int, held_out: int, seed: int) -> tuple[_Indices, _Indices]:
         ValueError: None would be left to train on.
     """
     if held_out >= n:
-        raise ValueError(
+        raise SettingsError(
             f"data.held_out={held_out} leaves none of {n} images to train on: use {n // 20}"
         )
     chosen = numpy_generator(seed, Stream.HELD_OUT).choice(n, held_out, replace=False)
@@ -113,7 +112,7 @@ class TrainBatches(Dataset[list[Batch]]):
         image_size: Height and width that the model takes, in pixels.
         masks: Sampler of context and targets.
         rank: Number of this process.
-        world: Processes that share a batch.
+        world: Distributed that share a batch.
         micro: Images of a micro-batch; divides the process's share and `mask.cut`.
     """
 
@@ -145,7 +144,7 @@ class TrainBatches(Dataset[list[Batch]]):
         """One of them.
 
         Raises:
-            InputError: An image cannot be decoded, nor could any of those tried in its place.
+            DataError: An image cannot be decoded, nor could any of those tried in its place.
         """
         seed, whole = self.config.seed, self.config.optim.batch_size
         first = (self.rank * self.parts + part) * self.micro
@@ -182,7 +181,7 @@ class TrainBatches(Dataset[list[Batch]]):
             except ImageError as error:
                 broken.append((self.images.name(candidate), str(error)))
         name, reason = broken[-1]
-        raise InputError(
+        raise DataError(
             f"step {place[0]}: {self.images.name(index)} cannot be decoded, nor can "
             f"{_REPLACEMENTS} others drawn in its place; the last was {name}: {reason}"
         )
@@ -199,16 +198,16 @@ class TrainBatches(Dataset[list[Batch]]):
         return pixels.flip(-1) if data.horizontal_flip and draws[-1] < 0.5 else pixels
 
 
-class _MicroBatches(Dataset[Batch | InputError]):
+class _MicroBatches(Dataset[Batch | DataError]):
     """Micro-batch after micro-batch: whole steps of many images would fill the memory."""
 
     def __init__(self, batches: TrainBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, number: int) -> Batch | InputError:
+    def __getitem__(self, number: int) -> Batch | DataError:
         try:
             return self.batches.micro_batch(*divmod(number, self.batches.parts))
-        except InputError as error:  # raised in the main process, without a worker's traceback
+        except DataError as error:  # raised in the main process, without a worker's traceback
             return error
 
 
@@ -225,12 +224,12 @@ def loader(
         pin_memory: Make copies to a GPU fast.
 
     Raises:
-        InputError: Too many broken images in a row.
+        DataError: Too many broken images in a row.
         RuntimeError: A loader process was killed.
     """
     numbers = range(first_step * batches.parts, last_step * batches.parts)
     workers = min(workers, len(numbers))
-    loaded: DataLoader[Batch | InputError] = DataLoader(
+    loaded: DataLoader[Batch | DataError] = DataLoader(
         _MicroBatches(batches),
         batch_size=None,
         sampler=numbers,
@@ -242,7 +241,7 @@ def loader(
     )
     step: list[Batch] = []
     for found in name_deaths(loaded):
-        if isinstance(found, InputError):
+        if isinstance(found, DataError):
             raise found
         step.append(found)
         if len(step) == batches.parts:
@@ -265,7 +264,7 @@ def evaluation_images(
         reason of every image that was left out because it is broken.
 
     Raises:
-        InputError: None of them can be decoded.
+        DataError: None of them can be decoded.
     """
     aspect = image_size[1] / image_size[0]
     pixels, kept, broken = [], [], []
@@ -279,7 +278,7 @@ def evaluation_images(
         kept.append(index)
     if not pixels:
         name, reason = broken[0]
-        raise InputError(f"none of {len(indices)} images can be decoded; {name}: {reason}")
+        raise DataError(f"none of {len(indices)} images can be decoded; {name}: {reason}")
     labels = None if images.labels is None else torch.from_numpy(images.labels[kept])
     return torch.stack(pixels), labels, broken
 

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..processes import Processes, waiting
-from ..weights.layouts import CheckpointError
+from ..errors import CheckpointError, SettingsError
+from ..distributed import Distributed
 from . import checkpoint_folder as layout
 from .parallel import own_part
 
@@ -34,7 +34,7 @@ class Checkpoints:
 
     Args:
         folder: Where they lie; on a disk that all processes see. Made by the first `save`.
-        processes: The processes of the run.
+        distributed: The processes of the run.
         keep: How many of the newest stay.
         keep_every: Those at multiples of so many steps stay too; None for none.
 
@@ -44,20 +44,20 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, processes: Processes, keep: int = 2, keep_every: int | None = None
+        self, folder: Path, distributed: Distributed, keep: int = 2, keep_every: int | None = None
     ) -> None:
         if keep < 1 or (keep_every is not None and keep_every < 1):
-            raise ValueError(f"keep is {keep} and keep_every {keep_every}: at least 1")
+            raise SettingsError(f"keep is {keep} and keep_every {keep_every}: at least 1")
         layout.refuse_a_file(folder)
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self._processes = processes
+        self._distributed = distributed
         self._group: Any = None
-        if processes.world > 1:  # of its own: saving must not mix with training's exchanges
+        if distributed.world_size > 1:  # of its own: saving must not mix with training's exchanges
             import torch.distributed as dist
             from torch.distributed.device_mesh import init_device_mesh
 
             self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
-            self._mesh = init_device_mesh("cpu", (processes.world,))
+            self._mesh = init_device_mesh("cpu", (distributed.world_size,))
         self._thread = Thread()
         self._pending: Future[None] | None = None
         self._copies: dict[str, Tensor] = {}  # the same memory for every save
@@ -83,7 +83,7 @@ class Checkpoints:
         """
         text = json.dumps(about)
         self.wait()
-        staged = self._copy(own_part(tensors, self._processes))
+        staged = self._copy(own_part(tensors, self._distributed))
         self._start(lambda: self._write(step, staged, text))
         if wait:
             self.wait()
@@ -96,8 +96,7 @@ class Checkpoints:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            with waiting("the writing of a checkpoint"):
-                pending.result()
+            pending.result()
             atexit.unregister(self._finish)
 
     def _start(self, job: Callable[[], None]) -> None:
@@ -116,12 +115,8 @@ class Checkpoints:
         atexit.register(self._finish)
 
     def _finish(self) -> None:
-        """Wait for the save at the end of the program, unless it needs a process that is lost.
-
-        And not for ever: another process may be lost unseen.
-        """
-        if not self._processes.lost.is_set():
-            self._thread.join(_EXIT if self._processes.world > 1 else None)
+        """Wait for the save at the end of the program; not for ever, as others may have ended."""
+        self._thread.join(_EXIT if self._distributed.world_size > 1 else None)
 
     def complete(self) -> list[int]:
         """Steps whose checkpoints were written to the end, oldest first."""
@@ -146,12 +141,12 @@ class Checkpoints:
         """
         resume_from = layout.choice(resume_from)
         answer: int | str | None = None
-        if self._processes.rank == 0:
+        if self._distributed.rank == 0:
             try:
                 answer = layout.choose(self.folder, resume_from)
             except CheckpointError as error:
                 answer = str(error)
-        answer = self._processes.share(answer, "the checksums of the checkpoint")
+        answer = self._distributed.broadcast_object(answer)
         if isinstance(answer, str):
             raise CheckpointError(answer)
         return answer
@@ -174,13 +169,12 @@ class Checkpoints:
         folder = layout.path(self.folder, step)
         reader, stored = _open(folder)
         layout.compare(stored, tensors, folder)
-        with waiting("the reading of the checkpoint"):
-            load(
-                dict(tensors),
-                storage_reader=reader,
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
+        load(
+            dict(tensors),
+            storage_reader=reader,
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
         return dict(layout.read(folder)["about"])
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -199,8 +193,8 @@ class Checkpoints:
             if isinstance(tensor, DTensor) and self._group is not None:
                 sizes: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
                 copies[name] = DTensor.from_local(copy, self._mesh, tensor.placements, **sizes)
-        if self._processes.device.type == "cuda":
-            torch.cuda.synchronize(self._processes.device)
+        if self._distributed.device.type == "cuda":
+            torch.cuda.synchronize(self._distributed.device)
         return copies
 
     def _write(self, step: int, tensors: dict[str, Any], about: str) -> None:
@@ -241,7 +235,7 @@ class Checkpoints:
         """Let process 0 act; why it failed, on every process."""
         box: list[str | None] = [None]
         try:
-            if self._processes.rank == 0:
+            if self._distributed.rank == 0:
                 box = ["process 0 failed"]  # stays if another error passes through here
                 action()
                 box = [None]

@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..weights.layouts import CheckpointError, some
+from ..errors import CheckpointError, SettingsError
+from ..weights.layouts import some
 
 PARTIAL, _DELETED = ".partial", ".deleted"
 _NAME = re.compile(r"step-(\d{9,})")
@@ -236,7 +237,7 @@ def choice(resume_from: object) -> int | Literal["latest", "previous"]:
             return operator.index(resume_from)  # type: ignore[arg-type]
     except TypeError:
         pass
-    raise ValueError(
+    raise SettingsError(
         f"resume_from is {resume_from!r}; it must be 'latest', 'previous' or the step of a "
         "checkpoint as a whole number, such as 600"
     )

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..errors import SettingsError
 from . import schedules
 
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -185,7 +186,7 @@ def steps_of(duration: str, *, batch_size: int, images: int) -> int:
     """
     found = _DURATION.fullmatch(duration.strip())
     if not found or math.isinf(float(found[1])):
-        raise ValueError(
+        raise SettingsError(
             f"{duration!r} is no duration; write for example '300 epochs', '1000 steps' or "
             "'1e8 images'"
         )
@@ -205,21 +206,21 @@ def micro_batch_size(config: PretrainConfig, world: int) -> int:
     """
     batch = config.optim.batch_size
     if batch % world:
-        raise ValueError(
+        raise SettingsError(
             f"optim.batch_size={batch} cannot be shared by {world} processes: use "
             f"{batch // world * world or world} or {(batch // world + 1) * world}"
         )
     share = batch // world
     cut = batch if config.mask.cut == "global" else min(config.mask.cut, batch)
     if batch % cut:
-        raise ValueError(f"mask.cut={cut} does not divide optim.batch_size={batch}")
+        raise SettingsError(f"mask.cut={cut} does not divide optim.batch_size={batch}")
     most = config.machine.micro_batch_size or share
     together = math.gcd(share, cut)
     size = max(n for n in range(1, min(most, together) + 1) if together % n == 0)
     by_group = config.optim.target_norm == "position"
     if (config.optim.regularizer_weight or by_group) and size != cut:
         setting = "optim.target_norm=position" if by_group else "optim.regularizer_weight"
-        raise ValueError(
+        raise SettingsError(
             f"{setting} needs the {cut} images of mask.cut in one forward pass, "
             f"here they would be {size}: use mask.cut={size}, which is another run, or other "
             "numbers of processes and machine.micro_batch_size"
@@ -253,7 +254,7 @@ class Schedule:
             ValueError: There are fewer images than a batch has, or a duration does not fit.
         """
         if images < optim.batch_size:
-            raise ValueError(
+            raise SettingsError(
                 f"{images} training images are fewer than a batch: lower optim.batch_size (now "
                 f"{optim.batch_size}; mask.cut must divide it) or data.held_out, the number of "
                 "images that are kept for the monitors"
@@ -263,7 +264,7 @@ class Schedule:
         warmup = steps_of(optim.warmup, **size)
         horizon = math.floor(steps * optim.schedule_scale)
         if min(steps, horizon) < 1 or warmup > horizon:
-            raise ValueError(
+            raise SettingsError(
                 f"optim.duration={optim.duration!r} is {steps} steps (schedules run over "
                 f"{horizon}) and optim.warmup={optim.warmup!r} is {warmup}: the duration must be "
                 "at least one step, the warm-up no longer than the schedules, for example "

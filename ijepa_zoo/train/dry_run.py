@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.image_sets import open_images
 from ..masks import MultiBlockMasks
-from ..processes import join_processes
+from ..distributed import init_distributed
 from .batches import Batch
 from .config import PretrainConfig
 from .flops import Flops, flops_per_image
@@ -44,7 +44,7 @@ class DryRunReport:
         steps: Updates of the whole run.
         batch_size: Images of an update.
         parts: Forward passes of each process in an update.
-        processes: Number of processes.
+        world_size: Number of processes.
         device: Name of rank 0's device.
         largest: Context tokens and tokens of a target block of the largest masks.
         typical: The same of typical ones.
@@ -61,7 +61,7 @@ class DryRunReport:
     steps: int
     batch_size: int
     parts: int
-    processes: int
+    world_size: int
     device: str
     largest: tuple[int, int]
     typical: tuple[int, int]
@@ -84,18 +84,18 @@ class DryRunReport:
         """The report, a line for each matter."""
         flops, rate = self.flops, self.images_per_second
         limit = f" of {self.memory_limit / _GIB:.1f}" if self.memory_limit else ""
-        own_rate = rate / self.processes
+        own_rate = rate / self.world_size
         lines = {
             "parameters": ", ".join(f"{k} {v / 1e6:.4g} M" for k, v in self.parameters.items()),
             "data": f"{self.images:,} training images, {self.steps:,} updates of {self.batch_size}"
-            f" images (processes: {self.processes}, parts for each: {self.parts})",
+            f" images (processes: {self.world_size}, parts for each: {self.parts})",
             "masks": "context {} tokens, target blocks {}".format(*self.typical)
             + "; largest {} and {}".format(*self.largest),
             "GFLOP/image": f"{flops.total / 1e9:.4g}: target encoder {flops.target / 1e9:.4g}, "
             f"context encoder {flops.context_forward / 1e9:.4g} forward and "
             f"{flops.context_backward / 1e9:.4g} backward, predictor {flops.predictor / 1e9:.4g}",
             "memory": f"{self.memory / _GIB:.2f}{limit} GiB at most for a process ({self.device})",
-            "speed": f"{rate:.4g} images/s, {rate * flops.total / self.processes / 1e12:.3g} "
+            "speed": f"{rate:.4g} images/s, {rate * flops.total / self.world_size / 1e12:.3g} "
             f"TFLOP/s on each device, {self.step_seconds:.3g} s an update",
             "loader": f"{self.read_rate:.4g} images/s for one loader process; "
             f"{math.ceil(own_rate / self.read_rate)} for each process keep up (machine.workers)",
@@ -130,9 +130,9 @@ def dry_run(
     check(config)
     if config.machine.threads:
         torch.set_num_threads(config.machine.threads)
-    with join_processes(config.machine.device, config.machine.timeout) as processes:
+    with init_distributed(config.machine.device, config.machine.timeout) as distributed:
         images = open_images(data, in_chans=config.model.in_chans or 3, tensors=True)
-        trainer = Trainer(config, images, processes, init=init)
+        trainer = Trainer(config, images, distributed, init=init)
         started = time.perf_counter()
         batch = trainer.data.micro_batch(0, 0)
         reading = time.perf_counter() - started
@@ -141,21 +141,21 @@ def dry_run(
         group *= config.mask.per_image
         largest = largest_masks(trainer.masks, group, config.seed)
         typical = typical_masks(trainer.masks, group, config.seed)
-        if processes.rank == 0:
+        if distributed.rank == 0:
             print(f"{trainer}\ntiming updates of {trainer.micro_batch_size} images ...")
         for _ in range(2):
             _timed_update(trainer, batch, largest, min(trainer.data.parts, 2))
-        memory = float(_memory_peak(processes.device))
+        memory = float(_memory_peak(distributed.device))
         update = _whole_update(trainer, batch, typical)
         measured = torch.tensor([[update, reading, memory]], dtype=torch.float64)
-        slowest = processes.gather(measured).amax(dim=0).tolist()
-        return None if processes.rank else _report(trainer, largest, typical, slowest)
+        slowest = distributed.all_gather(measured).amax(dim=0).tolist()
+        return None if distributed.rank else _report(trainer, largest, typical, slowest)
 
 
 def _report(
     trainer: Trainer, largest: _Masks, typical: _Masks, slowest: list[float]
 ) -> DryRunReport:
-    config, device = trainer.config, trainer.processes.device
+    config, device = trainer.config, trainer.distributed.device
     update, reading, memory = slowest
     with torch.device("meta"):  # the trained networks may be sharded, compiled, recomputing
         model = build_networks(config)
@@ -169,7 +169,7 @@ def _report(
         steps=trainer.schedule.steps,
         batch_size=config.optim.batch_size,
         parts=trainer.data.parts,
-        processes=trainer.processes.world,
+        world_size=trainer.distributed.world_size,
         device=_device_name(device),
         largest=_lengths(largest),
         typical=(context, target),
@@ -235,11 +235,11 @@ def _whole_update(trainer: Trainer, batch: Batch, masks: _Masks) -> float:
 
 def _timed_update(trainer: Trainer, batch: Batch, masks: _Masks, parts: int) -> float:
     """Seconds of an update of so many parts, each `batch` with `masks`."""
-    device = trainer.processes.device
+    device = trainer.distributed.device
     size = trainer.micro_batch_size * trainer.config.mask.per_image
     part = replace(batch, context=masks[0][:size], targets=masks[1][:size], broken=[])
     part = part.pin_memory() if device.type == "cuda" else part  # as the loader does
-    trainer.processes.barrier("an update of the dry run")
+    trainer.distributed.barrier()
     _finish(device)
     started = time.perf_counter()
     trainer.update([part] * parts)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from ..errors import CheckpointError
 from ..models.jepa import IJepa
 from ..weights.bundle import from_module
 from ..weights.export import export
-from ..weights.layouts import CheckpointError
 from . import checkpoint_folder as layout
 from .checkpoint import read_checkpoint
 from .folder import read_settings

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import MissingPackageError, SettingsError
 from ..models.jepa import IJepa
 
 _LEAST_TORCHAO = 0, 18  # older ones miscompile with torch from 2.14 on: values that are not finite
@@ -36,17 +37,17 @@ def require_float8(device: torch.device) -> None:
 
         found = version("torchao")
     except ImportError as error:
-        raise ImportError(f"the precision fp8 needs torchao: {remedy}") from error
+        raise MissingPackageError(f"the precision fp8 needs torchao: {remedy}") from error
     if tuple(int(part) for part in found.split(".")[:2]) < _LEAST_TORCHAO:
         least = ".".join(map(str, _LEAST_TORCHAO))
-        raise ImportError(f"the precision fp8 needs torchao {least}, not {found}: {remedy}")
+        raise MissingPackageError(f"the precision fp8 needs torchao {least}, not {found}: {remedy}")
     if device.type == "cpu":
         return
     if device.type != "cuda":
-        raise ValueError(f"the device {device} has no float8 products: use the precision bf16")
+        raise SettingsError(f"the device {device} has no float8 products: use the precision bf16")
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
-        raise ValueError(
+        raise SettingsError(
             f"{torch.cuda.get_device_name(device)} has no float8 products (compute capability "
             f"{capability[0]}.{capability[1]}, they need {_LEAST_CAPABILITY[0]}."
             f"{_LEAST_CAPABILITY[1]}): use the precision bf16"
@@ -90,7 +91,7 @@ def use_float8(model: IJepa, device: torch.device) -> None:
         convert_to_float8_training(encoder.blocks, module_filter_fn=_fits, config=config)
         changed = set(encoder.blocks.modules()) - before
         if not changed:
-            raise ValueError(
+            raise SettingsError(
                 f"the precision fp8 needs layers whose sizes are multiples of {_MULTIPLE}; "
                 f"model.embed_dim={encoder.embed_dim} has none: use the precision bf16"
             )

@@ -10,7 +10,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..data.image_sets import ImageSet
-from ..processes import Processes
+from ..errors import RunError
+from ..distributed import Distributed
 from ..weights.export import refuse_foreign
 from .config import PretrainConfig
 from .settings import differences, dump, parse
@@ -20,14 +21,10 @@ _SETTINGS, _DATA = "config.yaml", "data.json"
 _BROKEN = re.compile(r'\{"image": ("(?:[^"\\]|\\.)*")')
 
 
-class RunError(RuntimeError):
-    """The run's folder is in use or belongs to another run."""
-
-
-def claim_folder(out: Path, processes: Processes, stack: ExitStack) -> None:
+def claim_folder(out: Path, distributed: Distributed, stack: ExitStack) -> None:
     """Keep other runs out of the folder; rank 0 holds the lock for all."""
     refusal = None
-    if processes.rank == 0:
+    if distributed.rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(out / ".lock", timeout=0))
@@ -35,16 +32,16 @@ def claim_folder(out: Path, processes: Processes, stack: ExitStack) -> None:
             refusal = f"another process is training in {out} now: wait for it, or choose another"
         except OSError as error:
             refusal = f"the run's folder {out} cannot be used: {error.strerror or error}"
-    if (refusal := processes.share(refusal)) is not None:
+    if (refusal := distributed.broadcast_object(refusal)) is not None:
         raise RunError(refusal)
 
 
 def settle_folder(
-    out: Path, config: PretrainConfig, images: ImageSet, processes: Processes
+    out: Path, config: PretrainConfig, images: ImageSet, distributed: Distributed
 ) -> None:
     """Write settings and data into the folder, or refuse others than those of its checkpoints."""
     refusal = None
-    if processes.rank == 0:
+    if distributed.rank == 0:
         try:
             refusal = _refusal(out, config, images)
             if refusal is None:
@@ -53,7 +50,7 @@ def settle_folder(
             refusal = str(error)
         except OSError as error:
             refusal = f"the run's folder {out} cannot be used: {error.strerror} ({error.filename})"
-    if (refusal := processes.share(refusal)) is not None:
+    if (refusal := distributed.broadcast_object(refusal)) is not None:
         raise RunError(refusal)
 
 

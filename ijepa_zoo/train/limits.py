@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import SettingsError
 from ..models.predictor import PREDICTORS
 from .config import DataConfig, ModelConfig, PretrainConfig, micro_batch_size, steps_of
 from .values import DURATIONS, convert, named_values, setting_types, shown, wanted
@@ -60,15 +61,17 @@ def check(config: PretrainConfig) -> None:
     for names, fits, words in _NUMBERS:
         for name in names:
             if values[name] is not None and not fits(values[name]):
-                raise ValueError(f"{name} is {shown(values[name])}; it must be {words}")
+                raise SettingsError(f"{name} is {shown(values[name])}; it must be {words}")
     for name in _RANGES:
         low, high = values[name]
         if not 0 < low <= high or (high > 1 and name not in _RATIOS):
             bound = "" if name in _RATIOS else " <= 1"
-            raise ValueError(f"{name} is {shown(values[name])}; it must be 0 < min <= max{bound}")
+            raise SettingsError(
+                f"{name} is {shown(values[name])}; it must be 0 < min <= max{bound}"
+            )
     for name in _RATIOS:
         if values[name][0] < _RATIO_BOUNDS[0] or values[name][1] > _RATIO_BOUNDS[1]:
-            raise ValueError(
+            raise SettingsError(
                 f"{name} is {shown(values[name])}; both must be between {_RATIO_BOUNDS[0]:g} and "
                 f"{_RATIO_BOUNDS[1]:g}"
             )
@@ -77,12 +80,12 @@ def check(config: PretrainConfig) -> None:
     _check_durations(values)
     _check_cut(config)
     if config.optim.position_noise > _MOST_NOISE:
-        raise ValueError(
+        raise SettingsError(
             f"optim.position_noise is {config.optim.position_noise:g}; it must be at most "
             f"{_MOST_NOISE:g} (StoP's is 0.25)"
         )
     if config.mask.per_image > _MOST_MASKS:
-        raise ValueError(
+        raise SettingsError(
             f"mask.per_image is {config.mask.per_image}; it must be at most {_MOST_MASKS}: every "
             "mask of an image costs a pass of its own through context encoder and predictor"
         )
@@ -97,7 +100,7 @@ def _check_type(name: str, value: Any) -> None:
     else:
         fits = isinstance(converted, str) == isinstance(value, str)  # no number written as text
     if not fits:
-        raise ValueError(f"{name} is {value!r}; it must be {wanted(name)}")
+        raise SettingsError(f"{name} is {value!r}; it must be {wanted(name)}")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -106,9 +109,9 @@ def _check_model(model: ModelConfig) -> None:
         if name not in PREDICTORS:
             near = difflib.get_close_matches(name, PREDICTORS, n=1)
             hint = f"did you mean {near[0]}? All" if near else "there"
-            raise ValueError(f"model.name is {name}; {hint} are: {', '.join(PREDICTORS)}")
+            raise SettingsError(f"model.name is {name}; {hint} are: {', '.join(PREDICTORS)}")
         if tag:
-            raise ValueError(
+            raise SettingsError(
                 f"model.name is {model.name}; write {name} without a tag, and name weights to "
                 f"start from with --init {model.name}"
             )
@@ -116,7 +119,7 @@ def _check_model(model: ModelConfig) -> None:
         size, divisor = getattr(model, whole), getattr(model, part)
         if size and divisor and size % divisor:
             near_size = max(size // divisor, 1) * divisor
-            raise ValueError(
+            raise SettingsError(
                 f"model.{whole} is {size}, no multiple of model.{part}={divisor}; {near_size} is "
                 "one"
             )
@@ -129,12 +132,12 @@ def _check_channels(data: DataConfig, model: ModelConfig) -> None:
     for name in ("mean", "std"):
         given = getattr(data, name)
         if channels and len(given) not in (1, channels):
-            raise ValueError(
+            raise SettingsError(
                 f"data.{name} has {len(given)} values for images of {channels} channels "
                 f"(model.in_chans); give 1 or {channels}"
             )
     if min(data.std) <= 0:
-        raise ValueError(f"data.std is {shown(data.std)}; every value must be more than 0")
+        raise SettingsError(f"data.std is {shown(data.std)}; every value must be more than 0")
 
 
 def _check_durations(values: dict[str, Any]) -> None:
@@ -144,15 +147,15 @@ def _check_durations(values: dict[str, Any]) -> None:
         try:
             most = steps_of(values[name], batch_size=1, images=10**12)
         except (ValueError, OverflowError) as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise SettingsError(f"{name}: {error}") from None
         if not most and name != "optim.warmup":
-            raise ValueError(f"{name} is {values[name]!r}; it must be more than 0")
+            raise SettingsError(f"{name} is {values[name]!r}; it must be more than 0")
 
 
 def _check_cut(config: PretrainConfig) -> None:
     mask, optim = config.mask, config.optim
     if mask.cut != "global" and mask.cut < 1:
-        raise ValueError(f"mask.cut is {mask.cut}; it must be at least 1, or global")
+        raise SettingsError(f"mask.cut is {mask.cut}; it must be at least 1, or global")
     group = optim.batch_size if mask.cut == "global" else min(mask.cut, optim.batch_size)
     by_images = {
         "optim.regularizer_over=images": optim.regularizer_weight > 0
@@ -160,7 +163,7 @@ def _check_cut(config: PretrainConfig) -> None:
         "optim.target_norm=position": optim.target_norm == "position",
     }
     for setting in (name for name, used in by_images.items() if used and group < 2):
-        raise ValueError(
+        raise SettingsError(
             f"{setting} compares the images of mask.cut, of which there is one; "
             "use mask.cut=2 or more"
         )

@@ -18,6 +18,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from ..errors import RunError, SettingsError
+
 COLUMNS = (
     *("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)"),
     *("step", "lr", "weight_decay", "momentum", "images_per_second"),
@@ -33,10 +35,6 @@ _DAMAGED = (
 _CSV, _JSONL = "log.csv", "log.jsonl"
 
 
-class LogError(ValueError):
-    """A log cannot be read: which line of which file, and what to do."""
-
-
 class RunLog:
     """Writer of a run's log; a context manager. One process of a run has it.
 
@@ -48,7 +46,7 @@ class RunLog:
         first_step: Updates done so far.
 
     Raises:
-        LogError: The log that is there is damaged; it is left as it is.
+        RunError: The log that is there is damaged; it is left as it is.
         OSError: The log cannot be written; what is there stays.
     """
 
@@ -81,7 +79,7 @@ class RunLog:
         """
         row = {_PUBLISHED.get(name, name): float(value) for name, value in row.items()}
         if unknown := row.keys() - set(COLUMNS):
-            raise ValueError(
+            raise SettingsError(
                 f"the log has no column {', '.join(sorted(unknown))}; it has {', '.join(COLUMNS)}"
             )
         ordered = {name: row[name] for name in COLUMNS if name in row}
@@ -138,7 +136,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     left out.
 
     Raises:
-        LogError: The log is damaged.
+        RunError: The log is damaged.
     """
     return [row for row, _ in _csv_lines(folder / _CSV)]
 
@@ -147,7 +145,7 @@ def read_events(folder: Path, kind: str) -> list[tuple[int, str]]:
     """Step and text of the events of one kind in a run's `log.jsonl`, oldest first.
 
     Raises:
-        LogError: The log is damaged.
+        RunError: The log is damaged.
     """
     entries = (entry for entry, _ in _json_lines(folder / _JSONL))
     return [(e["step"], e["text"]) for e in entries if e.get("event") == kind]
@@ -159,7 +157,7 @@ def read_initial(folder: Path) -> dict[str, float]:
     Empty where there is none.
 
     Raises:
-        LogError: The log is damaged.
+        RunError: The log is damaged.
     """
 
     def parse(line: str) -> dict[str, float]:
@@ -178,7 +176,7 @@ def _csv_lines(path: Path) -> list[tuple[dict[str, float], str]]:
     """Rows of a log and the lines they stand in."""
     lines = _whole_lines(path)
     if lines and lines[0] != ",".join(COLUMNS):
-        raise LogError(
+        raise RunError(
             f"{path}, line 1: the columns are {lines[0][:200]!r}, not those of a run's log: "
             "move the file away"
         )
@@ -187,7 +185,7 @@ def _csv_lines(path: Path) -> list[tuple[dict[str, float], str]]:
         (values,) = csv.reader([line])
         row = {name: float(v) for name, v in zip(COLUMNS, values, strict=True) if v}
         if not 0 <= row.get("step", -1) < math.inf:
-            raise ValueError("it has no step")
+            raise SettingsError("it has no step")
         return row
 
     return _parse(path, lines[1:], 2, parse)
@@ -201,7 +199,7 @@ def _entry(line: str) -> dict[str, Any]:
     entry: dict[str, Any] = json.loads(line)
     entry["step"] = int(entry["step"])
     if "event" in entry and not isinstance(entry.get("text"), str):
-        raise ValueError("it has no text")
+        raise SettingsError("it has no text")
     return entry
 
 
@@ -214,7 +212,7 @@ def _parse(
             parsed.append((parse(line), line))
         except _DAMAGED as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise LogError(
+            raise RunError(
                 f"{path}, line {number} is damaged: {line[:80]!r} ({reason}). "
                 "Delete that line, or move the file away"
             ) from error

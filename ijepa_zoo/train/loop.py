@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..data.images import ImageError
+from ..errors import ImageError
 from ..progress import progress_bar
 from .batches import Batch
 from .checkpoint import Checkpoints
@@ -62,15 +62,15 @@ class Loop:
     ) -> None:
         self.trainer, self.checkpoints, self.out = trainer, checkpoints, out
         self.progress = progress
-        self.processes = trainer.processes
-        self.first = self.processes.rank == 0
+        self.distributed = trainer.distributed
+        self.first = self.distributed.rank == 0
         self.skip_nonfinite = skip_nonfinite
         config = trainer.config
         sizes = {"batch_size": config.optim.batch_size, "images": len(trainer.train_indices)}
         self.save_every = max(1, steps_of(config.log.save_every, **sizes))
         self.about: dict[str, Any] = {"skipped": [], "broken": 0, "initial": {}}
         self.saved = 0
-        self.broken_file = out / f"broken-{self.processes.rank}.jsonl"
+        self.broken_file = out / f"broken-{self.distributed.rank}.jsonl"
         self.named = named_broken(self.broken_file)
         self.shown: dict[str, str] = {}
         self.measured: dict[str, float] = {}
@@ -94,7 +94,7 @@ class Loop:
         try:
             yield
         except BaseException:
-            if self.processes.world == 1:
+            if self.distributed.world_size == 1:
                 self.checkpoints.wait()
             raise
 
@@ -102,7 +102,7 @@ class Loop:
         """Update until the last step, or until a process is asked to stop."""
         trainer = self.trainer
         steps = trainer.schedule.steps
-        asked = self.processes.sum(torch.tensor([len(received)]), "the first step")
+        asked = self.distributed.all_reduce(torch.tensor([len(received)]))
         if trainer.step >= steps or int(asked):
             return
         self._say(str(trainer))
@@ -112,7 +112,7 @@ class Loop:
         with ExitStack() as stack:
             log = stack.enter_context(self._log())
             if trainer.step == 0:
-                self.about["initial"] = monitor.measure(trainer.model, self.processes)
+                self.about["initial"] = monitor.measure(trainer.model, self.distributed)
                 if log is not None:
                     log.initial(self.about["initial"])
             watch = CollapseWatch(self.about["initial"])
@@ -144,7 +144,7 @@ class Loop:
                 row |= gradient_norms(trainer.model)
                 row |= update_norms(trainer.model, trainer.optimizer)
             if step % log.monitor_every == 0 or last:
-                self.measured = watching.monitor.measure(trainer.model, self.processes)
+                self.measured = watching.monitor.measure(trainer.model, self.distributed)
                 row |= self.measured
             self._write(row, seconds, watching)
             if step % self.save_every == 0:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import SettingsError
 from ..models.jepa import IJepa
-from ..processes import Processes
+from ..distributed import Distributed
 from .batches import normalise
 from .config import Precision
 from .float8 import without_float8
@@ -127,7 +128,7 @@ def _percent(right: Tensor) -> float:
 
 def _checked(features: Tensor) -> Tensor:
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(
+        raise SettingsError(
             f"features have shape {tuple(features.shape)}; they must be [n, D] with n >= 2"
         )
     return features.detach().double()
@@ -158,24 +159,24 @@ class Monitor:
         precision: Precision = "fp32",
     ) -> None:
         if len(images) < 2:
-            raise ValueError(
+            raise SettingsError(
                 f"{len(images)} images to monitor the run with, at least 2 are needed: "
                 "use data.held_out=512"
             )
         if labels is not None and len(labels) != len(images):
-            raise ValueError(f"{len(labels)} labels for {len(images)} images of the monitor")
+            raise SettingsError(f"{len(labels)} labels for {len(images)} images of the monitor")
         self.images, self.labels = images, labels
         self.mean, self.std = mean, std
         self.batch_size = batch_size
         self.precision = precision
 
     @torch.no_grad()
-    def measure(self, model: IJepa, processes: Processes) -> dict[str, float]:
+    def measure(self, model: IJepa, distributed: Distributed) -> dict[str, float]:
         """Measure the model; every process must call this, and gets the same figures.
 
         Args:
             model: The networks, sharded or not.
-            processes: The processes that share the work.
+            distributed: The processes that share the work.
 
         Returns:
             `rankme`, `spread` and `cosine` of the features, averaged over patches; `ema_distance`,
@@ -183,7 +184,7 @@ class Monitor:
             labels of two or more classes also `knn` and `linear`, accuracies in percent. Figures
             of features that are not finite are NaN.
         """
-        features = self._features(model, processes)
+        features = self._features(model, distributed)
         figures = _figures(features, self.labels)
         distance = total_norm(
             p.detach() - q
@@ -191,18 +192,18 @@ class Monitor:
         )
         return {**figures, "ema_distance": distance / total_norm(model.target_encoder.parameters())}
 
-    def _features(self, model: IJepa, processes: Processes) -> Tensor:
+    def _features(self, model: IJepa, distributed: Distributed) -> Tensor:
         """Features `[m, D]` of all images; processes do equal numbers of forward passes."""
-        share = -(-len(self.images) // processes.world)
-        first, size = processes.rank * share, self.batch_size
+        share = -(-len(self.images) // distributed.world_size)
+        first, size = distributed.rank * share, self.batch_size
         pooled: list[Tensor] = []
         for start in range(first, first + share, size):
             batch = torch.arange(start, start + size).clamp(max=len(self.images) - 1)
-            pixels = self.images[batch].to(processes.device)
+            pixels = self.images[batch].to(distributed.device)
             with without_float8(model.target_encoder), autocast(pixels.device, self.precision):
                 tokens = model.target_encoder.encode(normalise(pixels, self.mean, self.std))
             pooled.append(tokens.float().mean(dim=1))
-        gathered: Tensor = processes.gather(torch.cat(pooled)[:share])
+        gathered: Tensor = distributed.all_gather(torch.cat(pooled)[:share])
         return gathered[: len(self.images)]
 
 

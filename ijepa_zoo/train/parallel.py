@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from ..models.jepa import IJepa
-from ..processes import Processes, waiting
+from ..distributed import Distributed
 from .config import MachineConfig, Precision
 from .float8 import use_float8
 
@@ -25,7 +25,7 @@ from .float8 import use_float8
 def parallelise(
     model: IJepa,
     machine: MachineConfig,
-    processes: Processes,
+    distributed: Distributed,
     precision: Precision,
 ) -> nn.Module:
     """Move the networks to the device and spread the work over the processes.
@@ -39,7 +39,7 @@ def parallelise(
     Args:
         model: The networks; changed in place. Names and shapes of the parameters stay.
         machine: How.
-        processes: The processes of the run; a single one without a process group wraps nothing.
+        distributed: The processes of the run; a single one without a process group wraps nothing.
         precision: That of the forward pass.
 
     Returns:
@@ -48,40 +48,40 @@ def parallelise(
     Raises:
         ValueError: No layer of the networks can compute in `fp8`.
     """
-    if precision != "fp32" and processes.device.type == "cpu":
+    if precision != "fp32" and distributed.device.type == "cpu":
         _plain_attention(model)
     if precision == "fp8":
-        use_float8(model, processes.device)
+        use_float8(model, distributed.device)
     student = [*model.encoder.blocks, *model.predictor.predictor_blocks]
     if machine.activation_checkpointing:
         for block in student:
             block.forward = partial(_recomputed, block.forward)
     if machine.compile:
         _compile(student, model.target_encoder.blocks)
-    if not in_group(processes):
-        return model.to(processes.device)
+    if not in_group(distributed):
+        return model.to(distributed.device)
     if machine.parallel == "fsdp2":
-        _shard(model, processes, precision)
+        _shard(model, distributed, precision)
         return model
     from torch.nn.parallel import DistributedDataParallel
 
-    with waiting("the first exchange of weights"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # torch 2.15 renames broadcast_buffers, torch 2.11 does not know the new name
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
-            model.to(processes.device),
-            device_ids=[processes.device] if processes.device.type == "cuda" else None,
+            model.to(distributed.device),
+            device_ids=[distributed.device] if distributed.device.type == "cuda" else None,
             broadcast_buffers=False,  # they are tables of positions
             gradient_as_bucket_view=True,
         )
 
 
-def in_group(processes: Processes) -> bool:
+def in_group(distributed: Distributed) -> bool:
     """Whether the processes are those of torch's process group, be it of a single one."""
     import torch.distributed as dist
 
     return (
-        dist.is_available() and dist.is_initialized() and dist.get_world_size() == processes.world
+        dist.is_available() and dist.is_initialized() and dist.get_world_size() == distributed.world_size
     )
 
 
@@ -130,7 +130,7 @@ def accumulate(module: nn.Module, last: bool) -> Iterator[None]:
     for network in module.children():
         if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(last)
-    with local, waiting("the exchange of gradients"):
+    with local:
         yield
 
 
@@ -151,16 +151,16 @@ def copy_whole(whole: Tensor, into: Tensor) -> None:
         into.copy_(whole)
 
 
-def own_part(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+def own_part(tensors: Mapping[str, Tensor], distributed: Distributed) -> dict[str, Tensor]:
     """What this process saves: its shards, and a share of the tensors that all have whole.
 
     Args:
         tensors: By name, the same names on every process.
-        processes: The processes of the run.
+        distributed: The processes of the run.
     """
     from torch.distributed.tensor import DTensor
 
-    loads = [0] * processes.world
+    loads = [0] * distributed.world_size
     mine: dict[str, Tensor] = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
         if isinstance(tensor, DTensor):
@@ -168,7 +168,7 @@ def own_part(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, T
             continue
         owner = loads.index(min(loads))
         loads[owner] += tensor.nbytes
-        if owner == processes.rank:
+        if owner == distributed.rank:
             mine[name] = tensor
     return mine
 
@@ -210,7 +210,7 @@ def _any_length(forward: Callable[..., Tensor], tokens: Tensor, *args: Any) -> T
     return forward(tokens, *args)
 
 
-def _shard(model: IJepa, processes: Processes, precision: Precision) -> None:
+def _shard(model: IJepa, distributed: Distributed, precision: Precision) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         MixedPrecisionPolicy,
@@ -218,10 +218,10 @@ def _shard(model: IJepa, processes: Processes, precision: Precision) -> None:
         register_fsdp_forward_method,
     )
 
-    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
     policy = MixedPrecisionPolicy()
     # Autocast on a CPU leaves LayerNorm alone, which then cannot mix the two types.
-    if precision != "fp32" and processes.device.type == "cuda":
+    if precision != "fp32" and distributed.device.type == "cuda":
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )

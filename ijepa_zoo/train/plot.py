@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import MissingPackageError, SettingsError
 from ..masks import MultiBlockMasks
 from ..models.factory import create_model
 from .batches import mask_sampler
@@ -47,23 +48,23 @@ def plot_run(run: Path, out: Path | None = None) -> Path:
 
     Raises:
         ImportError: matplotlib is not installed.
-        LogError: The log is damaged.
+        RunError: The log is damaged.
         ValueError: `run` is no run's folder, nothing has been logged yet, or `out` cannot be
             written.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
+        raise MissingPackageError("drawing needs matplotlib: pip install matplotlib") from error
     run, out = Path(run), Path(run) / "plot.png" if out is None else Path(out)
     settings = run / "config.yaml"
     if not settings.is_file():
-        raise ValueError(f"{run} is no run of ijepa-zoo pretrain: it has no config.yaml")
+        raise SettingsError(f"{run} is no run of ijepa-zoo pretrain: it has no config.yaml")
     _refuse_place(out)
     config = parse(settings.read_text(encoding="utf-8"), str(settings))
     rows = read_log(run)
     if not rows:
-        raise ValueError(f"{run} has no row in log.csv yet: wait for log.log_every steps")
+        raise SettingsError(f"{run} has no row in log.csv yet: wait for log.log_every steps")
     initial = read_initial(run)
     figure = Figure(figsize=(16, 13), layout="constrained")
     last = rows[-1]
@@ -84,11 +85,11 @@ def _refuse_place(out: Path) -> None:
     """Before anything is drawn."""
     if out.suffix.lower() != ".png":
         wanted = out / "plot.png" if out.is_dir() else out.with_name(f"{out.stem}.png")
-        raise ValueError(f"the picture is a PNG file, and {out} is no name of one: use {wanted}")
+        raise SettingsError(f"the picture is a PNG file, and {out} is no name of one: use {wanted}")
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: use {out / 'plot.png'}")
+        raise SettingsError(f"{out} is a folder: use {out / 'plot.png'}")
     if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent} for {out.name}: make it first")
+        raise SettingsError(f"there is no folder {out.parent} for {out.name}: make it first")
 
 
 def _draw_curves(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import SettingsError
 from ..models.predictor import PREDICTORS
 
 _SECTIONS = ("data", "logging", "mask", "meta", "optimization")
@@ -106,13 +107,13 @@ def translate(content: Mapping[str, Any], origin: str, world: int) -> dict[str, 
     theirs = _flat(content, origin)
     for key, (value, reason) in _ONLY.items():
         if theirs[key] != value:
-            raise ValueError(
+            raise SettingsError(
                 f"{origin}: {key} is {theirs[key]}, which is not supported: {reason}. "
                 f"Write {'null' if value is None else str(value).lower()}"
             )
     batch, ema = theirs["data.batch_size"], theirs["optimization.ema"]
     if not isinstance(batch, int) or not isinstance(ema, list) or len(ema) != 2:
-        raise ValueError(
+        raise SettingsError(
             f"{origin}: data.batch_size is {batch} and optimization.ema {ema}; they must be a "
             "whole number and two numbers such as [0.996, 1.0]"
         )
@@ -133,7 +134,7 @@ def _flat(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for section, values in content.items():
         if section not in _SECTIONS or not isinstance(values, Mapping):
-            raise ValueError(
+            raise SettingsError(
                 f"{origin} has the sections of the published code, and {section}, which is none "
                 f"of them: they are {', '.join(_SECTIONS)}"
             )
@@ -141,9 +142,9 @@ def _flat(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if unknown := sorted(found.keys() - _KNOWN):
         near = difflib.get_close_matches(unknown[0], sorted(_KNOWN), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{origin}: the published code has no setting {unknown[0]}{hint}")
+        raise SettingsError(f"{origin}: the published code has no setting {unknown[0]}{hint}")
     if missing := sorted(_KNOWN - found.keys() - _UNUSED - _ONLY.keys()):
-        raise ValueError(f"{origin} lacks {', '.join(missing)}, which the published code needs")
+        raise SettingsError(f"{origin} lacks {', '.join(missing)}, which the published code needs")
     return {**{key: value for key, (value, _) in _ONLY.items()}, **found}
 
 
@@ -153,7 +154,7 @@ def _model(theirs: Mapping[str, Any], origin: str) -> dict[str, Any]:
         theirs[key] for key in ("meta.model_name", "mask.patch_size", "data.crop_size")
     )
     if name not in _MODELS:
-        raise ValueError(
+        raise SettingsError(
             f"{origin}: meta.model_name is {name}; the known ones are {', '.join(_MODELS)}"
         )
     variants = _MODELS[name]

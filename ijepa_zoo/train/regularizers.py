@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingsError
 from ..seeds import standard_normal
 
 Over = Literal["images", "tokens", "residuals"]
@@ -34,9 +35,9 @@ class Regularizer(nn.Module, ABC):
     def __init__(self, weight: float, over: Over = "images") -> None:
         super().__init__()
         if over not in ("images", "tokens", "residuals"):
-            raise ValueError(f"over is {over!r}; it must be 'images', 'tokens' or 'residuals'")
+            raise SettingsError(f"over is {over!r}; it must be 'images', 'tokens' or 'residuals'")
         if weight < 0:
-            raise ValueError(f"weight is {weight}; it must be 0 or more")
+            raise SettingsError(f"weight is {weight}; it must be 0 or more")
         self.weight, self.over = weight, over
         self.step = 0
         self.value = torch.zeros(())
@@ -55,7 +56,7 @@ class Regularizer(nn.Module, ABC):
                 tokens = tokens - means[:, None]
             samples = means if self.over == "images" else tokens.flatten(0, 1)
             if len(samples) < 2:
-                raise ValueError(f"{type(self).__name__} needs at least two images in a batch")
+                raise SettingsError(f"{type(self).__name__} needs at least two images in a batch")
             term = self.weight * self.term(samples)
         self.value = term.detach()
         return term
@@ -95,7 +96,7 @@ class VarianceCovariance(Regularizer):
     ) -> None:
         super().__init__(weight, over)
         if covariance_share < 0:
-            raise ValueError(f"covariance_share is {covariance_share}; it must be 0 or more")
+            raise SettingsError(f"covariance_share is {covariance_share}; it must be 0 or more")
         self.covariance_share = covariance_share
 
     def term(self, samples: Tensor) -> Tensor:

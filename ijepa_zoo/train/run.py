@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 
 from ..data.image_sets import ImageSet, open_images
-from ..processes import Processes, join_processes
+from ..errors import SettingsError
+from ..distributed import Distributed, init_distributed
 from .checkpoint import Checkpoints
 from .config import PretrainConfig, steps_of
 from .export import export_run, exported_step
@@ -72,16 +73,16 @@ def pretrain(
         machine = config.machine
         if machine.threads:
             torch.set_num_threads(machine.threads)
-        processes = stack.enter_context(join_processes(machine.device, machine.timeout))
-        claim_folder(out, processes, stack)
+        distributed = stack.enter_context(init_distributed(machine.device, machine.timeout))
+        claim_folder(out, distributed, stack)
         in_chans = config.model.in_chans or 3
         images = open_images(data, in_chans=in_chans, index=out / "shards.index", tensors=True)
-        settle_folder(out, config, images, processes)
-        checkpoints = _checkpoints(out, config, images, processes)
+        settle_folder(out, config, images, distributed)
+        checkpoints = _checkpoints(out, config, images, distributed)
         step = checkpoints.choose(resume_from)
         if step is not None:
             init, resume_optimizer = None, False
-        trainer = Trainer(config, images, processes, init=init, resume_optimizer=resume_optimizer)
+        trainer = Trainer(config, images, distributed, init=init, resume_optimizer=resume_optimizer)
         loop = Loop(trainer, checkpoints, out, skip_nonfinite, progress)
         if step is not None:
             loop.resume(step)
@@ -94,9 +95,9 @@ def pretrain(
                 "run the same command again to go on",
                 received[0] if received else signal.SIGTERM,
             )
-        if processes.rank == 0 and exported_step(out) != trainer.step:
+        if distributed.rank == 0 and exported_step(out) != trainer.step:
             export_run(out, overwrite=True)
-        processes.barrier("the export of rank 0")
+        distributed.barrier()
     return out / "export"
 
 
@@ -107,11 +108,11 @@ def _own_folder(out: str | Path, data: Any) -> Path:
         ValueError: It would.
     """
     if not str(out):
-        raise ValueError("the run's folder has no name: give one, for example runs/first")
+        raise SettingsError("the run's folder has no name: give one, for example runs/first")
     out = Path(out)
     for given in data if isinstance(data, list | tuple) else [data]:
         if isinstance(given, str | os.PathLike) and Path(given).resolve() in out.resolve().parents:
-            raise ValueError(
+            raise SettingsError(
                 f"the run's folder {out} lies in the data {given}, whose images would change: "
                 "choose another"
             )
@@ -119,9 +120,9 @@ def _own_folder(out: str | Path, data: Any) -> Path:
 
 
 def _checkpoints(
-    out: Path, config: PretrainConfig, images: ImageSet, processes: Processes
+    out: Path, config: PretrainConfig, images: ImageSet, distributed: Distributed
 ) -> Checkpoints:
     log, count = config.log, len(images) - config.data.held_out
     sizes = {"batch_size": config.optim.batch_size, "images": count}
     keep_every = max(1, steps_of(log.keep_every, **sizes)) if log.keep_every else None
-    return Checkpoints(out / "checkpoints", processes, log.keep, keep_every)
+    return Checkpoints(out / "checkpoints", distributed, log.keep, keep_every)

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from ..errors import SettingsError
 from . import published
 from .config import PretrainConfig
 from .limits import check
@@ -69,7 +70,7 @@ def load_config(
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: {error}") from None
+        raise SettingsError(f"{path} is no text file: {error}") from None
     config = override(parse(text, str(path), world), *overrides)
     check(config)
     return config
@@ -89,7 +90,7 @@ def override(config: PretrainConfig, *changes: str, **values: Any) -> PretrainCo
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals:
-            raise ValueError(f"{change!r} changes nothing; write {change}=VALUE")
+            raise SettingsError(f"{change!r} changes nothing; write {change}=VALUE")
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError:
@@ -115,7 +116,7 @@ def parse(text: str, origin: str, world: int = 1) -> PretrainConfig:
     base = PretrainConfig()
     if (recipe := content.pop("recipe", None)) is not None:
         if recipe not in recipes():
-            raise ValueError(f"{origin}: {_no_recipe(str(recipe))}")
+            raise SettingsError(f"{origin}: {_no_recipe(str(recipe))}")
         file = _recipe_file(recipe)
         base = parse(file.read_text(encoding="utf-8"), str(file))
     return _changed(base, _flat(content), origin)
@@ -196,9 +197,9 @@ def _content(text: str, origin: str) -> dict[str, Any]:
     try:
         content = yaml.load(text, _Loader) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{origin} is no YAML file: {error}") from None
+        raise SettingsError(f"{origin} is no YAML file: {error}") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{origin} must hold names and values, such as `seed: 0`")
+        raise SettingsError(f"{origin} must hold names and values, such as `seed: 0`")
     return content
 
 
@@ -212,11 +213,11 @@ def _find(recipe_or_file: str | Path) -> Path:
     path = Path(recipe_or_file)
     if path.is_dir():
         hint = f"; the settings of a run are in {path / 'config.yaml'}"
-        raise ValueError(f"{path} is a folder, not a YAML file or a recipe's name{hint}")
+        raise SettingsError(f"{path} is a folder, not a YAML file or a recipe's name{hint}")
     if not path.is_file():
         if path.suffix in (".yaml", ".yml"):
-            raise ValueError(f"there is no file {path}")
-        raise ValueError(_no_recipe(str(recipe_or_file)))
+            raise SettingsError(f"there is no file {path}")
+        raise SettingsError(_no_recipe(str(recipe_or_file)))
     return path
 
 
@@ -242,11 +243,11 @@ def _changed(config: PretrainConfig, values: Mapping[str, Any], origin: str) -> 
     for name, value in values.items():
         hint = setting_types().get(name)
         if hint is None:
-            raise ValueError(f"{origin}: there is no setting {name}; {_nearest(name)}")
+            raise SettingsError(f"{origin}: there is no setting {name}; {_nearest(name)}")
         try:
             value = convert(value, hint)
         except ValueError:
-            raise ValueError(
+            raise SettingsError(
                 f"{origin}: {name} is {shown(value)}; it must be {wanted(name)}"
             ) from None
         section, _, leaf = name.rpartition(".")

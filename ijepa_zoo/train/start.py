@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from ..errors import CheckpointError, SettingsError
 from ..models.factory import create_ijepa
 from ..models.jepa import IJepa
 from ..seeds import Stream, fold
 from ..weights import catalog, load
-from ..weights.layouts import CheckpointError, some
+from ..weights.layouts import some
 from .config import PretrainConfig
 from .parallel import copy_whole
 from .regularizers import IsotropicGaussian, VarianceCovariance
@@ -54,14 +55,14 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
                 **network,
             )
         except ValueError as error:  # with the name that the setting has
-            raise ValueError(
+            raise SettingsError(
                 re.sub(r"^target_layers", "optim.target_layers", str(error))
             ) from error
     channels = model.encoder.patch_embed.proj.in_channels
     for key in ("mean", "std"):
         values = getattr(config.data, key)
         if len(values) not in (1, channels):
-            raise ValueError(
+            raise SettingsError(
                 f"data.{key} has {len(values)} values for images of {channels} channels: give one "
                 "value for all, or one for each"
             )

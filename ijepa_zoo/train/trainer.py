@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from ..data.image_sets import ImageSet
+from ..errors import SettingsError, UserError
 from ..masks import MultiBlockMasks
 from ..models.jepa import IJepa
-from ..processes import Arrival, Processes
+from ..distributed import Distributed, choose_device, copy_to_host
 from ..seeds import Stream, fold, numpy_generator
 from .batches import (
     Batch,
@@ -45,7 +46,7 @@ _SHOWN = 8  # images named in a message
 _MONITORED = 512  # images of the monitors where none are held out
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(UserError, FloatingPointError):
     """The loss of a step is not finite; the weights are those before the update."""
 
 
@@ -70,7 +71,7 @@ class Trainer:
     Args:
         config: Settings.
         images: What to train on.
-        processes: The processes that share the run; one by default.
+        distributed: The processes that share the run; one by default.
         init: Weights to start from, see `build_networks`.
         resume_optimizer: Take the optimizer's state from `init` too.
 
@@ -84,38 +85,40 @@ class Trainer:
         self,
         config: PretrainConfig,
         images: ImageSet,
-        processes: Processes | None = None,
+        distributed: Distributed | None = None,
         *,
         init: str | Path | None = None,
         resume_optimizer: bool = False,
     ) -> None:
         self.config, self.images = config, images
-        self.processes = processes or Processes.alone(config.machine.device)
+        self.distributed = distributed or Distributed(device=choose_device(config.machine.device))
         self.step = 0
         if config.optim.precision == "fp8":
-            require_float8(self.processes.device)
+            require_float8(self.distributed.device)
         self.train_indices, self.held_out = split(len(images), config.data.held_out, config.seed)
         self.schedule = Schedule.of(config.optim, len(self.train_indices))
-        self.micro_batch_size = micro_batch_size(config, self.processes.world)
+        self.micro_batch_size = micro_batch_size(config, self.distributed.world_size)
         self.model: IJepa = build_networks(config, init)
         embed = self.model.encoder.patch_embed
         self.image_size: tuple[int, int] = embed.img_size
         for side, patch in zip(embed.img_size, embed.patch_size):
             if side % patch:
-                raise ValueError(
+                raise SettingsError(
                     f"patches of {patch} do not fill images of {side}: use model.img_size="
                     f"{side // patch * patch} or another multiple of model.patch_size"
                 )
         self.masks = self._masks(embed.grid_size)
         self.model.train()
-        choose_kernels(self.processes.device)
+        choose_kernels(self.distributed.device)
         self.module = parallelise(
-            self.model, config.machine, self.processes, config.optim.precision
+            self.model, config.machine, self.distributed, config.optim.precision
         )
         self.optimizer = make_optimizer(self.model.encoder, self.model.predictor)
         if resume_optimizer:
             if init is None:
-                raise ValueError("--resume-optimizer needs --init: the file that holds its state")
+                raise SettingsError(
+                    "--resume-optimizer needs --init: the file that holds its state"
+                )
             own = {k: v for k, v in self.tensors().items() if k.startswith("optimizer.")}
             fill_optimizer(starting_optimizer(config, init), own)
         self.data = TrainBatches(
@@ -124,8 +127,8 @@ class Trainer:
             config,
             self.image_size,
             self.masks,
-            rank=self.processes.rank,
-            world=self.processes.world,
+            rank=self.distributed.rank,
+            world=self.distributed.world_size,
             micro=self.micro_batch_size,
         )
 
@@ -135,19 +138,19 @@ class Trainer:
             return mask_sampler(mask, grid_size)
         except ValueError as error:  # with the names that the settings have
             named = "|".join(field.name for field in fields(mask))
-            raise ValueError(re.sub(rf"\b({named})\b", r"mask.\1", str(error))) from error
+            raise SettingsError(re.sub(rf"\b({named})\b", r"mask.\1", str(error))) from error
 
     def batches(self) -> Iterable[list[Batch]]:
         """This process's micro-batches of every step from the next one to the last."""
         workers = self.config.machine.workers
         if workers is None:
-            workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // self.processes.local_world)
-        pinned = self.processes.device.type == "cuda"
+            workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // self.distributed.local_world_size)
+        pinned = self.distributed.device.type == "cuda"
         return loader(self.data, self.step, self.schedule.steps, workers, pinned)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """The loss of a micro-batch, a scalar on the device."""
-        device = self.processes.device
+        device = self.distributed.device
         data = self.config.data
         pixels, context, targets = (
             part.to(device, non_blocking=True)
@@ -188,7 +191,7 @@ class Trainer:
                 if last:  # before the backward pass: the host reads it while the device works
                     report = self._report(losses, terms, batches, stop)
                 torch.autograd.backward(loss / len(batches))
-        seen = report.read()
+        seen = report()
         micro_losses, seen = seen[:, : len(batches)], seen[:, len(batches) :]
         micro_terms, rest = seen[:, : len(terms)], seen[:, len(terms) :]
         loss_value = micro_losses.mean().item()
@@ -200,7 +203,7 @@ class Trainer:
         self.step += 1
         broken, stopped, context = rest.sum(dim=0).tolist()
         tokens = {
-            "context_tokens": context / self.processes.world,
+            "context_tokens": context / self.distributed.world_size,
             "target_tokens": float(batches[0].targets.shape[2]),
         }
         added = {"regularizer": micro_terms.mean().item()} if terms else {}
@@ -213,16 +216,16 @@ class Trainer:
         terms: Sequence[torch.Tensor],
         batches: Sequence[Batch],
         stop: bool,
-    ) -> Arrival:
+    ) -> Callable[[], torch.Tensor]:
         """What every process has seen, on its way to the host: a row of numbers for each."""
         broken = sum(len(batch.broken) for batch in batches)
         context = sum(batch.context.shape[1] for batch in batches) / len(batches)
-        device = self.processes.device
+        device = self.distributed.device
         # From pageable memory the copy would wait for the forward pass.
         rest = torch.tensor([broken, stop, context], pin_memory=device.type == "cuda")
         rest = rest.to(device, non_blocking=True)
         mine = torch.cat([torch.stack([*losses, *terms]).float(), rest])
-        return self.processes.to_host(self.processes.gather(mine.unsqueeze(0), "the losses"))
+        return copy_to_host(self.distributed.all_gather(mine.unsqueeze(0)))
 
     def _describe(self, losses: torch.Tensor, lr: float) -> str:
         """Which processes and images a loss that is not finite comes from."""
@@ -272,19 +275,19 @@ class Trainer:
         held = f"{len(self.held_out):,} others" if len(self.held_out) else "some of them"
         epochs = schedule.steps / schedule.epoch_steps
         float8 = optim.precision == "fp8"
-        remark = float8_remark(self.processes.device, machine.compile) if float8 else ""
-        if optim.precision == "fp32" and self.processes.device.type == "cuda":
+        remark = float8_remark(self.distributed.device, machine.compile) if float8 else ""
+        if optim.precision == "fp32" and self.distributed.device.type == "cuda":
             remark = " (TF32 products)"
         lines = [
             f"{len(self.train_indices):,} images to train on, {held} for the monitors",
             f"{self.config.model.name}, images {side[0]}x{side[1]}, patches {patch[0]}x{patch[1]}",
             f"{schedule.steps:,} steps of {optim.batch_size} images ({epochs:.4g} epochs)",
-            f"{self.processes.world} x {self.processes.device}, {optim.precision}{remark}, "
+            f"{self.distributed.world_size} x {self.distributed.device}, {optim.precision}{remark}, "
             f"{self.micro_batch_size} images at once"
-            + (f", {machine.parallel}" if in_group(self.processes) else "")
+            + (f", {machine.parallel}" if in_group(self.distributed) else "")
             + (
                 f", {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
-                if self.processes.device.type == "cpu"
+                if self.distributed.device.type == "cpu"
                 else ""
             ),
         ]

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from ..rendezvous import ProcessError
+from ..errors import DistributedError
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def name_deaths(loaded: Iterable[T]) -> Iterator[T]:
     """What a loader gives.
 
     Raises:
-        ProcessError: One of its processes died.
+        DistributedError: One of its processes died.
     """
     try:
         yield from loaded
@@ -41,7 +41,7 @@ def name_deaths(loaded: Iterable[T]) -> Iterator[T]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         what = str(error).splitlines()[0].rstrip(" .")
-        raise ProcessError(
+        raise DistributedError(
             f"a loader process died: {what}. Mostly memory or shared memory (/dev/shm) is short: "
             "lower machine.workers or machine.micro_batch_size"
         ) from error

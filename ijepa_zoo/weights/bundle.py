@@ -11,13 +11,14 @@ from timm.layers import DropPath, LayerNorm
 from timm.models import is_model
 from torch import nn
 
+from ..errors import CheckpointError, SettingsError
 from ..models.encoder import IJepaEncoder
 from ..models.factory import create_model
 from ..models.jepa import IJepa
 from ..models.predictor import Predictor
 from . import catalog, load, read
 from .config import mlp_ratio
-from .layouts import CheckpointError, State, some
+from .layouts import State, some
 from .networks import UNLABELLED, Networks, Training
 
 
@@ -148,7 +149,7 @@ def from_module(module: IJepa | IJepaEncoder, network: str | None = None) -> Bun
             **_describe(module.encoder),
         )
     if not isinstance(module, IJepaEncoder):
-        raise TypeError(f"export takes an IJepa or IJepaEncoder, got {type(module).__name__}")
+        raise SettingsError(f"export takes an IJepa or IJepaEncoder, got {type(module).__name__}")
     return Bundle(
         origin=f"an encoder ({module.pretrained_cfg['architecture']})",
         states={network or "target_encoder": dict(module.state_dict())},

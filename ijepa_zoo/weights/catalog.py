@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ..errors import SettingsError
+
 NETWORKS = ("target_encoder", "encoder", "predictor")
 LAYOUTS = ("official", "transformers", "native")
 
@@ -115,13 +117,13 @@ def parse(entry: Mapping[str, Any]) -> Checkpoint:
             **fields,
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"checkpoints.json, entry {label}: {error}") from error
+        raise SettingsError(f"checkpoints.json, entry {label}: {error}") from error
     if record.layout not in LAYOUTS:
-        raise ValueError(f"checkpoints.json, entry {label}: layout is none of {LAYOUTS}")
+        raise SettingsError(f"checkpoints.json, entry {label}: layout is none of {LAYOUTS}")
     if record.network not in record.networks or not set(record.networks) <= set(NETWORKS):
-        raise ValueError(f"checkpoints.json, entry {label}: networks must be of {NETWORKS}")
+        raise SettingsError(f"checkpoints.json, entry {label}: networks must be of {NETWORKS}")
     if sum(map(bool, (source.url, source.hf_hub_id, source.folder))) != 1:
-        raise ValueError(f"checkpoints.json, entry {label}: give one of url, hf_hub_id, folder")
+        raise SettingsError(f"checkpoints.json, entry {label}: give one of url, hf_hub_id, folder")
     return record
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
+from ..errors import CheckpointError
 from . import catalog
-from .layouts import CheckpointError, some
+from .layouts import some
 
 _FILE = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*\.safetensors")  # inside the folder, not above it
 _SIZES = ("img_size", "patch_size")

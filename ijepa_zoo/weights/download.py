@@ -15,7 +15,8 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from .ranged import FetchError, RangedStream, RemoteFile
+from ..errors import FetchError
+from .ranged import RangedStream, RemoteFile
 from .safetensors_file import Entry, Layout, layout
 from .torch_file import Record, network_records
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from ..errors import SettingsError
 from ..models.encoder import IJepaEncoder
 from ..models.jepa import IJepa
 from . import writers
@@ -71,11 +72,11 @@ def export(
         OSError: If it cannot be written; an existing folder is as it was.
     """
     if to not in WRITERS:
-        raise ValueError(f"to must be one of {', '.join(WRITERS)}, got {to!r}")
+        raise SettingsError(f"to must be one of {', '.join(WRITERS)}, got {to!r}")
     if network not in (None, "target_encoder", "encoder"):
-        raise ValueError(f"network must be 'target_encoder' or 'encoder', got {network!r}")
+        raise SettingsError(f"network must be 'target_encoder' or 'encoder', got {network!r}")
     if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        raise SettingsError(f"dtype must be a floating-point type, got {dtype}")
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise FileExistsError(
@@ -91,7 +92,9 @@ def export(
         bundle = from_source(model, name, network, single, **source_kwargs)
     else:
         if source_kwargs:
-            raise TypeError(f"only for a checkpoint, not for a model: {', '.join(source_kwargs)}")
+            raise SettingsError(
+                f"only for a checkpoint, not for a model: {', '.join(source_kwargs)}"
+            )
         bundle = from_module(model, network)
     if license is not None:
         bundle = replace(bundle, license=license)

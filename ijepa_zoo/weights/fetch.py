@@ -16,8 +16,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from ..errors import FetchError
 from .download import download
-from .ranged import FetchError
 
 __all__ = ["FetchError", "cache_folder", "fetch_hub", "fetch_official"]
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
+
 State = dict[str, Tensor]
 
 STOCK_TIMM = {  # stock timm's name of the same network -> ours
@@ -21,10 +23,6 @@ STOCK_TIMM = {  # stock timm's name of the same network -> ours
 OFFICIAL_NETWORKS = ("encoder", "predictor", "target_encoder")
 OFFICIAL_PREFIX = "module."
 TRANSFORMERS_PREFIX = "ijepa."
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is not what it should be; the message says what was found and what to do."""
 
 
 _TRANSFORMERS = {

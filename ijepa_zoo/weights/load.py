@@ -14,8 +14,9 @@ from timm.models._manipulate import adapt_input_conv, named_apply
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from . import catalog
-from .layouts import CheckpointError, State, some
+from .layouts import State, some
 from .networks import Networks
 from .read import open_checkpoint, open_record
 

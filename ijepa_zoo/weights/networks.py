@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import CheckpointError
 from . import catalog
-from .layouts import CheckpointError, State
+from .layouts import State
 
 UNLABELLED = "unlabelled"
 LABEL_KEY = "ijepa_zoo_network"  # in config.json of the folders that export writes

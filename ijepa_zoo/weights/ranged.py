@@ -15,6 +15,8 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 
+from ..errors import FetchError
+
 __all__ = ["FetchError", "RangedStream", "RemoteFile"]
 
 TIMEOUT_SECONDS = 30.0
@@ -23,10 +25,6 @@ BACKOFF_SECONDS = 1.0  # doubles with every attempt
 BLOCK = 1 << 18  # read-ahead of random access, bytes
 _PIECE = 1 << 20  # most bytes between two looks at the cancel flag
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
-
-
-class FetchError(RuntimeError):
-    """Weights could not be brought here; the message says why and what to do."""
 
 
 class RemoteFile(io.RawIOBase):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..errors import CheckpointError, SettingsError
 from . import catalog, fetch, layouts, safetensors_file
 from .config import encoder_args, native_section, preprocessing, read_config, transformers_args
-from .layouts import CheckpointError, State
+from .layouts import State
 from .networks import LABEL_KEY, UNLABELLED, Networks, Training, label_of
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
@@ -76,7 +77,7 @@ def _refuse_compressed(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
     if packed:
-        raise ValueError(f"compressed records, which torch.save does not write: {packed[0]}")
+        raise SettingsError(f"compressed records, which torch.save does not write: {packed[0]}")
 
 
 def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -> Networks:

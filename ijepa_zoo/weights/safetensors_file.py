@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import SettingsError
+
 __all__ = ["DTYPE_NAMES", "Entry", "Layout", "layout", "map_tensors"]
 
 # In the order in which the safetensors package stores them, so that every tensor is aligned.
@@ -96,7 +98,7 @@ def layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) 
     for entry in sorted(entries, key=_place):
         if entry.name in starts or entry.name == "__metadata__":
             why = "is reserved" if entry.name == "__metadata__" else "comes twice"
-            raise ValueError(f"the tensor name {entry.name!r} {why}; rename that tensor")
+            raise SettingsError(f"the tensor name {entry.name!r} {why}; rename that tensor")
         starts[entry.name] = end
         end += entry.nbytes
         described[entry.name] = {
@@ -107,7 +109,7 @@ def layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) 
     text = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _LONGEST_HEADER:
-        raise ValueError(
+        raise SettingsError(
             f"the header would take {len(text):,} bytes and readers accept {_LONGEST_HEADER:,}; "
             "put fewer tensors or less metadata into one file"
         )
@@ -119,7 +121,7 @@ def layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None = None) 
 def _place(entry: Entry) -> tuple[int, str]:
     if entry.dtype not in DTYPE_NAMES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
-        raise ValueError(
+        raise SettingsError(
             f"tensor {entry.name!r} has dtype {entry.dtype}, which this package does not write "
             f"as safetensors; convert it to one of {known}"
         )

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .ranged import FetchError, RemoteFile
+from ..errors import FetchError
+from .ranged import RemoteFile
 
 __all__ = ["Record", "Use", "network_records"]
 

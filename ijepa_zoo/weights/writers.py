@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..errors import CheckpointError
 from . import catalog, layouts
 from .bundle import Bundle
 from .card import model_card
-from .layouts import CheckpointError, State
+from .layouts import State
 from .networks import LABEL_KEY, UNLABELLED
 
 OFFICIAL_FILE = "ijepa-latest.pth.tar"

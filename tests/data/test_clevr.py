@@ -11,7 +11,7 @@ from PIL import Image
 
 from ijepa_zoo.data.clevr import open_clevr
 from ijepa_zoo.data.scenes import render_scene, write_scenes
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError
 
 # Published objects have more fields; this is one of theirs.
 OBJECT = {
@@ -169,21 +169,21 @@ def test_counts_outside_three_to_ten_are_named_and_kept(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is no CLEVR: .*scenes:8000,4000"):
+    with pytest.raises(DataError, match=r"is no CLEVR: .*scenes:8000,4000"):
         open_clevr(tmp_path, "count")
     write(tmp_path, "train", [])
-    with pytest.raises(InputError, match="none of the 0 scenes"):
+    with pytest.raises(DataError, match="none of the 0 scenes"):
         open_clevr(tmp_path, "count")
     write(tmp_path, "train", [scene(0, [9.0])], without=(0,))
-    with pytest.raises(InputError, match=r"none of the 1 scenes .*has no image"):
+    with pytest.raises(DataError, match=r"none of the 1 scenes .*has no image"):
         open_clevr(tmp_path, "count")
     path = tmp_path / "scenes" / "CLEVR_train_scenes.json"
     for text in ("{", "[]", '{"scenes": 3}'):
         path.write_text(text)
-        with pytest.raises(InputError, match="is no CLEVR scene file"):
+        with pytest.raises(DataError, match="is no CLEVR scene file"):
             open_clevr(tmp_path, "count")
     path.write_bytes(b"\xff")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         open_clevr(tmp_path, "count")
 
 
@@ -221,5 +221,5 @@ def test_the_size_of_rendered_scenes() -> None:
     "order", ["scenes:", "scenes:10", "scenes:a,b", "scenes:0,5", "scenes:5,5,8"]
 )
 def test_wrong_orders_of_scenes(order: str) -> None:
-    with pytest.raises(InputError, match="scene"):
+    with pytest.raises(DataError, match="scene"):
         open_clevr(order, "count")

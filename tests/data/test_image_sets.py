@@ -18,9 +18,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ijepa_zoo.data import image_sets
 from ijepa_zoo.data.image_sets import FileSet, ImageSet, open_images
-from ijepa_zoo.data.images import ImageError
 from ijepa_zoo.data.packed import PackedItems
-from ijepa_zoo.data.sources import InputError, list_items
+from ijepa_zoo.data.sources import list_items
+from ijepa_zoo.errors import DataError, ImageError
 
 
 def png(level: int, mode: str = "L", size: tuple[int, int] = (3, 2)) -> bytes:
@@ -115,7 +115,7 @@ def test_colour_and_grey(tmp_path: Path) -> None:
     assert [grey.read(i).mode for i in range(2)] == ["L", "L"]
     luma = round(0.299 * 10 + 0.587 * 200 + 0.114 * 30)
     assert levels(grey) == [luma, 77]
-    with pytest.raises(InputError, match=r"model\.in_chans is 4: give images of other channels as"):
+    with pytest.raises(DataError, match=r"model\.in_chans is 4: give images of other channels as"):
         open_images(tmp_path, in_chans=4)
 
 
@@ -145,7 +145,7 @@ def test_shards(tmp_path: Path) -> None:
     assert images.labels.tolist() == [-1, 1, 0, -1]  # "10" sorts before "9"
     assert images.name(1) == f"{tmp_path}/a.tar/x/1.png"
     assert levels(open_images(str(tmp_path / "*.tar"))) == [1, 2, 3, 4]
-    with pytest.raises(InputError, match="name it as an input"):
+    with pytest.raises(DataError, match="name it as an input"):
         open_images(tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_shards(tmp_path: Path) -> None:
 def test_compressed_shards_are_refused(tmp_path: Path, name: str) -> None:
     shard(tmp_path / "plain", MEMBERS)
     (tmp_path / name).write_bytes(gzip.compress((tmp_path / "plain").read_bytes()))
-    with pytest.raises(InputError, match=r"compressed with gzip.*at random.*gunzip"):
+    with pytest.raises(DataError, match=r"compressed with gzip.*at random.*gunzip"):
         open_images(tmp_path / name)
 
 
@@ -161,7 +161,7 @@ def test_damaged_shard_is_no_small_matter(tmp_path: Path) -> None:
     shard(tmp_path / "a.tar", {f"{i}.png": png(i) for i in range(5)})
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:2700])
-    with pytest.raises(InputError, match=r"a\.tar': damaged tar shard"):
+    with pytest.raises(DataError, match=r"a\.tar': damaged tar shard"):
         open_images(tmp_path / "a.tar")
 
 
@@ -248,7 +248,7 @@ def test_an_image_that_is_named_twice_is_refused(
         (["s.tar", tmp_path / "s.tar"], "s.tar/x/1.png' is named twice, also as 's.tar/x/1.png'"),
     ):
         for index in (None, tmp_path / "index"):
-            with pytest.raises(InputError) as caught:
+            with pytest.raises(DataError) as caught:
                 open_images(source, index=index)
             assert words in str(caught.value)
 
@@ -314,10 +314,10 @@ def test_npz_with_labels(tmp_path: Path) -> None:
     assert images.labels is not None
     assert images.labels.tolist() == [2, 0, 1, 0, 2]
     np.savez(tmp_path / "b.npz", x=ARRAY)
-    with pytest.raises(InputError, match=r"holds x; the array of the images must be called images"):
+    with pytest.raises(DataError, match=r"holds x; the array of the images must be called images"):
         open_images(tmp_path / "b.npz")
     (tmp_path / "c.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
-    with pytest.raises(InputError, match="cannot be read as arrays"):
+    with pytest.raises(DataError, match="cannot be read as arrays"):
         open_images(tmp_path / "c.npz")
 
 
@@ -336,7 +336,7 @@ def test_npz_with_labels(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arrays(array: np.ndarray, in_chans: int, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(DataError, match=message):
         open_images(array, in_chans=in_chans)
 
 
@@ -354,7 +354,7 @@ def test_the_advice_for_wrong_axes_works() -> None:
 @pytest.mark.parametrize("labels", [np.array(list("abcde")), np.linspace(0, 1, 5)])
 def test_labels_that_are_no_numbers_of_classes(tmp_path: Path, labels: np.ndarray) -> None:
     np.savez(tmp_path / "a.npz", images=ARRAY, labels=labels)
-    with pytest.raises(InputError, match=r"labels of a\.npz are .*numbers are whole numbers"):
+    with pytest.raises(DataError, match=r"labels of a\.npz are .*numbers are whole numbers"):
         open_images(tmp_path / "a.npz")
     numbers = np.unique(labels, return_inverse=True)[1]
     np.savez(tmp_path / "a.npz", images=ARRAY, labels=numbers)
@@ -365,7 +365,7 @@ def test_an_array_of_images_stands_alone(tmp_path: Path) -> None:
     np.save(tmp_path / "many.npy", ARRAY)
     np.save(tmp_path / "one.npy", ARRAY[0])
     (tmp_path / "spoilt.npy").write_bytes(b"no array")
-    with pytest.raises(InputError, match=r"many\.npy' holds many images \[n, H, W, C\]"):
+    with pytest.raises(DataError, match=r"many\.npy' holds many images \[n, H, W, C\]"):
         open_images([tmp_path / "one.npy", tmp_path / "many.npy"])
     images = open_images([tmp_path / "one.npy", tmp_path / "spoilt.npy"])
     assert np.array_equal(np.asarray(images.read(0)), ARRAY[0])
@@ -402,7 +402,7 @@ def test_data_set_object() -> None:
         images.read(3)
     with pytest.raises(ImageError, match=r"float64 \[2, 3, 3\]; an image is uint8"):
         images.read(4)
-    with pytest.raises(InputError, match=r"Pictures\[5\] is of type dict"):
+    with pytest.raises(DataError, match=r"Pictures\[5\] is of type dict"):
         images.read(5)
     assert open_images(images) is images
     assert levels(open_images([Image.new("L", (2, 2), 9)] * 2)) == [9, 9]
@@ -437,7 +437,7 @@ def test_faults_of_a_data_set_are_named(index: int, cause: type, words: str) -> 
     images = open_images(data)
     assert len(images) == len(images) == 40
     assert data.lengths == 1
-    with pytest.raises(InputError, match=rf"^Faulty{words}") as caught:
+    with pytest.raises(DataError, match=rf"^Faulty{words}") as caught:
         images.read(index)
     assert isinstance(caught.value.__cause__, cause)
 
@@ -450,9 +450,9 @@ def test_a_data_set_whose_length_or_labels_fail() -> None:
     class Boxes(Pictures):
         targets = ([1, 2], [3], [], [], [], [])
 
-    with pytest.raises(InputError, match="length of Endless cannot be told: NotImplementedError"):
+    with pytest.raises(DataError, match="length of Endless cannot be told: NotImplementedError"):
         open_images(Endless())
-    with pytest.raises(InputError, match=r"Boxes\.targets are no class numbers, which are whole"):
+    with pytest.raises(DataError, match=r"Boxes\.targets are no class numbers, which are whole"):
         open_images(Boxes())
 
 
@@ -474,7 +474,7 @@ class Stream(IterableDataset):
     ],
 )
 def test_wrong_sources(source: object, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(DataError, match=message):
         open_images(source)
 
 
@@ -510,14 +510,14 @@ def test_module_and_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("pictures_of_mine:text", "is a str, no list of images"),
         ("pictures_of_mine:Images.__len__.x", "has no Images.__len__.x"),
     ):
-        with pytest.raises(InputError, match=words) as caught:
+        with pytest.raises(DataError, match=words) as caught:
             open_images(path)
         assert "\n" not in str(caught.value)
 
 
 def test_data_sets_of_the_hub_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match="pip install datasets"):
+    with pytest.raises(DataError, match="pip install datasets"):
         open_images("hf-dataset:owner/name")
 
 
@@ -552,9 +552,9 @@ def test_data_set_of_the_hub(rows: dict[str, list[object]], tmp_path: Path) -> N
         assert images.labels.tolist() == [0, 1, 1, 0]
         assert images.fingerprint() == open_images(data).fingerprint()
     assert levels(open_images(f"hf-dataset:{tmp_path}/both:test", in_chans=1)) == [3]
-    with pytest.raises(InputError, match=r"no split 'val', it has train, test: write hf-dataset:"):
+    with pytest.raises(DataError, match=r"no split 'val', it has train, test: write hf-dataset:"):
         open_images(f"hf-dataset:{tmp_path}/both:val")
-    with pytest.raises(InputError, match=r"cannot be loaded"):
+    with pytest.raises(DataError, match=r"cannot be loaded"):
         open_images(f"hf-dataset:{tmp_path}/absent")
-    with pytest.raises(InputError, match=r"0 columns of images \(text\)"):
+    with pytest.raises(DataError, match=r"0 columns of images \(text\)"):
         open_images(data.select_columns(["text"]))

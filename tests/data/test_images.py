@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from ijepa_zoo.data.images import ImageError, ImageReader, decode
+from ijepa_zoo.data.images import ImageReader, decode
 from ijepa_zoo.data.items import Item
+from ijepa_zoo.errors import ImageError
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> io.BytesIO:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa_zoo.data.images import ImageError, ImageReader
+from ijepa_zoo.data.images import ImageReader
 from ijepa_zoo.data.items import Item
-from ijepa_zoo.data.sources import InputError, find_items
+from ijepa_zoo.data.sources import find_items
+from ijepa_zoo.errors import DataError, ImageError
 
 
 def picture(level: int = 0) -> bytes:
@@ -107,7 +108,7 @@ def test_wrong_inputs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     put(tmp_path, "photos/cat/1.jpg", "empty/.hidden.jpg", "texts/a.md")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(DataError, match=message):
         find_items([given])
 
 
@@ -179,7 +180,7 @@ def test_damaged_shards_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["list.txt", "shard.tar", "shard.tgz"])
 def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(InputError, match="no regular file"):
+    with pytest.raises(DataError, match="no regular file"):
         find_items([tmp_path / name])
 
 

@@ -9,11 +9,11 @@ from PIL import Image
 from small_probe import TASK, encoder, pixels_of, write_pictures
 
 from ijepa_zoo import FeatureExtractor
-from ijepa_zoo.eval.cache import CacheError
+from ijepa_zoo.errors import RunError
 from ijepa_zoo.eval.models import Subject
 from ijepa_zoo.eval.probe import open_probe
 from ijepa_zoo.eval.representations import BlockFeatures, RawPixels
-from ijepa_zoo.processes import Processes
+from ijepa_zoo.distributed import Distributed
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def pictures(tmp_path):
 @pytest.fixture
 def cached(pictures, tmp_path):
     def run(model=None, data=pictures, task=TASK, source=None, **kwargs):
-        probe = open_probe(task, data, tmp_path / "out", Processes.alone("cpu"), workers=0)
+        probe = open_probe(task, data, tmp_path / "out", Distributed(device=choose_device("cpu")), workers=0)
         source = source or BlockFeatures(Subject(model or encoder(), "m"), device="cpu")
         return probe.features(probe.train, source, **kwargs)
 
@@ -118,7 +118,7 @@ def test_a_folder_with_other_settings_is_refused(cached, tmp_path):
     (settings,) = tmp_path.glob("out/cache/*/settings.json")
     content = json.loads(settings.read_bytes())
     settings.write_text(json.dumps({**content, "weights_hash": "0"}))
-    with pytest.raises(CacheError, match="holds other features than its name says"):
+    with pytest.raises(RunError, match="holds other features than its name says"):
         cached()
 
 
@@ -169,5 +169,5 @@ def test_rows_with_other_values_are_computed_again(cached, tmp_path):
 
 def test_files_that_are_damaged_again_at_once_name_their_folder(cached, tmp_path, monkeypatch):
     monkeypatch.setattr("ijepa_zoo.eval.cache._merge", lambda parts, width: None)
-    with pytest.raises(CacheError, match=r"the features in .*cache.* are damaged .*remove it"):
+    with pytest.raises(RunError, match=r"the features in .*cache.* are damaged .*remove it"):
         cached()

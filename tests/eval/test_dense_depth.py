@@ -12,8 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ijepa_zoo.data.depth_pairs import open_depth, read_depth
-from ijepa_zoo.data.images import ImageError
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError, ImageError, RunError
 from ijepa_zoo.eval import depth_training
 from ijepa_zoo.eval.dense_depth import evaluate_dense_depth
 from ijepa_zoo.eval.depth_feed import DepthFeed
@@ -25,10 +24,10 @@ from ijepa_zoo.eval.depth_metrics import (
     valid_pixels,
 )
 from ijepa_zoo.eval.depth_training import DepthProtocol, DepthTraining
-from ijepa_zoo.eval.epoch_state import EpochState, StateError
+from ijepa_zoo.eval.epoch_state import EpochState
 from ijepa_zoo.eval.models import Subject, open_model
 from ijepa_zoo.eval.result_files import read_result
-from ijepa_zoo.processes import Processes
+from ijepa_zoo.distributed import Distributed
 
 SPECS = [
     DepthHeadSpec(r, bn, lr)
@@ -218,7 +217,7 @@ def test_nyu_lists(tmp_path):
     assert (len(data.train), len(data.test), data.max_depth, data.crop) == (3, 3, 10, "eigen")
     assert float(data.test.read(2)[1][0, 0]) == 3
     (tmp_path / "nyu_test.txt").write_text("/kitchen/rgb.jpg /kitchen/depth.png 1\n")
-    with pytest.raises(InputError, match=r"kitchen/rgb\.jpg', which is in none of"):
+    with pytest.raises(DataError, match=r"kitchen/rgb\.jpg', which is in none of"):
         open_depth(tmp_path)
 
 
@@ -231,7 +230,7 @@ def test_rendered_scenes_are_the_same_pictures_as_elsewhere():
     image, depth = data.test.read(2)
     np.testing.assert_array_equal(np.array(image), scene.image)
     np.testing.assert_array_equal(depth, scene.depth)
-    with pytest.raises(InputError, match="scenes:TRAIN,TEST"):
+    with pytest.raises(DataError, match="scenes:TRAIN,TEST"):
         open_depth("scenes:20")
 
 
@@ -256,13 +255,13 @@ def test_units_of_depth_files(tmp_path):
 
 def test_pairs_that_do_not_belong_together_are_named(tmp_path):
     _write_pair(tmp_path / "train/1.png", tmp_path / "train/1_depth.png")
-    with pytest.raises(InputError, match="no pairs for the test set"):
+    with pytest.raises(DataError, match="no pairs for the test set"):
         open_depth(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "train/2.png")
-    with pytest.raises(InputError, match=r"1 files .* have no partner, .*2\.png'"):
+    with pytest.raises(DataError, match=r"1 files .* have no partner, .*2\.png'"):
         open_depth(tmp_path)
     (tmp_path / "train/2.png").rename(tmp_path / "train/1.jpg")
-    with pytest.raises(InputError, match=r"two images of one pair"):
+    with pytest.raises(DataError, match=r"two images of one pair"):
         open_depth(tmp_path)
 
 
@@ -321,7 +320,7 @@ def test_the_test_figure_is_that_of_the_chosen_head_on_whole_maps(subject, tmp_p
     """Predictions by another route: features by timm, the head by its parameters."""
     data = open_depth("scenes:24,6")
     training = DepthTraining(
-        subject.model, data, PROTOCOL, data.max_depth, 0, "float32", 0, Processes.alone()
+        subject.model, data, PROTOCOL, data.max_depth, 0, "float32", 0, Distributed()
     )
     training.train(EpochState(tmp_path / "state.pt", {}), False, False)
     result = evaluate_dense_depth(subject, "scenes:24,6", tmp_path, protocol=PROTOCOL, pictures=0)
@@ -469,7 +468,7 @@ def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
 
 def test_depths_in_other_units_are_noticed_before_the_work(subject, tmp_path):
     data = _folder(tmp_path, metres=40.0)
-    with pytest.raises(InputError, match=r"no pixel .* counts: its depths span 40 to 40.*depth_sc"):
+    with pytest.raises(DataError, match=r"no pixel .* counts: its depths span 40 to 40.*depth_sc"):
         evaluate_dense_depth(subject, data, tmp_path / "out")
     with pytest.raises(ValueError, match="epochs is 0"):
         evaluate_dense_depth(subject, data, tmp_path / "out", epochs=0)
@@ -490,7 +489,7 @@ def test_pairs_of_which_none_can_be_read_are_refused_before_the_work(subject, tm
     data = _folder(tmp_path, count=5)
     for n in range(5):
         (data / f"test/{n}_depth.png").write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"none of the first 5 .*test/0\.png': the depth map"):
+    with pytest.raises(DataError, match=r"none of the first 5 .*test/0\.png': the depth map"):
         evaluate_dense_depth(subject, data, tmp_path / "out")
 
 
@@ -535,13 +534,13 @@ def test_a_state_that_does_not_fit_is_refused(subject, tmp_path, change):
     def training():
         data = open_depth("scenes:24,6")
         return DepthTraining(
-            subject.model, data, PROTOCOL, data.max_depth, 0, "float32", 0, Processes.alone()
+            subject.model, data, PROTOCOL, data.max_depth, 0, "float32", 0, Distributed()
         )
 
     state = EpochState(tmp_path / "state.pt", {})
     training().train(state, False, False)
     state.save({**state.load(), **change})
-    with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it"):
+    with pytest.raises(RunError, match=r"state\.pt.* is damaged: remove it"):
         training().train(state, False, False)
 
 

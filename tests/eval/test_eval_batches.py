@@ -13,9 +13,8 @@ from torchvision.transforms import InterpolationMode
 
 from ijepa_zoo.data.array_sets import ArraySet
 from ijepa_zoo.data.crops import DRAWS
-from ijepa_zoo.data.images import ImageError
 from ijepa_zoo.data.pixels import Pixels
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError, ImageError
 from ijepa_zoo.eval import views
 from ijepa_zoo.eval.batches import EvalBatch, OrderedBatches, TrainBatches, load
 from ijepa_zoo.eval.sets import EvalSet
@@ -221,9 +220,9 @@ def test_fewer_images_than_a_batch_make_one() -> None:
 
 
 def test_batches_that_cannot_be_shared() -> None:
-    with pytest.raises(InputError, match="a batch of 10 images cannot be shared by 4 processes"):
+    with pytest.raises(DataError, match="a batch of 10 images cannot be shared by 4 processes"):
         train(numbered(50), 10, world=4)
-    with pytest.raises(InputError, match="3 images to fit heads to are too few for 2 processes"):
+    with pytest.raises(DataError, match="3 images to fit heads to are too few for 2 processes"):
         train(numbered(3), 12, world=2)
 
 
@@ -238,7 +237,7 @@ def test_broken_images_of_training_are_replaced_and_named() -> None:
         assert len(batch.labels) == 12
         assert not (batch.indices % 4 == 0).any()
         assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.indices)
-    with pytest.raises(InputError, match=r"photos\[\d+\] cannot be decoded, nor can 20 others"):
+    with pytest.raises(DataError, match=r"photos\[\d+\] cannot be decoded, nor can 20 others"):
         list(load(train(broken(20, range(20))), range(2), 0, False))
 
 
@@ -254,7 +253,7 @@ def test_workers_change_nothing(workers: int) -> None:
 
 
 def test_errors_of_workers_are_sentences() -> None:
-    with pytest.raises(InputError, match="cannot be decoded"):
+    with pytest.raises(DataError, match="cannot be decoded"):
         list(load(train(broken(20, range(20))), range(2), 1, False))
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 
 from ijepa_zoo.data.image_sets import open_images
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError, RunError
 from ijepa_zoo.eval import finetune_training
-from ijepa_zoo.eval.epoch_state import EpochState, StateError
+from ijepa_zoo.eval.epoch_state import EpochState
 from ijepa_zoo.eval.finetune import evaluate_finetune
 from ijepa_zoo.eval.finetune_training import FineTuning
 from ijepa_zoo.eval.models import Subject
@@ -28,7 +28,7 @@ from ijepa_zoo.eval.recipes import (
 from ijepa_zoo.eval.result_files import read_result
 from ijepa_zoo.eval.sets import EvalSet
 from ijepa_zoo.models.factory import create_model
-from ijepa_zoo.processes import Processes
+from ijepa_zoo.distributed import Distributed
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}
 QUICK = FineTuneRecipe(epochs=3, lr=2e-2, batch_size=8, warmup_epochs=1, layer_decay=0.9)
@@ -53,7 +53,7 @@ def _labelled(count=24, seed=0):
 
 
 def _training(recipe=QUICK, **more):
-    arguments = {"train": _labelled(), "seed": 0, "processes": Processes.alone("cpu")} | more
+    arguments = {"train": _labelled(), "seed": 0, "processes": Distributed(device=choose_device("cpu"))} | more
     return FineTuning(_model(), recipe=recipe, **arguments)
 
 
@@ -320,10 +320,10 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
     assert state.load() is None
     state.save({"epoch": 3})
     assert state.load() == {"epoch": 3}
-    with pytest.raises(StateError, match="lr: 1 then, 2 now"):
+    with pytest.raises(RunError, match="lr: 1 then, 2 now"):
         EpochState(state.path, {"lr": 2, "seed": 0}).load()
     state.path.write_bytes(state.path.read_bytes()[:100])
-    with pytest.raises(StateError, match="is damaged: remove it"):
+    with pytest.raises(RunError, match="is damaged: remove it"):
         state.load()
 
 
@@ -340,7 +340,7 @@ def test_unfit_arguments_are_refused(folder, tmp_path):
         _run(folder, tmp_path, epochs=0)
     with pytest.raises(ValueError, match="no timm ViT"):
         evaluate_finetune("classes", Subject(torch.nn.Linear(2, 2), "x"), folder, tmp_path)
-    with pytest.raises(InputError, match="10 classes, these data have 2"):
+    with pytest.raises(DataError, match="10 classes, these data have 2"):
         evaluate_finetune("cifar10", Subject(_model(), "small"), folder, tmp_path)
 
 
@@ -402,7 +402,7 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
 def test_test_images_of_which_none_can_be_decoded_are_refused(folder, tmp_path):
     for file in (folder / "test").rglob("*.png"):
         file.write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"none of the 10 test images can be decoded \(first: "):
+    with pytest.raises(DataError, match=r"none of the 10 test images can be decoded \(first: "):
         _run(folder, tmp_path / "out", epochs=1)
 
 
@@ -430,7 +430,7 @@ def test_of_many_undecodable_images_some_are_named(folder, tmp_path):
 
 
 def test_scenes_are_not_fine_tuned_on_crops(tmp_path):
-    with pytest.raises(InputError, match=r"changes the answers of Clevr/Count: .*`eval count`"):
+    with pytest.raises(DataError, match=r"changes the answers of Clevr/Count: .*`eval count`"):
         evaluate_finetune("count", Subject(_model(), "small"), "scenes:8000,4000", tmp_path)
 
 
@@ -445,7 +445,7 @@ def test_every_flipped_byte_of_tensors_in_a_state_is_noticed(tmp_path):
         state.path.write_bytes(
             content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
         )
-        with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it.*SHA-256"):
+        with pytest.raises(RunError, match=r"state\.pt.* is damaged: remove it.*SHA-256"):
             state.load()
 
 
@@ -453,11 +453,11 @@ def test_any_other_damage_of_a_state_is_named(tmp_path):
     state = EpochState(tmp_path / "state.pt", {"seed": 0})
     for content in (b"", b"junk", b"\x80\x02c__main__\nevil\n.", b"PK\x03\x04"):
         state.path.write_bytes(content)
-        with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it"):
+        with pytest.raises(RunError, match=r"state\.pt.* is damaged: remove it"):
             state.load()
     for saved in ([1, 2], {"epoch": 1}, {}, torch.zeros(3)):
         torch.save(saved, state.path)
-        with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it"):
+        with pytest.raises(RunError, match=r"state\.pt.* is damaged: remove it"):
             state.load()
 
 
@@ -475,7 +475,7 @@ def test_a_state_that_does_not_fit_the_model_is_refused(tmp_path, change):
     else:
         found["optimizer"]["state"][0]["exp_avg"] = torch.zeros(5)
     state.save(found)
-    with pytest.raises(StateError, match=r"state\.pt.* is damaged: remove it"):
+    with pytest.raises(RunError, match=r"state\.pt.* is damaged: remove it"):
         _training().run(state, _Bar())
 
 

@@ -17,10 +17,9 @@ from PIL import Image
 from small_probe import PROTOCOL, TASK, encoder, pixels_of, write_pictures
 
 from ijepa_zoo import FeatureExtractor
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError, RunError
 from ijepa_zoo.eval import Subject, evaluate_knn, evaluate_linear, linear, training
-from ijepa_zoo.eval.cache import CacheError
-from ijepa_zoo.eval.epoch_state import EpochState, StateError
+from ijepa_zoo.eval.epoch_state import EpochState
 from ijepa_zoo.eval.heads import HeadGrid, HeadSpec
 from ijepa_zoo.eval.sets import open_task, split_to_choose
 
@@ -236,9 +235,9 @@ def test_few_images_that_choose_are_told(evaluate):
 
 def test_training_images_of_which_none_can_choose_are_refused(evaluate, tmp_path):
     few = write_pictures(tmp_path / "few", train=1, test=2)
-    with pytest.raises(InputError, match=r"\(3 of 3 classes\) leave none .*--select-on-test"):
+    with pytest.raises(DataError, match=r"\(3 of 3 classes\) leave none .*--select-on-test"):
         evaluate(data=few)
-    with pytest.raises(InputError, match="leave none"):
+    with pytest.raises(DataError, match="leave none"):
         evaluate_knn(TASK, encoder(), few, tmp_path / "out", device="cpu", workers=0)
     assert evaluate(data=few, select_on_test=True).images == {"fit": 3, "choose": 0, "test": 6}
 
@@ -306,7 +305,7 @@ def test_features_that_are_not_finite_are_refused(evaluate):
     model.norm.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"are NaN or\s+infinite"):
         evaluate(model=model)
-    with pytest.raises(CacheError, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         evaluate(model=model, cached=True)
 
 
@@ -323,7 +322,7 @@ def test_models_that_do_not_fit_are_refused_in_words(evaluate, pictures):
         evaluate(img_size=64)
     with pytest.raises(ValueError, match=r"vit_huge14_ijep'; similar: .*vit_huge14_ijepa"):
         evaluate(model="vit_huge14_ijep", data=pictures / "nowhere")
-    with pytest.raises(InputError):
+    with pytest.raises(DataError):
         evaluate(model="vit_huge14_ijepa", data=pictures / "nowhere")
 
 
@@ -368,7 +367,7 @@ def test_test_images_of_which_none_can_be_decoded_are_refused(evaluate, pictures
         file.write_bytes(b"no image")
     words = r"none of the 21 test images can be decoded \(first: .*test/class0/0\.png: not an image"
     for on_test in (False, True):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(DataError, match=words):
             evaluate(data=folder, cached=cached, select_on_test=on_test)
 
 
@@ -396,7 +395,7 @@ def test_a_state_that_does_not_fit_is_refused(evaluate, monkeypatch, tmp_path, c
         patch.setattr(EpochState, "save", kill)
         with pytest.raises(_KilledError):
             evaluate()
-    with pytest.raises(StateError, match=words) as found:
+    with pytest.raises(RunError, match=words) as found:
         evaluate()
     (path,) = tmp_path.glob("out/*/state.pt")
     assert str(path) in str(found.value)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.lowshot import evaluate_lowshot, listed_rows
 from ijepa_zoo.eval.models import Subject
 from ijepa_zoo.eval.sets import open_task
@@ -60,16 +60,14 @@ def test_a_list_names_images_with_or_without_their_folders(folder, tmp_path):
 
 def test_lists_that_do_not_fit_are_refused(folder, tmp_path):
     train = _train(folder)
-    with pytest.raises(
-        InputError, match=r"2 of the 3 images .* n01_99\.png, n02/n01_0\.png; those"
-    ):
+    with pytest.raises(DataError, match=r"2 of the 3 images .* n01_99\.png, n02/n01_0\.png; those"):
         listed_rows(train, _list(tmp_path, ["n01_1.png", "n01_99.png", "n02/n01_0.png"]))
-    with pytest.raises(InputError, match="is empty"):
+    with pytest.raises(DataError, match="is empty"):
         listed_rows(train, _list(tmp_path, ["", " "]))
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         listed_rows(train, tmp_path / "nothing.txt")
     tested = open_task(find_task("classes"), folder, 0)[1]
-    with pytest.raises(InputError, match=r"mean several images \(3\.png: .*CLASS/NAME"):
+    with pytest.raises(DataError, match=r"mean several images \(3\.png: .*CLASS/NAME"):
         listed_rows(tested, _list(tmp_path, ["3.png"]))
     assert len(listed_rows(tested, _list(tmp_path, ["n02/3.png"]))) == 1
 
@@ -128,7 +126,7 @@ def test_classes_without_a_listed_image_are_told(folder, tmp_path, subject):
     result = evaluate_lowshot("classes", subject, folder, files, tmp_path / "out", workers=0)
     assert "1 of 3 classes have no listed image" in " ".join(result.notes)
     assert result.figure <= 100 * 16 / 24
-    with pytest.raises(InputError, match="all of one class"):
+    with pytest.raises(DataError, match="all of one class"):
         evaluate_lowshot(
             "classes", subject, folder, _list(tmp_path, _names(6, ["n01"])), tmp_path / "out"
         )
@@ -147,7 +145,7 @@ def test_arguments_of_fine_tuning_need_it(folder, tmp_path, subject):
 def test_one_image_of_a_class_is_enough_to_fine_tune_and_not_to_choose(folder, tmp_path, subject):
     files = _list(tmp_path, _names(1))
     common = "classes", subject, folder, files, tmp_path / "out"
-    with pytest.raises(InputError, match=r"names 3 images, too few to choose a penalty by"):
+    with pytest.raises(DataError, match=r"names 3 images, too few to choose a penalty by"):
         evaluate_lowshot(*common, workers=0)
     result = evaluate_lowshot(*common, finetune=True, epochs=1, workers=0, device="cpu")
     assert result.data["train"]["images"] == 3

@@ -6,10 +6,9 @@ import torch
 from small_probe import encoder
 
 from ijepa_zoo import export
+from ijepa_zoo.errors import CheckpointError, FetchError
 from ijepa_zoo.eval import timm_weights
 from ijepa_zoo.eval.models import Subject, as_subject, check_model, open_model
-from ijepa_zoo.weights.fetch import FetchError
-from ijepa_zoo.weights.layouts import CheckpointError
 
 
 def test_names_of_this_package_carry_their_weights():

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from ijepa_zoo import cli
-from ijepa_zoo.data.images import ImageError
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError, ImageError
 from ijepa_zoo.eval.dense_depth import evaluate_dense_depth
 from ijepa_zoo.eval.depth_training import DepthProtocol
 from ijepa_zoo.eval.models import open_model
@@ -154,7 +153,7 @@ def test_units_are_known(nyu, subject, tmp_path):
 )
 def test_other_splits_are_refused(tmp_path, train, test, words):
     folder = _write(tmp_path, train, test)
-    with pytest.raises(InputError, match=rf"splits\.mat' is not the .*{words}"):
+    with pytest.raises(DataError, match=rf"splits\.mat' is not the .*{words}"):
         open_labelled(folder / "nyu_depth_v2_labeled.mat")
 
 
@@ -163,19 +162,19 @@ def test_missing_and_damaged_files_are_named(nyu, subject, tmp_path):
     good = splits.read_bytes()
     for content in (b"", b"junk" * 99, good[:200]):
         splits.write_bytes(content)
-        with pytest.raises(InputError, match=r"splits\.mat' is (damaged|not the split)"):
+        with pytest.raises(DataError, match=r"splits\.mat' is (damaged|not the split)"):
             open_labelled(file)
     matlab.savemat(splits, {"trainNdxs": [[1]]})
-    with pytest.raises(InputError, match=r"splits\.mat' is not the split.* no testNdxs"):
+    with pytest.raises(DataError, match=r"splits\.mat' is not the split.* no testNdxs"):
         open_labelled(file)
     splits.unlink()
-    with pytest.raises(InputError, match=r"labeled\.mat' needs the official split.*splits\.mat'"):
+    with pytest.raises(DataError, match=r"labeled\.mat' needs the official split.*splits\.mat'"):
         evaluate_dense_depth(subject, nyu, tmp_path / "out")
     splits.write_bytes(good)
     file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(InputError, match=r"labeled\.mat' is damaged or not the labelled file"):
+    with pytest.raises(DataError, match=r"labeled\.mat' is damaged or not the labelled file"):
         open_labelled(file)
-    with pytest.raises(InputError, match=r"absent\.mat' does not exist"):
+    with pytest.raises(DataError, match=r"absent\.mat' does not exist"):
         open_labelled(nyu / "absent.mat")
 
 
@@ -191,7 +190,7 @@ def test_missing_and_damaged_files_are_named(nyu, subject, tmp_path):
 )
 def test_files_of_other_arrays_are_refused(tmp_path, others):
     folder = _write(tmp_path, **others)
-    with pytest.raises(InputError, match=r"is not the labelled file .* this one has images .* and"):
+    with pytest.raises(DataError, match=r"is not the labelled file .* this one has images .* and"):
         open_labelled(folder / "nyu_depth_v2_labeled.mat")
 
 

@@ -7,16 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.intervals import wilson_interval
 from ijepa_zoo.eval.report import markdown, write_report
-from ijepa_zoo.eval.result import (
-    Head,
-    Result,
-    ResultError,
-)
+from ijepa_zoo.eval.result import Head, Result
 from ijepa_zoo.eval.result_files import find_results, read_result
 from ijepa_zoo.eval.runs import once
-from ijepa_zoo.processes import Processes
+from ijepa_zoo.distributed import Distributed
 
 MODEL = {"name": "a", "architecture": "vit", "weights": "w", "weights_hash": "abcdef012"}
 RESULT = Result(
@@ -94,7 +91,7 @@ def test_the_table_has_one_row_for_each_folder(tmp_path):
 
 def test_a_strange_table_is_left_alone(tmp_path):
     (tmp_path / "results.csv").write_text("my,own,table\n1,2,3\n")
-    with pytest.raises(ResultError, match="move it away"):
+    with pytest.raises(DataError, match="move it away"):
         RESULT.write(tmp_path / "one")
     assert (tmp_path / "results.csv").read_text() == "my,own,table\n1,2,3\n"
 
@@ -107,15 +104,15 @@ def test_a_strange_table_is_left_alone(tmp_path):
 def test_a_damaged_result_is_named(tmp_path, content, words):
     path = tmp_path / "result.json"
     path.write_text(content)
-    with pytest.raises(ResultError, match=words) as found:
+    with pytest.raises(DataError, match=words) as found:
         find_results([tmp_path])
     assert str(path) in str(found.value)
 
 
 def test_places_without_results_are_refused(tmp_path):
-    with pytest.raises(ResultError, match=r"holds no result\.json"):
+    with pytest.raises(DataError, match=r"holds no result\.json"):
         find_results([tmp_path])
-    with pytest.raises(ResultError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist"):
         find_results([tmp_path / "nowhere"])
 
 
@@ -208,7 +205,7 @@ def test_report_writes_table_and_picture(tmp_path):
 def test_a_result_of_wrong_types_is_named(tmp_path, change, words):
     path = RESULT.write(tmp_path / "one")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ResultError, match=words) as found:
+    with pytest.raises(DataError, match=words) as found:
         read_result(path)
     assert str(path) in str(found.value)
 
@@ -225,7 +222,7 @@ def test_a_table_that_is_refused_costs_no_result(tmp_path, content):
         RESULT.write(tmp_path / "other")
         content = table.read_bytes() + b"," * 40 + b"\n"
     table.write_bytes(content)
-    with pytest.raises(ResultError, match="move it away") as found:
+    with pytest.raises(DataError, match="move it away") as found:
         RESULT.write(tmp_path / "one")
     assert str(table) in str(found.value)
     assert table.read_bytes() == content
@@ -258,14 +255,14 @@ def test_report_refuses_a_folder_and_a_picture_to_write(tmp_path):
 
 
 def test_the_row_that_a_strange_table_kept_out_comes_when_it_is_gone(tmp_path):
-    table, alone = tmp_path / "results.csv", Processes.alone("cpu")
+    table, alone = tmp_path / "results.csv", Distributed(device=choose_device("cpu"))
 
     def done():
         return once(tmp_path / "one", alone, "float32", lambda: RESULT)
 
     table.write_text("my,own\n1,2\n")
     for _ in range(2):
-        with pytest.raises(ResultError, match="move it away"):
+        with pytest.raises(DataError, match="move it away"):
             done()
     table.unlink()
     done()

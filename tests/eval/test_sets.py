@@ -14,7 +14,7 @@ import torchvision
 from PIL import Image
 
 from ijepa_zoo.data.labelled import Part
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.sets import EvalSet, open_task, split_classes, split_to_choose
 from ijepa_zoo.eval.tasks import Task, find_task
 
@@ -76,9 +76,9 @@ def test_unsorted_validation_images_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "train", {"a": 6, "b": 6})
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "1.png").write_bytes(png(0))
-    with pytest.raises(InputError, match=r"val' has no class folders: put the images of each"):
+    with pytest.raises(DataError, match=r"val' has no class folders: put the images of each"):
         opened(tmp_path)
-    with pytest.raises(InputError, match=r"val' has no class folders"):
+    with pytest.raises(DataError, match=r"val' has no class folders"):
         opened(tmp_path / "train", test=tmp_path / "val")
 
 
@@ -118,7 +118,7 @@ def test_a_class_unseen_in_training_is_dropped_and_said(tmp_path: Path) -> None:
         f"left out, for example '{tmp_path}/val/a/0.png'",
     )
     put(tmp_path / "none", {"e": 1})
-    with pytest.raises(InputError, match=r"all images of the none part are of classes .* \(e\)"):
+    with pytest.raises(DataError, match=r"all images of the none part are of classes .* \(e\)"):
         opened(tmp_path / "train", test=tmp_path / "none")
 
 
@@ -164,7 +164,7 @@ def test_shards_share_the_numbers_of_their_labels(tmp_path: Path) -> None:
 def test_overlapping_parts_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "train", {"a": 5, "b": 5})
     for test in (tmp_path / "train" / "a", tmp_path / "train", tmp_path):
-        with pytest.raises(InputError, match="overlap, so that test images would be trained on"):
+        with pytest.raises(DataError, match="overlap, so that test images would be trained on"):
             opened(tmp_path / "train", test=test)
 
 
@@ -210,7 +210,7 @@ def test_data_sets_in_memory() -> None:
 def test_too_little_to_train_on(tmp_path: Path, classes: dict[str, int], words: str) -> None:
     put(tmp_path / "train", classes)
     put(tmp_path / "val", {"a": 1, "b": 1})
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(DataError, match=words):
         opened(tmp_path)
 
 
@@ -228,21 +228,21 @@ def test_a_class_of_one_training_image_is_told_and_stays_among_those_fitted(tmp_
 
 
 def test_rendered_scenes_have_no_classes() -> None:
-    with pytest.raises(InputError, match=r"'scenes:60,8' .*`eval count` .*\(--task count\)"):
+    with pytest.raises(DataError, match=r"'scenes:60,8' .*`eval count` .*\(--task count\)"):
         opened("scenes:60,8")
 
 
 def test_what_is_no_labelled_data_set(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no images found"):
+    with pytest.raises(DataError, match="no images found"):
         opened(tmp_path)
     (tmp_path / "1.png").write_bytes(png(0))
-    with pytest.raises(InputError, match="has no class folders"):
+    with pytest.raises(DataError, match="has no class folders"):
         opened(tmp_path)
-    with pytest.raises(InputError, match="no such file or folder"):
+    with pytest.raises(DataError, match="no such file or folder"):
         opened(tmp_path / "gone")
-    with pytest.raises(InputError, match="has no labels, or one class only"):
+    with pytest.raises(DataError, match="has no labels, or one class only"):
         opened(np.zeros((20, 4, 4, 3), np.uint8))
-    with pytest.raises(InputError, match="takes one folder of CLEVR or scenes:TRAIN,TEST"):
+    with pytest.raises(DataError, match="takes one folder of CLEVR or scenes:TRAIN,TEST"):
         opened("scenes:20,20", find_task("count"), test="x")
 
 
@@ -250,7 +250,7 @@ def test_the_number_of_classes_must_be_the_tasks(tmp_path: Path) -> None:
     put(tmp_path, {f"c{k}": 5 for k in range(10)})
     assert len(opened(tmp_path, find_task("cifar10"))[0].classes) == 10
     with pytest.raises(
-        InputError,
+        DataError,
         match=r"CIFAR-100 has 100 classes, these data have 10 \('c0', 'c1', ...\): use "
         "--task cifar10 or --task classes",
     ):
@@ -351,14 +351,14 @@ def test_cifar_as_distributed(
         assert levels(train)[-1] == (4 if name == "CIFAR10" else 0)
     with next(folder.glob("*batch*" if name == "CIFAR10" else "train")).open("ab") as file:
         file.write(b"x")
-    with pytest.raises(InputError, match=f"is damaged or incomplete .*: unpack {name} again"):
+    with pytest.raises(DataError, match=f"is damaged or incomplete .*: unpack {name} again"):
         opened(tmp_path, find_task(task))
 
 
 def test_two_cifars_in_one_folder_must_be_told_apart(tmp_path: Path) -> None:
     for name in ("cifar-10-batches-py", "cifar-100-python"):
         (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match="holds CIFAR-10 and CIFAR-100: name "):
+    with pytest.raises(DataError, match="holds CIFAR-10 and CIFAR-100: name "):
         opened(tmp_path)
 
 
@@ -387,10 +387,10 @@ def test_inaturalist_as_distributed(tmp_path: Path) -> None:
     assert train.labels.tolist() == [0, 1] * 6
     assert sorted(zip(levels(test), test.labels.tolist())) == [(0, 1), (1, 0)]
     (tmp_path / "val2018.json").write_text('{"images": []}')
-    with pytest.raises(InputError, match="is no list of iNaturalist 2018"):
+    with pytest.raises(DataError, match="is no list of iNaturalist 2018"):
         opened(tmp_path)
     (tmp_path / "val2018.json").unlink()
-    with pytest.raises(InputError, match=r"val2018.json' cannot be read"):
+    with pytest.raises(DataError, match=r"val2018.json' cannot be read"):
         opened(tmp_path)
 
 
@@ -408,10 +408,10 @@ def test_places205_as_distributed(tmp_path: Path) -> None:
     assert test.labels.tolist() == [0, 1, 2]
     assert levels(test) == [5, 11, 17]
     (lists / "val_places205.csv").write_text("a/abbey/5.png 0\nchurch\n")
-    with pytest.raises(InputError, match=r"val_places205.csv', line 2: 'church' is no file name"):
+    with pytest.raises(DataError, match=r"val_places205.csv', line 2: 'church' is no file name"):
         opened(tmp_path)
     (lists / "val_places205.csv").write_text("b/bar/1.png 0\n")
-    with pytest.raises(InputError, match=r"lists 'b/bar/1.png', which is not in .*unpack"):
+    with pytest.raises(DataError, match=r"lists 'b/bar/1.png', which is not in .*unpack"):
         opened(tmp_path)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.tasks import TASKS, Protocol, View, find_task
 from ijepa_zoo.weights.catalog import checkpoints
 
@@ -126,9 +126,9 @@ def test_descriptions_tell_views_apart() -> None:
 
 
 def test_an_unknown_task_names_the_nearest() -> None:
-    with pytest.raises(InputError, match="did you mean 'cifar100'"):
+    with pytest.raises(DataError, match="did you mean 'cifar100'"):
         find_task("cifar-100")
-    with pytest.raises(InputError, match="Choose one of imagenet1k, "):
+    with pytest.raises(DataError, match="Choose one of imagenet1k, "):
         find_task("x")
 
 

@@ -5,8 +5,8 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import ijepa_zoo
+from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.models.encoder import IJepaEncoder
-from ijepa_zoo.weights.layouts import CheckpointError
 
 MODELS = [
     "vit_base16_ijepa",

@@ -8,8 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import ijepa_zoo
+from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.models.predictor import Predictor
-from ijepa_zoo.weights.layouts import CheckpointError
 
 CONTEXT = torch.tensor([[0, 1, 4, 5, 8], [2, 3, 6, 7, 11]])
 TARGETS = torch.tensor([[[10, 11], [14, 15], [2, 3]], [[0, 1], [4, 5], [12, 13]]])

@@ -19,9 +19,8 @@ from torchvision.transforms import functional as published
 
 from ijepa_zoo.data.crops import DRAWS, cut
 from ijepa_zoo.data.image_sets import ImageSet, open_images
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError, DistributedError, ImageError
 from ijepa_zoo.masks import MultiBlockMasks
-from ijepa_zoo.rendezvous import ProcessError
 from ijepa_zoo.train.batches import (
     Batch,
     TrainBatches,
@@ -282,8 +281,6 @@ class Broken:
 
     def read(self, index: int) -> object:
         if index in self.broken:
-            from ijepa_zoo.data.images import ImageError
-
             raise ImageError(f"spoilt {index}")
         return self.whole.read(index)
 
@@ -321,7 +318,7 @@ def test_broken_images_are_named_and_replaced() -> None:
 def test_too_many_broken_images_end_the_run(workers: int) -> None:
     data = batches(Broken(set(range(90))))
     with pytest.raises(
-        InputError, match=r"^step 2: image \d+ cannot be decoded, nor can 20 others.*: spoilt \d+$"
+        DataError, match=r"^step 2: image \d+ cannot be decoded, nor can 20 others.*: spoilt \d+$"
     ):
         next(loader(data, 2, 4, workers, False))
 
@@ -337,7 +334,7 @@ def test_a_killed_worker_is_told() -> None:
     images = Deadly(set())
     images.parent = os.getpid()
     with pytest.raises(
-        ProcessError, match=r"^a loader process died: .*[^ .]\. Mostly .*lower machine\.workers"
+        DistributedError, match=r"^a loader process died: .*[^ .]\. Mostly .*lower machine\.workers"
     ):
         list(loader(batches(images), 0, 3, 2, False))
 
@@ -409,7 +406,7 @@ def test_images_for_monitors(tmp_path: Path) -> None:
     middle = images.read(0).crop((2, 0, 17, 30))
     expected = published.pil_to_tensor(middle.resize((5, 10), Image.Resampling.BILINEAR))
     assert torch.equal(wide[0], expected)
-    with pytest.raises(InputError, match=r"none of 1 images can be decoded; .*9\.png: not an"):
+    with pytest.raises(DataError, match=r"none of 1 images can be decoded; .*9\.png: not an"):
         evaluation_images(images, np.array([3]), (12, 12))
     assert evaluation_images(open_images(ARRAY), np.array([1]), (4, 4))[1] is None
 

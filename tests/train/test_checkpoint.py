@@ -13,12 +13,12 @@ import pytest
 import several_processes
 import torch
 
-from ijepa_zoo.processes import Processes
+from ijepa_zoo.errors import CheckpointError
+from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.train import checkpoint_folder
 from ijepa_zoo.train.checkpoint import Checkpoints, read_checkpoint
-from ijepa_zoo.weights.layouts import CheckpointError
 
-ALONE = Processes.alone("cpu")
+ALONE = Distributed(device=choose_device("cpu"))
 
 
 def make(step):
@@ -239,9 +239,9 @@ def test_files_in_the_way(tmp_path):
 
 def test_the_end_does_not_wait_for_a_lost_process(tmp_path):
     go_on = threading.Event()
-    checkpoints = Checkpoints(tmp_path, Processes.alone("cpu"))
+    checkpoints = Checkpoints(tmp_path, Distributed(device=choose_device("cpu")))
     checkpoints._start(lambda: go_on.wait(60) and None)
-    checkpoints._processes.lost.set()
+    checkpoints._distributed.lost.set()
     start = time.monotonic()
     checkpoints._finish()
     assert time.monotonic() - start < 5
@@ -407,7 +407,7 @@ from ijepa_zoo.train.checkpoint import Checkpoints
 from ijepa_zoo.train.config import MachineConfig
 from ijepa_zoo.train.optim import make_optimizer
 from ijepa_zoo.train.parallel import parallelise
-from ijepa_zoo.processes import join_processes
+from ijepa_zoo.distributed import init_distributed
 
 def state(processes, parallel, seed):
     # 2 x 2 patches of width 48: not every tensor can be shared out evenly
@@ -426,7 +426,7 @@ def state(processes, parallel, seed):
     return tensors
 
 folder, loaded, saved, parallel = Path(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4]
-with join_processes("cpu", 60) as processes:
+with init_distributed("cpu", 60) as processes:
     checkpoints = Checkpoints(folder, processes)
     tensors = state(processes, parallel, seed=saved)
     if loaded:
@@ -463,14 +463,14 @@ import os, sys
 from pathlib import Path
 import torch
 from ijepa_zoo.train.checkpoint import Checkpoints
-from ijepa_zoo.processes import join_processes
+from ijepa_zoo.distributed import init_distributed
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-with join_processes("cpu", 30) as processes:
+with init_distributed("cpu", 30) as processes:
     checkpoints = Checkpoints(Path(sys.argv[1]), processes)
     tensors = {"a": torch.ones(9), "b": torch.ones(9)}
     checkpoints.save(1, tensors, {}, wait=True)
-    if processes.rank == 1:
+    if distributed.rank == 1:
         def write_data(*args):
             raise OSError(28, "No space left on device")
         FileSystemWriter.write_data = write_data
@@ -482,10 +482,9 @@ with join_processes("cpu", 30) as processes:
     else:
         raise AssertionError("one process could not write, and nobody said so")
     (file,) = (Path(sys.argv[1]) / "step-000000001").glob("__1*")
-    processes.barrier("all have seen it")
-    if processes.rank == 0:
+    processes.barrier()
+    if distributed.rank == 0:
         file.write_bytes(b"")
-    from ijepa_zoo.weights.layouts import CheckpointError
     try:
         checkpoints.choose()
     except CheckpointError as error:

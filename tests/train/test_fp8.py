@@ -13,7 +13,7 @@ from test_parallel import TRAIN_MANY, alone, largest_difference
 import ijepa_zoo
 from ijepa_zoo.cli import main
 from ijepa_zoo.data.image_sets import open_images
-from ijepa_zoo.processes import Processes
+from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
 from ijepa_zoo.train.config import MachineConfig
@@ -148,7 +148,7 @@ def test_cuda_takes_the_products_of_a_huge_encoder(monkeypatch):
 def curve(config, steps):
     rates = {"warmup": "5 steps", "lr": 4e-3, "momentum": 0.99, "regularizer_weight": 0.0}
     config = change(config, optim={"duration": f"{steps} steps", **rates})
-    trainer = Trainer(config, open_images(IMAGES), Processes.alone("cpu"))
+    trainer = Trainer(config, open_images(IMAGES), Distributed(device=choose_device("cpu")))
     return np.array([trainer.update(batches).figures["loss"] for batches in trainer.batches()])
 
 
@@ -186,11 +186,11 @@ def test_resumed_equals_uninterrupted_and_exports(tmp_path, monkeypatch, capsys)
 MONITOR = """
 from ijepa_zoo.train.float8 import without_float8
 
-with join_processes("cpu", 60) as processes:
+with init_distributed("cpu", 60) as processes:
     model, plain = make(), make()
     parallelise(model, MachineConfig(parallel="fsdp2"), processes, "fp8")
-    parallelise(plain, MachineConfig(), Processes.alone("cpu"), "bf16")
-    with torch.no_grad(), autocast(processes.device, "bf16"):
+    parallelise(plain, MachineConfig(), Distributed(device=choose_device("cpu")), "bf16")
+    with torch.no_grad(), autocast(distributed.device, "bf16"):
         truth = plain.target_encoder.encode(images)
         assert not torch.equal(model.target_encoder.encode(images), truth)
         with without_float8(model.target_encoder):
@@ -224,15 +224,15 @@ def test_every_way_of_sharing_the_work_gives_the_same(tmp_path, monkeypatch):
 def test_monitors_measure_in_bf16(monkeypatch, machine):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend="eager"))
-    processes, found = Processes.alone("cpu"), {}
+    distributed, found = Distributed(device=choose_device("cpu")), {}
     for precision in ("bf16", "fp8"):
         model = make(**NANO)
-        parallelise(model, MachineConfig(**machine), processes, precision)
+        parallelise(model, MachineConfig(**machine), distributed, precision)
         pixels = torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
         monitor = Monitor(pixels, None, (0.5,) * 3, (0.2,) * 3, 16, precision)
         with torch.no_grad(), autocast(CPU, precision):
             before = model.target_encoder.encode(pixels / 255)
-        found[precision] = monitor.measure(model, processes)
+        found[precision] = monitor.measure(model, distributed)
         with torch.no_grad(), autocast(CPU, precision):
             assert torch.equal(model.target_encoder.encode(pixels / 255), before)
     assert found["fp8"] == found["bf16"]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from small_run import CONFIG, after_updates, change, pictures, rows
 
 from ijepa_zoo.data.image_sets import open_images
-from ijepa_zoo.processes import Processes, disconnect
+from ijepa_zoo.distributed import Distributed, disconnect
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
 
@@ -32,7 +32,7 @@ def losses(folder, config):
 
 def trainer_on(device, **sections):
     config = change(SMALL, **sections)
-    return Trainer(config, open_images(IMAGES), Processes.alone(device))
+    return Trainer(config, open_images(IMAGES), Distributed(device=choose_device(device)))
 
 
 @contextmanager

@@ -8,14 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from ijepa_zoo.train.log import (
-    COLUMNS,
-    LogError,
-    RunLog,
-    read_events,
-    read_initial,
-    read_log,
-)
+from ijepa_zoo.errors import RunError
+from ijepa_zoo.train.log import COLUMNS, RunLog, read_events, read_initial, read_log
 
 PUBLISHED = "epoch,itr,loss,mask-A,mask-B,time (ms)"
 
@@ -161,14 +155,14 @@ def test_damage_is_named_and_left_as_it_is(tmp_path, name, old, new):
     damaged = path.read_bytes().replace(old, new)
     path.write_bytes(damaged)
     number = 3 if name == "log.csv" else 2
-    with pytest.raises(LogError, match=rf"{name}, line {number} is damaged.*Delete that line"):
+    with pytest.raises(RunError, match=rf"{name}, line {number} is damaged.*Delete that line"):
         RunLog(tmp_path, 3)
     assert path.read_bytes() == damaged
 
 
 def test_other_columns_are_refused(tmp_path):
     (tmp_path / "log.csv").write_text(f"{PUBLISHED}\n1,0,0.5,48,9,100\n")
-    with pytest.raises(LogError, match=r"line 1: the columns are.*move the file away"):
+    with pytest.raises(RunError, match=r"line 1: the columns are.*move the file away"):
         read_log(tmp_path)
 
 

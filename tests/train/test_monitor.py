@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ijepa_zoo import create_ijepa
-from ijepa_zoo.processes import Processes
+from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.train.monitor import (
     Monitor,
     gradient_norms,
@@ -25,7 +25,7 @@ from ijepa_zoo.train.monitor import (
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-ALONE = Processes.alone("cpu")
+ALONE = Distributed(device=choose_device("cpu"))
 
 
 def tiny():
@@ -252,9 +252,9 @@ from ijepa_zoo.train.config import MachineConfig
 from ijepa_zoo.train.monitor import Monitor, gradient_norms, update_norms
 from ijepa_zoo.train.optim import make_optimizer
 from ijepa_zoo.train.parallel import parallelise
-from ijepa_zoo.processes import join_processes
+from ijepa_zoo.distributed import init_distributed
 
-with join_processes("cpu", 60) as processes:
+with init_distributed("cpu", 60) as processes:
     results = {}
     for way, precision in (("ddp", "fp32"), ("fsdp2", "fp32"), ("fsdp2", "bf16")):
         model = t.tiny()
@@ -271,7 +271,7 @@ with join_processes("cpu", 60) as processes:
             gradient_norms(model),
             update_norms(model, optimizer),
         ]
-    if processes.rank == 1:
+    if distributed.rank == 1:
         print(json.dumps(results))
 """
 

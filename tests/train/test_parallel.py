@@ -12,8 +12,9 @@ from small_run import CONFIG, change, pictures
 
 from ijepa_zoo import rendezvous
 from ijepa_zoo.data.image_sets import open_images
-from ijepa_zoo.processes import Processes, join_processes
-from ijepa_zoo.rendezvous import Place, ProcessError, choose_device, read_place
+from ijepa_zoo.errors import DistributedError
+from ijepa_zoo.distributed import Distributed, init_distributed
+from ijepa_zoo.rendezvous import Place, choose_device, read_place
 from ijepa_zoo.train import Trainer
 from ijepa_zoo.train.parallel import choose_kernels
 
@@ -26,7 +27,7 @@ from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.config import MachineConfig
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 from ijepa_zoo.train.parallel import accumulate, autocast, parallelise
-from ijepa_zoo.processes import Processes, join_processes
+from ijepa_zoo.distributed import Distributed, init_distributed
 
 NETWORK = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4,
                predictor_embed_dim=32, predictor_depth=3)
@@ -41,25 +42,25 @@ def train(processes, precision="fp32", micro=2, **machine):
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in make().named_parameters()]
     optimizer = make_optimizer(model.encoder, model.predictor)
     masks = MultiBlockMasks(model.predictor.grid_size, min_keep=3)
-    share = 8 // processes.world
+    share = 8 // distributed.world_size
     losses = []
     for step in range(3):
         images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(step))
-        first = processes.rank * share
+        first = distributed.rank * share
         total = torch.zeros(())
         optimizer.zero_grad()
         for start in range(first, first + share, micro):
             part = slice(start, start + micro)
             context, targets = masks.sample(8, seed=0, step=step, part=part, cut=micro)
             with accumulate(module, start + micro == first + share):
-                with autocast(processes.device, precision):
+                with autocast(distributed.device, precision):
                     loss = module(images[part], context, targets)
                 (loss * micro / share).backward()
             total += loss.detach() * micro / 8
         set_rates(optimizer, lr=1e-3, weight_decay=0.1)
         optimizer.step()
         model.update_target(0.9)
-        losses.append(processes.sum(total).item())
+        losses.append(processes.all_reduce(total).item())
     tensors = {n: p.full_tensor() if hasattr(p, "full_tensor") else p
                for n, p in model.named_parameters()}
     return {"loss": torch.tensor(losses), **{n: p.detach().clone() for n, p in tensors.items()}}
@@ -81,7 +82,7 @@ VARIANTS = {
         "precision": "fp8", "parallel": "fsdp2", "activation_checkpointing": True
     },
 }
-with join_processes("cpu", 60) as processes:
+with init_distributed("cpu", 60) as processes:
     results = {name: train(processes, **VARIANTS[name]) for name in sys.argv[2:]}
     whole, model = make(), make()
     parallelise(model, MachineConfig(parallel="fsdp2"), processes, "fp32")
@@ -91,7 +92,7 @@ with join_processes("cpu", 60) as processes:
         parameter = model.predictor.mask_token
         copy_whole(torch.arange(32.0).view(1, 1, 32), parameter)
     results["copied"] = {"mask_token": parameter.full_tensor()}
-    if processes.rank == 0:
+    if distributed.rank == 0:
         torch.save(results, sys.argv[1])
 """
 )
@@ -101,7 +102,7 @@ ALL = ["ddp", "fsdp2", "ddp recomputed", "fsdp2 recomputed", "ddp bf16", "fsdp2 
 def alone(**arguments):
     space = {}
     exec(TRAIN, space)
-    return space["train"](Processes.alone("cpu"), **arguments)
+    return space["train"](Distributed(device=choose_device("cpu")), **arguments)
 
 
 def largest_difference(a, b):
@@ -151,12 +152,12 @@ def test_four_processes_equal_one(one, tmp_path):
 def test_a_single_process_needs_no_group(one):
     for arguments in ({"parallel": "fsdp2"}, {"activation_checkpointing": True}):
         assert largest_difference(alone(**arguments), one) == 0
-    processes = Processes.alone("cpu")
-    assert processes.sum(torch.tensor(3.0)) == 3
-    assert processes.gather(torch.arange(2)).tolist() == [0, 1]
-    assert processes.share("value") == "value"
-    assert processes.to_host(torch.ones(2)).read().tolist() == [1, 1]
-    processes.barrier("nothing")
+    distributed = Distributed(device=choose_device("cpu"))
+    assert distributed.all_reduce(torch.tensor(3.0)) == 3
+    assert distributed.all_gather(torch.arange(2)).tolist() == [0, 1]
+    assert distributed.broadcast_object("value") == "value"
+    assert distributed.to_host(torch.ones(2)).read().tolist() == [1, 1]
+    distributed.barrier()
 
 
 def test_compiled_blocks_share_few_graphs(one, monkeypatch):
@@ -183,7 +184,7 @@ def test_the_first_steps_make_all_graphs(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = change(CONFIG, model={"predictor_depth": 3}, machine={"compile": True})
-    trainer = Trainer(config, open_images(pictures()), Processes.alone("cpu"))
+    trainer = Trainer(config, open_images(pictures()), Distributed(device=choose_device("cpu")))
     monitor, _ = trainer.monitor()
     steps = list(trainer.batches())
     lengths = {(part.context.shape[1], part.targets.shape[2]) for step in steps for part in step}
@@ -194,7 +195,7 @@ def test_the_first_steps_make_all_graphs(monkeypatch):
     for step in steps[:first]:
         trainer.update(step)
     graphs = len(batches)
-    monitor.measure(trainer.model, trainer.processes)
+    monitor.measure(trainer.model, trainer.distributed)
     for step in steps[first:]:
         trainer.update(step)
     # target, context, and the predictor's three; its last has a second one for any target length
@@ -207,28 +208,28 @@ def test_kernels_are_chosen_on_a_gpu_only(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
-    trainer = Trainer(CONFIG, open_images(pictures()), Processes.alone("cpu"))
+    trainer = Trainer(CONFIG, open_images(pictures()), Distributed(device=choose_device("cpu")))
     assert not calls
     assert "1 x cpu, fp32, 4 images" in str(trainer)
     choose_kernels(torch.device("cuda", 1))
     assert calls == [False, "high"]
-    trainer.processes = Processes(0, 1, 0, torch.device("cuda", 0))
+    trainer.distributed = Distributed(0, 1, 0, torch.device("cuda", 0))
     assert "1 x cuda:0, fp32 (TF32 products), 4 images" in str(trainer)
 
 
 EXCHANGE = """
 import torch
-from ijepa_zoo.processes import join_processes
+from ijepa_zoo.distributed import init_distributed
 
 for _ in range(2):
-    with join_processes("auto", 30) as processes:
-        rank = processes.rank
-        assert (processes.world, processes.local_world, processes.device.type) == (2, 2, "cpu")
-        assert processes.sum(torch.tensor([1.0, rank])).tolist() == [2, 1]
-        rows = processes.gather(torch.full((2, 3), rank))
+    with init_distributed("auto", 30) as processes:
+        rank = distributed.rank
+        assert (distributed.world_size, distributed.local_world_size, distributed.device.type) == (2, 2, "cpu")
+        assert processes.all_reduce(torch.tensor([1.0, rank])).tolist() == [2, 1]
+        rows = processes.all_gather(torch.full((2, 3), rank))
         assert rows[:, 0].tolist() == [0, 0, 1, 1] and rows.shape == (4, 3)
-        assert processes.share({"from": rank}) == {"from": 0}
-        processes.barrier("the end")
+        assert processes.broadcast_object({"from": rank}) == {"from": 0}
+        processes.barrier()
         print("rank", rank, "done")
 """
 
@@ -277,7 +278,7 @@ for attempt in range(3):
     try:
         rendezvous.meet(place, torch.device("cpu"))
         break
-    except rendezvous.ProcessError as error:
+    except rendezvous.DistributedError as error:
         assert "process 1 of 2 did not come" in str(error) and (place.rank, attempt) == (0, 0)
 else:
     raise AssertionError("never met")
@@ -291,22 +292,21 @@ def test_a_meeting_that_one_missed_can_be_repeated():
 LOSE = """
 import os, signal, sys, time
 import torch
-from ijepa_zoo.processes import join_processes
-from ijepa_zoo.rendezvous import ProcessError
+from ijepa_zoo.distributed import init_distributed
 
 how, who = sys.argv[1], int(sys.argv[2])
 try:
-    with join_processes("cpu", 1) as processes:
+    with init_distributed("cpu", 1) as processes:
         for step in range(5):
-            if step == 3 and processes.rank == who:
+            if step == 3 and distributed.rank == who:
                 if how == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif how == "hangs":
                     time.sleep(1000)
                 elif how == "fails":
                     raise FloatingPointError("the loss is nan")
-            processes.sum(torch.ones(3), f"the loss of step {step}")
-except ProcessError:
+            processes.all_reduce(torch.ones(3))
+except DistributedError:
     assert processes.lost.is_set()
     raise
 """
@@ -321,14 +321,14 @@ except ProcessError:
     ],
 )
 def test_a_lost_process_ends_the_others_with_a_message(how, world, who, said):
-    processes = several_processes.start(LOSE, world, how, who)
-    survivors = [p for rank, p in enumerate(processes) if rank != who]
+    distributed = several_processes.start(LOSE, world, how, who)
+    survivors = [p for rank, p in enumerate(distributed) if rank != who]
     results = several_processes.finish(survivors, 60)
-    processes[who].kill()
-    several_processes.finish([processes[who]])
+    distributed[who].kill()
+    several_processes.finish([distributed[who]])
     for status, errors in results:
         assert status == 1, errors
-        message = errors.strip().split("ProcessError: ")[-1]
+        message = errors.strip().split("DistributedError: ")[-1]
         assert "waited for the loss of step 3 and lost the others" in message, errors
         assert said in message
 
@@ -361,15 +361,17 @@ def test_places():
     ],
 )
 def test_wrong_variables(change, message):
-    with pytest.raises(ProcessError, match=message):
+    with pytest.raises(DistributedError, match=message):
         read_place({**TORCHRUN, **change})
 
 
 def test_a_launcher_without_variables_does_not_train_alone():
-    with pytest.raises(ProcessError, match=r"SLURM_STEP_NUM_TASKS=8 .* each would work alone"):
+    with pytest.raises(DistributedError, match=r"SLURM_STEP_NUM_TASKS=8 .* each would work alone"):
         read_place({"SLURM_STEP_NUM_TASKS": "8"})
     assert read_place({"SLURM_STEP_NUM_TASKS": "1"}).world == 1
-    with pytest.raises(ProcessError, match=r"SLURM_STEP_NUM_TASKS='x' is no .*correct or unset"):
+    with pytest.raises(
+        DistributedError, match=r"SLURM_STEP_NUM_TASKS='x' is no .*correct or unset"
+    ):
         read_place({"SLURM_STEP_NUM_TASKS": "x"})
 
 
@@ -387,7 +389,7 @@ def test_nobody_there(monkeypatch, change, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     start = time.monotonic()
-    with pytest.raises(ProcessError, match=message), join_processes("cpu"):
+    with pytest.raises(DistributedError, match=message), init_distributed("cpu"):
         pass
     assert time.monotonic() - start < 10
 
@@ -399,7 +401,7 @@ def test_taken_port(monkeypatch):
         variables = {**TORCHRUN, "RANK": "0", "MASTER_PORT": str(taken.getsockname()[1])}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(ProcessError, match="is the port taken by another job"):
+        with pytest.raises(DistributedError, match="is the port taken by another job"):
             rendezvous.meet(read_place(os.environ), torch.device("cpu"))
 
 
@@ -416,7 +418,7 @@ def test_places_that_do_not_fit_together(first, second, message):
     waits.start()
     while not store.add("count", 0):
         time.sleep(0.01)
-    with pytest.raises(ProcessError, match=message):
+    with pytest.raises(DistributedError, match=message):
         rendezvous.Survey(second, store).come()
     rendezvous.Survey(Place(1, 2), store).come()  # the first one waits for this one
     waits.join(20)
@@ -427,14 +429,14 @@ def test_devices(monkeypatch):
     assert choose_device("cpu", Place(0, 2)) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", Place()) == torch.device("cpu")
-    with pytest.raises(ProcessError, match=r"finds no usable CUDA GPU.*use the device cpu"):
+    with pytest.raises(DistributedError, match=r"finds no usable CUDA GPU.*use the device cpu"):
         choose_device("cuda", Place())
-    with pytest.raises(ProcessError, match="unknown to torch: use auto, cuda or cpu"):
+    with pytest.raises(DistributedError, match="unknown to torch: use auto, cuda or cpu"):
         choose_device("gpu", Place())
     for name in ("meta", "mps", "xpu"):
         if name == "meta" or not getattr(torch, name).is_available():
             with pytest.raises(
-                ProcessError, match=rf"^the device {name} cannot be used .*: use auto"
+                DistributedError, match=rf"^the device {name} cannot be used .*: use auto"
             ) as e:
                 choose_device(name, Place())
             assert "\n" not in str(e.value)
@@ -443,9 +445,9 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", Place(3, 4, 1)) == torch.device("cuda", 1)
-    with pytest.raises(ProcessError, match=r"LOCAL_RANK=2, .* shows 2 GPUs.*nproc-per-node=2"):
+    with pytest.raises(DistributedError, match=r"LOCAL_RANK=2, .* shows 2 GPUs.*nproc-per-node=2"):
         choose_device("auto", Place(2, 4, 2))
-    with pytest.raises(ProcessError, match=r"use the device cuda"):
+    with pytest.raises(DistributedError, match=r"use the device cuda"):
         choose_device("cuda:0", Place(1, 2, 1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # Slurm: one for each process
     assert choose_device("cuda", Place(3, 4, 3)) == torch.device("cuda", 0)

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ijepa_zoo.errors import RunError
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig
-from ijepa_zoo.train.log import LogError, RunLog
+from ijepa_zoo.train.log import RunLog
 from ijepa_zoo.train.plot import _coverage, _group, _masks, _picture, plot_run
 from ijepa_zoo.train.settings import dump
 
@@ -90,7 +91,7 @@ def test_refusals(tmp_path, monkeypatch):
     for text in ('"rankme"', "[3]", "rankme"):
         entry = {"step": 0, "event": "initial", "text": text}
         log.write_text(json.dumps(entry) + "\n")
-        with pytest.raises(LogError, match=r"log\.jsonl, line 1 is damaged"):
+        with pytest.raises(RunError, match=r"log\.jsonl, line 1 is damaged"):
             plot_run(run)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):

@@ -9,18 +9,10 @@ from small_run import CONFIG, after_updates, change, pictures, rows
 
 import ijepa_zoo
 from ijepa_zoo.data.image_sets import open_images
-from ijepa_zoo.data.images import ImageError
+from ijepa_zoo.errors import CheckpointError, ImageError, RunError
 from ijepa_zoo.models.jepa import IJepa
-from ijepa_zoo.train import (
-    Interrupted,
-    NonFiniteLossError,
-    RunError,
-    Trainer,
-    export_run,
-    pretrain,
-)
+from ijepa_zoo.train import Interrupted, NonFiniteLossError, Trainer, export_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
-from ijepa_zoo.weights.layouts import CheckpointError
 
 IMAGES = pictures()
 

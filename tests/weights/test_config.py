@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import ijepa_zoo
-from ijepa_zoo.weights.layouts import CheckpointError
+from ijepa_zoo.errors import CheckpointError
 
 
 @pytest.fixture

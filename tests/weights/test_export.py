@@ -22,10 +22,10 @@ from torch.testing import assert_close
 
 import ijepa_zoo
 from ijepa_zoo import cli
+from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.weights import bundle as bundles
 from ijepa_zoo.weights import layouts
 from ijepa_zoo.weights.export import write_whole
-from ijepa_zoo.weights.layouts import CheckpointError
 
 LAYOUTS = ("native", "timm", "transformers", "official")
 

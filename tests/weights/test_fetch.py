@@ -19,8 +19,9 @@ from file_server import FileServer, isolate
 from safetensors import safe_open
 
 import ijepa_zoo
+from ijepa_zoo.errors import FetchError
 from ijepa_zoo.weights import download, fetch, ranged, torch_file
-from ijepa_zoo.weights.fetch import FetchError, cache_folder, fetch_official
+from ijepa_zoo.weights.fetch import cache_folder, fetch_official
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "official-tiny16-64.pth.tar"
 PATH = "/ijepa/IN1K-vit.t.16.pth.tar"
@@ -546,12 +547,12 @@ def start(server, tmp_path):
     """Starts a process that fetches into ``tmp_path / "cache"`` and logs to the file given."""
     root = str(Path(next(iter(ijepa_zoo.__path__))).parent)
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    processes = []
+    distributed = []
 
     def start(log):
         arguments = [sys.executable, "-c", SCRIPT, server.url + PATH, str(tmp_path / "cache")]
         with log.open("w") as file:
-            processes.append(
+            distributed.append(
                 subprocess.Popen(
                     arguments,
                     env=environment,
@@ -561,10 +562,10 @@ def start(server, tmp_path):
                     preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
                 )
             )
-        return processes[-1]
+        return distributed[-1]
 
     yield start
-    for process in processes:
+    for process in distributed:
         process.kill()
         process.communicate()
 

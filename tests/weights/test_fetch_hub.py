@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from file_server import FileServer, Repository, point_hub_at
 
-from ijepa_zoo.weights.fetch import FetchError, fetch_hub
+from ijepa_zoo.errors import FetchError
+from ijepa_zoo.weights.fetch import fetch_hub
 
 REPOSITORY = "facebook/ijepa_vith14_1k"
 

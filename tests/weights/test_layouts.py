@@ -4,8 +4,9 @@ import random
 import pytest
 import torch
 
+from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.weights import layouts
-from ijepa_zoo.weights.layouts import CheckpointError, recognise
+from ijepa_zoo.weights.layouts import recognise
 
 WIDTH, DEPTH, CLASSES = 8, 2, 5
 

@@ -17,8 +17,8 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch.testing import assert_close
 
 import ijepa_zoo
+from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.weights import layouts
-from ijepa_zoo.weights.layouts import CheckpointError
 from ijepa_zoo.weights.read import read_safetensors
 
 

@@ -8,8 +8,8 @@ import torch
 from file_server import FileServer, Repository, isolate, point_hub_at
 
 import ijepa_zoo
+from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.weights import catalog
-from ijepa_zoo.weights.layouts import CheckpointError
 
 SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
 

@@ -1,0 +1,456 @@
+"""Map-style datasets of images from files, tar shards, arrays, Hugging Face and user code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import struct
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from ..errors import DataError, ImageError
+from .decode import Decoder, Pixels, Raw
+from .files import File, is_compressed, open_shard
+
+Targets = npt.NDArray[np.int64]
+
+_SAMPLED = 64  # images that a fingerprint reads
+_OPEN_SHARDS = 64  # open files that random access to many shards may hold
+_BYTES_PER_PIXEL, _METADATA = 8, 1 << 26  # no file of an image is larger
+_INDEX_VERSION = 2
+_log = logging.getLogger(__name__)
+
+
+class ImageDataset(ABC):
+    """Images by number: `dataset[i]` is (pixels, target, name).
+
+    Attributes:
+        decoder: Makes pixels of what `raw` gives.
+        targets: `[n]` class of each image, -1 for none; None where there are no classes.
+        classes: Names of the classes, where they are known.
+        skipped: Files that are not images by their names: the number of the image they come
+            before, path and reason.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.targets: Targets | None = None
+        self.classes: Mapping[int, str] = {}
+        self.skipped: list[tuple[int, str, str]] = []
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def raw(self, index: int) -> Raw:
+        """What the decoder takes: the bytes of a file, an array or an image.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """The image's path, or the name of the dataset and the number."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal digits that are the same for the same images, wherever they are stored."""
+
+    def read(self, index: int) -> Pixels:
+        """Decode an image.
+
+        Raises:
+            ImageError: It cannot be read or decoded; the text is the reason, without the name.
+        """
+        return self.decoder(self.raw(index))
+
+    def __getitem__(self, index: int) -> tuple[Pixels, int, str]:
+        return self.read(index), self.target(index), self.name(index)
+
+    def target(self, index: int) -> int:
+        """Class of an image; -1 for none."""
+        return -1 if self.targets is None else int(self.targets[index])
+
+    def label(self, index: int) -> str | None:
+        """Name of an image's class, or its number where it has no name; None without a class."""
+        target = self.target(index)
+        return None if target < 0 else self.classes.get(target, str(target))
+
+    def files(self) -> list[str]:
+        """The files on disk that are read."""
+        return []
+
+
+class Subset(ImageDataset):
+    """Some images of a dataset.
+
+    Args:
+        dataset: All of them.
+        indices: `[n]`, which.
+    """
+
+    def __init__(self, dataset: ImageDataset, indices: Targets) -> None:
+        super().__init__(dataset.decoder)
+        self.dataset, self.indices, self.classes = dataset, indices, dataset.classes
+        self.targets = None if dataset.targets is None else dataset.targets[indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def raw(self, index: int) -> Raw:
+        """See `ImageDataset`."""
+        return self.dataset.raw(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """See `ImageDataset`."""
+        return self.dataset.name(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        """See `ImageDataset`."""
+        digest = hashlib.blake2b(self.dataset.fingerprint().encode(), digest_size=8)
+        digest.update(self.indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def files(self) -> list[str]:
+        """See `ImageDataset`."""
+        if not isinstance(self.dataset, FileDataset):
+            return self.dataset.files()
+        return list(dict.fromkeys(self.dataset.file(int(index)) for index in self.indices))
+
+
+class FileDataset(ImageDataset):
+    """Image files and members of tar shards.
+
+    A Python object for each of 14 million images takes gigabytes, and loader workers copy what
+    they touch, because objects count their users; so the list is packed into arrays, which are
+    shared.
+
+    Args:
+        files: In their order.
+        decoder: See `Decoder`.
+
+    Attributes:
+        problems: Why an image cannot be read, by its number.
+        links: Numbers of the files that are symbolic links.
+    """
+
+    def __init__(self, files: Iterable[File], decoder: Decoder) -> None:
+        super().__init__(decoder)
+        folders: dict[tuple[str, str | None, str], int] = {}
+        labels: dict[str | None, int] = {None: -1}
+        self.problems: dict[int, str] = {}
+        self.links: set[int] = set()
+        names = bytearray()
+        folder_of, ends, offsets, sizes, targets = array("i"), *(array("q") for _ in range(4))
+        for file in files:
+            if file.skipped is not None:
+                self.skipped.append((len(ends), file.path, file.skipped))
+                continue
+            if file.problem is not None:
+                self.problems[len(ends)] = file.problem
+            if file.is_link:
+                self.links.add(len(ends))
+            start = file.path.rfind("/") + 1 if file.shard is None else len(file.shard) + 1
+            folder = (file.path[:start], file.shard, file.root)
+            folder_of.append(folders.setdefault(folder, len(folders)))
+            names += os.fsencode(file.path[start:])
+            ends.append(len(names))
+            offsets.append(file.offset)
+            sizes.append(file.size)
+            targets.append(labels.setdefault(file.label, len(labels) - 1))
+        self.folders = list(folders)
+        self.folder_of = np.array(folder_of, np.int32)
+        self.names = np.frombuffer(bytes(names), np.uint8)
+        self.ends, self.offsets, self.sizes = (
+            np.array(values, np.int64) for values in (ends, offsets, sizes)
+        )
+        self._set_classes([label for label in labels if label is not None], targets)
+        self._shards: tuple[int, dict[str, BinaryIO]] = (0, {})
+
+    def _set_classes(self, labels: list[str], targets: array[int]) -> None:
+        """Number the classes in the order of their names."""
+        if not labels:
+            return
+        ordered = sorted(labels)
+        rank = {label: number for number, label in enumerate(ordered)}
+        # the last place serves -1, which stands for no class
+        renumbered = np.array([*(rank[label] for label in labels), -1], np.int64)
+        self.targets = renumbered[np.array(targets, np.int64)]
+        self.classes = dict(enumerate(ordered))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def name(self, index: int) -> str:
+        """The image's path; `shard.tar/name.jpg` for a member of a shard."""
+        start = self.ends[index - 1] if index else 0
+        name = os.fsdecode(self.names[start : self.ends[index]].tobytes())
+        return self.folders[self.folder_of[index]][0] + name
+
+    def file(self, index: int) -> str:
+        """The file on disk that holds an image."""
+        return self.folders[self.folder_of[index]][1] or self.name(index)
+
+    def files(self) -> list[str]:
+        """See `ImageDataset`."""
+        return list(dict.fromkeys(self.file(index) for index in range(len(self))))
+
+    def raw(self, index: int) -> Raw:
+        """The bytes of the file."""
+        if index in self.problems:
+            raise ImageError(self.problems[index])
+        shard = self.folders[self.folder_of[index]][1]
+        path = self.name(index)
+        try:
+            if shard is not None:
+                return self._member(shard, int(self.offsets[index]), int(self.sizes[index]))
+            if "\0" in path:
+                raise ImageError("a path cannot hold a NUL character")
+            if not os.path.isfile(path) and os.path.exists(path):  # a pipe would be waited for
+                raise ImageError("not a regular file")
+            with open(path, "rb") as file:
+                self._check_size(os.fstat(file.fileno()).st_size)
+                return file.read()
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+    def _member(self, shard: str, offset: int, size: int) -> bytes:
+        self._check_size(size)  # what a header claims, or what a small gzip unfolds to
+        process, shards = self._shards
+        if process != os.getpid():  # forked processes would share the places in the open files
+            process, shards = os.getpid(), {}
+        file = shards.pop(shard, None) or open_shard(shard)
+        shards[shard] = file  # the last one is the one used last
+        if len(shards) > _OPEN_SHARDS:
+            shards.pop(next(iter(shards))).close()
+        self._shards = process, shards
+        try:
+            file.seek(offset)
+            return file.read(size)
+        except (EOFError, zlib.error) as error:
+            raise ImageError(f"a damaged tar shard: {error}") from error
+
+    def _check_size(self, size: int) -> None:
+        limit = _BYTES_PER_PIXEL * self.decoder.max_pixels + _METADATA
+        if size > limit:
+            raise ImageError(f"too large: {size:,} bytes, the limit is {limit:,} (max_pixels)")
+
+    def fingerprint(self) -> str:
+        """Hash of number, order, names and sizes in shards, wherever the input is stored."""
+        shown = [path.removeprefix(root) for path, _, root in self.folders]
+        digest = hashlib.blake2b(f"{len(self)} {json.dumps(shown)}".encode(), digest_size=8)
+        for values in (self.folder_of, self.ends, self.names, self.sizes):
+            digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
+        return digest.hexdigest()
+
+    def compressed_shards(self) -> list[str]:
+        """Shards that cannot be read in any order, because they are compressed."""
+        shards = dict.fromkeys(shard for _, shard, _ in self.folders if shard is not None)
+        return [shard for shard in shards if is_compressed(shard)]
+
+    def real_paths(self) -> npt.NDArray[np.int64]:
+        """A hash for each image of its file without links, and of its place in a shard."""
+        real = {path: os.path.realpath(path) for path, _, _ in self.folders if "\0" not in path}
+        keys = array("q")
+        for index in range(len(self)):
+            folder, name = self.folders[self.folder_of[index]][0], self.name(index)
+            if index in self.links:
+                keys.append(hash(os.path.split(os.path.realpath(name))))
+            else:
+                keys.append(hash((real.get(folder, folder), name.removeprefix(folder))))
+        return np.array(keys, np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": (0, {})}
+
+    def save_index(self, path: Path, shards: list[str]) -> None:
+        """Keep the list of `shards`, whose every member was visited to make it."""
+        about = {
+            "version": _INDEX_VERSION,
+            "shards": _file_states(shards),
+            "folders": self.folders,
+            "problems": list(self.problems.items()),
+            "skipped": self.skipped,
+            "classes": list(self.classes.items()),
+        }
+        arrays = {name: getattr(self, name) for name in ("folder_of", "names", "ends", "offsets")}
+        if self.targets is not None:
+            arrays["targets"] = self.targets
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, about=np.array(json.dumps(about)), sizes=self.sizes, **arrays)
+        temporary.replace(path)
+
+    @classmethod
+    def load_index(cls, path: Path, shards: list[str], decoder: Decoder) -> FileDataset | None:
+        """The list of `shards`; None where none was kept, or a shard has changed since."""
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                about = json.loads(str(saved["about"]))
+                arrays = {name: saved[name] for name in saved.files if name != "about"}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None  # missing or damaged: it is made again
+        if about.get("version") != _INDEX_VERSION or about["shards"] != _file_states(shards):
+            return None
+        found = cls((), decoder)
+        for name, values in arrays.items():
+            setattr(found, name, values)
+        found.folders = [tuple(folder) for folder in about["folders"]]
+        found.problems = {int(number): reason for number, reason in about["problems"]}
+        found.skipped = [tuple(skipped) for skipped in about["skipped"]]
+        found.classes = {int(number): name for number, name in about["classes"]}
+        return found
+
+
+def _file_states(files: list[str]) -> list[list[Any]]:
+    states = ((file, os.stat(file)) for file in files)
+    return [[file, state.st_size, state.st_mtime_ns] for file, state in states]
+
+
+class ArrayDataset(ImageDataset):
+    """Images of one size in one array or several.
+
+    Args:
+        arrays: Each `[n, H, W, C]` or `[n, H, W]`; uint8, or others that the decoder scales.
+        decoder: See `Decoder`.
+        name: What messages call the images.
+        targets: `[n]` class numbers of all images.
+
+    Raises:
+        DataError: An array is of another type or shape, or targets do not fit.
+    """
+
+    def __init__(
+        self,
+        arrays: Sequence[npt.NDArray[Any]],
+        decoder: Decoder,
+        name: str = "array",
+        targets: npt.NDArray[Any] | None = None,
+    ) -> None:
+        super().__init__(decoder)
+        for images in arrays:
+            if images.dtype.kind not in "uif" or images.ndim not in (3, 4) or 0 in images.shape:
+                raise DataError(
+                    f"{name} is {images.dtype} {list(images.shape)}; images are numbers "
+                    "[n, H, W, C] or [n, H, W] (tensors [n, C, H, W])"
+                )
+            try:
+                decoder(np.asarray(images[0]))
+            except ImageError as error:
+                raise DataError(f"{name} holds images that cannot be used: {error}") from error
+        self.arrays, self._name = arrays, name
+        self.starts = np.cumsum([0, *(len(images) for images in arrays)])
+        if targets is not None:
+            if targets.shape != (len(self),) or targets.dtype.kind not in "iub":
+                raise DataError(
+                    f"the labels of {name} are {targets.dtype} {list(targets.shape)}; class "
+                    f"numbers are {len(self)} integers"
+                )
+            self.targets = targets.astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def raw(self, index: int) -> Raw:
+        """The array `[H, W, C]` or `[H, W]` of an image."""
+        which = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return np.asarray(self.arrays[which][index - self.starts[which]])
+
+    def name(self, index: int) -> str:
+        """Name and number."""
+        return f"{self._name}[{index}]"
+
+    def fingerprint(self) -> str:
+        """Hash of the shapes and of some images."""
+        shapes = [images.shape for images in self.arrays]
+        digest = hashlib.blake2b(str(shapes).encode(), digest_size=8)
+        for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int)):
+            digest.update(np.asarray(self.raw(int(index))).tobytes())
+        return digest.hexdigest()
+
+
+class ObjectDataset(ImageDataset):
+    """A map-style dataset of the user's own, or one of torchvision's.
+
+    Args:
+        data: Has `__len__` and `__getitem__`; items are Pillow images, arrays `[H, W, C]`, tensors
+            `[C, H, W]`, or tuples that begin with one. Its `targets` or `labels`, if they are
+            integers, are the classes, and its `classes` their names.
+        decoder: See `Decoder`.
+        name: What messages call it.
+    """
+
+    # What damaged files lead to; anything else is a fault of the dataset's code.
+    _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+
+    def __init__(self, data: Any, decoder: Decoder, name: str) -> None:
+        super().__init__(decoder)
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise DataError(
+                f"{name} is a {type(data).__name__}, and images are read by number: it needs "
+                "__len__ and __getitem__ (a map-style Dataset)"
+            )
+        if isinstance(data, str | bytes | Mapping) or not len(data):
+            raise DataError(f"{name} is a {type(data).__name__} without images")
+        self.data, self._name = data, name
+        for attribute in ("targets", "labels"):
+            values = getattr(data, attribute, None)
+            if isinstance(values, list | tuple | np.ndarray | torch.Tensor):
+                self.targets = _class_numbers(values, len(data), f"{name}.{attribute}")
+                break
+        names = getattr(data, "classes", None)
+        if self.targets is not None and isinstance(names, list | tuple):
+            self.classes = {number: str(found) for number, found in enumerate(names)}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def raw(self, index: int) -> Raw:
+        """The image of an item."""
+        try:
+            item = self.data[index]
+            image = item[0] if isinstance(item, tuple | list) and item else item
+            if isinstance(image, Image.Image):
+                image.load()
+        except self._DAMAGED as error:
+            raise ImageError(f"{type(error).__name__}: {error}") from error
+        if isinstance(image, Image.Image | np.ndarray | torch.Tensor):
+            return image
+        raise DataError(
+            f"{self.name(index)} is a {type(image).__name__}; an item is a Pillow image, an array "
+            "[H, W, C], a tensor [C, H, W], or a tuple that begins with one"
+        )
+
+    def name(self, index: int) -> str:
+        """Name and number."""
+        return f"{self._name}[{index}]"
+
+    def fingerprint(self) -> str:
+        """Hash of number and classes: items may change from one reading to another."""
+        targets = b"" if self.targets is None else self.targets.astype("<i8").tobytes()
+        return hashlib.blake2b(f"{len(self)} ".encode() + targets, digest_size=8).hexdigest()
+
+
+def _class_numbers(values: Any, length: int, name: str) -> Targets | None:
+    """Integers, one for each image; anything else is ignored with a warning."""
+    try:
+        numbers = np.asarray(values)
+    except (ValueError, TypeError):  # rows of different lengths
+        numbers = np.empty(0)
+    if numbers.shape == (length,) and np.issubdtype(numbers.dtype, np.integer):
+        return numbers.astype(np.int64)
+    _log.warning("%s are not one integer for each image, so the images have no classes", name)
+    return None

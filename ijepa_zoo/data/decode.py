@@ -1,0 +1,359 @@
+"""From image files, arrays and Pillow images to upright pixels of 8 bits, or the reason why not."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+
+from ..errors import ImageError, MissingPackageError, SettingsError
+
+MAX_PIXELS = 178_956_970  # Pillow's limit, about 13,000 x 13,000
+Pixels = Image.Image | torch.Tensor  # RGB or greyscale image, or uint8 [C, H, W]
+Raw = bytes | Image.Image | npt.NDArray[Any] | torch.Tensor
+
+# Formats that hold photographs. Pillow reads more, some by starting other programs (EPS).
+_FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000"),
+    *("MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
+)
+_ROWS = 256  # of an image that are scaled at a time
+_ORIENTATION = 0x0112  # EXIF tag
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Makes 8-bit pixels of anything that is an image.
+
+    EXIF orientation is applied, transparency laid over white, palettes and CMYK converted.
+
+    Attributes:
+        in_chans: Channels of the result: 3 is RGB, 1 is greyscale. Other numbers need arrays
+            `[H, W, C]`, or files and `bands`.
+        value_range: Values that become 0 and 255 in images and arrays of more than 8 bits; values
+            beyond are clipped. None takes the range of the data type (see `to_uint8`).
+        bands: Bands or pages of a file that become the channels, from 0.
+        max_pixels: Images of more pixels are refused before they are decoded.
+        as_tensor: Return color JPEG files as tensors of the same pixels where torchcodec is
+            installed, which is faster.
+    """
+
+    in_chans: int = 3
+    value_range: tuple[float, float] | None = None
+    bands: tuple[int, ...] | None = None
+    max_pixels: int = MAX_PIXELS
+    as_tensor: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise SettingsError(
+                f"value_range is {self.value_range}; the first value must be below the second"
+            )
+        if self.bands is not None and (len(self.bands) != self.in_chans or min(self.bands) < 0):
+            raise SettingsError(
+                f"bands {self.bands} do not fit a model of {self.in_chans} channels: name "
+                f"{self.in_chans}, counted from 0"
+            )
+        if self.max_pixels < 1:
+            raise SettingsError(f"max_pixels is {self.max_pixels}; it must be at least 1")
+
+    def __call__(self, raw: Raw) -> Pixels:
+        """Decode one image.
+
+        Args:
+            raw: The bytes of an image file or of a `.npy` file, a Pillow image, an array `[H, W]`
+                or `[H, W, C]`, or a tensor `[H, W]` or `[C, H, W]`.
+
+        Raises:
+            ImageError: It is damaged, not an image, too large, or of other channels.
+        """
+        if isinstance(raw, Image.Image):
+            return self._convert(raw)
+        if isinstance(raw, torch.Tensor):
+            array = raw.detach().cpu().numpy()
+            return self._from_array(np.moveaxis(array, 0, -1) if array.ndim == 3 else array)
+        if isinstance(raw, np.ndarray):
+            return self._from_array(raw)
+        if not raw:
+            raise ImageError("empty file")
+        if raw.startswith(np.lib.format.MAGIC_PREFIX):
+            return self._from_array(_load_array(raw))
+        if self.as_tensor and self.in_chans == 3 and self.bands is None:
+            pixels = _decode_jpeg(raw, self.max_pixels)
+            if pixels is not None:
+                return pixels
+        return self._decode_file(raw)
+
+    def _decode_file(self, content: bytes) -> Pixels:
+        with _pillow_limits(self.max_pixels), _reasons(self.max_pixels):
+            bands = _tiff_bands(content)
+            if bands > 4:  # Pillow does not open it
+                return self._decode_bands(content, bands)
+            try:
+                image: Image.Image = Image.open(io.BytesIO(content), formats=_known_formats())
+            except UnidentifiedImageError:
+                raise ImageError(
+                    "not an image, or of a kind that Pillow cannot read here"
+                ) from None
+            if image.width * image.height > self.max_pixels:
+                raise _too_large(image.width * image.height, self.max_pixels)
+            if 0 in image.size:
+                raise ImageError(f"an image of {image.width} x {image.height} pixels")
+            if bands > len(image.getbands()):  # Pillow would drop the others
+                return self._decode_bands(content, bands)
+            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            if self.bands is not None:
+                return self._from_array(_select(_stack(image, pages), self.bands))
+            if pages > 1:
+                raise ImageError(f"a file of {pages} pages: choose among them with bands")
+            image.load()
+            return self._convert(_upright(image))
+
+    def _decode_bands(self, content: bytes, bands: int) -> Pixels:
+        """A TIFF of more bands than a picture has."""
+        if self.bands is None:
+            raise ImageError(f"an image of {bands} bands: choose among them with bands")
+        return self._from_array(_select(_read_tiff(content), self.bands))
+
+    def _convert(self, image: Image.Image) -> Image.Image:
+        """A Pillow image as RGB or greyscale."""
+        if self.in_chans not in (1, 3):
+            raise ImageError(
+                f"an image file, and the model takes {self.in_chans} channels: give arrays "
+                "[H, W, C], or choose bands"
+            )
+        if image.mode.startswith("I") or image.mode == "F":
+            values = np.asarray(image)
+            image = Image.fromarray(to_uint8(values, self.value_range))
+        if self.in_chans == 1:
+            return image if image.mode == "L" else _to_rgb(image).convert("L")
+        return _to_rgb(image)
+
+    def _from_array(self, array: npt.NDArray[Any]) -> Pixels:
+        """An array as the Pillow image of the same pixels, or a tensor where there is none."""
+        channels = array.shape[2] if array.ndim == 3 else 1
+        if array.ndim not in (2, 3) or 0 in array.shape or array.dtype.kind not in "uif":
+            raise ImageError(
+                f"an array of {array.dtype} {list(array.shape)}: images are numbers [H, W, C] or "
+                "[H, W] (tensors [C, H, W])"
+            )
+        if channels != self.in_chans:
+            raise ImageError(
+                f"an array [H, W, C] of {list(array.shape)}, which has {channels} channels, and "
+                f"the model takes {self.in_chans}"
+            )
+        pixels = array if array.dtype == np.uint8 else to_uint8(array, self.value_range)
+        if channels == 1:
+            return Image.fromarray(np.ascontiguousarray(pixels.reshape(pixels.shape[:2])))
+        if channels == 3:
+            return Image.fromarray(np.ascontiguousarray(pixels))
+        return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+
+def to_uint8(
+    values: npt.NDArray[Any], value_range: tuple[float, float] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Scale values of any type to 0 to 255.
+
+    Args:
+        values: Of any shape.
+        value_range: Values that become 0 and 255; beyond them values are clipped. None: integers
+            within 0 to 65,535 are taken as 16 bits and floats within 0 to 1 or 0 to 255 as shares
+            or levels; anything else is stretched from its smallest to its largest value.
+
+    Raises:
+        ImageError: Values are not finite.
+    """
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ImageError("an image with values that are not finite")
+    low, high = value_range or _natural_range(values)
+    scaled = np.empty(values.shape, np.uint8)
+    for row in range(0, len(values), _ROWS):  # in pieces: float64 is 8 times the result
+        levels = (values[row : row + _ROWS].astype(np.float64) - low) * (255 / (high - low))
+        scaled[row : row + _ROWS] = np.rint(levels.clip(0, 255))
+    return scaled
+
+
+def _natural_range(values: npt.NDArray[Any]) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    tops = (1.0, 255.0) if values.dtype.kind == "f" else (65535.0,)
+    top = next((top for top in tops if low >= 0 and high <= top), None)
+    if top is not None:
+        return 0.0, top
+    return low, high if high > low else low + 1.0
+
+
+def deep_range(content: bytes) -> tuple[int, int] | None:
+    """Smallest and largest value of a file of 16-bit greyscale; None for any other.
+
+    Args:
+        content: The bytes of an image file.
+    """
+    if _tiff_bands(content) > 1:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(content), formats=["PNG", "TIFF", "PPM"])
+            if not image.mode.startswith("I"):
+                return None
+            values = np.asarray(image)
+    except Exception:  # damaged files make Pillow raise anything; they are reported when read
+        return None
+    return int(values.min()), int(values.max())
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image  # exif_transpose would copy it
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF: the pixels are fine, and every viewer shows them
+        return image
+
+
+def _stack(image: Image.Image, pages: int) -> npt.NDArray[Any]:
+    """Bands, or the pages of greyscale, as `[H, W, C]`."""
+    found = []
+    for page in range(pages):
+        image.seek(page)
+        array = np.asarray(image)
+        found.append(array if array.ndim == 3 else array[..., None])
+    if len({array.shape for array in found}) > 1:
+        raise ImageError(f"a file of {pages} pages that differ in size")
+    return np.concatenate(found, axis=-1)
+
+
+def _select(array: npt.NDArray[Any], bands: tuple[int, ...]) -> npt.NDArray[Any]:
+    if max(bands) >= array.shape[-1]:
+        raise ImageError(f"an image of {array.shape[-1]} bands or pages has no band {max(bands)}")
+    return array[..., list(bands)]
+
+
+def _tiff_bands(content: bytes) -> int:
+    """Bands of a TIFF file; 0 for another or damaged file."""
+    if content[:4] not in (b"II*\0", b"MM\0*"):
+        return 0
+    file = io.BytesIO(content)
+    try:
+        directory = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+        file.seek(directory.next)
+        directory.load(file)
+        return int(directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
+    except Exception:  # a damaged header can make it raise anything
+        return 0
+
+
+def _read_tiff(content: bytes) -> npt.NDArray[Any]:
+    """A TIFF of many bands as `[H, W, C]`."""
+    try:
+        import tifffile
+    except ImportError as error:
+        raise MissingPackageError(
+            "TIFF files of more than 4 bands need tifffile: pip install tifffile"
+        ) from error
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        axes, array = file.series[0].axes, file.asarray()
+    return np.moveaxis(array, 0, -1) if axes.startswith("S") else array
+
+
+def _load_array(content: bytes) -> npt.NDArray[Any]:
+    try:
+        array: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError) as error:
+        raise ImageError(f"a broken array: {error}") from error
+    return array
+
+
+@contextmanager
+def _pillow_limits(max_pixels: int) -> Iterator[None]:
+    """Our limits instead of Pillow's process-wide ones: it refuses above twice its limit."""
+    limit, truncated = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about metadata and large images
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, truncated
+
+
+@contextmanager
+def _reasons(max_pixels: int) -> Iterator[None]:
+    """Errors of Pillow as `ImageError`."""
+    try:
+        yield
+    except (ImageError, MissingPackageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_large(int(re.findall(r"\d+", str(error))[0]), max_pixels) from None
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        words = " ".join(str(error).split()) or type(error).__name__
+        kind = "truncated" if "truncated" in words.lower() else "broken"
+        raise ImageError(f"a {kind} image: {words}") from error
+
+
+def _too_large(pixels: int, limit: int) -> ImageError:
+    return ImageError(f"too large: {pixels:,} pixels, the limit is {limit:,} (max_pixels)")
+
+
+@cache
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def _decode_jpeg(content: bytes, max_pixels: int) -> torch.Tensor | None:
+    """The pixels of a JPEG file in which nothing is unusual; None leaves it to Pillow."""
+    decoder = _torchcodec()
+    # torchcodec would fill the rest of a file that was cut short with grey
+    if decoder is None or not (
+        content.startswith(b"\xff\xd8\xff") and content.endswith(b"\xff\xd9")
+    ):
+        return None
+    with _pillow_limits(max_pixels):
+        try:
+            image = Image.open(io.BytesIO(content), formats=["JPEG"])
+            upright = image.getexif().get(_ORIENTATION, 1) == 1
+            plain = image.format == "JPEG" and image.mode == "RGB" and upright
+            if not plain or not 0 < image.width * image.height <= max_pixels:
+                return None
+            pixels = decoder(content)
+        except Exception:  # damaged: Pillow says how
+            return None
+    return pixels if pixels.shape == (3, image.height, image.width) else None
+
+
+@cache
+def _torchcodec() -> Callable[[bytes], torch.Tensor] | None:
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except ImportError:  # not installed, or older than 0.16
+        return None
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        _log.warning("torchcodec cannot be used, so Pillow decodes JPEG files: %s", reason)
+        return None
+    return decode_jpeg

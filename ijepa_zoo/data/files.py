@@ -1,0 +1,303 @@
+"""Image files of folders, globs, lists and tar shards, listed in a fixed order."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import os
+import re
+import stat
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import BinaryIO, cast
+
+from ..errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib"),
+        *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".ico", ".tga", ".qoi"),
+        *(".avif", ".heic", ".heif"),  # decoded where the installed Pillow can
+        ".npy",
+    )
+)
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_TAR_BLOCK = 512  # bytes of a header
+_LONGEST_LABEL = 4096  # bytes of a .cls member
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file, or a member of a tar shard, as the listing found it.
+
+    Attributes:
+        path: Path as users see it; `shard.tar/name.jpg` for a member of a shard.
+        root: The part of the path that only says where the input is.
+        label: Class: the first folder below the root, or below its split folders (`train`, ...);
+            for a member of a shard with a `.cls` file, that file's text.
+        shard: The tar file that holds it; None for a file of its own.
+        offset: First byte of the member in the uncompressed shard.
+        size: Bytes of the member.
+        problem: Why it cannot be read, where the listing shows that.
+        skipped: Why it is not meant to be read; such a file is not a failure.
+        is_link: Whether the file is a symbolic link.
+    """
+
+    path: str
+    root: str = ""
+    label: str | None = None
+    shard: str | None = None
+    offset: int = 0
+    size: int = 0
+    problem: str | None = None
+    skipped: str | None = None
+    is_link: bool = False
+
+
+def expand(path: str) -> list[str]:
+    """The paths that a glob or `{000..012}` stands for, sorted; any other path as it is.
+
+    Raises:
+        DataError: A pattern matches nothing.
+    """
+    if os.path.lexists(path):
+        return [path]
+    if braces := _BRACES.search(path):
+        first, last = braces.groups()
+        numbers = range(int(first), int(last) + 1)
+        head, tail = path[: braces.start()], path[braces.end() :]
+        named = (f"{head}{number:0{len(first)}}{tail}" for number in numbers)
+        return [path for name in named for path in expand(name)]
+    if not glob.has_magic(path):
+        return [path]
+    matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
+    if not matches:
+        raise DataError(f"no file matches the pattern '{path}'")
+    return matches
+
+
+def list_files(paths: Sequence[str]) -> Iterator[File]:
+    """List the files of all inputs: inputs in the given order, folders sorted by path bytes.
+
+    Args:
+        paths: Folders, with everything below them but hidden files; image files; `.tar` shards;
+            `.txt` lists of paths, one a line, relative to the current folder. Already expanded.
+
+    Raises:
+        DataError: An input does not exist or is of another kind.
+    """
+    for path in paths:
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read: {error.strerror}") from error
+        lower = path.lower()
+        if stat.S_ISDIR(mode):
+            shards = _shards_in(path)
+            if shards:
+                for shard in shards:
+                    yield from list_shard(shard, os.path.join(path, ""))
+            else:
+                yield from _Walk(path).files()
+        elif not stat.S_ISREG(mode) and lower.endswith((*SHARD_SUFFIXES, ".txt")):
+            raise DataError(f"'{path}' is not a regular file")  # reading a pipe would wait
+        elif lower.endswith(SHARD_SUFFIXES):
+            yield from list_shard(path, path[: path.rfind("/") + 1])
+        elif lower.endswith(".txt"):
+            yield from _read_list(path)
+        elif lower.endswith(".zip"):
+            raise DataError(f"'{path}' is a zip archive: unpack it, or pack the images as .tar")
+        else:
+            yield File(path, path[: path.rfind("/") + 1], is_link=os.path.islink(path))
+
+
+def _shards_in(folder: str) -> list[str]:
+    """The tar shards of a folder that holds nothing else to read."""
+    with os.scandir(folder) as listing:
+        entries = [entry for entry in listing if not entry.name.startswith(".")]
+    shards = [entry.path for entry in entries if entry.name.lower().endswith(SHARD_SUFFIXES)]
+    if any(entry.is_dir() or _is_image(entry.name) for entry in entries):
+        return []
+    return sorted(shards, key=os.fsencode)
+
+
+class _Walk:
+    """Everything below a folder; a real folder is visited once, whatever links lead to it."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.join(root, "")
+        self.real_root = os.path.join(os.path.realpath(root), "")
+        self.visited: set[tuple[int, int]] = set()
+
+    def files(self) -> Iterator[File]:
+        entries = self._entries(self.root)
+        folders = [entry.name for entry in entries if _is_folder(entry)]
+        has_splits = bool(folders) and SPLITS.issuperset(folders)
+        for entry in entries:
+            label = None if has_splits or not _is_folder(entry) else entry.name
+            yield from self._below(entry, label, has_splits)
+
+    def _below(
+        self, entry: os.DirEntry[str], label: str | None, is_split: bool = False
+    ) -> Iterator[File]:
+        if not _is_folder(entry):
+            skipped = _skip_reason(entry.name)
+            yield File(entry.path, self.root, label, skipped=skipped, is_link=entry.is_symlink())
+            return
+        if entry.is_symlink():
+            real = os.path.join(os.path.realpath(entry.path), "")
+            if real.startswith(self.real_root) or self.real_root.startswith(real):
+                yield File(entry.path, self.root, skipped="a link to a folder of this input")
+                return
+        try:
+            state = entry.stat()
+            entries = self._entries(entry.path)
+        except OSError as error:
+            reason = f"the folder cannot be listed: {error.strerror}"
+            yield File(entry.path, self.root, label, problem=reason)
+            return
+        if (state.st_dev, state.st_ino) in self.visited:
+            yield File(entry.path, self.root, skipped="a link to a folder that was read before")
+            return
+        self.visited.add((state.st_dev, state.st_ino))
+        for below in entries:
+            own = below.name if is_split and _is_folder(below) else label
+            yield from self._below(below, own)
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """Sorted; a folder sorts as its name with a slash, so that all paths are in order."""
+        with os.scandir(folder) as listing:
+            entries = [entry for entry in listing if not entry.name.startswith(".")]
+        return sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * _is_folder(entry)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: opening it as a file gives the reason
+        return False
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _skip_reason(name: str) -> str | None:
+    if _is_image(name):
+        return None
+    if name.lower().endswith(SHARD_SUFFIXES):
+        return "a tar shard beside other files; name it as an input to read it"
+    return f"not an image by its name ({os.path.splitext(name)[1] or 'no suffix'})"
+
+
+def _read_list(path: str) -> Iterator[File]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file):
+                if number == 0:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield File(os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r")))
+    except OSError as error:
+        raise DataError(f"the list '{path}' cannot be read: {error.strerror}") from error
+
+
+def open_shard(path: str) -> BinaryIO:
+    """Open a shard for seeking in its uncompressed bytes; gzip is told by its first two bytes.
+
+    Seeking forward in a compressed shard decompresses what is between, seeking back starts anew.
+    """
+    return cast(BinaryIO, gzip.open(path, "rb")) if is_compressed(path) else open(path, "rb")
+
+
+def is_compressed(path: str) -> bool:
+    """Whether a file is compressed with gzip."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def list_shard(path: str, root: str) -> list[File]:
+    """List the members of a shard in their order.
+
+    A damaged shard gives the members before the damage, and one file that names it.
+    """
+    files: list[File] = []
+    labels: dict[str, str] = {}
+    seen: set[str] = set()
+    try:
+        with open_shard(path) as file:
+            for name, member, text in _members(file):
+                if text is not None:
+                    labels[_sample_key(name)] = text
+                else:
+                    files.append(_member_file(path, root, name, member, name in seen))
+                seen.add(name)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        files.append(File(path, root, problem=f"a damaged tar shard: {error}"))
+    if not files:
+        files.append(File(path, root, problem="a tar shard without files"))
+    return [_with_label(file, labels) for file in _without_splits(files)]
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, str | None]]:
+    """Yield name, member and, for `.cls` members, their text; hidden files are left out."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+            name = member.name.removeprefix("./")
+            parts = name.split("/")
+            if member.isdir() or any(part.startswith(".") and part != ".." for part in parts):
+                continue
+            text = None
+            if name.endswith(".cls") and member.isfile():
+                file.seek(member.offset_data)
+                content = file.read(min(member.size, _LONGEST_LABEL))
+                text = content.decode("utf-8", "surrogateescape").strip()
+            yield name, member, text
+        # tarfile takes a broken header in the middle for the end of the archive
+        file.seek(tar.offset)
+        if file.read(_TAR_BLOCK).strip(b"\0"):
+            raise tarfile.ReadError(f"no valid member header at byte {tar.offset}")
+
+
+def _member_file(path: str, root: str, name: str, member: tarfile.TarInfo, repeated: bool) -> File:
+    problem, skipped = None, _skip_reason(name)
+    if skipped is None:
+        if not member.isfile() or member.issparse():
+            problem = "refused: a link, device or sparse file inside a tar shard"
+        elif name.startswith("/") or ".." in name.split("/"):
+            problem = "refused: a path that leads out of the tar shard"
+        elif repeated:
+            problem = "refused: the tar shard has another member of this name"
+    label = name.split("/")[0] if "/" in name and problem is None else None
+    return File(
+        f"{path}/{name}", root, label, path, member.offset_data, member.size, problem, skipped
+    )
+
+
+def _without_splits(files: list[File]) -> list[File]:
+    """Labels below the split folders, where all folders of a shard are such."""
+    if not SPLITS.issuperset({file.label for file in files} - {None}):
+        return files
+    found = []
+    for file in files:
+        names = file.path.removeprefix(f"{file.shard}/").split("/")
+        found.append(replace(file, label=names[1] if len(names) > 2 else None))
+    return found
+
+
+def _sample_key(name: str) -> str:
+    """The part of a member's name that webdataset takes as the sample's key."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _with_label(file: File, labels: dict[str, str]) -> File:
+    if file.shard is None or not labels:
+        return file
+    key = _sample_key(file.path.removeprefix(f"{file.shard}/"))
+    return replace(file, label=labels.get(key, file.label))

@@ -1,0 +1,216 @@
+"""Datasets of the Hugging Face `datasets` package: from the Hub, or from local folders."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError, ImageError, MissingPackageError
+from .datasets import ImageDataset
+from .decode import Decoder, Raw
+from .files import SHARD_SUFFIXES
+
+_PREFIX = "hfds/"
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+_SAMPLED = 16  # images that the fingerprint reads
+_log = logging.getLogger(__name__)
+
+
+class HFDataset(ImageDataset):
+    """A dataset of the Hugging Face `datasets` package.
+
+    Args:
+        data: A `datasets.Dataset`.
+        decoder: See `Decoder`.
+        name: What messages call it.
+        image: Column of the images; None for the only one.
+        label: Column of the classes; None for a column of class labels, or `label`.
+
+    Raises:
+        DataError: It has no such columns, or cannot be read by number.
+    """
+
+    def __init__(
+        self, data: Any, decoder: Decoder, name: str, image: str | None, label: str | None
+    ) -> None:
+        import datasets
+
+        super().__init__(decoder)
+        if not isinstance(data, datasets.Dataset):
+            raise DataError(
+                f"{name} is a {type(data).__name__}, which cannot be read by number: choose a "
+                "split, and load it without streaming"
+            )
+        self._name = name
+        self.column = _image_column(data.features, name, image)
+        self._set_classes(data, label)
+        data = data.with_format(None).select_columns([self.column])
+        self.data = data.cast_column(self.column, datasets.Image(decode=False))
+
+    def _set_classes(self, data: Any, label: str | None) -> None:
+        import datasets
+
+        features = data.features
+        if label is not None and label not in features:
+            raise DataError(f"{self._name} has no column '{label}', but {', '.join(features)}")
+        kinds = [c for c, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        usual = [column for column in ("label", "labels", "fine_label") if column in features]
+        column = label or next(iter([*kinds, *usual]), None)
+        if column is None:
+            return
+        kind = features[column]
+        if not getattr(kind, "dtype", "").startswith(("int", "uint")):
+            _log.warning(
+                "%s: column '%s' is %s, not class numbers, so the images have no classes; name "
+                "another with label=COLUMN", self._name, column, kind,
+            )  # fmt: skip
+            return
+        values = data.select_columns([column]).with_format("numpy")[:][column]
+        self.targets = np.asarray(values, np.int64)
+        if isinstance(kind, datasets.ClassLabel):
+            self.classes = dict(enumerate(kind.names))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def raw(self, index: int) -> Raw:
+        """The bytes of an image."""
+        stored = self.data[int(index)][self.column]
+        if stored is None:
+            raise ImageError("no image in this row")
+        if stored["bytes"] is not None:
+            return bytes(stored["bytes"])
+        try:
+            return Path(stored["path"]).read_bytes()
+        except OSError as error:
+            raise ImageError(f"'{stored['path']}' cannot be read: {error.strerror}") from error
+
+    def name(self, index: int) -> str:
+        """Name and number."""
+        return f"{self._name}[{index}]"
+
+    def fingerprint(self) -> str:
+        """Hash of number and of some images."""
+        digest = hashlib.blake2b(str(len(self)).encode(), digest_size=8)
+        for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int)):
+            stored = self.data[int(index)][self.column] or {}
+            path = os.path.basename(stored.get("path") or "")
+            digest.update(stored.get("bytes") or path.encode())
+        return digest.hexdigest()
+
+
+def _image_column(features: Any, name: str, chosen: str | None) -> str:
+    import datasets
+
+    def is_image(kind: Any) -> bool:
+        if isinstance(kind, dict):
+            return "bytes" in kind
+        binary = isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
+        return isinstance(kind, datasets.Image) or binary
+
+    columns = [column for column, kind in features.items() if is_image(kind)]
+    if chosen is not None and chosen not in columns:
+        raise DataError(f"{name} has no images in column '{chosen}', but in {columns or 'none'}")
+    if chosen is None and len(columns) != 1:
+        raise DataError(
+            f"{name} has {len(columns)} columns of images among {', '.join(features)}: choose one "
+            "with image=COLUMN"
+        )
+    return chosen or columns[0]
+
+
+def is_hf(path: str) -> bool:
+    """Whether a path is `hfds/NAME`, or a local dataset, with `:OPTION=VALUE,...` or without."""
+    if path.startswith(_PREFIX):
+        return True
+    folder = path if os.path.isdir(path) else path.partition(":")[0]
+    return os.path.isdir(folder) and _is_saved(folder)
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether a folder was written by `save_to_disk`, or has Parquet files but no shards."""
+    names = os.listdir(folder)
+    if any(name in _SAVED for name in names):
+        return True
+    if any(name.lower().endswith(SHARD_SUFFIXES) for name in names):
+        return False
+    data = os.path.join(folder, "data")  # as in repositories of the Hub
+    names += os.listdir(data) if os.path.isdir(data) else []
+    return any(name.endswith(".parquet") and name != "metadata.parquet" for name in names)
+
+
+def hf_splits(path: str) -> list[str]:
+    """Names of the splits of a dataset; none where a split is named.
+
+    Raises:
+        DataError: It cannot be loaded.
+    """
+    datasets = _import_datasets(path)
+    name, options = _name_and_options(path)
+    if "split" in options or os.path.isfile(os.path.join(name, _SAVED[0])):
+        return []
+    try:
+        if os.path.isfile(os.path.join(name, _SAVED[1])):
+            return list(datasets.load_from_disk(name))
+        return list(datasets.get_dataset_split_names(name, options.get("name")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
+
+
+def open_hf(path: str, decoder: Decoder) -> ImageDataset:
+    """Open a dataset; its split `train` unless another is named.
+
+    Raises:
+        DataError: There is no such dataset, split or column.
+    """
+    datasets = _import_datasets(path)
+    name, options = _name_and_options(path)
+    split = options.get("split")
+    try:
+        if any(os.path.isfile(os.path.join(name, file)) for file in _SAVED):
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, options.get("name"), split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        split = split or ("train" if "train" in found else next(iter(found)))
+        if split not in found:
+            raise DataError(f"dataset '{name}' has no split '{split}', but {', '.join(found)}")
+        found = found[split]
+    return HFDataset(found, decoder, path, options.get("image"), options.get("label"))
+
+
+def _import_datasets(path: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingPackageError(f"'{path}' needs datasets: pip install datasets") from error
+    return datasets
+
+
+def _name_and_options(path: str) -> tuple[str, dict[str, str]]:
+    if os.path.isdir(path):
+        return path, {}
+    name, options = parse_options(path, ("split", "name", "image", "label"))
+    return name.removeprefix(_PREFIX), options
+
+
+def parse_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """`NAME:key=value,key=value` as name and options.
+
+    Raises:
+        DataError: An option is unknown or has no value.
+    """
+    name, _, text = path.partition(":")
+    options = dict(part.partition("=")[::2] for part in text.split(",") if part)
+    for key, value in options.items():
+        if key not in known or not value:
+            raise DataError(f"'{path}': '{key}' is not one of {'=..., '.join(known)}=...")
+    return name, options

@@ -1,0 +1,105 @@
+"""Items of a dataset in a given order, made by worker processes ahead of their use."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import RunError, UserError
+
+T = TypeVar("T", covariant=True)
+
+
+class Items(Protocol[T]):
+    """Anything that gives items by number."""
+
+    def __getitem__(self, index: int, /) -> T: ...
+
+
+def usable_cpus() -> int:
+    """CPUs of this process: those it may use, shared with its neighbors under torchrun."""
+    own = hasattr(os, "sched_getaffinity")  # Linux
+    cpus = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def load_in_order(
+    items: Items[T], order: Sequence[int], workers: int | None = None, pin_memory: bool = False
+) -> Iterator[T]:
+    """Items by number, in order, while the next ones are made.
+
+    Args:
+        items: What is asked for each number; copied or forked into the workers.
+        order: The numbers.
+        workers: Processes, which change nothing but the speed; 0 makes items in this one. Default:
+            one for each CPU.
+        pin_memory: Put tensors into memory that is copied to a GPU without waiting.
+
+    Raises:
+        UserError: Making an item raised one; its traceback in the worker is left out.
+        RunError: A worker was killed, or the main script starts workers when it is imported.
+    """
+    workers = min(len(order), usable_cpus() if workers is None else workers)
+    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RunError(
+            "this script starts its work when it is imported, which worker processes do: put the "
+            'call under `if __name__ == "__main__":`, or use workers=0'
+        )
+    loader = DataLoader(
+        _Caught(items),
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals,
+        # forked workers share a list of millions of images with this process, others copy it
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    try:
+        for found in loader:
+            if isinstance(found, UserError):
+                raise found
+            yield found
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise RunError(
+            f"a process that decodes images ended ({str(error).splitlines()[0]}): memory or shared "
+            "memory (/dev/shm) is short, so use fewer workers or smaller batches"
+        ) from error
+
+
+class _Caught(Dataset[Any], Generic[T]):
+    """Errors that a user can mend as items, to be raised in the main process."""
+
+    def __init__(self, items: Items[T]) -> None:
+        self.items = items
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.items[index]
+        except UserError as error:
+            return error
+
+
+def _leave_signals(worker: int) -> None:
+    """Work that is asked to stop ends its step first, and needs its workers for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # where the sender of a signal is known
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End when the main process asks for it, not when the whole group of processes is asked."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -1,0 +1,228 @@
+"""The training and the test split of images with classes, from what a user names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .datasets import FileDataset, ImageDataset, Subset, Targets
+from .decode import Decoder
+from .files import SHARD_SUFFIXES, File
+from .huggingface import hf_splits, is_hf
+from .sources import open_images
+
+TRAIN = ("train", "training")
+TEST = ("test", "val", "valid", "validation", "testing")  # in the order of preference
+_CIFAR = {"cifar-10-batches-py": "torch/cifar10", "cifar-100-python": "torch/cifar100"}
+_PLACES_IMAGES = (".", "images256", "data/vision/torralba/deeplearning/images256")
+_PLACES_LISTS = (".", "trainvalsplit_places205")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with a class each.
+
+    Attributes:
+        images: The images, n.
+        targets: `[n]` int64, class numbers; -1 for an image without one.
+        classes: Names of the numbers, where they are known.
+        name: What the dataset calls this split.
+        notes: What a user should know about it, in sentences.
+    """
+
+    images: ImageDataset
+    targets: Targets
+    classes: Mapping[int, str] = field(default_factory=dict)
+    name: str = "all"
+    notes: tuple[str, ...] = ()
+
+    def subset(self, indices: Targets, name: str, notes: Sequence[str] = ()) -> Split:
+        """Some of the images, under another name; `notes` are added."""
+        images = Subset(self.images, indices)
+        return Split(images, self.targets[indices], self.classes, name, (*self.notes, *notes))
+
+
+def open_splits(
+    data: Any, test: Any = None, decoder: Decoder | None = None
+) -> tuple[Split, Split | None]:
+    """Open images with classes; none is decoded.
+
+    Args:
+        data: All images, or the training split if `test` is given. Anything that `open_images`
+            takes and that has classes. Folders may hold: a folder for each class; `train` and
+            `test` or `val` with such folders (`test` is taken where both have classes); tar shards
+            named after their split; CIFAR-10 or CIFAR-100 (`cifar-10-batches-py`); iNaturalist
+            2018 (`train2018.json`); Places205 (`train_places205.csv`). Of `hfds/NAME` both splits
+            are taken.
+        test: The test split, if `data` does not hold it.
+        decoder: See `open_images`.
+
+    Returns:
+        The training and the test split, None where there is none.
+
+    Raises:
+        DataError: There are no such images, they have no classes, or an image is in both splits.
+    """
+    decoder = decoder or Decoder()
+    if test is not None:
+        return _open_pair(data, test, decoder)
+    if isinstance(data, str | os.PathLike):
+        path = os.fspath(data)
+        if is_hf(path):
+            return _open_named(path, hf_splits(path), decoder)
+        if path.startswith("torch/"):
+            return _open_named(path, [] if "split=" in path else ["train", "test"], decoder)
+        if os.path.isdir(path):
+            return _open_folder(path, decoder)
+    return _open(data, "all", decoder), None
+
+
+def _open(source: Any, name: str, decoder: Decoder) -> Split:
+    images = open_images(source, decoder=decoder)
+    if images.targets is None or (images.targets < 0).all():
+        shown = f"'{os.fspath(source)}'" if isinstance(source, str | os.PathLike) else "the dataset"
+        raise DataError(
+            f"{shown} has no classes: put the images of each class into a folder named after it, "
+            "as in train/cat/1.jpg and val/cat/2.jpg"
+        )
+    return Split(images, images.targets, images.classes, name)
+
+
+def _open_pair(train: Any, test: Any, decoder: Decoder) -> tuple[Split, Split]:
+    names = [os.path.basename(os.path.normpath(str(s))) if isinstance(s, str | os.PathLike) else d
+             for s, d in ((train, "train"), (test, "test"))]  # fmt: skip
+    first, second = _open(train, names[0], decoder), _open(test, names[1], decoder)
+    if isinstance(first.images, FileDataset) and isinstance(second.images, FileDataset):
+        _refuse_shared_images(first.images, second.images)
+    return _same_classes(first, second)
+
+
+def _refuse_shared_images(train: FileDataset, test: FileDataset) -> None:
+    shared = np.isin(test.real_paths(), train.real_paths())
+    if shared.any():
+        index = int(np.flatnonzero(shared)[0])
+        raise DataError(
+            f"{int(shared.sum())} test images are training images too, by links or because one "
+            f"input is inside the other, for example '{test.name(index)}'"
+        )
+
+
+def _same_classes(train: Split, test: Split) -> tuple[Split, Split]:
+    """Number the classes of both by the names of all; numbers without names stay."""
+    if not train.classes or not test.classes or train.classes == test.classes:
+        return train, test
+    names = sorted({*train.classes.values(), *test.classes.values()})
+    number_of = {name: number for number, name in enumerate(names)}
+    found = []
+    for split in (train, test):
+        size = max(split.classes) + 1
+        table = np.full(size + 1, -1, np.int64)  # the last place serves -1
+        for number, name in split.classes.items():
+            table[number] = number_of[name]
+        classes = dict(enumerate(names))
+        found.append(Split(split.images, table[split.targets], classes, split.name, split.notes))
+    return found[0], found[1]
+
+
+def _open_folder(path: str, decoder: Decoder) -> tuple[Split, Split | None]:
+    root = Path(path)
+    for folder in (root, *(root / name for name in _CIFAR)):
+        if folder.name in _CIFAR and folder.is_dir():
+            name = f"{_CIFAR[folder.name]}:root={folder.parent}"
+            return _open_named(name, ["train", "test"], decoder)
+    if (root / "train2018.json").is_file():
+        return _inaturalist(root, "train", decoder), _inaturalist(root, "val", decoder)
+    for lists in (root / name for name in _PLACES_LISTS):
+        if (lists / "train_places205.csv").is_file():
+            return _places(root, lists, "train", decoder), _places(root, lists, "val", decoder)
+    for parts in (_class_folders, _named_shards):
+        train = next((found for name in TRAIN if (found := parts(path, name))), None)
+        test = next((found for name in TEST if (found := parts(path, name))), None)
+        if train and test:
+            return _open_pair(train, test, decoder)
+        if train and parts is _class_folders:
+            if any(os.path.isdir(os.path.join(path, name)) for name in TEST):
+                raise DataError(f"'{path}' has a test split without folders of classes")
+            return _open(train, "train", decoder), None
+    return _open(path, "all", decoder), None
+
+
+def _class_folders(folder: str, split: str) -> str | None:
+    """The folder of a split, where it has folders of classes."""
+    path = os.path.join(folder, split)
+    has = os.path.isdir(path) and any(entry.is_dir() for entry in os.scandir(path))
+    return path if has else None
+
+
+def _named_shards(folder: str, split: str) -> list[str] | None:
+    names = sorted(name for name in os.listdir(folder) if name.endswith(SHARD_SUFFIXES))
+    return [os.path.join(folder, name) for name in names if split in name.lower()] or None
+
+
+def _open_named(path: str, splits: list[str], decoder: Decoder) -> tuple[Split, Split | None]:
+    """The splits of a dataset of Hugging Face or torchvision."""
+    train = next((name for name in TRAIN if name in splits), None)
+    tests = [name for name in TEST if name in splits]
+    if train is None or not tests:
+        return _open(path, "all", decoder), None
+    joint = "," if ":" in path else ":"
+    first = _open(f"{path}{joint}split={train}", train, decoder)
+    for name in tests:  # some have a test split whose classes are hidden
+        images = open_images(f"{path}{joint}split={name}", decoder=decoder)
+        if images.targets is not None and (images.targets >= 0).any():
+            return _same_classes(first, Split(images, images.targets, images.classes, name))
+    raise DataError(f"'{path}' has no classes in {' or '.join(tests)}: give a test set")
+
+
+def _inaturalist(root: Path, split: str, decoder: Decoder) -> Split:
+    path = root / f"{split}2018.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        files = {image["id"]: image["file_name"] for image in found["images"]}
+        pairs = [(files[a["image_id"]], a["category_id"]) for a in found["annotations"]]
+        classes = {c["id"]: c["name"] for c in found.get("categories", ())}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"'{path}' is not a list of iNaturalist 2018: {error!r}") from error
+    return _listed(path, root, pairs, classes, split, decoder)
+
+
+def _places(root: Path, lists: Path, split: str, decoder: Decoder) -> Split:
+    path = lists / f"{split}_places205.csv"
+    pairs = []
+    try:
+        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+            name, _, label = line.strip().rpartition(" ")
+            pairs.append((name, int(label)))
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{path}' is not a list of names and class numbers: {error}") from error
+    first = pairs[0][0] if pairs else ""
+    images = next((root / p for p in _PLACES_IMAGES if (root / p / first).is_file()), root)
+    return _listed(path, images, pairs, {}, split, decoder)
+
+
+def _listed(
+    path: Path,
+    root: Path,
+    pairs: list[tuple[str, int]],
+    classes: dict[int, str],
+    split: str,
+    decoder: Decoder,
+) -> Split:
+    """Images and class numbers of a list."""
+    if not pairs or not (root / pairs[0][0]).is_file():
+        name = pairs[0][0] if pairs else "no image"
+        raise DataError(
+            f"'{path}' lists '{name}', which is not in '{root}': unpack the images there"
+        )
+    start = os.path.join(root, "")
+    images = FileDataset((File(start + name, start) for name, _ in pairs), decoder)
+    images.targets = np.array([number for _, number in pairs], np.int64)
+    images.classes = classes
+    return Split(images, images.targets, classes, split)

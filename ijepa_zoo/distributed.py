@@ -1,0 +1,208 @@
+"""The processes of a run, as torchrun or Slurm started them, and what they exchange."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import DistributedError
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_START = "start with: torchrun --nproc-per-node NUMBER_OF_GPUS -m ijepa_zoo COMMAND ..."
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among those of the run; by default the only one.
+
+    Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+        local_rank: Number of this process on its machine.
+        local_world_size: Number of processes on its machine.
+        device: Where its networks are.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes of a tensor of equal shape; the same on all of them."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Rows `[m, ...]` of all processes in the order of ranks, `[world_size * m, ...]`."""
+        if self.world_size == 1:
+            return tensor
+        own = tensor.detach().contiguous()
+        rows = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(rows, own)
+        return torch.cat(rows)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, any picklable object, on every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def barrier(self) -> None:
+        """Return when every process has come here."""
+        self.all_reduce(torch.zeros(1))
+
+
+@contextmanager
+def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[Distributed]:
+    """Join the other processes that torchrun or Slurm started; alone where there are none.
+
+    When a process fails, torchrun ends the others, and so does Slurm with
+    `srun --kill-on-bad-exit=1`.
+
+    Args:
+        device: `auto` for a GPU where there is one, or torch's name.
+        timeout: Seconds after which an exchange that does not end is an error.
+
+    Raises:
+        DistributedError: The environment is incomplete, or a device is missing.
+    """
+    found = read_environment(os.environ)
+    if found is None:
+        yield Distributed(device=choose_device(device))
+        return
+    rank, world_size, local_rank, local_world_size = found
+    chosen = choose_device(device, local_rank, world_size)
+    mine = not dist.is_initialized()
+    if mine:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
+    yield Distributed(rank, world_size, local_rank, local_world_size, chosen)
+    if mine:  # after an error the group would wait for the others: the process just ends
+        dist.destroy_process_group()
+        # gloo's threads may still free a tensor of the last exchange, and end a process that
+        # ends meanwhile (https://github.com/pytorch/pytorch/pull/179291)
+        time.sleep(0.1)
+
+
+def read_environment(environment: MutableMapping[str, str]) -> tuple[int, int, int, int] | None:
+    """Rank, world size, local rank and local world size; None for a process on its own.
+
+    Under srun without torchrun, the variables of torch are made from Slurm's.
+
+    Args:
+        environment: `os.environ`; gets the address of the first process under Slurm.
+
+    Raises:
+        DistributedError: Variables are missing or contradict each other.
+    """
+    if not any(environment.get(name) for name in _TORCHRUN):
+        if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
+            return None
+        environment.update(_from_slurm(environment))
+    missing = [name for name in _TORCHRUN if not environment.get(name)]
+    if missing:
+        raise DistributedError(f"{' and '.join(missing)} not set, but others of torch's: {_START}")
+    try:
+        rank, world_size, local_rank = (int(environment[name]) for name in _TORCHRUN[:3])
+        local_world_size = int(environment.get("LOCAL_WORLD_SIZE") or 1)
+    except ValueError as error:
+        raise DistributedError(f"RANK, WORLD_SIZE or LOCAL_RANK: {error}: {_START}") from None
+    if not 0 <= rank < world_size or not 0 <= local_rank < world_size:
+        raise DistributedError(
+            f"RANK={rank} and LOCAL_RANK={local_rank} must be below WORLD_SIZE={world_size}: "
+            + _START
+        )
+    return rank, world_size, local_rank, local_world_size
+
+
+def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """torch's variables of a Slurm step; the first host of `node[01-04],x` is `node01`."""
+    nodes = environment.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+    tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": tasks[0] if tasks else "1",
+        "MASTER_ADDR": first,
+        "MASTER_PORT": str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000),
+    }
+
+
+def choose_device(name: str = "auto", local_rank: int = 0, world_size: int = 1) -> torch.device:
+    """The device of this process; a GPU is made the current one.
+
+    Args:
+        name: `auto` for a GPU where there is one, or torch's name.
+        local_rank: Number of this process on its machine.
+        world_size: Number of processes of the run.
+
+    Raises:
+        DistributedError: There is no such device.
+    """
+    if name == "auto":
+        mps = world_size == 1 and torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.zeros(1, device=device).cpu()
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise DistributedError(
+            f"device {name!r} cannot be used here ({reason}): use auto, cuda or cpu"
+        ) from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = local_rank if device.index is None else device.index
+    if count == 1 and device.index is None:
+        index = 0  # Slurm may show each process its own GPU only
+    if index >= count:
+        raise DistributedError(
+            f"device {name!r} of process {local_rank} needs GPU {index}, and torch "
+            f"{torch.__version__} finds {count}: see nvidia-smi and CUDA_VISIBLE_DEVICES, start "
+            f"fewer processes, or use the device cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start copying a tensor to the CPU; call the result for it while the device works on."""
+    if not tensor.is_cuda:
+        return tensor.detach
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor.detach(), non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> Tensor:
+        done.synchronize()
+        return host
+
+    return wait
