@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from bisect import bisect_left
@@ -18,6 +19,38 @@ from ijepa_zoo.data.scenes import (
 )
 
 RADII = {"large": 0.7, "small": 0.35}
+
+# (seed, index, size, supersample): count, distance, SHA-256 of image, masks and depth (16 digits).
+# The shipped model was trained on these pixels, so they must never change.
+RECORDED = {
+    (0, 0, 64, 2): (8, 9.47498663478379, "60ccca64fd169ff0 1cfc902e0d334136 666997bb2cea22c8"),
+    (0, 1_000_000_003, 64, 2): (
+        8,
+        9.211191879804113,
+        "94a44db5808768ba 308922755bd30e2e 79ea123ce41ffd80",
+    ),
+    (0, 2_000_000_017, 64, 2): (
+        9,
+        7.957353919060017,
+        "41b0163bb0b29034 e424c11493eaad8a 00625c1575feb49f",
+    ),
+    (7, 5, 64, 2): (8, 7.674148980959748, "369c4dcdde551cd2 bdc5bf5add558fde 9705cba4b50bc625"),
+    (3, 41, 32, 2): (3, 10.7798374434026, "3b087f26772f6a5b a4ded49b3ea8bdb5 0b895145f85b1374"),
+    (1, 4, 96, 2): (7, 9.126887336710377, "1d2f16d1532e676e 48542a457eda2b7e 6d9919bc1f661c91"),
+    (5, 12, 128, 1): (6, 9.905909713937858, "4b1bc1e1af8eb6b5 2134df6dcc5177c1 d2b4e177b137f161"),
+    (2**63, 9, 48, 3): (4, 8.53575285212862, "d891c1f78cfd9a6d bc4580ae432d6e0f 15cc48dddabefe09"),
+}
+
+
+@pytest.mark.parametrize("arguments", RECORDED)
+def test_pixels_and_labels_are_the_recorded_ones(arguments):
+    *arguments_before, supersample = arguments
+    scene = render_scene(*arguments_before, supersample=supersample)
+    digests = [
+        hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        for array in (scene.image, scene.masks, scene.depth)
+    ]
+    assert (scene.count, scene.distance, " ".join(digests)) == RECORDED[arguments]
 
 
 @pytest.fixture(scope="module")
