@@ -11,7 +11,7 @@ Figures compare with each other, and with published ones only roughly. Differenc
 - a grid of heads is trained (with and without BatchNorm, several learning rates), and the one of
   the smallest RMSE on held-out training images, a seeded 10 %, reads the test set, once;
 - `nyu_depth_v2_labeled.mat` has 795 training images, so 25 epochs are 1,100 steps where DINOv2
-  takes 38,400 on 24,231 images, and its depths are filled in (see `nyu_depth`);
+  takes 38,400 on 24,231 images, and its depths are filled in;
 - rendered scenes have fewer bins, epochs and scores, see `SCENES`.
 """
 
@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..data.depth_pairs import DepthData, SceneDepths, open_depth
+from ..data.dense import DenseData, open_depth
 from ..extraction.encoder import usable_cpus
-from ..distributed import Distributed, init_distributed
-from .depth_checks import check_pairs, check_units
+from ..processes import Processes, join_processes
+from .depth_checks import check_pairs, check_range
 from .depth_metrics import METRICS
 from .depth_pictures import depth_picture
 from .depth_scores import Row, measure
@@ -35,12 +35,11 @@ from .depth_training import NYU, SCENES, DepthProtocol, DepthTraining
 from .epoch_state import EpochState
 from .models import Subject, as_subject, check_model
 from .notes import CACHED_AS_IS, few_to_choose, of_all_processes, undecoded
-from .nyu_depth import labelled_file, open_labelled
 from .result import Head, Result
 from .runs import once, run_folder
 from .words import counted, data_name, option, other_epochs
 
-_MAX_DEPTH = 10.0  # metres, where the data set does not say: rooms
+_MAX_DEPTH = 10.0  # meters, where the data do not say: rooms
 
 
 def evaluate_dense_depth(
@@ -84,7 +83,7 @@ def evaluate_dense_depth(
         baseline: Also measure the same architecture with random weights.
         select_on_test: Choose the head on the test set, as the literature often does.
         max_depth: Farther pixels do not count; 10 (m) where the data do not say.
-        depth_scale: Units of the depth files in a metre; see `open_depth`.
+        depth_scale: Units of depth files per meter; see `open_depth`.
         seed: Decides the split, the order, the flips and the heads at the start.
         epochs: In the place of the protocol's.
         batch_size: In the place of the protocol's.
@@ -99,16 +98,15 @@ def evaluate_dense_depth(
         progress: Show progress bars.
 
     Returns:
-        The result, which is also in the folder; its figure is the RMSE in metres or scene units.
+        The result, which is also in the folder; its figure is the RMSE in meters or scene units.
 
     Raises:
         DataError: The data cannot be used.
         ValueError: An argument or the model does not fit, or features are not finite.
         RunError: Another process works on the same evaluation.
     """
-    rendered, labelled = str(data).startswith("scenes:"), labelled_file(data)
-    known = f"'{labelled}' is in metres" if labelled else None
-    check_units("rendered scenes have none" if rendered else known, max_depth, depth_scale)
+    rendered = str(data).startswith("scenes:")
+    check_range(max_depth)
     usual = protocol or (SCENES if rendered else NYU)
     protocol = replace(
         usual,
@@ -119,18 +117,14 @@ def evaluate_dense_depth(
     workers = min(8, usable_cpus()) if workers is None else workers
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
     check_model(model, baseline=baseline, random=random, **options)
-    with init_distributed(device) as distributed:
-        shown = progress and distributed.rank == 0
-        pairs = (
-            open_labelled(labelled)
-            if labelled
-            else open_depth(
-                data, seed=seed, depth_scale=depth_scale, workers=workers, progress=shown
-            )
+    with join_processes(device) as processes:
+        shown = progress and processes.rank == 0
+        pairs = open_depth(
+            data, seed=seed, depth_scale=depth_scale, workers=workers, progress=shown
         )
         limit = max_depth if max_depth is not None else pairs.max_depth or _MAX_DEPTH
-        check_pairs(protocol, pairs, limit, distributed.world_size)
-        workers = 0 if isinstance(pairs.train, SceneDepths) else workers
+        check_pairs(protocol, pairs, limit, processes.world)
+        workers = 0 if rendered else workers  # arrays in memory
         if precision == "auto":
             precision = "bfloat16" if distributed.device.type == "cuda" else "float32"
         subject = as_subject(model, random=random, seed=seed, **options)
@@ -147,7 +141,7 @@ def evaluate_dense_depth(
     return result
 
 
-_Common = tuple[DepthData, DepthProtocol, float, int, str, int, Distributed]
+_Common = tuple[DenseData, DepthProtocol, float, int, str, int, Processes]
 
 
 def _evaluate(
@@ -210,7 +204,7 @@ def _measure(
     broken, test_broken = (
         of_all_processes(feed.broken, training.distributed) for feed in (training.feed, test_feed)
     )
-    fitted = sum(pairs.train.name(index) not in broken for index in training.fit.tolist())
+    fitted = sum(pairs.train.names[index] not in broken for index in training.fit.tolist())
     drawn = [(pixels, depth, predicted[best]) for pixels, depth, predicted in rows]
     result = Result(
         task=f"dense depth, {pairs.name}",
@@ -240,14 +234,14 @@ def _measure(
     return result, drawn
 
 
-def _record(pairs: DepthData, called: str) -> dict[str, Any]:
+def _record(pairs: DenseData, called: str) -> dict[str, Any]:
     """The data as results record them."""
     return {
         name: {
             **({"name": called} if called else {}),
             "split": pairs.split,
             "images": len(part),
-            "fingerprint": part.fingerprint(),
+            "fingerprint": part.fingerprint,
         }
         for name, part in (("train", pairs.train), ("test", pairs.test))
     }

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..data.depth_pairs import DepthData, DepthSet
-from ..errors import DataError, ImageError, SettingsError
+from ..data.dense import DenseData, DenseDataset
+from ..data.images import ImageError
+from ..data.sources import InputError
 from .depth_metrics import MIN_DEPTH, valid_pixels
 from .depth_training import DepthProtocol
 from .words import option
@@ -17,29 +18,23 @@ from .words import option
 _TRIED = 20  # pairs that are read before the work, until one can be
 
 
-def check_units(known: str | None, max_depth: float | None, depth_scale: float | None) -> None:
-    """Refuse a range that holds no depth, and units where they are known.
+def check_range(max_depth: float | None) -> None:
+    """Refuse a range that holds no depth.
 
     Args:
-        known: Why the data need no units, as a clause; None where they are files of depth maps.
         max_depth: Farther pixels do not count; None: not given.
-        depth_scale: Units of the depth files in a metre; None: not given.
 
     Raises:
-        ValueError: One of them makes no sense.
+        ValueError: It is too small, or not finite.
     """
     if max_depth is not None and not MIN_DEPTH < max_depth < math.inf:
         raise SettingsError(
             f"{option('max_depth')} is {max_depth:g}: depths from {MIN_DEPTH:g} to it count, so "
             "give a larger one, such as 10"
         )
-    if known and depth_scale is not None:
-        raise SettingsError(
-            f"{option('depth_scale')} holds for depth files, and {known}: leave it out"
-        )
 
 
-def check_pairs(protocol: DepthProtocol, pairs: DepthData, limit: float, world: int) -> None:
+def check_pairs(protocol: DepthProtocol, pairs: DenseData, limit: float, world: int) -> None:
     """Refuse what would fail later, or give figures without a meaning.
 
     Args:
@@ -64,20 +59,20 @@ def check_pairs(protocol: DepthProtocol, pairs: DepthData, limit: float, world: 
         depth = _first_depth(data)
         valid = valid_pixels(torch.from_numpy(depth), limit, pairs.crop)
         if not valid.any():
-            raise DataError(
-                f"no pixel of the depth map of '{data.name(0)}' counts: its depths span "
+            raise InputError(
+                f"no pixel of the depth map of '{data.names[0]}' counts: its depths span "
                 f"{depth.min():g} to {depth.max():g}, and those from 0.001 to {limit:g} count. "
                 f"Give the units with {option('depth_scale')}, the range with "
                 f"{option('max_depth')}"
             )
 
 
-def _first_depth(data: DepthSet) -> npt.NDArray[np.float32]:
+def _first_depth(data: DenseDataset) -> npt.NDArray[np.float32]:
     """The first depth map that can be read, with its image."""
     reason = ""
     for index in range(min(len(data), _TRIED)):
         try:
-            return data.read(index)[1]
+            return data[index][1]
         except ImageError as error:
-            reason = reason or f"'{data.name(index)}': {error}"
-    raise DataError(f"none of the first {min(len(data), _TRIED)} pairs can be read; {reason}")
+            reason = reason or f"'{data.names[index]}': {error}"
+    raise InputError(f"none of the first {min(len(data), _TRIED)} pairs can be read; {reason}")

@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.depth_pairs import DepthSet
-from ..errors import ImageError, SettingsError
+from ..data.dense import DenseDataset
+from ..data.images import ImageError
 from ..extraction.encoder import Encoder
 from .batches import leave_interrupts
 from .tasks import View
@@ -53,7 +52,7 @@ class _Pairs(Dataset[Loaded]):
 
     def __init__(
         self,
-        data: DepthSet,
+        data: DenseDataset,
         plan: Sequence[tuple[Indices, npt.NDArray[np.bool_]]],
         size: tuple[int, int],
         full: bool,
@@ -80,8 +79,7 @@ class _Pairs(Dataset[Loaded]):
         return pixels, depths, reasons
 
     def _read(self, index: int) -> tuple[Tensor, Tensor]:
-        image, array = self.data.read(index)
-        assert isinstance(image, Image.Image)  # images of three channels always are
+        image, array, _ = self.data[index]
         depth = torch.from_numpy(array.copy())
         if not self.full:  # nearest, since unknown depths must not be mixed in
             depth = F.interpolate(depth[None, None], self.size, mode="nearest")[0, 0]
@@ -102,7 +100,7 @@ class DepthFeed:
         broken: Why a pair could not be read, by its name.
     """
 
-    data: DepthSet
+    data: DenseDataset
     model: nn.Module
     device: str = "auto"
     precision: str = "float32"
@@ -120,7 +118,7 @@ class DepthFeed:
         )
         self._stored: tuple[Tensor, Tensor, dict[int, int]] | None = None
 
-    def of(self, data: DepthSet) -> DepthFeed:
+    def of(self, data: DenseDataset) -> DepthFeed:
         """A feed of other data with the same model and settings."""
         return DepthFeed(data, self.model, self.device, self.precision, self.workers)
 
@@ -202,7 +200,7 @@ class DepthFeed:
         """Slots of the readable pairs; remembers why others are not."""
         for index, reason in zip(indices.tolist(), reasons):
             if reason is not None:
-                self.broken[self.data.name(index)] = reason
+                self.broken[self.data.names[index]] = reason
         return [slot for slot, reason in enumerate(reasons) if reason is None]
 
     def _split(self, maps: Tensor) -> dict[str, Tensor]:
@@ -212,8 +210,8 @@ class DepthFeed:
 
     def _refuse_not_finite(self, features: Tensor, indices: Indices) -> None:
         if not features.isfinite().all():
-            raise SettingsError(
-                f"features of '{self.data.name(int(indices[0]))}' or its neighbours are not "
+            raise ValueError(
+                f"features of '{self.data.names[int(indices[0])]}' or its neighbours are not "
                 "finite: the model's weights are damaged, or need another precision (float32)"
             )
 

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.depth_pairs import DepthData
-from ..errors import RunError, SettingsError
-from ..distributed import Distributed
+from ..data.dense import DenseData
+from ..processes import Processes
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator
 from .depth_feed import DepthBatch, DepthFeed, Indices
@@ -84,7 +83,7 @@ class DepthTraining:
     """
 
     model: nn.Module
-    pairs: DepthData
+    pairs: DenseData
     protocol: DepthProtocol
     max_depth: float
     seed: int
@@ -209,8 +208,8 @@ class DepthTraining:
             "max_depth": self.max_depth,
             "seed": self.seed,
             **{k: v for k, v in self.feed.encoder.settings.items() if k != "versions"},
-            "train": self.pairs.train.fingerprint(),
-            "test": self.pairs.test.fingerprint(),
+            "train": self.pairs.train.fingerprint,
+            "test": self.pairs.test.fingerprint,
         }
 
     def _save(self, state: EpochState) -> None:

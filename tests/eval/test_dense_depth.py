@@ -2,6 +2,8 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ijepa_zoo.data.depth_pairs import open_depth, read_depth
-from ijepa_zoo.errors import DataError, ImageError, RunError
+from ijepa_zoo import cli
+from ijepa_zoo.data.dense import open_depth
+from ijepa_zoo.data.sources import InputError
 from ijepa_zoo.eval import depth_training
 from ijepa_zoo.eval.dense_depth import evaluate_dense_depth
 from ijepa_zoo.eval.depth_feed import DepthFeed
@@ -146,134 +149,6 @@ def test_learning_rate_warms_up_for_a_third_and_ends_at_zero():
     assert rates[-1] < 1e-3
 
 
-# data
-
-
-def _write_pair(image, depth, colour=128, metres=2.0, size=(40, 30)):
-    for path in (image, depth):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (colour, 0, 0)).save(image)
-    values = np.full((size[1], size[0]), metres)
-    if depth.suffix == ".npy":
-        np.save(depth, values)
-    else:
-        Image.fromarray((values * 1000).astype(np.uint16)).save(depth)
-
-
-LAYOUTS = {
-    "parallel folders": ("rgb/{s}/a/{n}.jpg", "depth/{s}/a/{n}.png"),
-    "folders of a split": ("{s}/images/{n}.png", "{s}/depths/{n}.npy"),
-    "one folder": ("{s}/room/{n}_colors.png", "{s}/room/{n}_depth.png"),
-    "words first": ("{s}/room/rgb_{n}.jpg", "{s}/room/sync_depth_{n}.png"),
-    "array beside": ("{s}/{n}.jpg", "{s}/{n}.npy"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pairs_are_found_by_their_names(tmp_path, layout):
-    image, depth = LAYOUTS[layout]
-    for split, count in (("train", 3), ("test", 2)):
-        for n in range(count):
-            names = [tmp_path / part.format(s=split, n=f"{n:05}") for part in (image, depth)]
-            _write_pair(*names, colour=20 * n, metres=n + 1.5)
-    found = open_depth(tmp_path)
-    assert (len(found.train), len(found.test)) == (3, 2)
-    for n in range(3):
-        picture, values = found.train.read(n)
-        assert abs(picture.getpixel((5, 5))[0] - 20 * n) <= 3
-        np.testing.assert_allclose(values, n + 1.5)
-        assert values.shape == (30, 40)
-
-
-def test_a_folder_without_parts_is_split_by_the_seed(tmp_path):
-    for n in range(10):
-        _write_pair(tmp_path / f"{n}.png", tmp_path / f"{n}_depth.png", metres=n + 1)
-
-    def depths(seed):
-        data = open_depth(tmp_path, seed=seed)
-        return [
-            [float(part.read(i)[1][0, 0]) for i in range(len(part))]
-            for part in (data.train, data.test)
-        ]
-
-    train, test = depths(0)
-    assert len(test) == 2
-    assert sorted(train + test) == list(range(1, 11))
-    assert depths(0) == [train, test]
-    assert any(depths(seed) != [train, test] for seed in range(1, 4))
-
-
-def test_nyu_lists(tmp_path):
-    lines = {"train": [], "test": []}
-    for split, root in (("train", "sync"), ("test", "official_splits/test")):
-        for n in range(3):
-            image, depth = f"bath_1/rgb_{n:05}.jpg", f"bath_1/sync_depth_{n:05}.png"
-            _write_pair(tmp_path / root / image, tmp_path / root / depth, metres=n + 1)
-            lines[split].append(f"/{image} /{depth} 518.8579")
-    lines["train"].append("/bath_1/rgb_00009.jpg None 518.8579")
-    for split, text in lines.items():
-        (tmp_path / f"nyu_{split}.txt").write_text("\n".join(text) + "\n")
-    data = open_depth(tmp_path)
-    assert (len(data.train), len(data.test), data.max_depth, data.crop) == (3, 3, 10, "eigen")
-    assert float(data.test.read(2)[1][0, 0]) == 3
-    (tmp_path / "nyu_test.txt").write_text("/kitchen/rgb.jpg /kitchen/depth.png 1\n")
-    with pytest.raises(DataError, match=r"kitchen/rgb\.jpg', which is in none of"):
-        open_depth(tmp_path)
-
-
-def test_rendered_scenes_are_the_same_pictures_as_elsewhere():
-    from ijepa_zoo.data.scenes import SPLIT_STARTS, render_scene
-
-    data = open_depth("scenes:2,3,32")
-    assert (len(data.train), len(data.test)) == (2, 3)
-    scene = render_scene(0, SPLIT_STARTS["test"] + 2, 32)
-    image, depth = data.test.read(2)
-    np.testing.assert_array_equal(np.array(image), scene.image)
-    np.testing.assert_array_equal(depth, scene.depth)
-    with pytest.raises(DataError, match="scenes:TRAIN,TEST"):
-        open_depth("scenes:20")
-
-
-def test_units_of_depth_files(tmp_path):
-    values = np.array([[0, 1500, 65535]], np.uint16)
-    Image.fromarray(values).save(tmp_path / "a.png")
-    np.testing.assert_allclose(read_depth(str(tmp_path / "a.png")), [[0, 1.5, 65.535]])
-    np.testing.assert_allclose(read_depth(str(tmp_path / "a.png"), 256), values / 256, rtol=1e-6)
-    np.save(tmp_path / "a.npy", np.array([[np.nan, np.inf, -1, 2.5]]))
-    np.testing.assert_allclose(read_depth(str(tmp_path / "a.npy")), [[0, 0, 0, 2.5]])
-    Image.fromarray(np.full((2, 2), 51, np.uint8)).save(tmp_path / "b.png")
-    with pytest.raises(ImageError, match=r"8 bits.*depth_scale=25.5"):
-        read_depth(str(tmp_path / "b.png"))
-    np.testing.assert_allclose(read_depth(str(tmp_path / "b.png"), 25.5), 2)
-    (tmp_path / "c.png").write_bytes(b"\x89PNG nothing")
-    with pytest.raises(ImageError, match=r"c\.png' is damaged"):
-        read_depth(str(tmp_path / "c.png"))
-    Image.new("RGB", (4, 4)).save(tmp_path / "d.png")
-    with pytest.raises(ImageError, match=r"uint8 \[4, 4, 3\], not one number a pixel"):
-        read_depth(str(tmp_path / "d.png"))
-
-
-def test_pairs_that_do_not_belong_together_are_named(tmp_path):
-    _write_pair(tmp_path / "train/1.png", tmp_path / "train/1_depth.png")
-    with pytest.raises(DataError, match="no pairs for the test set"):
-        open_depth(tmp_path)
-    Image.new("RGB", (4, 4)).save(tmp_path / "train/2.png")
-    with pytest.raises(DataError, match=r"1 files .* have no partner, .*2\.png'"):
-        open_depth(tmp_path)
-    (tmp_path / "train/2.png").rename(tmp_path / "train/1.jpg")
-    with pytest.raises(DataError, match=r"two images of one pair"):
-        open_depth(tmp_path)
-
-
-def test_a_depth_map_of_another_shape_is_refused(tmp_path):
-    for split in ("train", "test"):
-        _write_pair(tmp_path / split / "1.png", tmp_path / split / "1_depth.png", size=(40, 30))
-    Image.new("RGB", (30, 40)).save(tmp_path / "test/1.png")
-    data = open_depth(tmp_path)
-    with pytest.raises(ImageError, match=r"30 x 40, its depth map .* 40 x 30"):
-        data.test.read(0)
-
-
 # runs
 
 
@@ -335,7 +210,7 @@ def test_the_test_figure_is_that_of_the_chosen_head_on_whole_maps(subject, tmp_p
     errors = []
     cfg = subject.model.pretrained_cfg
     for i in range(6):
-        image, depth = data.test.read(i)
+        image, depth, _ = data.test[i]
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         x = (x - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1)
         layers = 1 if spec.representation == "last" else 4
@@ -371,8 +246,8 @@ def test_kept_features_give_the_same_figures(finished, subject, tmp_path):
 def test_the_baseline_is_the_mean_depth_of_what_was_trained_on(finished):
     data = open_depth("scenes:24,6")
     baselines = finished[1].baselines
-    depths = np.stack([data.train.read(i)[1] for i in range(24)])
-    errors = [np.sqrt(((depths.mean() - data.test.read(i)[1]) ** 2).mean()) for i in range(6)]
+    depths = np.stack([data.train[i][1] for i in range(24)])
+    errors = [np.sqrt(((depths.mean() - data.test[i][1]) ** 2).mean()) for i in range(6)]
     assert baselines["rmse of the mean depth"] == pytest.approx(np.mean(errors), rel=0.05)
     assert baselines["rmse of the mean depth map"] < baselines["rmse of the mean depth"]
 
@@ -425,11 +300,17 @@ def test_select_on_test_reads_it_with_every_head(subject, tmp_path):
     assert result.figure == min(head.test for head in result.heads)
 
 
-def _folder(tmp_path, count=6, metres=2.0):
+def _write_pair(image, depth, color=128, meters=2.0, size=(40, 30)):
+    image.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (color, 0, 0)).save(image)
+    Image.fromarray(np.full((size[1], size[0]), meters * 1000, np.uint16)).save(depth)
+
+
+def _folder(tmp_path, count=6, meters=2.0):
     for split in ("train", "test"):
         for n in range(count):
             name = tmp_path / "data" / split / f"{n}"
-            _write_pair(name.with_suffix(".png"), name.with_name(f"{n}_depth.png"), 20 * n, metres)
+            _write_pair(name.with_suffix(".png"), name.with_name(f"{n}_depth.png"), 20 * n, meters)
     return tmp_path / "data"
 
 
@@ -445,7 +326,7 @@ def test_broken_images_are_left_out_and_named(subject, tmp_path):
     assert epochs == f"1 epoch in the place of the protocol's {PROTOCOL.epochs}"
     assert undecoded.startswith("2 pairs could not be decoded (")
     assert "test/3.png: not an image" in undecoded
-    assert "train/4.png: the depth map" in undecoded
+    assert "train/4_depth.png" in undecoded
     assert math.isfinite(result.figure)
 
 
@@ -467,8 +348,8 @@ def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
 
 
 def test_depths_in_other_units_are_noticed_before_the_work(subject, tmp_path):
-    data = _folder(tmp_path, metres=40.0)
-    with pytest.raises(DataError, match=r"no pixel .* counts: its depths span 40 to 40.*depth_sc"):
+    data = _folder(tmp_path, meters=40.0)
+    with pytest.raises(InputError, match=r"no pixel .* counts: its depths span 40 to 40.*depth_sc"):
         evaluate_dense_depth(subject, data, tmp_path / "out")
     with pytest.raises(ValueError, match="epochs is 0"):
         evaluate_dense_depth(subject, data, tmp_path / "out", epochs=0)
@@ -489,7 +370,7 @@ def test_pairs_of_which_none_can_be_read_are_refused_before_the_work(subject, tm
     data = _folder(tmp_path, count=5)
     for n in range(5):
         (data / f"test/{n}_depth.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"none of the first 5 .*test/0\.png': the depth map"):
+    with pytest.raises(InputError, match=r"test/0\.png.*test/0_depth\.png"):
         evaluate_dense_depth(subject, data, tmp_path / "out")
 
 
@@ -548,7 +429,7 @@ def test_ranges_and_units_that_cannot_hold_are_refused(subject, tmp_path):
     for wrong in (0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"max_depth \(--max-depth\) is .* such as 10"):
             evaluate_dense_depth(subject, "scenes:24,6", tmp_path, max_depth=wrong)
-    with pytest.raises(ValueError, match=r"depth_scale \(--depth-scale\) holds for depth files"):
+    with pytest.raises(InputError, match="depth_scale is 1000"):
         evaluate_dense_depth(subject, "scenes:24,6", tmp_path, depth_scale=1000)
 
 
@@ -565,28 +446,16 @@ def test_test_pairs_without_a_pixel_that_counts_are_told(subject, tmp_path):
     assert result.figure > result.baselines["rmse of the mean depth map"]
 
 
-class _Interrupted:
-    """Pairs whose loader process gets the Ctrl-C that the whole foreground gets."""
-
-    def __init__(self, pairs):
-        self.pairs = pairs
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getattr__(self, name):
-        if name == "pairs":
-            raise AttributeError(name)  # while it is unpickled
-        return getattr(self.pairs, name)
-
-    def read(self, index):
-        if torch.utils.data.get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGINT)
-        return self.pairs.read(index)
+def _interrupted(load, index):
+    """A read in a loader process that gets the Ctrl-C of the whole foreground group."""
+    if torch.utils.data.get_worker_info() is not None:
+        os.kill(os.getpid(), signal.SIGINT)
+    return load(index)
 
 
 def test_loader_processes_leave_interrupts_to_the_main_one(subject):
-    pairs = _Interrupted(open_depth("scenes:4,2").train)
+    pairs = open_depth("scenes:4,2").train
+    pairs = replace(pairs, load=partial(_interrupted, pairs.load))
     feed = DepthFeed(pairs, subject.model, "cpu", workers=1)
     batches = list(feed.for_testing(np.arange(4), 2))
     assert [len(batch.depths) for batch in batches] == [2, 2]
@@ -598,3 +467,22 @@ def test_bars_leave_a_pipe_alone(subject, tmp_path, capsys):
         progress=True,
     )  # fmt: skip
     assert capsys.readouterr().err == ""
+
+
+def test_the_command_reads_nyus_own_file(tmp_path):
+    h5py, matlab = pytest.importorskip("h5py"), pytest.importorskip("scipy.io")
+    rng = np.random.default_rng(0)
+    with h5py.File(tmp_path / "nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"] = rng.integers(0, 256, (14, 3, 64, 48), np.uint8)
+        file["depths"] = rng.uniform(0.7, 9.9, (14, 64, 48)).astype(np.float32)
+    numbers = {"trainNdxs": [[n] for n in range(1, 12)], "testNdxs": [[12], [13], [14]]}
+    matlab.savemat(tmp_path / "splits.mat", numbers)
+    words = ["eval", "depth", "--task", "dense", "--model", "vit_nano8_64_ijepa", "--random"]
+    words += ["--epochs", "1", "--batch-size", "4", "--device", "cpu", "--quiet", "--workers", "1"]
+    assert cli.main([*words, "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    (file,) = (tmp_path / "out").glob("*/result.json")
+    result = read_result(file)
+    assert math.isfinite(result.figure)
+    assert result.images == {"fit": 10, "choose": 1, "test": 3}
+    assert result.data["test"]["split"] == "splits.mat"
+    assert (result.protocol["crop"], result.protocol["max_depth"]) == ("eigen", 10)

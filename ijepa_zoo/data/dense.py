@@ -1,0 +1,477 @@
+"""Images with a depth map or a segmentation mask each: NYU Depth v2, ADE20K, VOC, folders of pairs.
+
+NYU's own file holds depths whose holes its authors have filled. The copies with lists
+(`nyu_train.txt`) usually have the camera's raw depths, and 24,231 training images instead of 795.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..seeds import Stream, numpy_generator
+from .images import ImageError, ImageReader
+from .items import Item, is_image_name
+from .scenes import SEGMENTATION_CLASSES, render_splits
+from .sources import InputError
+
+Target = npt.NDArray[Any]
+Pair = tuple[str, str]  # paths of an image and of its target
+
+NYU_FILE, NYU_SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
+IGNORE_INDEX = 255  # class id of pixels that do not count
+
+_UNPACKED_FOLDERS = (
+    "ADEChallengeData2016",
+    "VOCdevkit",
+    "VOC2012",
+)  # in ADE20K's and VOC's archives
+_NYU_LIST_ROOTS = ("", "sync", "train", "official_splits/test", "test")
+_IMAGE_WORDS = {"rgb", "image", "images", "img", "color", "colors", "colour", "sync"}
+_DEPTH_WORDS = {"depth", "depths", "depthmap"}
+_MASK_WORDS = {"mask", "masks", "annotation", "annotations", "label", "labels", "segmentation"}
+_TRAIN_WORDS = {"train", "training", "nyu2_train"}
+_TEST_WORDS = {"test", "testing", "val", "validation", "nyu2_test"}
+_TEST_SHARE = 0.2
+_MAX_ASPECT_DIFFERENCE = 0.02  # relative; beyond it a target belongs to another image
+_DAMAGED_FILE = (ValueError, EOFError, MemoryError, SyntaxError, OSError)  # np.load and Pillow
+
+
+@dataclass(frozen=True)
+class DenseDataset:
+    """A map-style dataset of images with dense targets; deterministic, usable in loader processes.
+
+    Indexing returns an RGB image, its target `[H, W]` and its name, and raises `ImageError` where
+    one of the two cannot be read or their aspect ratios differ.
+
+    Attributes:
+        names: Name of each image.
+        load: From index to image and target; picklable.
+        fingerprint: Hexadecimal digits that identify the data.
+    """
+
+    names: Sequence[str]
+    load: Callable[[int], tuple[Image.Image, Target]]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target, str]:
+        name = self.names[index]
+        image, target = self.load(index)
+        height, width = target.shape
+        if abs(image.width * height / (image.height * width) - 1) > _MAX_ASPECT_DIFFERENCE:
+            raise ImageError(
+                f"the image is {image.width} x {image.height}, its target {width} x {height}, "
+                "which is another aspect ratio"
+            )
+        return image, target, name
+
+
+@dataclass(frozen=True)
+class DenseData:
+    """Training and test set, and what is known about their targets.
+
+    Attributes:
+        train, test: The two sets.
+        name: Name of the data.
+        split: Where the test set comes from.
+        unit: Unit of depths.
+        max_depth: The largest depth that counts: 10 m for NYU, the largest training depth for
+            rendered scenes, else None.
+        crop: 'eigen' where metrics are customarily computed in Eigen's crop, else None.
+        num_classes: Number of classes of masks; None for depths, and where only the masks tell.
+    """
+
+    train: DenseDataset
+    test: DenseDataset
+    name: str
+    split: str
+    unit: str = "m"
+    max_depth: float | None = None
+    crop: str | None = None
+    num_classes: int | None = None
+
+
+def open_depth(
+    source: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    depth_scale: float | None = None,
+    workers: int = 0,
+    progress: bool = False,
+) -> DenseData:
+    """Open images with depth maps.
+
+    Args:
+        source: One of
+
+            - NYU Depth v2's `nyu_depth_v2_labeled.mat` or its folder, with `splits.mat` beside it;
+            - a folder of a copy with `nyu_train.txt` and `nyu_test.txt` (lines of image, depth map
+              and focal length);
+            - a folder of pairs. Depth maps are `.npy` files or have the word `depth` in their own
+              or a folder's name. An image has the same name except for such words and `rgb`,
+              `image`, `color` or `sync`: `rgb/a/1.jpg` and `depth/a/1.png`, or `1_colors.png` and
+              `1_depth.png`. Folders `train` and `test` (or `val`) anywhere in the paths are the
+              split; without them the seed draws 20 % for the test set;
+            - `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`.
+        seed: Draws the test set of a folder without a split.
+        depth_scale: Stored units per meter in the depth files of a folder; by default 1000
+            (millimeters) in integer files of 16 bits or more, 1 in floating-point arrays.
+        workers: Processes that render scenes.
+        progress: Show a progress bar while rendering.
+
+    Raises:
+        InputError: The source is missing, damaged or without pairs, one of the two sets is empty,
+            or `depth_scale` is not positive or does not apply.
+        ImportError: NYU's own file needs h5py and scipy.
+    """
+    source = os.fspath(source)
+    root = Path(source)
+    rendered = source.startswith("scenes:")
+    lists = [root / "nyu_train.txt", root / "nyu_test.txt"]
+    has_lists = all(path.is_file() for path in lists)
+    mat_file = root if root.suffix.lower() == ".mat" else root / NYU_FILE
+    is_mat = mat_file == root or (mat_file.is_file() and not has_lists)
+    if depth_scale is not None and (is_mat or rendered or not depth_scale > 0):
+        raise InputError(
+            f"depth_scale is {depth_scale}: give the units per meter of depth files, such as 1000, "
+            "and omit it for rendered scenes and NYU's .mat file"
+        )
+    if rendered:
+        train, test = _rendered(source, "depth", workers, progress)
+        limit = max(float(train[i][1].max()) for i in range(len(train)))
+        return DenseData(train, test, "rendered scenes", "rendered", "scene units", limit)
+    if is_mat:
+        train, test = _nyu_file(mat_file)
+        return DenseData(train, test, "NYU Depth v2, labelled", NYU_SPLITS, "m", 10.0, "eigen")
+    read = partial(read_depth, depth_scale=depth_scale)
+    if has_lists:
+        train, test = (_files(_nyu_list(path), read) for path in lists)
+        split = "nyu_train.txt and nyu_test.txt"
+        return DenseData(train, test, "NYU Depth v2", split, "m", 10.0, "eigen")
+    return _folder(source, _DEPTH_WORDS, read, seed)
+
+
+def open_segmentation(
+    source: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    reduce_zero_label: bool | None = None,
+    workers: int = 0,
+    progress: bool = False,
+) -> DenseData:
+    """Open images with segmentation masks.
+
+    Args:
+        source: One of
+
+            - `ADEChallengeData2016` of ADE20K with `images/{training,validation}` and
+              `annotations/{training,validation}` (150 classes), or the folder above it;
+            - `VOC2012` of PASCAL VOC with `JPEGImages`, `SegmentationClass` and
+              `ImageSets/Segmentation/{train,val}.txt` (21 classes), or a folder above it;
+            - a folder of pairs as for `open_depth`, with the word `mask`, `annotation`, `label` or
+              `segmentation` (or its plural) instead of `depth`: `images/train/1.jpg` and
+              `masks/train/1.png`;
+            - `scenes:TRAIN,TEST[,SIZE]` (4 classes), see `render_splits`.
+        seed: Draws the test set of a folder without a split.
+        reduce_zero_label: Ignore class 0 and subtract 1 from the others; by default for ADE20K
+            alone, whose 0 stands for everything else.
+        workers: Processes that render scenes.
+        progress: Show a progress bar while rendering.
+
+    Raises:
+        InputError: The source is missing or without pairs, or one of the two sets is empty.
+    """
+    source = os.fspath(source)
+    if source.startswith("scenes:"):
+        train, test = _rendered(source, "segmentation", workers, progress)
+        classes = len(SEGMENTATION_CLASSES)
+        return DenseData(train, test, "rendered scenes", "rendered", num_classes=classes)
+    root = Path(source)
+    for folder in _UNPACKED_FOLDERS:
+        root = root / folder if (root / folder).is_dir() else root
+    lists = root / "ImageSets" / "Segmentation"
+    ade20k = any((root / "annotations" / "training").glob("ADE_train_*"))
+    reduce = ade20k if reduce_zero_label is None else reduce_zero_label
+    read = partial(read_mask, reduce_zero_label=reduce)
+    if lists.is_dir():
+        train, test = (_files(_voc_list(lists / f"{s}.txt"), read) for s in ("train", "val"))
+        return DenseData(train, test, "PASCAL VOC", "train.txt and val.txt", num_classes=21)
+    data = _folder(str(root), _MASK_WORDS, read, seed)
+    return replace(data, name="ADE20K", num_classes=150 if reduce else 151) if ade20k else data
+
+
+def read_depth(path: str, depth_scale: float | None = None) -> npt.NDArray[np.float32]:
+    """Read a depth map.
+
+    Args:
+        path: An image of one channel of 16 bits or more, or a `.npy` array `[H, W]`.
+        depth_scale: Stored units per meter; see `open_depth`.
+
+    Returns:
+        float32 `[H, W]` in meters; 0 where the file holds 0, a negative number, infinity or NaN.
+
+    Raises:
+        ImageError: The file cannot be read, or has 8 bits and no `depth_scale` is given.
+    """
+    stored = _read_map(path, "uif")
+    if depth_scale is None and stored.dtype.itemsize == 1:
+        raise ImageError(
+            f"the depth map '{path}' has 8 bits of an unknown unit: give the units per meter, "
+            "depth_scale=25.5 where 255 is 10 m (--depth-scale)"
+        )
+    if depth_scale is None:
+        depth_scale = 1.0 if stored.dtype.kind == "f" else 1000.0
+    return _known_depth(stored.astype(np.float32) / np.float32(depth_scale))
+
+
+def read_mask(path: str, reduce_zero_label: bool = False) -> Target:
+    """Read a segmentation mask; a palette image is read as class ids, not as colors.
+
+    Args:
+        path: An image of one channel, or a `.npy` array of integers `[H, W]`.
+        reduce_zero_label: Turn 0 into 255 (ignored) and subtract 1 from the other class ids.
+
+    Returns:
+        Class ids `[H, W]`, uint8 from 8-bit files, else int64; 255 stays 255.
+
+    Raises:
+        ImageError: The file cannot be read, or holds colors.
+    """
+    stored = _read_map(path, "uib")
+    mask = stored.astype(np.uint8 if stored.dtype.itemsize == 1 else np.int64)
+    if reduce_zero_label:
+        ignored = (mask == 0) | (mask == IGNORE_INDEX)
+        mask = np.where(ignored, mask.dtype.type(IGNORE_INDEX), mask - 1)
+    return mask
+
+
+def _known_depth(depth: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
+    """Depths with 0 where they are unknown: not finite, or not positive."""
+    return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
+
+
+def _read_map(path: str, kinds: str) -> Target:
+    """The numbers `[H, W]` that a file stores, whose type must be one of NumPy's `kinds`."""
+    with ImageReader().open(Item(path)) as file:
+        try:
+            is_array = path.lower().endswith(".npy")
+            stored = np.load(file, allow_pickle=False) if is_array else np.asarray(Image.open(file))
+        except _DAMAGED_FILE as error:
+            raise ImageError(f"'{path}' is damaged: {error}") from error
+    if stored.ndim == 3 and stored.shape[2] == 1:
+        stored = stored[:, :, 0]
+    if stored.ndim != 2 or stored.size == 0 or stored.dtype.kind not in kinds:
+        raise ImageError(
+            f"'{path}' is {stored.dtype} {list(stored.shape)}, but must have one number per pixel"
+        )
+    return stored
+
+
+def _rendered(
+    source: str, target: str, workers: int, progress: bool
+) -> tuple[DenseDataset, DenseDataset]:
+    sets = []
+    splits = render_splits(source, workers, progress, dense=True)
+    for split, scenes in zip(("train", "test"), splits):
+        images, targets = scenes["images"], scenes[target]
+        names = [f"{source} {split}[{index}]" for index in range(len(images))]
+        digest = blake2b(images.tobytes() + targets.tobytes(), digest_size=8).hexdigest()
+        sets.append(DenseDataset(names, partial(_load_arrays, images, targets), digest))
+    return sets[0], sets[1]
+
+
+def _load_arrays(
+    images: npt.NDArray[np.uint8], targets: Target, index: int
+) -> tuple[Image.Image, Target]:
+    return Image.fromarray(images[index]), targets[index]
+
+
+def _files(pairs: list[Pair], read_target: Callable[[str], Target]) -> DenseDataset:
+    """Pairs of files, with a hash of their names, sizes and modification times."""
+    digest = blake2b(digest_size=8)
+    for path in (path for pair in pairs for path in pair):
+        try:
+            state = os.stat(path)
+        except OSError as error:
+            raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
+        digest.update(os.fsencode(os.path.basename(path)))
+        digest.update(f" {state.st_size} {state.st_mtime_ns}\n".encode())
+    names = [image for image, _ in pairs]
+    return DenseDataset(names, partial(_load_files, pairs, read_target), digest.hexdigest())
+
+
+def _load_files(
+    pairs: list[Pair], read_target: Callable[[str], Target], index: int
+) -> tuple[Image.Image, Target]:
+    image, target = pairs[index]
+    return ImageReader().read(Item(image)), read_target(target)
+
+
+def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
+    """The official 795 training and 654 test pairs of the MATLAB 7.3 (HDF5) file.
+
+    It holds `images` uint8 `[n, 3, W, H]` and `depths` float32 `[n, W, H]` in meters.
+    """
+    splits = file.with_name(NYU_SPLITS)
+    for path in (file, splits):
+        if not path.is_file():
+            raise InputError(f"'{path}' does not exist: put {NYU_FILE} and {NYU_SPLITS} together")
+    h5py, scipy_io = _package("h5py"), _package("scipy.io")
+    try:
+        with h5py.File(file, "r") as opened:
+            images, depths = opened["images"].shape, opened["depths"].shape
+    except (OSError, RuntimeError, KeyError, AttributeError) as error:
+        raise InputError(f"'{file}' is damaged or not NYU's {NYU_FILE} ({error})") from error
+    if len(images) != 4 or images != (depths[0], 3, *depths[1:]):
+        raise InputError(
+            f"'{file}' is not NYU's {NYU_FILE}: it has images {list(images)} and depths "
+            f"{list(depths)} instead of [n, 3, W, H] and [n, W, H]"
+        )
+    try:
+        found = scipy_io.loadmat(splits)
+        numbers = [found[name].ravel().astype(np.int64) for name in ("trainNdxs", "testNdxs")]
+        whole = np.concatenate(numbers)
+    except Exception as error:  # scipy raises anything on damaged bytes
+        raise InputError(f"'{splits}' is damaged or not the split of NYU Depth v2") from error
+    if min(map(len, numbers)) == 0 or whole.min() < 1 or whole.max() > images[0]:
+        raise InputError(f"'{splits}' must have training and test indices from 1 to {images[0]}")
+    sets = []
+    for part in numbers:
+        state = file.stat()
+        digest = blake2b(f"{state.st_size} {state.st_mtime_ns}\n".encode(), digest_size=8)
+        digest.update((part - 1).astype("<i8").tobytes())
+        names = [f"{file.name}[{number}]" for number in part]  # from 1, as in the split
+        sets.append(DenseDataset(names, partial(_load_nyu, file, part - 1), digest.hexdigest()))
+    return sets[0], sets[1]
+
+
+def _load_nyu(file: Path, rows: npt.NDArray[np.int64], index: int) -> tuple[Image.Image, Target]:
+    try:
+        # Opened for each pair, since loader processes must not share a handle.
+        with _package("h5py").File(file, "r") as opened:
+            image, depth = opened["images"][rows[index]], opened["depths"][rows[index]]
+    except (OSError, RuntimeError) as error:
+        raise ImageError(f"the file is damaged there ({error})") from error
+    # MATLAB stores columns first.
+    return Image.fromarray(np.ascontiguousarray(image.T)), _known_depth(depth.T)
+
+
+def _package(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{NYU_FILE} needs h5py and scipy: pip install 'ijepa-zoo[nyu]'"
+        ) from error
+
+
+def _nyu_list(path: Path) -> list[Pair]:
+    """The pairs of a list of lines IMAGE DEPTH FOCAL_LENGTH; DEPTH is None for some images."""
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    named = [(line[0].lstrip("/"), line[1].lstrip("/")) for line in lines if len(line) > 1]
+    named = [pair for pair in named if pair[1] != "None"]
+    if not named:
+        raise InputError(f"'{path}' has no pairs: each line is IMAGE DEPTH FOCAL_LENGTH")
+    for root in (path.parent / root for root in _NYU_LIST_ROOTS):
+        if (root / named[0][0]).is_file():
+            return [(str(root / image), str(root / depth)) for image, depth in named]
+    raise InputError(
+        f"'{path}' names '{named[0][0]}', which is not below '{path.parent}' or its folders "
+        + ", ".join(_NYU_LIST_ROOTS[1:])
+    )
+
+
+def _voc_list(path: Path) -> list[Pair]:
+    """The pairs of a list of names in `ImageSets/Segmentation`."""
+    root = path.parents[2]
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
+    if not names:
+        raise InputError(f"'{path}' is empty: each line is the name of an image")
+    return [
+        (str(root / "JPEGImages" / f"{name}.jpg"), str(root / "SegmentationClass" / f"{name}.png"))
+        for name in names
+    ]
+
+
+def _folder(
+    source: str, target_words: set[str], read_target: Callable[[str], Target], seed: int
+) -> DenseData:
+    """A folder of pairs."""
+    splits = _pairs_by_name(source, target_words)
+    split = "folders named train and test (or val)"
+    if splits.keys() == {""}:
+        pairs = splits[""]
+        order = numpy_generator(seed, Stream.EVAL_SPLIT).permutation(len(pairs))
+        held_out = set(order[: max(1, round(_TEST_SHARE * len(pairs)))].tolist())
+        splits["test"] = [pair for i, pair in enumerate(pairs) if i in held_out]
+        splits["train"] = [pair for i, pair in enumerate(pairs) if i not in held_out]
+        split = f"{len(held_out)} of {len(pairs)} pairs drawn by seed {seed}"
+    for part in ("train", "test"):
+        if not splits.get(part):
+            raise InputError(
+                f"'{source}' has no pairs for the {part} set: put images and targets below a "
+                "folder train and a folder test"
+            )
+    train, test = (_files(splits[part], read_target) for part in ("train", "test"))
+    return DenseData(train, test, "pairs", split)
+
+
+def _pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]:
+    """The pairs below a folder, by `train`, `test` or `""` for those below neither."""
+    if not os.path.isdir(source):
+        raise InputError(f"'{source}' is not a directory")
+    found: dict[tuple[str, tuple[str, ...]], dict[bool, str]] = {}
+    for path in sorted(_files_below(source), key=os.fsencode):
+        parts = os.path.splitext(os.path.relpath(path, source))[0].lower().split(os.sep)
+        words = [re.split(r"[_\-. ]", part) for part in parts]
+        is_target = path.lower().endswith(".npy") or any(target_words & set(w) for w in words)
+        folders = set(parts[:-1])
+        split = "train" if folders & _TRAIN_WORDS else "test" if folders & _TEST_WORDS else ""
+        names = [
+            "_".join(w for w in part if w not in target_words | _IMAGE_WORDS) for part in words
+        ]
+        pair = found.setdefault((split, tuple(filter(None, names))), {})
+        if is_target in pair:
+            kind = "targets" if is_target else "images"
+            raise InputError(f"'{pair[is_target]}' and '{path}' are two {kind} of one pair by "
+                             "their names: rename one")  # fmt: skip
+        pair[is_target] = path
+    alone = [path for pair in found.values() if len(pair) == 1 for path in pair.values()]
+    if alone:
+        raise InputError(
+            f"{len(alone)} files below '{source}' have no partner, for example '{alone[0]}': an "
+            "image and its target have the same name, such as images/a/1.jpg and "
+            f"{sorted(target_words)[0]}/a/1.png"
+        )
+    splits: dict[str, list[Pair]] = {}
+    for (split, _), pair in found.items():
+        splits.setdefault(split, []).append((pair[False], pair[True]))
+    return {
+        split: sorted(pairs, key=lambda p: os.fsencode(p[0])) for split, pairs in splits.items()
+    }
+
+
+def _files_below(root: str) -> Iterator[str]:
+    """Images and arrays; hidden files and folders are left out."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and (is_image_name(name) or name.lower().endswith(".npy")):
+                yield os.path.join(folder, name)

@@ -1,0 +1,390 @@
+"""Images with dense targets: what is paired with what, the numbers that are read, the split."""
+
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ijepa_zoo.data.dense import open_depth, open_segmentation, read_depth, read_mask
+from ijepa_zoo.data.images import ImageError
+from ijepa_zoo.data.scenes import SPLIT_STARTS, render_scene
+from ijepa_zoo.data.sources import InputError
+
+
+def save(path, array):
+    """An image or a `.npy` file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    else:
+        Image.fromarray(array).save(path)
+
+
+def save_pair(image, target, value, size=(30, 40)):
+    save(image, np.full((*size, 3), value, np.uint8))
+    save(target, np.full(size, value, np.uint16 if target.suffix == ".png" else np.float64))
+
+
+def values(dataset):
+    """One value of each image and of its target."""
+    return [
+        (np.asarray(image)[5, 5, 0].item(), target[5, 5].item()) for image, target, _ in dataset
+    ]
+
+
+# pairs of files
+
+LAYOUTS = {
+    "parallel folders": ("rgb/{s}/a/{n}.bmp", "depth/{s}/a/{n}.png"),
+    "folders of a split": ("{s}/images/{n}.png", "{s}/depths/{n}.npy"),
+    "one folder": ("{s}/room/{n}_colors.png", "{s}/room/{n}_depth.png"),
+    "words first": ("{s}/room/rgb_{n}.bmp", "{s}/room/sync_depth_{n}.png"),
+    "array beside": ("{s}/{n}.png", "{s}/{n}.npy"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pairs_are_found_by_their_names(tmp_path, layout):
+    for split, numbers in (("train", (1, 2, 3)), ("val", (4, 5))):
+        for n in numbers:
+            save_pair(
+                *(tmp_path / part.format(s=split, n=f"{n:05}") for part in LAYOUTS[layout]), n
+            )
+    data = open_depth(tmp_path, depth_scale=1)
+    assert values(data.train) == [(1, 1), (2, 2), (3, 3)]
+    assert values(data.test) == [(4, 4), (5, 5)]
+    assert data.train[2][1].shape == (30, 40)
+    assert data.train[2][2] == data.train.names[2]
+    assert data.train.fingerprint != data.test.fingerprint
+
+
+def test_hidden_files_are_left_out_and_linked_folders_are_read(tmp_path):
+    save_pair(tmp_path / "elsewhere/1.png", tmp_path / "elsewhere/1_depth.png", 1)
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "room").symlink_to(tmp_path / "elsewhere")
+    save(tmp_path / "data/train/._1.png", np.zeros((4, 4, 3), np.uint8))
+    save(tmp_path / "data/train/.cache/2.png", np.zeros((4, 4, 3), np.uint8))
+    data = open_depth(tmp_path / "data", depth_scale=1)
+    assert values(data.train) == values(data.test) == [(1, 1)]
+
+
+def test_a_folder_without_a_split_is_split_by_the_seed(tmp_path):
+    for n in range(1, 11):
+        save_pair(tmp_path / f"{n}.png", tmp_path / f"{n}_depth.png", n)
+
+    def split(seed):
+        data = open_depth(tmp_path, seed=seed, depth_scale=1)
+        return values(data.train), values(data.test)
+
+    train, test = split(0)
+    assert len(test) == 2
+    assert sorted(train + test) == [(n, n) for n in range(1, 11)]
+    assert split(0) == (train, test)
+    assert any(split(seed) != (train, test) for seed in range(1, 4))
+
+
+def test_files_that_are_no_pairs_are_named(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        open_depth(tmp_path / "nowhere")
+    save_pair(tmp_path / "train/1.png", tmp_path / "train/1_depth.png", 1)
+    with pytest.raises(InputError, match="test set"):
+        open_depth(tmp_path)
+    save(tmp_path / "train/2.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(InputError, match=r"train/2\.png"):
+        open_depth(tmp_path)
+    (tmp_path / "train/2.png").rename(tmp_path / "train/1.jpg")
+    with pytest.raises(InputError, match=r"train/1\.jpg' and '.*train/1\.png'"):
+        open_depth(tmp_path)
+
+
+def test_a_target_of_another_aspect_ratio_is_refused(tmp_path):
+    for split in ("train", "test"):
+        save_pair(tmp_path / split / "1.png", tmp_path / split / "1_depth.png", 1)
+    save(tmp_path / "test/1.png", np.zeros((40, 30, 3), np.uint8))
+    with pytest.raises(ImageError, match=r"30 x 40.* 40 x 30"):
+        open_depth(tmp_path).test[0]
+    save(tmp_path / "test/1.png", np.zeros((60, 80, 3), np.uint8))  # another size may be
+    assert open_depth(tmp_path).test[0][1].shape == (30, 40)
+
+
+# depth
+
+
+def test_units_and_unknown_depths(tmp_path):
+    millimeters = np.array([[0, 1500, 65535]], np.uint16)
+    save(tmp_path / "a.png", millimeters)
+    np.testing.assert_allclose(read_depth(str(tmp_path / "a.png")), [[0, 1.5, 65.535]])
+    scaled = read_depth(str(tmp_path / "a.png"), 256)
+    np.testing.assert_allclose(scaled, millimeters / 256, rtol=1e-6)
+    assert scaled.dtype == np.float32
+    save(tmp_path / "a.npy", np.array([[np.nan, np.inf, -1, 2.5]]))
+    np.testing.assert_array_equal(read_depth(str(tmp_path / "a.npy")), [[0, 0, 0, 2.5]])
+    save(tmp_path / "b.png", np.full((2, 2), 51, np.uint8))
+    with pytest.raises(ImageError, match=r"b\.png.*depth_scale"):
+        read_depth(str(tmp_path / "b.png"))
+    np.testing.assert_allclose(read_depth(str(tmp_path / "b.png"), 25.5), 2)
+
+
+@pytest.mark.parametrize("read", [read_depth, read_mask])
+def test_damaged_files_and_colors_are_named(tmp_path, read):
+    (tmp_path / "c.png").write_bytes(b"\x89PNG nothing")
+    save(tmp_path / "d.png", np.zeros((4, 4, 3), np.uint8))
+    save(tmp_path / "e.npy", np.zeros(4, np.float32))
+    for name in ("c.png", "d.png", "e.npy"):
+        with pytest.raises(ImageError, match=name):
+            read(str(tmp_path / name))
+    with pytest.raises(ImageError):
+        read(str(tmp_path / "absent.png"))
+
+
+def test_nyu_lists(tmp_path):
+    for split, root in (("train", "sync"), ("test", "official_splits/test")):
+        lines = ["/room/rgb_00009.jpg None 518.8579"]
+        for n in (1, 2, 3):
+            image, depth = f"{split}_1/rgb_{n:05}.png", f"{split}_1/sync_depth_{n:05}.png"
+            save_pair(tmp_path / root / image, tmp_path / root / depth, n)
+            lines.append(f"/{image} /{depth} 518.8579")
+        (tmp_path / f"nyu_{split}.txt").write_text("\n".join(lines) + "\n")
+    data = open_depth(tmp_path, depth_scale=1)
+    assert (values(data.train), data.max_depth, data.crop) == (
+        [(n, n) for n in (1, 2, 3)],
+        10,
+        "eigen",
+    )
+    assert values(data.test) == values(data.train)
+    (tmp_path / "sync/train_1/sync_depth_00002.png").unlink()
+    with pytest.raises(InputError, match=r"sync_depth_00002\.png"):
+        open_depth(tmp_path)
+    (tmp_path / "nyu_train.txt").write_text("/kitchen/rgb.jpg /kitchen/depth.png 1\n")
+    with pytest.raises(InputError, match=r"nyu_train\.txt.*kitchen/rgb\.jpg"):
+        open_depth(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(tmp_path, scale):
+    with pytest.raises(InputError, match=f"depth_scale is {scale}"):
+        open_depth(tmp_path, depth_scale=scale)
+
+
+# NYU Depth v2's own file: a small one with the arrays, types and axes of the real one
+
+HEIGHT, WIDTH, PAIRS = 12, 16, 14
+TRAIN, TEST = [3, 1, 7, 8, 9, 10, 12, 14], [2, 5, 13]  # from 1, as in MATLAB
+
+
+def nyu_arrays():
+    """Images `[n, H, W, 3]` and depths `[n, H, W]`, every value at random."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (PAIRS, HEIGHT, WIDTH, 3), np.uint8)
+    return images, rng.uniform(0.7, 9.9, (PAIRS, HEIGHT, WIDTH)).astype(np.float32)
+
+
+def write_nyu(folder, train=TRAIN, test=TEST, **others):
+    """The two files; the first axis of a MATLAB array is the last one in HDF5."""
+    h5py, matlab = pytest.importorskip("h5py"), pytest.importorskip("scipy.io")
+    images, depths = nyu_arrays()
+    arrays = {"images": images.transpose(1, 2, 3, 0), "depths": depths.transpose(1, 2, 0), **others}
+    folder.mkdir(exist_ok=True)
+    file = folder / "nyu_depth_v2_labeled.mat"
+    with h5py.File(file, "w", userblock_size=512) as opened:
+        for name, array in arrays.items():
+            opened.create_dataset(name, data=array.T, chunks=(1, *array.T.shape[1:]), compression=3)
+    columns = {"trainNdxs": train, "testNdxs": test}
+    columns = {name: np.array(value, np.uint16)[:, None] for name, value in columns.items()}
+    matlab.savemat(folder / "splits.mat", columns)
+    return file
+
+
+@pytest.fixture
+def nyu(tmp_path):
+    return write_nyu(tmp_path / "nyu")
+
+
+def test_nyu_pairs_stand_upright_and_are_those_of_the_split(nyu):
+    images, depths = nyu_arrays()
+    for source in (nyu, nyu.parent):
+        data = open_depth(source)
+        assert (data.max_depth, data.crop, data.unit, data.split) == (
+            10,
+            "eigen",
+            "m",
+            "splits.mat",
+        )
+        for part, numbers in ((data.train, TRAIN), (data.test, TEST)):
+            part = pickle.loads(pickle.dumps(part))  # as for loader processes that are not forked
+            assert part.names == [f"nyu_depth_v2_labeled.mat[{number}]" for number in numbers]
+            for (image, depth, _), number in zip(part, numbers, strict=True):
+                np.testing.assert_array_equal(np.asarray(image), images[number - 1])
+                np.testing.assert_array_equal(depth, depths[number - 1])
+                assert depth.dtype == np.float32
+        assert data.train.fingerprint != data.test.fingerprint
+
+
+def test_unknown_depths_of_nyu_are_0(tmp_path):
+    depths = nyu_arrays()[1].transpose(1, 2, 0).copy()
+    depths[0, :4, 1] = np.nan, np.inf, -1, 0  # of pair 2, the first of the test set
+    depth = open_depth(write_nyu(tmp_path, depths=depths)).test[0][1]
+    assert depth[0, :4].tolist() == [0, 0, 0, 0]
+    assert (depth[1:] > 0).all()
+
+
+def test_a_damaged_pair_of_nyu_is_an_image_error(nyu):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(nyu, "r") as opened:
+        _, packed = opened["depths"].id.read_direct_chunk((TEST[1] - 1, 0, 0))
+    content = nyu.read_bytes().replace(packed, packed[:10] + b"\xff" * (len(packed) - 10))
+    nyu.write_bytes(content)
+    data = open_depth(nyu)
+    assert data.test[0][1].shape == (HEIGHT, WIDTH)
+    with pytest.raises(ImageError):
+        data.test[1]
+
+
+@pytest.mark.parametrize("package", ["h5py", "scipy.io"])
+def test_missing_packages_of_nyu_are_named(nyu, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"ijepa-zoo\[nyu\]"):
+        open_depth(nyu)
+
+
+@pytest.mark.parametrize(("train", "test"), [([0, *TRAIN], TEST), (TRAIN, [15]), (TRAIN, [])])
+def test_splits_of_other_data_are_named(tmp_path, train, test):
+    with pytest.raises(InputError, match=r"splits\.mat"):
+        open_depth(write_nyu(tmp_path, train, test))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"images": np.zeros((HEIGHT, WIDTH, PAIRS), np.uint8)},
+        {"depths": np.zeros((WIDTH, HEIGHT, PAIRS), np.float32)},
+        {"depths": np.zeros((HEIGHT, WIDTH, PAIRS - 1), np.float32)},
+    ],
+)
+def test_files_of_other_arrays_are_named(tmp_path, others):
+    with pytest.raises(InputError, match=r"nyu_depth_v2_labeled\.mat"):
+        open_depth(write_nyu(tmp_path, **others))
+
+
+def test_missing_and_damaged_files_of_nyu_are_named(nyu):
+    splits = nyu.with_name("splits.mat")
+    good = splits.read_bytes()
+    for content in (b"", b"junk" * 99, good[:200]):
+        splits.write_bytes(content)
+        with pytest.raises(InputError, match=str(splits)):
+            open_depth(nyu)
+    splits.unlink()
+    with pytest.raises(InputError, match=str(splits)):
+        open_depth(nyu)
+    splits.write_bytes(good)
+    nyu.write_bytes(nyu.read_bytes()[:2000])
+    with pytest.raises(InputError, match=str(nyu)):
+        open_depth(nyu)
+    with pytest.raises(InputError, match=r"absent\.mat"):
+        open_depth(nyu.with_name("absent.mat"))
+    with pytest.raises(InputError, match="depth_scale"):
+        open_depth(nyu, depth_scale=1000)
+
+
+# segmentation
+
+
+def save_mask_pair(image, mask, ids):
+    save(image, np.full((2, len(ids), 3), 7, np.uint8))
+    save(mask, np.array([ids, ids], np.uint8))
+
+
+def test_masks_of_a_folder(tmp_path):
+    save_mask_pair(tmp_path / "images/train/a/1.png", tmp_path / "masks/train/a/1.png", [0, 3, 255])
+    save_mask_pair(tmp_path / "images/val/1.png", tmp_path / "masks/val/1.png", [2, 0, 1])
+    data = open_segmentation(tmp_path)
+    image, mask, name = data.train[0]
+    assert (image.size, image.mode, name) == ((3, 2), "RGB", str(tmp_path / "images/train/a/1.png"))
+    assert (mask.dtype, mask.tolist()) == (np.uint8, [[0, 3, 255]] * 2)
+    assert data.test[0][1][0].tolist() == [2, 0, 1]
+    assert data.num_classes is None
+    reduced = open_segmentation(tmp_path, reduce_zero_label=True)
+    assert reduced.train[0][1][0].tolist() == [255, 2, 255]
+
+
+def test_masks_of_ade20k_begin_at_1(tmp_path):
+    root = tmp_path / "ADEChallengeData2016"
+    for split, short in (("training", "train"), ("validation", "val")):
+        for n in (1, 2):
+            name = f"{split}/ADE_{short}_{n:08}"
+            save_mask_pair(
+                root / f"images/{name}.jpg", root / f"annotations/{name}.png", [0, n, 150]
+            )
+    for source in (tmp_path, root):
+        data = open_segmentation(source)
+        assert (data.name, data.num_classes) == ("ADE20K", 150)
+        for part in (data.train, data.test):
+            assert [mask[0].tolist() for _, mask, _ in part] == [[255, 0, 149], [255, 1, 149]]
+    whole = open_segmentation(root, reduce_zero_label=False)
+    assert (whole.num_classes, whole.train[1][1][0].tolist()) == (151, [0, 2, 150])
+
+
+def test_masks_of_voc_are_palette_indices(tmp_path):
+    root = tmp_path / "VOCdevkit/VOC2012"
+    for name in ("2007_1", "2007_2", "2007_3", "2007_4"):
+        save(root / f"JPEGImages/{name}.jpg", np.zeros((2, 3, 3), np.uint8))
+    for name in ("2007_1", "2007_2", "2007_4"):
+        mask = Image.fromarray(np.array([[0, 15, 255]] * 2, np.uint8), "P")
+        mask.putpalette([v for n in range(256) for v in (n * 7 % 256, n * 5 % 256, n)])
+        (root / "SegmentationClass").mkdir(exist_ok=True)
+        mask.save(root / f"SegmentationClass/{name}.png")
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_2\n2007_1\n")
+    (lists / "val.txt").write_text("2007_4\n")
+    for source in (tmp_path, root):
+        data = open_segmentation(source)
+        assert (data.name, data.num_classes) == ("PASCAL VOC", 21)
+        assert [name[-10:] for name in data.train.names] == ["2007_2.jpg", "2007_1.jpg"]
+        assert [mask[0].tolist() for _, mask, _ in data.test] == [[0, 15, 255]]
+    (lists / "val.txt").write_text("2007_3\n")
+    with pytest.raises(InputError, match=r"SegmentationClass/2007_3\.png"):
+        open_segmentation(root)
+    (lists / "val.txt").unlink()
+    with pytest.raises(InputError, match=r"val\.txt"):
+        open_segmentation(root)
+
+
+def test_masks_of_more_than_8_bits_and_of_1(tmp_path):
+    save(tmp_path / "a.png", np.array([[0, 300, 65535]], np.uint16))
+    save(tmp_path / "b.png", np.array([[False, True]]))
+    save(tmp_path / "c.npy", np.array([[0, 5, 255, 300]], np.int32))
+    assert read_mask(str(tmp_path / "a.png")).tolist() == [[0, 300, 65535]]
+    assert read_mask(str(tmp_path / "b.png")).tolist() == [[0, 1]]
+    assert read_mask(str(tmp_path / "c.npy"), True).tolist() == [[255, 4, 255, 299]]
+
+
+# rendered scenes
+
+
+@pytest.mark.parametrize("open_data", [open_depth, open_segmentation])
+def test_rendered_scenes(open_data):
+    data = open_data("scenes:2,3,32")
+    depths = []
+    for part, start, count in (
+        (data.train, SPLIT_STARTS["train"], 2),
+        (data.test, SPLIT_STARTS["test"], 3),
+    ):
+        assert len(part) == count
+        for index in range(count):
+            scene = render_scene(0, start + index, 32)
+            image, target, _ = part[index]
+            np.testing.assert_array_equal(np.asarray(image), scene.image)
+            expected = scene.depth if open_data is open_depth else scene.segmentation
+            np.testing.assert_array_equal(target, expected)
+            depths.append(scene.depth.max())
+    assert not set(data.train.names) & set(data.test.names)
+    if open_data is open_depth:
+        assert (data.max_depth, data.num_classes) == (max(depths[:2]), None)
+        with pytest.raises(InputError, match="depth_scale"):
+            open_depth("scenes:2,3,32", depth_scale=1000)
+    else:
+        assert data.num_classes == 4
