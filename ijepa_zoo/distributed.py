@@ -198,7 +198,7 @@ def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
         return tensor.detach
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor.detach(), non_blocking=True)
-    done = torch.cuda.Event()
+    done = torch.Event(tensor.device)
     done.record()
 
     def wait() -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .data.images import MAX_PIXELS, ImageReader
-from .data.items import Item
+from .data.datasets import ImageDataset
 from .data.transforms import create_transform
-from .errors import ImageError, SettingsError
+from .errors import DataError, ImageError, SettingsError
 from .extraction.encoder import Encoder
 
 _GAP = 8  # pixels between the pairs
@@ -74,35 +72,33 @@ def pca_picture(pixels: Tensor, maps: Tensor) -> Image.Image:
 
 
 def save_pca_picture(
-    items: Sequence[Item],
+    images: ImageDataset,
     model: nn.Module,
     path: str | Path,
     *,
     count: int = 12,
     device: str = "auto",
-    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Draw the patch features (last block) of some images, evenly spaced over the input.
 
     Args:
-        items: The input; items that cannot be decoded are passed over for the next.
+        images: The input; images that cannot be decoded are passed over for the next.
         model: A timm ViT.
         path: Picture to write, its format by its suffix.
         count: How many images.
         device: As for :func:`ijepa_zoo.extract_features`.
-        max_pixels: Images with more pixels are passed over.
 
     Raises:
         ImageError: If none of the images can be decoded.
     """
-    check_picture(path, items)
-    pixels = torch.stack(_some_images(items, model, count, max_pixels))
+    check_picture(path, images)
+    pixels = torch.stack(_some_images(images, model, count))
     encoder = Encoder(model, pool=None, device=device)
     ((maps, _),) = encoder.encode([(pixels, [None] * len(pixels))])
     pca_picture(pixels, maps).save(path)
 
 
-def check_picture(path: str | Path, items: Sequence[Item]) -> None:
+def check_picture(path: str | Path, images: ImageDataset) -> None:
     """Refuse a picture's name before any work is done.
 
     Raises:
@@ -114,27 +110,22 @@ def check_picture(path: str | Path, items: Sequence[Item]) -> None:
         raise SettingsError(f"the picture '{path}' needs a name that ends like one, such as .png")
     if not path.parent.is_dir():
         raise SettingsError(f"the picture's folder '{path.parent}' does not exist")
-    inputs = {os.path.abspath(item.shard or item.path) for item in items if item.skipped is None}
-    if os.path.abspath(path) in inputs:
+    if os.path.abspath(path) in map(os.path.abspath, images.files()):
         raise SettingsError(f"the picture '{path}' is also an input: choose another name")
 
 
-def _some_images(
-    items: Sequence[Item], model: nn.Module, count: int, max_pixels: int
-) -> list[Tensor]:
-    images = [item for item in items if item.skipped is None]
-    reader, transform = ImageReader(max_pixels), create_transform(model, normalize=False)
+def _some_images(images: ImageDataset, model: nn.Module, count: int) -> list[Tensor]:
+    transform = create_transform(model, normalize=False)
     chosen: list[Tensor] = []
     next_free, reason = 0, "there are none"
-    count = min(count, len(images))
-    for start in np.linspace(0, len(images), count, endpoint=False).astype(int):
-        for position in range(max(start, next_free), len(images)):
-            next_free = position + 1
+    for start in np.linspace(0, len(images), min(count, len(images)), endpoint=False).astype(int):
+        for index in range(max(int(start), next_free), len(images)):
+            next_free = index + 1
             try:
-                chosen.append(transform(reader.read(images[position])))
+                chosen.append(transform(images.read(index)))
                 break
             except ImageError as error:
                 reason = str(error)
     if not chosen:
-        raise ImageError(f"no picture: no image could be decoded ({reason})")
+        raise DataError(f"no picture: no image could be decoded ({reason})")
     return chosen

@@ -25,7 +25,9 @@ class _Lines:
         self.stream.flush()
 
 
-def progress_bar(show: bool, total: int, description: str, unit: str = "image", initial: int = 0) -> Any:
+def progress_bar(
+    show: bool, total: int, description: str, unit: str = "image", initial: int = 0
+) -> Any:
     """tqdm's bar with rate and time left; where standard error is not a terminal, lines.
 
     Args:

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ijepa_zoo.data.items import Item
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from ijepa_zoo.data.items import Item
 from ijepa_zoo.errors import ImageError
 from ijepa_zoo.pictures import pca_colours, pca_picture, save_pca_picture
 

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data import open_images
 from ijepa_zoo.train import Trainer, load_config
 from ijepa_zoo.train.monitor import knn_accuracy, linear_accuracy, rankme, spread
 from ijepa_zoo.train.start import build_networks

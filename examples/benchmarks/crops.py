@@ -28,7 +28,7 @@ from official import load_official
 from torch.utils.data import default_collate
 from torchvision.datasets.folder import default_loader
 
-from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data import open_images
 from ijepa_zoo.train import Trainer, load_config
 
 

@@ -41,7 +41,7 @@ from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 import ijepa_zoo
-from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data import open_images
 from ijepa_zoo.train import Trainer, load_config
 
 STEPS, WARMUP = 100_000, 10_000  # of the schedules

@@ -33,6 +33,7 @@ from typing import Any
 
 import timm
 import torch
+from ijepa_zoo.data.image_sets import ImageSet, open_images
 from safetensors.torch import load_file
 from study import MAES_OWN, SIZES, overrides, refuse_settings
 from timm.models import save_for_hf
@@ -41,7 +42,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.utils.logging import disable_progress_bar
 
-from ijepa_zoo.data.image_sets import ImageSet, open_images
 from ijepa_zoo.data.transforms import transform_config
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.models.positions import sincos_positions

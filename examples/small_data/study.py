@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data import open_images
 from ijepa_zoo.train import load_config
 from ijepa_zoo.train.folder import read_settings
 from ijepa_zoo.train.settings import differences

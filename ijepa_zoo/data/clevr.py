@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError
-from .array_sets import ArraySet
-from .labelled import Labelled, listed
+from .datasets import ArrayDataset
+from .decode import Decoder
 from .scenes import DISTANCE_EDGES, distance_class, render_splits
-from .sources import InputError
+from .splits import Split, list_split
 
 Kind = Literal["count", "distance"]
 
@@ -29,8 +29,13 @@ _DISTANCES = (
 
 
 def open_clevr(
-    data: str | os.PathLike[str], kind: Kind, *, workers: int = 0, progress: bool = False
-) -> tuple[Labelled, Labelled | None]:
+    data: str | os.PathLike[str],
+    kind: Kind,
+    *,
+    workers: int = 0,
+    decoder: Decoder | None = None,
+    progress: bool = False,
+) -> tuple[Split, Split | None]:
     """Open CLEVR or rendered scenes with the labels of one task.
 
     Args:
@@ -40,6 +45,7 @@ def open_clevr(
         kind: 'count' for the number of objects, 'distance' for the bin 0..5 of the smallest
             `pixel_coords[2]`; the upper edges 8, 8.5, 9, 9.5, 10 and 100 belong to their bins.
         workers: Processes that render; 0 renders in this one.
+        decoder: See `open_images`.
         progress: Show a progress bar while rendering.
 
     Returns:
@@ -48,40 +54,43 @@ def open_clevr(
         out, and the notes say so.
 
     Raises:
-        InputError: A scene file is missing or malformed, or has no image.
+        DataError: A scene file is missing or malformed, or has no image.
     """
     if os.fspath(data).startswith("scenes:"):
         train, test = render_splits(os.fspath(data), workers, progress)
-        return _rendered(train, "train", kind), _rendered(test, "test", kind)
+        splits = ((train, "train"), (test, "test"))
+        rendered = [_rendered(scenes, name, kind, decoder) for scenes, name in splits]
+        return rendered[0], rendered[1]
     folder = Path(data)
     if _scene_file(folder / "CLEVR_v1.0", "train").is_file():
         folder /= "CLEVR_v1.0"
     tests = [split for split in ("val", "test") if _scene_file(folder, split).is_file()]
-    return _read(folder, "train", kind), _read(folder, tests[0], kind) if tests else None
+    tested = _read(folder, tests[0], kind, decoder) if tests else None
+    return _read(folder, "train", kind, decoder), tested
 
 
 def _scene_file(folder: Path, split: str) -> Path:
     return folder / "scenes" / f"CLEVR_{split}_scenes.json"
 
 
-def _read(folder: Path, split: str, kind: Kind) -> Labelled:
+def _read(folder: Path, split: str, kind: Kind, decoder: Decoder | None) -> Split:
     path, images = _scene_file(folder, split), folder / "images" / split
     try:
         scenes = json.loads(path.read_text(encoding="utf-8"))["scenes"]
         labels = {scene["image_filename"]: _label(scene["objects"], kind) for scene in scenes}
         present = set(os.listdir(images))
     except OSError as error:
-        raise InputError(
+        raise DataError(
             f"'{error.filename}' cannot be read ({error.strerror}): give the folder of an unpacked "
             "CLEVR_v1.0.zip, or scenes:8000,4000 to render scenes"
         ) from error
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise InputError(
+        raise DataError(
             f"'{path}' is not a scene file of CLEVR ({type(error).__name__}: {error})"
         ) from error
     files = [name for name in labels if name in present]
     if not files:
-        raise InputError(f"'{images}' has none of the {len(labels)} images that '{path}' names")
+        raise DataError(f"'{images}' has none of the {len(labels)} images that '{path}' names")
     missing = [name for name in labels if name not in present]
     notes = (
         [f"{len(missing)} of {len(labels)} images are missing in '{images}', such as {missing[0]}"]
@@ -90,7 +99,7 @@ def _read(folder: Path, split: str, kind: Kind) -> Labelled:
     )
     numbers = np.array([labels[name] for name in files], np.int64)
     names = _class_names(numbers, kind)
-    return listed(images, files, numbers, names=names, split=split, notes=tuple(notes))
+    return list_split(images, files, numbers, names, split, notes, decoder)
 
 
 def _label(objects: list[dict[str, Any]], kind: Kind) -> int:
@@ -99,12 +108,14 @@ def _label(objects: list[dict[str, Any]], kind: Kind) -> int:
     return distance_class(min(item["pixel_coords"][2] for item in objects))
 
 
-def _rendered(scenes: dict[str, np.ndarray[Any, Any]], split: str, kind: Kind) -> Labelled:
+def _rendered(
+    scenes: dict[str, np.ndarray[Any, Any]], split: str, kind: Kind, decoder: Decoder | None
+) -> Split:
     numbers = scenes["count"]
     if kind == "distance":
         numbers = np.array([distance_class(d) for d in scenes["distance"].tolist()], np.int64)
-    images = ArraySet(scenes["images"], 3, f"scenes-{split}")
-    return Labelled(images, numbers, _class_names(numbers, kind), split)
+    images = ArrayDataset([scenes["images"]], decoder or Decoder(), f"scenes-{split}")
+    return Split(images, numbers, _class_names(numbers, kind), split)
 
 
 def _class_names(numbers: np.ndarray[Any, Any], kind: Kind) -> dict[int, str]:

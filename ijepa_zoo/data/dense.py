@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from importlib import import_module
@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..errors import DataError, ImageError, MissingPackageError
 from ..seeds import Stream, numpy_generator
-from .images import ImageError, ImageReader
-from .items import Item, is_image_name
+from .decode import Decoder, Pixels, Raw
+from .files import IMAGE_SUFFIXES
 from .scenes import SEGMENTATION_CLASSES, render_splits
-from .sources import InputError
+from .transforms import pixel_size
 
 Target = npt.NDArray[Any]
 Pair = tuple[str, str]  # paths of an image and of its target
@@ -52,30 +53,35 @@ _DAMAGED_FILE = (ValueError, EOFError, MemoryError, SyntaxError, OSError)  # np.
 class DenseDataset:
     """A map-style dataset of images with dense targets; deterministic, usable in loader processes.
 
-    Indexing returns an RGB image, its target `[H, W]` and its name, and raises `ImageError` where
-    one of the two cannot be read or their aspect ratios differ.
+    Indexing returns an image, its target `[H, W]` and its name, and raises `ImageError` where one
+    of the two cannot be read or their aspect ratios differ.
 
     Attributes:
         names: Name of each image.
-        load: From index to image and target; picklable.
+        load: From index to undecoded image and target; picklable.
         fingerprint: Hexadecimal digits that identify the data.
+        decoder: Makes pixels of the images.
+        skip_broken: Whether probes leave out pairs that cannot be read.
     """
 
     names: Sequence[str]
-    load: Callable[[int], tuple[Image.Image, Target]]
+    load: Callable[[int], tuple[Raw, Target]]
     fingerprint: str
+    decoder: Decoder = field(default_factory=Decoder)
+    skip_broken: bool = False
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Target, str]:
+    def __getitem__(self, index: int) -> tuple[Pixels, Target, str]:
         name = self.names[index]
-        image, target = self.load(index)
-        height, width = target.shape
-        if abs(image.width * height / (image.height * width) - 1) > _MAX_ASPECT_DIFFERENCE:
+        raw, target = self.load(index)
+        image = self.decoder(raw)
+        (image_h, image_w), (height, width) = pixel_size(image), target.shape
+        if abs(image_w * height / (image_h * width) - 1) > _MAX_ASPECT_DIFFERENCE:
             raise ImageError(
-                f"the image is {image.width} x {image.height}, its target {width} x {height}, "
-                "which is another aspect ratio"
+                f"the image is {image_w} x {image_h}, its target {width} x {height}, which is "
+                "another aspect ratio"
             )
         return image, target, name
 
@@ -134,7 +140,7 @@ def open_depth(
         progress: Show a progress bar while rendering.
 
     Raises:
-        InputError: The source is missing, damaged or without pairs, one of the two sets is empty,
+        DataError: The source is missing, damaged or without pairs, one of the two sets is empty,
             or `depth_scale` is not positive or does not apply.
         ImportError: NYU's own file needs h5py and scipy.
     """
@@ -146,7 +152,7 @@ def open_depth(
     mat_file = root if root.suffix.lower() == ".mat" else root / NYU_FILE
     is_mat = mat_file == root or (mat_file.is_file() and not has_lists)
     if depth_scale is not None and (is_mat or rendered or not depth_scale > 0):
-        raise InputError(
+        raise DataError(
             f"depth_scale is {depth_scale}: give the units per meter of depth files, such as 1000, "
             "and omit it for rendered scenes and NYU's .mat file"
         )
@@ -193,7 +199,7 @@ def open_segmentation(
         progress: Show a progress bar while rendering.
 
     Raises:
-        InputError: The source is missing or without pairs, or one of the two sets is empty.
+        DataError: The source is missing or without pairs, or one of the two sets is empty.
     """
     source = os.fspath(source)
     if source.startswith("scenes:"):
@@ -266,12 +272,11 @@ def _known_depth(depth: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32
 
 def _read_map(path: str, kinds: str) -> Target:
     """The numbers `[H, W]` that a file stores, whose type must be one of NumPy's `kinds`."""
-    with ImageReader().open(Item(path)) as file:
-        try:
-            is_array = path.lower().endswith(".npy")
-            stored = np.load(file, allow_pickle=False) if is_array else np.asarray(Image.open(file))
-        except _DAMAGED_FILE as error:
-            raise ImageError(f"'{path}' is damaged: {error}") from error
+    try:
+        is_array = path.lower().endswith(".npy")
+        stored = np.load(path, allow_pickle=False) if is_array else np.asarray(Image.open(path))
+    except _DAMAGED_FILE as error:
+        raise ImageError(f"'{path}' is damaged: {error}") from error
     if stored.ndim == 3 and stored.shape[2] == 1:
         stored = stored[:, :, 0]
     if stored.ndim != 2 or stored.size == 0 or stored.dtype.kind not in kinds:
@@ -294,10 +299,8 @@ def _rendered(
     return sets[0], sets[1]
 
 
-def _load_arrays(
-    images: npt.NDArray[np.uint8], targets: Target, index: int
-) -> tuple[Image.Image, Target]:
-    return Image.fromarray(images[index]), targets[index]
+def _load_arrays(images: npt.NDArray[np.uint8], targets: Target, index: int) -> tuple[Raw, Target]:
+    return images[index], targets[index]
 
 
 def _files(pairs: list[Pair], read_target: Callable[[str], Target]) -> DenseDataset:
@@ -307,7 +310,7 @@ def _files(pairs: list[Pair], read_target: Callable[[str], Target]) -> DenseData
         try:
             state = os.stat(path)
         except OSError as error:
-            raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
+            raise DataError(f"'{path}' cannot be read: {error.strerror}") from error
         digest.update(os.fsencode(os.path.basename(path)))
         digest.update(f" {state.st_size} {state.st_mtime_ns}\n".encode())
     names = [image for image, _ in pairs]
@@ -316,9 +319,13 @@ def _files(pairs: list[Pair], read_target: Callable[[str], Target]) -> DenseData
 
 def _load_files(
     pairs: list[Pair], read_target: Callable[[str], Target], index: int
-) -> tuple[Image.Image, Target]:
+) -> tuple[Raw, Target]:
     image, target = pairs[index]
-    return ImageReader().read(Item(image)), read_target(target)
+    try:
+        content = Path(image).read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}") from error
+    return content, read_target(target)
 
 
 def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
@@ -329,15 +336,15 @@ def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
     splits = file.with_name(NYU_SPLITS)
     for path in (file, splits):
         if not path.is_file():
-            raise InputError(f"'{path}' does not exist: put {NYU_FILE} and {NYU_SPLITS} together")
+            raise DataError(f"'{path}' does not exist: put {NYU_FILE} and {NYU_SPLITS} together")
     h5py, scipy_io = _package("h5py"), _package("scipy.io")
     try:
         with h5py.File(file, "r") as opened:
             images, depths = opened["images"].shape, opened["depths"].shape
     except (OSError, RuntimeError, KeyError, AttributeError) as error:
-        raise InputError(f"'{file}' is damaged or not NYU's {NYU_FILE} ({error})") from error
+        raise DataError(f"'{file}' is damaged or not NYU's {NYU_FILE} ({error})") from error
     if len(images) != 4 or images != (depths[0], 3, *depths[1:]):
-        raise InputError(
+        raise DataError(
             f"'{file}' is not NYU's {NYU_FILE}: it has images {list(images)} and depths "
             f"{list(depths)} instead of [n, 3, W, H] and [n, W, H]"
         )
@@ -346,9 +353,9 @@ def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
         numbers = [found[name].ravel().astype(np.int64) for name in ("trainNdxs", "testNdxs")]
         whole = np.concatenate(numbers)
     except Exception as error:  # scipy raises anything on damaged bytes
-        raise InputError(f"'{splits}' is damaged or not the split of NYU Depth v2") from error
+        raise DataError(f"'{splits}' is damaged or not the split of NYU Depth v2") from error
     if min(map(len, numbers)) == 0 or whole.min() < 1 or whole.max() > images[0]:
-        raise InputError(f"'{splits}' must have training and test indices from 1 to {images[0]}")
+        raise DataError(f"'{splits}' must have training and test indices from 1 to {images[0]}")
     sets = []
     for part in numbers:
         state = file.stat()
@@ -359,7 +366,7 @@ def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
     return sets[0], sets[1]
 
 
-def _load_nyu(file: Path, rows: npt.NDArray[np.int64], index: int) -> tuple[Image.Image, Target]:
+def _load_nyu(file: Path, rows: npt.NDArray[np.int64], index: int) -> tuple[Raw, Target]:
     try:
         # Opened for each pair, since loader processes must not share a handle.
         with _package("h5py").File(file, "r") as opened:
@@ -367,14 +374,14 @@ def _load_nyu(file: Path, rows: npt.NDArray[np.int64], index: int) -> tuple[Imag
     except (OSError, RuntimeError) as error:
         raise ImageError(f"the file is damaged there ({error})") from error
     # MATLAB stores columns first.
-    return Image.fromarray(np.ascontiguousarray(image.T)), _known_depth(depth.T)
+    return np.ascontiguousarray(image.T), _known_depth(depth.T)
 
 
 def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"{NYU_FILE} needs h5py and scipy: pip install 'ijepa-zoo[nyu]'"
         ) from error
 
@@ -385,11 +392,11 @@ def _nyu_list(path: Path) -> list[Pair]:
     named = [(line[0].lstrip("/"), line[1].lstrip("/")) for line in lines if len(line) > 1]
     named = [pair for pair in named if pair[1] != "None"]
     if not named:
-        raise InputError(f"'{path}' has no pairs: each line is IMAGE DEPTH FOCAL_LENGTH")
+        raise DataError(f"'{path}' has no pairs: each line is IMAGE DEPTH FOCAL_LENGTH")
     for root in (path.parent / root for root in _NYU_LIST_ROOTS):
         if (root / named[0][0]).is_file():
             return [(str(root / image), str(root / depth)) for image, depth in named]
-    raise InputError(
+    raise DataError(
         f"'{path}' names '{named[0][0]}', which is not below '{path.parent}' or its folders "
         + ", ".join(_NYU_LIST_ROOTS[1:])
     )
@@ -401,9 +408,9 @@ def _voc_list(path: Path) -> list[Pair]:
     try:
         names = path.read_text(encoding="utf-8").split()
     except OSError as error:
-        raise InputError(f"'{path}' cannot be read: {error.strerror}") from error
+        raise DataError(f"'{path}' cannot be read: {error.strerror}") from error
     if not names:
-        raise InputError(f"'{path}' is empty: each line is the name of an image")
+        raise DataError(f"'{path}' is empty: each line is the name of an image")
     return [
         (str(root / "JPEGImages" / f"{name}.jpg"), str(root / "SegmentationClass" / f"{name}.png"))
         for name in names
@@ -425,7 +432,7 @@ def _folder(
         split = f"{len(held_out)} of {len(pairs)} pairs drawn by seed {seed}"
     for part in ("train", "test"):
         if not splits.get(part):
-            raise InputError(
+            raise DataError(
                 f"'{source}' has no pairs for the {part} set: put images and targets below a "
                 "folder train and a folder test"
             )
@@ -436,7 +443,7 @@ def _folder(
 def _pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]:
     """The pairs below a folder, by `train`, `test` or `""` for those below neither."""
     if not os.path.isdir(source):
-        raise InputError(f"'{source}' is not a directory")
+        raise DataError(f"'{source}' is not a directory")
     found: dict[tuple[str, tuple[str, ...]], dict[bool, str]] = {}
     for path in sorted(_files_below(source), key=os.fsencode):
         parts = os.path.splitext(os.path.relpath(path, source))[0].lower().split(os.sep)
@@ -450,12 +457,12 @@ def _pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]
         pair = found.setdefault((split, tuple(filter(None, names))), {})
         if is_target in pair:
             kind = "targets" if is_target else "images"
-            raise InputError(f"'{pair[is_target]}' and '{path}' are two {kind} of one pair by "
+            raise DataError(f"'{pair[is_target]}' and '{path}' are two {kind} of one pair by "
                              "their names: rename one")  # fmt: skip
         pair[is_target] = path
     alone = [path for pair in found.values() if len(pair) == 1 for path in pair.values()]
     if alone:
-        raise InputError(
+        raise DataError(
             f"{len(alone)} files below '{source}' have no partner, for example '{alone[0]}': an "
             "image and its target have the same name, such as images/a/1.jpg and "
             f"{sorted(target_words)[0]}/a/1.png"
@@ -473,5 +480,5 @@ def _files_below(root: str) -> Iterator[str]:
     for folder, folders, names in os.walk(root, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and (is_image_name(name) or name.lower().endswith(".npy")):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 yield os.path.join(folder, name)

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from ..errors import DataError, SettingsError
+from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator
-from .sources import InputError
 
 Vector = tuple[float, float, float]
 Floats = NDArray[np.floating[Any]]  # float32 at run time; NumPy's stubs widen it next to a float
@@ -142,7 +142,9 @@ def render_scene(seed: int, index: int, size: int = 64, *, supersample: int = 2)
         ValueError: `size` or `supersample` is too small.
     """
     if size < 32 or supersample < 1:
-        raise ValueError(f"size must be >= 32 and supersample >= 1, not {size} and {supersample}")
+        raise SettingsError(
+            f"size must be >= 32 and supersample >= 1, not {size} and {supersample}"
+        )
     rng = numpy_generator(seed, Stream.SCENES, index)
     camera, lights, objects, hits = _sample_scene(rng, size)
     resolution = size * supersample
@@ -207,9 +209,9 @@ def render_scenes(
             # Ctrl-C reaches the whole process group; this process alone handles it.
             pool = multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
             scenes = stack.enter_context(pool).imap(render, indices, chunksize=16)
-        hidden = None if progress else True  # None: hidden unless standard error is a terminal
-        bar = tqdm(scenes, desc="scenes", unit="img", total=count, disable=hidden)
-        for row, scene in enumerate(bar):
+        bar = stack.enter_context(progress_bar(progress, count, "scenes", "image"))
+        for row, scene in enumerate(scenes):
+            bar.update()
             for name, array in arrays.items():
                 array[row] = scene.image if name == "images" else getattr(scene, name)
     return arrays
@@ -230,12 +232,12 @@ def render_splits(
         The arrays of `render_scenes` for the train and the test split of a fixed seed.
 
     Raises:
-        InputError: `source` is malformed, a set is empty, or SIZE is below 32.
+        DataError: `source` is malformed, a set is empty, or SIZE is below 32.
     """
     match = re.fullmatch(r"scenes:(\d+),(\d+)(?:,(\d+))?", source)
     train, test, size = (int(group or 64) for group in match.groups()) if match else (0, 0, 0)
     if not train or not test or size < 32:
-        raise InputError(
+        raise DataError(
             f"'{source}': write scenes:TRAIN,TEST or scenes:TRAIN,TEST,SIZE with at least one "
             "scene each and SIZE >= 32, for example scenes:8000,4000"
         )

@@ -95,8 +95,8 @@ def _open_paths(paths: list[str], decoder: Decoder, index: Path | None) -> Image
     if all(path.lower().endswith(_ARRAYS) for path in paths):
         arrays = [_open_array(path) for path in paths]
         if all(images.ndim == 4 or len(paths) == 1 for images, _ in arrays):
-            targets = [labels for _, labels in arrays]
-            joined = None if None in [*targets] else np.concatenate(targets)
+            targets = [labels for _, labels in arrays if labels is not None]
+            joined = np.concatenate(targets) if len(targets) == len(arrays) else None
             name = os.path.basename(paths[0])
             return ArrayDataset([images for images, _ in arrays], decoder, name, joined)
     return _open_files(paths, decoder, index)

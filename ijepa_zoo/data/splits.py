@@ -221,8 +221,31 @@ def _listed(
         raise DataError(
             f"'{path}' lists '{name}', which is not in '{root}': unpack the images there"
         )
+    targets = np.array([number for _, number in pairs], np.int64)
+    return list_split(root, [name for name, _ in pairs], targets, classes, split, (), decoder)
+
+
+def list_split(
+    root: Path,
+    files: Sequence[str],
+    targets: Targets,
+    classes: Mapping[int, str],
+    name: str,
+    notes: Sequence[str] = (),
+    decoder: Decoder | None = None,
+) -> Split:
+    """Images named by a list.
+
+    Args:
+        root: Folder that the names are relative to.
+        files: Names, `/` between folders.
+        targets: Their classes.
+        classes: See `Split`.
+        name: See `Split`.
+        notes: See `Split`.
+        decoder: See `open_images`.
+    """
     start = os.path.join(root, "")
-    images = FileDataset((File(start + name, start) for name, _ in pairs), decoder)
-    images.targets = np.array([number for _, number in pairs], np.int64)
-    images.classes = classes
-    return Split(images, images.targets, classes, split)
+    images = FileDataset((File(start + file, start) for file in files), decoder or Decoder())
+    images.targets, images.classes = targets, classes
+    return Split(images, targets, classes, name, tuple(notes))

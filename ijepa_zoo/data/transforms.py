@@ -115,7 +115,7 @@ def describe_transform(model: nn.Module) -> str:
     )
 
 
-def image_size(pixels: Pixels) -> tuple[int, int]:
+def pixel_size(pixels: Pixels) -> tuple[int, int]:
     """Height and width in pixels."""
     if isinstance(pixels, Tensor):
         return pixels.shape[-2], pixels.shape[-1]
@@ -124,7 +124,7 @@ def image_size(pixels: Pixels) -> tuple[int, int]:
 
 def limit_aspect(pixels: Pixels) -> Pixels:
     """Cut the long side of an extreme image about its center, to 32 times the short one."""
-    sides = image_size(pixels)
+    sides = pixel_size(pixels)
     longest = _LONGEST * min(sides)
     if max(sides) <= longest:
         return pixels

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as tv
+from torch.utils.data import Dataset
 
-from ..data.crops import DRAWS
-from ..data.labelled import Numbers
+from ..data.datasets import Targets
+from ..data.decode import Pixels
+from ..data.transforms import DRAWS
 from ..errors import DataError, ImageError
 from ..seeds import Stream, numpy_generator
 from .sets import EvalSet
@@ -31,7 +28,7 @@ class EvalBatch:
     """Images of one forward pass.
 
     Attributes:
-        images: uint8 `[b, 3, H, W]`.
+        images: uint8 `[b, C, H, W]`.
         labels: int64 `[b]`, classes; -1 in slots without an image.
         indices: int64 `[b]`, numbers of the images in their set; -1 in slots without an image.
         reasons: For each of the first images None, or why it could not be decoded; further slots
@@ -80,7 +77,7 @@ class TrainBatches(Dataset[EvalBatch]):
     def __init__(
         self,
         data: EvalSet,
-        rows: Numbers,
+        rows: Targets,
         view: View,
         size: Size,
         batch_size: int,
@@ -144,11 +141,11 @@ class TrainBatches(Dataset[EvalBatch]):
 
     def _read(
         self, index: int, place: tuple[int, int, int], broken: list[tuple[str, str]]
-    ) -> tuple[int, Image.Image]:
+    ) -> tuple[int, Pixels]:
         """The image of a place in a batch, or another one where it is broken."""
         for candidate in self._candidates(index, place):
             try:
-                return candidate, _read(self.data, candidate)
+                return candidate, self.data.read(candidate)
             except ImageError as error:
                 broken.append((self.data.images.name(candidate), str(error)))
         name, reason = broken[-1]
@@ -182,7 +179,7 @@ class OrderedBatches(Dataset[EvalBatch]):
     def __init__(
         self,
         data: EvalSet,
-        rows: Numbers,
+        rows: Targets,
         view: View,
         size: Size,
         batch_size: int,
@@ -200,13 +197,13 @@ class OrderedBatches(Dataset[EvalBatch]):
         """A batch; images that cannot be decoded leave their slots empty."""
         first = (number * self.world + self.rank) * self.batch_size
         chosen = self.rows[first : first + self.batch_size].tolist()
-        images = torch.zeros(self.batch_size, 3, *self.size, dtype=torch.uint8)
+        images = torch.zeros(self.batch_size, self.data.in_chans, *self.size, dtype=torch.uint8)
         labels, indices = torch.full((2, self.batch_size), -1, dtype=torch.int64)
         reasons: list[str | None] = [None] * len(chosen)
         broken = []
         for slot, index in enumerate(chosen):
             try:
-                images[slot] = fixed_pixels(_read(self.data, index), self.view, self.size)
+                images[slot] = fixed_pixels(self.data.read(index), self.view, self.size)
             except ImageError as error:
                 reasons[slot] = str(error)
                 broken.append((self.data.images.name(index), str(error)))
@@ -215,62 +212,6 @@ class OrderedBatches(Dataset[EvalBatch]):
         return EvalBatch(images, labels, indices, reasons, broken)
 
 
-def load(
-    batches: TrainBatches | OrderedBatches, numbers: range, workers: int, pin_memory: bool
-) -> Iterator[EvalBatch]:
-    """Batches by their numbers, in order.
-
-    Args:
-        batches: Where they come from.
-        numbers: Which ones.
-        workers: Loader processes, which change nothing but the speed; 0 reads in this one.
-        pin_memory: Make copies to a GPU fast.
-
-    Raises:
-        DataError: Too many broken images in a row.
-    """
-    workers = min(workers, len(numbers))
-    loaded: DataLoader[EvalBatch | DataError] = DataLoader(
-        _Caught(batches),
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=leave_interrupts,
-        # Forked workers share the list of images with this process, others would copy it.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
-    for found in loaded:
-        if isinstance(found, DataError):
-            raise found
-        yield found
-
-
-class _Caught(Dataset[EvalBatch | DataError]):
-    def __init__(self, batches: TrainBatches | OrderedBatches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, number: int) -> EvalBatch | DataError:
-        try:
-            return self.batches[number]
-        except DataError as error:  # raised in the main process, without a worker's traceback
-            return error
-
-
-def leave_interrupts(worker: int) -> None:
-    """Called in a loader process: Ctrl-C reaches all processes, and the main one ends the others.
-
-    Args:
-        worker: Its number.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 @lru_cache(maxsize=1)
-def _permutation(n: int, seed: int, epoch: int) -> Numbers:
+def _permutation(n: int, seed: int, epoch: int) -> Targets:
     return numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(n)
-
-
-def _read(data: EvalSet, index: int) -> Image.Image:
-    image = data.images.read(index)
-    return tv.to_pil_image(image) if isinstance(image, Tensor) else image

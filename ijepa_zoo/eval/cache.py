@@ -19,13 +19,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..data.array_sets import ArraySet
-from ..data.image_sets import FileSet, ImageSet
-from ..data.labelled import Part
+from ..data.datasets import ArrayDataset, ImageDataset, Subset
+from ..distributed import Distributed
 from ..errors import RunError, SettingsError
 from ..extraction.encoder import Batch, hash_texts
 from ..extraction.parts import Parts, whole_file
-from ..distributed import Distributed
 from ..progress import skip
 from .representations import Representations
 
@@ -54,23 +52,18 @@ class CachedFeatures:
     computed: int
 
 
-def files_state(images: ImageSet) -> str:
+def files_state(images: ImageDataset) -> str:
     """A hash of what the images' fingerprint does not tell.
 
     Sizes and times of files, every byte of arrays.
     """
-    rows: Iterable[int] = range(len(images))
-    while isinstance(images, Part):
-        rows, images = images.rows[np.fromiter(rows, np.int64)].tolist(), images.images
-    if isinstance(images, ArraySet):
+    whole = images.dataset if isinstance(images, Subset) else images
+    if isinstance(whole, ArrayDataset):
         digest = hashlib.blake2b(digest_size=8)
-        for row in rows:
-            digest.update(images.images[row].tobytes())
+        for index in range(len(images)):
+            digest.update(np.asarray(images.raw(index)).tobytes())
         return digest.hexdigest()
-    if not isinstance(images, FileSet):
-        return ""
-    found = (images.items[row] for row in rows)
-    states = map(os.stat, dict.fromkeys(item.shard or item.path for item in found))
+    states = map(os.stat, images.files())
     return hash_texts(f"{state.st_size} {state.st_mtime_ns}" for state in states)
 
 

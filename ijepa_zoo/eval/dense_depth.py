@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from ..data.decode import Decoder
 from ..data.dense import DenseData, open_depth
-from ..extraction.encoder import usable_cpus
-from ..processes import Processes, join_processes
+from ..data.loading import usable_cpus
+from ..distributed import Distributed, init_distributed
 from .depth_checks import check_pairs, check_range
 from .depth_metrics import METRICS
 from .depth_pictures import depth_picture
@@ -64,6 +65,9 @@ def evaluate_dense_depth(
     network: str | None = None,
     img_size: int | None = None,
     random: bool = False,
+    value_range: tuple[float, float] | None = None,
+    bands: tuple[int, ...] | None = None,
+    skip_broken: bool = False,
     progress: bool = False,
 ) -> Result:
     """Train depth heads on frozen patch features and measure the best one on the test set.
@@ -89,12 +93,15 @@ def evaluate_dense_depth(
         batch_size: In the place of the protocol's.
         pictures: Rows of `predictions.png`; 0 for none.
         device: 'auto', or torch's name of a device.
-        workers: Distributed that decode; default: one per CPU, up to 8.
+        workers: Distributed that decode; default: one for each CPU.
         precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
         checkpoint: See `open_model`; for a model that is named.
         network: See there.
         img_size: See there.
         random: See there.
+        value_range: Values of 16-bit images that become black and white, see `Decoder`.
+        bands: Bands or pages of image files that become channels, see `Decoder`.
+        skip_broken: Leave out pairs that cannot be read; otherwise they stop the evaluation.
         progress: Show progress bars.
 
     Returns:
@@ -114,16 +121,22 @@ def evaluate_dense_depth(
         batch_size=usual.batch_size if batch_size is None else batch_size,
     )
     notes = other_epochs(protocol.epochs, usual.epochs, "protocol")
-    workers = min(8, usable_cpus()) if workers is None else workers
+    workers = usable_cpus() if workers is None else workers
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, baseline=baseline, random=random, **options)
-    with join_processes(device) as processes:
-        shown = progress and processes.rank == 0
+    channels = check_model(model, baseline=baseline, random=random, **options)
+    decoder = Decoder(channels, value_range, bands)
+    with init_distributed(device) as distributed:
+        shown = progress and distributed.rank == 0
         pairs = open_depth(
             data, seed=seed, depth_scale=depth_scale, workers=workers, progress=shown
         )
+        train, test = (
+            replace(part, decoder=decoder, skip_broken=skip_broken)
+            for part in (pairs.train, pairs.test)
+        )
+        pairs = replace(pairs, train=train, test=test)
         limit = max_depth if max_depth is not None else pairs.max_depth or _MAX_DEPTH
-        check_pairs(protocol, pairs, limit, processes.world)
+        check_pairs(protocol, pairs, limit, distributed.world_size)
         workers = 0 if rendered else workers  # arrays in memory
         if precision == "auto":
             precision = "bfloat16" if distributed.device.type == "cuda" else "float32"
@@ -141,7 +154,7 @@ def evaluate_dense_depth(
     return result
 
 
-_Common = tuple[DenseData, DepthProtocol, float, int, str, int, Processes]
+_Common = tuple[DenseData, DepthProtocol, float, int, str, int, Distributed]
 
 
 def _evaluate(

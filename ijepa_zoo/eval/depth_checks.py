@@ -9,8 +9,7 @@ import numpy.typing as npt
 import torch
 
 from ..data.dense import DenseData, DenseDataset
-from ..data.images import ImageError
-from ..data.sources import InputError
+from ..errors import DataError, ImageError, SettingsError
 from .depth_metrics import MIN_DEPTH, valid_pixels
 from .depth_training import DepthProtocol
 from .words import option
@@ -59,7 +58,7 @@ def check_pairs(protocol: DepthProtocol, pairs: DenseData, limit: float, world: 
         depth = _first_depth(data)
         valid = valid_pixels(torch.from_numpy(depth), limit, pairs.crop)
         if not valid.any():
-            raise InputError(
+            raise DataError(
                 f"no pixel of the depth map of '{data.names[0]}' counts: its depths span "
                 f"{depth.min():g} to {depth.max():g}, and those from 0.001 to {limit:g} count. "
                 f"Give the units with {option('depth_scale')}, the range with "
@@ -75,4 +74,4 @@ def _first_depth(data: DenseDataset) -> npt.NDArray[np.float32]:
             return data[index][1]
         except ImageError as error:
             reason = reason or f"'{data.names[index]}': {error}"
-    raise InputError(f"none of the first {min(len(data), _TRIED)} pairs can be read; {reason}")
+    raise DataError(f"none of the first {min(len(data), _TRIED)} pairs can be read; {reason}")

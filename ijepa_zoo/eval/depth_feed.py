@@ -11,14 +11,15 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..data.dense import DenseDataset
-from ..data.images import ImageError
+from ..data.loading import load_in_order
+from ..errors import DataError, ImageError, SettingsError
 from ..extraction.encoder import Encoder
-from .batches import leave_interrupts
 from .tasks import View
 from .views import fixed_pixels
+from .words import option
 
 _VIEW = View("square", "bicubic")
 
@@ -64,13 +65,19 @@ class _Pairs(Dataset[Loaded]):
 
     def __getitem__(self, batch: int) -> Loaded:
         indices, flips = self.plan[batch]
-        pixels = torch.zeros(len(indices), 3, *self.size, dtype=torch.uint8)
+        channels = self.data.decoder.in_chans
+        pixels = torch.zeros(len(indices), channels, *self.size, dtype=torch.uint8)
         depths: list[Tensor] = []
         reasons: list[str | None] = []
         for slot, (index, flip) in enumerate(zip(indices.tolist(), flips.tolist())):
             try:
                 image, depth = self._read(index)
             except ImageError as error:
+                if not self.data.skip_broken:
+                    raise DataError(
+                        f"the pair of '{self.data.names[index]}' cannot be read ({error}): repair "
+                        f"or remove it, or leave such pairs out with {option('skip_broken')}"
+                    ) from error
                 reasons.append(str(error))
                 continue
             reasons.append(None)
@@ -176,12 +183,8 @@ class DepthFeed:
         mirrored: bool,
     ) -> Iterator[DepthBatch]:
         pairs = _Pairs(self.data, plan, self.encoder.size, full)
-        loader = DataLoader(
-            pairs,
-            batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=leave_interrupts,
-        )
+        on_gpu = self.encoder.device.type == "cuda"
+        loader = load_in_order(pairs, range(len(plan)), self.workers, pin_memory=on_gpu)
         waiting: deque[tuple[Tensor, list[Tensor], Indices]] = deque()
 
         def batches() -> Iterator[tuple[Tensor, list[str | None]]]:
@@ -210,7 +213,7 @@ class DepthFeed:
 
     def _refuse_not_finite(self, features: Tensor, indices: Indices) -> None:
         if not features.isfinite().all():
-            raise ValueError(
+            raise SettingsError(
                 f"features of '{self.data.names[int(indices[0])]}' or its neighbours are not "
                 "finite: the model's weights are damaged, or need another precision (float32)"
             )

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.dense import DenseData
-from ..processes import Processes
+from ..distributed import Distributed
+from ..errors import RunError, SettingsError
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator
 from .depth_feed import DepthBatch, DepthFeed, Indices
@@ -158,7 +159,11 @@ class DepthTraining:
         keys = (self.seed, Stream.EVAL_ORDER, self.epoch)
         order = self.fit[numpy_generator(*keys).permutation(len(self.fit))]
         flips = numpy_generator(self.seed, Stream.EVAL_AUGMENT, self.epoch).random(len(order)) < 0.5
-        size, rank, world = self.protocol.batch_size, self.distributed.rank, self.distributed.world_size
+        size, rank, world = (
+            self.protocol.batch_size,
+            self.distributed.rank,
+            self.distributed.world_size,
+        )
         parts = [slice(s * size + rank, (s + 1) * size, world) for s in range(self._steps())]
         return [(order[part], flips[part]) for part in parts]
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.crops import DRAWS
-from ..data.labelled import Numbers
-from ..errors import DataError
+from ..data.datasets import Targets
+from ..data.transforms import DRAWS
 from ..distributed import Distributed
+from ..errors import DataError
 from ..seeds import Stream, numpy_generator
 from .batches import TrainBatches
 from .cache import CachedFeatures
@@ -64,7 +64,9 @@ class Feed(Protocol):
         """Images per second of the encoder, if it worked; `spent` seconds went into all."""
 
 
-def decoded(part: EvalSet, rows: Numbers, broken: Mapping[str, str], distributed: Distributed) -> int:
+def decoded(
+    part: EvalSet, rows: Targets, broken: Mapping[str, str], distributed: Distributed
+) -> int:
     """How many images no process failed to decode; every process must call this.
 
     Args:
@@ -80,7 +82,7 @@ def decoded(part: EvalSet, rows: Numbers, broken: Mapping[str, str], distributed
 
 
 def refuse_undecoded(
-    what: str, part: EvalSet, rows: Numbers, count: int, broken: Mapping[str, str]
+    what: str, part: EvalSet, rows: Targets, count: int, broken: Mapping[str, str]
 ) -> None:
     """Refuse images of which none could be decoded.
 
@@ -160,7 +162,7 @@ class OnlineFeed:
         """See :class:`Feed`; the heads train beside the encoder."""
         return self.encoded / spent if self.encoded else None
 
-    def _in_order(self, part: EvalSet, rows: Numbers) -> Iterator[Labelled]:
+    def _in_order(self, part: EvalSet, rows: Targets) -> Iterator[Labelled]:
         batches = self.probe.in_order(part, rows, self.source.size)
         return self._encoded(batches, range(len(batches)), {})
 
@@ -228,7 +230,7 @@ class CachedFeed:
             if len(rows):
                 refuse_undecoded(what, part, rows, count, self.broken)
 
-    def labels(self, part: EvalSet, found: CachedFeatures, places: Numbers) -> Tensor:
+    def labels(self, part: EvalSet, found: CachedFeatures, places: Targets) -> Tensor:
         """Classes of cached images by their places."""
         return torch.from_numpy(part.labels[found.indices[places]]).to(self.device)
 
@@ -268,13 +270,15 @@ class CachedFeed:
         return self.encoded / self.seconds if self.encoded else None
 
     def _in_order(
-        self, part: EvalSet, found: CachedFeatures, places: Numbers
+        self, part: EvalSet, found: CachedFeatures, places: Targets
     ) -> Iterator[Labelled]:
-        for chosen in _pieces(places[self.probe.distributed.rank :: self.probe.distributed.world_size]):
+        for chosen in _pieces(
+            places[self.probe.distributed.rank :: self.probe.distributed.world_size]
+        ):
             rows = found.rows[chosen].to(self.device)
             yield rows, self.labels(part, found, chosen)
             self.bar.update(len(chosen) * self.probe.distributed.world_size)
 
 
-def _pieces(places: Numbers) -> Iterable[Numbers]:
+def _pieces(places: Targets) -> Iterable[Targets]:
     return (places[start : start + _ROWS] for start in range(0, len(places), _ROWS))

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..errors import DataError, SettingsError
-from ..extraction.encoder import usable_cpus
+from ..data.decode import Decoder
+from ..data.loading import usable_cpus
 from ..distributed import Distributed, init_distributed
+from ..errors import DataError, SettingsError
 from ..progress import progress_bar
 from .cache import files_state
 from .epoch_state import EpochState
@@ -49,6 +50,9 @@ def evaluate_finetune(
     network: str | None = None,
     img_size: int | None = None,
     random: bool = False,
+    value_range: tuple[float, float] | None = None,
+    bands: tuple[int, ...] | None = None,
+    skip_broken: bool = False,
     progress: bool = False,
 ) -> Result:
     """Fine-tune a copy of a model on all training images, and test it after the last epoch.
@@ -70,12 +74,15 @@ def evaluate_finetune(
         micro: Images of a forward and backward pass of a process; None for its share of a batch.
         grad_checkpointing: Compute activations twice rather than keep them.
         device: 'auto', or torch's name of a device.
-        workers: Distributed that decode; default: one per CPU, up to 8.
+        workers: Distributed that decode; default: one for each CPU.
         precision: 'bfloat16' or 'float32'; 'auto': the first on a GPU.
         checkpoint: See `open_model`; for a model that is named.
         network: See there.
         img_size: See there.
         random: See there; then it is a training from scratch.
+        value_range: Values of 16-bit images that become black and white, see `Decoder`.
+        bands: Bands or pages of image files that become channels, see `Decoder`.
+        skip_broken: Leave out images that cannot be decoded; otherwise they stop the evaluation.
         progress: Show a progress bar.
 
     Returns:
@@ -92,14 +99,24 @@ def evaluate_finetune(
     shown = recipe if epochs is None else recipe.with_epochs(epochs)
     notes = other_epochs(shown.epochs, recipe.epochs, "recipe")
     recipe = with_batch(shown, batch_size)
-    workers = min(8, usable_cpus()) if workers is None else workers
+    workers = usable_cpus() if workers is None else workers
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, random=random, **options)
+    decoder = Decoder(check_model(model, random=random, **options), value_range, bands)
     with init_distributed(device) as distributed:
-        sets = open_task(chosen, data, seed, test=test, workers=workers)
+        sets = open_task(
+            chosen, data, seed, test=test, workers=workers, decoder=decoder, skip_broken=skip_broken
+        )
         subject = as_subject(model, random=random, seed=seed, **options)
         training = prepare(
-            subject, sets[0], recipe, seed, distributed, micro, grad_checkpointing, workers, precision
+            subject,
+            sets[0],
+            recipe,
+            seed,
+            distributed,
+            micro,
+            grad_checkpointing,
+            workers,
+            precision,
         )
         result = run(chosen, subject, training, sets, Path(out), "finetune", notes, progress)
         distributed.barrier()

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.loading import load_in_order
 from ..data.transforms import transform_config
-from ..errors import RunError, SettingsError
 from ..distributed import Distributed
+from ..errors import RunError, SettingsError
 from ..progress import skip
 from ..seeds import Stream, fold
-from .batches import EvalBatch, OrderedBatches, load
+from .batches import EvalBatch, OrderedBatches
 from .epoch_state import EpochState, load_optimizer
 from .notes import of_all_processes
 from .recipes import AugmentedBatches, FineTuneRecipe, add_head, library_seeds, set_drop_path
@@ -68,7 +69,7 @@ class FineTuning:
         config = transform_config(self.model)
         self.size = tuple(config["input_size"][1:])
         self.mean, self.std = (
-            torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std")
+            torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std")
         )
         self.batches = self._batches(config["mean"])
         self.mixup: Any = None
@@ -152,7 +153,7 @@ class FineTuning:
         skip(bar, self.epoch * self.batches.steps * self.batches.batch_size)
         numbers = self.batches.numbers(self.epoch, recipe.epochs)
         generators = [device] if device.type == "cuda" else []
-        pieces = load(self.batches, numbers, self.workers, device.type == "cuda")
+        pieces = load_in_order(self.batches, numbers, self.workers, device.type == "cuda")
         with torch.random.fork_rng(devices=generators):
             while self.epoch < recipe.epochs:
                 started = time.perf_counter()
@@ -205,7 +206,11 @@ class FineTuning:
     @torch.inference_mode()
     def right_answers(self, test: EvalSet) -> tuple[int, int]:
         """Right answers on a set and its images, of all processes; padding does not count."""
-        world, rank, device = self.distributed.world_size, self.distributed.rank, self.distributed.device
+        world, rank, device = (
+            self.distributed.world_size,
+            self.distributed.rank,
+            self.distributed.device,
+        )
         rows = torch.arange(len(test)).numpy()
         size = min(self.batches.micro, -(-len(test) // world))
         batches = OrderedBatches(
@@ -213,7 +218,9 @@ class FineTuning:
         )
         self.model.eval()
         found = torch.zeros(2, dtype=torch.int64)
-        for batch in load(batches, range(len(batches)), self.workers, device.type == "cuda"):
+        for batch in load_in_order(
+            batches, range(len(batches)), self.workers, device.type == "cuda"
+        ):
             self.broken.update(batch.broken)
             with self._autocast():
                 answers = self.model(self._normalised(batch.images)).argmax(dim=1).cpu()

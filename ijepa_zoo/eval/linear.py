@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..data.decode import Decoder
 from ..distributed import init_distributed
 from .check import convex_check
 from .epoch_state import EpochState
@@ -50,6 +51,9 @@ def evaluate_linear(
     network: str | None = None,
     img_size: int | None = None,
     random: bool = False,
+    value_range: tuple[float, float] | None = None,
+    bands: tuple[int, ...] | None = None,
+    skip_broken: bool = False,
     progress: bool = False,
 ) -> Result:
     """Train linear heads on a frozen encoder with the protocol of the task, and test the best one.
@@ -76,12 +80,15 @@ def evaluate_linear(
         epochs: In the place of the protocol's.
         batch_size: In the place of the protocol's; learning rates grow linearly with it.
         device: 'auto', or torch's name of a device.
-        workers: Distributed that decode; default: one per CPU, up to 8.
+        workers: Distributed that decode; default: one for each CPU.
         precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
         checkpoint: Weights for a model that is named; see `create_model`.
         network: Which network of them; see there.
         img_size: Image size in pixels for a model that is named; default: its own.
         random: Random weights, by the seed, in the place of those of a model that is named.
+        value_range: Values of 16-bit images that become black and white, see `Decoder`.
+        bands: Bands or pages of image files that become channels, see `Decoder`.
+        skip_broken: Leave out images that cannot be decoded; otherwise they stop the evaluation.
         progress: Show progress: bars in a terminal, a line every 30 s elsewhere.
 
     Returns:
@@ -94,7 +101,9 @@ def evaluate_linear(
     """
     chosen = find_task(task) if isinstance(task, str) else task
     options = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, baseline=baseline, random=random, **options)
+    decoder = Decoder(
+        check_model(model, baseline=baseline, random=random, **options), value_range, bands
+    )
     with init_distributed(device) as distributed:
         probe = open_probe(
             *(chosen, data, out, distributed),
@@ -104,6 +113,8 @@ def evaluate_linear(
             batch_size=batch_size,
             seed=seed,
             workers=workers,
+            decoder=decoder,
+            skip_broken=skip_broken,
             progress=progress,
         )
         refuse_no_choice(probe, select_on_test)

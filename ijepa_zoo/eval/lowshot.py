@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.labelled import Numbers, Part
-from ..errors import DataError, SettingsError
+from ..data.datasets import Subset, Targets
+from ..data.decode import Decoder
 from ..distributed import init_distributed
+from ..errors import DataError, SettingsError
 from .feeds import CachedFeed
 from .finetune import prepare, refuse_scenes, run, with_batch
 from .intervals import wilson_interval
@@ -52,6 +53,9 @@ def evaluate_lowshot(
     network: str | None = None,
     img_size: int | None = None,
     random: bool = False,
+    value_range: tuple[float, float] | None = None,
+    bands: tuple[int, ...] | None = None,
+    skip_broken: bool = False,
     progress: bool = False,
 ) -> Result:
     """Learn from the few training images that a list names, and test on the whole test set.
@@ -80,6 +84,9 @@ def evaluate_lowshot(
         network: See there.
         img_size: See there.
         random: See there.
+        value_range: Values of 16-bit images that become black and white, see `Decoder`.
+        bands: Bands or pages of image files that become channels, see `Decoder`.
+        skip_broken: Leave out images that cannot be decoded; otherwise they stop the evaluation.
         progress: See there.
 
     Raises:
@@ -98,11 +105,12 @@ def evaluate_lowshot(
     if finetune:
         refuse_scenes(chosen)
     options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, random=random, **options)
+    decoder = Decoder(check_model(model, random=random, **options), value_range, bands)
     with init_distributed(device) as distributed:
         probe = open_probe(
             *(chosen, data, out, distributed),
-            test=test, seed=seed, workers=workers, progress=progress,
+            test=test, seed=seed, workers=workers, decoder=decoder, skip_broken=skip_broken,
+            progress=progress,
         )  # fmt: skip
         probe = few_labels(probe, files)
         if not finetune and not len(probe.choose):
@@ -151,12 +159,12 @@ def few_labels(probe: Probe, files: str | Path) -> Probe:
     ]
     if len(present) < len(counts):
         notes.append(f"{len(counts) - len(present)} of {len(counts)} classes have no listed image")
-    few = replace(train, images=Part(train.images, rows), labels=labels, notes=tuple(notes))
+    few = replace(train, images=Subset(train.images, rows), labels=labels, notes=tuple(notes))
     fit, choose = split_to_choose(few, probe.seed)
     return replace(probe, train=few, fit=fit, choose=choose)
 
 
-def listed_rows(train: EvalSet, files: str | Path) -> Numbers:
+def listed_rows(train: EvalSet, files: str | Path) -> Targets:
     """Numbers of the images that a list names.
 
     Args:
@@ -232,7 +240,7 @@ def _measure(
 ) -> Result:
     classes = len(probe.train.classes)
 
-    def data(places: Numbers) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def data(places: Targets) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         rows = source.split(feed.train.rows[places].to(feed.device))
         return rows, feed.labels(probe.train, feed.train, places)
 

@@ -85,8 +85,11 @@ def check_model(
     baseline: bool = False,
     random: bool = False,
     **options: Any,
-) -> None:
+) -> int:
     """Refuse what `as_subject` or `Subject.untrained` would, before any work.
+
+    Returns:
+        Channels of the images that the model takes.
 
     Raises:
         ValueError: No model is called that, or an option does not hold for it.
@@ -97,14 +100,18 @@ def check_model(
             f"{option('random')} is the baseline itself: leave {option('baseline')} out"
         )
     if isinstance(model, str):
-        _check_options(model, random, **options)
-        return
+        source, ours = _check_options(model, random, **options)
+        with torch.device("meta"):
+            made = create_model if ours else _timm_model
+            return int(transform_config(made(source, pretrained=False))["input_size"][0])
     given = [name for name, value in options.items() if value is not None]
     given += ["random"] if random else []
     if given:
         raise SettingsError(f"{', '.join(given)} hold for a model that is named: leave them out")
     if baseline and (not isinstance(model, Subject) or model.given is None):
         raise SettingsError(_NAMELESS)
+    network = model.model if isinstance(model, Subject) else model
+    return int(transform_config(network)["input_size"][0])
 
 
 def open_model(

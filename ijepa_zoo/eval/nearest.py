@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.labelled import Numbers
+from ..data.datasets import Targets
+from ..data.decode import Decoder
 from ..distributed import init_distributed
 from .feeds import CachedFeed
 from .intervals import wilson_interval
@@ -42,6 +43,9 @@ def evaluate_knn(
     network: str | None = None,
     img_size: int | None = None,
     random: bool = False,
+    value_range: tuple[float, float] | None = None,
+    bands: tuple[int, ...] | None = None,
+    skip_broken: bool = False,
     progress: bool = False,
 ) -> Result:
     """Classify test images by their nearest training images; see `knn_correct`.
@@ -66,6 +70,9 @@ def evaluate_knn(
         network: See there.
         img_size: See there.
         random: See there.
+        value_range: Values of 16-bit images that become black and white, see `Decoder`.
+        bands: Bands or pages of image files that become channels, see `Decoder`.
+        skip_broken: Leave out images that cannot be decoded; otherwise they stop the evaluation.
         progress: See there.
 
     Raises:
@@ -75,7 +82,9 @@ def evaluate_knn(
     """
     chosen = find_task(task) if isinstance(task, str) else task
     options = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    check_model(model, baseline=baseline, random=random, **options)
+    decoder = Decoder(
+        check_model(model, baseline=baseline, random=random, **options), value_range, bands
+    )
     with init_distributed(device) as distributed:
         probe = open_probe(
             *(chosen, data, out, distributed),
@@ -83,6 +92,8 @@ def evaluate_knn(
             select_on_test=select_on_test,
             seed=seed,
             workers=workers,
+            decoder=decoder,
+            skip_broken=skip_broken,
             progress=progress,
         )
         refuse_no_choice(probe, select_on_test)
@@ -163,8 +174,8 @@ def _right(
     probe: Probe,
     source: Representations,
     feed: CachedFeed,
-    neighbours: Numbers,
-    answered: Numbers | None,
+    neighbours: Targets,
+    answered: Targets | None,
     ks: list[int],
     temperatures: Any,
 ) -> tuple[list[int], int]:
@@ -179,5 +190,7 @@ def _right(
         found = knn_correct(near, labels, queries, truth, ks=ks, temperatures=temperatures)
         right += found.flatten().cpu()
         answers += len(truth)
-    *counts, total = probe.distributed.all_reduce(torch.cat([right, torch.tensor([answers])])).tolist()
+    *counts, total = probe.distributed.all_reduce(
+        torch.cat([right, torch.tensor([answers])])
+    ).tolist()
     return counts, total

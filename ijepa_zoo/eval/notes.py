@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..data.labelled import Numbers
+from ..data.datasets import Targets
 from ..distributed import Distributed
 from .sets import EvalSet
 from .words import counted, some
@@ -54,7 +54,7 @@ def undecoded(broken: Mapping[str, str], what: str = "image") -> list[str]:
     return [f"{counted(len(broken), what)} could not be decoded ({named})"]
 
 
-def lost_classes(train: EvalSet, rows: Numbers, broken: Mapping[str, str]) -> list[str]:
+def lost_classes(train: EvalSet, rows: Targets, broken: Mapping[str, str]) -> list[str]:
     """A note on classes of which no training image is left.
 
     Args:

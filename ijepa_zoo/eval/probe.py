@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..data.labelled import Numbers
-from ..errors import DataError, SettingsError
-from ..extraction.encoder import Batch, usable_cpus
+from ..data.datasets import Targets
+from ..data.decode import Decoder
+from ..data.loading import load_in_order, usable_cpus
 from ..distributed import Distributed
+from ..errors import DataError, SettingsError
+from ..extraction.encoder import Batch
 from ..progress import progress_bar
-from .batches import EvalBatch, OrderedBatches, load
+from .batches import EvalBatch, OrderedBatches
 from .cache import CachedFeatures, cached_features, files_state
 from .notes import few_to_choose, lost_classes, of_all_processes, undecoded
 from .representations import Representations
@@ -50,8 +52,8 @@ class Probe:
     protocol: Protocol
     train: EvalSet
     test: EvalSet
-    fit: Numbers
-    choose: Numbers
+    fit: Targets
+    choose: Targets
     distributed: Distributed
     out: Path
     seed: int
@@ -80,7 +82,7 @@ class Probe:
         return share if len(self.choose) else "the test set"
 
     def in_order(
-        self, part: EvalSet, rows: Numbers, size: tuple[int, int], *, shared: bool = True
+        self, part: EvalSet, rows: Targets, size: tuple[int, int], *, shared: bool = True
     ) -> OrderedBatches:
         """Images in order with the transform of tests; of this process, or all of them."""
         rank, world = (self.distributed.rank, self.distributed.world_size) if shared else (0, 1)
@@ -91,7 +93,7 @@ class Probe:
 
     def loaded(self, batches: Any, numbers: Any) -> Iterator[EvalBatch]:
         """Batches by their numbers, decoded ahead."""
-        return load(batches, numbers, self.workers, self.distributed.device.type == "cuda")
+        return load_in_order(batches, numbers, self.workers, self.distributed.device.type == "cuda")
 
     def bar(self, total: int, what: str) -> Any:
         """A progress bar in images, in process 0."""
@@ -138,6 +140,8 @@ def open_probe(
     batch_size: int | None = None,
     seed: int = 0,
     workers: int | None = None,
+    decoder: Decoder | None = None,
+    skip_broken: bool = False,
     progress: bool = False,
 ) -> Probe:
     """Open the data of a task; no image is decoded.
@@ -152,7 +156,9 @@ def open_probe(
         epochs: In the place of the protocol's; milestones move with it.
         batch_size: In the place of the protocol's; learning rates grow linearly with it.
         seed: The seed.
-        workers: Loader processes; default: one per CPU, up to 8.
+        workers: Loader processes; default: one for each CPU.
+        decoder: See `open_images`.
+        skip_broken: Leave out images that cannot be decoded; otherwise they stop the probe.
         progress: Show progress bars.
 
     Raises:
@@ -164,9 +170,18 @@ def open_probe(
         raise SettingsError(f"{option(name)} must be at least {least}")
     protocol = task.protocol if epochs is None else task.protocol.with_epochs(epochs)
     protocol = replace(protocol, batch_size=batch_size or protocol.batch_size)
-    workers = min(8, usable_cpus()) if workers is None else workers
+    workers = usable_cpus() if workers is None else workers
     shown = progress and distributed.rank == 0
-    train, tested = open_task(task, data, seed, test=test, workers=workers, progress=shown)
+    train, tested = open_task(
+        task,
+        data,
+        seed,
+        test=test,
+        workers=workers,
+        decoder=decoder,
+        skip_broken=skip_broken,
+        progress=shown,
+    )
     fit, choose = split_to_choose(train, seed)
     if select_on_test:
         fit, choose = np.arange(len(train)), choose[:0]

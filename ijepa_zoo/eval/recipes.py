@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
-from ..data.labelled import Numbers
+from ..data.datasets import Targets
 from ..errors import SettingsError
 from ..seeds import Stream, fold, torch_generator
 from .batches import EvalBatch, TrainBatches
@@ -158,7 +158,7 @@ class AugmentedBatches(TrainBatches):
     def __init__(
         self,
         data: EvalSet,
-        rows: Numbers,
+        rows: Targets,
         size: Size,
         batch_size: int,
         *,

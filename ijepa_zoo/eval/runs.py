@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..errors import RunError
-from ..extraction.encoder import hash_texts, usable_cpus
+from ..data.loading import usable_cpus
 from ..distributed import Distributed
+from ..errors import RunError
+from ..extraction.encoder import hash_texts
 from .result import RESULT, Result
 from .result_files import read_result
 
@@ -65,7 +66,9 @@ def claim(folder: Path, distributed: Distributed, stack: ExitStack) -> Result | 
     return finished
 
 
-def once(folder: Path, distributed: Distributed, precision: str, work: Callable[[], Result]) -> Result:
+def once(
+    folder: Path, distributed: Distributed, precision: str, work: Callable[[], Result]
+) -> Result:
     """The result that is in the folder, or that of `work`, which is then written there.
 
     Args:

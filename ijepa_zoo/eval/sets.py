@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..data.clevr import open_clevr
-from ..data.labelled import Labelled, Numbers
-from ..data.labelled_sources import open_labelled
-from ..data.pixels import ImageSet
-from ..errors import DataError
+from ..data.datasets import ImageDataset, Targets
+from ..data.decode import Decoder, Pixels
+from ..data.splits import Split, open_splits
+from ..errors import DataError, ImageError
 from ..seeds import Stream, numpy_generator
 from .tasks import TASKS, Task
-from .words import data_name, some
+from .words import data_name, option, some
 
 CHOOSE_SHARE = 0.1  # of the training images, to choose the head by
 _TEST_SHARE = 0.2  # of a data set that is in one piece
@@ -36,14 +36,38 @@ class EvalSet:
         split: What the data set calls this part.
         notes: What a user should know about it, in sentences.
         name: What a person calls the data, such as the name of their folder; empty: not known.
+        skip_broken: Leave out images that cannot be decoded.
     """
 
-    images: ImageSet
-    labels: Numbers
+    images: ImageDataset
+    labels: Targets
     classes: tuple[str, ...]
     split: str
     notes: tuple[str, ...] = ()
     name: str = ""
+    skip_broken: bool = False
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.images.decoder.in_chans
+
+    def read(self, index: int) -> Pixels:
+        """Decode an image.
+
+        Raises:
+            ImageError: It cannot be decoded, and such images are left out.
+            DataError: It cannot be decoded.
+        """
+        try:
+            return self.images.read(index)
+        except ImageError as error:
+            if self.skip_broken:
+                raise
+            raise DataError(
+                f"'{self.images.name(index)}' cannot be decoded ({error}): repair or remove it, or "
+                f"leave such images out with {option('skip_broken')}"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,17 +87,21 @@ def open_task(
     *,
     test: Any = None,
     workers: int = 0,
+    decoder: Decoder | None = None,
+    skip_broken: bool = False,
     progress: bool = False,
 ) -> tuple[EvalSet, EvalSet]:
     """Open the data of a task; no image is decoded.
 
     Args:
         task: See :func:`~ijepa_zoo.eval.tasks.find_task`.
-        data: For classes what :func:`~ijepa_zoo.data.labelled_sources.open_labelled` takes, for
+        data: For classes what :func:`~ijepa_zoo.data.splits.open_splits` takes, for
             CLEVR's tasks what :func:`~ijepa_zoo.data.clevr.open_clevr` takes.
         seed: The run's seed; it shares out a data set in one piece, 80 % to train and 20 % to test.
         test: The test part, if `data` does not hold it (classes alone).
         workers: Distributed that render scenes, if any are rendered.
+        decoder: See `open_images`.
+        skip_broken: Leave out images that cannot be decoded.
         progress: Show a progress bar while rendering.
 
     Returns:
@@ -82,20 +110,23 @@ def open_task(
     Raises:
         DataError: The data cannot be used, or do not fit the task.
     """
-    trained, tested = _open(task, data, test, workers, progress)
-    known = trained.numbers >= 0
+    trained, tested = _open(task, data, test, workers, decoder, progress)
+    known = trained.targets >= 0
     if not known.all():
         trained = _without(trained, known, "have no class")
     if tested is None:
         trained, tested = _share_out(trained, seed)
     name = data_name(data)
-    train, matched = (replace(part, name=name) for part in _matched(task, trained, tested))
+    train, matched = (
+        replace(part, name=name, skip_broken=skip_broken)
+        for part in _matched(task, trained, tested)
+    )
     return train, matched
 
 
 def split_classes(
-    labels: Numbers, share: float, seed: int, use: int = 0
-) -> tuple[Numbers, Numbers]:
+    labels: Targets, share: float, seed: int, use: int = 0
+) -> tuple[Targets, Targets]:
     """Share images out at random, so that every class gives its share to within one image.
 
     Args:
@@ -118,7 +149,7 @@ def split_classes(
     return np.flatnonzero(~second), np.flatnonzero(second)
 
 
-def split_to_choose(train: EvalSet, seed: int) -> tuple[Numbers, Numbers]:
+def split_to_choose(train: EvalSet, seed: int) -> tuple[Targets, Targets]:
     """Indices of the training images that heads are fitted to, and of the 10 % that choose one."""
     return split_classes(train.labels, CHOOSE_SHARE, seed)
 
@@ -142,8 +173,8 @@ def data_record(train: EvalSet, test: EvalSet) -> dict[str, Any]:
 
 
 def _open(
-    task: Task, data: Any, test: Any, workers: int, progress: bool
-) -> tuple[Labelled, Labelled | None]:
+    task: Task, data: Any, test: Any, workers: int, decoder: Decoder | None, progress: bool
+) -> tuple[Split, Split | None]:
     if task.kind == "classes":
         if isinstance(data, str) and data.startswith(_SCENES):
             raise DataError(
@@ -151,59 +182,59 @@ def _open(
                 "classes: use `eval count` or `eval depth`, or the task 'count' or 'depth' "
                 "(--task count) of linear and knn"
             )
-        return open_labelled(data, test)
+        return open_splits(data, test, decoder)
     if test is not None or not isinstance(data, str | os.PathLike):
         raise DataError(
             f"task {task.name!r} takes one folder of CLEVR or scenes:TRAIN,TEST, which hold the "
             "test scenes too"
         )
-    return open_clevr(data, task.kind, workers=workers, progress=progress)
+    return open_clevr(data, task.kind, workers=workers, decoder=decoder, progress=progress)
 
 
-def _share_out(whole: Labelled, seed: int) -> tuple[Labelled, Labelled]:
-    rows = split_classes(whole.numbers, _TEST_SHARE, seed, use=1)
+def _share_out(whole: Split, seed: int) -> tuple[Split, Split]:
+    rows = split_classes(whole.targets, _TEST_SHARE, seed, use=1)
     note = (
         f"the data have no test part: {len(rows[0])} images train and {len(rows[1])} test, shared "
         f"out by the seed {seed}"
     )
-    return whole.part(rows[0], f"{whole.split} (80 %)", [note]), whole.part(
-        rows[1], f"{whole.split} (20 %)"
+    return whole.subset(rows[0], f"{whole.name} (80 %)", [note]), whole.subset(
+        rows[1], f"{whole.name} (20 %)"
     )
 
 
-def _matched(task: Task, trained: Labelled, tested: Labelled) -> tuple[EvalSet, EvalSet]:
-    numbers, labels = np.unique(trained.numbers, return_inverse=True)
+def _matched(task: Task, trained: Split, tested: Split) -> tuple[EvalSet, EvalSet]:
+    numbers, labels = np.unique(trained.targets, return_inverse=True)
     names = tuple(_name(trained, tested, number) for number in numbers.tolist())
-    train = EvalSet(trained.images, labels.astype(np.int64), names, trained.split, trained.notes)
+    train = EvalSet(trained.images, labels.astype(np.int64), names, trained.name, trained.notes)
     _refuse_classes(task, train)
-    seen = np.isin(tested.numbers, numbers)
+    seen = np.isin(tested.targets, numbers)
     if not seen.all():
-        strange = np.unique(tested.numbers[~seen]).tolist()
+        strange = np.unique(tested.targets[~seen]).tolist()
         named = some([_name(trained, tested, number) for number in strange])
         tested = _without(tested, seen, f"are of classes that training does not have ({named})")
-    placed = np.searchsorted(numbers, tested.numbers).astype(np.int64)
-    test = EvalSet(tested.images, placed, names, tested.split, tested.notes)
+    placed = np.searchsorted(numbers, tested.targets).astype(np.int64)
+    test = EvalSet(tested.images, placed, names, tested.name, tested.notes)
     notes = tuple(_remarks(task, trained, train))
     absent = tuple(_absent(test))
     return replace(train, notes=train.notes + notes), replace(test, notes=test.notes + absent)
 
 
-def _name(trained: Labelled, tested: Labelled, number: int) -> str:
+def _name(trained: Split, tested: Split, number: int) -> str:
     if number < 0:
         return "no class"
-    return trained.names.get(number) or tested.names.get(number) or str(number)
+    return trained.classes.get(number) or tested.classes.get(number) or str(number)
 
 
-def _without(labelled: Labelled, kept: npt.NDArray[np.bool_], why: str) -> Labelled:
+def _without(labelled: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
     """The images that are kept, and a note about the others."""
     gone = np.flatnonzero(~kept)
     note = (
-        f"{len(gone)} of {len(kept)} images of the {labelled.split} part {why} and are left out, "
+        f"{len(gone)} of {len(kept)} images of the {labelled.name} part {why} and are left out, "
         f"for example '{labelled.images.name(int(gone[0]))}'"
     )
     if not kept.any():
-        raise DataError(f"all images of the {labelled.split} part {why}")
-    return labelled.part(np.flatnonzero(kept), labelled.split, [note])
+        raise DataError(f"all images of the {labelled.name} part {why}")
+    return labelled.subset(np.flatnonzero(kept), labelled.name, [note])
 
 
 def _refuse_classes(task: Task, train: EvalSet) -> None:
@@ -221,15 +252,15 @@ def _refuse_classes(task: Task, train: EvalSet) -> None:
         )
 
 
-def _remarks(task: Task, trained: Labelled, train: EvalSet) -> Iterator[str]:
+def _remarks(task: Task, trained: Split, train: EvalSet) -> Iterator[str]:
     classes = len(train.classes)
     if task.kind != "classes" and classes != task.num_classes:
         yield (
             f"{task.title} has {task.num_classes} classes, these training scenes have {classes}: "
             "accuracies do not compare with the paper's"
         )
-    numbers = np.unique(trained.numbers)
-    if not trained.names and (numbers != np.arange(classes)).any():
+    numbers = np.unique(trained.targets)
+    if not trained.classes and (numbers != np.arange(classes)).any():
         yield (
             f"the labels are {classes} numbers from {numbers[0]} to {numbers[-1]}; they count as 0 "
             f"to {classes - 1} in their order"

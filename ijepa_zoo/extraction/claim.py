@@ -1,96 +1,109 @@
-"""Owning an output: what is there already, whether it fits, and a lock against others."""
+"""Preparing an output: what is there already, whether it fits, and locks against other runs."""
 
 import json
+import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..distributed import Distributed
 from ..errors import RunError
 from .outputs import Outputs
 from .parts import whole_file
-from .ranks import Ranks
+
+_IN_USE = "another process is writing '{}' now: wait for it, or choose another output"
+_OWN_FILE = re.compile(r"(\d{6}\.(rows|json)|settings\.json|merged)(\.tmp)?")
+
+
+def claim(
+    outputs: Outputs, settings: dict[str, Any], overwrite: bool, distributed: Distributed
+) -> bool:
+    """Make the output ready for a run with these settings; rank 0 does so for all.
+
+    Returns:
+        Whether such a run is finished already.
+
+    Raises:
+        RunError: Other results are in the way, or another process is at work; on every rank.
+    """
+    refusal, finished = None, False
+    if distributed.is_main:
+        try:
+            finished = _prepare(outputs, settings, overwrite)
+        except RunError as error:
+            refusal = str(error)
+    refusal, finished, first = distributed.broadcast_object((refusal, finished, settings))
+    if refusal is not None:
+        raise RunError(refusal)
+    if first != settings:
+        raise RunError(
+            f"rank {distributed.rank} does not do the same as rank 0: "
+            + _differences(first, settings)
+        )
+    return bool(finished)
 
 
 @contextmanager
-def claim(
-    outputs: Outputs, settings: dict[str, Any], overwrite: bool, ranks: Ranks
-) -> Iterator[bool]:
-    """Own the output while the run works on it.
-
-    Rank 0 checks and locks for all ranks; an error of its is raised on every rank.
-
-    Yields:
-        Whether a run with these settings is finished already.
+def lock_rank(outputs: Outputs, rank: int) -> Iterator[None]:
+    """Keep other runs from the output while this process works on its share.
 
     Raises:
-        RunError: If other results are in the way or another process is at work.
+        RunError: Another run is at work.
     """
-    with ExitStack() as stack:
-        state: tuple[str | None, bool, dict[str, Any]] = (None, False, settings)
-        if ranks.rank == 0:
-            try:
-                state = (None, _prepare(outputs, settings, overwrite, stack), settings)
-            except RunError as error:
-                state = (str(error), False, settings)
-        refusal, finished, first = ranks.share(state)
-        if refusal is not None:
-            raise RunError(refusal)
-        if first != settings:
-            raise RunError(
-                f"rank {ranks.rank} does not do the same as rank 0: {_differences(first, settings)}"
-            )
-        yield finished
+    try:
+        with FileLock(outputs.parts / f"rank{rank}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunError(_IN_USE.format(outputs.features)) from None
 
 
-def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool, stack: ExitStack) -> bool:
-    """Check what is there and lock the folder of parts; True if nothing is left to do."""
+def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Check what is there and prepare the folder of parts; True if nothing is left to do."""
     made = outputs.parts / "settings.json"
     if not overwrite and not made.exists():
         if _finished(outputs, settings):
             return True
         _refuse_old_results(outputs, settings)
-    _lock(outputs, stack)
+    outputs.parts.mkdir(parents=True, exist_ok=True)
+    _refuse_other_runs(outputs)
     before = _settings(made) if made.exists() else None
     if before == settings:
         return False
     if before is not None and not overwrite:
         raise RunError(
             f"'{outputs.parts}' holds an unfinished run with other settings "
-            f"({_differences(before, settings)}). Use the settings of then to go on with it, "
-            "or --overwrite (overwrite=True) to start anew"
+            f"({_differences(before, settings)}): use those settings to resume it, or --overwrite "
+            "(overwrite=True) to start anew"
         )
-    _empty(outputs.parts, ours=before is not None)
+    _empty(outputs.parts)
     outputs.record.unlink(missing_ok=True)  # from here on the old files are no finished run
     with whole_file(made) as file:
         file.write(json.dumps(settings).encode())
     return False
 
 
-def _lock(outputs: Outputs, stack: ExitStack) -> None:
-    outputs.parts.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(outputs.parts / "lock", timeout=0)
-    try:
-        stack.enter_context(lock)
-    except Timeout:
-        raise RunError(
-            f"another process is writing '{outputs.features}' now; wait for it, or choose another "
-            "output"
-        ) from None
+def _refuse_other_runs(outputs: Outputs) -> None:
+    for lock in outputs.parts.glob("rank*.lock"):
+        try:
+            with FileLock(lock, timeout=0):
+                pass
+        except Timeout:
+            raise RunError(_IN_USE.format(outputs.features)) from None
 
 
-def _empty(folder: Path, ours: bool) -> None:
-    """Remove the parts of a run with other settings; a folder that is no run's is left alone."""
-    for file in folder.iterdir():
-        if file.name == "lock":
-            continue
-        if not ours and file.name != "settings.json.tmp":
+def _empty(folder: Path) -> None:
+    """Remove the parts of an earlier run; a folder with other files is left alone."""
+    files = [file for file in folder.iterdir() if file.suffix != ".lock"]
+    for file in files:
+        if not _OWN_FILE.fullmatch(file.name):
             raise RunError(
-                f"'{folder}' is the place for unfinished work but holds other files, such as "
-                f"'{file.name}'; move them away or choose another output"
+                f"'{folder}' is needed for unfinished work but holds '{file.name}': move it away "
+                "or choose another output"
             )
+    for file in files:
         file.unlink()
 
 

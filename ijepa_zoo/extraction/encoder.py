@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.loading import usable_cpus
 from ..data.transforms import describe_transform, transform_config
-from ..errors import DistributedError, SettingsError
+from ..distributed import choose_device
+from ..errors import SettingsError
 from ..features import FeatureExtractor, Layers
 from .outputs import DTYPES
 
@@ -47,11 +48,11 @@ class Encoder:
         pool: str | None = "avg",
         dtype: str = "float32",
         precision: str = "float32",
-        device: str = "auto",
+        device: str | torch.device = "auto",
         threads: int | None = None,
         host: bool = True,
     ) -> None:
-        self.device = _choose_device(device)
+        self.device = choose_device(device) if isinstance(device, str) else device
         self.on_cpu = self.device.type == "cpu"
         self.result_device = torch.device("cpu") if host else self.device
         if precision not in PRECISIONS:
@@ -62,6 +63,7 @@ class Encoder:
             raise SettingsError("float16 computation needs a GPU; use bfloat16 on a CPU")
         extractor = FeatureExtractor(model, layers, pool)
         config = transform_config(model)
+        self.in_chans: int = config["input_size"][0]
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
         self.grid: tuple[int, int] = tuple(extractor.model.patch_embed.dynamic_feat_size(self.size))
         self.piece = max(1, _TOKENS // (self.grid[0] * self.grid[1])) if self.on_cpu else None
@@ -85,7 +87,7 @@ class Encoder:
         self.dtype = DTYPES[dtype]
         self.autocast = DTYPES[precision] if precision in ("bfloat16", "float16") else None
         self.mean, self.std = (
-            torch.tensor(config[key], device=self.device).view(3, 1, 1) for key in ("mean", "std")
+            torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
         )
 
     @property
@@ -106,7 +108,7 @@ class Encoder:
         The model is in evaluation mode until the last one is out.
 
         Args:
-            batches: uint8 ``[B, 3, H, W]``, and for each image None or the reason why its slot is
+            batches: uint8 ``[B, C, H, W]``, and for each image None or the reason why its slot is
                 to be left out; further slots are padding.
 
         Yields:
@@ -218,32 +220,3 @@ def _fast_precision(device: torch.device) -> str:
     if device.type != "cuda":
         return "float32"
     return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-
-
-def _choose_device(name: str) -> torch.device:
-    """The device of this process; a GPU, by default that of its local rank, becomes current."""
-    if name == "auto" and not torch.cuda.is_available():
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    local_rank = os.environ.get("LOCAL_RANK")
-    if name == "auto" or (name == "cuda" and local_rank):
-        try:
-            return choose_device("cuda", Place(local_rank=int(local_rank or 0)))
-        except DistributedError as error:
-            raise SettingsError(str(error)) from error
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"device {name!r} cannot be used here: {reason}") from error
-    if device.type == "meta":
-        raise SettingsError("device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def usable_cpus() -> int:
-    """CPUs for this process: those it may use, shared with its neighbours under torchrun."""
-    own = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

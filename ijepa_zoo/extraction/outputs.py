@@ -4,7 +4,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from ..data.items import Item
+from ..data.datasets import ImageDataset
 from ..errors import MissingPackageError, SettingsError
 from ..weights import safetensors_file
 from .parts import Parts, whole_file
@@ -54,24 +54,22 @@ class Outputs:
             (self.features.stem if known else self.features.name) + ending
         )
 
-    def own(self, path: str) -> bool:
-        """Whether a path is one of these files, or in the folder of parts."""
-        place = os.path.abspath(path)
-        return place in self._files() or Path(os.path.abspath(self.parts)) in Path(place).parents
-
-    def refuse_inputs(self, images: Iterable[Item]) -> None:
-        """Refuse to write over an image or a shard that is to be read.
+    def refuse_inputs(self, images: ImageDataset) -> None:
+        """Refuse to write over a file that is to be read, and leave own files out of the index.
 
         Raises:
-            ValueError: If an output is also an input.
+            SettingsError: An output is also an input.
         """
-        files = self._files()
-        for path in dict.fromkeys(item.shard or item.path for item in images):
+        files = {os.path.abspath(path) for path in (self.features, self.index, self.record)}
+        parts = os.path.join(os.path.abspath(self.parts), "")
+        images.skipped = [
+            (position, path, reason)
+            for position, path, reason in images.skipped
+            if os.path.abspath(path) not in files and not os.path.abspath(path).startswith(parts)
+        ]
+        for path in images.files():
             if os.path.abspath(path) in files:
                 raise SettingsError(f"'{path}' is an input and an output: choose another output")
-
-    def _files(self) -> set[str]:
-        return {os.path.abspath(p) for p in (self.features, self.index, self.record)}
 
 
 def choose_outputs(
@@ -110,20 +108,29 @@ def choose_outputs(
     return Outputs(path, chosen)
 
 
-def index_lines(items: Iterable[Item], parts: Parts) -> Iterator[dict[str, Any]]:
+def index_lines(images: ImageDataset, parts: Parts) -> Iterator[dict[str, Any]]:
     """The index of a run whose parts are complete, in the order of the input.
 
     Yields:
-        ``{"row": 17, "path": ..., "label": ...}`` for a row, ``row`` None and ``error`` for an
-        image without one, ``row`` None and ``skipped`` for a file that is no image by its name.
+        `{"row": 17, "path": ..., "label": ...}` for a row, `row` None and `error` for an image
+        without one, `row` None and `skipped` for a file that is not an image by its name.
     """
     reasons = (error for part in range(len(parts)) for error in parts.errors(part))
+    skipped = iter([*images.skipped, (len(images), "", "")])
+    position, path, why = next(skipped)
     row = 0
-    for item in items:
-        line: dict[str, Any] = {"row": None, "path": item.path, "label": item.label}
-        if item.skipped is not None:
-            line["skipped"] = item.skipped
-        elif (reason := next(reasons)) is not None:
+    for index in range(len(images) + 1):
+        while path and position == index:
+            yield {"row": None, "path": path, "label": None, "skipped": why}
+            position, path, why = next(skipped)
+        if index == len(images):
+            return
+        line: dict[str, Any] = {
+            "row": None,
+            "path": images.name(index),
+            "label": images.label(index),
+        }
+        if (reason := next(reasons)) is not None:
             line["error"] = reason
         else:
             line["row"] = row
@@ -134,7 +141,7 @@ def index_lines(items: Iterable[Item], parts: Parts) -> Iterator[dict[str, Any]]
 def merge(
     outputs: Outputs,
     parts: Parts,
-    items: Sequence[Item],
+    images: ImageDataset,
     row_shape: tuple[int, ...],
     dtype: str,
     settings: dict[str, Any],
@@ -144,7 +151,7 @@ def merge(
     Args:
         outputs: The files to write; each appears when it is complete, the record last.
         parts: All complete.
-        items: The input.
+        images: The input.
         row_shape: Shape of one row.
         dtype: Name of the features' dtype.
         settings: Kept in the record, and in the metadata of safetensors.
@@ -155,7 +162,7 @@ def merge(
     counts = {"rows": 0, "failed": 0, "skipped": 0}
     temporary = outputs.parts / "merged.tmp"
     with whole_file(outputs.index, temporary) as file:
-        for line in index_lines(items, parts):
+        for line in index_lines(images, parts):
             kind = "failed" if "error" in line else "skipped" if "skipped" in line else "rows"
             counts[kind] += 1
             file.write(json.dumps(line).encode() + b"\n")

@@ -5,29 +5,29 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from ..data.batches import ImageBatches
-from ..data.images import MAX_PIXELS
-from ..data.items import Item
-from ..data.sources import Inputs, find_items
+from ..data.datasets import ImageDataset
+from ..data.decode import MAX_PIXELS, Decoder
+from ..data.loading import load_in_order
+from ..data.sources import open_images
 from ..data.transforms import create_transform
-from ..errors import RunError, SettingsError
+from ..distributed import Distributed, init_distributed
+from ..errors import ImageError, RunError, SettingsError
 from ..features import Layers
 from ..progress import progress_bar
-from .claim import claim
-from .encoder import Batch, Encoder, hash_texts, usable_cpus
+from .claim import claim, lock_rank
+from .encoder import Batch, Encoder, hash_texts
 from .outputs import DTYPES, Outputs, choose_outputs, merge
 from .parts import Parts
-from .ranks import Ranks, join_ranks
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ExtractionReport:
 
 
 def extract_features(
-    inputs: Inputs,
+    inputs: Any,
     model: nn.Module,
     out: str | os.PathLike[str],
     *,
@@ -74,10 +74,12 @@ def extract_features(
     precision: str = "auto",
     format: str | None = None,
     strict: bool = False,
+    value_range: tuple[float, float] | None = None,
+    bands: tuple[int, ...] | None = None,
     max_pixels: int = MAX_PIXELS,
     overwrite: bool = False,
     progress: bool = False,
-) -> ExtractionReport:
+) -> ExtractionReport | None:
     """Extract the features of images into one file, with an index that says which row is whose.
 
     The images are cut into fixed batches in the order of the input. Finished batches are kept in
@@ -86,7 +88,7 @@ def extract_features(
     workers, of threads, or of processes under ``torchrun`` (on a shared file system).
 
     Args:
-        inputs: See :func:`ijepa_zoo.data.sources.find_items`.
+        inputs: See :func:`ijepa_zoo.data.sources.open_images`.
         model: A timm ViT; it is moved to the device and left in its training or evaluation mode.
         out: File to write; ``<stem>.index.jsonl`` and ``<stem>.run.json`` come beside it.
         layers: See :class:`~ijepa_zoo.features.FeatureExtractor`.
@@ -103,128 +105,177 @@ def extract_features(
             'float32'.
         format: 'safetensors', 'npy' or 'parquet'; default: by the suffix of ``out``.
         strict: Stop at the first image that fails.
+        value_range: Values of 16-bit images that become black and white, see `Decoder`.
+        bands: Bands or pages of image files that become channels, see `Decoder`.
         max_pixels: Images with more pixels are refused.
         overwrite: Replace finished files, and parts made with other settings.
         progress: Show progress: a bar in a terminal, a line every 30 s elsewhere.
 
     Returns:
         What was done. Images that failed are in it and in the index, and the rest is complete.
+        None in a process under torchrun whose share was done before that of others: the last one
+        writes the files.
 
     Raises:
-        ijepa_zoo.data.sources.DataError: If an input does not exist or there are no images.
+        ijepa_zoo.errors.DataError: If an input does not exist or there are no images.
         ValueError: If an argument is out of range.
         RunError: If other results are in the way, another process is at work, an image
             fails under ``strict``, or features are not finite in the chosen precision.
     """
     if dtype not in DTYPES:
         raise SettingsError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
-    smallest = min(1 if batch_size is None else batch_size, max_pixels, threads or 1)
+    smallest = min(1 if batch_size is None else batch_size, threads or 1)
     if smallest < 1 or (workers or 0) < 0:
-        raise SettingsError(
-            "batch_size, max_pixels and threads must be at least 1, workers at least 0"
-        )
+        raise SettingsError("batch_size and threads must be at least 1, workers at least 0")
     outputs = choose_outputs(out, format, dtype, pool)
-    items = [i for i in find_items(inputs) if i.skipped is None or not outputs.own(i.path)]
-    images = [item for item in items if item.skipped is None]
-    outputs.refuse_inputs(images)
-    encoder = Encoder(
-        model,
-        layers=layers,
-        pool=pool,
-        dtype=dtype,
-        precision=precision,
-        device=device,
-        threads=threads,
-    )
-    # Equal batches waste the fewest slots of the last one, down to a run of a single image.
-    batch_size = -(-len(images) // -(-len(images) // (batch_size or encoder.batch_size)))
-    settings = {
-        **encoder.settings,
-        "format": outputs.format,
-        "batch_size": batch_size,
-        "max_pixels": max_pixels,
-        "images": len(images),
-        "inputs": hash_texts(f"{i.path}\0{i.label}\0{i.offset}" for i in images),
-    }
+    with init_distributed(device) as distributed:
+        encoder = Encoder(
+            model,
+            layers=layers,
+            pool=pool,
+            dtype=dtype,
+            precision=precision,
+            device=distributed.device,
+            threads=threads,
+        )
+        decoder = Decoder(encoder.in_chans, value_range, bands, max_pixels)
+        images = open_images(inputs, decoder=decoder)
+        outputs.refuse_inputs(images)
+        # Equal batches waste the fewest slots of the last one, down to a run of a single image.
+        batch_size = -(-len(images) // -(-len(images) // (batch_size or encoder.batch_size)))
+        settings = {
+            **encoder.settings,
+            "format": outputs.format,
+            "batch_size": batch_size,
+            "value_range": value_range and list(value_range),
+            "bands": bands and list(bands),
+            "max_pixels": max_pixels,
+            "images": len(images),
+            "inputs": images.fingerprint(),
+            "names": hash_texts(images.name(index) for index in range(len(images))),
+        }
+        finished = claim(outputs, settings, overwrite, distributed)
+        if finished:
+            return _report(outputs, 0.0, finished)
     row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
     parts = Parts(outputs.parts, len(images), batch_size, row_bytes)
-    with join_ranks() as ranks, claim(outputs, settings, overwrite, ranks) as finished:
-        rate = 0.0
-        if not finished:
-            transform = create_transform(model, normalize=False)
-            batches = ImageBatches(images, transform, batch_size, encoder.size, max_pixels)
-            rate = _work(parts, batches, encoder, ranks, workers, strict, progress)
-            ranks.wait()
-            if ranks.rank == 0:
-                _check_complete(parts)
-                merge(outputs, parts, items, encoder.row_shape, dtype, settings)
-                shutil.rmtree(outputs.parts)
-            ranks.wait()
-        return _report(outputs, rate, finished)
+    with lock_rank(outputs, distributed.rank):
+        transform = create_transform(model, normalize=False)
+        batches = ImageBatches(images, transform, batch_size, (encoder.in_chans, *encoder.size))
+        rate = _work(parts, batches, encoder, distributed, workers, strict, progress)
+    if not _merge_when_complete(outputs, parts, images, encoder.row_shape, dtype, settings):
+        return None
+    return _report(outputs, rate, finished=False)
+
+
+class ImageBatches:
+    """Batch `b` holds images `b * batch_size` to `(b + 1) * batch_size`, each in its own slot.
+
+    Slots of broken images and those past the last image hold zeros: an image meets the same slot
+    and the same shape whatever its neighbors are, so its features are the same to the last bit.
+
+    Args:
+        images: What to decode.
+        transform: Decoded image to uint8 `[C, H, W]`.
+        batch_size: Slots of a batch.
+        shape: Of the transformed images, `(C, H, W)`.
+    """
+
+    def __init__(
+        self, images: ImageDataset, transform: Any, batch_size: int, shape: tuple[int, int, int]
+    ) -> None:
+        self.images, self.transform = images, transform
+        self.batch_size, self.shape = batch_size, shape
+
+    def __getitem__(self, batch: int) -> Batch:
+        """Decode one batch.
+
+        Returns:
+            Images, uint8 `[batch_size, C, H, W]`, and for each image of the batch None or the
+            reason why it could not be decoded.
+        """
+        pixels = torch.zeros(self.batch_size, *self.shape, dtype=torch.uint8)
+        first = batch * self.batch_size
+        last = min(first + self.batch_size, len(self.images))
+        errors: list[str | None] = []
+        for slot, index in enumerate(range(first, last)):
+            try:
+                pixels[slot] = self.transform(self.images.read(index))
+                errors.append(None)
+            except ImageError as error:
+                errors.append(str(error))
+        return pixels, errors
 
 
 def _work(
     parts: Parts,
     batches: ImageBatches,
     encoder: Encoder,
-    ranks: Ranks,
+    distributed: Distributed,
     workers: int | None,
     strict: bool,
     progress: bool,
 ) -> float:
-    """Make the missing parts of this rank; returns the images per second of all ranks."""
+    """Make the missing parts of this process; returns its images per second."""
     done = parts.sound()
     if strict:
         for part in sorted(done):
-            _stop_at_failure(parts, batches.items, part, parts.errors(part))
-    mine = [p for p in range(ranks.rank, len(parts), ranks.world) if p not in done]
-    order = [batch for part in mine for batch in parts.batches(part)]
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=order,
-        num_workers=min(len(order), min(8, usable_cpus()) if workers is None else workers),
-        pin_memory=encoder.device.type == "cuda",
+            _stop_at_failure(parts, batches.images, part, parts.errors(part))
+    own = range(distributed.rank, len(parts), distributed.world_size)
+    missing = [part for part in own if part not in done]
+    order = [batch for part in missing for batch in parts.batches(part)]
+    loaded = load_in_order(batches, order, workers, pin_memory=encoder.device.type == "cuda")
+    images, before = (
+        sum(map(parts.size, own)),
+        sum(parts.size(part) for part in own if part in done),
     )
-    before, start = sum(map(parts.size, done)), time.perf_counter()
+    start = time.perf_counter()
     with (
-        closing(encoder.encode(_decoded(loader))) as encoded,
-        progress_bar(
-            progress and ranks.rank == 0, parts.images, "features", "image", before
-        ) as bar,
+        closing(encoder.encode(loaded)) as encoded,
+        progress_bar(progress and distributed.is_main, images, "features", "image", before) as bar,
     ):
-        for part in mine:
+        for part in missing:
             rows, errors = [], []
             for _ in parts.batches(part):
                 features, reasons = next(encoded)
                 rows.append(features)
                 errors += reasons
             if strict:
-                _stop_at_failure(parts, batches.items, part, errors)
-            _check_finite(rows, batches.items[part * parts.images_each].path)
+                _stop_at_failure(parts, batches.images, part, errors)
+            _check_finite(rows, batches.images.name(part * parts.images_each))
             parts.write(part, rows, errors)
-            everyone = sum(map(parts.size, parts.done())) if ranks.world > 1 else 0
-            bar.update(everyone - bar.n if everyone else parts.size(part))
-    ranks.wait()
-    return (parts.images - before) / (time.perf_counter() - start)
+            bar.update(parts.size(part))
+    return (images - before) / (time.perf_counter() - start)
 
 
-def _decoded(loader: Iterable[Batch]) -> Iterator[Batch]:
+def _merge_when_complete(
+    outputs: Outputs,
+    parts: Parts,
+    images: ImageDataset,
+    row_shape: tuple[int, ...],
+    dtype: str,
+    settings: dict[str, Any],
+) -> bool:
+    """Write the files if no other process has parts to do; the last one does so."""
     try:
-        yield from loader
-    except RuntimeError as error:  # torch's word for a worker that was killed
-        raise RunError(
-            f"a process that decodes images ended ({error}): memory may be short, so try fewer "
-            "workers (--workers). What is done is kept; the same command goes on from there"
-        ) from error
+        with FileLock(outputs.parts / "merge.lock"):
+            if len(parts.done()) < len(parts):
+                return False
+            merge(outputs, parts, images, row_shape, dtype, settings)
+    except FileNotFoundError:
+        if not outputs.parts.exists():  # another process has merged and removed them
+            return False
+        raise
+    shutil.rmtree(outputs.parts)
+    return True
 
 
 def _stop_at_failure(
-    parts: Parts, items: Sequence[Item], part: int, errors: Sequence[str | None]
+    parts: Parts, images: ImageDataset, part: int, errors: Sequence[str | None]
 ) -> None:
     for position, reason in enumerate(errors):
         if reason is not None:
-            path = items[part * parts.images_each + position].path
+            path = images.name(part * parts.images_each + position)
             raise RunError(f"{path!r}: {reason} (strict: stopped at the first failure)")
 
 
@@ -233,15 +284,6 @@ def _check_finite(rows: Sequence[Tensor], path: str) -> None:
         raise RunError(
             f"features in the batches from {path!r} on are not finite: use float32 for dtype and "
             "precision; if they are not finite then, the weights are broken"
-        )
-
-
-def _check_complete(parts: Parts) -> None:
-    missing = sorted(set(range(len(parts))) - parts.done())
-    if missing:
-        raise RunError(
-            f"{len(missing)} of {len(parts)} parts are missing in '{parts.folder}', the first is "
-            f"{missing[0]}: do all processes see the same folder?"
         )
 
 

@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..data.crops import DRAWS, centre_box, crop_box, cut, size_of
-from ..data.image_sets import ImageSet
-from ..data.pixels import Pixels
+from ..data.datasets import FileDataset, ImageDataset
+from ..data.decode import Decoder, Pixels
+from ..data.loading import load_in_order
+from ..data.sources import open_images
+from ..data.transforms import DRAWS, center_box, crop_box, crop_resize, pixel_size
 from ..errors import DataError, ImageError, SettingsError
 from ..masks import MultiBlockMasks
 from ..seeds import Stream, numpy_generator
 from .config import MaskConfig, PretrainConfig
-from .workers import heed_the_run_alone, name_deaths
 
+_log = logging.getLogger(__name__)
 _REPLACEMENTS = 20  # images tried in the place of a broken one
 
 _Indices = npt.NDArray[np.int64]
+
+
+def open_training_images(
+    config: PretrainConfig, data: Any, index: Path | None = None
+) -> ImageDataset:
+    """The images of a run.
+
+    Args:
+        config: Settings.
+        data: See `open_images`.
+        index: See `open_images`.
+
+    Raises:
+        DataError: There are none, or they cannot be read in any order.
+    """
+    chosen = config.data
+    decoder = Decoder(config.model.in_chans or 3, chosen.value_range, chosen.bands, as_tensor=True)
+    images = open_images(data, decoder=decoder, index=index)
+    if not isinstance(images, FileDataset):
+        return images
+    if compressed := images.compressed_shards():
+        raise DataError(
+            f"'{compressed[0]}' is compressed, and training reads images in any order: unpack it "
+            "once (gunzip; images do not get larger) and name the .tar"
+        )
+    repeated = len(images) - len(np.unique(images.real_paths()))
+    if repeated:
+        _log.warning(
+            "%d images are named twice, directly or by links, so that held-out images may be "
+            "trained on", repeated,
+        )  # fmt: skip
+    return images
 
 
 def split(n: int, held_out: int, seed: int) -> tuple[_Indices, _Indices]:
@@ -118,7 +154,7 @@ class TrainBatches(Dataset[list[Batch]]):
 
     def __init__(
         self,
-        images: ImageSet,
+        images: ImageDataset,
         indices: _Indices,
         config: PretrainConfig,
         image_size: tuple[int, int],
@@ -193,26 +229,27 @@ class TrainBatches(Dataset[list[Batch]]):
 
     def _crop(self, image: Pixels, draws: Sequence[float]) -> torch.Tensor:
         data = self.config.data
-        box = crop_box(draws, size_of(image), scale=data.crop_scale, ratio=data.crop_ratio)
-        pixels = cut(image, box, self.image_size)
+        box = crop_box(draws, pixel_size(image), scale=data.crop_scale, ratio=data.crop_ratio)
+        pixels = crop_resize(image, box, self.image_size)
         return pixels.flip(-1) if data.horizontal_flip and draws[-1] < 0.5 else pixels
 
 
-class _MicroBatches(Dataset[Batch | DataError]):
+class _MicroBatches:
     """Micro-batch after micro-batch: whole steps of many images would fill the memory."""
 
     def __init__(self, batches: TrainBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, number: int) -> Batch | DataError:
-        try:
-            return self.batches.micro_batch(*divmod(number, self.batches.parts))
-        except DataError as error:  # raised in the main process, without a worker's traceback
-            return error
+    def __getitem__(self, number: int) -> Batch:
+        return self.batches.micro_batch(*divmod(number, self.batches.parts))
 
 
 def loader(
-    batches: TrainBatches, first_step: int, last_step: int, workers: int, pin_memory: bool
+    batches: TrainBatches,
+    first_step: int,
+    last_step: int,
+    workers: int | None,
+    pin_memory: bool,
 ) -> Iterator[list[Batch]]:
     """The micro-batches of each step from `first_step` to before `last_step`.
 
@@ -220,37 +257,24 @@ def loader(
         batches: Where they come from.
         first_step: Updates done.
         last_step: Updates at the end.
-        workers: Loader processes, which change nothing but the speed; 0 reads in this one.
-        pin_memory: Make copies to a GPU fast.
+        workers: See `load_in_order`.
+        pin_memory: See `load_in_order`.
 
     Raises:
         DataError: Too many broken images in a row.
-        RuntimeError: A loader process was killed.
+        RunError: A loader process was killed.
     """
     numbers = range(first_step * batches.parts, last_step * batches.parts)
-    workers = min(workers, len(numbers))
-    loaded: DataLoader[Batch | DataError] = DataLoader(
-        _MicroBatches(batches),
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=heed_the_run_alone,
-        # Forked workers share the list of images with this process, others would copy it.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
     step: list[Batch] = []
-    for found in name_deaths(loaded):
-        if isinstance(found, DataError):
-            raise found
-        step.append(found)
+    for batch in load_in_order(_MicroBatches(batches), numbers, workers, pin_memory):
+        step.append(batch)
         if len(step) == batches.parts:
             yield step
             step = []
 
 
 def evaluation_images(
-    images: ImageSet, indices: _Indices, image_size: tuple[int, int]
+    images: ImageDataset, indices: _Indices, image_size: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[str, str]]]:
     """Images for monitors: the short side resized, the middle cut out.
 
@@ -274,12 +298,12 @@ def evaluation_images(
         except ImageError as error:
             broken.append((images.name(index), str(error)))
             continue
-        pixels.append(cut(image, centre_box(size_of(image), aspect), image_size))
+        pixels.append(crop_resize(image, center_box(pixel_size(image), aspect), image_size))
         kept.append(index)
     if not pixels:
         name, reason = broken[0]
         raise DataError(f"none of {len(indices)} images can be decoded; {name}: {reason}")
-    labels = None if images.labels is None else torch.from_numpy(images.labels[kept])
+    labels = None if images.targets is None else torch.from_numpy(images.targets[kept])
     return torch.stack(pixels), labels, broken
 
 

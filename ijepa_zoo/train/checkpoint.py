@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, SettingsError
 from ..distributed import Distributed
+from ..errors import CheckpointError, SettingsError
 from . import checkpoint_folder as layout
 from .parallel import own_part
 

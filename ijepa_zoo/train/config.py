@@ -50,6 +50,8 @@ class DataConfig:
     have one value for each channel, or one for all. `held_out` images are never trained on and
     feed the monitors. The run stops when more than the share `max_broken` of the images that it
     wanted to read could not be decoded; this share may change when the run is resumed.
+    `value_range` are the values that become black and white in images and arrays of more than 8
+    bits, and `bands` the bands or pages of image files that become the channels, from 0.
     """
 
     crop_scale: Range = (0.3, 1.0)
@@ -59,6 +61,8 @@ class DataConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     held_out: int = 512
     max_broken: float = 0.01
+    value_range: Range | None = None
+    bands: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.image_sets import open_images
-from ..masks import MultiBlockMasks
 from ..distributed import init_distributed
-from .batches import Batch
+from ..masks import MultiBlockMasks
+from .batches import Batch, open_training_images
 from .config import PretrainConfig
 from .flops import Flops, flops_per_image
 from .limits import check
@@ -131,7 +130,7 @@ def dry_run(
     if config.machine.threads:
         torch.set_num_threads(config.machine.threads)
     with init_distributed(config.machine.device, config.machine.timeout) as distributed:
-        images = open_images(data, in_chans=config.model.in_chans or 3, tensors=True)
+        images = open_training_images(config, data)
         trainer = Trainer(config, images, distributed, init=init)
         started = time.perf_counter()
         batch = trainer.data.micro_batch(0, 0)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..data.image_sets import ImageSet
-from ..errors import RunError
+from ..data.datasets import ImageDataset
 from ..distributed import Distributed
+from ..errors import RunError
 from ..weights.export import refuse_foreign
 from .config import PretrainConfig
 from .settings import differences, dump, parse
@@ -37,7 +37,7 @@ def claim_folder(out: Path, distributed: Distributed, stack: ExitStack) -> None:
 
 
 def settle_folder(
-    out: Path, config: PretrainConfig, images: ImageSet, distributed: Distributed
+    out: Path, config: PretrainConfig, images: ImageDataset, distributed: Distributed
 ) -> None:
     """Write settings and data into the folder, or refuse others than those of its checkpoints."""
     refusal = None
@@ -82,7 +82,7 @@ def named_broken(path: Path) -> set[str]:
     return {json.loads(found[1]) for line in lines if (found := _BROKEN.match(line))}
 
 
-def _write(out: Path, config: PretrainConfig, images: ImageSet) -> None:
+def _write(out: Path, config: PretrainConfig, images: ImageDataset) -> None:
     data = {"images": len(images), "fingerprint": images.fingerprint()}
     for name, text in ((_SETTINGS, dump(config)), (_DATA, json.dumps(data))):
         whole = out / f"{name}.partial"
@@ -94,7 +94,7 @@ def _write(out: Path, config: PretrainConfig, images: ImageSet) -> None:
             raise OSError(error.errno, error.strerror, str(out / name)) from error
 
 
-def _refusal(out: Path, config: PretrainConfig, images: ImageSet) -> str | None:
+def _refusal(out: Path, config: PretrainConfig, images: ImageDataset) -> str | None:
     if (out / "export").exists():
         refuse_foreign(out / "export")
     if not any((out / "checkpoints").glob("step-*")):

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed import Distributed
 from ..errors import SettingsError
 from ..models.jepa import IJepa
-from ..distributed import Distributed
 from .batches import normalise
 from .config import Precision
 from .float8 import without_float8

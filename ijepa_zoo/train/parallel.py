@@ -16,8 +16,8 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from ..models.jepa import IJepa
 from ..distributed import Distributed
+from ..models.jepa import IJepa
 from .config import MachineConfig, Precision
 from .float8 import use_float8
 
@@ -81,7 +81,9 @@ def in_group(distributed: Distributed) -> bool:
     import torch.distributed as dist
 
     return (
-        dist.is_available() and dist.is_initialized() and dist.get_world_size() == distributed.world_size
+        dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size() == distributed.world_size
     )
 
 

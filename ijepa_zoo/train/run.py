@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import torch
 
-from ..data.image_sets import ImageSet, open_images
-from ..errors import SettingsError
+from ..data.datasets import ImageDataset
 from ..distributed import Distributed, init_distributed
+from ..errors import SettingsError
+from .batches import open_training_images
 from .checkpoint import Checkpoints
 from .config import PretrainConfig, steps_of
 from .export import export_run, exported_step
@@ -75,8 +76,7 @@ def pretrain(
             torch.set_num_threads(machine.threads)
         distributed = stack.enter_context(init_distributed(machine.device, machine.timeout))
         claim_folder(out, distributed, stack)
-        in_chans = config.model.in_chans or 3
-        images = open_images(data, in_chans=in_chans, index=out / "shards.index", tensors=True)
+        images = open_training_images(config, data, out / "shards.index")
         settle_folder(out, config, images, distributed)
         checkpoints = _checkpoints(out, config, images, distributed)
         step = checkpoints.choose(resume_from)
@@ -120,7 +120,7 @@ def _own_folder(out: str | Path, data: Any) -> Path:
 
 
 def _checkpoints(
-    out: Path, config: PretrainConfig, images: ImageSet, distributed: Distributed
+    out: Path, config: PretrainConfig, images: ImageDataset, distributed: Distributed
 ) -> Checkpoints:
     log, count = config.log, len(images) - config.data.held_out
     sizes = {"batch_size": config.optim.batch_size, "images": count}

@@ -7,7 +7,6 @@ tensors and `step`, and a run that was stopped and resumed equals one that was n
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -16,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.image_sets import ImageSet
+from ..data.datasets import ImageDataset
+from ..distributed import Distributed, choose_device, copy_to_host
 from ..errors import SettingsError, UserError
 from ..masks import MultiBlockMasks
 from ..models.jepa import IJepa
-from ..distributed import Distributed, choose_device, copy_to_host
 from ..seeds import Stream, fold, numpy_generator
 from .batches import (
     Batch,
@@ -41,7 +40,6 @@ from .regularizers import Regularizer
 from .start import build_networks, fill_optimizer, starting_optimizer
 
 _NETWORKS = ("encoder", "predictor", "target_encoder")
-_MOST_WORKERS = 8  # loader processes of each training process
 _SHOWN = 8  # images named in a message
 _MONITORED = 512  # images of the monitors where none are held out
 
@@ -84,7 +82,7 @@ class Trainer:
     def __init__(
         self,
         config: PretrainConfig,
-        images: ImageSet,
+        images: ImageDataset,
         distributed: Distributed | None = None,
         *,
         init: str | Path | None = None,
@@ -143,8 +141,6 @@ class Trainer:
     def batches(self) -> Iterable[list[Batch]]:
         """This process's micro-batches of every step from the next one to the last."""
         workers = self.config.machine.workers
-        if workers is None:
-            workers = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // self.distributed.local_world_size)
         pinned = self.distributed.device.type == "cuda"
         return loader(self.data, self.step, self.schedule.steps, workers, pinned)
 
@@ -282,8 +278,8 @@ class Trainer:
             f"{len(self.train_indices):,} images to train on, {held} for the monitors",
             f"{self.config.model.name}, images {side[0]}x{side[1]}, patches {patch[0]}x{patch[1]}",
             f"{schedule.steps:,} steps of {optim.batch_size} images ({epochs:.4g} epochs)",
-            f"{self.distributed.world_size} x {self.distributed.device}, {optim.precision}{remark}, "
-            f"{self.micro_batch_size} images at once"
+            f"{self.distributed.world_size} x {self.distributed.device}, "
+            f"{optim.precision}{remark}, {self.micro_batch_size} images at once"
             + (f", {machine.parallel}" if in_group(self.distributed) else "")
             + (
                 f", {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ijepa_zoo.data.clevr import open_clevr
 from ijepa_zoo.data.scenes import SPLIT_STARTS, distance_class, render_scene
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError
 
 # One object of the published files.
 OBJECT = {
@@ -104,22 +104,22 @@ def test_scenes_without_image_are_left_out_and_counted(tmp_path):
 def test_malformed_scene_files_are_named(tmp_path, text):
     path = write(tmp_path, "train", [[9.0]])
     path.write_text(text)
-    with pytest.raises(InputError, match=r"CLEVR_train_scenes\.json"):
+    with pytest.raises(DataError, match=r"CLEVR_train_scenes\.json"):
         open_clevr(tmp_path, "count")
 
 
 def test_objects_without_depth_have_no_distance(tmp_path):
     path = write(tmp_path, "train", [[9.0], []])
-    with pytest.raises(InputError, match=str(path)):
+    with pytest.raises(DataError, match=str(path)):
         open_clevr(tmp_path, "distance")
     assert open_clevr(tmp_path, "count")[0].numbers.tolist() == [1, 0]
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(InputError, match=str(tmp_path / "scenes" / "CLEVR_train_scenes.json")):
+    with pytest.raises(DataError, match=str(tmp_path / "scenes" / "CLEVR_train_scenes.json")):
         open_clevr(tmp_path, "count")
     write(tmp_path, "train", [[9.0]], without=(0,))
-    with pytest.raises(InputError, match=str(tmp_path / "images" / "train")):
+    with pytest.raises(DataError, match=str(tmp_path / "images" / "train")):
         open_clevr(tmp_path, "count")
 
 

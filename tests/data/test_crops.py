@@ -2,10 +2,9 @@
 
 import numpy as np
 import torch
+from ijepa_zoo.data.crops import cut
 from PIL import Image
 from torchvision.transforms import functional as published
-
-from ijepa_zoo.data.crops import cut
 
 
 def test_crop_is_the_published_one_within_a_level() -> None:

@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from ijepa_zoo.data.dense import open_depth, open_segmentation, read_depth, read_mask
-from ijepa_zoo.data.images import ImageError
 from ijepa_zoo.data.scenes import SPLIT_STARTS, render_scene
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError, ImageError
 
 
 def save(path, array):
@@ -87,16 +86,16 @@ def test_a_folder_without_a_split_is_split_by_the_seed(tmp_path):
 
 
 def test_files_that_are_no_pairs_are_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere"):
+    with pytest.raises(DataError, match="nowhere"):
         open_depth(tmp_path / "nowhere")
     save_pair(tmp_path / "train/1.png", tmp_path / "train/1_depth.png", 1)
-    with pytest.raises(InputError, match="test set"):
+    with pytest.raises(DataError, match="test set"):
         open_depth(tmp_path)
     save(tmp_path / "train/2.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(InputError, match=r"train/2\.png"):
+    with pytest.raises(DataError, match=r"train/2\.png"):
         open_depth(tmp_path)
     (tmp_path / "train/2.png").rename(tmp_path / "train/1.jpg")
-    with pytest.raises(InputError, match=r"train/1\.jpg' and '.*train/1\.png'"):
+    with pytest.raises(DataError, match=r"train/1\.jpg' and '.*train/1\.png'"):
         open_depth(tmp_path)
 
 
@@ -156,16 +155,16 @@ def test_nyu_lists(tmp_path):
     )
     assert values(data.test) == values(data.train)
     (tmp_path / "sync/train_1/sync_depth_00002.png").unlink()
-    with pytest.raises(InputError, match=r"sync_depth_00002\.png"):
+    with pytest.raises(DataError, match=r"sync_depth_00002\.png"):
         open_depth(tmp_path)
     (tmp_path / "nyu_train.txt").write_text("/kitchen/rgb.jpg /kitchen/depth.png 1\n")
-    with pytest.raises(InputError, match=r"nyu_train\.txt.*kitchen/rgb\.jpg"):
+    with pytest.raises(DataError, match=r"nyu_train\.txt.*kitchen/rgb\.jpg"):
         open_depth(tmp_path)
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("nan")])
 def test_a_scale_that_is_not_positive_is_refused(tmp_path, scale):
-    with pytest.raises(InputError, match=f"depth_scale is {scale}"):
+    with pytest.raises(DataError, match=f"depth_scale is {scale}"):
         open_depth(tmp_path, depth_scale=scale)
 
 
@@ -252,7 +251,7 @@ def test_missing_packages_of_nyu_are_named(nyu, monkeypatch, package):
 
 @pytest.mark.parametrize(("train", "test"), [([0, *TRAIN], TEST), (TRAIN, [15]), (TRAIN, [])])
 def test_splits_of_other_data_are_named(tmp_path, train, test):
-    with pytest.raises(InputError, match=r"splits\.mat"):
+    with pytest.raises(DataError, match=r"splits\.mat"):
         open_depth(write_nyu(tmp_path, train, test))
 
 
@@ -265,7 +264,7 @@ def test_splits_of_other_data_are_named(tmp_path, train, test):
     ],
 )
 def test_files_of_other_arrays_are_named(tmp_path, others):
-    with pytest.raises(InputError, match=r"nyu_depth_v2_labeled\.mat"):
+    with pytest.raises(DataError, match=r"nyu_depth_v2_labeled\.mat"):
         open_depth(write_nyu(tmp_path, **others))
 
 
@@ -274,18 +273,18 @@ def test_missing_and_damaged_files_of_nyu_are_named(nyu):
     good = splits.read_bytes()
     for content in (b"", b"junk" * 99, good[:200]):
         splits.write_bytes(content)
-        with pytest.raises(InputError, match=str(splits)):
+        with pytest.raises(DataError, match=str(splits)):
             open_depth(nyu)
     splits.unlink()
-    with pytest.raises(InputError, match=str(splits)):
+    with pytest.raises(DataError, match=str(splits)):
         open_depth(nyu)
     splits.write_bytes(good)
     nyu.write_bytes(nyu.read_bytes()[:2000])
-    with pytest.raises(InputError, match=str(nyu)):
+    with pytest.raises(DataError, match=str(nyu)):
         open_depth(nyu)
-    with pytest.raises(InputError, match=r"absent\.mat"):
+    with pytest.raises(DataError, match=r"absent\.mat"):
         open_depth(nyu.with_name("absent.mat"))
-    with pytest.raises(InputError, match="depth_scale"):
+    with pytest.raises(DataError, match="depth_scale"):
         open_depth(nyu, depth_scale=1000)
 
 
@@ -346,10 +345,10 @@ def test_masks_of_voc_are_palette_indices(tmp_path):
         assert [name[-10:] for name in data.train.names] == ["2007_2.jpg", "2007_1.jpg"]
         assert [mask[0].tolist() for _, mask, _ in data.test] == [[0, 15, 255]]
     (lists / "val.txt").write_text("2007_3\n")
-    with pytest.raises(InputError, match=r"SegmentationClass/2007_3\.png"):
+    with pytest.raises(DataError, match=r"SegmentationClass/2007_3\.png"):
         open_segmentation(root)
     (lists / "val.txt").unlink()
-    with pytest.raises(InputError, match=r"val\.txt"):
+    with pytest.raises(DataError, match=r"val\.txt"):
         open_segmentation(root)
 
 
@@ -384,7 +383,7 @@ def test_rendered_scenes(open_data):
     assert not set(data.train.names) & set(data.test.names)
     if open_data is open_depth:
         assert (data.max_depth, data.num_classes) == (max(depths[:2]), None)
-        with pytest.raises(InputError, match="depth_scale"):
+        with pytest.raises(DataError, match="depth_scale"):
             open_depth("scenes:2,3,32", depth_scale=1000)
     else:
         assert data.num_classes == 4

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
-
 from ijepa_zoo.data.images import ImageReader, decode
 from ijepa_zoo.data.items import Item
+from PIL import Image, ImageFile
+
 from ijepa_zoo.errors import ImageError
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ijepa_zoo.data.images import decode
+from ijepa_zoo.data.jpeg import decode_pixels
 from PIL import Image
 from torchvision.transforms import functional as tv
 
-from ijepa_zoo.data import jpeg
-from ijepa_zoo.data.image_sets import open_images
-from ijepa_zoo.data.images import decode
-from ijepa_zoo.data.jpeg import decode_pixels
+from ijepa_zoo.data import jpeg, open_images
 from ijepa_zoo.errors import ImageError
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "images" / "photos"

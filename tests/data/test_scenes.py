@@ -13,7 +13,7 @@ from ijepa_zoo.data.scenes import (
     render_scenes,
     render_splits,
 )
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.errors import DataError
 
 RADII = {"large": 0.7, "small": 0.35}
 
@@ -226,7 +226,7 @@ def test_splits_are_those_of_seed_0():
     "source", ["scenes:", "scenes:10", "scenes:a,b", "scenes:0,5", "scenes:5,0", "scenes:5,5,8"]
 )
 def test_malformed_splits_are_named(source):
-    with pytest.raises(InputError, match=source):
+    with pytest.raises(DataError, match=source):
         render_splits(source)
 
 

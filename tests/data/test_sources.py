@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from ijepa_zoo.data.images import ImageReader
 from ijepa_zoo.data.items import Item
+from PIL import Image
+
 from ijepa_zoo.data.sources import find_items
 from ijepa_zoo.errors import DataError, ImageError
 

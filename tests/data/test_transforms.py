@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from ijepa_zoo.data.batches import ImageBatches
+from ijepa_zoo.data.items import Item
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from ijepa_zoo.data.batches import ImageBatches
-from ijepa_zoo.data.items import Item
 from ijepa_zoo.data.transforms import create_transform, describe_transform
 
 

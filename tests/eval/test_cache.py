@@ -9,11 +9,11 @@ from PIL import Image
 from small_probe import TASK, encoder, pixels_of, write_pictures
 
 from ijepa_zoo import FeatureExtractor
+from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import RunError
 from ijepa_zoo.eval.models import Subject
 from ijepa_zoo.eval.probe import open_probe
 from ijepa_zoo.eval.representations import BlockFeatures, RawPixels
-from ijepa_zoo.distributed import Distributed
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def pictures(tmp_path):
 @pytest.fixture
 def cached(pictures, tmp_path):
     def run(model=None, data=pictures, task=TASK, source=None, **kwargs):
-        probe = open_probe(task, data, tmp_path / "out", Distributed(device=choose_device("cpu")), workers=0)
+        probe = open_probe(task, data, tmp_path / "out", Distributed(), workers=0)
         source = source or BlockFeatures(Subject(model or encoder(), "m"), device="cpu")
         return probe.features(probe.train, source, **kwargs)
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from ijepa_zoo import cli
 from ijepa_zoo.data.dense import open_depth
-from ijepa_zoo.data.sources import InputError
+from ijepa_zoo.distributed import Distributed
+from ijepa_zoo.errors import DataError, RunError
 from ijepa_zoo.eval import depth_training
 from ijepa_zoo.eval.dense_depth import evaluate_dense_depth
 from ijepa_zoo.eval.depth_feed import DepthFeed
@@ -30,7 +31,6 @@ from ijepa_zoo.eval.depth_training import DepthProtocol, DepthTraining
 from ijepa_zoo.eval.epoch_state import EpochState
 from ijepa_zoo.eval.models import Subject, open_model
 from ijepa_zoo.eval.result_files import read_result
-from ijepa_zoo.distributed import Distributed
 
 SPECS = [
     DepthHeadSpec(r, bn, lr)
@@ -349,7 +349,7 @@ def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
 
 def test_depths_in_other_units_are_noticed_before_the_work(subject, tmp_path):
     data = _folder(tmp_path, meters=40.0)
-    with pytest.raises(InputError, match=r"no pixel .* counts: its depths span 40 to 40.*depth_sc"):
+    with pytest.raises(DataError, match=r"no pixel .* counts: its depths span 40 to 40.*depth_sc"):
         evaluate_dense_depth(subject, data, tmp_path / "out")
     with pytest.raises(ValueError, match="epochs is 0"):
         evaluate_dense_depth(subject, data, tmp_path / "out", epochs=0)
@@ -370,7 +370,7 @@ def test_pairs_of_which_none_can_be_read_are_refused_before_the_work(subject, tm
     data = _folder(tmp_path, count=5)
     for n in range(5):
         (data / f"test/{n}_depth.png").write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"test/0\.png.*test/0_depth\.png"):
+    with pytest.raises(DataError, match=r"test/0\.png.*test/0_depth\.png"):
         evaluate_dense_depth(subject, data, tmp_path / "out")
 
 
@@ -429,7 +429,7 @@ def test_ranges_and_units_that_cannot_hold_are_refused(subject, tmp_path):
     for wrong in (0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"max_depth \(--max-depth\) is .* such as 10"):
             evaluate_dense_depth(subject, "scenes:24,6", tmp_path, max_depth=wrong)
-    with pytest.raises(InputError, match="depth_scale is 1000"):
+    with pytest.raises(DataError, match="depth_scale is 1000"):
         evaluate_dense_depth(subject, "scenes:24,6", tmp_path, depth_scale=1000)
 
 

@@ -7,13 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from ijepa_zoo.data.array_sets import ArraySet
+from ijepa_zoo.data.crops import DRAWS
+from ijepa_zoo.data.pixels import Pixels
 from PIL import Image
 from torchvision import transforms as tv1
 from torchvision.transforms import InterpolationMode
 
-from ijepa_zoo.data.array_sets import ArraySet
-from ijepa_zoo.data.crops import DRAWS
-from ijepa_zoo.data.pixels import Pixels
 from ijepa_zoo.errors import DataError, ImageError
 from ijepa_zoo.eval import views
 from ijepa_zoo.eval.batches import EvalBatch, OrderedBatches, TrainBatches, load

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 
-from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data import open_images
+from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import DataError, RunError
 from ijepa_zoo.eval import finetune_training
 from ijepa_zoo.eval.epoch_state import EpochState
@@ -28,7 +29,6 @@ from ijepa_zoo.eval.recipes import (
 from ijepa_zoo.eval.result_files import read_result
 from ijepa_zoo.eval.sets import EvalSet
 from ijepa_zoo.models.factory import create_model
-from ijepa_zoo.distributed import Distributed
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}
 QUICK = FineTuneRecipe(epochs=3, lr=2e-2, batch_size=8, warmup_epochs=1, layer_decay=0.9)
@@ -53,7 +53,11 @@ def _labelled(count=24, seed=0):
 
 
 def _training(recipe=QUICK, **more):
-    arguments = {"train": _labelled(), "seed": 0, "processes": Distributed(device=choose_device("cpu"))} | more
+    arguments = {
+        "train": _labelled(),
+        "seed": 0,
+        "processes": Distributed(),
+    } | more
     return FineTuning(_model(), recipe=recipe, **arguments)
 
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.intervals import wilson_interval
 from ijepa_zoo.eval.report import markdown, write_report
 from ijepa_zoo.eval.result import Head, Result
 from ijepa_zoo.eval.result_files import find_results, read_result
 from ijepa_zoo.eval.runs import once
-from ijepa_zoo.distributed import Distributed
 
 MODEL = {"name": "a", "architecture": "vit", "weights": "w", "weights_hash": "abcdef012"}
 RESULT = Result(
@@ -255,7 +255,7 @@ def test_report_refuses_a_folder_and_a_picture_to_write(tmp_path):
 
 
 def test_the_row_that_a_strange_table_kept_out_comes_when_it_is_gone(tmp_path):
-    table, alone = tmp_path / "results.csv", Distributed(device=choose_device("cpu"))
+    table, alone = tmp_path / "results.csv", Distributed()
 
     def done():
         return once(tmp_path / "one", alone, "float32", lambda: RESULT)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
+from ijepa_zoo.data.labelled import Part
 from PIL import Image
 
-from ijepa_zoo.data.labelled import Part
 from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.sets import EvalSet, open_task, split_classes, split_to_choose
 from ijepa_zoo.eval.tasks import Task, find_task
@@ -519,8 +519,8 @@ def test_other_files_of_the_same_names_are_other_data(tmp_path):
 
 def test_one_changed_image_of_an_array_is_other_data():
     import numpy as np
-
     from ijepa_zoo.data.array_sets import ArraySet
+
     from ijepa_zoo.eval.cache import files_state
 
     images = np.zeros((200, 4, 4, 3), np.uint8)

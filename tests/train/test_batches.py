@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ijepa_zoo.data.crops import DRAWS, cut
+from ijepa_zoo.data.image_sets import ImageSet, open_images
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as published
 
-from ijepa_zoo.data.crops import DRAWS, cut
-from ijepa_zoo.data.image_sets import ImageSet, open_images
 from ijepa_zoo.errors import DataError, DistributedError, ImageError
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.batches import (

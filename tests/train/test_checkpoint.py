@@ -13,12 +13,12 @@ import pytest
 import several_processes
 import torch
 
-from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.distributed import Distributed
+from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.train import checkpoint_folder
 from ijepa_zoo.train.checkpoint import Checkpoints, read_checkpoint
 
-ALONE = Distributed(device=choose_device("cpu"))
+ALONE = Distributed()
 
 
 def make(step):
@@ -239,7 +239,7 @@ def test_files_in_the_way(tmp_path):
 
 def test_the_end_does_not_wait_for_a_lost_process(tmp_path):
     go_on = threading.Event()
-    checkpoints = Checkpoints(tmp_path, Distributed(device=choose_device("cpu")))
+    checkpoints = Checkpoints(tmp_path, Distributed())
     checkpoints._start(lambda: go_on.wait(60) and None)
     checkpoints._distributed.lost.set()
     start = time.monotonic()

@@ -12,7 +12,7 @@ from test_parallel import TRAIN_MANY, alone, largest_difference
 
 import ijepa_zoo
 from ijepa_zoo.cli import main
-from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
@@ -148,7 +148,7 @@ def test_cuda_takes_the_products_of_a_huge_encoder(monkeypatch):
 def curve(config, steps):
     rates = {"warmup": "5 steps", "lr": 4e-3, "momentum": 0.99, "regularizer_weight": 0.0}
     config = change(config, optim={"duration": f"{steps} steps", **rates})
-    trainer = Trainer(config, open_images(IMAGES), Distributed(device=choose_device("cpu")))
+    trainer = Trainer(config, open_images(IMAGES), Distributed())
     return np.array([trainer.update(batches).figures["loss"] for batches in trainer.batches()])
 
 
@@ -189,7 +189,7 @@ from ijepa_zoo.train.float8 import without_float8
 with init_distributed("cpu", 60) as processes:
     model, plain = make(), make()
     parallelise(model, MachineConfig(parallel="fsdp2"), processes, "fp8")
-    parallelise(plain, MachineConfig(), Distributed(device=choose_device("cpu")), "bf16")
+    parallelise(plain, MachineConfig(), Distributed(), "bf16")
     with torch.no_grad(), autocast(distributed.device, "bf16"):
         truth = plain.target_encoder.encode(images)
         assert not torch.equal(model.target_encoder.encode(images), truth)
@@ -224,7 +224,7 @@ def test_every_way_of_sharing_the_work_gives_the_same(tmp_path, monkeypatch):
 def test_monitors_measure_in_bf16(monkeypatch, machine):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend="eager"))
-    distributed, found = Distributed(device=choose_device("cpu")), {}
+    distributed, found = Distributed(), {}
     for precision in ("bf16", "fp8"):
         model = make(**NANO)
         parallelise(model, MachineConfig(**machine), distributed, precision)

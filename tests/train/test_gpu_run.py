@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from small_run import CONFIG, after_updates, change, pictures, rows
 
-from ijepa_zoo.data.image_sets import open_images
-from ijepa_zoo.distributed import Distributed, disconnect
+from ijepa_zoo.data import open_images
+from ijepa_zoo.distributed import Distributed, choose_device, disconnect
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
 

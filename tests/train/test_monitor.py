@@ -25,7 +25,7 @@ from ijepa_zoo.train.monitor import (
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-ALONE = Distributed(device=choose_device("cpu"))
+ALONE = Distributed()
 
 
 def tiny():

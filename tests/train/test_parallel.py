@@ -8,13 +8,13 @@ import time
 import pytest
 import several_processes
 import torch
+from ijepa_zoo.rendezvous import Place, choose_device, read_place
 from small_run import CONFIG, change, pictures
 
 from ijepa_zoo import rendezvous
-from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data import open_images
+from ijepa_zoo.distributed import Distributed, choose_device, init_distributed
 from ijepa_zoo.errors import DistributedError
-from ijepa_zoo.distributed import Distributed, init_distributed
-from ijepa_zoo.rendezvous import Place, choose_device, read_place
 from ijepa_zoo.train import Trainer
 from ijepa_zoo.train.parallel import choose_kernels
 
@@ -102,7 +102,7 @@ ALL = ["ddp", "fsdp2", "ddp recomputed", "fsdp2 recomputed", "ddp bf16", "fsdp2 
 def alone(**arguments):
     space = {}
     exec(TRAIN, space)
-    return space["train"](Distributed(device=choose_device("cpu")), **arguments)
+    return space["train"](Distributed(), **arguments)
 
 
 def largest_difference(a, b):
@@ -152,7 +152,7 @@ def test_four_processes_equal_one(one, tmp_path):
 def test_a_single_process_needs_no_group(one):
     for arguments in ({"parallel": "fsdp2"}, {"activation_checkpointing": True}):
         assert largest_difference(alone(**arguments), one) == 0
-    distributed = Distributed(device=choose_device("cpu"))
+    distributed = Distributed()
     assert distributed.all_reduce(torch.tensor(3.0)) == 3
     assert distributed.all_gather(torch.arange(2)).tolist() == [0, 1]
     assert distributed.broadcast_object("value") == "value"
@@ -184,7 +184,7 @@ def test_the_first_steps_make_all_graphs(monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = change(CONFIG, model={"predictor_depth": 3}, machine={"compile": True})
-    trainer = Trainer(config, open_images(pictures()), Distributed(device=choose_device("cpu")))
+    trainer = Trainer(config, open_images(pictures()), Distributed())
     monitor, _ = trainer.monitor()
     steps = list(trainer.batches())
     lengths = {(part.context.shape[1], part.targets.shape[2]) for step in steps for part in step}
@@ -208,7 +208,7 @@ def test_kernels_are_chosen_on_a_gpu_only(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
-    trainer = Trainer(CONFIG, open_images(pictures()), Distributed(device=choose_device("cpu")))
+    trainer = Trainer(CONFIG, open_images(pictures()), Distributed())
     assert not calls
     assert "1 x cpu, fp32, 4 images" in str(trainer)
     choose_kernels(torch.device("cuda", 1))

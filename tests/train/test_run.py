@@ -8,7 +8,7 @@ import torch
 from small_run import CONFIG, after_updates, change, pictures, rows
 
 import ijepa_zoo
-from ijepa_zoo.data.image_sets import open_images
+from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError, ImageError, RunError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import Interrupted, NonFiniteLossError, Trainer, export_run, pretrain

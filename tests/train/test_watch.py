@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ijepa_zoo import create_ijepa
-from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.distributed import Distributed
+from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.batches import normalise
 from ijepa_zoo.train.monitor import Monitor
 from ijepa_zoo.train.optim import make_optimizer, set_rates
@@ -149,7 +149,7 @@ def train(lr, momentum, regularizer, steps=75):
     monitor = Monitor(pictures[:64], None, (0.5,), (0.25,))
     masks = MultiBlockMasks((8, 8), min_keep=4)
     optimizer = make_optimizer(model.encoder, model.predictor)
-    alone = Distributed(device=choose_device("cpu"))
+    alone = Distributed()
     watch = CollapseWatch(monitor.measure(model, alone))
     texts = []
     for step in range(steps):
