@@ -51,5 +51,6 @@ def progress_bar(
 
 def skip(bar: Any, done: int) -> None:
     """Count what was done before, which is not part of the rate."""
-    bar.initial += done
-    bar.update(done)
+    if not bar.disable:
+        bar.initial += done
+        bar.update(done)

@@ -57,12 +57,13 @@ def _child(script, arguments, environment, errors):
 def start(script, world, *arguments):
     """Start `world` processes of a script; each has a file `errors` for what it prints."""
     context, port = _context(), free_port()
-    distributed = []
+    processes = []
     for rank in range(world):
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
@@ -74,15 +75,15 @@ def start(script, world, *arguments):
         )
         process.errors = Path(errors)
         process.start()
-        distributed.append(process)
-    return distributed
+        processes.append(process)
+    return processes
 
 
-def finish(distributed, seconds=100):
+def finish(processes, seconds=100):
     """Exit status and output of every process; what still runs after `seconds` is killed."""
     limit = time.monotonic() + seconds
     results = []
-    for process in distributed:
+    for process in processes:
         process.join(max(limit - time.monotonic(), 0.1))
         note = ""
         if process.is_alive():

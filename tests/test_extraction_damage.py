@@ -103,7 +103,7 @@ def test_killed_workers_are_told(
     def killed(*args: object) -> None:
         os.kill(os.getpid(), 9)
 
-    monkeypatch.setattr("ijepa_zoo.data.batches.ImageBatches.__getitem__", killed)
+    monkeypatch.setattr("ijepa_zoo.extraction.run.ImageBatches.__getitem__", killed)
     with pytest.raises(RunError, match="fewer workers"):
         extract_features([images], model, tmp_path / "f.npy", device="cpu", workers=1)
 

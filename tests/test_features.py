@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ijepa_zoo.errors import SettingsError
 from ijepa_zoo.features import FeatureExtractor
 
 
@@ -131,5 +132,5 @@ def test_errors() -> None:
         FeatureExtractor(vit(), "last3")
     with pytest.raises(ValueError, match="pool is 'max'"):
         FeatureExtractor(vit(), pool="max")
-    with pytest.raises(TypeError, match="Linear is no timm ViT"):
+    with pytest.raises(SettingsError, match="Linear is no timm ViT"):
         FeatureExtractor(nn.Linear(2, 2))

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ijepa_zoo.data.items import Item
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from ijepa_zoo.errors import ImageError
+from ijepa_zoo.data import open_images
+from ijepa_zoo.errors import DataError
 from ijepa_zoo.pictures import pca_colours, pca_picture, save_pca_picture
 
 
@@ -48,14 +48,16 @@ def test_grid_shows_each_image_beside_its_features() -> None:
 
 
 def test_broken_images_are_passed_over(tmp_path: Path) -> None:
-    items = [Item(str(tmp_path / f"{i}.png")) for i in range(6)]
-    for level, item in enumerate(items):
-        if level not in (0, 3):
-            Image.new("L", (32, 32), level).save(item.path)
+    for level in range(6):
+        path = tmp_path / f"{level}.png"
+        Image.new("L", (32, 32), level).save(path)
+        if level in (0, 3):
+            path.write_bytes(b"damaged")
+    images = open_images([tmp_path / f"{i}.png" for i in range(6)])
     model = VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2, num_classes=0)
-    save_pca_picture(items, model, tmp_path / "p.png", count=3, device="cpu")
+    save_pca_picture(images, model, tmp_path / "p.png", count=3, device="cpu")
     sheet = np.asarray(Image.open(tmp_path / "p.png"))
     levels = {tuple(pixel) for pixel in sheet.reshape(-1, 3)}
     assert {(1, 1, 1), (2, 2, 2), (4, 4, 4)} <= levels
-    with pytest.raises(ImageError, match="no image could be decoded"):
-        save_pca_picture(items[:1], model, tmp_path / "q.png", device="cpu")
+    with pytest.raises(DataError, match="no image could be decoded"):
+        save_pca_picture(open_images(tmp_path / "0.png"), model, tmp_path / "q.png", device="cpu")

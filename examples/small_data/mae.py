@@ -33,7 +33,6 @@ from typing import Any
 
 import timm
 import torch
-from ijepa_zoo.data.image_sets import ImageSet, open_images
 from safetensors.torch import load_file
 from study import MAES_OWN, SIZES, overrides, refuse_settings
 from timm.models import save_for_hf
@@ -42,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.utils.logging import disable_progress_bar
 
+from ijepa_zoo.data import ImageDataset, open_images
 from ijepa_zoo.data.transforms import transform_config
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.models.positions import sincos_positions
@@ -189,7 +189,7 @@ def measure(encoder: nn.Module, monitor: Monitor, device: torch.device) -> dict[
     return {**probes, "rankme": rankme(features), "spread": spread(features)}
 
 
-def run(config: PretrainConfig, images: ImageSet, folder: Path) -> dict[str, Any]:
+def run(config: PretrainConfig, images: ImageDataset, folder: Path) -> dict[str, Any]:
     """Train, measure before and after, save the encoder in `folder`; returns the figures."""
     if images.labels is None or images.labels.min() < 0:
         raise ValueError("images without a class: --data must be a folder of class folders")

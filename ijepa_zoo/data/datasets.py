@@ -373,6 +373,10 @@ class ArrayDataset(ImageDataset):
         """Name and number."""
         return f"{self._name}[{index}]"
 
+    def files(self) -> list[str]:
+        """See `ImageDataset`."""
+        return [os.fspath(a.filename) for a in self.arrays if isinstance(a, np.memmap)]
+
     def fingerprint(self) -> str:
         """Hash of the shapes and of some images."""
         shapes = [images.shape for images in self.arrays]

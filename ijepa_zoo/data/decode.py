@@ -282,7 +282,7 @@ def _load_array(content: bytes) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
-        raise ImageError(f"a broken array: {error}") from error
+        raise ImageError(f"broken array: {error}") from error
     return array
 
 
@@ -312,7 +312,7 @@ def _reasons(max_pixels: int) -> Iterator[None]:
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         words = " ".join(str(error).split()) or type(error).__name__
         kind = "truncated" if "truncated" in words.lower() else "broken"
-        raise ImageError(f"a {kind} image: {words}") from error
+        raise ImageError(f"{kind} image: {words}") from error
 
 
 def _too_large(pixels: int, limit: int) -> ImageError:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def open_images(
     bands: tuple[int, ...] | None = None,
     decoder: Decoder | None = None,
     index: Path | None = None,
+    exclude: Callable[[str], bool] | None = None,
 ) -> ImageDataset:
     """Open what holds images. The whole list is known afterwards, and no image was decoded.
 
@@ -57,6 +59,7 @@ def open_images(
         bands: See `Decoder`.
         decoder: Instead of the three.
         index: A file that keeps the list of tar shards, whose every member is visited otherwise.
+        exclude: Whether a file is not part of the input, by its path.
 
     Raises:
         DataError: There is no such input, it holds no images, or cannot be read by number.
@@ -68,7 +71,7 @@ def open_images(
         source = [source]
     if isinstance(source, list | tuple) and all(isinstance(s, str | os.PathLike) for s in source):
         paths = [path for given in source for path in expand(os.fspath(given))]
-        images = _open_paths(paths, decoder, index)
+        images = _open_paths(paths, decoder, index, exclude)
     elif isinstance(source, torch.Tensor):
         array = source.detach().cpu().numpy()
         images = ArrayDataset([array.transpose(0, 2, 3, 1) if array.ndim == 4 else array], decoder)
@@ -82,7 +85,12 @@ def open_images(
     return images
 
 
-def _open_paths(paths: list[str], decoder: Decoder, index: Path | None) -> ImageDataset:
+def _open_paths(
+    paths: list[str],
+    decoder: Decoder,
+    index: Path | None,
+    exclude: Callable[[str], bool] | None,
+) -> ImageDataset:
     if not paths:
         raise DataError("no input is named: give a folder, files, shards or a dataset")
     special = [path for path in paths if _opener(path) is not None]
@@ -99,7 +107,7 @@ def _open_paths(paths: list[str], decoder: Decoder, index: Path | None) -> Image
             joined = np.concatenate(targets) if len(targets) == len(arrays) else None
             name = os.path.basename(paths[0])
             return ArrayDataset([images for images, _ in arrays], decoder, name, joined)
-    return _open_files(paths, decoder, index)
+    return _open_files(paths, decoder, index, exclude)
 
 
 def _opener(path: str) -> Any:
@@ -113,11 +121,17 @@ def _opener(path: str) -> Any:
     return None
 
 
-def _open_files(paths: list[str], decoder: Decoder, index: Path | None) -> FileDataset:
+def _open_files(
+    paths: list[str],
+    decoder: Decoder,
+    index: Path | None,
+    exclude: Callable[[str], bool] | None,
+) -> FileDataset:
     shards = [path for path in paths if path.lower().endswith(SHARD_SUFFIXES)]
     keep = index is not None and len(shards) == len(paths) and all(map(os.path.isfile, shards))
     if not keep:
-        return _checked(FileDataset(list_files(paths), decoder), paths)
+        files = (file for file in list_files(paths) if exclude is None or not exclude(file.path))
+        return _checked(FileDataset(files, decoder), paths)
     from filelock import FileLock
 
     assert index is not None

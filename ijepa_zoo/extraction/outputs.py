@@ -54,22 +54,25 @@ class Outputs:
             (self.features.stem if known else self.features.name) + ending
         )
 
+    def own(self, path: str) -> bool:
+        """Whether a path is one of these files, or in the folder of parts."""
+        path = os.path.abspath(path)
+        parts = os.path.join(os.path.abspath(self.parts), "")
+        return path in self._files() or path.startswith(parts)
+
     def refuse_inputs(self, images: ImageDataset) -> None:
-        """Refuse to write over a file that is to be read, and leave own files out of the index.
+        """Refuse to write over a file that is to be read.
 
         Raises:
             SettingsError: An output is also an input.
         """
-        files = {os.path.abspath(path) for path in (self.features, self.index, self.record)}
-        parts = os.path.join(os.path.abspath(self.parts), "")
-        images.skipped = [
-            (position, path, reason)
-            for position, path, reason in images.skipped
-            if os.path.abspath(path) not in files and not os.path.abspath(path).startswith(parts)
-        ]
+        files = self._files()
         for path in images.files():
             if os.path.abspath(path) in files:
                 raise SettingsError(f"'{path}' is an input and an output: choose another output")
+
+    def _files(self) -> set[str]:
+        return {os.path.abspath(path) for path in (self.features, self.index, self.record)}
 
 
 def choose_outputs(

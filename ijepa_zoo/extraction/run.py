@@ -139,7 +139,7 @@ def extract_features(
             threads=threads,
         )
         decoder = Decoder(encoder.in_chans, value_range, bands, max_pixels)
-        images = open_images(inputs, decoder=decoder)
+        images = open_images(inputs, decoder=decoder, exclude=outputs.own)
         outputs.refuse_inputs(images)
         # Equal batches waste the fewest slots of the last one, down to a run of a single image.
         batch_size = -(-len(images) // -(-len(images) // (batch_size or encoder.batch_size)))
@@ -152,7 +152,7 @@ def extract_features(
             "max_pixels": max_pixels,
             "images": len(images),
             "inputs": images.fingerprint(),
-            "names": hash_texts(images.name(index) for index in range(len(images))),
+            "paths": hash_texts(images.name(index) for index in range(len(images))),
         }
         finished = claim(outputs, settings, overwrite, distributed)
         if finished:

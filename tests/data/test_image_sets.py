@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ijepa_zoo.data.image_sets import FileSet, ImageSet, open_images
 from ijepa_zoo.data.packed import PackedItems
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from ijepa_zoo.data import image_sets
-from ijepa_zoo.data.sources import list_items
+from ijepa_zoo.data.sources import FileSet, ImageSet, list_items, open_images
 from ijepa_zoo.errors import DataError, ImageError
 
 

@@ -7,16 +7,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from ijepa_zoo.data.array_sets import ArraySet
-from ijepa_zoo.data.crops import DRAWS
-from ijepa_zoo.data.pixels import Pixels
 from PIL import Image
 from torchvision import transforms as tv1
 from torchvision.transforms import InterpolationMode
 
+from ijepa_zoo.data.datasets import ArrayDataset
+from ijepa_zoo.data.decode import Decoder, Pixels
+from ijepa_zoo.data.loading import load_in_order
+from ijepa_zoo.data.transforms import DRAWS
 from ijepa_zoo.errors import DataError, ImageError
 from ijepa_zoo.eval import views
-from ijepa_zoo.eval.batches import EvalBatch, OrderedBatches, TrainBatches, load
+from ijepa_zoo.eval.batches import EvalBatch, OrderedBatches, TrainBatches
 from ijepa_zoo.eval.sets import EvalSet
 from ijepa_zoo.eval.tasks import View
 from ijepa_zoo.eval.views import fixed_pixels, random_pixels
@@ -34,20 +35,22 @@ def numbered(n: int, classes: int = 3) -> EvalSet:
     """Images of one colour, the number of the image."""
     pixels = np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None], (n, 4, 4, 3))
     labels = np.arange(n) % classes
-    return EvalSet(ArraySet(pixels.copy(), 3), labels, tuple("abc"[:classes]), "train")
+    return EvalSet(
+        ArrayDataset([pixels.copy()], Decoder()), labels, tuple("abc"[:classes]), "train"
+    )
 
 
 def photos(n: int) -> EvalSet:
     """Images of noise, so that every crop is another."""
     pixels = np.stack([np.asarray(photo(20, 20, seed)) for seed in range(n)])
-    return EvalSet(ArraySet(pixels, 3), np.zeros(n, np.int64), ("a",), "train")
+    return EvalSet(ArrayDataset([pixels], Decoder()), np.zeros(n, np.int64), ("a",), "train")
 
 
-class Broken(ArraySet):
+class Broken(ArrayDataset):
     """Some of the images cannot be decoded."""
 
     def __init__(self, images: np.ndarray, bad: Sequence[int]) -> None:
-        super().__init__(images, 3, "photos")
+        super().__init__([images], Decoder(), "photos")
         self.bad = frozenset(bad)
 
     def read(self, index: int) -> Pixels:
@@ -58,7 +61,7 @@ class Broken(ArraySet):
 
 def broken(n: int, bad: Sequence[int]) -> EvalSet:
     whole = numbered(n)
-    return replace(whole, images=Broken(whole.images.images, bad))
+    return replace(whole, images=Broken(whole.images.arrays[0], bad), skip_broken=True)
 
 
 def train(data: EvalSet, batch_size: int = 12, **more: int) -> TrainBatches:
@@ -238,7 +241,7 @@ def test_broken_images_of_training_are_replaced_and_named() -> None:
         assert not (batch.indices % 4 == 0).any()
         assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.indices)
     with pytest.raises(DataError, match=r"photos\[\d+\] cannot be decoded, nor can 20 others"):
-        list(load(train(broken(20, range(20))), range(2), 0, False))
+        list(load_in_order(train(broken(20, range(20))), range(2), 0, False))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -247,14 +250,14 @@ def test_workers_change_nothing(workers: int) -> None:
         (train(numbered(50)), range(2, 6)),
         (ordered(numbered(20), 6), range(4)),
     ):
-        loaded = list(load(batches, numbers, workers, False))
+        loaded = list(load_in_order(batches, numbers, workers, False))
         assert len(loaded) == 4
         assert all(equal(one, batches[n]) for one, n in zip(loaded, numbers))
 
 
 def test_errors_of_workers_are_sentences() -> None:
     with pytest.raises(DataError, match="cannot be decoded"):
-        list(load(train(broken(20, range(20))), range(2), 1, False))
+        list(load_in_order(train(broken(20, range(20))), range(2), 1, False))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
@@ -282,7 +285,7 @@ def test_padding_never_changes_a_figure() -> None:
         for size in (4, 5, 29, 64):
             right = total = 0
             for rank in range(world):
-                for batch in load(
+                for batch in load_in_order(
                     part := ordered(data, size, rank=rank, world=world), range(len(part)), 0, False
                 ):
                     answer = torch.zeros_like(batch.labels)
@@ -303,7 +306,9 @@ def test_broken_test_images_leave_their_slots_empty_and_are_named() -> None:
 
 def test_neighbours_do_not_change_an_image() -> None:
     data = photos(9)
-    by_four = torch.cat([b.images[b.valid] for b in load(ordered(data, 4), range(3), 0, False)])
+    by_four = torch.cat(
+        [b.images[b.valid] for b in load_in_order(ordered(data, 4), range(3), 0, False)]
+    )
     by_nine = ordered(data, 9)[0].images
     assert torch.equal(by_four, by_nine)
     assert not any(torch.equal(a, b) for a, b in pairwise(by_nine))

@@ -56,7 +56,7 @@ def _training(recipe=QUICK, **more):
     arguments = {
         "train": _labelled(),
         "seed": 0,
-        "processes": Distributed(),
+        "distributed": Distributed(),
     } | more
     return FineTuning(_model(), recipe=recipe, **arguments)
 

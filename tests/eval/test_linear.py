@@ -17,7 +17,7 @@ from PIL import Image
 from small_probe import PROTOCOL, TASK, encoder, pixels_of, write_pictures
 
 from ijepa_zoo import FeatureExtractor
-from ijepa_zoo.errors import DataError, RunError
+from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import Subject, evaluate_knn, evaluate_linear, linear, training
 from ijepa_zoo.eval.epoch_state import EpochState
 from ijepa_zoo.eval.heads import HeadGrid, HeadSpec
@@ -314,7 +314,7 @@ def test_models_that_do_not_fit_are_refused_in_words(evaluate, pictures):
         evaluate(model=encoder(depth=2))
     with pytest.raises(ValueError, match="1 channels"):
         evaluate(model=encoder(in_chans=1))
-    with pytest.raises(TypeError, match="no timm ViT"):
+    with pytest.raises(SettingsError, match="no timm ViT"):
         evaluate(model=torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="the model's name"):
         evaluate(baseline=True)

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision
-from ijepa_zoo.data.labelled import Part
 from PIL import Image
 
+from ijepa_zoo.data.datasets import ArrayDataset, Subset
+from ijepa_zoo.data.decode import Decoder
 from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.sets import EvalSet, open_task, split_classes, split_to_choose
 from ijepa_zoo.eval.tasks import Task, find_task
@@ -492,7 +493,7 @@ def test_fingerprints_hold_rows_and_classes(tmp_path: Path) -> None:
     named = [opened(path, test=one)[0].fingerprint() for path in (one, two)]
     assert named[0] != named[1]
     images, labels = opened(one, test=one)[0].images, np.array([0, 1])
-    parts = (Part(images, np.array(rows)) for rows in ([0, 1], [2, 1]))
+    parts = (Subset(images, np.array(rows)) for rows in ([0, 1], [2, 1]))
     first, second = (EvalSet(part, labels, ("a", "b"), "test").fingerprint() for part in parts)
     assert first != second
 
@@ -519,11 +520,10 @@ def test_other_files_of_the_same_names_are_other_data(tmp_path):
 
 def test_one_changed_image_of_an_array_is_other_data():
     import numpy as np
-    from ijepa_zoo.data.array_sets import ArraySet
 
     from ijepa_zoo.eval.cache import files_state
 
     images = np.zeros((200, 4, 4, 3), np.uint8)
-    before = files_state(ArraySet(images, 3))
+    before = files_state(ArrayDataset([images], Decoder()))
     images[77, 1, 1, 1] = 1
-    assert files_state(ArraySet(images, 3)) != before
+    assert files_state(ArrayDataset([images], Decoder())) != before

@@ -186,9 +186,9 @@ def test_resumed_equals_uninterrupted_and_exports(tmp_path, monkeypatch, capsys)
 MONITOR = """
 from ijepa_zoo.train.float8 import without_float8
 
-with init_distributed("cpu", 60) as processes:
+with init_distributed("cpu", 60) as distributed:
     model, plain = make(), make()
-    parallelise(model, MachineConfig(parallel="fsdp2"), processes, "fp8")
+    parallelise(model, MachineConfig(parallel="fsdp2"), distributed, "fp8")
     parallelise(plain, MachineConfig(), Distributed(), "bf16")
     with torch.no_grad(), autocast(distributed.device, "bf16"):
         truth = plain.target_encoder.encode(images)

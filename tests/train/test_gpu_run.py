@@ -12,7 +12,7 @@ import torch.distributed as dist
 from small_run import CONFIG, after_updates, change, pictures, rows
 
 from ijepa_zoo.data import open_images
-from ijepa_zoo.distributed import Distributed, choose_device, disconnect
+from ijepa_zoo.distributed import Distributed, choose_device
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
 
@@ -43,7 +43,7 @@ def group_of_one(device):
     try:
         yield
     finally:
-        disconnect()
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def test_ranks_share_the_images_and_do_equal_work(world):
         passes = []
         model.target_encoder.encode = lambda x, passes=passes: passes.append(len(x)) or encode(x)
         alone = SimpleNamespace(
-            rank=rank, world=world, device=torch.device("cpu"), gather=lambda t: t
+            rank=rank, world_size=world, device=torch.device("cpu"), all_gather=lambda t: t
         )
         parts.append(Monitor(images, None, MEAN, STD, batch_size=3)._features(model, alone))
         calls.append(passes)
@@ -254,20 +254,20 @@ from ijepa_zoo.train.optim import make_optimizer
 from ijepa_zoo.train.parallel import parallelise
 from ijepa_zoo.distributed import init_distributed
 
-with init_distributed("cpu", 60) as processes:
+with init_distributed("cpu", 60) as distributed:
     results = {}
     for way, precision in (("ddp", "fp32"), ("fsdp2", "fp32"), ("fsdp2", "bf16")):
         model = t.tiny()
-        module = parallelise(model, MachineConfig(parallel=way), processes, precision)
+        module = parallelise(model, MachineConfig(parallel=way), distributed, precision)
         optimizer = make_optimizer(model.encoder, model.predictor)
         labels = torch.arange(11) % 3
         monitor = Monitor(t.pictures(11), labels, t.MEAN, t.STD, batch_size=4, precision=precision)
-        initial = monitor.measure(model, processes)
+        initial = monitor.measure(model, distributed)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
             t.one_update(module, model, optimizer)
         results[f"{way} {precision}"] = [
             initial,
-            monitor.measure(model, processes),
+            monitor.measure(model, distributed),
             gradient_norms(model),
             update_norms(model, optimizer),
         ]

@@ -1,0 +1,127 @@
+"""Joining the processes of a run: environments, devices, exchanges."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import several_processes
+import torch
+
+from ijepa_zoo.distributed import Distributed, choose_device, init_distributed, read_environment
+from ijepa_zoo.errors import DistributedError
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[07-08],gpu11",
+    "SLURM_JOB_ID": "123456",
+}
+
+
+def test_environments():
+    assert read_environment({}) is None
+    assert read_environment(dict(TORCHRUN)) == (1, 2, 1, 2)
+    slurm = dict(SLURM)
+    assert read_environment(slurm) == (9, 16, 1, 8)
+    assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("gpu07", "23456")
+    assert read_environment({"SLURM_STEP_NUM_TASKS": "1"}) is None
+    with init_distributed("cpu") as distributed:
+        assert distributed == Distributed()
+        assert distributed.is_main
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"RANK": ""}, "RANK"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "2"}, "RANK=2"),
+        ({"RANK": "one"}, "'one'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+    ],
+)
+def test_wrong_environments_are_refused(change, named):
+    with pytest.raises(DistributedError, match=named):
+        read_environment({**TORCHRUN, **change})
+
+
+def test_devices(monkeypatch):
+    assert choose_device("cpu", 0, 2) == torch.device("cpu")
+    for name in ("cuda:7", "gpu", "meta"):
+        with pytest.raises(DistributedError, match=name):
+            choose_device(name)
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device("auto", 1, 2) == torch.device("cuda", 1)
+    assert current == [1]
+    with pytest.raises(DistributedError, match="GPU 3"):
+        choose_device("cuda", 3, 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm shows each task its own
+    assert choose_device("cuda", 3, 4) == torch.device("cuda", 0)
+
+
+EXCHANGE = """
+import torch
+from ijepa_zoo.distributed import init_distributed
+
+for _ in range(2):  # a job may evaluate twice
+    with init_distributed("auto", 30) as distributed:
+        rank = distributed.rank
+        assert (distributed.world_size, distributed.local_world_size) == (2, 2)
+        assert distributed.device.type == "cpu"
+        assert distributed.all_reduce(torch.tensor([1.0, rank])).tolist() == [2, 1]
+        rows = distributed.all_gather(torch.full((2, 3), rank))
+        assert rows[:, 0].tolist() == [0, 0, 1, 1] and rows.shape == (4, 3)
+        assert distributed.broadcast_object({"from": rank}) == {"from": 0}
+        distributed.barrier()
+        print("rank", rank, "done")
+"""
+DIES = """
+import os, signal
+import torch
+from ijepa_zoo.distributed import init_distributed
+
+with init_distributed("cpu") as distributed:
+    if distributed.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    distributed.barrier()
+"""
+
+
+def under_torchrun(path, script):
+    path.write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, f"--master-port={several_processes.free_port()}", path],
+        env={**os.environ, "PYTHONPATH": str(several_processes.ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_exchanges_under_torchrun(tmp_path):
+    done = under_torchrun(tmp_path / "script.py", EXCHANGE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done") == 4
+
+
+def test_a_killed_process_ends_the_job(tmp_path):
+    started = time.monotonic()
+    assert under_torchrun(tmp_path / "script.py", DIES).returncode != 0
+    assert time.monotonic() - started < 60
