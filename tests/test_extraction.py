@@ -102,7 +102,7 @@ def test_index_has_every_file_in_order(whole: ExtractionReport, images: Path) ->
     assert lines[10]["error"] == "empty file"
     assert lines[22] == {
         **{"row": None, "path": expected[22], "label": None},
-        "skipped": "no image by its name (.md)",
+        "skipped": "not an image by its name (.md)",
     }
     assert [path for path, _ in whole.failed] == [expected[3], expected[10]]
     assert whole.skipped == 1
@@ -376,7 +376,7 @@ def interrupted(*_: object) -> Any:
 def test_folder_of_somebody_else_is_left_alone(images: Path, tmp_path: Path) -> None:
     (tmp_path / "f.npy.parts").mkdir()
     (tmp_path / "f.npy.parts/thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match="thesis.tex"):
+    with pytest.raises(RunError, match=r"thesis\.tex"):
         extract_features([images], make_model(), tmp_path / "f.npy", overwrite=True, **OPTIONS)
     assert (tmp_path / "f.npy.parts/thesis.tex").exists()
 
@@ -396,7 +396,7 @@ def test_second_process_is_told(images: Path, tmp_path: Path) -> None:
 
 def test_strict_stops_at_the_first(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.npy"
-    with pytest.raises(RunError, match="03.jpg"):
+    with pytest.raises(RunError, match=r"03\.jpg"):
         extract_features([images], make_model(), out, strict=True, **OPTIONS)
     assert not out.exists()
     extract_features([images / "dog"], make_model(), out, overwrite=True, strict=True, **OPTIONS)

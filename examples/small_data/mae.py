@@ -191,7 +191,7 @@ def measure(encoder: nn.Module, monitor: Monitor, device: torch.device) -> dict[
 
 def run(config: PretrainConfig, images: ImageDataset, folder: Path) -> dict[str, Any]:
     """Train, measure before and after, save the encoder in `folder`; returns the figures."""
-    if images.labels is None or images.labels.min() < 0:
+    if images.targets is None or len(images.classes) < 2:
         raise ValueError("images without a class: --data must be a folder of class folders")
     if config.machine.threads:
         torch.set_num_threads(config.machine.threads)
@@ -233,7 +233,7 @@ def main() -> None:
     arm = "mae_compute" if args.equal_compute else "mae"
     folder = args.out / f"{arm}-{args.seed}"
     file = folder / "figures.json"
-    images = open_images(args.data, tensors=True)
+    images = open_images(args.data)
     given = {"settings": words, "data": images.fingerprint()}
     if file.exists():
         found = json.loads(file.read_text())

@@ -164,7 +164,7 @@ def refuse_other_runs(args: argparse.Namespace) -> None:
     own = {name: f"the arm {arm} sets it" for arm in args.arms for name in names(ARMS[arm])}
     refuse_settings(args.set, {**own, "seed": "use --seeds", "optim.duration": "use --steps"})
     images = open_images(args.data)
-    if images.labels is None or images.labels.min() < 0:
+    if images.targets is None or len(images.classes) < 2:
         raise ValueError("images without a class: --data must be a folder of class folders")
     for arm, seed in itertools.product(args.arms, args.seeds):
         config = load_config("vith14_in1k", overrides(args.size, arm, seed, args.steps, args.set))

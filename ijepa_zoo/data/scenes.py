@@ -8,12 +8,8 @@ they must never change.
 """
 
 import math
-import multiprocessing
 import re
-import signal
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -25,6 +21,7 @@ from numpy.typing import NDArray
 from ..errors import DataError, SettingsError
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator
+from .loading import load_in_order
 
 Vector = tuple[float, float, float]
 Floats = NDArray[np.floating[Any]]  # float32 at run time; NumPy's stubs widen it next to a float
@@ -201,20 +198,24 @@ def render_scenes(
         arrays["masks"] = np.empty(shape, np.uint8)
         arrays["segmentation"] = np.empty(shape, np.uint8)
         arrays["depth"] = np.empty(shape, np.float32)
-    render = partial(render_scene, seed, size=size)
-    indices = range(start, start + count)
-    with ExitStack() as stack:
-        scenes: Iterator[Scene] = map(render, indices)
-        if workers:
-            # Ctrl-C reaches the whole process group; this process alone handles it.
-            pool = multiprocessing.Pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN))
-            scenes = stack.enter_context(pool).imap(render, indices, chunksize=16)
-        bar = stack.enter_context(progress_bar(progress, count, "scenes", "image"))
+    scenes = load_in_order(_Scenes(seed, size), range(start, start + count), workers)
+    with progress_bar(progress, count, "scenes", "image") as bar:
         for row, scene in enumerate(scenes):
             bar.update()
             for name, array in arrays.items():
                 array[row] = scene.image if name == "images" else getattr(scene, name)
     return arrays
+
+
+@dataclass(frozen=True)
+class _Scenes:
+    """Scenes by number, for the processes that render."""
+
+    seed: int
+    size: int
+
+    def __getitem__(self, index: int) -> Scene:
+        return render_scene(self.seed, index, self.size)
 
 
 def render_splits(

@@ -24,7 +24,7 @@ def pictures(tmp_path):
 @pytest.fixture
 def cached(pictures, tmp_path):
     def run(model=None, data=pictures, task=TASK, source=None, **kwargs):
-        probe = open_probe(task, data, tmp_path / "out", Distributed(), workers=0)
+        probe = open_probe(task, data, tmp_path / "out", Distributed(), workers=0, skip_broken=True)
         source = source or BlockFeatures(Subject(model or encoder(), "m"), device="cpu")
         return probe.features(probe.train, source, **kwargs)
 

@@ -319,7 +319,7 @@ def test_broken_images_are_left_out_and_named(subject, tmp_path):
     (data / "test/3.png").write_bytes(b"nothing")
     (data / "train/4_depth.png").write_bytes(b"nothing")
     result = evaluate_dense_depth(
-        subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL, epochs=1
+        subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL, epochs=1, skip_broken=True
     )
     assert result.images == {"fit": 4, "choose": 1, "test": 5}
     epochs, *_, undecoded = result.notes
@@ -337,6 +337,9 @@ def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
     data = _folder(tmp_path)
     (data / "train/4_depth.png").write_bytes(b"nothing")
     arguments = {"workers": 0, "protocol": PROTOCOL, "pictures": 0, "cached": cached}
+    with pytest.raises(DataError, match=r"4_depth\.png"):
+        evaluate_dense_depth(subject, data, tmp_path / "whole", **arguments)
+    arguments["skip_broken"] = True
     whole = evaluate_dense_depth(subject, data, tmp_path / "whole", **arguments)
     with monkeypatch.context() as patch:
         patch.setattr("ijepa_zoo.eval.dense_depth._measure", None)
@@ -381,7 +384,7 @@ TWO = """
     from ijepa_zoo.eval.models import open_model
     evaluate_dense_depth(
         open_model("vit_nano8_64_ijepa", random=True), sys.argv[1], sys.argv[2], device="cpu",
-        workers=0, pictures=1,
+        workers=0, pictures=1, skip_broken=True,
         protocol=DepthProtocol(epochs=2, batch_size=4, lrs=(3e-3, 1e-2), bins=16, upsample=2),
     )
 """
@@ -395,7 +398,9 @@ def test_two_processes_do_what_one_does(subject, tmp_path):
     for n in (2, 3):  # one of each process
         (data / f"test/{n}.png").write_bytes(b"nothing")
     several_processes.run(TWO, 2, data, tmp_path / "two")
-    one = evaluate_dense_depth(subject, data, tmp_path / "one", protocol=PROTOCOL, workers=0)
+    one = evaluate_dense_depth(
+        subject, data, tmp_path / "one", protocol=PROTOCOL, workers=0, skip_broken=True
+    )
     (file,) = (tmp_path / "two").glob("*/result.json")
     two = read_result(file)
     assert two.machine["processes"] == 2

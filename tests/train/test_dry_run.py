@@ -89,7 +89,7 @@ def test_dry_run_measures_and_leaves_nothing_behind(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["images.npy"]
     assert report.parameters["encoder"] == report.parameters["target_encoder"]
     assert (report.images, report.steps, report.batch_size) == (32, 9, 8)
-    assert (report.distributed, report.parts) == (1, 2)
+    assert (report.world_size, report.parts) == (1, 2)
     assert report.largest[0] > report.typical[0]
     assert report.largest[1] >= report.typical[1]
     assert 1e8 < report.memory < 1e11
@@ -131,7 +131,7 @@ def test_the_report_in_words():
     report = DryRunReport(
         parameters={"encoder": 630_000_000, "predictor": 22_000_000, "target_encoder": 630_000_000},
         flops=Flops(333 * 10**9, 87 * 10**9, 173 * 10**9, 61 * 10**9),
-        images=1_280_655, steps=187_500, batch_size=2048, parts=8, distributed=2, device="GPU X",
+        images=1_280_655, steps=187_500, batch_size=2048, parts=8, world_size=2, device="GPU X",
         largest=(101, 54), typical=(70, 42), memory=70 * 2**30, memory_limit=80 * 2**30,
         step_seconds=2.048, read_rate=300.0,
     )  # fmt: skip

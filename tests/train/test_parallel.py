@@ -4,7 +4,7 @@ import torch
 from small_run import CONFIG, change, pictures
 
 from ijepa_zoo.data import open_images
-from ijepa_zoo.distributed import Distributed
+from ijepa_zoo.distributed import Distributed, copy_to_host
 from ijepa_zoo.train import Trainer
 from ijepa_zoo.train.parallel import choose_kernels
 

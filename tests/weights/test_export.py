@@ -300,9 +300,9 @@ def test_what_a_layout_cannot_say_is_refused(source, official, tiny, tmp_path):
         source(tmp_path / "a", "timm", depth=3)
     with pytest.raises(ValueError, match="to must be one of native, timm"):
         source(tmp_path / "a", "onnx")
-    with pytest.raises(TypeError, match="not for a model: depth"):
+    with pytest.raises(ValueError, match="not for a model: depth"):
         ijepa_zoo.export(_encoder(tiny), tmp_path / "a", depth=3)
-    with pytest.raises(TypeError, match="IJepa or IJepaEncoder, got Linear"):
+    with pytest.raises(ValueError, match="IJepa or IJepaEncoder, got Linear"):
         ijepa_zoo.export(torch.nn.Linear(2, 2), tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
