@@ -31,6 +31,7 @@ class Pretraining:
         job = submitit.JobEnvironment()
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(job.global_rank), str(job.num_tasks)
         os.environ["LOCAL_RANK"] = str(job.local_rank)
+        os.environ["LOCAL_WORLD_SIZE"] = str(job.num_tasks // job.num_nodes)
         os.environ["MASTER_ADDR"] = job.hostnames[0]
         os.environ["MASTER_PORT"] = str(20000 + int(job.raw_job_id) % 10000)
         # submitit would queue the job again at once; the run has to end its step and save first

@@ -254,7 +254,10 @@ def _finish(device: torch.device) -> None:
 def _memory_peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
