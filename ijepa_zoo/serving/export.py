@@ -93,10 +93,10 @@ def export_graph(
         with progress_bar(progress, steps, "trace", "step") as bar, evaluating(graph):
             program = trace(graph)
             bar.update()
-            bar.set_description("write")
+            bar.set_description("write", refresh=False)
             formats.write(program, part, to, quantize)
             bar.update()
-            bar.set_description("check")
+            bar.set_description("check", refresh=False)
             run = formats.reopen(part, to)
             checked = _compare(run, expected, str(record["precision"]), bar)
         _write_record(part / RECORD, {**record, **checked, "versions": formats.versions(to)})
