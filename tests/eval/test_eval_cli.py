@@ -91,9 +91,9 @@ def test_linear_knn_and_report(pictures, tmp_path, capsys):
     assert f"| {result['figure']:.1f} (" in report.read_text()
 
 
-def test_random_weights(pictures, tmp_path, capsys):
+def test_random_weights_at_another_size(pictures, tmp_path, capsys):
     command = ["eval", "knn", *NANO, "--data", str(pictures), "--out", str(tmp_path)]
-    assert main([*command, "--random"]) == 0
+    assert main([*command, "--random", "--img-size", "32,64"]) == 0
     assert "random weights" in capsys.readouterr().out
 
 
