@@ -1,5 +1,6 @@
-"""The command line, in this process; weights are random and come from a file."""
+"""The command line: exit statuses, errors, and `list` and `features`."""
 
+import errno
 import json
 import os
 import subprocess
@@ -13,23 +14,54 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import ijepa_zoo
-from ijepa_zoo import cli
-from ijepa_zoo.cli.status import DONE, USAGE
+from ijepa_zoo import errors
+from ijepa_zoo.cli import main
 from ijepa_zoo.extraction.parts import Parts
+
+ROOT = Path(__file__).parents[1]
+NANO = "vit_nano8_64_ijepa"
+CONVERT = ["convert", "weights.pth", "folder", "--to", "timm"]
+FEATURES = ["features", "photos", "--model", NANO, "--out", "f.npy"]
+PROBE = ["--model", NANO, "--data", "photos"]
+# commands of the long works, and the function of the package that each calls
+WORKS = {
+    "features": (FEATURES, "ijepa_zoo.cli.images.extract_features"),
+    "pretrain": (
+        ["pretrain", "nano_scenes", "--data", "photos", "--out", "run"],
+        "ijepa_zoo.cli.pretrain.pretrain",
+    ),
+    "linear": (["eval", "linear", *PROBE], "ijepa_zoo.cli.eval.evaluate_linear"),
+    "knn": (["eval", "knn", *PROBE], "ijepa_zoo.cli.eval.evaluate_knn"),
+    "finetune": (["eval", "finetune", *PROBE], "ijepa_zoo.cli.eval.evaluate_finetune"),
+}
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """`failing(error)` makes every work raise it."""
+
+    def fail(error):
+        def work(*args, **kwargs):
+            raise error
+
+        for target in ("ijepa_zoo.cli.models.export", *(target for _, target in WORKS.values())):
+            monkeypatch.setattr(target, work)
+
+    return fail
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+def weights(tmp_path_factory):
     torch.manual_seed(0)
-    model = ijepa_zoo.create_model("vit_nano8_64_ijepa", pretrained=False)
+    model = ijepa_zoo.create_model(NANO, pretrained=False)
     path = tmp_path_factory.mktemp("weights") / "nano.safetensors"
     save_file(model.state_dict(), path)
     return str(path)
 
 
 @pytest.fixture
-def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Six pictures in two classes, all good; the current folder holds them."""
+def photos(tmp_path, monkeypatch):
+    """Six images in two classes; the current folder holds them."""
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     for number in range(6):
@@ -40,182 +72,318 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "photos"
 
 
-def command(weights: str, *arguments: str) -> int:
+def features(weights, *arguments):
     options = ["--device", "cpu", "--workers", "0", "--batch-size", "2", "--out", "f.npy"]
-    model = ["--model", "vit_nano8_64_ijepa", "--checkpoint", weights]
-    return cli.main(["features", *options, *model, *arguments])
+    return main(["features", *options, "--model", NANO, "--checkpoint", weights, *arguments])
 
 
-def test_features_and_picture(
-    photos: Path, weights: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(weights, "photos", "--picture", "p.png", "--picture-images", "2") == 0
+def start(*command, **kwargs):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **kwargs.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, timeout=100, **kwargs
+    )
+
+
+KINDS = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.UserError)
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_user_errors_are_a_sentence_and_an_exit_status(failing, capsys, kind):
+    failing(kind("'a.jpg' is broken"))
+    assert main(CONVERT) == kind.exit_code
+    assert capsys.readouterr() == ("", "ijepa-zoo: error: 'a.jpg' is broken\n")
+
+
+@pytest.mark.parametrize("command", [["--debug", *CONVERT], [*CONVERT, "--debug"]])
+def test_debug_adds_the_traceback(failing, capsys, command):
+    failing(errors.DataError("'a.jpg' is broken"))
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("ijepa-zoo: error: 'a.jpg' is broken\n")
+
+
+@pytest.mark.parametrize("probe", ["linear", "knn", "report"])
+def test_debug_may_follow_a_probe(tmp_path, capsys, probe):
+    with pytest.raises(SystemExit, match="0"):
+        main(["eval", probe, "--help"])
+    assert "--debug" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a bug"), TypeError("a bug"), RuntimeError("a bug"), ImportError("a bug"),
+        OSError("a bug"), FileNotFoundError(errno.ENOENT, "of no file"),
+        OSError(errno.EBADF, "Bad file descriptor", "a"),
+    ],
+)  # fmt: skip
+def test_unexpected_errors_keep_their_traceback(failing, error):
+    failing(error)
+    with pytest.raises(type(error)) as caught:
+        main(CONVERT)
+    assert caught.value is error
+
+
+def test_unexpected_errors_end_the_process_with_1():
+    code = "import sys, ijepa_zoo.cli.models as m; m.checkpoints = lambda: 1 / 0; "
+    done = start("-c", f"{code} from ijepa_zoo.cli import main; sys.exit(main(['list']))")
+    assert done.returncode == 1
+    assert b"Traceback" in done.stderr
+    assert b"ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (errno.ENOSPC, None), (errno.ENOSPC, "a/b"), (errno.EDQUOT, None), (errno.ENOENT, "a/b"),
+        (errno.EACCES, "a/b"), (errno.EPERM, "a/b"), (errno.EROFS, "a/b"),
+        (errno.ENOTDIR, Path("a/b")), (errno.EISDIR, "a/b"), (errno.EEXIST, "a/b"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_system_name_the_file(failing, capsys, number, name):
+    failing(OSError(number, os.strerror(number), name))
+    assert main(CONVERT) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"ijepa-zoo: error: {os.strerror(number)}")
+    assert err.count("\n") == 1
+    assert name is None or f"'{name}'" in err
+
+
+@pytest.mark.parametrize(
+    ("work", "options"),
+    [
+        ("features", ["--batch-size", "--workers", "--precision"]),
+        ("pretrain", ["machine.micro_batch_size", "machine.activation_checkpointing"]),
+        ("linear", ["--batch-size", "--img-size", "--precision"]),
+        ("knn", ["--img-size", "--precision"]),
+        ("finetune", ["--micro", "--grad-checkpointing"]),
+    ],
+)
+def test_lack_of_memory_names_options_of_the_command(photos, failing, capsys, work, options):
+    with pytest.raises(RuntimeError) as real:
+        torch.empty(2**60, dtype=torch.uint8)
+    command, _ = WORKS[work]
+    with pytest.raises(SystemExit):
+        main([*command[: 1 + (command[0] == "eval")], "--help"])
+    for error in (real.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nMore")):
+        failing(error)
+        assert main(command) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert [option for option in options if option not in err] == []
+    if work == "knn":
+        assert "--batch-size" not in err  # it has none
+
+
+def test_lack_of_memory_elsewhere(failing, capsys):
+    failing(MemoryError("Unable to allocate 3 GiB"))
+    assert main(CONVERT) == 1
+    assert "3 GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_interrupted_work_can_be_resumed(photos, failing, capsys, work):
+    failing(KeyboardInterrupt())
+    assert main(WORKS[work][0]) == 130
+    assert "resume" in capsys.readouterr().err
+
+
+def test_interrupted_conversions_cannot(photos, failing, monkeypatch, capsys):
+    failing(KeyboardInterrupt())
+    monkeypatch.setattr("ijepa_zoo.cli.models.create_model", ijepa_zoo.cli.models.export)
+    for command in (CONVERT, ["export", NANO, "served", "--to", "torch-export"]):
+        assert main(command) == 130
+        assert "resume" not in capsys.readouterr().err
+
+
+def test_reader_of_the_output_that_leaves(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-u", "-m", "ijepa_zoo", "list"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=write, stderr=subprocess.PIPE,
+        timeout=100,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_list(capsys):
+    assert main(["list"]) == 0
+    everything = capsys.readouterr().out
+    assert main(["list", "--pretrained"]) == 0
+    pretrained = capsys.readouterr().out
+    assert "vit_tiny16_ijepa " in everything
+    assert "vit_tiny16_ijepa " not in pretrained
+    row = next(line for line in pretrained.splitlines() if "vit_huge14_ijepa.in1k " in line)
+    for value in ("target_encoder", "630.", "224x224", "CC-BY-NC-4.0"):
+        assert value in row
+
+
+def test_python_m():
+    done = start("-m", "ijepa_zoo", "list", "--pretrained")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert NANO.encode() in done.stdout
+
+
+def test_features_and_picture(photos, weights, capsys):
+    assert features(weights, "photos", "--picture", "p.png", "--picture-images", "2") == 0
     assert np.load("f.npy").shape == (6, 128)
     with Image.open("p.png") as picture:
         assert picture.width > picture.height / 2
     printed = capsys.readouterr()
-    for words in (
-        *("vit_nano8_64_ijepa", weights, "crop 1 to 64x64", "block 5, final LayerNorm, mean"),
-        *("6 done, 0 failed, 0 skipped", "images/s on cpu", "[6 x 128] float32"),
-        *("f.index.jsonl", "f.run.json", "p.png"),
-    ):
-        assert words in printed.out
+    for value in (NANO, weights, "[6 x 128] float32", "f.index.jsonl", "f.run.json", "p.png"):
+        assert value in printed.out
     assert printed.err == ""
-    assert command(weights, "photos") == 0
-    assert "all done before" in capsys.readouterr().out
 
 
-def test_layers_pool_dtype_and_format(photos: Path, weights: str) -> None:
+def test_layers_pool_dtype_and_format(photos, weights):
     arguments = ["--layers", "0,-1", "--pool", "none", "--dtype", "float16", "--out", "maps"]
-    assert command(weights, "photos", *arguments, "--format", "npy") == 0
+    assert features(weights, "photos", *arguments, "--format", "npy") == 0
     maps = np.load("maps")
     assert (maps.shape, maps.dtype) == ((6, 256, 8, 8), np.float16)
     assert json.loads(Path("maps.run.json").read_text())["settings"]["layers"] == [0, 5]
 
 
-def test_failed_images_are_listed(
-    photos: Path, weights: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_images_are_listed(photos, weights, capsys):
     for number in range(25):
         (photos / f"broken{number:02}.jpg").write_bytes(b"")
     (photos / "large.png").write_bytes((photos / "cat/0.png").read_bytes())
-    assert command(weights, "photos/", "--max-pixels", "5599") == 3
-    printed = capsys.readouterr()
-    assert "0 done, 32 failed" in printed.out
-    assert "failed: 'photos/broken00.jpg': empty file\n" in printed.err
-    assert printed.err.count("failed: ") == 20
-    assert "and 12 more, see 'error' in f.index.jsonl" in printed.err
+    assert features(weights, "photos/", "--max-pixels", "5599") == 3
+    err = capsys.readouterr().err
+    assert "'photos/broken00.jpg'" in err
+    assert err.count("failed: ") == 20
     lines = [json.loads(line) for line in Path("f.index.jsonl").read_text().splitlines()]
-    assert {line["error"] for line in lines if "broken" not in line["path"]} == {
-        "too large: 5,600 pixels, the limit is 5,599 (max_pixels)"
-    }
-    assert command(weights, "photos/", "--max-pixels", "5599") == 3  # also when all is done
+    assert len([line for line in lines if "error" in line]) == 32
+    assert features(weights, "photos/", "--max-pixels", "5599") == 3  # also when all is done
 
 
-def test_named_file_that_is_no_image_is_a_failure(photos: Path, weights: str) -> None:
-    Path("notes.md").write_text("text")
-    assert command(weights, "photos", "notes.md") == 3
-    assert np.load("f.npy").shape == (6, 128)
-
-
-def test_strict(photos: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_strict(photos, weights, capsys):
     (photos / "broken.jpg").write_bytes(b"")
-    assert command(weights, "photos", "--strict") == 1
-    assert "'photos/broken.jpg': empty file" in capsys.readouterr().err
+    assert features(weights, "photos", "--strict") == 1
+    assert "'photos/broken.jpg'" in capsys.readouterr().err
 
 
-def test_other_settings_and_overwrite(
-    photos: Path, weights: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert command(weights, "photos") == 0
-    assert command(weights, "photos", "--layers", "last4") == 1
-    assert "layers: [5] then, [2, 3, 4, 5] now" in capsys.readouterr().err
-    assert command(weights, "photos", "--layers", "last4", "--overwrite") == 0
+def test_other_settings_and_overwrite(photos, weights, capsys):
+    assert features(weights, "photos") == 0
+    assert features(weights, "photos", "--layers", "last4") == 1
+    assert "layers" in capsys.readouterr().err
+    assert features(weights, "photos", "--layers", "last4", "--overwrite") == 0
     assert np.load("f.npy").shape == (6, 512)
 
 
-def test_interrupt(
-    photos: Path,
-    weights: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def interrupt(*_: object) -> None:
+def test_interrupted_features_are_resumed(photos, weights, monkeypatch):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Parts, "write", interrupt)
-        assert command(weights, "photos") == 130
-    assert "the same command goes on" in capsys.readouterr().err
-    assert command(weights, "photos") == 0
+        assert features(weights, "photos") == 130
+    assert features(weights, "photos") == 0
+
+
+def record_call(monkeypatch, target, result=None):
+    """The arguments that a function of the package is called with."""
+    calls = {}
+
+    def function(*args, **kwargs):
+        calls["args"], calls["kwargs"] = args, kwargs
+        return result
+
+    monkeypatch.setattr(target, function)
+    return calls
+
+
+def test_options_reach_the_extraction(photos, monkeypatch, capsys):
+    call = record_call(monkeypatch, "ijepa_zoo.cli.images.extract_features")
+    options = ["--value-range=-1,4095", "--bands", "3,2,1", "--max-pixels", "9", "--threads", "2"]
+    picture = ["--picture", "p.png", "--img-size", "32,64"]
+    assert main([*FEATURES, *options, *picture, "--workers", "0", "--precision", "bfloat16"]) == 0
+    inputs, model, out = call["args"]
+    assert (inputs, out) == (["photos"], "f.npy")
+    assert tuple(model.patch_embed.img_size) == (32, 64)
+    assert not model.training
+    given = {"value_range": (-1.0, 4095.0), "bands": (3, 2, 1), "max_pixels": 9, "threads": 2}
+    given |= {"workers": 0, "precision": "bfloat16", "layers": "last", "pool": "avg"}
+    assert call["kwargs"].items() >= given.items()
+    # this process did not finish the run: another prints and draws
+    assert capsys.readouterr() == ("", "")
+    assert not Path("p.png").exists()
+
+
+def test_pixel_options_have_defaults(photos, monkeypatch):
+    call = record_call(monkeypatch, "ijepa_zoo.cli.images.extract_features")
+    assert main(FEATURES) == 0
+    given = {"value_range": None, "bands": None, "max_pixels": 178_956_970}
+    assert call["kwargs"].items() >= given.items()
+
+
+@pytest.mark.parametrize("path", ["phtos", "photos/*.tif", "photos/none.png"])
+def test_wrong_paths_are_found_before_the_weights(photos, monkeypatch, capsys, path):
+    monkeypatch.setattr("ijepa_zoo.cli.images.create_model", None)
+    assert main(["features", path, "--model", NANO, "--out", "f.npy"]) == 1
+    assert f"'{path}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "named"),
     [
-        (["phtos"], "Did you mean 'photos'?"),
-        (["photos", "--out", "f.csv"], "format of 'f.csv' is not clear"),
-        (["photos", "--layers", "6"], "from 0 to 5, or from -6 to -1"),
-        (["photos", "--model", "vit_huge"], "vit_huge"),
+        (["--out", "f.csv"], 2, "'f.csv'"),
+        (["--layers", "6"], 2, "5"),
+        (["--model", "vit_huge"], 2, "vit_huge"),
+        (["--checkpoint", "absent.safetensors"], 1, "absent.safetensors"),
+        (["--picture", "a.xyz"], 2, "a.xyz"),
+        (["--picture", "absent/a.png"], 2, "absent"),
+        (["--picture", "photos/cat/0.png"], 2, "photos/cat/0.png"),
+        (["--out", "photos/cat/0.png", "--format", "npy", "--overwrite"], 2, "photos/cat/0.png"),
     ],
 )
-def test_wrong_usage(
-    photos: Path,
-    weights: str,
-    arguments: list[str],
-    message: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert command(weights, *arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("ijepa-zoo: error: ")
-    assert message in error
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--layers", "first"], ["--workers", "-1"], ["--batch-size", "0"], []]
-)
-def test_arguments_are_checked_by_the_parser(weights: str, arguments: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        command(weights, *arguments, *(["photos"] if arguments else []))
-    assert caught.value.code == 2
-
-
-def test_missing_weights(photos: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("absent.safetensors", "photos") == 1
-    assert "absent.safetensors" in capsys.readouterr().err
-
-
-def test_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["list"]) == 0
-    everything = capsys.readouterr().out
-    assert cli.main(["list", "--pretrained"]) == 0
-    pretrained = capsys.readouterr().out
-    assert "vit_tiny16_ijepa " in everything
-    assert "vit_tiny16_ijepa " not in pretrained
-    row = next(line for line in pretrained.splitlines() if "vit_huge14_ijepa.in1k " in line)
-    for words in ("target_encoder", "630.", "224x224", "CC-BY-NC-4.0"):
-        assert words in row
+def test_wrong_values_are_named(photos, weights, capsys, arguments, status, named):
+    before = (photos / "cat/0.png").read_bytes()
+    assert features(weights, "photos", *arguments) == status
+    err = capsys.readouterr().err
+    assert err.startswith("ijepa-zoo: error: ")
+    assert named in err
+    assert not Path("f.npy").exists()
+    assert (photos / "cat/0.png").read_bytes() == before
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "cuda:99", ""])
-def test_devices_that_are_not_there(
-    photos: Path, weights: str, capsys: pytest.CaptureFixture[str], device: str
-) -> None:
-    assert command(weights, str(photos), "--device", device) == USAGE
-    assert "device" in capsys.readouterr().err
+def test_devices_that_are_not_there(photos, weights, capsys, device):
+    assert features(weights, "photos", "--device", device) in (1, 2)
+    assert f"device {device!r}" in capsys.readouterr().err
 
 
-def test_inputs_are_never_written_over(
-    photos: Path, weights: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    image = photos / "cat/0.png"
-    before = image.read_bytes()
-    overwrite = ["--out", str(image), "--format", "npy", "--overwrite"]
-    for arguments in (overwrite, ["--picture", str(image)]):
-        assert command(weights, str(photos), *arguments) == USAGE
-        assert "input" in capsys.readouterr().err
-    assert image.read_bytes() == before
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--layers", "first"), ("--workers", "-1"), ("--batch-size", "0"), ("--img-size", "1,2,3"),
+        ("--img-size", "x"), ("--value-range", "5"), ("--value-range", "5,5"),
+        ("--value-range", "a,b"), ("--bands", "1,"), ("--max-pixels", "0"),
+    ],
+)  # fmt: skip
+def test_values_are_checked_by_the_parser(capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        main([*FEATURES, f"{option}={value}"])
+    assert option in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("picture", ["a.xyz", "a", "absent/a.png"])
-def test_pictures_are_checked_before_the_work(photos: Path, weights: str, picture: str) -> None:
-    assert command(weights, str(photos), "--picture", picture) == USAGE
-    assert not Path("f.npy").exists()
+def test_inputs_are_required(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["features", "--model", NANO, "--out", "f.npy"])
 
 
-def test_more_pictures_than_images(photos: Path, weights: str) -> None:
-    many = ["--picture", "a.png", "--picture-images", str(10**9)]
-    assert command(weights, str(photos), *many) == DONE
-
-
-def test_names_beyond_the_encoding_of_the_terminal(photos: Path, weights: str) -> None:
-    root = Path(cli.__file__).parents[2]
-    arguments = ["features", "photos", "--model", "vit_nano8_64_ijepa", "--checkpoint", weights]
-    arguments += ["--device", "cpu", "--workers", "0", "--out", os.fsdecode(b"f\xff.npy")]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-m", "ijepa_zoo.cli", *arguments], env=environment, capture_output=True
+def test_names_beyond_the_encoding_of_the_terminal(photos, weights):
+    out = os.fsdecode(b"f\xff.npy")
+    arguments = ["photos", "--model", NANO, "--checkpoint", weights, "--out", out]
+    done = start(
+        *("-m", "ijepa_zoo", "features", *arguments, "--device", "cpu", "--workers", "0"),
+        env={"PYTHONIOENCODING": "ascii:strict"},
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    assert rb"written   f\udcff.npy" in done.stdout
+    assert rb"f\udcff.npy" in done.stdout

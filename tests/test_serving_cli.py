@@ -80,39 +80,43 @@ def test_own_weights_by_checkpoint(here):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
-        (["vit_tiny16_ijepa", "out"], "`ijepa-zoo convert vit_tiny16_ijepa DST --to native`"),
-        (["vit_tiny16_ijepa", "--to", "onnx"], "ijepa-zoo export vit_tiny16_ijepa DST --to onnx"),
-        (["run", "out", "--layers", "last4", "--img-size", "64"],
-         "--layers, --img-size: only with --to onnx or --to torch-export"),
-        (["run", "out", "--to", "onnx", "--step", "5"], "export run DST --step 5`"),
-        (["run", "out", "--to", "onnx", "--dtype", "bfloat16"], "use float16 or int8"),
-        (["run", "out", "--to", "torch-export", "--quantize", "int8"], "is bfloat16"),
-        (["weights.pth", "out", "--to", "torch-export"], "by --checkpoint weights.pth"),
-        (["vit_tiny61", "out", "--to", "torch-export"], "no I-JEPA model is called 'vit_tiny61'"),
-        ([NANO, "out", "--to", "torch-export", "--layers", "9"], "a model of 6 blocks"),
+        (["vit_tiny16_ijepa", "out"], "convert vit_tiny16_ijepa"),
+        (["vit_tiny16_ijepa", "--to", "onnx"], "export vit_tiny16_ijepa DST --to onnx"),
+        (["run", "out", "--layers", "last4", "--img-size", "64"], "--layers, --img-size"),
+        (["run", "out", "--to", "onnx", "--step", "5"], "--step 5"),
+        (["run", "out", "--to", "onnx", "--dtype", "bfloat16"], "bfloat16"),
+        (["run", "out", "--to", "torch-export", "--quantize", "int8"], "int8"),
+        (["weights.pth", "out", "--to", "torch-export"], "--checkpoint weights.pth"),
+        (["vit_tiny61", "out", "--to", "torch-export"], "'vit_tiny61'"),
+        ([NANO, "out", "--to", "torch-export", "--layers", "9"], "9"),
     ],
-)  # fmt: skip
-def test_wrong_usage_says_what_to_type(here, capsys, words, message):
+)
+def test_wrong_usage_names_the_value(here, capsys, words, named):
     Path("run").mkdir()
     Path("run/config.yaml").touch()
     Path("weights.pth").touch()
     assert main(["export", *words]) == 2
-    assert message in capsys.readouterr().err
+    assert named in capsys.readouterr().err
     assert not Path("out").exists()
 
 
-def test_folder_that_is_no_run_is_told_from_a_run(here, capsys):
+def test_folder_that_is_not_a_run_and_folder_that_exists(here, capsys):
     assert main(["convert", NANO, "folder", "--to", "timm"]) == 0
     assert main(["export", "folder", "out"]) == 2
     assert "`ijepa-zoo export folder DST --to onnx`" in capsys.readouterr().err
     Path("empty").mkdir()
     assert main(["export", "empty", "out"]) == 1
-    assert "it has no config.yaml" in capsys.readouterr().err
+    assert "config.yaml" in capsys.readouterr().err
     Path("out").mkdir()
-    assert main(["export", NANO, "out", "--to", "torch-export"]) == 1
-    assert "out exists: choose another name, or add --overwrite" in capsys.readouterr().err
+    for command in (
+        ["export", NANO, "out", "--to", "torch-export"],
+        ["convert", NANO, "out", "--to", "timm"],
+    ):
+        assert main(command) == 1
+        assert "out" in (err := capsys.readouterr().err)
+        assert "--overwrite" in err
 
 
 @pytest.mark.parametrize("to", [pytest.param("onnx", marks=needs_onnx), "torch-export"])
@@ -125,5 +129,6 @@ def test_file_that_may_not_grow_is_an_error_with_the_folders_name(here, to):
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert "error: served cannot be written (File too large): check the space" in done.stderr
+    assert "served" in done.stderr
+    assert "Traceback" not in done.stderr
     assert not list(here.iterdir())

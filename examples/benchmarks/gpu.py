@@ -108,7 +108,7 @@ def imagenette(args: argparse.Namespace, run: Path) -> list[Step]:
         settings += ["optim.duration=2 steps", "optim.warmup=1 steps", "optim.precision=fp32"]
         settings += ["machine.device=cpu", "data.held_out=0", "mask.cut=global"]
         settings += ["mask.min_keep=4", "machine.workers=0"]
-    command = ["-m", "ijepa_zoo.cli", "pretrain", args.recipe, "--data", str(args.imagenette)]
+    command = ["-m", "ijepa_zoo", "pretrain", args.recipe, "--data", str(args.imagenette)]
     return [Step("imagenette", [*command, "--out", str(run), *settings], 60 * args.minutes - 30)]
 
 

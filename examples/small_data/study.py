@@ -127,7 +127,7 @@ def names(words: Sequence[str]) -> list[str]:
 def start(args: argparse.Namespace, arm: str, seed: int, out: Path) -> subprocess.Popen[bytes]:
     """One run in a process of its own."""
     command = [
-        *(sys.executable, "-m", "ijepa_zoo.cli", "pretrain", "vith14_in1k"),
+        *(sys.executable, "-m", "ijepa_zoo", "pretrain", "vith14_in1k"),
         *overrides(args.size, arm, seed, args.steps, args.set),
         *("--data", *args.data, "--out", str(out), "--quiet"),
     ]

@@ -1,21 +1,35 @@
-"""The command ``ijepa-zoo``: thin, every subcommand calls the package's own functions."""
+"""The command `ijepa-zoo`. Every subcommand calls functions of the package that users can call."""
+
+from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
+import torch
+
+from .. import __version__
+from ..errors import UserError
 from .eval import add_eval
-from .export import add_export
-from .features import add_features
-from .pretrain import add_plot, add_pretrain
-from .status import FAILED, INTERRUPTED, complain
-from .weights import add_convert, add_list
+from .images import add_features
+from .models import add_convert, add_export, add_list
+from .pretrain import INTERRUPTED, add_plot, add_pretrain
+
+FAILED = 1
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PATH = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+}
+_NO_MEMORY = ("can't allocate memory", "not enough memory")  # of torch's allocator on CPUs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run a command.
 
     Args:
         argv: Arguments; those of the process if None.
@@ -23,22 +37,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 error, 2 wrong usage, 3 done but some images failed, 75 stopped by
         SIGTERM or SIGUSR1 and saved, 130 interrupted.
+
+    Raises:
+        Exception: Any error but a `UserError`, a full disk, a wrong path and a lack of memory.
     """
     args = _parse(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file name may be beyond its encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may lack characters of a file name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = args.run(args)
         return status
     except KeyboardInterrupt as stop:
-        what = str(stop) or "interrupted; the same command goes on where it was"
-        print(f"\n{what}", file=sys.stderr)
+        print(f"\n{str(stop) or args.interrupted}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left, as `head` does
+    except BrokenPipeError:  # the reader of the output ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except OSError as error:  # of our own output: a full disk
-        return complain(error, FAILED)
+    except Exception as error:
+        text = _describe(error, args.memory)
+        if text is None:
+            raise
+        if args.debug:
+            traceback.print_exc()
+        print(f"ijepa-zoo: error: {text}", file=sys.stderr)
+        return error.exit_code if isinstance(error, UserError) else FAILED
+
+
+def _describe(error: Exception, memory: str | None) -> str | None:
+    """A sentence about an error that a user can mend; None for any other, which is a bug.
+
+    Args:
+        error: The error.
+        memory: What needs less memory, in words.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno in _DISK_FULL or (error.errno in _PATH and error.filename is not None):
+            names = [
+                n for n in (error.filename, error.filename2) if isinstance(n, str | os.PathLike)
+            ]
+            return ": ".join([str(error.strerror), *(repr(os.fspath(name)) for name in names)])
+        return None
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and "DefaultCPUAllocator" in str(error)
+        and any(text in str(error) for text in _NO_MEMORY)
+    )
+    if not out_of_memory:
+        return None
+    lines = str(error).splitlines() or [""]
+    reason = f" ({lines[0]})" if lines[0] else ""
+    return f"out of memory{reason}{f': use {memory}' if memory else ''}"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -54,54 +104,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ijepa-zoo", description="I-JEPA encoders for timm code")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=__version__)
+    help_debug = "print the traceback of every error"
+    parser.add_argument("--debug", action="store_true", help=help_debug)
+    parser.set_defaults(interrupted="interrupted", memory=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_list(commands.add_parser("list", help="models and their weights"))
-    add_features(
-        commands.add_parser(
-            "features",
-            help="features of images into a file",
-            description="Extract features of images into FILE, with an index beside it. Images "
-            "that cannot be read are listed and the rest goes on. The same command after an "
-            "interruption goes on where it was. torchrun -m ijepa_zoo.cli features ... shares the "
-            "work. Exit status: 0 done, 1 error, 2 wrong usage, 3 done but some images failed.",
-        )
-    )
-    add_convert(
-        commands.add_parser(
-            "convert",
-            help="weights into the layout of another library",
-            description="Copy weights into a folder that another library loads without this "
-            "package. Tensors are copied as they are. official needs all three networks.",
-        )
-    )
-    add_pretrain(
-        commands.add_parser(
-            "pretrain",
-            help="pretrain on your own images",
-            description="Pretrain without labels. The same command goes on after an interruption. "
-            "torchrun --nproc_per_node N -m ijepa_zoo.cli pretrain ... shares the work. Exit "
-            "status: 0 done, 1 error, 2 wrong usage, 75 stopped by SIGTERM or SIGUSR1 and saved, "
-            "130 stopped by Ctrl-C and saved.",
-        )
-    )
-    add_export(
-        commands.add_parser("export", help="a run's weights into a folder, or a model for servers")
-    )
-    add_plot(commands.add_parser("plot", help="curves and masks of a pretraining run, a PNG"))
-    add_eval(
-        commands.add_parser(
-            "eval",
-            help="the paper's probes on your data",
-            description="Measure a frozen encoder with the paper's probes. The same command after "
-            "an interruption goes on at the last epoch. torchrun --nproc-per-node N -m "
-            "ijepa_zoo.cli eval ... shares the work. Exit status: 0 done, 1 error, 2 wrong usage.",
-        )
-    )
+    for add in (
+        add_list, add_features, add_convert, add_pretrain, add_export, add_plot, add_eval
+    ):  # fmt: skip
+        for command in add(commands):
+            command.add_argument(
+                "--debug", action="store_true", default=argparse.SUPPRESS, help=help_debug
+            )
     return parser
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__

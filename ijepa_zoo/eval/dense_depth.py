@@ -63,7 +63,7 @@ def evaluate_dense_depth(
     precision: str = "auto",
     checkpoint: str | None = None,
     network: str | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     random: bool = False,
     value_range: tuple[float, float] | None = None,
     bands: tuple[int, ...] | None = None,

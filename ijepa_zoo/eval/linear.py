@@ -49,7 +49,7 @@ def evaluate_linear(
     precision: str = "auto",
     checkpoint: str | None = None,
     network: str | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     random: bool = False,
     value_range: tuple[float, float] | None = None,
     bands: tuple[int, ...] | None = None,
@@ -84,7 +84,8 @@ def evaluate_linear(
         precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
         checkpoint: Weights for a model that is named; see `create_model`.
         network: Which network of them; see there.
-        img_size: Image size in pixels for a model that is named; default: its own.
+        img_size: Image size in pixels, or height and width, for a model that is named; default:
+            its own.
         random: Random weights, by the seed, in the place of those of a model that is named.
         value_range: Values of 16-bit images that become black and white, see `Decoder`.
         bands: Bands or pages of image files that become channels, see `Decoder`.

@@ -51,7 +51,7 @@ def evaluate_lowshot(
     precision: str = "auto",
     checkpoint: str | None = None,
     network: str | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     random: bool = False,
     value_range: tuple[float, float] | None = None,
     bands: tuple[int, ...] | None = None,

@@ -45,7 +45,7 @@ class Subject:
     name: str
     paper_name: str | None = None
     given: str | None = None
-    img_size: int | None = None
+    img_size: int | tuple[int, int] | None = None
 
     def describe(self) -> dict[str, Any]:
         """The model as results record it."""
@@ -121,7 +121,7 @@ def open_model(
     seed: int = 0,
     checkpoint: str | None = None,
     network: str | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
 ) -> Subject:
     """Make the model that a user names.
 
@@ -169,10 +169,11 @@ def _check_options(
     random: bool,
     checkpoint: str | None = None,
     network: str | None = None,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
 ) -> tuple[str, bool]:
     """What the model is made from, and whether this package makes it."""
-    if img_size is not None and not 0 < img_size <= _LARGEST:
+    sides = img_size if isinstance(img_size, tuple) else (img_size or 1,)
+    if img_size == 0 or not all(0 < side <= _LARGEST for side in sides):
         raise SettingsError(
             f"img_size is {img_size}; images of 1 to {_LARGEST} pixels a side are read"
         )

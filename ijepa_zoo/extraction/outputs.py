@@ -55,10 +55,15 @@ class Outputs:
         )
 
     def own(self, path: str) -> bool:
-        """Whether a path is one of these files, or in the folder of parts."""
+        """Whether a run wrote this file: one of these, or one in the folder of parts.
+
+        A file of the same name without the traces of a run is the user's.
+        """
         path = os.path.abspath(path)
         parts = os.path.join(os.path.abspath(self.parts), "")
-        return path in self._files() or path.startswith(parts)
+        if path in self._files():
+            return os.path.exists(self.record) or os.path.exists(self.parts)
+        return path.startswith(parts)
 
     def refuse_inputs(self, images: ImageDataset) -> None:
         """Refuse to write over a file that is to be read.

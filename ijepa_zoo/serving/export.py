@@ -65,12 +65,11 @@ def export_graph(
         The folder.
 
     Raises:
-        RunError: If the written file disagrees with the model, or if the model's own features
-            are not finite, or all zero.
+        RunError: If the written file disagrees with the model, if the model's own features are not
+            finite, or all zero, if ``folder`` exists and ``overwrite`` is false or holds something
+            else, or if it cannot be written; an existing folder is as it was.
         ImportError: If a package for ONNX is missing.
         ValueError: If the options do not fit each other or the model.
-        FileExistsError: If ``folder`` exists and ``overwrite`` is false, or holds something else.
-        OSError: If it cannot be written; an existing folder is as it was.
     """
     folder = Path(folder)
     check_request(folder, to, dtype=dtype, quantize=quantize, overwrite=overwrite)
@@ -94,10 +93,10 @@ def export_graph(
         with progress_bar(progress, steps, "trace", "step") as bar, evaluating(graph):
             program = trace(graph)
             bar.update()
-            bar.set_description("write")
+            bar.set_description("write", refresh=False)
             formats.write(program, part, to, quantize)
             bar.update()
-            bar.set_description("check")
+            bar.set_description("check", refresh=False)
             run = formats.reopen(part, to)
             checked = _compare(run, expected, str(record["precision"]), bar)
         _write_record(part / RECORD, {**record, **checked, "versions": formats.versions(to)})
@@ -113,7 +112,7 @@ def check_request(
 
     Raises:
         ValueError: If the options do not fit each other.
-        FileExistsError: If ``folder`` is not to be written.
+        RunError: If ``folder`` is not to be written.
         ImportError: If a package for ONNX is missing.
     """
     if to not in formats.FILES:
@@ -141,10 +140,12 @@ def _check_place(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{folder} exists: choose another name, or overwrite it")
+        raise RunError(
+            f"{folder} exists: choose another name, or replace it, overwrite=True (--overwrite)"
+        )
     held = {item.name for item in folder.iterdir()} if folder.is_dir() else {"a file"}
     if held - _WRITTEN:
-        raise FileExistsError(
+        raise RunError(
             f"{folder} is no earlier file for servers, it holds {min(held - _WRITTEN)}: it is not "
             "overwritten, choose another name"
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Distributed
-from ..errors import CheckpointError, SettingsError
+from ..errors import CheckpointError, RunError, SettingsError
 from . import checkpoint_folder as layout
 from .parallel import own_part
 
@@ -78,7 +78,7 @@ class Checkpoints:
             wait: Return when the checkpoint is complete.
 
         Raises:
-            OSError: This save, with `wait`, or the one before it failed.
+            RunError: This save, with `wait`, or the one before it failed.
             TypeError: `about` holds other than JSON values.
         """
         text = json.dumps(about)
@@ -92,7 +92,7 @@ class Checkpoints:
         """Return when the last save is complete.
 
         Raises:
-            OSError: It failed.
+            RunError: It failed.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -206,13 +206,13 @@ class Checkpoints:
         if reason is not None:
             self._agree(lambda: shutil.rmtree(partial, ignore_errors=True))  # make room
             saved = self.complete()
-            raise OSError(
+            raise RunError(
                 f"cannot write checkpoint {layout.path(self.folder, step)}: {reason}. "
                 + (f"Those of steps {saved} are intact" if saved else "There is none before it")
             )
         keep = self.keep, self.keep_every
         if reason := self._agree(lambda: layout.thin_out(self.folder, step, *keep)):
-            raise OSError(f"cannot delete checkpoints in {self.folder} that are due: {reason}")
+            raise RunError(f"cannot delete checkpoints in {self.folder} that are due: {reason}")
 
     def _write_tensors(self, path: Path, tensors: dict[str, Any]) -> str | None:
         from torch.distributed.checkpoint.api import CheckpointException

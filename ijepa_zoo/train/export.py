@@ -50,9 +50,9 @@ def export_run(
         The folder, for `create_model("local-dir:FOLDER")`.
 
     Raises:
-        RunError: `run` is no run, or its settings are damaged.
         CheckpointError: There is no such checkpoint, it is damaged, or its weights are not finite.
-        FileExistsError: `folder` exists and `overwrite` is false.
+        RunError: `run` is no run, its settings are damaged, or `folder` exists and `overwrite` is
+            false.
     """
     run = Path(run)
     config = read_settings(run)

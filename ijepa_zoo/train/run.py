@@ -66,7 +66,7 @@ def pretrain(
         CheckpointError: The newest checkpoint is broken, or belongs to another run.
         NonFiniteLossError: The loss is not finite, more often than `skip_nonfinite`.
         Interrupted: The run was stopped and saved.
-        OSError: A file could not be written; everything earlier is intact.
+        OSError: A log or settings file could not be written; everything earlier is intact.
     """
     check(config)
     out = _own_folder(out, data)

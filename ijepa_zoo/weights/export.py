@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..errors import SettingsError
+from ..errors import RunError, SettingsError
 from ..models.encoder import IJepaEncoder
 from ..models.jepa import IJepa
 from . import writers
@@ -67,9 +67,8 @@ def export(
     Raises:
         ijepa_zoo.weights.layouts.CheckpointError: If the networks that the layout needs are not
             there, or cannot be expressed in it.
-        FileExistsError: If ``folder`` exists and ``overwrite`` is false, or if it is no export or
-            holds the source.
-        OSError: If it cannot be written; an existing folder is as it was.
+        RunError: If ``folder`` exists and ``overwrite`` is false, if it is not an export or holds
+            the source, or if it cannot be written; an existing folder is as it was.
     """
     if to not in WRITERS:
         raise SettingsError(f"to must be one of {', '.join(WRITERS)}, got {to!r}")
@@ -79,7 +78,7 @@ def export(
         raise SettingsError(f"dtype must be a floating-point type, got {dtype}")
     folder = Path(folder)
     if folder.exists() and not overwrite:
-        raise FileExistsError(
+        raise RunError(
             f"{folder} exists: choose another name, or replace it, overwrite=True (--overwrite)"
         )
     if folder.exists():
@@ -109,7 +108,7 @@ def refuse_foreign(folder: Path) -> None:
     """Overwriting replaces a whole folder, so it must hold nothing but an earlier export.
 
     Raises:
-        FileExistsError: It holds something else.
+        RunError: It holds something else.
     """
     foreign = (
         {item.name for item in folder.iterdir()} - writers.WRITTEN
@@ -117,7 +116,7 @@ def refuse_foreign(folder: Path) -> None:
         else {"a file"}
     )
     if foreign:
-        raise FileExistsError(
+        raise RunError(
             f"{folder} is no export of this package, it holds {some(foreign)}: it is not "
             "overwritten, choose another name"
         )
@@ -129,7 +128,7 @@ def _refuse_source(source: str | Path, folder: Path) -> None:
     if place is not None and folder.exists():
         place, target = place.resolve(), folder.resolve()
         if place == target or target in place.parents:
-            raise FileExistsError(
+            raise RunError(
                 f"{folder} holds the source {source} itself: it is not overwritten, choose another "
                 "name"
             )
@@ -150,7 +149,8 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     What a killed process left of an earlier try is removed first.
 
     Raises:
-        OSError: It cannot be written; the message names ``folder``, not the temporary one.
+        RunError: It cannot be written; the message names ``folder``, not the temporary one.
+        OSError: Another file cannot be read.
     """
     place: Path | None = None
     try:
@@ -231,19 +231,19 @@ def _remove_leftovers(folder: Path) -> None:
             lock.release()
 
 
-def _named(error: OSError, folder: Path, place: Path | None) -> OSError:
+def _named(error: OSError, folder: Path, place: Path | None) -> Exception:
     """The error in the caller's words: with the folder, not the temporary one."""
     hidden = str(place / folder.name) if place else str(folder)
     file = error.filename
     if error.strerror is None:  # a message of ours
         text = str(error)
         if hidden in text:
-            return OSError(text.replace(hidden, str(folder)))
+            return RunError(text.replace(hidden, str(folder)))
     elif file is None or f".{folder.name}." in str(file) or Path(str(file)) == folder.parent:
         text = error.strerror
     else:  # of another file, such as the weights that are read
         return error
-    return OSError(
+    return RunError(
         f"{folder} cannot be written ({text}): check the space, limits and permissions there, or "
         "choose another folder"
     )

@@ -13,7 +13,7 @@ import several_processes
 import torch
 
 from ijepa_zoo.distributed import Distributed
-from ijepa_zoo.errors import CheckpointError
+from ijepa_zoo.errors import CheckpointError, RunError
 from ijepa_zoo.train import checkpoint_folder
 from ijepa_zoo.train.checkpoint import Checkpoints, read_checkpoint
 
@@ -300,7 +300,7 @@ def test_killed_while_saving_the_first(tmp_path):
 
 def assert_fails_and_keeps(checkpoints, reason):
     checkpoints.save(7, {**make(7), "large": torch.zeros(2**20)}, {})
-    with pytest.raises(OSError, match=reason) as caught:
+    with pytest.raises(RunError, match=reason) as caught:
         checkpoints.wait()
     assert "Those of steps [5, 600] are intact" in str(caught.value)
     assert [p.name for p in checkpoints.folder.glob("*.partial")] == []
@@ -318,7 +318,7 @@ def test_full_disk(tmp_path):
         checkpoints = Checkpoints(tmp_path / "checkpoints", ALONE)
         save(checkpoints, 5, 600)
         assert_fails_and_keeps(checkpoints, "No space left|MiB free on the disk")
-        with pytest.raises(OSError, match=r"cannot write checkpoint .*step-000000008"):
+        with pytest.raises(RunError, match=r"cannot write checkpoint .*step-000000008"):
             checkpoints.save(8, {"large": torch.zeros(2**20)}, {}, wait=True)
         save(checkpoints, 9)
         assert checkpoints.choose() == 9
@@ -341,7 +341,7 @@ def test_failure_is_raised_by_the_next_save(two_saved):
     shutil.rmtree(two_saved.folder)
     two_saved.folder.write_text("in the way")
     two_saved.save(7, make(7), {})
-    with pytest.raises(OSError, match=r"step-000000007: Not a directory\. There is none before it"):
+    with pytest.raises(RunError, match=r"step-000000007: Not a directory\. There is none before it"):
         two_saved.save(8, make(8), {})
 
 
@@ -351,7 +351,7 @@ def test_what_cannot_be_deleted_is_said(two_saved, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
     two_saved.save(700, make(700), {})
-    with pytest.raises(OSError, match=r"cannot delete checkpoints .*: Permission denied"):
+    with pytest.raises(RunError, match=r"cannot delete checkpoints .*: Permission denied"):
         two_saved.wait()
     assert two_saved.choose() == 700
 
@@ -449,7 +449,7 @@ UNABLE = """
 import os, sys
 from pathlib import Path
 import torch
-from ijepa_zoo.errors import CheckpointError
+from ijepa_zoo.errors import CheckpointError, RunError
 from ijepa_zoo.train.checkpoint import Checkpoints
 from ijepa_zoo.distributed import init_distributed
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -465,7 +465,7 @@ with init_distributed("cpu", 30) as distributed:
     checkpoints.save(2, tensors, {})
     try:
         checkpoints.wait()
-    except OSError as error:
+    except RunError as error:
         assert "No space left on device. Those of steps [1] are intact" in str(error), error
     else:
         raise AssertionError("one process could not write, and nobody said so")

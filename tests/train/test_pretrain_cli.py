@@ -1,12 +1,18 @@
+"""`ijepa-zoo pretrain` and `plot`, and what follows a run."""
+
+import signal
+
 import numpy as np
 import pytest
 from PIL import Image
 from small_run import CONFIG, change, pictures
 
 from ijepa_zoo.cli import main
+from ijepa_zoo.train import Interrupted
 from ijepa_zoo.train.settings import dump
 
 SHORT = change(CONFIG, optim={"duration": "2 steps", "warmup": "1 steps"})
+RUN = ["pretrain", "--config", "own.yaml", "--data", "images.npy", "--out", "run"]
 
 
 @pytest.fixture
@@ -32,6 +38,10 @@ def test_pretrain_plot_export_features(folder, capsys):
     assert np.load("f.npy").shape == (1, 24)
     assert main(["export", "run", "exported", "--dtype", "float16", "--license", "MIT"]) == 0
     assert main(["convert", "exported", "official", "--to", "official"]) == 0
+    capsys.readouterr()
+    assert main(["export", "run", "exported"]) == 1
+    assert "exported" in (err := capsys.readouterr().err)
+    assert "--overwrite" in err
 
 
 def test_dry_run_leaves_nothing(folder, capsys):
@@ -48,17 +58,58 @@ def test_changes_may_stand_behind_the_data(folder):
     assert "seed: 3" in (folder / "run" / "config.yaml").read_text()
 
 
-def test_recipes_are_listed(capsys):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_stopped_runs_have_their_own_exit_status(folder, monkeypatch, capsys, number, status):
+    def stop(*args, **kwargs):
+        raise Interrupted("stopped after step 7", number)
+
+    monkeypatch.setattr("ijepa_zoo.cli.pretrain.pretrain", stop)
+    assert main(RUN) == status
+    assert "step 7" in capsys.readouterr().err
+
+
+def test_interrupted_dry_run_cannot_be_resumed(folder, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ijepa_zoo.cli.pretrain.dry_run", stop)
+    assert main([*RUN, "--dry-run"]) == 130
+    assert "resume" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
+def test_the_first_process_prints(folder, monkeypatch, capsys, rank, prints):
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr("ijepa_zoo.cli.pretrain.pretrain", lambda *args, **kwargs: "run/export")
+    assert main(RUN) == 0
+    assert ("run/export" in capsys.readouterr().out) == prints
+
+
+def test_recipes_and_settings_are_listed(capsys):
     assert main(["pretrain", "--recipes"]) == 0
     assert "vith14_in1k " in capsys.readouterr().out
+    assert main(["pretrain", "vith14_in1k", "optim.lr=5e-4", "--settings"]) == 0
+    assert "lr: 0.0005" in capsys.readouterr().out
 
 
-def test_published_file_brings_its_folders(folder, capsys):
+def test_released_weights_choose_the_model(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ijepa_zoo.cli.pretrain.dry_run", lambda *args, **kw: calls.append(args))
+    words = ["--data", "images.npy", "--dry-run", "--init", "vit_huge14_ijepa.in1k"]
+    assert main(["pretrain", "custom_small", *words]) == 0
+    ((config, _),) = calls
+    assert config.model.name == "vit_huge14_ijepa"
+
+
+def test_file_of_the_official_repository_brings_its_folders(folder, capsys):
     text = (
         "data: {batch_size: 4, color_jitter_strength: 0.0, crop_scale: [0.3, 1.0], crop_size: 32,"
         " image_folder: pictures, num_workers: 0, pin_mem: true, root_path: ROOT,"
         " use_color_distortion: false, use_gaussian_blur: false, use_horizontal_flip: false}\n"
-        "logging: {folder: published_run, write_tag: jepa}\n"
+        "logging: {folder: official_run, write_tag: jepa}\n"
         "mask: {allow_overlap: false, aspect_ratio: [0.75, 1.5], enc_mask_scale: [0.85, 1.0],"
         " min_keep: 0, num_enc_masks: 1, num_pred_masks: 4, patch_size: 8,"
         " pred_mask_scale: [0.15, 0.2]}\n"
@@ -71,40 +122,53 @@ def test_published_file_brings_its_folders(folder, capsys):
     (folder / "theirs.yaml").write_text(text)
     small = ["model.embed_dim=24", "model.depth=1", "data.held_out=4", "machine.device=cpu"]
     command = ["pretrain", "--config", "theirs.yaml", *small, "--quiet", "machine.workers=0"]
+    assert main(command) == 1
+    assert "'ROOT/pictures/train'" in capsys.readouterr().err
+    (folder / "theirs.yaml").write_text(text.replace("ROOT", "$ROOT"))
     assert main(command) == 2
-    assert "no such file or folder: 'ROOT/pictures/train'" in capsys.readouterr().err
+    assert "--data" in (err := capsys.readouterr().err)
+    assert "$ROOT" in err
     (folder / "theirs.yaml").write_text(text.replace("ROOT", str(folder)))
     (folder / "pictures" / "train" / "cat").mkdir(parents=True)
     for i, picture in enumerate(pictures(16)):
         Image.fromarray(picture).save(folder / "pictures" / "train" / "cat" / f"{i}.png")
     assert main(command) == 0
-    assert (folder / "published_run" / "export" / "config.json").exists()
-    lines = (folder / "published_run" / "log.csv").read_text().splitlines()
+    assert (folder / "official_run" / "export" / "config.json").exists()
+    lines = (folder / "official_run" / "log.csv").read_text().splitlines()
     assert lines[0].startswith("epoch,itr,loss,mask-A,mask-B,time (ms)")
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "status", "named"),
     [
-        ([], "name one recipe"),
-        (["custom_small", "vith14_in1k"], "name one recipe"),
-        (["custom_smal"], "did you mean custom_small"),
-        (["custom_small"], "--data FOLDER"),
-        (["custom_small", "--data", "images.npy"], "--out runs/NAME"),
-        (["custom_small", "--data", "absent", "--out", "run"], "no such file or folder: 'absent'"),
-        (["custom_small", "optim.lrr=1", "--data", "images.npy", "--out", "r"], "optim.lr?"),
-        (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"],
-         "fewer than a batch"),
+        ([], 2, "--recipes"),
+        (["custom_small", "vith14_in1k"], 2, "custom_small, vith14_in1k"),
+        (["custom_smal"], 2, "custom_small"),
+        (["custom_small"], 2, "--data"),
+        (["custom_small", "--data", "images.npy"], 2, "--out"),
+        (["custom_small", "--data", "absent", "--out", "run"], 1, "'absent'"),
+        (["custom_small", "optim.lrr=1", "--data", "images.npy", "--out", "r"], 2, "optim.lr"),
+        (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
+         "optim.batch_size"),
         (["custom_small", "--resume-optimizer", "--data", "images.npy", "--out", "r",
-          "optim.batch_size=4", "mask.cut=4", "data.held_out=4"], "--init"),
+          "optim.batch_size=4", "mask.cut=4", "data.held_out=4"], 2, "--init"),
+        (["--config", "absent.yaml", "--data", "images.npy", "--out", "r"], None, "absent.yaml"),
     ],
 )  # fmt: skip
-def test_wrong_usage_says_what_to_type(folder, capsys, words, message):
-    assert main(["pretrain", *words]) == 2
-    assert message in capsys.readouterr().err
+def test_wrong_values_are_named(folder, capsys, words, status, named):
+    assert main(["pretrain", *words]) in ((1, 2) if status is None else (status,))
+    err = capsys.readouterr().err
+    assert err.startswith("ijepa-zoo: error: ")
+    assert named in err
 
 
-def test_unknown_options_are_refused(folder, capsys):
+@pytest.mark.parametrize("words", [["--bogus", "1"], ["--resume-from", "first"]])
+def test_wrong_options_are_named(folder, capsys, words):
     with pytest.raises(SystemExit, match="2"):
-        main(["pretrain", "custom_small", "--dat", "x", "--bogus", "1"])
-    assert "--bogus" in capsys.readouterr().err
+        main(["pretrain", "custom_small", *words])
+    assert words[0] in capsys.readouterr().err
+
+
+def test_plot_names_the_folder(folder, capsys):
+    assert main(["plot", "absent"]) in (1, 2)
+    assert "absent" in capsys.readouterr().err

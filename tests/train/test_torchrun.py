@@ -38,7 +38,7 @@ def work(tmp_path_factory):
 
 def start(work, run, *changes, world=2):
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m"]
-    command = [sys.executable, "-m", *launcher, "ijepa_zoo.cli", "pretrain"]
+    command = [sys.executable, "-m", *launcher, "ijepa_zoo", "pretrain"]
     options = ["--config", "config.yaml", "--data", "images.npy", "--out", run, *changes]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

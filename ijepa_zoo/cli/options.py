@@ -1,0 +1,144 @@
+"""Options that several commands share, and the types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TypeAlias
+
+from ..distributed import read_environment
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+DTYPES = ("float32", "float16", "bfloat16")
+LAYERS = "last (default), last4, or block indices such as 3,7,11 (from the end: --layers=-4,-1)"
+RESUME = "interrupted: run the same command again to resume"
+
+
+def add_model_options(parser: argparse.ArgumentParser, also: str = "") -> argparse._ArgumentGroup:
+    """The model that computes features, and its weights.
+
+    Args:
+        parser: Of the command.
+        also: Other names that the command takes, in words.
+
+    Returns:
+        The group, for the command's own options.
+    """
+    group = parser.add_argument_group("model options")
+    group.add_argument("--model", required=True, metavar="NAME[.TAG]",
+        help=f"required: a name of `ijepa-zoo list`, local-dir:FOLDER or hf-hub:REPO{also}",
+    )  # fmt: skip
+    add_checkpoint(group)
+    add_network(group)
+    add_img_size(group)
+    return group
+
+
+def add_checkpoint(parser: argparse._ActionsContainer) -> None:
+    """Weights other than the released ones."""
+    parser.add_argument("--checkpoint", metavar="PATH", help="your own weights, or hf-hub:REPO")
+
+
+def add_network(parser: argparse._ActionsContainer) -> None:
+    """Which encoder of a checkpoint."""
+    parser.add_argument("--network", choices=("target_encoder", "encoder"),
+        help="which encoder of the weights (default: target_encoder)")  # fmt: skip
+
+
+def add_img_size(parser: argparse._ActionsContainer) -> None:
+    """Image size of a model."""
+    parser.add_argument("--img-size", type=size, metavar="N|H,W",
+        help="image size in pixels (default: that of the model)")  # fmt: skip
+
+
+def add_pixel_options(group: argparse._ActionsContainer) -> None:
+    """How image files become channels of 8 bits."""
+    group.add_argument("--value-range", type=value_range, metavar="LOW,HIGH",
+        help="values that become 0 and 255 in images of more than 8 bits (default: by data type)",
+    )  # fmt: skip
+    group.add_argument("--bands", type=bands, metavar="0,1,2",
+        help="bands or pages of the files that become the channels")  # fmt: skip
+
+
+def add_run_options(
+    parser: argparse.ArgumentParser, batch_size: str | None = None
+) -> argparse._ArgumentGroup:
+    """How the work is done.
+
+    Args:
+        parser: Of the command.
+        batch_size: Default of `--batch-size` in words; None for a command without that option.
+
+    Returns:
+        The group, for the command's own options.
+    """
+    group = parser.add_argument_group("run options")
+    if batch_size is not None:
+        group.add_argument("--batch-size", type=positive, metavar="N",
+            help=f"images per batch (default: {batch_size})")  # fmt: skip
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    group.add_argument("--precision", default="auto",
+        choices=("auto", "float32", "bfloat16", "float16", "bfloat16-weights"),
+        help="of the computation (default: auto, half precision on a CUDA GPU, else float32)",
+    )  # fmt: skip
+    group.add_argument("--workers", type=count, metavar="N",
+        help="processes that decode images (default: one per CPU)")  # fmt: skip
+    return group
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those of torchrun or Slurm."""
+    found = read_environment(os.environ)
+    return found is None or found[0] == 0
+
+
+def count(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    if not count(text):
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def size(text: str) -> int | tuple[int, int]:
+    """Side of a square, or height and width, in pixels."""
+    sides = [positive(side) for side in text.split(",")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 224 or 224,448")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def value_range(text: str) -> tuple[float, float]:
+    """The lowest and the highest value."""
+    try:
+        low, high = (float(value) for value in text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not low < high:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a range such as 0,4095 (negative: --value-range=-1,1)"
+        )
+    return low, high
+
+
+def bands(text: str) -> tuple[int, ...]:
+    """Numbers of bands, from 0."""
+    return tuple(count(band) for band in text.split(","))
+
+
+def layers(text: str) -> str | list[int]:
+    """Which blocks: last, last4 or their indices."""
+    if text in ("last", "last4"):
+        return text
+    try:
+        return [int(index) for index in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither last, last4 nor block indices such as 3,7,11"
+        ) from None
