@@ -1,21 +1,25 @@
 """I-JEPA for people who use it: encoders, weights, features. Importing registers the models."""
 
+from .data.sources import open_images
 from .data.transforms import create_transform
+from .errors import UserError
 from .extraction import extract_features
 from .features import FeatureExtractor
 from .models.factory import create_ijepa, create_model, list_models
 from .models.jepa import IJepa
 from .weights.export import export
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FeatureExtractor",
     "IJepa",
+    "UserError",
     "create_ijepa",
     "create_model",
     "create_transform",
     "export",
     "extract_features",
     "list_models",
+    "open_images",
 ]

@@ -1,56 +1,33 @@
-"""Progress where standard error is no terminal."""
+"""Progress where standard error is not a terminal."""
 
-import io
+import re
 
-from tqdm import tqdm
-
-from ijepa_zoo.progress import ProgressLines, progress_bar, skip
+from ijepa_zoo import progress
 
 
-def _lines(steps, **kwargs):
-    now, file = [0.0], io.StringIO()
-    with ProgressLines(clock=lambda: now[0], file=file, **kwargs) as bar:
-        for seconds, count in steps:
-            now[0] += seconds
-            bar.update(count)
-    return file.getvalue().splitlines()
+def test_lines_instead_of_a_bar_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
+    with progress.progress_bar(True, 2000, "features", "image") as bar:
+        bar.set_postfix(loss="0.5", refresh=False)
+        for _ in range(5):
+            bar.update(100)
+    errors = capsys.readouterr().err
+    assert "\r" not in errors
+    lines = [line for line in errors.splitlines() if "500/2000 image" in line]
+    assert re.search(r"features: 500/2000 image, .*image/s, .* left.*loss=0.5", lines[-1])
 
 
-def test_lines_come_at_most_every_half_minute():
-    steps = [(10, 100)] * 12
-    assert _lines(steps, total=2000, what="features, test") == [
-        "features, test: 300 of 2,000 img, 10 img/s, 0:02:50 left",
-        "features, test: 600 of 2,000 img, 10 img/s, 0:02:20 left",
-        "features, test: 900 of 2,000 img, 10 img/s, 0:01:50 left",
-        "features, test: 1,200 of 2,000 img, 10 img/s, 0:01:20 left",
-    ]
-
-
-def test_rates_leave_out_what_was_done_before_and_unknown_totals_have_no_time_left():
-    (line,) = _lines([(40, 20)], total=100, what="heads", unit="step", done=40)
-    assert line == "heads: 60 of 100 step, 0.5 step/s, 0:01:20 left"
-    assert _lines([(40, 20)], total=0, what="neighbours") == ["neighbours: 20 img, 0.5 img/s"]
-
-
-def test_what_is_skipped_counts_without_a_rate():
-    now, file = [0.0], io.StringIO()
-    bar = ProgressLines(100, "x", clock=lambda: now[0], file=file)
-    skip(bar, 50)
-    now[0] = 30
-    bar.update(30)
-    assert file.getvalue() == "x: 80 of 100 img, 1 img/s, 0:00:20 left\n"
-    with tqdm(total=100, disable=False, file=file) as plain:
-        skip(plain, 50)
-        assert plain.n == 50
-
-
-def test_short_work_prints_nothing():
-    assert _lines([(1, 5)] * 20, total=100, what="x") == []
-
-
-def test_pipes_get_lines_and_quiet_gets_nothing(capsys):
-    assert isinstance(progress_bar(True, 10, "x"), ProgressLines)
-    with progress_bar(False, 10, "x") as bar:
-        bar.update(10)
-        bar.set_postfix(loss="1")
+def test_short_and_quiet_work_prints_nothing(capsys):
+    for show in (True, False):
+        with progress.progress_bar(show, 10, "features") as bar:
+            bar.update(10)
+            bar.set_postfix(loss="1", refresh=False)
     assert capsys.readouterr().err == ""
+
+
+def test_what_was_done_before_counts_without_a_rate():
+    with progress.progress_bar(True, 100, "heads", "step", initial=20) as bar:
+        progress.skip(bar, 30)
+        assert (bar.n, bar.initial) == (50, 50)
+    with progress.progress_bar(False, 100, "heads") as bar:
+        progress.skip(bar, 30)

@@ -375,7 +375,7 @@ class ArrayDataset(ImageDataset):
 
     def files(self) -> list[str]:
         """See `ImageDataset`."""
-        return [os.fspath(a.filename) for a in self.arrays if isinstance(a, np.memmap)]
+        return [str(a.filename) for a in self.arrays if isinstance(a, np.memmap)]
 
     def fingerprint(self) -> str:
         """Hash of the shapes and of some images."""

@@ -161,7 +161,9 @@ class FineTuning:
                 self.loss = self._epoch(pieces, bar)
                 self.epoch += 1
                 self.seconds += time.perf_counter() - started
-                bar.set_postfix(epoch=f"{self.epoch}/{recipe.epochs}", loss=f"{self.loss:.3g}")
+                bar.set_postfix(
+                    epoch=f"{self.epoch}/{recipe.epochs}", loss=f"{self.loss:.3g}", refresh=False
+                )
                 self.broken = of_all_processes(self.broken, self.distributed)
                 if self.distributed.rank == 0:
                     state.save(self._state())

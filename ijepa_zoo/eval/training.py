@@ -92,7 +92,9 @@ def train(probe: Probe, source: Representations, feed: Feed, state: EpochState) 
         for rows, labels in islice(steps, feed.steps):
             total += grid.update(source.split(rows), labels, scale)
         losses = (total / feed.steps).tolist()
-        feed.bar.set_postfix(epoch=f"{epoch + 1}/{epochs}", loss=f"{min(losses):.3g}")
+        feed.bar.set_postfix(
+            epoch=f"{epoch + 1}/{epochs}", loss=f"{min(losses):.3g}", refresh=False
+        )
         broken = of_all_processes(feed.broken, probe.distributed)
         if probe.distributed.rank == 0:
             seconds = earlier + time.perf_counter() - started

@@ -98,7 +98,15 @@ class IJepaEncoder(VisionTransformer):
         Args:
             img_size: New ``(height, width)`` in pixels, or None to keep it.
             patch_size: New ``(height, width)`` of a patch in pixels, or None to keep it.
+
+        Raises:
+            SettingsError: The patches do not fill the image.
         """
+        embed = self.patch_embed
+        if not embed.dynamic_img_pad:
+            _check_patches(
+                to_2tuple(img_size or embed.img_size), to_2tuple(patch_size or embed.patch_size)
+            )
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         self._positions_to_buffer()
 
@@ -163,6 +171,18 @@ def _check_sizes(kwargs: Mapping[str, Any]) -> None:
     image = to_2tuple(patch if kwargs.get("img_size", 224) is None else kwargs.get("img_size", 224))
     if min(patch) < 1 or any(side < piece for side, piece in zip(image, patch)):
         raise SettingsError(f"img_size {image} must hold at least one patch of patch_size {patch}")
+    if not kwargs.get("dynamic_img_pad"):
+        _check_patches(image, patch)
+
+
+def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
+    """Refuse sizes that patches do not fill: timm would leave out the last rows and columns."""
+    if any(side % piece for side, piece in zip(image, patch)):
+        below = tuple(side // piece * piece for side, piece in zip(image, patch))
+        above = tuple(-(-side // piece) * piece for side, piece in zip(image, patch))
+        raise SettingsError(
+            f"img_size {image} is not a multiple of patch_size {patch}: use {below} or {above}"
+        )
 
 
 def _cfg(record: catalog.Checkpoint | None = None, img_size: int = 224) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import ijepa_zoo
+from ijepa_zoo.errors import SettingsError
 from ijepa_zoo.models.encoder import IJepaEncoder
 
 # width, depth, heads, mlp hidden width, patch, image
@@ -465,3 +466,17 @@ def test_indices_of_a_wrong_shape_or_type_are_refused(keep):
         ValueError, match=r"int64 patch indices \[B, K\] or \[B \* R, K\], B = 2, got"
     ):
         _encoder().encode(_images(), keep)
+
+
+def test_sizes_that_patches_do_not_fill_are_refused():
+    for make in (
+        lambda: ijepa_zoo.create_model("vit_nano8_64_ijepa", pretrained=False, img_size=(64, 60)),
+        lambda: ijepa_zoo.create_model("vit_nano8_64_ijepa").set_input_size((60, 64)),
+    ):
+        with pytest.raises(SettingsError, match="60"):
+            make()
+    padded = ijepa_zoo.create_model(
+        "vit_nano8_64_ijepa", pretrained=False, img_size=60, dynamic_img_size=True,
+        dynamic_img_pad=True,
+    )  # fmt: skip
+    assert padded(torch.zeros(1, 3, 60, 60)).shape == (1, 128)
