@@ -249,8 +249,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, str | None]
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            if member.size < 0:  # the next header would be before this one
-                raise tarfile.ReadError(f"'{member.name}' has a negative size")
+            if not 0 <= member.size < 1 << 60:  # below 0 the next header would be before this one
+                raise tarfile.ReadError(f"'{member.name}' has an impossible size")
             name = member.name.removeprefix("./")
             parts = name.split("/")
             if member.isdir() or any(part.startswith(".") and part != ".." for part in parts):
