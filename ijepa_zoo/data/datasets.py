@@ -163,10 +163,11 @@ class FileDataset(ImageDataset):
                 self.problems[len(ends)] = file.problem
             if file.is_link:
                 self.links.add(len(ends))
-            start = file.path.rfind("/") + 1 if file.shard is None else len(file.shard) + 1
-            folder = (file.path[:start], file.shard, file.root)
+            path, shard = file.path, file.shard
+            start = len(shard) + 1 if shard else len(path) - len(os.path.basename(path))
+            folder = (path[:start], shard, file.root)
             folder_of.append(folders.setdefault(folder, len(folders)))
-            names += os.fsencode(file.path[start:])
+            names += os.fsencode(path[start:])
             ends.append(len(names))
             offsets.append(file.offset)
             sizes.append(file.size)
@@ -412,9 +413,8 @@ class ObjectDataset(ImageDataset):
         self.data, self._name = data, name
         for attribute in ("targets", "labels"):
             values = getattr(data, attribute, None)
-            if isinstance(values, list | tuple | np.ndarray | torch.Tensor):
+            if self.targets is None and values is not None and not callable(values):
                 self.targets = _class_numbers(values, len(data), f"{name}.{attribute}")
-                break
         names = getattr(data, "classes", None)
         if self.targets is not None and isinstance(names, list | tuple):
             self.classes = {number: str(found) for number, found in enumerate(names)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,7 +82,7 @@ class Decoder:
             ImageError: It is damaged, not an image, too large, or of other channels.
         """
         if isinstance(raw, Image.Image):
-            return self._convert(raw)
+            return self._convert(_upright(raw))
         if isinstance(raw, torch.Tensor):
             array = raw.detach().cpu().numpy()
             return self._from_array(np.moveaxis(array, 0, -1) if array.ndim == 3 else array)
@@ -105,6 +106,8 @@ class Decoder:
             try:
                 image: Image.Image = Image.open(io.BytesIO(content), formats=_known_formats())
             except UnidentifiedImageError:
+                if bands > 1:  # greyscale by its header, which Pillow takes with one band only
+                    return self._decode_bands(content, bands)
                 raise ImageError(
                     "not an image, or of a kind that Pillow cannot read here"
                 ) from None
@@ -112,13 +115,17 @@ class Decoder:
                 raise _too_large(image.width * image.height, self.max_pixels)
             if 0 in image.size:
                 raise ImageError(f"an image of {image.width} x {image.height} pixels")
-            if bands > len(image.getbands()):  # Pillow would drop the others
+            if _loses_bands(image, bands):
                 return self._decode_bands(content, bands)
             pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            deep = _is_deep_color(image)
             if self.bands is not None:
-                return self._from_array(_select(_stack(image, pages), self.bands))
+                array = _read_deep(content, image) if deep else _stack(image, pages)
+                return self._from_array(_select(array, self.bands))
             if pages > 1:
                 raise ImageError(f"a file of {pages} pages: choose among them with bands")
+            if deep and self.value_range is not None:
+                return self._convert(_scale_color(content, image, self.value_range))
             image.load()
             return self._convert(_upright(image))
 
@@ -126,7 +133,7 @@ class Decoder:
         """A TIFF of more bands than a picture has."""
         if self.bands is None:
             raise ImageError(f"an image of {bands} bands: choose among them with bands")
-        return self._from_array(_select(_read_tiff(content), self.bands))
+        return self._from_array(_select(_read_tiff(content, self.max_pixels), self.bands))
 
     def _convert(self, image: Image.Image) -> Image.Image:
         """A Pillow image as RGB or greyscale."""
@@ -196,24 +203,67 @@ def _natural_range(values: npt.NDArray[Any]) -> tuple[float, float]:
     return low, high if high > low else low + 1.0
 
 
-def deep_range(content: bytes) -> tuple[int, int] | None:
-    """Smallest and largest value of a file of 16-bit greyscale; None for any other.
+def deep_range(raw: Raw) -> tuple[int, int] | None:
+    """Smallest and largest value of an image of integers of more than 8 bits; None for any other.
 
     Args:
-        content: The bytes of an image file.
+        raw: See `Decoder.__call__`.
     """
-    if _tiff_bands(content) > 1:
-        return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content), formats=["PNG", "TIFF", "PPM"])
-            if not image.mode.startswith("I"):
-                return None
-            values = np.asarray(image)
+        if not isinstance(raw, bytes):
+            values = np.asarray(raw)
+        elif raw.startswith(np.lib.format.MAGIC_PREFIX):
+            values = _load_array(raw)
+        else:
+            values = _deep_values(raw)
     except Exception:  # damaged files make Pillow raise anything; they are reported when read
         return None
+    if values.dtype.kind not in "ui" or values.dtype.itemsize == 1 or not values.size:
+        return None
     return int(values.min()), int(values.max())
+
+
+def _deep_values(content: bytes) -> npt.NDArray[Any]:
+    """Values of a file of 16 bits; the upper 8 bits of color are enough for its range."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(content), formats=["PNG", "TIFF", "PPM"])
+        deep = _is_deep_color(image)
+        values = np.asarray(image)
+    return values.astype(np.int32) * 257 if deep else values
+
+
+def _is_deep_color(image: Image.Image) -> bool:
+    """Whether a file has 16 bits for each channel, of which Pillow keeps the upper 8."""
+    return len(image.getbands()) > 1 and ";16" in str(getattr(image, "tile", ""))
+
+
+def _read_deep(content: bytes, image: Image.Image) -> npt.NDArray[Any]:
+    """Color of 16 bits as `[H, W, C]`; in the other byte order Pillow keeps the lower 8 of them."""
+    lower = Image.open(io.BytesIO(content), formats=[image.format or ""])
+    lower.tile = [tile._replace(args=_other_order(tile.args)) for tile in lower.tile]
+    return np.asarray(image).astype(np.uint16) * 256 + np.asarray(lower)
+
+
+def _other_order(args: Any) -> Any:
+    """Arguments of Pillow's decoders, which are or begin with a mode such as `RGB;16B`."""
+    if not isinstance(args, str):
+        return (_other_order(args[0]), *args[1:])
+    native = "L" if sys.byteorder == "little" else "B"
+    mode, order = args[:-1], args[-1].replace("N", native)
+    return mode + ("B" if order == "L" else "L")
+
+
+def _scale_color(
+    content: bytes, image: Image.Image, value_range: tuple[float, float]
+) -> Image.Image:
+    """Color of 16 bits in 8 bits, with the transparency that the file has."""
+    values = _read_deep(content, image)
+    scaled = Image.fromarray(to_uint8(values[..., :3], value_range))
+    if "A" in image.getbands():
+        scaled.putalpha(image.getchannel("A"))
+    scaled.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    return _upright(scaled)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -253,11 +303,12 @@ def _select(array: npt.NDArray[Any], bands: tuple[int, ...]) -> npt.NDArray[Any]
 
 def _tiff_bands(content: bytes) -> int:
     """Bands of a TIFF file; 0 for another or damaged file."""
-    if content[:4] not in (b"II*\0", b"MM\0*"):
+    if content[:4] not in (b"II*\0", b"MM\0*", b"II+\0"):
         return 0
     file = io.BytesIO(content)
     try:
-        directory = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+        header = file.read(16 if content[2:3] == b"+" else 8)  # + is BigTIFF
+        directory = TiffImagePlugin.ImageFileDirectory_v2(header)
         file.seek(directory.next)
         directory.load(file)
         return int(directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
@@ -265,15 +316,26 @@ def _tiff_bands(content: bytes) -> int:
         return 0
 
 
-def _read_tiff(content: bytes) -> npt.NDArray[Any]:
-    """A TIFF of many bands as `[H, W, C]`."""
+def _loses_bands(image: Image.Image, bands: int) -> bool:
+    """Whether Pillow drops bands of a TIFF, or takes 16-bit ones, each in its plane, for 8 bits."""
+    tags = getattr(image, "tag_v2", {})
+    planar = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+    deep = tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))[0] > 8
+    return bands > len(image.getbands()) or (bands > 1 and planar and deep)
+
+
+def _read_tiff(content: bytes, max_pixels: int) -> npt.NDArray[Any]:
+    """A TIFF as `[H, W, C]`."""
     try:
         import tifffile
     except ImportError as error:
         raise MissingPackageError(
-            "TIFF files of more than 4 bands need tifffile: pip install tifffile"
+            "TIFF files of many bands need tifffile: pip install tifffile"
         ) from error
     with tifffile.TiffFile(io.BytesIO(content)) as file:
+        pixels = file.pages.first.imagewidth * file.pages.first.imagelength
+        if pixels > max_pixels:
+            raise _too_large(pixels, max_pixels)
         axes, array = file.series[0].axes, file.asarray()
     return np.moveaxis(array, 0, -1) if axes.startswith("S") else array
 
@@ -281,7 +343,7 @@ def _read_tiff(content: bytes) -> npt.NDArray[Any]:
 def _load_array(content: bytes) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
+    except Exception as error:  # damaged headers make NumPy raise almost anything
         raise ImageError(f"broken array: {error}") from error
     return array
 

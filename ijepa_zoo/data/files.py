@@ -97,7 +97,7 @@ def list_files(paths: Sequence[str]) -> Iterator[File]:
             raise DataError(f"'{path}' cannot be read: {error.strerror}") from error
         lower = path.lower()
         if stat.S_ISDIR(mode):
-            shards = _shards_in(path)
+            shards = shards_in(path)
             if shards:
                 for shard in shards:
                     yield from list_shard(shard, os.path.join(path, ""))
@@ -106,17 +106,18 @@ def list_files(paths: Sequence[str]) -> Iterator[File]:
         elif not stat.S_ISREG(mode) and lower.endswith((*SHARD_SUFFIXES, ".txt")):
             raise DataError(f"'{path}' is not a regular file")  # reading a pipe would wait
         elif lower.endswith(SHARD_SUFFIXES):
-            yield from list_shard(path, path[: path.rfind("/") + 1])
+            yield from list_shard(path, os.path.join(os.path.dirname(path), ""))
         elif lower.endswith(".txt"):
             yield from _read_list(path)
         elif lower.endswith(".zip"):
             raise DataError(f"'{path}' is a zip archive: unpack it, or pack the images as .tar")
         else:
-            yield File(path, path[: path.rfind("/") + 1], is_link=os.path.islink(path))
+            root = os.path.join(os.path.dirname(path), "")
+            yield File(path, root, is_link=os.path.islink(path))
 
 
-def _shards_in(folder: str) -> list[str]:
-    """The tar shards of a folder that holds nothing else to read."""
+def shards_in(folder: str) -> list[str]:
+    """The tar shards of a folder that holds no images and no other folders."""
     with os.scandir(folder) as listing:
         entries = [entry for entry in listing if not entry.name.startswith(".")]
     shards = [entry.path for entry in entries if entry.name.lower().endswith(SHARD_SUFFIXES)]
@@ -236,7 +237,7 @@ def list_shard(path: str, root: str) -> list[File]:
                 else:
                     files.append(_member_file(path, root, name, member, name in seen))
                 seen.add(name)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
         files.append(File(path, root, problem=f"a damaged tar shard: {error}"))
     if not files:
         files.append(File(path, root, problem="a tar shard without files"))
@@ -248,6 +249,8 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, str | None]
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+            if not 0 <= member.size < 1 << 60:  # below 0 the next header would be before this one
+                raise tarfile.ReadError(f"'{member.name}' has an impossible size")
             name = member.name.removeprefix("./")
             parts = name.split("/")
             if member.isdir() or any(part.startswith(".") and part != ".." for part in parts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class HFDataset(ImageDataset):
             )  # fmt: skip
             return
         values = data.select_columns([column]).with_format("numpy")[:][column]
-        self.targets = np.asarray(values, np.int64)
+        self.targets = np.nan_to_num(values, nan=-1).astype(np.int64)  # rows without a class
         if isinstance(kind, datasets.ClassLabel):
             self.classes = dict(enumerate(kind.names))
 
@@ -129,8 +130,12 @@ def is_hf(path: str) -> bool:
     """Whether a path is `hfds/NAME`, or a local dataset, with `:OPTION=VALUE,...` or without."""
     if path.startswith(_PREFIX):
         return True
-    folder = path if os.path.isdir(path) else path.partition(":")[0]
-    return os.path.isdir(folder) and _is_saved(folder)
+    name = path if os.path.lexists(path) else _split_options(path)[0]
+    return _is_parquet(name) or (os.path.isdir(name) and _is_saved(name))
+
+
+def _is_parquet(path: str) -> bool:
+    return path.endswith(".parquet") and os.path.isfile(path)
 
 
 def _is_saved(folder: str) -> bool:
@@ -153,13 +158,13 @@ def hf_splits(path: str) -> list[str]:
     """
     datasets = _import_datasets(path)
     name, options = _name_and_options(path)
-    if "split" in options or os.path.isfile(os.path.join(name, _SAVED[0])):
+    if "split" in options or _is_parquet(name) or os.path.isfile(os.path.join(name, _SAVED[0])):
         return []
     try:
         if os.path.isfile(os.path.join(name, _SAVED[1])):
             return list(datasets.load_from_disk(name))
         return list(datasets.get_dataset_split_names(name, options.get("name")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
 
 
@@ -175,9 +180,11 @@ def open_hf(path: str, decoder: Decoder) -> ImageDataset:
     try:
         if any(os.path.isfile(os.path.join(name, file)) for file in _SAVED):
             found = datasets.load_from_disk(name)
+        elif _is_parquet(name):
+            found = datasets.load_dataset("parquet", data_files=name, split=split)
         else:
             found = datasets.load_dataset(name, options.get("name"), split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         split = split or ("train" if "train" in found else next(iter(found)))
@@ -196,7 +203,7 @@ def _import_datasets(path: str) -> Any:
 
 
 def _name_and_options(path: str) -> tuple[str, dict[str, str]]:
-    if os.path.isdir(path):
+    if os.path.lexists(path):
         return path, {}
     name, options = parse_options(path, ("split", "name", "image", "label"))
     return name.removeprefix(_PREFIX), options
@@ -208,9 +215,15 @@ def parse_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]
     Raises:
         DataError: An option is unknown or has no value.
     """
-    name, _, text = path.partition(":")
+    name, text = _split_options(path)
     options = dict(part.partition("=")[::2] for part in text.split(",") if part)
     for key, value in options.items():
         if key not in known or not value:
             raise DataError(f"'{path}': '{key}' is not one of {'=..., '.join(known)}=...")
     return name, options
+
+
+def _split_options(path: str) -> tuple[str, str]:
+    """Before and after the colon, which is not that of a drive of Windows."""
+    name, *options = re.split(r":(?![\\/])", path, maxsplit=1)
+    return name, "".join(options)

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,15 @@ import torch
 from ..errors import DataError, ImageError
 from .datasets import ArrayDataset, FileDataset, ImageDataset, ObjectDataset
 from .decode import Decoder, deep_range
-from .files import SHARD_SUFFIXES, expand, list_files
+from .files import SHARD_SUFFIXES, expand, list_files, shards_in
 from .huggingface import HFDataset, is_hf, open_hf, parse_options
 
 _ARRAYS = (".npy", ".npz")
 _ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_HF_MODULES = tuple(
+    f"datasets.{name}" for name in ("arrow_dataset", "dataset_dict", "iterable_dataset")
+)
+_EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp")  # files that never have more
 _DEEP_SAMPLED = 16  # files whose range of values is looked at
 _log = logging.getLogger(__name__)
 
@@ -46,10 +49,10 @@ def open_images(
             - paths, one or several: folders (everything below them), image files, `.npy` files of
               one image, globs, `{000..012}`, `.txt` lists of paths, `.tar` shards, also gzipped,
               folders of shards;
-            - `.npy` files `[n, H, W, C]` or `[n, H, W]`, which stay on the disk, or an `.npz` file
-              with `images` and, if there are classes, `labels`;
-            - `hfds/NAME` or a local folder of the Hugging Face `datasets` package, or a folder of
-              Parquet files; `hfds/NAME:split=test,image=COLUMN,label=COLUMN` chooses;
+            - `.npy` files `[n, H, W, C]` or, for greyscale, `[n, H, W]`, which stay on the disk, or
+              an `.npz` file with `images` and, if there are classes, `labels`;
+            - `hfds/NAME` or a local folder of the Hugging Face `datasets` package, a Parquet file
+              or a folder of them; `hfds/NAME:split=test,image=COLUMN,label=COLUMN` chooses;
             - `torch/NAME:root=DIR`, a dataset of torchvision that timm knows;
             - `module:attribute`, a map-style Dataset, or a callable that makes one;
             - such a Dataset, an array `[n, H, W, C]`, a tensor `[n, C, H, W]`, or an
@@ -77,7 +80,7 @@ def open_images(
         images = ArrayDataset([array.transpose(0, 2, 3, 1) if array.ndim == 4 else array], decoder)
     elif isinstance(source, np.ndarray):
         images = ArrayDataset([source], decoder)
-    elif type(source).__module__.partition(".")[0] == "datasets":
+    elif type(source).__module__ in _HF_MODULES:
         images = HFDataset(source, decoder, type(source).__name__, None, None)
     else:
         images = ObjectDataset(source, decoder, type(source).__name__)
@@ -93,20 +96,16 @@ def _open_paths(
 ) -> ImageDataset:
     if not paths:
         raise DataError("no input is named: give a folder, files, shards or a dataset")
-    special = [path for path in paths if _opener(path) is not None]
-    if special and len(paths) > 1:
-        raise DataError(f"'{special[0]}' cannot be joined with other inputs: give it alone")
-    if special:
-        opener = _opener(paths[0])
-        assert opener is not None
-        return opener(paths[0], decoder)
+    for path in paths:
+        opener = _opener(path)
+        if opener is not None and len(paths) > 1:
+            raise DataError(f"'{path}' cannot be joined with other inputs: give it alone")
+        if opener is not None:
+            return opener(path, decoder)
     if all(path.lower().endswith(_ARRAYS) for path in paths):
-        arrays = [_open_array(path) for path in paths]
-        if all(images.ndim == 4 or len(paths) == 1 for images, _ in arrays):
-            targets = [labels for _, labels in arrays if labels is not None]
-            joined = np.concatenate(targets) if len(targets) == len(arrays) else None
-            name = os.path.basename(paths[0])
-            return ArrayDataset([images for images, _ in arrays], decoder, name, joined)
+        shape = _open_array(paths[0])[0].shape
+        if len(shape) == 4 or (len(shape) == 3 and shape[-1] != decoder.in_chans):
+            return _open_arrays(paths, decoder)
     return _open_files(paths, decoder, index, exclude)
 
 
@@ -127,19 +126,19 @@ def _open_files(
     index: Path | None,
     exclude: Callable[[str], bool] | None,
 ) -> FileDataset:
-    shards = [path for path in paths if path.lower().endswith(SHARD_SUFFIXES)]
-    keep = index is not None and len(shards) == len(paths) and all(map(os.path.isfile, shards))
-    if not keep:
+    inside = [shards_in(path) if os.path.isdir(path) else [path] for path in paths]
+    shards = [shard for found in inside for shard in found]
+    only = all(inside) and all(s.lower().endswith(SHARD_SUFFIXES) for s in shards)
+    if index is None or not only or not all(map(os.path.isfile, shards)):
         files = (file for file in list_files(paths) if exclude is None or not exclude(file.path))
         return _checked(FileDataset(files, decoder), paths)
     from filelock import FileLock
 
-    assert index is not None
     index.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{index}.lock"):  # one process of a run lists, the others wait
         images = FileDataset.load_index(index, shards, decoder)
         if images is None:
-            images = _checked(FileDataset(list_files(paths), decoder), paths)
+            images = _checked(FileDataset(list_files(shards), decoder), paths)
             images.save_index(index, shards)
     return images
 
@@ -157,6 +156,14 @@ def _checked(images: FileDataset, paths: list[str]) -> FileDataset:
     )
 
 
+def _open_arrays(paths: list[str], decoder: Decoder) -> ArrayDataset:
+    arrays = [_open_array(path) for path in paths]
+    targets = [labels for _, labels in arrays if labels is not None]
+    joined = np.concatenate(targets) if len(targets) == len(arrays) else None
+    name = os.path.basename(paths[0])
+    return ArrayDataset([images for images, _ in arrays], decoder, name, joined)
+
+
 def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """The images of a `.npy` or `.npz` file, and their labels."""
     try:
@@ -169,7 +176,7 @@ def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
             raise DataError(f"'{path}' holds {list(found)}; the array must be called images")
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged headers make NumPy raise almost anything
         raise DataError(f"'{path}' cannot be read as an array: {error}") from error
 
 
@@ -216,22 +223,25 @@ def _open_attribute(path: str, decoder: Decoder) -> ImageDataset:
 
 
 def _warn_of_dark_files(images: ImageDataset) -> None:
-    """Warn when 16-bit files use a small part of their range, which 8 bits would not resolve."""
-    if images.decoder.value_range is not None or not isinstance(images, FileDataset | HFDataset):
+    """Warn when 16-bit images use a small part of their range, which 8 bits would not resolve."""
+    if images.decoder.value_range is not None or isinstance(images, ObjectDataset):
         return
-    ranges = []
+    ranges = {}
     for index in np.unique(np.linspace(0, len(images) - 1, _DEEP_SAMPLED).astype(int)):
+        name = images.name(int(index))
         try:
-            raw = images.raw(int(index))
+            found = None if name.lower().endswith(_EIGHT_BITS) else deep_range(images.raw(index))
         except ImageError:
             continue
-        found = deep_range(raw) if isinstance(raw, bytes) else None
         if found is not None:
-            ranges.append(found)
-    if ranges and max(high for _, high in ranges) - min(low for low, _ in ranges) < 65536 // 8:
-        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+            ranges[name] = found
+    low, high = (
+        min((r[0] for r in ranges.values()), default=0),
+        max((r[1] for r in ranges.values()), default=0),
+    )
+    if ranges and high - low < 65536 // 8:
         _log.warning(
-            "16-bit files such as %s hold values from %d to %d, less than an eighth of their "
+            "16-bit images such as %s hold values from %d to %d, less than an eighth of their "
             "range, of which 8 bits keep few levels: set the range of values (--value-range "
-            "%d,%d or data.value_range)", images.name(0), low, high, low, high,
+            "%d,%d or data.value_range)", next(iter(ranges)), low, high, low, high,
         )  # fmt: skip

@@ -118,6 +118,11 @@ def _same_classes(train: Split, test: Split) -> tuple[Split, Split]:
     """Number the classes of both by the names of all; numbers without names stay."""
     if not train.classes or not test.classes or train.classes == test.classes:
         return train, test
+    if not {*train.classes.values()} & {*test.classes.values()}:
+        raise DataError(
+            f"the classes of '{train.name}' and '{test.name}' have no name in common, such as "
+            f"'{next(iter(train.classes.values()))}' and '{next(iter(test.classes.values()))}'"
+        )
     names = sorted({*train.classes.values(), *test.classes.values()})
     number_of = {name: number for number, name in enumerate(names)}
     found = []

@@ -67,17 +67,21 @@ def test_distance_classes_by_hand(tmp_path):
     write(tmp_path, "train", [[120.0, depth, 110.0] for depth, _ in EDGES])
     train, test = open_clevr(tmp_path, "distance")
     assert test is None
-    assert train.numbers.tolist() == [number for _, number in EDGES]
-    assert (train.names[0], train.names[1], train.names[5]) == ("up to 8", "8 to 8.5", "10 to 100")
+    assert train.targets.tolist() == [number for _, number in EDGES]
+    assert (train.classes[0], train.classes[1], train.classes[5]) == (
+        "up to 8",
+        "8 to 8.5",
+        "10 to 100",
+    )
     assert train.notes == ()
 
 
 def test_counts_are_numbers_of_objects(tmp_path):
     write(tmp_path, "train", [[9.0] * n for n in (3, 10, 7, 3)])
     train, _ = open_clevr(tmp_path, "count")
-    assert train.numbers.tolist() == [3, 10, 7, 3]
-    assert train.numbers.dtype == np.int64
-    assert train.names == {3: "3 objects", 7: "7 objects", 10: "10 objects"}
+    assert train.targets.tolist() == [3, 10, 7, 3]
+    assert train.targets.dtype == np.int64
+    assert train.classes == {3: "3 objects", 7: "7 objects", 10: "10 objects"}
     assert [np.asarray(train.images.read(i))[0, 0, 0] for i in range(4)] == [0, 1, 2, 3]
     assert train.images.name(2).endswith("images/train/CLEVR_train_000002.png")
 
@@ -86,14 +90,14 @@ def test_the_test_set_is_val_or_else_test(tmp_path):
     for split in ("train", "test", "val"):
         write(tmp_path / "CLEVR_v1.0", split, [[9.0] * 4])
         train, test = open_clevr(tmp_path, "count")  # the folder above it
-        assert train.split == "train"
-        assert (test.split if test else None) == (None if split == "train" else split)
+        assert train.name == "train"
+        assert (test.name if test else None) == (None if split == "train" else split)
 
 
 def test_scenes_without_image_are_left_out_and_counted(tmp_path):
     write(tmp_path, "train", [[9.0] * n for n in (3, 4, 5)], without=(1,))
     train, _ = open_clevr(tmp_path, "count")
-    assert train.numbers.tolist() == [3, 5]
+    assert train.targets.tolist() == [3, 5]
     assert len(train.images) == 2
     (note,) = train.notes
     assert "1 of 3" in note
@@ -112,7 +116,7 @@ def test_objects_without_depth_have_no_distance(tmp_path):
     path = write(tmp_path, "train", [[9.0], []])
     with pytest.raises(DataError, match=str(path)):
         open_clevr(tmp_path, "distance")
-    assert open_clevr(tmp_path, "count")[0].numbers.tolist() == [1, 0]
+    assert open_clevr(tmp_path, "count")[0].targets.tolist() == [1, 0]
 
 
 def test_missing_files_are_named(tmp_path):
@@ -126,10 +130,10 @@ def test_missing_files_are_named(tmp_path):
 @pytest.mark.parametrize("kind", ["count", "distance"])
 def test_rendered_scenes(kind):
     sets = open_clevr("scenes:3,2,48", kind)
-    assert [(len(part.images), part.split) for part in sets] == [(3, "train"), (2, "test")]
+    assert [(len(part.images), part.name) for part in sets] == [(3, "train"), (2, "test")]
     for part in sets:
-        for index, number in enumerate(part.numbers.tolist()):
-            scene = render_scene(0, SPLIT_STARTS[part.split] + index, 48)
+        for index, number in enumerate(part.targets.tolist()):
+            scene = render_scene(0, SPLIT_STARTS[part.name] + index, 48)
             np.testing.assert_array_equal(np.asarray(part.images.read(index)), scene.image)
             assert number == (scene.count if kind == "count" else distance_class(scene.distance))
-            assert number in part.names
+            assert number in part.classes

@@ -1,196 +1,284 @@
-"""Listing of inputs: folders, files, globs, lists and tar shards."""
+"""`open_images`: what a user names, as one dataset."""
 
-import io
-import os
-import tarfile
+import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ijepa_zoo.data.images import ImageReader
-from ijepa_zoo.data.items import Item
+import torch
+from inputs import encoded, levels, noise, png, put, shard
 from PIL import Image
 
-from ijepa_zoo.data.sources import find_items
-from ijepa_zoo.errors import DataError, ImageError
+import ijepa_zoo.data.sources as sources
+from ijepa_zoo.data import Decoder, open_images
+from ijepa_zoo.data.datasets import ArrayDataset, FileDataset, ObjectDataset
+from ijepa_zoo.errors import DataError, ImageError, MissingPackageError
+
+MEMBERS = {"x/1.png": png(1), "x/1.cls": b"9", "x/2.png": png(2), "3.png": png(3), "n.txt": b""}
+ARRAY = noise(5 * 4, 6).reshape(5, 4, 6, 3)
 
 
-def picture(level: int = 0) -> bytes:
-    file = io.BytesIO()
-    Image.new("L", (3, 2), level).save(file, "PNG")
-    return file.getvalue()
-
-
-def put(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(picture())
-
-
-def names(items: list[Item], root: Path) -> list[str]:
-    return [os.path.relpath(item.path, root) for item in items]
-
-
-def test_folder_is_sorted_by_path_bytes(tmp_path: Path) -> None:
-    put(tmp_path, "b.jpg", "a/x.PNG", "a-b/x.jpg", "a.jpg", "é.jpg", "Z.jpg", "a/deep/y.webp")
-    items = find_items([tmp_path])
-    expected = ["Z.jpg", "a-b/x.jpg", "a.jpg", "a/deep/y.webp", "a/x.PNG", "b.jpg", "é.jpg"]
-    assert names(items, tmp_path) == expected
-    assert [item.label for item in items] == [None, "a-b", None, "deep", "a", None, None]
-
-
-def test_duplicate_odd_and_hidden_names(tmp_path: Path) -> None:
-    put(tmp_path, "cat/1.jpg", "dog/1.jpg", "line\nbreak.jpg", ".hidden.jpg", ".cache/1.jpg")
-    odd = os.fsencode(tmp_path) + b"/\xff\xfe.jpg"
-    with open(odd, "wb") as file:
-        file.write(picture())
-    items = find_items([tmp_path])
-    assert [os.fsencode(i.path).rpartition(b"/")[2] for i in items] == [
-        *(b"1.jpg", b"1.jpg", b"line\nbreak.jpg", b"\xff\xfe.jpg")
-    ]
-    assert ImageReader().read(items[-1]).size == (3, 2)
-
-
-def test_other_files_are_skipped_with_a_reason(tmp_path: Path) -> None:
-    put(tmp_path, "a.jpg", "notes.md", "README", "shard.tar")
-    skipped = {Path(i.path).name: i.skipped for i in find_items([tmp_path]) if i.skipped}
-    assert skipped["notes.md"] == "no image by its name (.md)"
-    assert skipped["README"] == "no image by its name (no suffix)"
-    assert "name it as an input" in skipped["shard.tar"]
-    assert len(skipped) == 3
-
-
-def test_links(tmp_path: Path) -> None:
-    put(tmp_path, "a/1.jpg", "a/b/2.jpg")
-    (tmp_path / "a/b/up").symlink_to("../..")
-    (tmp_path / "again").symlink_to("a")
-    (tmp_path / "self.jpg").symlink_to("self.jpg")
-    (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
-    items = find_items([tmp_path])
-    found = [name for name, i in zip(names(items, tmp_path), items) if not i.skipped]
-    assert found == [
-        *("a/1.jpg", "a/b/2.jpg", "again/1.jpg", "again/b/2.jpg", "gone.jpg", "self.jpg")
-    ]
-    loops = [i for i in items if i.skipped]
-    assert [name.rpartition("/")[2] for name in names(loops, tmp_path)] == ["up", "up"]
-    for item in items:
-        if "gone" in item.path or "self" in item.path:
-            with pytest.raises(ImageError, match="cannot be read"):
-                ImageReader().read(item)
-
-
-def test_files_globs_and_lists_keep_the_given_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    put(tmp_path, "b.jpg", "a.jpg", "c/1.jpg", "c/2.jpg", "[x].jpg", "plain")
-    Path("list.txt").write_bytes(b"\xef\xbb\xbfc/2.jpg\r\n\n  \nabsent.jpg\na.jpg")
-    items = find_items(["b.jpg", "c/*.jpg", "list.txt", "[x].jpg", "plain"])
-    expected = ["b.jpg", "c/1.jpg", "c/2.jpg", "c/2.jpg", "absent.jpg", "a.jpg", "[x].jpg", "plain"]
-    assert [i.path for i in items] == expected
-    assert all(i.label is None and i.skipped is None for i in items)
-    assert find_items(items) == items
+    put(tmp_path, {"p/1.png": png(1), "p/2.png": png(2), "q/3.png": png(3)})
+    for number in (8, 9, 10):
+        shard(tmp_path / f"s/{number:03}.tar", {f"{number}.png": png(number)})
+    Path("list.txt").write_text("q/3.png\np/1.png\n")
+    for source, expected in (
+        ("p", [1, 2]),
+        (Path("p"), [1, 2]),
+        ("p/*.png", [1, 2]),
+        ("p/1.png", [1]),
+        ("*/*.png", [1, 2, 3]),
+        ("list.txt", [3, 1]),
+        (["p/2.png", Path("list.txt")], [2, 3, 1]),
+        ("s", [8, 9, 10]),
+        ("s/{008..010}.tar", [8, 9, 10]),
+        (("s/{009..010}.tar", "q"), [9, 10, 3]),
+    ):
+        images = open_images(source)
+        assert isinstance(images, FileDataset)
+        assert levels(images) == expected
+
+
+def test_settings_of_the_decoder(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 2), (10, 200, 30)).save(tmp_path / "c.png")
+    assert open_images(tmp_path, in_chans=1).read(0).mode == "L"
+    assert open_images(tmp_path, bands=(2, 1, 0)).read(0).getpixel((0, 0)) == (30, 200, 10)
+    with pytest.raises(ImageError, match="8 pixels"):
+        open_images(tmp_path, decoder=Decoder(1, max_pixels=7)).read(0)
+
+
+def twelve_bit(folder: Path, high: int = 4095, offset: int = 0) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in range(4):
+        values = noise(8, 8, 1, number).astype(int) * high // 255 + offset
+        kind = ("tif", "png")[number % 2]
+        Image.fromarray(values.astype(np.uint16)).save(folder / f"{number}.{kind}")
+
+
+def test_value_range_restores_8_bits_and_dark_files_give_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "dark"
+    twelve_bit(folder)
+    with caplog.at_level(logging.WARNING):
+        dark = open_images(folder)
+    assert str(folder) in caplog.text
+    assert dark.read(0).getextrema()[0] == (0, 15)  # of 255 levels
+    caplog.clear()
+    images = open_images(folder, value_range=(0, 4095))
+    for number in range(4):
+        difference = np.asarray(images.read(number))[..., 0].astype(int) - noise(8, 8, 1, number)
+        assert np.abs(difference).max() <= 1
+    twelve_bit(tmp_path / "bright", high=65535)
+    twelve_bit(tmp_path / "half", high=9000)
+    put(tmp_path, {"8/1.png": png(3), "8/2.jpg": encoded(Image.new("L", (2, 2)), "JPEG")})
+    for name in ("bright", "half", "8"):
+        open_images(tmp_path / name)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("kind", ["shard", "shifted", "npy", "array", "tensor", "color"])
+def test_dark_images_of_other_kinds_give_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    twelve_bit(tmp_path, offset=3000 if kind == "shifted" else 0)
+    source: object = tmp_path
+    values = ARRAY.astype(np.int64)  # 8 bits in a larger type, which would be almost black
+    if kind == "shard":
+        source = shard(tmp_path / "s.tar", {p.name: p.read_bytes() for p in tmp_path.iterdir()})
+    elif kind == "npy":
+        np.save(tmp_path / "one.npy", values[0])
+        source = tmp_path / "one.npy"
+    elif kind == "color":
+        tifffile = pytest.importorskip("tifffile")
+        source = tmp_path / "color.tif"
+        tifffile.imwrite(source, ARRAY[0].astype(np.uint16) * 4, photometric="rgb")
+    elif kind in ("array", "tensor"):
+        source = values if kind == "array" else torch.from_numpy(values).permute(0, 3, 1, 2)
+    with caplog.at_level(logging.WARNING):
+        open_images(source)
+    assert "--value-range" in caplog.text
+    assert ("3048,7095" in caplog.text) == (kind == "shifted")
+
+
+def test_dark_images_of_hugging_face_give_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    twelve_bit(tmp_path)
+    rows = {"image": [str(path) for path in sorted(tmp_path.iterdir())]}
+    features = datasets.Features({"image": datasets.Image()})
+    with caplog.at_level(logging.WARNING):
+        open_images(datasets.Dataset.from_dict(rows, features=features))
+    assert "--value-range" in caplog.text
+
+
+def test_index_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [shard(tmp_path / "s/a.tar", MEMBERS), shard(tmp_path / "s/b.tar", {"é/1.png": png(4)})]
+    index = tmp_path / "cache" / "index"
+    first = open_images(paths, index=index)
+    listed: list[object] = []
+    list_files = sources.list_files
+    monkeypatch.setattr(sources, "list_files", lambda p: listed.append(p) or list_files(p))
+    for source in (paths, tmp_path / "s", f"{tmp_path}/s/*.tar"):
+        again = open_images(source, index=index)
+        assert not listed
+        assert levels(again) == levels(first) == [1, 2, 3, 4]
+        assert again.targets.tolist() == first.targets.tolist()
+        assert (again.classes, again.skipped) == (first.classes, first.skipped)
+        assert again.fingerprint() == first.fingerprint()
+
+    shard(paths[1], {"1.png": png(5), "../2.png": png(6)})
+    for source, count in ((paths, 5), (paths[:1], 3), (paths, 5)):
+        assert len(open_images(source, index=index)) == count
+    assert len(listed) == 3
+    assert sorted(open_images(paths, index=index).problems) == [4]
+    for content in (index.read_bytes()[:300], b"", b"junk"):
+        index.write_bytes(content)
+        assert len(open_images(paths, index=index)) == 5
+    assert len(listed) == 6
+    assert not list(index.parent.glob("*.tmp"))
+
+
+def test_array_files(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", ARRAY)
+    np.save(tmp_path / "b.npy", ARRAY[::-1])
+    images = open_images(tmp_path / "a.npy")
+    assert isinstance(images, ArrayDataset)
+    assert isinstance(images.arrays[0], np.memmap)  # stays on the disk
+    assert images.name(3) == "a.npy[3]"
+    both = open_images(f"{tmp_path}/*.npy")
+    assert len(both) == 10
+    for number, expected in enumerate([*ARRAY, *ARRAY[::-1]]):
+        assert np.array_equal(np.asarray(both.read(number)), expected)
+    np.save(tmp_path / "g1.npy", ARRAY[..., 0])
+    np.save(tmp_path / "g2.npy", ARRAY[..., 1])
+    grey = open_images(f"{tmp_path}/g*.npy", in_chans=1)
+    assert levels(grey) == [int(v) for v in (*ARRAY[:, 0, 0, 0], *ARRAY[:, 0, 0, 1])]
+
+
+def test_array_files_of_one_image(tmp_path: Path) -> None:
+    for number, image in enumerate(ARRAY):
+        np.save(tmp_path / f"{number}.npy", image)
+    for source, count in ((tmp_path, 5), (f"{tmp_path}/*.npy", 5), (tmp_path / "0.npy", 1)):
+        images = open_images(source)
+        assert len(images) == count
+        assert np.array_equal(np.asarray(images.read(count - 1)), ARRAY[count - 1])
+    put(tmp_path, {"x.npy": b"\x93NUMPY junk"})
+    with pytest.raises(ImageError):
+        open_images([tmp_path / "0.npy", tmp_path / "x.npy"]).read(1)
+    with pytest.raises(DataError, match=r"x\.npy"):
+        open_images(tmp_path / "x.npy")
+
+
+def test_npz_with_labels(tmp_path: Path) -> None:
+    for name, numbers in (("a", [2, 0, 1, 0, 2]), ("b", [1] * 5)):
+        np.savez(tmp_path / f"{name}.npz", images=ARRAY, labels=np.array(numbers, np.int32))
+    images = open_images([tmp_path / "a.npz", tmp_path / "b.npz"])
+    assert images.targets.tolist() == [2, 0, 1, 0, 2, 1, 1, 1, 1, 1]
+    assert np.array_equal(np.asarray(images.read(6)), ARRAY[1])
+    np.savez(tmp_path / "c.npz", x=ARRAY)
+    with pytest.raises(DataError, match=r"'x'"):
+        open_images(tmp_path / "c.npz")
+    for labels in (np.array(list("abcde")), np.linspace(0, 1, 5), np.arange(4)):
+        np.savez(tmp_path / "d.npz", images=ARRAY, labels=labels)
+        with pytest.raises(DataError, match=r"d\.npz"):
+            open_images(tmp_path / "d.npz")
+
+
+MODULE = """
+import numpy as np
+class Images:
+    def __init__(self): self.labels = np.array([0, 1])
+    def __len__(self): return 2
+    def __getitem__(self, index): return np.full((4, 4, 3), 10 + index, np.uint8), 0
+class Nested: images = Images()
+def make(): return Images()
+text = "photos"
+"""
+
+
+def test_module_and_attribute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("my_images.py").write_text(MODULE)
+    for attribute in ("Images", "make", "Nested.images"):
+        images = open_images(f"my_images:{attribute}")
+        assert isinstance(images, ObjectDataset)
+        assert levels(images) == [10, 11]
+        assert images.name(1) == f"my_images:{attribute}[1]"
+        assert images.targets.tolist() == [0, 1]
+    Path("needs_more.py").write_text("import no_such_package_y")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_y"):
+        open_images("needs_more:Images")
+    for path, named in (
+        ("no_such_module_x:Images", "no_such_module_x"),
+        ("my_images:absent", "absent"),
+        ("my_images:text", "str"),
+        ("my_images:Images.__len__.x", "x"),
+    ):
+        with pytest.raises(DataError, match=named):
+            open_images(path)
+
+
+def test_a_module_of_the_users_may_be_called_datasets(tmp_path: Path) -> None:
+    (tmp_path / "datasets.py").write_text(MODULE)
+    code = "import datasets, ijepa_zoo.data as d; print(len(d.open_images(datasets.make())))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "2", done.stderr
+
+
+def cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of CIFAR-10, with 10 images each, for torchvision with its checksums off."""
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    for seed, name in enumerate(names):
+        data = {"data": noise(10, 3072, 1, seed), "labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(data))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+
+
+def test_datasets_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cifar10(tmp_path, monkeypatch)
+    train = open_images(f"torch/cifar10:root={tmp_path}")
+    test = open_images(f"torch/cifar10:root={tmp_path},split=test")
+    assert (len(train), len(test)) == (50, 10)
+    assert test.targets.tolist() == list(range(10))
+    assert test.label(9) == "j"
+    expected = noise(10, 3072, 1, 5)[3].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert np.array_equal(np.asarray(test.read(3)), expected)
+    for path, named in (
+        ("torch/cifar10", "root"),
+        (f"torch/cifar10:root={tmp_path},spilt=test", "spilt"),
+        (f"torch/no_such_set:root={tmp_path}", "no_such_set"),
+    ):
+        with pytest.raises(DataError, match=named):
+            open_images(path)
+
+
+def test_hugging_face_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingPackageError, match="pip install datasets"):
+        open_images("hfds/owner/name")
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ("phtos", "no such file or folder: 'phtos'. Did you mean 'photos'"),
-        ("photos/cta/1.jpg", "Did you mean 'photos/cat'"),
-        ("zzz", "nothing like 'zzz'"),
-        ("photos/*.gif", "no file matches the pattern 'photos/[*].gif'"),
-        ("empty", "nothing there except hidden files"),
-        ("texts", r"1 other files were seen, for example 'texts/a.md': no image by its name"),
-    ],
+    ("source", "named"),
+    [([], "no input"), (["hfds/a/b", "photos"], "hfds/a/b"), ("hfds.json", r"hfds\.json")],
 )
-def test_wrong_inputs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, message: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    put(tmp_path, "photos/cat/1.jpg", "empty/.hidden.jpg", "texts/a.md")
-    with pytest.raises(DataError, match=message):
-        find_items([given])
-
-
-def make_shard(path: Path, members: dict[str, bytes], mode: str = "w") -> None:
-    with tarfile.open(path, mode) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-MEMBERS = {
-    "0001.cls": b"7\n",
-    "0001.jpg": picture(1),
-    "0002.seg.png": picture(2),
-    "0002.cls": b"8",
-    "./dogs/a b.jpg": picture(3),
-    "._0001.jpg": b"resource fork",
-    "notes.json": b"{}",
-    "ü" * 120 + ".png": picture(4),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "mode"), [("s.tar", "w"), ("s.tar.gz", "w:gz"), ("s.tgz", "w:gz")]
-)
-def test_shard(tmp_path: Path, name: str, mode: str) -> None:
-    path = tmp_path / name
-    make_shard(path, MEMBERS, mode)
-    items = find_items([path])
-    found = [(i.path.removeprefix(f"{path}/"), i.label) for i in items if not i.skipped]
-    long = "ü" * 120 + ".png"
-    assert found == [
-        *(("0001.jpg", "7"), ("0002.seg.png", "8"), ("dogs/a b.jpg", "dogs"), (long, None))
-    ]
-    assert [i.path for i in items if i.skipped] == [f"{path}/notes.json"]
-    reader = ImageReader()
-    images = [i for i in items if not i.skipped]
-    levels = {i.path: int(np.asarray(reader.read(i))[0, 0, 0]) for i in reversed(images)}
-    assert [levels[i.path] for i in images] == [1, 2, 3, 4]
-
-
-def test_damaged_shards_are_told(tmp_path: Path) -> None:
-    whole = tmp_path / "whole.tar"
-    make_shard(whole, {f"{i}.png": picture(i) for i in range(4)})
-    data = bytearray(whole.read_bytes())
-    header = data.index(b"2.png")
-    broken = data[:]
-    broken[header : header + 200] = b"x" * 200
-    gzipped = tmp_path / "gzipped.tar.gz"
-    make_shard(gzipped, {f"{i}.png": os.urandom(3000) for i in range(4)}, "w:gz")
-    cases = {
-        "cut_header.tar": (bytes(data[: header + 100]), 2),
-        "cut_data.tar": (bytes(data[: header + 520]), 2),
-        "broken.tar": (bytes(broken), 2),
-        "text.tar": (b"no tar at all", 0),
-        "cut.tar.gz": (gzipped.read_bytes()[:8000], 2),
-        "empty.tar": (b"", 0),
-    }
-    for name, (content, readable) in cases.items():
-        (tmp_path / name).write_bytes(content)
-        items = find_items([tmp_path / name])
-        assert len([i for i in items if i.problem is None]) >= readable, name
-        assert items[-1].path == str(tmp_path / name), name
-        assert items[-1].problem is not None, name
-        assert items[-1].problem.startswith(("damaged tar shard", "a tar shard without")), name
-
-
-@pytest.mark.parametrize("name", ["list.txt", "shard.tar", "shard.tgz"])
-def test_pipes_are_not_waited_for(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match="no regular file"):
-        find_items([tmp_path / name])
-
-
-def test_one_path_is_a_list_of_one(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"x")
-    (item,) = find_items([tmp_path])
-    assert find_items(tmp_path) == find_items(str(tmp_path)) == find_items(item) == [item]
-
-
-def test_label_that_unfolds_to_gigabytes_is_cut(tmp_path: Path) -> None:
-    make_shard(tmp_path / "a.tar", {"a.png": picture(1), "a.cls": b"7" * 100_000})
-    (item,) = find_items([tmp_path / "a.tar"])
-    assert item.label == "7" * 4096
+def test_wrong_sources(source: object, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        open_images(source)

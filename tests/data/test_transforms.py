@@ -1,105 +1,182 @@
-"""The model's own transform, at every size, and for images of extreme shapes."""
+"""The model's evaluation transform and random crops, against timm's and torchvision's."""
+
+import math
 
 import numpy as np
 import pytest
 import timm
 import torch
-from ijepa_zoo.data.batches import ImageBatches
-from ijepa_zoo.data.items import Item
+from inputs import encoded, noise
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as torchvision
 
-from ijepa_zoo.data.transforms import create_transform, describe_transform
+from ijepa_zoo.data import Decoder
+from ijepa_zoo.data.transforms import (
+    DRAWS,
+    center_box,
+    create_transform,
+    crop_box,
+    crop_resize,
+    describe_transform,
+    limit_aspect,
+    pixel_size,
+    transform_config,
+)
+from ijepa_zoo.errors import ImageError
 
 
-def model(img_size: int | tuple[int, int] = 64, **cfg: object) -> VisionTransformer:
-    vit = VisionTransformer(img_size, 8, embed_dim=8, depth=1, num_heads=1, num_classes=0)
-    vit.pretrained_cfg = {"input_size": (3, 64, 64), "crop_pct": 0.875, **cfg}
+def model(
+    img_size: int | tuple[int, int] = 64, in_chans: int = 3, **config: object
+) -> VisionTransformer:
+    vit = VisionTransformer(img_size, 8, in_chans, embed_dim=8, depth=1, num_heads=1, num_classes=0)
+    vit.pretrained_cfg = {"input_size": (3, 64, 64), "crop_pct": 0.875, **config}
     return vit
 
 
 def photo(width: int, height: int) -> Image.Image:
-    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(noise)
+    return Image.fromarray(noise(height, width))
 
 
-def test_is_timms_own() -> None:
-    vit = timm.create_model("vit_tiny_patch16_224")
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_is_timms_own(mode: str) -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=96)
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "crop_mode": mode, "input_size": (3, 96, 96)}
     config = timm.data.resolve_model_data_config(vit)
     expected = timm.data.create_transform(**config)(photo(300, 200))
     assert torch.equal(create_transform(vit)(photo(300, 200)), expected)
+    for in_chans in (1, 12) if mode != "border" else ():
+        other = model(96, in_chans, crop_mode=mode)
+        assert create_transform(other)(noise(200, 300, in_chans)).shape == (in_chans, 96, 96)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 5, 12])
+def test_fits_the_channels_of_the_model(in_chans: int) -> None:
+    vit = model(
+        in_chans=in_chans, mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3), interpolation="bilinear"
+    )
+    assert transform_config(vit)["input_size"] == (in_chans, 64, 64)
+    values = noise(70, 90, 12)[..., :in_chans]
+    found = create_transform(vit)(values)
+    assert vit(found[None]).shape[0] == 1
+    assert torch.equal(found, create_transform(vit)(torch.from_numpy(values).permute(2, 0, 1)))
+    pixels = create_transform(vit, normalize=False)(values).float()
+    torch.testing.assert_close(found, (pixels / 255 - 0.3) / 0.2)
+    alone = create_transform(model(in_chans=1, interpolation="bilinear"), normalize=False)
+    for channel in range(in_chans):  # the filters of Pillow and torch differ by a level
+        expected = alone(np.ascontiguousarray(values[..., channel]))[0].float()
+        assert (pixels[channel] - expected).abs().max() <= 1
+    if in_chans > 1:
+        with pytest.raises(ImageError, match=f"{in_chans} channels"):
+            create_transform(vit)(photo(8, 8))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
 def test_takes_images_of_any_mode(mode: str) -> None:
     grey = np.full((64, 64), 51, np.uint8)
-    image = Image.fromarray(
-        {"I;16": grey.astype(np.uint16) * 257, "F": grey / np.float32(255)}.get(mode, grey)
-    )
+    deep = {"I;16": grey.astype(np.uint16) * 257, "F": grey / np.float32(255)}
+    image = Image.fromarray(deep.get(mode, grey))
     image = image if image.mode == mode else image.convert(mode)
-    pixels = create_transform(model(crop_pct=1.0), normalize=False)(image)
-    assert torch.as_tensor(pixels).shape == (3, 64, 64)
-    if mode != "1":
-        assert abs(int(torch.as_tensor(pixels)[0, 32, 32]) - 51) <= 1
+    for in_chans in (1, 3):
+        pixels = create_transform(model(64, in_chans, crop_pct=1.0), normalize=False)(image)
+        assert (pixels.shape, pixels.dtype) == ((in_chans, 64, 64), torch.uint8)
+        assert mode == "1" or abs(int(pixels[0, 32, 32]) - 51) <= 1
+
+
+def test_takes_files_arrays_and_tensors_alike() -> None:
+    transform = create_transform(model())
+    expected = transform(photo(70, 90))
+    for raw in (
+        encoded(photo(70, 90)),
+        noise(90, 70),
+        torch.from_numpy(noise(90, 70)).permute(2, 0, 1),
+    ):
+        assert torch.equal(transform(raw), expected)
+    assert torch.equal(transform(Decoder()(encoded(photo(70, 90)))), expected)
 
 
 @pytest.mark.parametrize("size", [64, 128, (64, 96)])
 def test_follows_the_models_size(size: int | tuple[int, int]) -> None:
-    vit = model(size)
+    vit = model(size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     height, width = (size, size) if isinstance(size, int) else size
-    assert create_transform(vit)(photo(150, 200)).shape == (3, height, width)
-    if isinstance(size, int):  # 64 / 0.875 = 73 and 128 / 0.875 = 146 pixels before the crop
-        short = int(size / 0.875)
-        resized = photo(150, 200).resize((short, int(short * 200 / 150)), 3)
-        left, top = (round((side - size) / 2) for side in resized.size)
-        expected = np.asarray(resized.crop((left, top, left + size, top + size)))
-        got = create_transform(vit, normalize=False)(photo(150, 200)).permute(1, 2, 0).numpy()
-        assert np.abs(got.astype(int) - expected).max() <= 1
-
-
-def test_pixels_and_normalised_are_the_same_image() -> None:
-    vit = model(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    pixels = create_transform(vit, normalize=False)(photo(70, 90))
-    assert pixels.dtype == torch.uint8
+    pixels = create_transform(vit, normalize=False)(photo(150, 200))
+    assert pixels.shape == (3, height, width)
     mean, std = (torch.tensor(vit.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    expected = (pixels.float() / 255 - mean) / std
-    assert torch.equal(create_transform(vit)(photo(70, 90)), expected)
+    assert torch.equal(create_transform(vit)(photo(150, 200)), (pixels.float() / 255 - mean) / std)
+    assert f"0.875 to {height}x{width}" in describe_transform(vit)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 60_000), (60_000, 1), (1, 1), (3, 2_000)])
 def test_extreme_shapes(width: int, height: int) -> None:
     image = Image.new("RGB", (width, height), (10, 20, 30))
-    got = create_transform(model(), normalize=False)(image)
-    assert got.shape == (3, 64, 64)
-    assert got[:, 5, 7].tolist() == [10, 20, 30]
+    found = create_transform(model(), normalize=False)(image)
+    assert found.shape == (3, 64, 64)
+    assert found[:, 5, 7].tolist() == [10, 20, 30]
 
 
-def test_cut_of_a_long_image_keeps_its_centre() -> None:
+def test_limit_of_the_aspect_keeps_the_center() -> None:
     image = Image.new("RGB", (4000, 10))
     image.paste((255, 0, 0), (1990, 0, 2010, 10))  # the middle 20 pixels
-    got = create_transform(model(crop_pct=1.0), normalize=False)(image)
-    assert (got[0, :, 4:60] > 250).all()
+    found = create_transform(model(crop_pct=1.0), normalize=False)(image)
+    assert (found[0, :, 4:60] > 250).all()
+    tensor = torchvision.pil_to_tensor(image)
+    assert torch.equal(limit_aspect(tensor), torchvision.pil_to_tensor(limit_aspect(image)))
+    assert pixel_size(limit_aspect(tensor)) == pixel_size(limit_aspect(image)) == (10, 320)
+    assert limit_aspect(image.crop((0, 0, 320, 10))).size == (320, 10)
 
 
-def test_other_channels_are_refused() -> None:
-    vit = VisionTransformer(64, 8, in_chans=1, embed_dim=8, depth=1, num_heads=1)
-    with pytest.raises(ValueError, match="takes images of 1 channels"):
-        create_transform(vit)
+def test_crop_box_has_the_law_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the numbers that torchvision draws, one try at a time, the boxes are its own."""
+    rng = np.random.default_rng(0)
+    scale, ratio = (0.3, 1.0), (3 / 4, 4 / 3)
+    fallbacks = 0
+    for _ in range(300):
+        height, width = (int(side) for side in rng.integers(1, 300, 2))
+        draws = rng.random(DRAWS)
+        box = crop_box(draws.tolist(), (height, width), scale=scale, ratio=ratio)
+        numbers = iter(np.stack([draws[:10], draws[10:20]], 1).reshape(-1))
+        places = iter(draws[20:22])
+
+        def uniform(tensor: torch.Tensor, low: float, high: float, n=numbers) -> torch.Tensor:
+            return tensor.double().fill_(low + float(next(n)) * (high - low))
+
+        def randint(low: int, high: int, size: object, p=places) -> torch.Tensor:
+            return torch.tensor([math.floor(float(next(p)) * (high - low))])
+
+        monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
+        monkeypatch.setattr(torch, "randint", randint)
+        image = torch.empty(3, height, width)
+        expected = RandomResizedCrop.get_params(image, list(scale), list(ratio))
+        monkeypatch.undo()
+        fallbacks += next(places, None) is not None
+        assert np.abs(np.subtract(box, expected)).max() <= 1  # torch takes logarithms in float32
+        assert box[0] + box[2] <= height
+        assert box[1] + box[3] <= width
+    assert fallbacks > 3
+    assert center_box((100, 50), 1.0) == (25, 0, 50, 50)
+    assert center_box((50, 100), 2.0) == (0, 0, 50, 100)
 
 
-def test_description() -> None:
-    assert describe_transform(model()).startswith("bicubic resize, center crop 0.875 to 64x64")
-
-
-def test_batches_keep_their_slots(tmp_path: object) -> None:
-    items = [Item(f"{tmp_path}/{i}.png") for i in range(5)]
-    for i in (0, 2, 3, 4):
-        Image.new("RGB", (64, 64), (i + 1, 0, 0)).save(items[i].path)
-    batches = ImageBatches(items, create_transform(model(), normalize=False), 3, (64, 64))
-    assert len(batches) == 2
-    first, reasons = batches[0]
-    assert first[:, 0, 0, 0].tolist() == [1, 0, 3]
-    assert [r is None for r in reasons] == [True, False, True]
-    last, reasons = batches[1]
-    assert last[:, 0, 0, 0].tolist() == [4, 5, 0]
-    assert reasons == [None, None]
+def test_crop_is_torchvisions_on_pillow_images_within_a_level() -> None:
+    rng = np.random.default_rng(0)
+    different = []
+    for number in range(60):
+        height, width = (int(side) for side in rng.integers(1, 200, 2))
+        pixels = noise(height, width, 3, number)
+        pixels = np.where(pixels > 127, 255, 0).astype(np.uint8) if number % 2 else pixels
+        sides = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
+        top, left = (int(rng.integers(0, n - m + 1)) for n, m in zip((height, width), sides))
+        size = [int(side) for side in rng.integers(1, 150, 2)]
+        for image in (Image.fromarray(pixels), Image.fromarray(pixels[..., 0])):
+            cropped = torchvision.resized_crop(image, top, left, *sides, size)
+            found = crop_resize(image, (top, left, *sides), (size[0], size[1]))
+            assert found.dtype == torch.uint8
+            different.append((found.int() - torchvision.pil_to_tensor(cropped).int()).abs())
+            tensor = torchvision.pil_to_tensor(image)
+            assert torch.equal(crop_resize(tensor, (top, left, *sides), (size[0], size[1])), found)
+    assert max(int(levels.max()) for levels in different) <= 1
+    assert np.mean([(levels > 0).float().mean() for levels in different]) < 0.1
+    pixels = noise(30, 40)
+    found = crop_resize(Image.fromarray(pixels), (4, 5, 16, 20), (16, 20))
+    assert torch.equal(found, torch.from_numpy(pixels[4:20, 5:25]).permute(2, 0, 1))
