@@ -13,7 +13,6 @@ from PIL import Image
 
 import ijepa_zoo
 from ijepa_zoo.data.scenes import SPLIT_STARTS, render_scenes
-from ijepa_zoo.data.sources import find_items
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--folder", help="gallery of your own images")
@@ -25,8 +24,8 @@ parser.add_argument("--out", default="retrieval.png")
 args = parser.parse_args()
 
 if args.folder:
-    items = [item for item in find_items([args.folder]) if item.skipped is None]
-    images = [Image.open(item.path).convert("RGB") for item in items]
+    found = ijepa_zoo.open_images(args.folder)
+    images = [found.read(index) for index in range(len(found))]
 else:
     scenes = render_scenes(0, SPLIT_STARTS["val"], args.gallery)
     images = [Image.fromarray(image) for image in scenes["images"]]

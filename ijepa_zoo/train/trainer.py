@@ -99,12 +99,6 @@ class Trainer:
         self.model: IJepa = build_networks(config, init)
         embed = self.model.encoder.patch_embed
         self.image_size: tuple[int, int] = embed.img_size
-        for side, patch in zip(embed.img_size, embed.patch_size):
-            if side % patch:
-                raise SettingsError(
-                    f"patches of {patch} do not fill images of {side}: use model.img_size="
-                    f"{side // patch * patch} or another multiple of model.patch_size"
-                )
         self.masks = self._masks(embed.grid_size)
         self.model.train()
         choose_kernels(self.distributed.device)

@@ -331,7 +331,7 @@ def test_signal_before_the_first_step_stops_there(tmp_path, monkeypatch):
 
 
 def test_patches_must_fill_the_image():
-    with pytest.raises(ValueError, match=r"use model\.img_size=48"):
+    with pytest.raises(ValueError, match=r"img_size \(50, 50\)"):
         Trainer(change(CONFIG, model={"img_size": 50}), open_images(IMAGES))
 
 
