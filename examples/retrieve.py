@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import ijepa_zoo
+from ijepa_zoo.data.files import list_files
 from ijepa_zoo.data.scenes import SPLIT_STARTS, render_scenes
-from ijepa_zoo.data.sources import find_items
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--folder", help="gallery of your own images")
@@ -25,8 +25,8 @@ parser.add_argument("--out", default="retrieval.png")
 args = parser.parse_args()
 
 if args.folder:
-    items = [item for item in find_items([args.folder]) if item.skipped is None]
-    images = [Image.open(item.path).convert("RGB") for item in items]
+    files = [file for file in list_files([args.folder]) if file.skipped is None]
+    images = [Image.open(file.path).convert("RGB") for file in files]
 else:
     scenes = render_scenes(0, SPLIT_STARTS["val"], args.gallery)
     images = [Image.fromarray(image) for image in scenes["images"]]
