@@ -327,7 +327,7 @@ class ArrayDataset(ImageDataset):
     Args:
         arrays: Each `[n, H, W, C]` or `[n, H, W]`; uint8, or others that the decoder scales.
         decoder: See `Decoder`.
-        name: What messages call the images.
+        name: What messages call the images, or such a name for each array.
         targets: `[n]` class numbers of all images.
 
     Raises:
@@ -338,11 +338,12 @@ class ArrayDataset(ImageDataset):
         self,
         arrays: Sequence[npt.NDArray[Any]],
         decoder: Decoder,
-        name: str = "array",
+        name: str | Sequence[str] = "array",
         targets: npt.NDArray[Any] | None = None,
     ) -> None:
         super().__init__(decoder)
-        for images in arrays:
+        names = [name] * len(arrays) if isinstance(name, str) else list(name)
+        for images, name in zip(arrays, names, strict=True):
             if images.dtype.kind not in "uif" or images.ndim not in (3, 4) or 0 in images.shape:
                 raise DataError(
                     f"{name} is {images.dtype} {list(images.shape)}; images are numbers "
@@ -352,12 +353,12 @@ class ArrayDataset(ImageDataset):
                 decoder(np.asarray(images[0]))
             except ImageError as error:
                 raise DataError(f"{name} holds images that cannot be used: {error}") from error
-        self.arrays, self._name = arrays, name
+        self.arrays, self._names = arrays, names
         self.starts = np.cumsum([0, *(len(images) for images in arrays)])
         if targets is not None:
             if targets.shape != (len(self),) or targets.dtype.kind not in "iub":
                 raise DataError(
-                    f"the labels of {name} are {targets.dtype} {list(targets.shape)}; class "
+                    f"the labels of {names[0]} are {targets.dtype} {list(targets.shape)}; class "
                     f"numbers are {len(self)} integers"
                 )
             self.targets = targets.astype(np.int64)
@@ -365,14 +366,20 @@ class ArrayDataset(ImageDataset):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """Which array holds an image, and where."""
+        which = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return which, int(index - self.starts[which])
+
     def raw(self, index: int) -> Raw:
         """The array `[H, W, C]` or `[H, W]` of an image."""
-        which = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return np.asarray(self.arrays[which][index - self.starts[which]])
+        which, place = self._place(index)
+        return np.asarray(self.arrays[which][place])
 
     def name(self, index: int) -> str:
-        """Name and number."""
-        return f"{self._name}[{index}]"
+        """Name of the array and number in it."""
+        which, place = self._place(index)
+        return f"{self._names[which]}[{place}]"
 
     def files(self) -> list[str]:
         """See `ImageDataset`."""

@@ -160,8 +160,8 @@ def _open_arrays(paths: list[str], decoder: Decoder) -> ArrayDataset:
     arrays = [_open_array(path) for path in paths]
     targets = [labels for _, labels in arrays if labels is not None]
     joined = np.concatenate(targets) if len(targets) == len(arrays) else None
-    name = os.path.basename(paths[0])
-    return ArrayDataset([images for images, _ in arrays], decoder, name, joined)
+    names = [os.path.basename(path) for path in paths]
+    return ArrayDataset([images for images, _ in arrays], decoder, names, joined)
 
 
 def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
@@ -173,7 +173,10 @@ def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         with found:
             if "images" in found:
                 return found["images"], found.get("labels")
-            raise DataError(f"'{path}' holds {list(found)}; the array must be called images")
+            raise DataError(
+                f"'{path}' holds {list(found)}; the array must be called images "
+                "(and that of class numbers labels)"
+            )
     except DataError:
         raise
     except Exception as error:  # damaged headers make NumPy raise almost anything
