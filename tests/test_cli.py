@@ -330,6 +330,11 @@ def test_wrong_paths_are_found_before_the_weights(photos, monkeypatch, capsys, p
     assert f"'{path}'" in capsys.readouterr().err
 
 
+def test_a_dataset_of_torchvision_needs_its_folder(capsys):
+    assert main(["features", "torch/cifar10", "--model", NANO, "--out", "f.npy"]) == 1
+    assert "torch/cifar10:root=" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "named"),
     [

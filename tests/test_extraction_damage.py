@@ -82,6 +82,50 @@ def test_damaged_parts_are_made_anew(
     )
 
 
+@pytest.mark.parametrize("left", [["000002.rows"], ["settings.json", "000002.json", "rank1.lock"]])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_parts_of_a_run_that_was_killed_while_it_removed_them(
+    images: Path, model: VisionTransformer, tmp_path: Path, parts: Path, left: list[str],
+    overwrite: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stop(outputs: object) -> None:
+        raise KeyboardInterrupt
+
+    out = parts.with_suffix("")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "remove_parts", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract(images, model, out)
+    for file in parts.iterdir():
+        if file.name not in left:
+            file.unlink()
+    whole = extract(images, model, tmp_path / "whole.npy")
+    assert extract(images, model, out, overwrite) == whole
+    assert not parts.exists()
+
+
+def test_a_process_that_waited_for_the_merge_does_not_merge_again(
+    images: Path, model: VisionTransformer, parts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, results, remove = [], [], run.remove_parts
+    merge_when_complete = run._merge_when_complete
+
+    def record(*args: object) -> bool:
+        found.append(args)
+        return merge_when_complete(*args)
+
+    def meanwhile(outputs: object) -> None:
+        if not results:
+            results.append(merge_when_complete(*found[0]))
+        remove(outputs)
+
+    monkeypatch.setattr(run, "_merge_when_complete", record)
+    monkeypatch.setattr(run, "remove_parts", meanwhile)
+    extract(images, model, parts.with_suffix(""))
+    assert results == [False]
+    assert not parts.exists()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_damaged_settings_are_told(
     images: Path, model: VisionTransformer, tmp_path: Path, parts: Path, text: str

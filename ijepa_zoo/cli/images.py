@@ -120,7 +120,7 @@ def _check_paths(inputs: Iterable[str]) -> None:
         DataError: A path does not exist, or a pattern matches nothing.
     """
     for path in (path for given in inputs for path in expand(given)):
-        is_path = ":" not in path and not path.startswith("hfds/")
+        is_path = ":" not in path and not path.startswith(("hfds/", "torch/"))
         if is_path and not os.path.lexists(path):
             raise DataError(f"'{path}' does not exist")
 

@@ -83,7 +83,7 @@ class HFDataset(ImageDataset):
     def raw(self, index: int) -> Raw:
         """The bytes of an image."""
         stored = self.data[int(index)][self.column]
-        if stored is None:
+        if stored is None or (stored["bytes"] is None and stored["path"] is None):
             raise ImageError("no image in this row")
         if stored["bytes"] is not None:
             return bytes(stored["bytes"])

@@ -63,8 +63,15 @@ def files_state(images: ImageDataset) -> str:
         for index in range(len(images)):
             digest.update(np.asarray(images.raw(index)).tobytes())
         return digest.hexdigest()
-    states = map(os.stat, images.files())
-    return hash_texts(f"{state.st_size} {state.st_mtime_ns}" for state in states)
+    return hash_texts(map(_file_state, images.files()))
+
+
+def _file_state(path: str) -> str:
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):  # such as a link to nowhere: a broken image
+        return "missing"
+    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def cached_features(

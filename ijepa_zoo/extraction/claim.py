@@ -1,9 +1,10 @@
 """Preparing an output: what is there already, whether it fits, and locks against other runs."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +64,26 @@ def lock_rank(outputs: Outputs, rank: int) -> Iterator[None]:
 def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool) -> bool:
     """Check what is there and prepare the folder of parts; True if nothing is left to do."""
     made = outputs.parts / "settings.json"
-    if not overwrite and not made.exists():
+    if not overwrite:
         if _finished(outputs, settings):
+            remove_parts(outputs)  # of a run that was killed while it removed them
             return True
-        _refuse_old_results(outputs, settings)
+        if not made.exists():
+            _refuse_old_results(outputs, settings)
     outputs.parts.mkdir(parents=True, exist_ok=True)
     _refuse_other_runs(outputs)
     before = _settings(made) if made.exists() else None
-    if before == settings:
-        return False
-    if before is not None and not overwrite:
+    if before not in (None, settings) and not overwrite:
         raise RunError(
             f"'{outputs.parts}' holds an unfinished run with other settings "
             f"({_differences(before, settings)}): use those settings to resume it, or --overwrite "
             "(overwrite=True) to start anew"
         )
-    _empty(outputs.parts)
+    if before != settings:
+        _empty(outputs.parts)
     outputs.record.unlink(missing_ok=True)  # from here on the old files are no finished run
+    if before == settings:
+        return False
     with whole_file(made) as file:
         file.write(json.dumps(settings).encode())
     return False
@@ -105,6 +109,15 @@ def _empty(folder: Path) -> None:
             )
     for file in files:
         file.unlink()
+
+
+def remove_parts(outputs: Outputs) -> None:
+    """Remove the folder of a finished run, which another process may be removing too."""
+    with suppress(OSError):  # gone already, or another process has just opened a lock in it
+        for name in os.listdir(outputs.parts):
+            if _OWN_FILE.fullmatch(name) or name.endswith(".lock"):
+                (outputs.parts / name).unlink(missing_ok=True)
+        outputs.parts.rmdir()
 
 
 def _finished(outputs: Outputs, settings: dict[str, Any]) -> bool:

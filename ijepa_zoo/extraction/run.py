@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -24,7 +23,7 @@ from ..distributed import Distributed, init_distributed
 from ..errors import ImageError, RunError, SettingsError
 from ..features import Layers
 from ..progress import progress_bar
-from .claim import claim, lock_rank
+from .claim import claim, lock_rank, remove_parts
 from .encoder import Batch, Encoder, hash_texts
 from .outputs import DTYPES, Outputs, choose_outputs, merge
 from .parts import Parts
@@ -259,14 +258,14 @@ def _merge_when_complete(
     """Write the files if no other process has parts to do; the last one does so."""
     try:
         with FileLock(outputs.parts / "merge.lock"):
-            if len(parts.done()) < len(parts):
-                return False
+            if outputs.record.exists() or len(parts.done()) < len(parts):
+                return False  # another process has merged them, or will
             merge(outputs, parts, images, row_shape, dtype, settings)
     except FileNotFoundError:
         if not outputs.parts.exists():  # another process has merged and removed them
             return False
         raise
-    shutil.rmtree(outputs.parts)
+    remove_parts(outputs)
     return True
 
 

@@ -274,6 +274,18 @@ def check_hf(images: ImageDataset) -> None:
     assert images.name(2).endswith("[2]")
 
 
+def test_hugging_face_row_without_bytes_and_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    stored = pa.array([{"bytes": png(1), "path": None}, {"bytes": None, "path": None}])
+    parquet.write_table(pa.table({"image": stored}), tmp_path / "a.parquet")
+    with pytest.raises(ImageError, match="no image"):
+        open_images(tmp_path / "a.parquet").read(1)
+
+
 def test_hugging_face_objects_and_folders(rows: dict[str, list[object]], tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     data = hf_data(rows)

@@ -113,6 +113,13 @@ def test_broken_images_have_no_row_and_a_reason(cached, pictures):
     assert len(found.indices) == 149
 
 
+def test_a_link_to_nowhere_is_a_broken_image(cached, pictures):
+    file = pictures / "train" / "class0" / "0.png"
+    file.unlink()
+    file.symlink_to("nowhere")
+    assert list(cached().broken) == [0]
+
+
 def test_a_folder_with_other_settings_is_refused(cached, tmp_path):
     cached()
     (settings,) = tmp_path.glob("out/cache/*/settings.json")
