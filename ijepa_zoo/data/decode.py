@@ -123,7 +123,7 @@ class Decoder:
                 array = _read_deep(content, image) if deep else _stack(image, pages)
                 return self._from_array(_select(array, self.bands))
             if pages > 1:
-                raise ImageError(f"a file of {pages} pages: choose among them with bands")
+                raise ImageError(f"a file of {pages} pages: choose some with --bands or data.bands")
             if deep and self.value_range is not None:
                 return self._convert(_scale_color(content, image, self.value_range))
             image.load()
@@ -132,7 +132,7 @@ class Decoder:
     def _decode_bands(self, content: bytes, bands: int) -> Pixels:
         """A TIFF of more bands than a picture has."""
         if self.bands is None:
-            raise ImageError(f"an image of {bands} bands: choose among them with bands")
+            raise ImageError(f"an image of {bands} bands: choose some with --bands or data.bands")
         return self._from_array(_select(_read_tiff(content, self.max_pixels), self.bands))
 
     def _convert(self, image: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ from ..errors import RunError
 from .outputs import Outputs
 from .parts import whole_file
 
+_HASHES = {"inputs", "paths"}  # settings that identify the images
 _IN_USE = "another process is writing '{}' now: wait for it, or choose another output"
 _OWN_FILE = re.compile(r"(\d{6}\.(rows|json)|settings\.json|merged)(\.tmp)?")
 
@@ -154,8 +155,10 @@ def _settings(path: Path, key: str | None = None) -> dict[str, Any]:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     if not before:
         return "the file that names them is damaged"
-    return "; ".join(
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    found = [
         f"{key}: {before.get(key)} then, {now.get(key)} now"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key)
-    )
+        for key in changed
+        if key not in _HASHES
+    ]
+    return "; ".join([*found, *(["other images"] if _HASHES & {*changed} else [])])
