@@ -241,7 +241,7 @@ def list_shard(path: str, root: str) -> list[File]:
         files.append(File(path, root, problem=f"a damaged tar shard: {error}"))
     if not files:
         files.append(File(path, root, problem="a tar shard without files"))
-    return [_with_label(file, labels) for file in _without_splits(files)]
+    return _with_labels(files, labels)
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, str | None]]:
@@ -282,14 +282,21 @@ def _member_file(path: str, root: str, name: str, member: tarfile.TarInfo, repea
     )
 
 
-def _without_splits(files: list[File]) -> list[File]:
-    """Labels below the split folders, where all folders of a shard are such."""
-    if not SPLITS.issuperset({file.label for file in files} - {None}):
+def _with_labels(files: list[File], texts: dict[str, str]) -> list[File]:
+    """Labels from `.cls` texts, else folders, below the split folders where there are no others."""
+    folders = {file.label for file in files} - {None}
+    has_splits = bool(folders) and SPLITS.issuperset(folders)
+    if not texts and not has_splits:
         return files
     found = []
     for file in files:
-        names = file.path.removeprefix(f"{file.shard}/").split("/")
-        found.append(replace(file, label=names[1] if len(names) > 2 else None))
+        name = file.path.removeprefix(f"{file.shard}/")
+        label = file.label
+        if has_splits and label is not None:
+            label = name.split("/")[1] if name.count("/") > 1 else None
+        if file.shard is not None:
+            label = texts.get(_sample_key(name), label)
+        found.append(replace(file, label=label))
     return found
 
 
@@ -297,10 +304,3 @@ def _sample_key(name: str) -> str:
     """The part of a member's name that webdataset takes as the sample's key."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
-
-
-def _with_label(file: File, labels: dict[str, str]) -> File:
-    if file.shard is None or not labels:
-        return file
-    key = _sample_key(file.path.removeprefix(f"{file.shard}/"))
-    return replace(file, label=labels.get(key, file.label))
