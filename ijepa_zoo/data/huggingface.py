@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, ImageError, MissingPackageError
-from .datasets import ImageDataset
+from .datasets import ImageDataset, evenly_spaced
 from .decode import Decoder, Raw
 from .files import SHARD_SUFFIXES
 
@@ -42,13 +42,12 @@ class HFDataset(ImageDataset):
     ) -> None:
         import datasets
 
-        super().__init__(decoder)
+        super().__init__(decoder, name)
         if not isinstance(data, datasets.Dataset):
             raise DataError(
                 f"{name} is a {type(data).__name__}, which cannot be read by number: choose a "
                 "split, and load it without streaming"
             )
-        self._name = name
         self.column = _image_column(data.features, name, image)
         self._set_classes(data, label)
         data = data.with_format(None).select_columns([self.column])
@@ -92,15 +91,11 @@ class HFDataset(ImageDataset):
         except OSError as error:
             raise ImageError(f"'{stored['path']}' cannot be read: {error.strerror}") from error
 
-    def name(self, index: int) -> str:
-        """Name and number."""
-        return f"{self._name}[{index}]"
-
     def fingerprint(self) -> str:
         """Hash of number and of some images."""
         digest = hashlib.blake2b(str(len(self)).encode(), digest_size=8)
-        for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int)):
-            stored = self.data[int(index)][self.column] or {}
+        for index in evenly_spaced(len(self), _SAMPLED):
+            stored = self.data[index][self.column] or {}
             path = os.path.basename(stored.get("path") or "")
             digest.update(stored.get("bytes") or path.encode())
         return digest.hexdigest()
