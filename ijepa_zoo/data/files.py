@@ -36,14 +36,14 @@ class File:
 
     Attributes:
         path: Path as users see it; `shard.tar/name.jpg` for a member of a shard.
-        root: The part of the path that only says where the input is.
+        root: The part of the path above the input, which is not part of its fingerprint.
         label: Class: the first folder below the root, or below its split folders (`train`, ...);
             for a member of a shard with a `.cls` file, that file's text.
-        shard: The tar file that holds it; None for a file of its own.
+        shard: The tar file that holds it; None for a plain file.
         offset: First byte of the member in the uncompressed shard.
         size: Bytes of the member.
-        problem: Why it cannot be read, where the listing shows that.
-        skipped: Why it is not meant to be read; such a file is not a failure.
+        problem: Why it cannot be read, if that is known.
+        skipped: Why it is not an image of the input, which is not a failure.
         is_link: Whether the file is a symbolic link.
     """
 
@@ -59,7 +59,7 @@ class File:
 
 
 def expand(path: str) -> list[str]:
-    """The paths that a glob or `{000..012}` stands for, sorted; any other path as it is.
+    """Paths that match a glob or `{000..012}`, sorted; any other path as it is.
 
     Raises:
         DataError: A pattern matches nothing.
@@ -104,7 +104,7 @@ def list_files(paths: Sequence[str]) -> Iterator[File]:
             else:
                 yield from _Walk(path).files()
         elif not stat.S_ISREG(mode) and lower.endswith((*SHARD_SUFFIXES, ".txt")):
-            raise DataError(f"'{path}' is not a regular file")  # reading a pipe would wait
+            raise DataError(f"'{path}' is not a regular file")  # opening a pipe would block
         elif lower.endswith(SHARD_SUFFIXES):
             yield from list_shard(path, os.path.join(os.path.dirname(path), ""))
         elif lower.endswith(".txt"):
@@ -170,7 +170,7 @@ class _Walk:
             yield from self._below(below, own)
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
-        """Sorted; a folder sorts as its name with a slash, so that all paths are in order."""
+        """Sorted, folders as names with a slash, so that all paths are in order."""
         with os.scandir(folder) as listing:
             entries = [entry for entry in listing if not entry.name.startswith(".")]
         return sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * _is_folder(entry)))
@@ -208,10 +208,7 @@ def _read_list(path: str) -> Iterator[File]:
 
 
 def open_shard(path: str) -> BinaryIO:
-    """Open a shard for seeking in its uncompressed bytes; gzip is told by its first two bytes.
-
-    Seeking forward in a compressed shard decompresses what is between, seeking back starts anew.
-    """
+    """Open a shard for seeking in its uncompressed bytes."""
     return cast(BinaryIO, gzip.open(path, "rb")) if is_compressed(path) else open(path, "rb")
 
 

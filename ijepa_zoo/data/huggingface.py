@@ -122,7 +122,7 @@ def _image_column(features: Any, name: str, chosen: str | None) -> str:
 
 
 def is_hf(path: str) -> bool:
-    """Whether a path is `hfds/NAME`, or a local dataset, with `:OPTION=VALUE,...` or without."""
+    """Whether a path is `hfds/NAME` or a local dataset, with or without `:OPTION=VALUE,...`."""
     if path.startswith(_PREFIX):
         return True
     name = path if os.path.lexists(path) else _split_options(path)[0]
@@ -167,7 +167,7 @@ def open_hf(path: str, decoder: Decoder) -> ImageDataset:
     """Open a dataset; its split `train` unless another is named.
 
     Raises:
-        DataError: There is no such dataset, split or column.
+        DataError: The dataset, split or column does not exist.
     """
     datasets = _import_datasets(path)
     name, options = _name_and_options(path)
@@ -219,6 +219,6 @@ def parse_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]
 
 
 def _split_options(path: str) -> tuple[str, str]:
-    """Before and after the colon, which is not that of a drive of Windows."""
+    """Before and after the first colon that is not of a Windows drive."""
     name, *options = re.split(r":(?![\\/])", path, maxsplit=1)
     return name, "".join(options)
