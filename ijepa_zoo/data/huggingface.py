@@ -6,7 +6,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,13 @@ def hf_splits(path: str) -> list[str]:
     Raises:
         DataError: It cannot be loaded.
     """
-    datasets = _import_datasets(path)
     name, options = _name_and_options(path)
     if "split" in options or _is_parquet(name) or os.path.isfile(os.path.join(name, _SAVED[0])):
         return []
-    try:
+    with _datasets(name) as datasets:
         if os.path.isfile(os.path.join(name, _SAVED[1])):
             return list(datasets.load_from_disk(name))
         return list(datasets.get_dataset_split_names(name, options.get("name")))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
 
 
 def open_hf(path: str, decoder: Decoder) -> ImageDataset:
@@ -169,18 +167,15 @@ def open_hf(path: str, decoder: Decoder) -> ImageDataset:
     Raises:
         DataError: The dataset, split or column does not exist.
     """
-    datasets = _import_datasets(path)
     name, options = _name_and_options(path)
     split = options.get("split")
-    try:
+    with _datasets(name) as datasets:
         if any(os.path.isfile(os.path.join(name, file)) for file in _SAVED):
             found = datasets.load_from_disk(name)
         elif _is_parquet(name):
             found = datasets.load_dataset("parquet", data_files=name, split=split)
         else:
             found = datasets.load_dataset(name, options.get("name"), split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         split = split or ("train" if "train" in found else next(iter(found)))
         if split not in found:
@@ -189,12 +184,17 @@ def open_hf(path: str, decoder: Decoder) -> ImageDataset:
     return HFDataset(found, decoder, path, options.get("image"), options.get("label"))
 
 
-def _import_datasets(path: str) -> Any:
+@contextmanager
+def _datasets(name: str) -> Iterator[Any]:
+    """The package; its errors while it loads a dataset become `DataError`."""
     try:
         import datasets
     except ImportError as error:
-        raise MissingPackageError(f"'{path}' needs datasets: pip install datasets") from error
-    return datasets
+        raise MissingPackageError(f"'{name}' needs datasets: pip install datasets") from error
+    try:
+        yield datasets
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
 
 
 def _name_and_options(path: str) -> tuple[str, dict[str, str]]:

@@ -104,9 +104,14 @@ def _open_paths(
             raise DataError(f"'{path}' cannot be joined with other inputs: give it alone")
         return opener(path, decoder)
     if all(path.lower().endswith(_ARRAYS) for path in paths):
-        shape = _open_array(paths[0])[0].shape
+        first = _open_array(paths[0])
+        shape = first[0].shape
         if len(shape) == 4 or (len(shape) == 3 and shape[-1] != decoder.in_chans):
-            return _open_arrays(paths, decoder)
+            arrays = [first, *map(_open_array, paths[1:])]
+            targets = [labels for _, labels in arrays if labels is not None]
+            joined = np.concatenate(targets) if len(targets) == len(arrays) else None
+            name = os.path.basename(paths[0])
+            return ArrayDataset([images for images, _ in arrays], decoder, name, joined)
     return _open_files(paths, decoder, index, exclude)
 
 
@@ -155,14 +160,6 @@ def _checked(images: FileDataset, paths: list[str]) -> FileDataset:
         f"no images found in {named}: {len(images.skipped)} other files were seen, for example "
         f"'{path}': {reason}"
     )
-
-
-def _open_arrays(paths: list[str], decoder: Decoder) -> ArrayDataset:
-    arrays = [_open_array(path) for path in paths]
-    targets = [labels for _, labels in arrays if labels is not None]
-    joined = np.concatenate(targets) if len(targets) == len(arrays) else None
-    name = os.path.basename(paths[0])
-    return ArrayDataset([images for images, _ in arrays], decoder, name, joined)
 
 
 def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
