@@ -94,8 +94,8 @@ def _read(folder: Path, split: str, kind: Kind, decoder: Decoder | None) -> Spli
     missing = [name for name in labels if name not in present]
     notes = []
     if missing:
-        notes = [f"{len(missing)} of {len(labels)} images are missing in '{images}', such as "
-                 f"{missing[0]}"]  # fmt: skip
+        count = f"{len(missing)} of {len(labels)}"
+        notes.append(f"{count} images are missing in '{images}', such as {missing[0]}")
     numbers = np.array([labels[name] for name in files], np.int64)
     names = _class_names(numbers, kind)
     return list_split(images, files, numbers, names, split, notes, decoder)
