@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun or Slurm started them, and what they exchange."""
+"""Processes started by torchrun or Slurm: environment, devices and collectives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Distributed:
         world_size: Number of processes.
         local_rank: Number of this process on its machine.
         local_world_size: Number of processes on its machine.
-        device: Where its networks are.
+        device: Device of this process.
     """
 
     rank: int = 0
@@ -70,20 +70,20 @@ class Distributed:
         return box[0]
 
     def barrier(self) -> None:
-        """Return when every process has come here."""
+        """Wait for all processes."""
         self.all_reduce(torch.zeros(1))
 
 
 @contextmanager
 def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[Distributed]:
-    """Join the other processes that torchrun or Slurm started; alone where there are none.
+    """Initialize torch.distributed in processes started by torchrun or Slurm.
 
     When a process fails, torchrun ends the others, and so does Slurm with
-    `srun --kill-on-bad-exit=1`.
+    `srun --kill-on-bad-exit=1`. A single process needs neither.
 
     Args:
         device: `auto` for a GPU where there is one, or torch's name.
-        timeout: Seconds after which an exchange that does not end is an error.
+        timeout: Seconds after which a collective raises.
 
     Raises:
         DistributedError: The environment is incomplete, or a device is missing.
@@ -101,15 +101,15 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
             backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
     yield Distributed(rank, world_size, local_rank, local_world_size, chosen)
-    if mine:  # after an error the group would wait for the others: the process just ends
+    if mine:  # not after an error, when destroying the group would wait for the others
         dist.destroy_process_group()
-        # gloo's threads may still free a tensor of the last exchange, and end a process that
-        # ends meanwhile (https://github.com/pytorch/pytorch/pull/179291)
+        # gloo's threads may still free a tensor of the last collective, which crashes a process
+        # that exits meanwhile (https://github.com/pytorch/pytorch/pull/179291)
         time.sleep(0.1)
 
 
 def read_environment(environment: MutableMapping[str, str]) -> tuple[int, int, int, int] | None:
-    """Rank, world size, local rank and local world size; None for a process on its own.
+    """Rank, world size, local rank and local world size; None for a single process.
 
     Under srun without torchrun, the variables of torch are made from Slurm's.
 
@@ -163,7 +163,7 @@ def choose_device(name: str = "auto", local_rank: int = 0, world_size: int = 1) 
         world_size: Number of processes of the run.
 
     Raises:
-        DistributedError: There is no such device.
+        DistributedError: The device does not exist.
     """
     if name == "auto":
         mps = world_size == 1 and torch.backends.mps.is_available()
@@ -193,7 +193,7 @@ def choose_device(name: str = "auto", local_rank: int = 0, world_size: int = 1) 
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start copying a tensor to the CPU; call the result for it while the device works on."""
+    """Start copying a tensor to the CPU; calling the result waits for the copy."""
     if not tensor.is_cuda:
         return tensor.detach
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

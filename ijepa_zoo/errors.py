@@ -1,8 +1,8 @@
-"""Errors that a user can mend. Their text is one sentence: what was wrong, and what to do."""
+"""Errors that a user can fix. Their text is one sentence: what was wrong, and what to do."""
 
 
 class UserError(Exception):
-    """Base of all of them; the command line prints the text and ends with `exit_code`."""
+    """Base class; the command line prints the text and ends with `exit_code`."""
 
     exit_code = 1
 

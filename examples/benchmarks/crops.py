@@ -28,7 +28,7 @@ from official import load_official
 from torch.utils.data import default_collate
 from torchvision.datasets.folder import default_loader
 
-from ijepa_zoo.data import open_images
+from ijepa_zoo.data import Decoder, open_images
 from ijepa_zoo.train import Trainer, load_config
 
 
@@ -50,7 +50,7 @@ def main() -> None:
                 f"optim.batch_size={args.batch_size}", "optim.precision=fp32",
             ],
         )  # fmt: skip
-        images = open_images(paths, tensors=True)
+        images = open_images(paths, decoder=Decoder(as_tensor=True))
         batches = iter(Trainer(config, images).batches())
         transform = load_official(args.official)["transforms"].make_transforms(
             args.img_size, config.data.crop_scale, color_jitter=0.0

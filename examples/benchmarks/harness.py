@@ -53,8 +53,8 @@ def interleave(
     """Time contenders in turns, in alternating order, so that a busy machine slows all of them.
 
     Args:
-        contenders: By name; a call with the number of the round is timed, unless it returns
-            seconds of its own.
+        contenders: By name; a call with the number of the round is timed, unless it returns its
+            seconds.
         seconds: No round starts after that time, but three are always run.
         rounds: Rounds at most.
 

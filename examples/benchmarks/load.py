@@ -2,8 +2,8 @@
 
     python examples/benchmarks/load.py --model vit_huge14_ijepa --vs timm transformers
 
-Random weights of the real size are written in each library's format. Every measurement is a process
-of its own; imports are not timed. Memory is read from Linux and includes the first image.
+Random weights of the real size are written in each library's format. Each measurement runs in a new
+process; imports are not timed. Memory is read from Linux and includes the first image.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "ijepa_zoo"
-SHOWN = ("model", "batch_size", "precision", "dtype", "mode", "compile", "cudnn", "images")
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""The command `ijepa-zoo`. Every subcommand calls functions of the package that users can call."""
+"""The command `ijepa-zoo`. Every subcommand calls public functions of the package."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _describe(error: Exception, memory: str | None) -> str | None:
-    """A sentence about an error that a user can mend; None for any other, which is a bug.
+    """A sentence about an error that a user can fix; None for any other, which is a bug.
 
     Args:
         error: The error.
-        memory: What needs less memory, in words.
+        memory: Options that need less memory.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -92,7 +92,7 @@ def _describe(error: Exception, memory: str | None) -> str | None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; words of `pretrain` may stand before, between and after its options."""
+    """Parse; the recipe and settings of `pretrain` may be before, between and after its options."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):

@@ -37,7 +37,7 @@ def add_features(commands: Commands) -> list[argparse.ArgumentParser]:
     parser = commands.add_parser(
         "features",
         help="features of images into a file",
-        description="Extract features of images into FILE, with an index beside it. The same "
+        description="Extract features of images into FILE, with an index next to it. The same "
         "command resumes after an interruption. Several processes: torchrun --nproc-per-node N "
         "-m ijepa_zoo features ... Exit status 3: done, but some images failed.",
     )

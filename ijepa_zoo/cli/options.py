@@ -19,7 +19,7 @@ def add_model_options(parser: argparse.ArgumentParser, also: str = "") -> argpar
 
     Args:
         parser: Of the command.
-        also: Other names that the command takes, in words.
+        also: Other names that the command takes, for the help.
 
     Returns:
         The group, for the command's own options.
@@ -67,7 +67,7 @@ def add_run_options(
 
     Args:
         parser: Of the command.
-        batch_size: Default of `--batch-size` in words; None for a command without that option.
+        batch_size: Default of `--batch-size`, for the help; None for a command without that option.
 
     Returns:
         The group, for the command's own options.

@@ -50,8 +50,8 @@ def open_clevr(
 
     Returns:
         The training set and the test set, which is `val` (`test` without a `val`; None without
-        either). Counts are numbers of objects, not classes. Scenes whose image is missing are left
-        out, and the notes say so.
+        either). Counts are numbers of objects, not classes. Scenes without an image are left out
+        and counted in the notes.
 
     Raises:
         DataError: A scene file is missing or malformed, or has no image.
@@ -92,11 +92,10 @@ def _read(folder: Path, split: str, kind: Kind, decoder: Decoder | None) -> Spli
     if not files:
         raise DataError(f"'{images}' has none of the {len(labels)} images that '{path}' names")
     missing = [name for name in labels if name not in present]
-    notes = (
-        [f"{len(missing)} of {len(labels)} images are missing in '{images}', such as {missing[0]}"]
-        if missing
-        else []
-    )
+    notes = []
+    if missing:
+        count = f"{len(missing)} of {len(labels)}"
+        notes.append(f"{count} images are missing in '{images}', such as {missing[0]}")
     numbers = np.array([labels[name] for name in files], np.int64)
     names = _class_names(numbers, kind)
     return list_split(images, files, numbers, names, split, notes, decoder)

@@ -36,6 +36,10 @@ _log = logging.getLogger(__name__)
 class ImageDataset(ABC):
     """Images by number: `dataset[i]` is (pixels, target, name).
 
+    Args:
+        decoder: See `Decoder`.
+        name: What messages call the dataset.
+
     Attributes:
         decoder: Makes pixels of what `raw` gives.
         targets: `[n]` class of each image, -1 for none; None where there are no classes.
@@ -44,8 +48,8 @@ class ImageDataset(ABC):
             before, path and reason.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, name: str = "") -> None:
+        self.decoder, self._name = decoder, name
         self.targets: Targets | None = None
         self.classes: Mapping[int, str] = {}
         self.skipped: list[tuple[int, str, str]] = []
@@ -61,9 +65,9 @@ class ImageDataset(ABC):
             ImageError: It cannot be read.
         """
 
-    @abstractmethod
     def name(self, index: int) -> str:
         """The image's path, or the name of the dataset and the number."""
+        return f"{self._name}[{index}]"
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -134,9 +138,8 @@ class Subset(ImageDataset):
 class FileDataset(ImageDataset):
     """Image files and members of tar shards.
 
-    A Python object for each of 14 million images takes gigabytes, and loader workers copy what
-    they touch, because objects count their users; so the list is packed into arrays, which are
-    shared.
+    The list is packed into arrays: 14 million Python objects take gigabytes, and each loader worker
+    would copy them, because reference counts are written on access.
 
     Args:
         files: In their order.
@@ -187,7 +190,7 @@ class FileDataset(ImageDataset):
             return
         ordered = sorted(labels)
         rank = {label: number for number, label in enumerate(ordered)}
-        # the last place serves -1, which stands for no class
+        # the last entry is for -1, no class
         renumbered = np.array([*(rank[label] for label in labels), -1], np.int64)
         self.targets = renumbered[np.array(targets, np.int64)]
         self.classes = dict(enumerate(ordered))
@@ -220,7 +223,7 @@ class FileDataset(ImageDataset):
                 return self._member(shard, int(self.offsets[index]), int(self.sizes[index]))
             if "\0" in path:
                 raise ImageError("a path cannot hold a NUL character")
-            if not os.path.isfile(path) and os.path.exists(path):  # a pipe would be waited for
+            if not os.path.isfile(path) and os.path.exists(path):  # opening a pipe would block
                 raise ImageError("not a regular file")
             with open(path, "rb") as file:
                 self._check_size(os.fstat(file.fileno()).st_size)
@@ -229,12 +232,12 @@ class FileDataset(ImageDataset):
             raise ImageError(f"cannot be read: {error.strerror or error}") from error
 
     def _member(self, shard: str, offset: int, size: int) -> bytes:
-        self._check_size(size)  # what a header claims, or what a small gzip unfolds to
+        self._check_size(size)  # also against gzip bombs
         process, shards = self._shards
-        if process != os.getpid():  # forked processes would share the places in the open files
+        if process != os.getpid():  # forked processes share file positions
             process, shards = os.getpid(), {}
         file = shards.pop(shard, None) or open_shard(shard)
-        shards[shard] = file  # the last one is the one used last
+        shards[shard] = file  # the most recently used one is last
         if len(shards) > _OPEN_SHARDS:
             shards.pop(next(iter(shards))).close()
         self._shards = process, shards
@@ -341,8 +344,8 @@ class ArrayDataset(ImageDataset):
         name: str | Sequence[str] = "array",
         targets: npt.NDArray[Any] | None = None,
     ) -> None:
-        super().__init__(decoder)
         names = [name] * len(arrays) if isinstance(name, str) else list(name)
+        super().__init__(decoder, names[0])
         for images, name in zip(arrays, names, strict=True):
             if images.dtype.kind not in "uif" or images.ndim not in (3, 4) or 0 in images.shape:
                 raise DataError(
@@ -385,12 +388,21 @@ class ArrayDataset(ImageDataset):
         """See `ImageDataset`."""
         return [str(a.filename) for a in self.arrays if isinstance(a, np.memmap)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Files on the disk are opened again in other processes instead of copied there."""
+        arrays = [str(a.filename) if isinstance(a, np.memmap) else a for a in self.arrays]
+        return {**self.__dict__, "arrays": arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        arrays = [np.load(a, mmap_mode="r") if isinstance(a, str) else a for a in state["arrays"]]
+        self.__dict__.update(state | {"arrays": arrays})
+
     def fingerprint(self) -> str:
         """Hash of the shapes and of some images."""
         shapes = [images.shape for images in self.arrays]
         digest = hashlib.blake2b(str(shapes).encode(), digest_size=8)
-        for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int)):
-            digest.update(np.asarray(self.raw(int(index))).tobytes())
+        for index in evenly_spaced(len(self), _SAMPLED):
+            digest.update(np.asarray(self.raw(index)).tobytes())
         return digest.hexdigest()
 
 
@@ -409,7 +421,7 @@ class ObjectDataset(ImageDataset):
     _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
     def __init__(self, data: Any, decoder: Decoder, name: str) -> None:
-        super().__init__(decoder)
+        super().__init__(decoder, name)
         if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
             raise DataError(
                 f"{name} is a {type(data).__name__}, and images are read by number: it needs "
@@ -417,7 +429,7 @@ class ObjectDataset(ImageDataset):
             )
         if isinstance(data, str | bytes | Mapping) or not len(data):
             raise DataError(f"{name} is a {type(data).__name__} without images")
-        self.data, self._name = data, name
+        self.data = data
         for attribute in ("targets", "labels"):
             values = getattr(data, attribute, None)
             if self.targets is None and values is not None and not callable(values):
@@ -445,14 +457,25 @@ class ObjectDataset(ImageDataset):
             "[H, W, C], a tensor [C, H, W], or a tuple that begins with one"
         )
 
-    def name(self, index: int) -> str:
-        """Name and number."""
-        return f"{self._name}[{index}]"
-
     def fingerprint(self) -> str:
-        """Hash of number and classes: items may change from one reading to another."""
+        """Hash of number, classes and those of some images that are the same when read twice."""
         targets = b"" if self.targets is None else self.targets.astype("<i8").tobytes()
-        return hashlib.blake2b(f"{len(self)} ".encode() + targets, digest_size=8).hexdigest()
+        digest = hashlib.blake2b(f"{len(self)} ".encode() + targets, digest_size=8)
+        for index in evenly_spaced(len(self), _SAMPLED):
+            first, second = self._content(index), self._content(index)
+            digest.update(first if first == second else b"")
+        return digest.hexdigest()
+
+    def _content(self, index: int) -> bytes:
+        try:
+            return np.asarray(self.raw(index)).tobytes()
+        except ImageError:
+            return b""
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """At most `count` indices from the first to the last of `length`."""
+    return sorted(set(np.linspace(0, length - 1, count).astype(int).tolist()))
 
 
 def _class_numbers(values: Any, length: int, name: str) -> Targets | None:

@@ -1,4 +1,4 @@
-"""From image files, arrays and Pillow images to upright pixels of 8 bits, or the reason why not."""
+"""Decode image files, arrays and Pillow images to upright pixels of 8 bits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decoder:
-    """Makes 8-bit pixels of anything that is an image.
+    """Converts images of any kind to 8-bit pixels.
 
     EXIF orientation is applied, transparency laid over white, palettes and CMYK converted.
 
@@ -224,7 +224,7 @@ def deep_range(raw: Raw) -> tuple[int, int] | None:
 
 
 def _deep_values(content: bytes) -> npt.NDArray[Any]:
-    """Values of a file of 16 bits; the upper 8 bits of color are enough for its range."""
+    """Values of a file of 16 bits, of color to the upper 8 bits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(content), formats=["PNG", "TIFF", "PPM"])
@@ -350,7 +350,7 @@ def _load_array(content: bytes) -> npt.NDArray[Any]:
 
 @contextmanager
 def _pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Our limits instead of Pillow's process-wide ones: it refuses above twice its limit."""
+    """Set Pillow's process-wide limits; it refuses above twice `MAX_IMAGE_PIXELS`."""
     limit, truncated = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -372,9 +372,9 @@ def _reasons(max_pixels: int) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise _too_large(int(re.findall(r"\d+", str(error))[0]), max_pixels) from None
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
-        words = " ".join(str(error).split()) or type(error).__name__
-        kind = "truncated" if "truncated" in words.lower() else "broken"
-        raise ImageError(f"{kind} image: {words}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        kind = "truncated" if "truncated" in reason.lower() else "broken"
+        raise ImageError(f"{kind} image: {reason}") from error
 
 
 def _too_large(pixels: int, limit: int) -> ImageError:
@@ -388,7 +388,7 @@ def _known_formats() -> list[str]:
 
 
 def _decode_jpeg(content: bytes, max_pixels: int) -> torch.Tensor | None:
-    """The pixels of a JPEG file in which nothing is unusual; None leaves it to Pillow."""
+    """The pixels of a plain RGB JPEG file; None leaves any other to Pillow."""
     decoder = _torchcodec()
     # torchcodec would fill the rest of a file that was cut short with grey
     if decoder is None or not (
@@ -403,7 +403,7 @@ def _decode_jpeg(content: bytes, max_pixels: int) -> torch.Tensor | None:
             if not plain or not 0 < image.width * image.height <= max_pixels:
                 return None
             pixels = decoder(content)
-        except Exception:  # damaged: Pillow says how
+        except Exception:  # damaged: Pillow's error is reported
             return None
     return pixels if pixels.shape == (3, image.height, image.width) else None
 

@@ -33,11 +33,7 @@ Pair = tuple[str, str]  # paths of an image and of its target
 NYU_FILE, NYU_SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
 IGNORE_INDEX = 255  # class id of pixels that do not count
 
-_UNPACKED_FOLDERS = (
-    "ADEChallengeData2016",
-    "VOCdevkit",
-    "VOC2012",
-)  # in ADE20K's and VOC's archives
+_UNPACKED_FOLDERS = ("ADEChallengeData2016", "VOCdevkit", "VOC2012")  # of the official archives
 _NYU_LIST_ROOTS = ("", "sync", "train", "official_splits/test", "test")
 _IMAGE_WORDS = {"rgb", "image", "images", "img", "color", "colors", "colour", "sync"}
 _DEPTH_WORDS = {"depth", "depths", "depthmap"}
@@ -51,7 +47,7 @@ _DAMAGED_FILE = (ValueError, EOFError, MemoryError, SyntaxError, OSError)  # np.
 
 @dataclass(frozen=True)
 class DenseDataset:
-    """A map-style dataset of images with dense targets; deterministic, usable in loader processes.
+    """A map-style dataset of images with dense targets.
 
     Indexing returns an image, its target `[H, W]` and its name, and raises `ImageError` where one
     of the two cannot be read or their aspect ratios differ.
@@ -124,7 +120,7 @@ def open_depth(
     Args:
         source: One of
 
-            - NYU Depth v2's `nyu_depth_v2_labeled.mat` or its folder, with `splits.mat` beside it;
+            - NYU Depth v2's `nyu_depth_v2_labeled.mat`, or its folder, which also has `splits.mat`;
             - a folder of a copy with `nyu_train.txt` and `nyu_test.txt` (lines of image, depth map
               and focal length);
             - a folder of pairs. Depth maps are `.npy` files or have the word `depth` in their own
@@ -194,7 +190,7 @@ def open_segmentation(
             - `scenes:TRAIN,TEST[,SIZE]` (4 classes), see `render_splits`.
         seed: Draws the test set of a folder without a split.
         reduce_zero_label: Ignore class 0 and subtract 1 from the others; by default for ADE20K
-            alone, whose 0 stands for everything else.
+            alone, whose class 0 is everything else.
         workers: Processes that render scenes.
         progress: Show a progress bar while rendering.
 

@@ -36,14 +36,14 @@ class File:
 
     Attributes:
         path: Path as users see it; `shard.tar/name.jpg` for a member of a shard.
-        root: The part of the path that only says where the input is.
+        root: The part of the path above the input, which is not part of its fingerprint.
         label: Class: the first folder below the root, or below its split folders (`train`, ...);
             for a member of a shard with a `.cls` file, that file's text.
-        shard: The tar file that holds it; None for a file of its own.
+        shard: The tar file that holds it; None for a plain file.
         offset: First byte of the member in the uncompressed shard.
         size: Bytes of the member.
-        problem: Why it cannot be read, where the listing shows that.
-        skipped: Why it is not meant to be read; such a file is not a failure.
+        problem: Why it cannot be read, if that is known.
+        skipped: Why it is not an image of the input, which is not a failure.
         is_link: Whether the file is a symbolic link.
     """
 
@@ -59,7 +59,7 @@ class File:
 
 
 def expand(path: str) -> list[str]:
-    """The paths that a glob or `{000..012}` stands for, sorted; any other path as it is.
+    """Paths that match a glob or `{000..012}`, sorted; any other path as it is.
 
     Raises:
         DataError: A pattern matches nothing.
@@ -104,7 +104,7 @@ def list_files(paths: Sequence[str]) -> Iterator[File]:
             else:
                 yield from _Walk(path).files()
         elif not stat.S_ISREG(mode) and lower.endswith((*SHARD_SUFFIXES, ".txt")):
-            raise DataError(f"'{path}' is not a regular file")  # reading a pipe would wait
+            raise DataError(f"'{path}' is not a regular file")  # opening a pipe would block
         elif lower.endswith(SHARD_SUFFIXES):
             yield from list_shard(path, os.path.join(os.path.dirname(path), ""))
         elif lower.endswith(".txt"):
@@ -170,7 +170,7 @@ class _Walk:
             yield from self._below(below, own)
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
-        """Sorted; a folder sorts as its name with a slash, so that all paths are in order."""
+        """Sorted, folders as names with a slash, so that all paths are in order."""
         with os.scandir(folder) as listing:
             entries = [entry for entry in listing if not entry.name.startswith(".")]
         return sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * _is_folder(entry)))
@@ -208,10 +208,7 @@ def _read_list(path: str) -> Iterator[File]:
 
 
 def open_shard(path: str) -> BinaryIO:
-    """Open a shard for seeking in its uncompressed bytes; gzip is told by its first two bytes.
-
-    Seeking forward in a compressed shard decompresses what is between, seeking back starts anew.
-    """
+    """Open a shard for seeking in its uncompressed bytes."""
     return cast(BinaryIO, gzip.open(path, "rb")) if is_compressed(path) else open(path, "rb")
 
 
@@ -241,7 +238,7 @@ def list_shard(path: str, root: str) -> list[File]:
         files.append(File(path, root, problem=f"a damaged tar shard: {error}"))
     if not files:
         files.append(File(path, root, problem="a tar shard without files"))
-    return [_with_label(file, labels) for file in _without_splits(files)]
+    return _with_labels(files, labels)
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, str | None]]:
@@ -282,14 +279,21 @@ def _member_file(path: str, root: str, name: str, member: tarfile.TarInfo, repea
     )
 
 
-def _without_splits(files: list[File]) -> list[File]:
-    """Labels below the split folders, where all folders of a shard are such."""
-    if not SPLITS.issuperset({file.label for file in files} - {None}):
+def _with_labels(files: list[File], texts: dict[str, str]) -> list[File]:
+    """Labels from `.cls` texts, else folders, below the split folders where there are no others."""
+    folders = {file.label for file in files} - {None}
+    has_splits = bool(folders) and SPLITS.issuperset(folders)
+    if not texts and not has_splits:
         return files
     found = []
     for file in files:
-        names = file.path.removeprefix(f"{file.shard}/").split("/")
-        found.append(replace(file, label=names[1] if len(names) > 2 else None))
+        name = file.path.removeprefix(f"{file.shard}/")
+        label = file.label
+        if has_splits and label is not None:
+            label = name.split("/")[1] if name.count("/") > 1 else None
+        if file.shard is not None:
+            label = texts.get(_sample_key(name), label)
+        found.append(replace(file, label=label))
     return found
 
 
@@ -297,10 +301,3 @@ def _sample_key(name: str) -> str:
     """The part of a member's name that webdataset takes as the sample's key."""
     folder, slash, base = name.rpartition("/")
     return folder + slash + base.partition(".")[0]
-
-
-def _with_label(file: File, labels: dict[str, str]) -> File:
-    if file.shard is None or not labels:
-        return file
-    key = _sample_key(file.path.removeprefix(f"{file.shard}/"))
-    return replace(file, label=labels.get(key, file.label))

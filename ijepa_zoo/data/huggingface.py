@@ -6,14 +6,15 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError, ImageError, MissingPackageError
-from .datasets import ImageDataset
+from .datasets import ImageDataset, evenly_spaced
 from .decode import Decoder, Raw
 from .files import SHARD_SUFFIXES
 
@@ -42,13 +43,12 @@ class HFDataset(ImageDataset):
     ) -> None:
         import datasets
 
-        super().__init__(decoder)
+        super().__init__(decoder, name)
         if not isinstance(data, datasets.Dataset):
             raise DataError(
                 f"{name} is a {type(data).__name__}, which cannot be read by number: choose a "
                 "split, and load it without streaming"
             )
-        self._name = name
         self.column = _image_column(data.features, name, image)
         self._set_classes(data, label)
         data = data.with_format(None).select_columns([self.column])
@@ -92,15 +92,11 @@ class HFDataset(ImageDataset):
         except OSError as error:
             raise ImageError(f"'{stored['path']}' cannot be read: {error.strerror}") from error
 
-    def name(self, index: int) -> str:
-        """Name and number."""
-        return f"{self._name}[{index}]"
-
     def fingerprint(self) -> str:
         """Hash of number and of some images."""
         digest = hashlib.blake2b(str(len(self)).encode(), digest_size=8)
-        for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(int)):
-            stored = self.data[int(index)][self.column] or {}
+        for index in evenly_spaced(len(self), _SAMPLED):
+            stored = self.data[index][self.column] or {}
             path = os.path.basename(stored.get("path") or "")
             digest.update(stored.get("bytes") or path.encode())
         return digest.hexdigest()
@@ -127,7 +123,7 @@ def _image_column(features: Any, name: str, chosen: str | None) -> str:
 
 
 def is_hf(path: str) -> bool:
-    """Whether a path is `hfds/NAME`, or a local dataset, with `:OPTION=VALUE,...` or without."""
+    """Whether a path is `hfds/NAME` or a local dataset, with or without `:OPTION=VALUE,...`."""
     if path.startswith(_PREFIX):
         return True
     name = path if os.path.lexists(path) else _split_options(path)[0]
@@ -156,36 +152,30 @@ def hf_splits(path: str) -> list[str]:
     Raises:
         DataError: It cannot be loaded.
     """
-    datasets = _import_datasets(path)
     name, options = _name_and_options(path)
     if "split" in options or _is_parquet(name) or os.path.isfile(os.path.join(name, _SAVED[0])):
         return []
-    try:
+    with _datasets(name) as datasets:
         if os.path.isfile(os.path.join(name, _SAVED[1])):
             return list(datasets.load_from_disk(name))
         return list(datasets.get_dataset_split_names(name, options.get("name")))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
 
 
 def open_hf(path: str, decoder: Decoder) -> ImageDataset:
     """Open a dataset; its split `train` unless another is named.
 
     Raises:
-        DataError: There is no such dataset, split or column.
+        DataError: The dataset, split or column does not exist.
     """
-    datasets = _import_datasets(path)
     name, options = _name_and_options(path)
     split = options.get("split")
-    try:
+    with _datasets(name) as datasets:
         if any(os.path.isfile(os.path.join(name, file)) for file in _SAVED):
             found = datasets.load_from_disk(name)
         elif _is_parquet(name):
             found = datasets.load_dataset("parquet", data_files=name, split=split)
         else:
             found = datasets.load_dataset(name, options.get("name"), split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
     if isinstance(found, datasets.DatasetDict):
         split = split or ("train" if "train" in found else next(iter(found)))
         if split not in found:
@@ -194,12 +184,17 @@ def open_hf(path: str, decoder: Decoder) -> ImageDataset:
     return HFDataset(found, decoder, path, options.get("image"), options.get("label"))
 
 
-def _import_datasets(path: str) -> Any:
+@contextmanager
+def _datasets(name: str) -> Iterator[Any]:
+    """The package; its errors while it loads a dataset become `DataError`."""
     try:
         import datasets
     except ImportError as error:
-        raise MissingPackageError(f"'{path}' needs datasets: pip install datasets") from error
-    return datasets
+        raise MissingPackageError(f"'{name}' needs datasets: pip install datasets") from error
+    try:
+        yield datasets
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"dataset '{name}' cannot be loaded: {error}") from error
 
 
 def _name_and_options(path: str) -> tuple[str, dict[str, str]]:
@@ -224,6 +219,6 @@ def parse_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]
 
 
 def _split_options(path: str) -> tuple[str, str]:
-    """Before and after the colon, which is not that of a drive of Windows."""
+    """Before and after the first colon that is not of a Windows drive."""
     name, *options = re.split(r":(?![\\/])", path, maxsplit=1)
     return name, "".join(options)

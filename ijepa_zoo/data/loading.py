@@ -1,4 +1,4 @@
-"""Items of a dataset in a given order, made by worker processes ahead of their use."""
+"""Load items of a dataset in a given order, ahead of their use, in worker processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,23 +27,24 @@ def usable_cpus() -> int:
     """CPUs of this process: those it may use, shared with its neighbors under torchrun."""
     own = hasattr(os, "sched_getaffinity")  # Linux
     cpus = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
+    if "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return cpus  # Slurm binds each task to its CPUs
     return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def load_in_order(
     items: Items[T], order: Sequence[int], workers: int | None = None, pin_memory: bool = False
 ) -> Iterator[T]:
-    """Items by number, in order, while the next ones are made.
+    """Items by number, in order, loaded ahead of their use.
 
     Args:
-        items: What is asked for each number; copied or forked into the workers.
+        items: Indexed by each number; copied or forked into the workers.
         order: The numbers.
-        workers: Processes, which change nothing but the speed; 0 makes items in this one. Default:
-            one for each CPU.
-        pin_memory: Put tensors into memory that is copied to a GPU without waiting.
+        workers: Processes; 0 loads items in this one. Default: one per CPU.
+        pin_memory: See `DataLoader`.
 
     Raises:
-        UserError: Making an item raised one; its traceback in the worker is left out.
+        UserError: Loading an item raised one; its traceback in the worker is left out.
         RunError: A worker was killed, or the main script starts workers when it is imported.
     """
     workers = min(len(order), usable_cpus() if workers is None else workers)
@@ -76,10 +77,10 @@ def load_in_order(
         ) from error
 
 
-class _Caught(Dataset[Any], Generic[T]):
-    """Errors that a user can mend as items, to be raised in the main process."""
+class _Caught(Dataset[Any]):
+    """Returns a `UserError` instead of raising it, so that the main process raises it."""
 
-    def __init__(self, items: Items[T]) -> None:
+    def __init__(self, items: Items[Any]) -> None:
         self.items = items
 
     def __getitem__(self, index: int) -> Any:
@@ -90,7 +91,7 @@ class _Caught(Dataset[Any], Generic[T]):
 
 
 def _leave_signals(worker: int) -> None:
-    """Work that is asked to stop ends its step first, and needs its workers for that."""
+    """Keep workers alive on signals to the process group: the main process ends its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # where the sender of a signal is known
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -99,7 +100,7 @@ def _leave_signals(worker: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End when the main process asks for it, not when the whole group of processes is asked."""
+    """End on a SIGTERM of the main process, as DataLoader sends it, and ignore all others."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

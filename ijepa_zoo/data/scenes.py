@@ -1,4 +1,4 @@
-"""Rendered scenes with labels, in the manner of CLEVR: a dataset that needs no download.
+"""Rendered scenes with labels, similar to CLEVR: a dataset without a download.
 
 A scene is a function of (seed, index): 3 to 10 solids on a ground plane, ray-cast in NumPy. World
 coordinates have z up and the ground at z = 0. Rays are scaled to have component 1 along the

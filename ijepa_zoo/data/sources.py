@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ..errors import DataError, ImageError
-from .datasets import ArrayDataset, FileDataset, ImageDataset, ObjectDataset
+from .datasets import ArrayDataset, FileDataset, ImageDataset, ObjectDataset, evenly_spaced
 from .decode import Decoder, deep_range
 from .files import SHARD_SUFFIXES, expand, list_files, shards_in
 from .huggingface import HFDataset, is_hf, open_hf, parse_options
@@ -41,7 +42,7 @@ def open_images(
     index: Path | None = None,
     exclude: Callable[[str], bool] | None = None,
 ) -> ImageDataset:
-    """Open what holds images. The whole list is known afterwards, and no image was decoded.
+    """Open images of any origin. They are listed, not decoded.
 
     Args:
         source: One of
@@ -65,7 +66,7 @@ def open_images(
         exclude: Whether a file is not part of the input, by its path.
 
     Raises:
-        DataError: There is no such input, it holds no images, or cannot be read by number.
+        DataError: An input does not exist, holds no images, or cannot be read by number.
     """
     decoder = decoder or Decoder(in_chans, value_range, bands)
     if isinstance(source, ImageDataset):
@@ -97,20 +98,25 @@ def _open_paths(
     if not paths:
         raise DataError("no input is named: give a folder, files, shards or a dataset")
     for path in paths:
-        opener = _opener(path)
-        if opener is not None and len(paths) > 1:
+        if (opener := _opener(path)) is None:
+            continue
+        if len(paths) > 1:
             raise DataError(f"'{path}' cannot be joined with other inputs: give it alone")
-        if opener is not None:
-            return opener(path, decoder)
+        return opener(path, decoder)
     if all(path.lower().endswith(_ARRAYS) for path in paths):
-        shape = _open_array(paths[0])[0].shape
+        first = _open_array(paths[0])
+        shape = first[0].shape
         if len(shape) == 4 or (len(shape) == 3 and shape[-1] != decoder.in_chans):
-            return _open_arrays(paths, decoder)
+            arrays = [first, *map(_open_array, paths[1:])]
+            targets = [labels for _, labels in arrays if labels is not None]
+            joined = np.concatenate(targets) if len(targets) == len(arrays) else None
+            names = [os.path.basename(path) for path in paths]
+            return ArrayDataset([images for images, _ in arrays], decoder, names, joined)
     return _open_files(paths, decoder, index, exclude)
 
 
-def _opener(path: str) -> Any:
-    """What opens a path that is not a list of files."""
+def _opener(path: str) -> Callable[[str, Decoder], ImageDataset] | None:
+    """The function that opens a path of a dataset; None for files."""
     if is_hf(path):
         return open_hf
     if path.startswith("torch/"):
@@ -154,14 +160,6 @@ def _checked(images: FileDataset, paths: list[str]) -> FileDataset:
         f"no images found in {named}: {len(images.skipped)} other files were seen, for example "
         f"'{path}': {reason}"
     )
-
-
-def _open_arrays(paths: list[str], decoder: Decoder) -> ArrayDataset:
-    arrays = [_open_array(path) for path in paths]
-    targets = [labels for _, labels in arrays if labels is not None]
-    joined = np.concatenate(targets) if len(targets) == len(arrays) else None
-    names = [os.path.basename(path) for path in paths]
-    return ArrayDataset([images for images, _ in arrays], decoder, names, joined)
 
 
 def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
@@ -230,18 +228,15 @@ def _warn_of_dark_files(images: ImageDataset) -> None:
     if images.decoder.value_range is not None or isinstance(images, ObjectDataset):
         return
     ranges = {}
-    for index in np.unique(np.linspace(0, len(images) - 1, _DEEP_SAMPLED).astype(int)):
-        name = images.name(int(index))
-        try:
-            found = None if name.lower().endswith(_EIGHT_BITS) else deep_range(images.raw(index))
-        except ImageError:
+    for index in evenly_spaced(len(images), _DEEP_SAMPLED):
+        name = images.name(index)
+        if name.lower().endswith(_EIGHT_BITS):
             continue
-        if found is not None:
-            ranges[name] = found
-    low, high = (
-        min((r[0] for r in ranges.values()), default=0),
-        max((r[1] for r in ranges.values()), default=0),
-    )
+        with suppress(ImageError):
+            if (limits := deep_range(images.raw(index))) is not None:
+                ranges[name] = limits
+    low = min((limits[0] for limits in ranges.values()), default=0)
+    high = max((limits[1] for limits in ranges.values()), default=0)
     if ranges and high - low < 65536 // 8:
         _log.warning(
             "16-bit images such as %s hold values from %d to %d, less than an eighth of their "

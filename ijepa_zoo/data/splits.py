@@ -34,7 +34,7 @@ class Split:
         targets: `[n]` int64, class numbers; -1 for an image without one.
         classes: Names of the numbers, where they are known.
         name: What the dataset calls this split.
-        notes: What a user should know about it, in sentences.
+        notes: Remarks for the user, such as images that were left out.
     """
 
     images: ImageDataset
@@ -147,28 +147,30 @@ def _open_folder(path: str, decoder: Decoder) -> tuple[Split, Split | None]:
     for lists in (root / name for name in _PLACES_LISTS):
         if (lists / "train_places205.csv").is_file():
             return _places(root, lists, "train", decoder), _places(root, lists, "val", decoder)
-    for parts in (_class_folders, _named_shards):
-        train = next((found for name in TRAIN if (found := parts(path, name))), None)
-        test = next((found for name in TEST if (found := parts(path, name))), None)
-        if train and test:
-            return _open_pair(train, test, decoder)
-        if train and parts is _class_folders:
-            if any(os.path.isdir(os.path.join(path, name)) for name in TEST):
-                raise DataError(f"'{path}' has a test split without folders of classes")
-            return _open(train, "train", decoder), None
+    train, test = _class_folders(root, TRAIN), _class_folders(root, TEST)
+    if train and test:
+        return _open_pair(train, test, decoder)
+    if train and any((root / name).is_dir() for name in TEST):
+        raise DataError(f"'{path}' has a test split without folders of classes")
+    if train:
+        return _open(train, "train", decoder), None
+    train_shards, test_shards = _named_shards(root, TRAIN), _named_shards(root, TEST)
+    if train_shards and test_shards:
+        return _open_pair(train_shards, test_shards, decoder)
     return _open(path, "all", decoder), None
 
 
-def _class_folders(folder: str, split: str) -> str | None:
-    """The folder of a split, where it has folders of classes."""
-    path = os.path.join(folder, split)
-    has = os.path.isdir(path) and any(entry.is_dir() for entry in os.scandir(path))
-    return path if has else None
+def _class_folders(root: Path, names: Sequence[str]) -> Path | None:
+    """The first of the named folders that has folders, which are classes."""
+    folders = (root / name for name in names if (root / name).is_dir())
+    return next((f for f in folders if any(entry.is_dir() for entry in f.iterdir())), None)
 
 
-def _named_shards(folder: str, split: str) -> list[str] | None:
-    names = sorted(name for name in os.listdir(folder) if name.endswith(SHARD_SUFFIXES))
-    return [os.path.join(folder, name) for name in names if split in name.lower()] or None
+def _named_shards(root: Path, names: Sequence[str]) -> list[str]:
+    """The shards with the first of the names that any has."""
+    shards = [path for path in sorted(root.iterdir()) if path.name.endswith(SHARD_SUFFIXES)]
+    found = ([str(path) for path in shards if name in path.name.lower()] for name in names)
+    return next(filter(None, found), [])
 
 
 def _open_named(path: str, splits: list[str], decoder: Decoder) -> tuple[Split, Split | None]:

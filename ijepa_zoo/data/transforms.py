@@ -1,4 +1,4 @@
-"""From an image to the input of a model: its evaluation transform, and random crops."""
+"""The evaluation transform of a model, and random crops."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def create_transform(model: nn.Module, *, normalize: bool = True) -> ModelTransf
 
 
 def describe_transform(model: nn.Module) -> str:
-    """The transform in words, for reports and for the settings of a run."""
+    """One line about the transform, for reports and the settings of a run."""
     config = transform_config(model)
     height, width = config["input_size"][1:]
     mean, std = (" ".join(f"{v:g}" for v in config[key]) for key in ("mean", "std"))
@@ -142,7 +142,7 @@ def crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> Box:
-    """A box with the law of torchvision's RandomResizedCrop.
+    """A random box, distributed as in torchvision's RandomResizedCrop.
 
     Args:
         draws: Uniform numbers in [0, 1): areas of ten tries, their aspects, top and left.

@@ -67,7 +67,7 @@ class TrainBatches(Dataset[EvalBatch]):
         batch_size: Images of a step, of all processes together.
         seed: The run's seed.
         rank: Number of this process.
-        world: Distributed that share a batch.
+        world: Processes that share a batch.
         micro: Images of a piece, at most.
 
     Raises:
@@ -173,7 +173,7 @@ class OrderedBatches(Dataset[EvalBatch]):
         size: Height and width of the model's input.
         batch_size: Slots of a batch of one process.
         rank: Number of this process.
-        world: Distributed that share the images.
+        world: Processes that share the images.
     """
 
     def __init__(

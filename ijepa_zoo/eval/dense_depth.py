@@ -93,7 +93,7 @@ def evaluate_dense_depth(
         batch_size: In the place of the protocol's.
         pictures: Rows of `predictions.png`; 0 for none.
         device: 'auto', or torch's name of a device.
-        workers: Distributed that decode; default: one for each CPU.
+        workers: Processes that decode; default: one for each CPU.
         precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
         checkpoint: See `open_model`; for a model that is named.
         network: See there.

@@ -74,7 +74,7 @@ def evaluate_finetune(
         micro: Images of a forward and backward pass of a process; None for its share of a batch.
         grad_checkpointing: Compute activations twice rather than keep them.
         device: 'auto', or torch's name of a device.
-        workers: Distributed that decode; default: one for each CPU.
+        workers: Processes that decode; default: one for each CPU.
         precision: 'bfloat16' or 'float32'; 'auto': the first on a GPU.
         checkpoint: See `open_model`; for a model that is named.
         network: See there.

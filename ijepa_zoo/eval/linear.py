@@ -80,7 +80,7 @@ def evaluate_linear(
         epochs: In the place of the protocol's.
         batch_size: In the place of the protocol's; learning rates grow linearly with it.
         device: 'auto', or torch's name of a device.
-        workers: Distributed that decode; default: one for each CPU.
+        workers: Processes that decode; default: one for each CPU.
         precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
         checkpoint: Weights for a model that is named; see `create_model`.
         network: Which network of them; see there.

@@ -99,7 +99,7 @@ def open_task(
             CLEVR's tasks what :func:`~ijepa_zoo.data.clevr.open_clevr` takes.
         seed: The run's seed; it shares out a data set in one piece, 80 % to train and 20 % to test.
         test: The test part, if `data` does not hold it (classes alone).
-        workers: Distributed that render scenes, if any are rendered.
+        workers: Processes that render scenes, if any are rendered.
         decoder: See `open_images`.
         skip_broken: Leave out images that cannot be decoded.
         progress: Show a progress bar while rendering.

@@ -1,4 +1,4 @@
-"""Preparing an output: what is there already, whether it fits, and locks against other runs."""
+"""Prepare an output: resume, refuse or replace what exists, and lock it against other runs."""
 
 import json
 import os
@@ -16,14 +16,13 @@ from .outputs import Outputs
 from .parts import whole_file
 
 _HASHES = {"inputs", "paths"}  # settings that identify the images
-_IN_USE = "another process is writing '{}' now: wait for it, or choose another output"
 _OWN_FILE = re.compile(r"(\d{6}\.(rows|json)|settings\.json|merged)(\.tmp)?")
 
 
 def claim(
     outputs: Outputs, settings: dict[str, Any], overwrite: bool, distributed: Distributed
 ) -> bool:
-    """Make the output ready for a run with these settings; rank 0 does so for all.
+    """Prepare the output for a run with these settings, on rank 0.
 
     Returns:
         Whether such a run is finished already.
@@ -49,8 +48,8 @@ def claim(
 
 
 @contextmanager
-def lock_rank(outputs: Outputs, rank: int) -> Iterator[None]:
-    """Keep other runs from the output while this process works on its share.
+def lock_rank(outputs: Outputs, rank: int | str) -> Iterator[None]:
+    """Keep other runs from the output while this process works on its images.
 
     Raises:
         RunError: Another run is at work.
@@ -59,20 +58,23 @@ def lock_rank(outputs: Outputs, rank: int) -> Iterator[None]:
         with FileLock(outputs.parts / f"rank{rank}.lock", timeout=0):
             yield
     except Timeout:
-        raise RunError(_IN_USE.format(outputs.features)) from None
+        raise RunError(
+            f"another process is writing '{outputs.features}' now: wait for it, or choose another "
+            "output"
+        ) from None
 
 
 def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool) -> bool:
     """Check what is there and prepare the folder of parts; True if nothing is left to do."""
     made = outputs.parts / "settings.json"
-    if not overwrite:
+    if not overwrite and (outputs.record.exists() or not made.exists()):
         if _finished(outputs, settings):
             remove_parts(outputs)  # of a run that was killed while it removed them
             return True
-        if not made.exists():
-            _refuse_old_results(outputs, settings)
     outputs.parts.mkdir(parents=True, exist_ok=True)
-    _refuse_other_runs(outputs)
+    for lock in outputs.parts.glob("rank*.lock"):
+        with lock_rank(outputs, lock.stem.removeprefix("rank")):
+            pass
     before = _settings(made) if made.exists() else None
     if before not in (None, settings) and not overwrite:
         raise RunError(
@@ -88,15 +90,6 @@ def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool) -> boo
     with whole_file(made) as file:
         file.write(json.dumps(settings).encode())
     return False
-
-
-def _refuse_other_runs(outputs: Outputs) -> None:
-    for lock in outputs.parts.glob("rank*.lock"):
-        try:
-            with FileLock(lock, timeout=0):
-                pass
-        except Timeout:
-            raise RunError(_IN_USE.format(outputs.features)) from None
 
 
 def _empty(folder: Path) -> None:
@@ -122,20 +115,17 @@ def remove_parts(outputs: Outputs) -> None:
 
 
 def _finished(outputs: Outputs, settings: dict[str, Any]) -> bool:
-    if not all(p.exists() for p in (outputs.features, outputs.index, outputs.record)):
-        return False
-    return _settings(outputs.record, "settings") == settings
-
-
-def _refuse_old_results(outputs: Outputs, settings: dict[str, Any]) -> None:
-    found = [p for p in (outputs.features, outputs.index, outputs.record) if p.exists()]
+    """Whether the files are those of such a run; other files are refused."""
+    files = (outputs.features, outputs.index, outputs.record)
+    found = [path for path in files if path.exists()]
+    before = _settings(outputs.record, "settings") if outputs.record in found else settings
     if not found:
-        return
+        return False
+    if before == settings and len(found) == len(files):
+        return True
     why = "it is not from a finished run"
-    if outputs.record.exists():
-        before = _settings(outputs.record, "settings")
-        if before != settings:
-            why = f"it was made with other settings ({_differences(before, settings)})"
+    if before != settings:
+        why = f"it was made with other settings ({_differences(before, settings)})"
     raise RunError(
         f"'{found[0]}' exists: {why}. Choose another output, or --overwrite (overwrite=True) to "
         "replace it"

@@ -1,4 +1,4 @@
-"""From pixels to features: device, precision, threads, and what identifies the computation."""
+"""From pixels to features, in a precision, on a device."""
 
 import copy
 import hashlib
@@ -28,16 +28,16 @@ _BATCH = 32  # images, elsewhere and at least
 class Encoder:
     """Pixels to features in the chosen precision, on one device.
 
-    On a CPU the last bits of a matrix product may depend on the number of threads that share it, so
-    each piece of a batch is computed by one thread, and several pieces at a time: the features are
-    the same to the last bit on any number of threads, and no thread waits for another.
+    On a CPU the last bits of a matrix product depend on its number of threads, so each piece of a
+    batch is computed by one thread, and several pieces at a time: the features are the same to the
+    last bit for any number of threads.
 
     Args are those of :func:`ijepa_zoo.extract_features`, and `host`: False leaves the features on
     the device.
 
     Attributes:
         settings: Everything that decides the numbers.
-        result_device: Where the features come out.
+        result_device: Device of the features.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Encoder:
 
         def begin() -> None:
             torch.set_num_threads(1 if self.on_cpu else before)
-            if self.device.type == "cuda":  # every thread has a current GPU of its own
+            if self.device.type == "cuda":  # the current GPU is a setting of the thread
                 torch.cuda.set_device(self.device)
 
         pool = ThreadPoolExecutor(self.threads, initializer=begin)

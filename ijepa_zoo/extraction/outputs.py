@@ -1,4 +1,4 @@
-"""The files that a finished run leaves: features, index and record."""
+"""The files of a finished run: features, index and record."""
 
 import io
 import json
@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files that a run leaves, all beside ``features``.
+    """The files that a run writes, all in the folder of ``features``.
 
     Attributes:
         features: The features, in the order of the input.
@@ -151,9 +151,8 @@ def merge(
     parts: Parts,
     images: ImageDataset,
     row_shape: tuple[int, ...],
-    dtype: str,
     settings: dict[str, Any],
-) -> dict[str, Any]:
+) -> None:
     """Join the parts into the final files, piece by piece.
 
     Args:
@@ -161,11 +160,7 @@ def merge(
         parts: All complete.
         images: The input.
         row_shape: Shape of one row.
-        dtype: Name of the features' dtype.
         settings: Kept in the record, and in the metadata of safetensors.
-
-    Returns:
-        The record: settings, counts and shape.
     """
     counts = {"rows": 0, "failed": 0, "skipped": 0}
     temporary = outputs.parts / "merged.tmp"
@@ -174,7 +169,7 @@ def merge(
             kind = "failed" if "error" in line else "skipped" if "skipped" in line else "rows"
             counts[kind] += 1
             file.write(json.dumps(line).encode() + b"\n")
-    shape = (counts["rows"], *row_shape)
+    shape, dtype = (counts["rows"], *row_shape), settings["dtype"]
     with whole_file(outputs.features, temporary) as file:
         if outputs.format == "parquet":
             _write_parquet(file, parts, outputs.index, shape, dtype)
@@ -186,7 +181,6 @@ def merge(
     record = {**counts, "shape": list(shape), "dtype": dtype, "settings": settings}
     with whole_file(outputs.record, temporary) as file:
         file.write(json.dumps(record, indent=1).encode() + b"\n")
-    return record
 
 
 def _header(format: str, shape: tuple[int, ...], dtype: str, settings: dict[str, Any]) -> bytes:

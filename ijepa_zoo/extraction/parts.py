@@ -22,7 +22,7 @@ class Parts:
     renamed into place after it, holds null or a reason for each image of the range.
 
     Attributes:
-        folder: Where they lie.
+        folder: Their folder.
         images: Images of the whole run.
         batch_size: Images per batch.
         row_bytes: Bytes of the features of one image.

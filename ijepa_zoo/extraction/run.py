@@ -1,4 +1,4 @@
-"""The extraction run: images in, features and an index out; resumable, shared between processes."""
+"""Extract features of images into a file: resumable, on any number of processes."""
 
 import json
 import math
@@ -40,7 +40,7 @@ class ExtractionReport:
         shape: Shape of the features.
         dtype: Their dtype.
         failed: Path and reason of each image without a row.
-        skipped: Files in folders or shards that are no images by their names.
+        skipped: Files in folders or shards that are not images by their names.
         images_per_second: Rate of this process group in this session; 0 if nothing was left to do.
         already_done: Whether a finished run with the same settings was found.
         settings: What the run was made with.
@@ -82,21 +82,21 @@ def extract_features(
     """Extract the features of images into one file, with an index that says which row is whose.
 
     The images are cut into fixed batches in the order of the input. Finished batches are kept in
-    ``<out>.parts`` until the end, so the same call after an interruption goes on where it was, and
-    the files come out byte-identical to those of an uninterrupted run, whatever the number of
-    workers, of threads, or of processes under ``torchrun`` (on a shared file system).
+    ``<out>.parts`` until the end, so the same call after an interruption resumes, and the files are
+    byte-identical to those of an uninterrupted run for any number of workers, of threads, and of
+    processes under ``torchrun`` (on a shared file system).
 
     Args:
         inputs: See :func:`ijepa_zoo.data.sources.open_images`.
         model: A timm ViT; it is moved to the device and left in its training or evaluation mode.
-        out: File to write; ``<stem>.index.jsonl`` and ``<stem>.run.json`` come beside it.
+        out: File to write; ``<stem>.index.jsonl`` and ``<stem>.run.json`` are written next to it.
         layers: See :class:`~ijepa_zoo.features.FeatureExtractor`.
         pool: 'avg' or None, see there.
         dtype: Of the file: 'float32', 'float16' or 'bfloat16'.
         batch_size: Images per batch. Default: 32, on a CUDA GPU as many as have about 65,536
             patches.
         device: 'auto' for the GPU if there is one (under torchrun one each), or torch's name.
-        workers: Processes that decode images; 0 decodes in this one. Default: one per CPU, up to 8.
+        workers: Processes that decode images; 0 decodes in this one. Default: one per CPU.
         threads: Threads of the computation on a CPU. Default: one per CPU.
         precision: Of the computation: 'float32', 'bfloat16' or 'float16' (autocast),
             'bfloat16-weights' (everything in bfloat16: a little faster, about twice the error), or
@@ -112,14 +112,13 @@ def extract_features(
 
     Returns:
         What was done. Images that failed are in it and in the index, and the rest is complete.
-        None in a process under torchrun whose share was done before that of others: the last one
-        writes the files.
+        None in all processes under torchrun but the last to finish, which writes the files.
 
     Raises:
-        ijepa_zoo.errors.DataError: If an input does not exist or there are no images.
-        ValueError: If an argument is out of range.
-        RunError: If other results are in the way, another process is at work, an image
-            fails under ``strict``, or features are not finite in the chosen precision.
+        DataError: An input does not exist or there are no images.
+        ValueError: An argument is out of range.
+        RunError: Other results are in the way, another process is at work, an image fails under
+            ``strict``, or features are not finite in the chosen precision.
     """
     if dtype not in DTYPES:
         raise SettingsError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
@@ -162,7 +161,7 @@ def extract_features(
         transform = create_transform(model, normalize=False)
         batches = ImageBatches(images, transform, batch_size, (encoder.in_chans, *encoder.size))
         rate = _work(parts, batches, encoder, distributed, workers, strict, progress)
-    if not _merge_when_complete(outputs, parts, images, encoder.row_shape, dtype, settings):
+    if not _merge_when_complete(outputs, parts, images, encoder.row_shape, settings):
         return None
     return _report(outputs, rate, finished=False)
 
@@ -224,10 +223,8 @@ def _work(
     missing = [part for part in own if part not in done]
     order = [batch for part in missing for batch in parts.batches(part)]
     loaded = load_in_order(batches, order, workers, pin_memory=encoder.device.type == "cuda")
-    images, before = (
-        sum(map(parts.size, own)),
-        sum(parts.size(part) for part in own if part in done),
-    )
+    images = sum(map(parts.size, own))
+    before = images - sum(map(parts.size, missing))
     start = time.perf_counter()
     with (
         closing(encoder.encode(loaded)) as encoded,
@@ -252,15 +249,14 @@ def _merge_when_complete(
     parts: Parts,
     images: ImageDataset,
     row_shape: tuple[int, ...],
-    dtype: str,
     settings: dict[str, Any],
 ) -> bool:
-    """Write the files if no other process has parts to do; the last one does so."""
+    """Write the files if all parts are complete; False while other processes have some to do."""
     try:
         with FileLock(outputs.parts / "merge.lock"):
             if outputs.record.exists() or len(parts.done()) < len(parts):
                 return False  # another process has merged them, or will
-            merge(outputs, parts, images, row_shape, dtype, settings)
+            merge(outputs, parts, images, row_shape, settings)
     except FileNotFoundError:
         if not outputs.parts.exists():  # another process has merged and removed them
             return False

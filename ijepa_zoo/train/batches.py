@@ -148,7 +148,7 @@ class TrainBatches(Dataset[list[Batch]]):
         image_size: Height and width that the model takes, in pixels.
         masks: Sampler of context and targets.
         rank: Number of this process.
-        world: Distributed that share a batch.
+        world: Processes that share a batch.
         micro: Images of a micro-batch; divides the process's share and `mask.cut`.
     """
 

@@ -365,3 +365,32 @@ def test_other_kinds_of_labels_are_ignored_with_a_warning(
         assert "'label'" in caplog.text
     with_holes = hf_data({**rows, "label": [0, None, 1, None, 1, 0]})
     assert open_images(with_holes).targets.tolist() == [0, -1, 1, -1, 1, 0]
+
+
+def test_arrays_on_the_disk_are_opened_again_in_other_processes(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.arange(30 * 8 * 8 * 3, dtype=np.uint8).reshape(30, 8, 8, 3))
+    images = open_images(tmp_path / "a.npy")
+    packed = pickle.dumps(images)
+    assert len(packed) < 2000
+    assert pickle.loads(packed).fingerprint() == images.fingerprint()
+
+
+class Listed:
+    """Images in memory, the same or others in every reading."""
+
+    def __init__(self, level: int, changes: bool = False) -> None:
+        self.level, self.changes, self.read = level, changes, 0
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        self.read += self.changes
+        return np.full((4, 4, 3), self.level + self.read, np.uint8)
+
+
+def test_datasets_of_other_images_have_other_fingerprints_unless_images_change() -> None:
+    one, same, other = (open_images(Listed(level)).fingerprint() for level in (1, 1, 2))
+    assert one == same != other
+    first, second = (open_images(Listed(level, changes=True)).fingerprint() for level in (1, 2))
+    assert first == second

@@ -208,6 +208,7 @@ def test_damaged_shards_give_what_can_be_read_and_name_the_damage(tmp_path: Path
         assert len([f for f in files if f.problem is None]) >= readable, name
         assert files[-1].path == str(tmp_path / name), name
         assert files[-1].problem, name
+        assert {f.label for f in files} == {None}, name
 
 
 def checksummed(header: bytearray) -> bytes:
