@@ -145,9 +145,9 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
     tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     return {
-        "RANK": environment["SLURM_PROCID"],
+        "RANK": environment.get("SLURM_PROCID", ""),
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_RANK": environment.get("SLURM_LOCALID", ""),
         "LOCAL_WORLD_SIZE": tasks[0] if tasks else "1",
         "MASTER_ADDR": first,
         "MASTER_PORT": str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000),

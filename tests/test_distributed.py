@@ -42,6 +42,11 @@ def test_environments():
         assert distributed.is_main
 
 
+def test_half_of_slurms_variables():
+    with pytest.raises(DistributedError, match="LOCAL_RANK not set"):
+        read_environment({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"})
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

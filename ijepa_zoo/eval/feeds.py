@@ -210,6 +210,11 @@ class CachedFeed:
         self.fit = np.flatnonzero(np.isin(self.train.indices, probe.fit))
         self.choose = np.flatnonzero(np.isin(self.train.indices, probe.choose))
         self._refuse_undecoded()
+        if flips:
+            self._plan_training(source)
+
+    def _plan_training(self, source: Representations) -> None:
+        probe = self.probe
         distributed, protocol = probe.distributed, probe.protocol
         plan = TrainBatches(
             *(probe.train, self.fit, protocol.view, source.size, protocol.batch_size),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from small_probe import TASK, encoder, pixels_of, write_pictures
 from ijepa_zoo import FeatureExtractor
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import RunError
+from ijepa_zoo.eval.feeds import CachedFeed
 from ijepa_zoo.eval.models import Subject
-from ijepa_zoo.eval.probe import open_probe
+from ijepa_zoo.eval.probe import Probe, open_probe
 from ijepa_zoo.eval.representations import BlockFeatures, RawPixels
 
 
@@ -118,6 +120,17 @@ def test_a_link_to_nowhere_is_a_broken_image(cached, pictures):
     file.unlink()
     file.symlink_to("nowhere")
     assert list(cached().broken) == [0]
+
+
+def test_what_does_not_train_needs_no_batch_that_processes_can_share(
+    pictures, tmp_path, monkeypatch
+):
+    probe = open_probe(TASK, pictures, tmp_path / "out", Distributed(), workers=0)
+    source = BlockFeatures(Subject(encoder(), "m"), device="cpu")
+    found = {part.split: probe.features(part, source) for part in (probe.train, probe.test)}
+    monkeypatch.setattr(Probe, "features", lambda probe, part, source: found[part.split])
+    three = replace(probe, distributed=Distributed(world_size=3))
+    assert CachedFeed(three, source, None, flips=False).fitted() > 0
 
 
 def test_a_folder_with_other_settings_is_refused(cached, tmp_path):
