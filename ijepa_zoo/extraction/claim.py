@@ -67,10 +67,10 @@ def lock_rank(outputs: Outputs, rank: int | str) -> Iterator[None]:
 def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool) -> bool:
     """Check what is there and prepare the folder of parts; True if nothing is left to do."""
     made = outputs.parts / "settings.json"
-    if not overwrite and (outputs.record.exists() or not made.exists()):
-        if _finished(outputs, settings):
-            remove_parts(outputs)  # of a run that was killed while it removed them
-            return True
+    may_be_finished = outputs.record.exists() or not made.exists()
+    if not overwrite and may_be_finished and _finished(outputs, settings):
+        remove_parts(outputs)  # of a run that was killed while it removed them
+        return True
     outputs.parts.mkdir(parents=True, exist_ok=True)
     for lock in outputs.parts.glob("rank*.lock"):
         with lock_rank(outputs, lock.stem.removeprefix("rank")):
