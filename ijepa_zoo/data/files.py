@@ -258,10 +258,13 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, str | None]
                 content = file.read(min(member.size, _LONGEST_LABEL))
                 text = content.decode("utf-8", "surrogateescape").strip()
             yield name, member, text
-        # tarfile takes a broken header in the middle for the end of the archive
+        # tarfile takes a broken header, and the end of a cut file, for the end of the archive
         file.seek(tar.offset)
-        if file.read(_TAR_BLOCK).strip(b"\0"):
+        end = file.read(_TAR_BLOCK)
+        if end.strip(b"\0"):
             raise tarfile.ReadError(f"no valid member header at byte {tar.offset}")
+        if not end:
+            raise tarfile.ReadError("it ends without the mark of a tar's end, so it may be cut")
 
 
 def _member_file(path: str, root: str, name: str, member: tarfile.TarInfo, repeated: bool) -> File:

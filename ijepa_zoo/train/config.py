@@ -148,7 +148,7 @@ class MachineConfig:
 
     `micro_batch_size`: images of one forward pass of one process; None for as many as fit into
     `mask.cut` and the process's share of the batch. `workers`: loader processes of each training
-    process; None for one per available core, at most 8. `timeout`: seconds after which a process
+    process; None for its share of the machine's cores. `timeout`: seconds after which a process
     that does not answer ends the run. `threads`: those of a process's computation on a CPU; None
     for torch's own choice.
     """

@@ -195,6 +195,7 @@ def test_damaged_shards_give_what_can_be_read_and_name_the_damage(tmp_path: Path
     broken = data[:header] + b"x" * 200 + data[header + 200 :]
     zipped = shard(tmp_path / "z.tgz", {f"{i}.png": os.urandom(3000) for i in range(4)}, "w:gz")
     for name, content, readable in (
+        ("cut_between_members.tar", data[:header], 2),
         ("cut_header.tar", data[: header + 100], 2),
         ("cut_data.tar", data[: header + 520], 2),
         ("broken.tar", broken, 2),
