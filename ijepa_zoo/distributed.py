@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from .errors import DistributedError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_groups = itertools.count()  # started by this process; all processes start the same ones
 _START = "start with: torchrun --nproc-per-node NUMBER_OF_GPUS -m ijepa_zoo COMMAND ..."
 
 
@@ -97,8 +100,15 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
     mine = not dist.is_initialized()
     if mine:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        limit = timedelta(seconds=timeout)
+        # A group of its own name: under an earlier one's, a process that is ahead would find the
+        # addresses of the earlier group and wait for them in vain.
+        store = dist.PrefixStore(  # type: ignore[attr-defined]
+            f"ijepa_zoo {next(_groups)}", _store(rank, world_size, limit)
+        )
+        store.set_timeout(limit)
         dist.init_process_group(
-            backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+            backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
     yield Distributed(rank, world_size, local_rank, local_world_size, chosen)
     if mine:  # not after an error, when destroying the group would wait for the others
@@ -106,6 +116,15 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
         # gloo's threads may still free a tensor of the last collective, which crashes a process
         # that exits meanwhile (https://github.com/pytorch/pytorch/pull/179291)
         time.sleep(0.1)
+
+
+@lru_cache(maxsize=1)
+def _store(rank: int, world_size: int, timeout: timedelta) -> Any:
+    """The store of the job, kept open: a process that opens it again may find it closed."""
+    from torch.distributed.rendezvous import rendezvous  # not in builds without distributed
+
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    return store
 
 
 def read_environment(environment: MutableMapping[str, str]) -> tuple[int, int, int, int] | None:

@@ -81,6 +81,7 @@ def test_devices(monkeypatch):
 
 
 EXCHANGE = """
+import time
 import torch
 from ijepa_zoo.distributed import init_distributed
 
@@ -95,6 +96,7 @@ for _ in range(2):  # a job may evaluate twice
         assert distributed.broadcast_object({"from": rank}) == {"from": 0}
         distributed.barrier()
         print("rank", rank, "done")
+    time.sleep(rank)  # the other one must not take the addresses of the group before
 """
 DIES = """
 import os, signal
