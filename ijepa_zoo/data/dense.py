@@ -472,9 +472,17 @@ def _pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]
 
 
 def _files_below(root: str) -> Iterator[str]:
-    """Images and arrays; hidden files and folders are left out."""
+    """Images and arrays; hidden files and folders are left out, and links that go in circles."""
     for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not _is_left_out(os.path.join(folder, name))]
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 yield os.path.join(folder, name)
+
+
+def _is_left_out(folder: str) -> bool:
+    """Whether a folder is hidden, or a link to one that the path to it leads through."""
+    path = Path(folder)
+    if path.is_symlink() and any(path.samefile(parent) for parent in path.absolute().parents):
+        return True
+    return path.name.startswith(".")

@@ -48,6 +48,8 @@ def open_training_images(
     images = open_images(data, decoder=decoder, index=index)
     if not isinstance(images, FileDataset):
         return images
+    if len(images.problems) == len(images):
+        raise DataError(f"no image can be read: {images.name(0)}: {images.problems[0]}")
     if compressed := images.compressed_shards():
         raise DataError(
             f"'{compressed[0]}' is compressed, and training reads images in any order: unpack it "

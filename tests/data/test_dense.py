@@ -70,6 +70,23 @@ def test_hidden_files_are_left_out_and_linked_folders_are_read(tmp_path):
     assert values(data.train) == values(data.test) == [(1, 1)]
 
 
+def test_links_that_go_in_circles_are_followed_once(tmp_path):
+    for n, room in enumerate(("a", "b", "c"), 1):
+        save_pair(
+            tmp_path / f"data/train/{room}/{n}.png",
+            tmp_path / f"data/train/{room}/{n}_depth.png",
+            n,
+        )
+    save_pair(tmp_path / "data/test/d/4.png", tmp_path / "data/test/d/4_depth.png", 4)
+    (tmp_path / "data/train/a/up").symlink_to(tmp_path / "data")
+    data = open_depth(tmp_path / "data", depth_scale=1)
+    assert len(data.train) == 3
+    (tmp_path / "data/train/b/to_c").symlink_to(tmp_path / "data/train/c")
+    (tmp_path / "data/train/c/to_b").symlink_to(tmp_path / "data/train/b")
+    data = open_depth(tmp_path / "data", depth_scale=1)
+    assert len(data.train) == 5  # b and c once more through each other
+
+
 def test_a_folder_without_a_split_is_split_by_the_seed(tmp_path):
     for n in range(1, 11):
         save_pair(tmp_path / f"{n}.png", tmp_path / f"{n}_depth.png", n)

@@ -29,6 +29,7 @@ from ijepa_zoo.train.batches import (
     evaluation_images,
     loader,
     normalise,
+    open_training_images,
     split,
 )
 from ijepa_zoo.train.config import DataConfig, MaskConfig, OptimConfig, PretrainConfig
@@ -291,6 +292,12 @@ class Broken:
 
     def fingerprint(self) -> str:
         return ""
+
+
+def test_a_damaged_shard_without_images_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cut.tar").write_bytes(b"not a tar file")
+    with pytest.raises(DataError, match=r"cut\.tar"):
+        open_training_images(CONFIG, str(tmp_path / "cut.tar"))
 
 
 def test_broken_images_are_named_and_replaced() -> None:
