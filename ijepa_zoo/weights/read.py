@@ -24,7 +24,7 @@ LABEL_KEY = "ijepa_zoo_network"  # in config.json of exported timm and transform
 # What torch.load raises on a damaged pickle depends on the byte that is wrong.
 _DAMAGE = (
     *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, LookupError),
-    *(TypeError, AttributeError, AssertionError, zipfile.BadZipFile),
+    *(TypeError, AttributeError, AssertionError, OSError, zipfile.BadZipFile),
 )
 Locate = Callable[[str], Path]
 
@@ -82,7 +82,8 @@ class Networks:
             CheckpointError: The checkpoint does not have the network, or does not say so.
         """
         if network is None:
-            return default if default in self.states else next(iter(self.states))
+            held = (default, "target_encoder", "encoder", *self.states)
+            return next(name for name in held if name in self.states)
         if network in self.states:
             return network
         if UNLABELED in self.states and network in registry.NETWORKS:
@@ -308,17 +309,14 @@ def _read_folder(locate: Locate, origin: str) -> State:
         ("model.safetensors", _read_safetensors),
         ("pytorch_model.bin", _read_pickle),
     ):
-        file = _optional(locate, name)
-        index = None if file else _optional(locate, f"{name}.index.json")
-        if file is None and index is None:
-            continue
-        if file is not None:
+        if (file := _optional(locate, name)) is not None:
             content = read(file)
+        elif _optional(locate, f"{name}.index.json") is not None:
+            index = _read_json(locate, f"{name}.index.json", origin)
+            files = set(dict(index.get("weight_map", {})).values())
+            content = {key: value for file in files for key, value in read(locate(file)).items()}
         else:
-            shards = set(_read_json(locate, f"{name}.index.json", origin)["weight_map"].values())
-            content = {
-                key: value for shard in sorted(shards) for key, value in read(locate(shard)).items()
-            }
+            continue
         found = find_networks(content, origin)
         if len(found) > 1:
             raise CheckpointError(f"{origin} has {', '.join(found)} in one file: load that file")
