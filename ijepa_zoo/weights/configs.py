@@ -93,8 +93,8 @@ def processor_cfg(
     cfg["interpolation"] = _FILTERS.get(processor.get("resample", 2))
     if cfg["mean"] == [0.5, 0.5, 0.5] and not is_ours:
         _log.warning(
-            "%s: preprocessor_config.json has mean 0.5, I-JEPA's released weights were trained with "
-            "ImageNet's mean and std; change model.pretrained_cfg if these are such weights",
+            "%s: preprocessor_config.json has mean 0.5, but I-JEPA's released weights were trained "
+            "with ImageNet's mean and std: change model.pretrained_cfg if these are such weights",
             origin,
         )
     return check_preprocessing(cfg, origin)

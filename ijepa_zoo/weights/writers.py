@@ -202,8 +202,8 @@ def _image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         size = {"height": scaled[0], "width": scaled[1]}
     else:
         raise CheckpointError(
-            f"transformers cannot resize images to {height}x{width} with crop mode {mode!r}: export "
-            "to timm instead"
+            f"transformers cannot resize images to {height}x{width} with crop mode {mode!r}: "
+            "export to timm instead"
         )
     filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
     return {
