@@ -194,12 +194,9 @@ def _open_file(path: Path) -> Networks:
     else:
         content = _read_pickle(path)
     found = find_networks(content, str(path))
-    states = {
-        label if network == UNLABELED and label in registry.NETWORKS else network: partial(
-            dict, state
-        )
-        for network, (state, _) in found.items()
-    }
+    if UNLABELED in found and label in registry.NETWORKS:
+        found = {label: found[UNLABELED]}
+    states = {network: partial(dict, state) for network, (state, _) in found.items()}
     return Networks(str(path), states, next(iter(found.values()))[1])
 
 
