@@ -108,7 +108,7 @@ class MultiBlockMasks:
         seed: int,
         step: int,
         part: slice | None = None,
-        cut: int | Literal["global"] = "global",
+        group_size: int | Literal["global"] = "global",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw the masks of one batch, or of a part of it.
 
@@ -117,8 +117,8 @@ class MultiBlockMasks:
             seed: The run's seed.
             step: Updates done so far.
             part: Images whose masks are returned; None for all.
-            cut: How many consecutive images share one context length, that of the shortest; the
-                published code cuts the images of each GPU. `global` for the whole batch.
+            group_size: How many consecutive images share one context length, that of the shortest
+                (in the official repository the images of a GPU). `global` for the whole batch.
 
         Returns:
             `context` [b, K] and `targets` [b, M, L], int64 patch indices in raster order, of the
@@ -130,7 +130,7 @@ class MultiBlockMasks:
         if batch_size < 1:
             raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
         first, last, _ = (part or slice(None)).indices(batch_size)
-        group = _group(first, last, batch_size if cut == "global" else cut)
+        group = _group(first, last, batch_size if group_size == "global" else group_size)
         rng = numpy_generator(seed, Stream.MASKS, step)
         target_size, context_size = self.block_sizes(step)
         shape = (batch_size, self.num_targets)
@@ -241,8 +241,8 @@ def _group(first: int, last: int, size: int) -> slice:
     start = first // size * size
     if not first < last <= start + size:
         raise SettingsError(
-            f"images {first} to {last} of the batch lie in several groups of cut={size}: draw "
-            "each group on its own, or use cut='global'"
+            f"images {first} to {last} of the batch are in several groups of group_size={size}: "
+            "draw each group on its own, or use group_size='global'"
         )
     return slice(start, start + size)
 

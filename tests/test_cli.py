@@ -158,7 +158,7 @@ def test_errors_of_the_system_name_the_file(failing, capsys, number, name):
     ("work", "options"),
     [
         ("features", ["--batch-size", "--workers", "--precision"]),
-        ("pretrain", ["machine.micro_batch_size", "machine.activation_checkpointing"]),
+        ("pretrain", ["runtime.micro_batch_size", "runtime.activation_checkpointing"]),
         ("linear", ["--batch-size", "--img-size", "--precision"]),
         ("knn", ["--img-size", "--precision"]),
         ("finetune", ["--micro", "--grad-checkpointing"]),

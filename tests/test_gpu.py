@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import ijepa_zoo
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.models.jepa import IJepa
-from ijepa_zoo.train.parallel import autocast
+from ijepa_zoo.train.precision import autocast
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 NAME = "vit_nano8_64_ijepa"

@@ -117,16 +117,19 @@ def test_each_group_is_cut_to_its_own_shortest(mode):
     lengths = set()
     for step in range(6):
         groups = [
-            masks.sample(12, seed=0, step=step, part=slice(i, i + 4), cut=4)[0] for i in (0, 4, 8)
+            masks.sample(12, seed=0, step=step, part=slice(i, i + 4), group_size=4)[0]
+            for i in (0, 4, 8)
         ]
         whole = masks.sample(12, seed=0, step=step)[0]
         assert min(group.shape[1] for group in groups) == whole.shape[1]
-        half = masks.sample(12, seed=0, step=step, part=slice(6, 8), cut=4)[0]
+        half = masks.sample(12, seed=0, step=step, part=slice(6, 8), group_size=4)[0]
         assert torch.equal(half, groups[1][2:])
         lengths.add(len({group.shape[1] for group in groups}))
     assert max(lengths) > 1
-    with pytest.raises(ValueError, match="3 to 6 of the batch lie in several groups of cut=4"):
-        masks.sample(12, seed=0, step=0, part=slice(3, 6), cut=4)
+    with pytest.raises(
+        ValueError, match="3 to 6 of the batch are in several groups of group_size=4"
+    ):
+        masks.sample(12, seed=0, step=0, part=slice(3, 6), group_size=4)
 
 
 def test_published_cut_keeps_the_first_indices():

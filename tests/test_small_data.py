@@ -24,8 +24,8 @@ PATCHES = (SIDE // PATCH) ** 2
 TINY = [
     "model.name=vit_nano8_64_ijepa", f"model.embed_dim={WIDTH}", f"model.depth={DEPTH}",
     "model.num_heads=2", f"model.predictor_embed_dim={NARROW}",
-    f"model.predictor_depth={SHALLOW}", "optim.batch_size=8", "mask.cut=8",
-    "optim.precision=fp32", "machine.device=cpu", "machine.workers=0", "machine.threads=1",
+    f"model.predictor_depth={SHALLOW}", "optim.batch_size=8", "mask.group_size=8",
+    "optim.precision=fp32", "runtime.device=cpu", "runtime.workers=0", "runtime.threads=1",
     "optim.duration=20 steps", f"model.img_size={SIDE}", f"model.patch_size={PATCH}",
     "data.held_out=24", "mask.min_keep=1",
 ]  # fmt: skip

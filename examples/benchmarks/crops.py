@@ -46,8 +46,8 @@ def main() -> None:
             "vith14_in1k",
             [
                 "model.name=vit_tiny16_ijepa", f"model.img_size={args.img_size}",
-                "data.held_out=0", "mask.cut=global", "machine.workers=0", "machine.device=cpu",
-                f"optim.batch_size={args.batch_size}", "optim.precision=fp32",
+                "data.held_out=0", "mask.group_size=global", f"optim.batch_size={args.batch_size}",
+                "optim.precision=fp32", "runtime.workers=0", "runtime.device=cpu",
             ],
         )  # fmt: skip
         images = open_images(paths, decoder=Decoder(as_tensor=True))

@@ -102,12 +102,12 @@ def imagenette(args: argparse.Namespace, run: Path) -> list[Step]:
     """Pretraining of ViT-S/16 on Imagenette at 128 px for 200 epochs."""
     settings = ["model.name=vit_small16_ijepa", "model.img_size=128", "optim.batch_size=256"]
     settings += ["optim.duration=200 epochs", "optim.warmup=20 epochs", "mask.min_keep=4"]
-    settings += ["machine.compile=true"]
+    settings += ["runtime.compile=true"]
     if args.smoke:
         settings = ["model.name=vit_nano8_64_ijepa", "model.img_size=64", "optim.batch_size=4"]
         settings += ["optim.duration=2 steps", "optim.warmup=1 steps", "optim.precision=fp32"]
-        settings += ["machine.device=cpu", "data.held_out=0", "mask.cut=global"]
-        settings += ["mask.min_keep=4", "machine.workers=0"]
+        settings += ["runtime.device=cpu", "data.held_out=0", "mask.group_size=global"]
+        settings += ["mask.min_keep=4", "runtime.workers=0"]
     command = ["-m", "ijepa_zoo", "pretrain", args.recipe, "--data", str(args.imagenette)]
     return [Step("imagenette", [*command, "--out", str(run), *settings], 60 * args.minutes - 30)]
 

@@ -57,12 +57,12 @@ class OurStep:
         self.config = load_config(
             "vith14_in1k",
             [
-                f"model.name={args.model}", "data.held_out=0", "mask.cut=global",
+                f"model.name={args.model}", "data.held_out=0", "mask.group_size=global",
                 f"mask.min_keep={10 if min(size.grid_size) > 13 else 4}",
                 f"optim.batch_size={args.batch_size}", f"optim.precision={precision}",
                 f"optim.duration={STEPS} steps", f"optim.warmup={WARMUP} steps",
-                f"machine.device={args.device}", f"machine.compile={str(compile).lower()}",
-                "machine.workers=0",
+                f"runtime.device={args.device}", f"runtime.compile={str(compile).lower()}",
+                "runtime.workers=0",
             ],
         )  # fmt: skip
         shape = (args.batch_size, *size.img_size, 3)
@@ -80,7 +80,7 @@ class OurStep:
     def masks(self, step: int) -> Masks:
         """Context and targets of a step."""
         context, targets = self.trainer.masks.sample(len(self.batch.images), seed=0, step=step)
-        pin = self.config.machine.device == "cuda"
+        pin = self.config.runtime.device == "cuda"
         return (context.pin_memory(), targets.pin_memory()) if pin else (context, targets)
 
     def normalized(self) -> Tensor:
@@ -90,7 +90,7 @@ class OurStep:
             for values in (self.config.data.mean, self.config.data.std)
         )
         images = (self.batch.images.float() / 255 - mean) / std
-        return images.pin_memory() if self.config.machine.device == "cuda" else images
+        return images.pin_memory() if self.config.runtime.device == "cuda" else images
 
 
 def flops_per_image(model: str, context: int, targets: int, target_tokens: int) -> int:

@@ -193,8 +193,8 @@ def run(config: PretrainConfig, images: ImageDataset, folder: Path) -> dict[str,
     """Train, measure before and after, save the encoder in `folder`; returns the figures."""
     if images.targets is None or len(images.classes) < 2:
         raise ValueError("images without a class: --data must be a folder of class folders")
-    if config.machine.threads:
-        torch.set_num_threads(config.machine.threads)
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
     trainer = Trainer(config, images)
     monitor, _ = trainer.monitor()
     preprocessing, device = transform_config(trainer.model.encoder), trainer.distributed.device

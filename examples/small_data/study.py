@@ -40,14 +40,14 @@ from ijepa_zoo.train.settings import differences
 
 SIZES: dict[str, list[str]] = {
     "cpu": [
-        "model.name=vit_nano8_64_ijepa", "optim.batch_size=64", "mask.cut=64",
-        "optim.duration=1000 steps", "optim.precision=fp32", "machine.device=cpu",
-        "machine.workers=0", "machine.threads=1",
+        "model.name=vit_nano8_64_ijepa", "optim.batch_size=64", "mask.group_size=64",
+        "optim.duration=1000 steps", "optim.precision=fp32", "runtime.device=cpu",
+        "runtime.workers=0", "runtime.threads=1",
     ],
     "gpu": [
         "model.name=vit_tiny16_ijepa", "model.predictor_embed_dim=192",
-        "model.predictor_depth=4", "optim.batch_size=512", "mask.cut=512",
-        "optim.duration=20000 steps", "optim.precision=bf16", "machine.workers=8",
+        "model.predictor_depth=4", "optim.batch_size=512", "mask.group_size=512",
+        "optim.duration=20000 steps", "optim.precision=bf16", "runtime.workers=8",
     ],
 }  # fmt: skip
 SHARED = [
@@ -73,10 +73,6 @@ ARMS: dict[str, list[str]] = {
     ],
     "unbiased": [*SLOW, *VARIANCE, "mask.mode=unbiased"],
     "small_targets": [*SLOW, *VARIANCE, "mask.mode=unbiased", "mask.target_scale=0.05,0.1"],
-    "instance": [*SLOW, "optim.target_norm=instance"],
-    "position": [*SLOW, "optim.target_norm=position"],
-    "position_variance": [*SLOW, *VARIANCE, "optim.target_norm=position"],
-    "instance_variance": [*SLOW, *VARIANCE, "optim.target_norm=instance"],
     "noise": [*SLOW, *VARIANCE, "optim.position_noise=0.25"],
     "fast_variance": VARIANCE,
     "ema_099": [*SLOW, *VARIANCE, "optim.momentum=0.99"],

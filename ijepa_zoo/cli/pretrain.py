@@ -21,15 +21,15 @@ from ..train import (
     pretrain,
     recipe_table,
 )
-from ..train.settings import published_places
+from ..train.settings import official_folders
 from ..weights.registry import checkpoints
 from .options import RESUME, Commands, count, is_main_process
 
 STOPPED, INTERRUPTED = 75, 130
 _CHANGE = re.compile(r"(seed|[a-z]+\.[a-z_]+)=")
 _MEMORY = (
-    "a smaller machine.micro_batch_size, machine.activation_checkpointing=true or fewer "
-    "machine.workers"
+    "a smaller runtime.micro_batch_size, runtime.activation_checkpointing=true or fewer "
+    "runtime.workers"
 )
 
 
@@ -130,9 +130,9 @@ def _config(args: argparse.Namespace) -> PretrainConfig:
 
 def _data_and_out(args: argparse.Namespace) -> tuple[list[str], str]:
     """Images and run folder; a file of the official repository names its own."""
-    own = published_places(args.config) if args.config else None
-    data = args.data or ([own.data] if own else None)
-    out = args.out or (own.out if own else None)
+    own = official_folders(args.config) if args.config else None
+    data = args.data or ([own[0]] if own else None)
+    out = args.out or (own[1] if own else None)
     if not data:
         raise SettingsError("name the images: --data FOLDER (or shards, a list, ...)")
     if not (out or args.dry_run):

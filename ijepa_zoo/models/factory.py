@@ -117,7 +117,6 @@ def create_ijepa(
     regularizer: nn.Module | None = None,
     loss: Literal["smooth_l1", "l2"] = "smooth_l1",
     target_layers: int = 1,
-    target_norm: Literal["layer", "instance", "position"] = "layer",
     position_noise: float = 0.0,
     **encoder_kwargs: Any,
 ) -> IJepa:
@@ -135,7 +134,6 @@ def create_ijepa(
         regularizer: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         loss: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         target_layers: See :class:`~ijepa_zoo.models.jepa.IJepa`.
-        target_norm: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         position_noise: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         **encoder_kwargs: timm's arguments of the encoder.
 
@@ -154,7 +152,6 @@ def create_ijepa(
         "regularizer": regularizer,
         "loss": loss,
         "target_layers": target_layers,
-        "target_norm": target_norm,
         "position_noise": position_noise,
     }
     asked = {

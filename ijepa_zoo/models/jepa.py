@@ -12,9 +12,6 @@ from ..seeds import standard_normal
 from .encoder import IJepaEncoder
 from .predictor import Predictor
 
-# Dimension of tokens [B, N, D] over which each feature is normalised before the LayerNorm
-_NORMS = {"layer": None, "instance": 1, "position": 0}
-
 
 class IJepa(nn.Module):
     """Image joint-embedding predictive architecture (Assran et al., CVPR 2023).
@@ -30,10 +27,6 @@ class IJepa(nn.Module):
             averaged over features, is the paper's text.
         target_layers: Blocks of the target encoder, the last ones, whose outputs are averaged into
             the targets (as in data2vec, arXiv 2202.03555); the published number is 1.
-        target_norm: ``layer``, the published one, normalises each token over its features. Before
-            it, ``instance`` gives every feature mean 0 and variance 1 over the tokens of an image
-            (as in data2vec 2.0, arXiv 2212.07525), and ``position`` over the images of the batch
-            at each position, so that nothing is left to predict from the position alone.
         position_noise: Standard deviation of the noise in the positions of the mask tokens (StoP,
             arXiv 2308.00566, whose code has 0.25); the published code has none. See `forward`.
 
@@ -49,12 +42,9 @@ class IJepa(nn.Module):
         regularizer: nn.Module | None = None,
         loss: Literal["smooth_l1", "l2"] = "smooth_l1",
         target_layers: int = 1,
-        target_norm: Literal["layer", "instance", "position"] = "layer",
         position_noise: float = 0.0,
     ) -> None:
         super().__init__()
-        if target_norm not in _NORMS:
-            raise SettingsError(f"target_norm must be one of {[*_NORMS]}, got {target_norm!r}")
         if position_noise < 0:
             raise SettingsError(f"position_noise must be 0 or more, got {position_noise}")
         if loss not in ("smooth_l1", "l2"):
@@ -66,7 +56,6 @@ class IJepa(nn.Module):
             )
         self.loss = loss
         self.target_layers = target_layers
-        self.target_norm = target_norm
         self.position_noise = position_noise
         self.noise_seed = 0
         self.encoder = encoder
@@ -96,17 +85,10 @@ class IJepa(nn.Module):
             Tokens ``[B * R, M, L, D]``.
         """
         layers = self.target_encoder.encode_layers(images, self.target_layers)
-        normed = [self._normed(tokens) for tokens in layers]
+        normed = [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in layers]
         tokens = normed[0] if len(normed) == 1 else torch.stack(normed).mean(dim=0)
         index = targets.view(len(images), -1, 1).expand(-1, -1, tokens.shape[-1])
         return tokens.gather(1, index).view(*targets.shape, -1)
-
-    def _normed(self, tokens: Tensor) -> Tensor:
-        over = _NORMS[self.target_norm]
-        if over is not None:
-            variance, mean = torch.var_mean(tokens.float(), dim=over, correction=0, keepdim=True)
-            tokens = (tokens - mean) * torch.rsqrt(variance + 1e-6)
-        return F.layer_norm(tokens, tokens.shape[-1:])
 
     def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """Predict the tokens of hidden blocks from the visible context.

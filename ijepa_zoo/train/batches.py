@@ -151,7 +151,7 @@ class TrainBatches(Dataset[list[Batch]]):
         masks: Sampler of context and targets.
         rank: Number of this process.
         world: Processes that share a batch.
-        micro: Images of a micro-batch; divides the process's share and `mask.cut`.
+        micro: Images of a micro-batch; divides the process's share and `mask.group_size`.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class TrainBatches(Dataset[list[Batch]]):
             seed=self.config.seed,
             step=step,
             part=slice(places.start * count, places.stop * count),
-            cut=mask.cut if mask.cut == "global" else mask.cut * count,
+            group_size=self.config.group_size * count,
         )
 
     def _read(

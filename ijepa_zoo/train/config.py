@@ -1,179 +1,339 @@
-"""The settings of a pretraining run: those that decide its result, and those of the machine.
+"""The settings of a pretraining run.
 
-Recipes (`recipes/*.yaml`) and `--config` files are read into these classes by `settings`. All
-defaults are the published ViT-H/14 run on ImageNet-1k.
+All defaults are the official ViT-H/14 run on ImageNet-1k. `settings` reads recipes, files and
+command lines into these models and raises SettingsError; making one in Python raises pydantic's
+ValidationError.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import SettingsError
-from . import schedules
+from ..models.predictor import PREDICTORS
 
-Precision = Literal["fp32", "bf16", "fp8"]
-Range = tuple[float, float]
-_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(steps?|epochs?|images?)")
+_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(step|epoch|image)s?")
+FOLDERS = ("local-dir:", "hf-hub:")
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The networks; None stands for the model's own value.
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("input should be a number")
+    return value
 
-    `name` is a registered model or `local-dir:` / `hf-hub:` (see `create_ijepa`), without a tag:
-    weights to start from are a matter of `pretrain(init=...)`. `predictor_context` is `repeated`,
-    as published, or `shared`: the context passes once for all targets, which costs less and is
-    another method.
+
+def _numbers(value: Any) -> Any:
+    """The words `0.3,1.0` of a command line, or a single number, as a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.strip("[]() ").split(",")]
+    return [value] if isinstance(value, (int, float)) else value
+
+
+def _two(value: Any) -> Any:
+    numbers = _numbers(value)
+    if not isinstance(numbers, (list, tuple)) or len(numbers) != 2:
+        raise ValueError("input should be two numbers such as [0.5, 1.0]")
+    return numbers
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("the first number should not be greater than the second")
+    return value
+
+
+def _duration(value: Any) -> Any:
+    found = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if not found or float(found[1]) > 1e15:
+        raise ValueError("input should be such as '300 epochs', '1000 steps' or '1e8 images'")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[Int, Field(ge=1)]
+Natural = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Float, Field(gt=0)]
+NonNegative = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Area = Annotated[Float, Field(gt=0, le=1)]
+AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered), BeforeValidator(_two)]
+RatioRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered), BeforeValidator(_two)]
+Numbers = Annotated[tuple[Float, ...], BeforeValidator(_numbers)]
+PositiveNumbers = Annotated[tuple[Positive, ...], BeforeValidator(_numbers)]
+Duration = Annotated[str, BeforeValidator(_duration)]
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
+
+
+class Section(BaseModel):
+    """Settings that refuse unknown names, infinity and nan, and do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _field(default: Any, description: str, **limits: Any) -> Any:
+    return Field(default, description=description, **limits)
+
+
+class ModelConfig(Section):
+    """The networks; null stands for the model's own value."""
+
+    name: str = _field(
+        "vit_huge14_ijepa",
+        "a registered model, local-dir:FOLDER or hf-hub:REPO; --init names weights to start from",
+    )
+    img_size: Count | None = _field(None, "height and width of images in pixels")
+    patch_size: Count | None = _field(None, "height and width of patches in pixels")
+    in_chans: Count | None = _field(None, "channels of images")
+    embed_dim: Count | None = _field(None, "width of the encoders")
+    depth: Count | None = _field(None, "blocks of the encoders")
+    num_heads: Count | None = _field(None, "attention heads of encoders and predictor")
+    mlp_ratio: Positive | None = _field(None, "hidden width of the encoders' MLPs over embed_dim")
+    predictor_embed_dim: Count | None = _field(None, "width of the predictor")
+    predictor_depth: Count | None = _field(None, "blocks of the predictor")
+    predictor_context: Literal["repeated", "shared"] | None = _field(
+        None,
+        "repeated: the context is processed with every target block (official); shared: once for "
+        "all of them, which costs less and is another method",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        if name in PREDICTORS or name.startswith(FOLDERS):
+            return name
+        if name.partition(".")[0] in PREDICTORS:
+            raise ValueError(f"weights to start from are named by --init {name}")
+        near = difflib.get_close_matches(name, PREDICTORS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(PREDICTORS)}"
+        raise ValueError(f"no such model is registered, {hint}")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ModelConfig:
+        for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
+            size, divisor = getattr(self, whole), getattr(self, part)
+            if size and divisor and size % divisor:
+                raise ValueError(
+                    f"model.{whole}={size} is not a multiple of model.{part}={divisor}"
+                )
+        return self
+
+
+class DataConfig(Section):
+    """From an image to an input."""
+
+    crop_scale: AreaRange = _field(
+        (0.3, 1.0), "share of the image's area that a random crop takes, min and max"
+    )
+    crop_ratio: RatioRange = _field(
+        (3 / 4, 4 / 3), "width over height of a random crop, min and max"
+    )
+    horizontal_flip: bool = _field(False, "flip half of the crops")
+    mean: Numbers = _field(
+        (0.485, 0.456, 0.406), "mean of the pixels: one value for each channel, or for all"
+    )
+    std: PositiveNumbers = _field(
+        (0.229, 0.224, 0.225), "standard deviation of the pixels, likewise"
+    )
+    held_out: Natural = _field(512, "images for the monitors, never trained on")
+    max_broken: Share = _field(
+        0.01, "stop above this share of images that cannot be decoded; may change on resume"
+    )
+    value_range: Annotated[tuple[Float, Float], BeforeValidator(_two)] | None = _field(
+        None, "values of black and white in images and arrays of more than 8 bits"
+    )
+    bands: Annotated[tuple[Natural, ...], BeforeValidator(_numbers)] | None = _field(
+        None, "bands or pages of image files to use as channels, from 0"
+    )
+
+
+class MaskConfig(Section):
+    """Multi-block masks."""
+
+    mode: Literal["published", "unbiased"] = _field(
+        "published",
+        "unbiased: height and width are drawn apart, corners reach the last row and column, "
+        "contexts are shortened at random",
+    )
+    group_size: Count | Literal["global"] = _field(
+        128,
+        "images that share a context length, that of the shortest (official: the images of a "
+        "GPU); global: the whole batch",
+    )
+    per_image: Count = _field(
+        1, "contexts of an image, each with targets of its own; one target encoder pass", le=64
+    )
+    num_targets: Count = _field(4, "target blocks of a context")
+    target_scale: AreaRange = _field(
+        (0.15, 0.2), "share of the image's area in a target block, min and max"
+    )
+    target_aspect: RatioRange = _field(
+        (0.75, 1.5), "height over width of a target block, min and max"
+    )
+    context_scale: AreaRange = _field(
+        (0.85, 1.0), "share of the image's area in a context block, min and max"
+    )
+    min_keep: Natural = _field(10, "a context has more patches than this")
+    allow_overlap: bool = _field(False, "keep patches of targets in the context")
+
+
+class OptimConfig(Section):
+    """Loss, optimizer and schedules; durations are in epochs, steps or images."""
+
+    batch_size: Count = _field(2048, "images of a step, over all processes and accumulated parts")
+    duration: Duration = _field(
+        "300 epochs", "length of the run, such as 300 epochs, 1000 steps or 1e8 images"
+    )
+    warmup: Duration = _field(
+        "40 epochs", "time in which the learning rate rises from start_lr to lr"
+    )
+    schedule_scale: Positive = _field(
+        1.0, "schedules run over this many times the duration (official: ipe_scale)"
+    )
+    start_lr: NonNegative = _field(2e-4, "learning rate before the first step")
+    lr: Positive = _field(1e-3, "learning rate after the warm-up")
+    final_lr: NonNegative = _field(1e-6, "learning rate at the end of the cosine schedule")
+    weight_decay: NonNegative = _field(0.04, "weight decay at the start")
+    final_weight_decay: NonNegative = _field(0.4, "weight decay at the end")
+    weight_decay_schedule: Literal["cosine", "linear"] = _field(
+        "cosine", "curve between weight_decay and final_weight_decay"
+    )
+    momentum: Share = _field(0.996, "momentum of the target encoder's moving average at the start")
+    final_momentum: Share = _field(1.0, "momentum at the end; linear in between")
+    loss: Literal["smooth_l1", "l2"] = _field(
+        "smooth_l1", "the official repository's is smooth_l1, the paper's text has l2"
+    )
+    target_layers: Count = _field(
+        1, "last blocks of the target encoder whose normalized outputs are averaged"
+    )
+    position_noise: NonNegative = _field(
+        0.0, "standard deviation of noise in the mask tokens' positions (StoP: 0.25)", le=10
+    )
+    regularizer: Literal["variance_covariance", "isotropic_gaussian"] = _field(
+        "variance_covariance", "term of the loss against collapse (VICReg's or LeJEPA's)"
+    )
+    regularizer_weight: NonNegative = _field(
+        0.0, "weight of the regularizer; 0 is the official loss"
+    )
+    regularizer_over: Literal["images", "tokens", "residuals"] = _field(
+        "images",
+        "samples of the regularizer: the mean of an image's tokens, every token, or every token "
+        "minus that mean",
+    )
+    precision: Precision = _field(
+        "bf16",
+        "auto: bf16 where the device multiplies it natively, else fp32, decided when a run starts; "
+        "fp8: float8 products in the encoders' blocks, for GPUs of compute capability >= 8.9, "
+        "with torchao and runtime.compile",
+    )
+
+
+class LogConfig(Section):
+    """What is written how often; may change on resume."""
+
+    log_every: Count = _field(10, "steps between rows of the log")
+    monitor_every: Count = _field(500, "steps between measurements on held-out images")
+    save_every: Duration = _field("1 epoch", "duration between checkpoints")
+    keep: Count = _field(2, "newest checkpoints that stay")
+    keep_every: Duration | None = _field(None, "checkpoints at multiples of this duration stay too")
+
+
+class RuntimeConfig(Section):
+    """Devices and processes; may change on resume, results are equal up to rounding."""
+
+    device: str = _field("auto", "auto, cpu, cuda or another device of torch")
+    parallel: Literal["ddp", "fsdp2"] = _field("ddp", "how several processes share the networks")
+    micro_batch_size: Count | None = _field(
+        None, "most images of a forward pass of a process; null: as many as group_size allows"
+    )
+    workers: Natural | None = _field(
+        None, "loader processes of each training process; null: its share of the cores"
+    )
+    compile: bool = _field(False, "torch.compile the blocks")
+    activation_checkpointing: bool = _field(False, "recompute blocks to save memory")
+    timeout: Positive = _field(600.0, "seconds to wait for another process")
+    threads: Count | None = _field(None, "CPU threads of a process; null: torch's default")
+
+
+class PretrainConfig(Section):
+    """A pretraining run. `log` and `runtime` may change on resume, the rest may not."""
+
+    seed: Natural = _field(0, "seed of initial weights, data order, crops and masks", lt=2**63)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    mask: MaskConfig = MaskConfig()
+    optim: OptimConfig = OptimConfig()
+    log: LogConfig = LogConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def group_size(self) -> int:
+        """Images that share a context length, at most the batch."""
+        batch, size = self.optim.batch_size, self.mask.group_size
+        return batch if size == "global" else min(size, batch)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PretrainConfig:
+        channels = self.model.in_chans
+        if channels is None and not self.model.name.startswith(FOLDERS):
+            channels = 3
+        for name in ("mean", "std"):
+            given = len(getattr(self.data, name))
+            if channels and given not in (1, channels):
+                raise ValueError(
+                    f"data.{name} has {given} values for {channels} channels (model.in_chans)"
+                )
+        over_images = self.optim.regularizer_weight and self.optim.regularizer_over == "images"
+        if over_images and self.group_size < 2:
+            raise ValueError("optim.regularizer_over=images needs mask.group_size=2 or more")
+        micro_batch_size(self, world=1)
+        return self
+
+
+def micro_batch_size(config: PretrainConfig, world: int) -> int:
+    """Images of one forward pass of one of `world` processes.
+
+    The largest number that divides both the process's share of the batch and `mask.group_size`,
+    and is not above `runtime.micro_batch_size`.
+
+    Raises:
+        SettingsError: `world` or the group size does not divide the batch, or the regularizer
+            would not see a whole group.
     """
-
-    name: str = "vit_huge14_ijepa"
-    img_size: int | None = None
-    patch_size: int | None = None
-    in_chans: int | None = None
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float | None = None
-    predictor_embed_dim: int | None = None
-    predictor_depth: int | None = None
-    predictor_context: Literal["repeated", "shared"] | None = None
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """How an image becomes an input.
-
-    `crop_scale` and `crop_ratio` are those of torchvision's RandomResizedCrop. `mean` and `std`
-    have one value for each channel, or one for all. `held_out` images are never trained on and
-    feed the monitors. The run stops when more than the share `max_broken` of the images that it
-    wanted to read could not be decoded; this share may change when the run is resumed.
-    `value_range` are the values that become black and white in images and arrays of more than 8
-    bits, and `bands` the bands or pages of image files that become the channels, from 0.
-    """
-
-    crop_scale: Range = (0.3, 1.0)
-    crop_ratio: Range = (3 / 4, 4 / 3)
-    horizontal_flip: bool = False
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    held_out: int = 512
-    max_broken: float = 0.01
-    value_range: Range | None = None
-    bands: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """Multi-block masks, see `MultiBlockMasks`.
-
-    `cut` says which images share the length of their contexts, which is that of the shortest: a
-    number of images (the published runs had as many on a GPU), or `global` for the whole batch.
-    It belongs to the recipe, so results depend neither on the number of processes nor on
-    gradient accumulation. With `per_image` above 1 every image has so many contexts with targets
-    of their own, which share the target encoder's pass; the published number is 1.
-    """
-
-    mode: Literal["published", "unbiased"] = "published"
-    cut: int | Literal["global"] = 128
-    per_image: int = 1
-    num_targets: int = 4
-    target_scale: Range = (0.15, 0.2)
-    target_aspect: Range = (0.75, 1.5)
-    context_scale: Range = (0.85, 1.0)
-    min_keep: int = 10
-    allow_overlap: bool = False
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Loss, optimizer and schedules.
-
-    Durations are written `300 epochs`, `187500 steps` or `1e8 images`. `batch_size` is that of a
-    step, over all processes and accumulated parts. The schedules run over `schedule_scale` times
-    `duration` (`ipe_scale` of the published code). `loss`: `smooth_l1` is the published code's,
-    `l2` the paper's text. Targets are the mean over the target encoder's last `target_layers`
-    blocks, each normalised as `target_norm` says; the published code takes the last and normalises
-    by `layer`. `position_noise` blurs the positions of the mask tokens (StoP; 0 is the published
-    predictor). `IJepa` describes all three. `regularizer_weight` adds `VarianceCovariance` or
-    `IsotropicGaussian` over `regularizer_over`; 0 is the published loss. It and
-    `target_norm=position` are computed for each group of `mask.cut` images. `precision`: `bf16` is
-    autocast; `fp8` is the same with the matrix products of the encoders' blocks in float8, which
-    needs torchao and a GPU of compute capability 8.9 or more, is meant for widths above 1,000 with
-    `machine.compile`, and is emulated on a CPU.
-    """
-
-    batch_size: int = 2048
-    duration: str = "300 epochs"
-    warmup: str = "40 epochs"
-    schedule_scale: float = 1.0
-    start_lr: float = 2e-4
-    lr: float = 1e-3
-    final_lr: float = 1e-6
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
-    weight_decay_schedule: Literal["cosine", "linear"] = "cosine"
-    momentum: float = 0.996
-    final_momentum: float = 1.0
-    loss: Literal["smooth_l1", "l2"] = "smooth_l1"
-    target_layers: int = 1
-    target_norm: Literal["layer", "instance", "position"] = "layer"
-    position_noise: float = 0.0
-    regularizer: Literal["variance_covariance", "isotropic_gaussian"] = "variance_covariance"
-    regularizer_weight: float = 0.0
-    regularizer_over: Literal["images", "tokens", "residuals"] = "images"
-    precision: Precision = "bf16"
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """What is written how often; free to change at any time.
-
-    `log_every` and `monitor_every` are steps. `save_every` is a duration; the newest `keep`
-    checkpoints stay, and with `keep_every` (a duration) also those at its multiples.
-    """
-
-    log_every: int = 10
-    monitor_every: int = 500
-    save_every: str = "1 epoch"
-    keep: int = 2
-    keep_every: str | None = None
-
-
-@dataclass(frozen=True)
-class MachineConfig:
-    """How the work is done; free to change at any time, results stay the same up to rounding.
-
-    `micro_batch_size`: images of one forward pass of one process; None for as many as fit into
-    `mask.cut` and the process's share of the batch. `workers`: loader processes of each training
-    process; None for its share of the machine's cores. `timeout`: seconds after which a process
-    that does not answer ends the run. `threads`: those of a process's computation on a CPU; None
-    for torch's own choice.
-    """
-
-    device: str = "auto"
-    parallel: Literal["ddp", "fsdp2"] = "ddp"
-    micro_batch_size: int | None = None
-    workers: int | None = None
-    compile: bool = False
-    activation_checkpointing: bool = False
-    timeout: float = 600.0
-    threads: int | None = None
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """A pretraining run. `log` and `machine` may change when it is resumed, the rest may not."""
-
-    seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    machine: MachineConfig = field(default_factory=MachineConfig)
+    batch, group = config.optim.batch_size, config.group_size
+    if batch % world:
+        raise SettingsError(
+            f"optim.batch_size={batch} is not divisible by {world} processes: use "
+            f"{batch // world * world or world} or {(batch // world + 1) * world}"
+        )
+    if batch % group:
+        raise SettingsError(
+            f"mask.group_size={group} does not divide optim.batch_size={batch}: change one of them"
+        )
+    share = batch // world
+    common = math.gcd(share, group)
+    most = min(config.runtime.micro_batch_size or share, common)
+    size = max(n for n in range(1, most + 1) if common % n == 0)
+    if config.optim.regularizer_weight and size != group:
+        raise SettingsError(
+            f"optim.regularizer_weight needs the {group} images of mask.group_size in one forward "
+            f"pass, not {size}: use mask.group_size={size}, which changes the result, or another "
+            "runtime.micro_batch_size or number of processes"
+        )
+    return size
 
 
 def steps_of(duration: str, *, batch_size: int, images: int) -> int:
@@ -182,119 +342,13 @@ def steps_of(duration: str, *, batch_size: int, images: int) -> int:
     Args:
         duration: `300 epochs`, `187500 steps` or `1e8 images`.
         batch_size: Images per step.
-        images: Images of the training set; an epoch is `images // batch_size` steps, the rest is
-            left out as in the published code (another rest in every epoch).
+        images: Images of the training set; an epoch is `images // batch_size` steps.
 
     Raises:
-        ValueError: `duration` is written in another way.
+        SettingsError: `duration` is written in another way.
     """
     found = _DURATION.fullmatch(duration.strip())
-    if not found or math.isinf(float(found[1])):
-        raise SettingsError(
-            f"{duration!r} is no duration; write for example '300 epochs', '1000 steps' or "
-            "'1e8 images'"
-        )
-    amount, unit = float(found[1]), found[2].rstrip("s")
-    per_unit = {"step": 1.0, "epoch": images // batch_size, "image": 1 / batch_size}[unit]
-    return round(amount * per_unit)
-
-
-def micro_batch_size(config: PretrainConfig, world: int) -> int:
-    """Images of one forward pass of one of `world` processes.
-
-    The largest number that divides both the process's share of the batch and `mask.cut`, and is
-    not above `machine.micro_batch_size`.
-
-    Raises:
-        ValueError: The batch cannot be shared out, or the regularizer would see other images.
-    """
-    batch = config.optim.batch_size
-    if batch % world:
-        raise SettingsError(
-            f"optim.batch_size={batch} cannot be shared by {world} processes: use "
-            f"{batch // world * world or world} or {(batch // world + 1) * world}"
-        )
-    share = batch // world
-    cut = batch if config.mask.cut == "global" else min(config.mask.cut, batch)
-    if batch % cut:
-        raise SettingsError(f"mask.cut={cut} does not divide optim.batch_size={batch}")
-    most = config.machine.micro_batch_size or share
-    together = math.gcd(share, cut)
-    size = max(n for n in range(1, min(most, together) + 1) if together % n == 0)
-    by_group = config.optim.target_norm == "position"
-    if (config.optim.regularizer_weight or by_group) and size != cut:
-        setting = "optim.target_norm=position" if by_group else "optim.regularizer_weight"
-        raise SettingsError(
-            f"{setting} needs the {cut} images of mask.cut in one forward pass, "
-            f"here they would be {size}: use mask.cut={size}, which is another run, or other "
-            "numbers of processes and machine.micro_batch_size"
-        )
-    return size
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The rates of every step of a run, as pure functions of the step.
-
-    Attributes:
-        steps: Updates of the whole run.
-        epoch_steps: Updates of an epoch.
-        warmup_steps: Updates during which the learning rate rises.
-        horizon: Updates over which the rates run; `steps` times `schedule_scale`.
-        optim: The settings.
-    """
-
-    steps: int
-    epoch_steps: int
-    warmup_steps: int
-    horizon: int
-    optim: OptimConfig
-
-    @classmethod
-    def of(cls, optim: OptimConfig, images: int) -> Schedule:
-        """The schedule for a training set of `images` images.
-
-        Raises:
-            ValueError: There are fewer images than a batch has, or a duration does not fit.
-        """
-        if images < optim.batch_size:
-            raise SettingsError(
-                f"{images} training images are fewer than a batch: lower optim.batch_size (now "
-                f"{optim.batch_size}; mask.cut must divide it) or data.held_out, the number of "
-                "images that are kept for the monitors"
-            )
-        size = {"batch_size": optim.batch_size, "images": images}
-        steps = steps_of(optim.duration, **size)
-        warmup = steps_of(optim.warmup, **size)
-        horizon = math.floor(steps * optim.schedule_scale)
-        if min(steps, horizon) < 1 or warmup > horizon:
-            raise SettingsError(
-                f"optim.duration={optim.duration!r} is {steps} steps (schedules run over "
-                f"{horizon}) and optim.warmup={optim.warmup!r} is {warmup}: the duration must be "
-                "at least one step, the warm-up no longer than the schedules, for example "
-                f"optim.warmup='{horizon // 10} steps'"
-            )
-        return cls(steps, images // optim.batch_size, warmup, horizon, optim)
-
-    def rates(self, step: int) -> dict[str, float]:
-        """Learning rate, weight decay and momentum of the update after `step` updates."""
-        optim = self.optim
-        ends = {"first": optim.weight_decay, "final": optim.final_weight_decay}
-        if optim.weight_decay_schedule == "cosine":
-            decay = schedules.cosine(step, horizon=self.horizon, **ends)
-        else:
-            decay = schedules.linear(step + 1, horizon=self.horizon, **ends)
-        return {
-            "lr": schedules.warmup_cosine(
-                step,
-                start=optim.start_lr,
-                peak=optim.lr,
-                final=optim.final_lr,
-                warmup_steps=self.warmup_steps,
-                horizon=self.horizon,
-            ),
-            "weight_decay": decay,
-            "momentum": schedules.linear(
-                step, first=optim.momentum, final=optim.final_momentum, horizon=self.horizon
-            ),
-        }
+    if not found:
+        raise SettingsError(f"{duration!r} is not a duration such as '300 epochs' or '1000 steps'")
+    per_unit = {"step": 1.0, "epoch": images // batch_size, "image": 1 / batch_size}[found[2]]
+    return round(float(found[1]) * per_unit)

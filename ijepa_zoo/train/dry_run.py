@@ -18,7 +18,6 @@ from ..masks import MultiBlockMasks
 from .batches import Batch, open_training_images
 from .config import PretrainConfig
 from .flops import Flops, flops_per_image
-from .limits import check
 from .start import build_networks
 from .trainer import Trainer
 
@@ -97,7 +96,7 @@ class DryRunReport:
             "speed": f"{rate:.4g} images/s, {rate * flops.total / self.world_size / 1e12:.3g} "
             f"TFLOP/s on each device, {self.step_seconds:.3g} s an update",
             "loader": f"{self.read_rate:.4g} images/s for one loader process; "
-            f"{math.ceil(own_rate / self.read_rate)} for each process keep up (machine.workers)",
+            f"{math.ceil(own_rate / self.read_rate)} for each process keep up (runtime.workers)",
             "time": f"{_duration(self.seconds)} for the whole run, without monitors",
         }
         width = max(map(len, lines))
@@ -109,7 +108,7 @@ def dry_run(
 ) -> DryRunReport | None:
     """Build all that a run needs, do some updates and measure them; nothing is kept.
 
-    Updates are of one part (see `machine.micro_batch_size`), and of two where the run has more: the
+    Updates are of one part (see `runtime.micro_batch_size`), and of two where the run has more: the
     second shows what a further part takes, without the optimizer and the moving average. The first
     have the largest masks that the settings draw, so they show the memory that the run needs; the
     others have masks of typical size and show its speed.
@@ -124,20 +123,17 @@ def dry_run(
 
     Raises:
         ValueError: Settings or images do not fit.
-        torch.OutOfMemoryError: The device has too little memory for `machine.micro_batch_size`.
+        torch.OutOfMemoryError: The device has too little memory for `runtime.micro_batch_size`.
     """
-    check(config)
-    if config.machine.threads:
-        torch.set_num_threads(config.machine.threads)
-    with init_distributed(config.machine.device, config.machine.timeout) as distributed:
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    with init_distributed(config.runtime.device, config.runtime.timeout) as distributed:
         images = open_training_images(config, data)
         trainer = Trainer(config, images, distributed, init=init)
         started = time.perf_counter()
         batch = trainer.data.micro_batch(0, 0)
         reading = time.perf_counter() - started
-        cut, whole = config.mask.cut, config.optim.batch_size
-        group = whole if cut == "global" else min(cut, whole)
-        group *= config.mask.per_image
+        group = config.group_size * config.mask.per_image
         largest = largest_masks(trainer.masks, group, config.seed)
         typical = typical_masks(trainer.masks, group, config.seed)
         if distributed.rank == 0:

@@ -58,7 +58,7 @@ def float8_remark(device: torch.device, compiled: bool) -> str:
     """What a user should know about a run in fp8 before it starts; empty when all is well."""
     if device.type == "cpu":
         return " (emulated on a CPU: slower than bf16, for trials)"
-    return "" if compiled else " (meant for machine.compile=true)"
+    return "" if compiled else " (meant for runtime.compile=true)"
 
 
 def use_float8(model: IJepa, device: torch.device) -> None:

@@ -15,10 +15,11 @@ from ..errors import RunError
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
 from .config import PretrainConfig
+from .precision import resolve_precision
 from .settings import differences, dump, parse
-from .values import named_values
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
+_OLD = re.compile(r"^(machine:|  cut:)", re.MULTILINE)  # names of settings in version 0.1
 _BROKEN = re.compile(r'\{"image": ("(?:[^"\\]|\\.)*")')
 
 
@@ -39,39 +40,55 @@ def claim_folder(out: Path, distributed: Distributed, stack: ExitStack) -> None:
 
 def settle_folder(
     out: Path, config: PretrainConfig, images: ImageDataset, distributed: Distributed
-) -> None:
-    """Write settings and data into the folder, or refuse others than those of its checkpoints."""
+) -> PretrainConfig:
+    """Write settings and data into the folder, or refuse others than those of its checkpoints.
+
+    Returns:
+        The settings of the run, in which `optim.precision=auto` is resolved: by the folder where
+        it has checkpoints, else by the device of rank 0.
+    """
     refusal = None
     if distributed.rank == 0:
         try:
-            refusal = _refusal(out, config, images)
+            resumed = any((out / "checkpoints").glob("step-*"))
+            before = read_settings(out) if resumed else None
+            config = resolve_precision(config, distributed.device, before)
+            refusal = _refusal(out, config, before, images)
             if refusal is None:
                 _write(out, config, images)
         except (RunError, FileExistsError) as error:
             refusal = str(error)
         except OSError as error:
             refusal = f"the run's folder {out} cannot be used: {error.strerror} ({error.filename})"
-    if (refusal := distributed.broadcast_object(refusal)) is not None:
+    refusal, config = distributed.broadcast_object((refusal, config))
+    if refusal is not None:
         raise RunError(refusal)
+    return config
 
 
 def read_settings(run: Path) -> PretrainConfig:
     """Settings of a run.
 
     Raises:
-        RunError: `config.yaml` is missing or damaged.
+        RunError: `config.yaml` is missing, damaged or of version 0.1.
     """
     path = run / _SETTINGS
     try:
         text = path.read_text(encoding="utf-8")
+        if _OLD.search(text):
+            raise RunError(
+                f"{run} is a run of ijepa-zoo 0.1, which has other settings: resume, export or "
+                "plot it with that version (pip install 'ijepa-zoo<0.2')"
+            )
         config = parse(text, str(path))
     except FileNotFoundError as error:
-        raise RunError(f"{run} is no run of ijepa-zoo pretrain: it has no {_SETTINGS}") from error
+        raise RunError(
+            f"{run} is not a run of ijepa-zoo pretrain: it has no {_SETTINGS}"
+        ) from error
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}") from error
-    lacking = [name for name, _ in named_values(config) if f"{name.split('.')[-1]}:" not in text]
-    if lacking:
-        raise RunError(f"{path} is damaged: it has no {lacking[0]}")
+    if not text.strip():
+        raise RunError(f"{path} is damaged: it is empty")
     return config
 
 
@@ -95,19 +112,21 @@ def _write(out: Path, config: PretrainConfig, images: ImageDataset) -> None:
             raise OSError(error.errno, error.strerror, str(out / name)) from error
 
 
-def _refusal(out: Path, config: PretrainConfig, images: ImageDataset) -> str | None:
+def _refusal(
+    out: Path, config: PretrainConfig, before: PretrainConfig | None, images: ImageDataset
+) -> str | None:
     check_destination(out / "export", WRITTEN, overwrite=True)
-    if not any((out / "checkpoints").glob("step-*")):
+    if before is None:
         return None
-    differing = differences(read_settings(out), config)
+    differing = differences(before, config)
     if differing:
         return (
             f"{out} holds a run with other settings ({'; '.join(differing)}): use those settings "
             "to go on with it, or another folder for a new run"
         )
     try:
-        before = json.loads((out / _DATA).read_text(encoding="utf-8"))
-        count, fingerprint = before["images"], before["fingerprint"]
+        data = json.loads((out / _DATA).read_text(encoding="utf-8"))
+        count, fingerprint = data["images"], data["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return (
             f"{out / _DATA}, which says what images the run had, is missing or damaged ({error}): "

@@ -19,7 +19,7 @@ from ..models.jepa import IJepa
 from .batches import normalise
 from .config import Precision
 from .float8 import without_float8
-from .parallel import autocast
+from .precision import autocast
 
 _NEIGHBOURS = 20
 _TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's kNN classifier

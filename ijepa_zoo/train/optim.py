@@ -1,15 +1,97 @@
-"""AdamW with the published parameter groups."""
+"""AdamW with the official parameter groups, and its rates as functions of the step.
+
+The rates are those of the official schedulers (facebookresearch/ijepa, `src/utils/schedulers.py`).
+"""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+
+from ..errors import SettingsError
+from .config import OptimConfig, steps_of
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate, weight decay and momentum of every step of a run.
+
+    Attributes:
+        steps: Updates of the whole run.
+        epoch_steps: Updates of an epoch.
+        warmup_steps: Updates during which the learning rate rises.
+        horizon: Updates over which the rates change, `steps` times `schedule_scale`; later ones
+            have the final rates.
+        optim: The settings.
+    """
+
+    steps: int
+    epoch_steps: int
+    warmup_steps: int
+    horizon: int
+    optim: OptimConfig
+
+    @classmethod
+    def of(cls, optim: OptimConfig, images: int) -> Schedule:
+        """The schedule for a training set of `images` images.
+
+        Raises:
+            SettingsError: There are fewer images than a batch has, or the durations do not fit.
+        """
+        if images < optim.batch_size:
+            raise SettingsError(
+                f"{images} training images are fewer than optim.batch_size={optim.batch_size}: "
+                "lower it (mask.group_size must divide it) or data.held_out"
+            )
+        size = {"batch_size": optim.batch_size, "images": images}
+        steps = steps_of(optim.duration, **size)
+        warmup = steps_of(optim.warmup, **size)
+        horizon = math.floor(steps * optim.schedule_scale)
+        if min(steps, horizon) < 1 or warmup > horizon:
+            raise SettingsError(
+                f"optim.duration={optim.duration} is {steps} steps, the schedules run over "
+                f"{horizon}, and optim.warmup={optim.warmup} is {warmup}: use a duration of at "
+                "least one step and a warm-up that is not longer than the schedules"
+            )
+        return cls(steps, images // optim.batch_size, warmup, horizon, optim)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """`lr`, `weight_decay` and `momentum` of the update after `step` updates.
+
+        The official schedulers of the first two advance before an update, that of the momentum
+        after it.
+        """
+        optim, done = self.optim, step + 1
+        if done < self.warmup_steps:
+            lr = optim.start_lr + done / self.warmup_steps * (optim.lr - optim.start_lr)
+        else:
+            decline = max(1, self.horizon - self.warmup_steps)
+            lr = _cosine(optim.lr, optim.final_lr, (done - self.warmup_steps) / decline)
+        decay = _cosine if optim.weight_decay_schedule == "cosine" else _linear
+        return {
+            "lr": lr,
+            "weight_decay": decay(
+                optim.weight_decay, optim.final_weight_decay, done / self.horizon
+            ),
+            "momentum": _linear(optim.momentum, optim.final_momentum, step / self.horizon),
+        }
+
+
+def _cosine(first: float, final: float, progress: float) -> float:
+    return final + (first - final) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def _linear(first: float, final: float, progress: float) -> float:
+    return first + min(progress, 1.0) * (final - first)
 
 
 def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.AdamW:
     """AdamW (betas 0.9 and 0.999, eps 1e-8) over context encoder and predictor.
 
-    The four groups stand in the published order (encoder, predictor; then biases and 1-D
+    The four groups stand in the official order (encoder, predictor; then biases and 1-D
     parameters of both, which have no weight decay), so optimizer states keep their indices.
     Learning rate and weight decay are set before every update by `set_rates`. The state is made
     here and not by the first update, so a checkpoint has the same names at every step.

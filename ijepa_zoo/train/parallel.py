@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ..distributed import Distributed
 from ..models.jepa import IJepa
-from .config import MachineConfig, Precision
+from .config import Precision, RuntimeConfig
 from .float8 import use_float8
 
 
 def parallelise(
     model: IJepa,
-    machine: MachineConfig,
+    runtime: RuntimeConfig,
     distributed: Distributed,
     precision: Precision,
 ) -> nn.Module:
@@ -38,7 +38,7 @@ def parallelise(
 
     Args:
         model: The networks; changed in place. Names and shapes of the parameters stay.
-        machine: How.
+        runtime: How.
         distributed: The processes of the run; a single one without a process group wraps nothing.
         precision: That of the forward pass.
 
@@ -53,14 +53,14 @@ def parallelise(
     if precision == "fp8":
         use_float8(model, distributed.device)
     student = [*model.encoder.blocks, *model.predictor.predictor_blocks]
-    if machine.activation_checkpointing:
+    if runtime.activation_checkpointing:
         for block in student:
             block.forward = partial(_recomputed, block.forward)
-    if machine.compile:
+    if runtime.compile:
         _compile(student, model.target_encoder.blocks)
     if not in_group(distributed):
         return model.to(distributed.device)
-    if machine.parallel == "fsdp2":
+    if runtime.parallel == "fsdp2":
         _shard(model, distributed, precision)
         return model
     from torch.nn.parallel import DistributedDataParallel
@@ -103,16 +103,6 @@ def choose_kernels(device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.set_float32_matmul_precision("high")
-
-
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context of a forward pass: bfloat16 by autocast, unless in `fp32`.
-
-    Args:
-        device: Where the networks are.
-        precision: See `OptimConfig`; with `fp8` the layers that compute in it were replaced.
-    """
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from ..masks import MultiBlockMasks
 from ..models.factory import create_model
 from .batches import mask_sampler
 from .config import PretrainConfig
+from .folder import read_settings
 from .log import read_initial, read_log
-from .settings import parse
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -48,20 +48,16 @@ def plot_run(run: Path, out: Path | None = None) -> Path:
 
     Raises:
         ImportError: matplotlib is not installed.
-        RunError: The log is damaged.
-        ValueError: `run` is no run's folder, nothing has been logged yet, or `out` cannot be
-            written.
+        RunError: `run` is not a run's folder, or its log is damaged.
+        ValueError: Nothing has been logged yet, or `out` cannot be written.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackageError("drawing needs matplotlib: pip install matplotlib") from error
     run, out = Path(run), Path(run) / "plot.png" if out is None else Path(out)
-    settings = run / "config.yaml"
-    if not settings.is_file():
-        raise SettingsError(f"{run} is no run of ijepa-zoo pretrain: it has no config.yaml")
+    config = read_settings(run)
     _refuse_place(out)
-    config = parse(settings.read_text(encoding="utf-8"), str(settings))
     rows = read_log(run)
     if not rows:
         raise SettingsError(f"{run} has no row in log.csv yet: wait for log.log_every steps")
@@ -215,8 +211,7 @@ def _masks(config: PretrainConfig) -> MultiBlockMasks:
 
 
 def _group(config: PretrainConfig) -> int:
-    batch, cut = config.optim.batch_size, config.mask.cut
-    return min(batch if cut == "global" else cut, batch, _MOST_IMAGES)
+    return min(config.group_size, _MOST_IMAGES)
 
 
 def _picture(

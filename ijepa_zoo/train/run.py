@@ -23,7 +23,6 @@ from .config import PretrainConfig, steps_of
 from .export import export_run, exported_step
 from .folder import claim_folder, settle_folder
 from .loop import Loop
-from .settings import check
 from .stopping import Interrupted, stop_signals
 from .trainer import Trainer
 
@@ -66,16 +65,15 @@ def pretrain(
         Interrupted: The run was stopped and saved.
         OSError: A log or settings file could not be written; everything earlier is intact.
     """
-    check(config)
     out = _own_folder(out, data)
     with stop_signals() as received, ExitStack() as stack:
-        machine = config.machine
-        if machine.threads:
-            torch.set_num_threads(machine.threads)
-        distributed = stack.enter_context(init_distributed(machine.device, machine.timeout))
+        runtime = config.runtime
+        if runtime.threads:
+            torch.set_num_threads(runtime.threads)
+        distributed = stack.enter_context(init_distributed(runtime.device, runtime.timeout))
         claim_folder(out, distributed, stack)
         images = open_training_images(config, data, out / "shards.index")
-        settle_folder(out, config, images, distributed)
+        config = settle_folder(out, config, images, distributed)
         checkpoints = _checkpoints(out, config, images, distributed)
         step = checkpoints.choose(resume_from)
         if step is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
         CheckpointError: `init` does not hold all three networks, or they do not fit.
         ValueError: The settings make no model.
     """
-    network = {k: v for k, v in asdict(config.model).items() if k != "name" and v is not None}
+    network = config.model.model_dump(exclude={"name"}, exclude_none=True)
     optim = config.optim
     regularizer = None
     if optim.regularizer_weight:
@@ -47,7 +46,6 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
                 regularizer=regularizer,
                 loss=optim.loss,
                 target_layers=optim.target_layers,
-                target_norm=optim.target_norm,
                 position_noise=optim.position_noise,
                 **network,
             )

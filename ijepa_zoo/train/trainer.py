@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +31,12 @@ from .batches import (
     normalise,
     split,
 )
-from .config import PretrainConfig, Schedule, micro_batch_size
+from .config import MaskConfig, PretrainConfig, micro_batch_size
 from .float8 import float8_remark, require_float8
 from .monitor import Monitor
-from .optim import make_optimizer, set_rates
-from .parallel import accumulate, autocast, choose_kernels, in_group, parallelise
+from .optim import Schedule, make_optimizer, set_rates
+from .parallel import accumulate, choose_kernels, in_group, parallelise
+from .precision import autocast, resolve_precision, warn_of_emulated_bf16
 from .regularizers import Regularizer
 from .start import build_networks
 
@@ -86,8 +87,11 @@ class Trainer:
         *,
         init: str | Path | None = None,
     ) -> None:
-        self.config, self.images = config, images
-        self.distributed = distributed or Distributed(device=choose_device(config.machine.device))
+        self.images = images
+        self.distributed = distributed or Distributed(device=choose_device(config.runtime.device))
+        self.config = config = resolve_precision(config, self.distributed.device)
+        if self.distributed.rank == 0:
+            warn_of_emulated_bf16(config.optim.precision, self.distributed.device)
         self.step = 0
         if config.optim.precision == "fp8":
             require_float8(self.distributed.device)
@@ -101,7 +105,7 @@ class Trainer:
         self.model.train()
         choose_kernels(self.distributed.device)
         self.module = parallelise(
-            self.model, config.machine, self.distributed, config.optim.precision
+            self.model, config.runtime, self.distributed, config.optim.precision
         )
         self.optimizer = make_optimizer(self.model.encoder, self.model.predictor)
         self.data = TrainBatches(
@@ -120,12 +124,12 @@ class Trainer:
         try:
             return mask_sampler(mask, grid_size)
         except ValueError as error:  # with the names that the settings have
-            named = "|".join(field.name for field in fields(mask))
+            named = "|".join(MaskConfig.model_fields)
             raise SettingsError(re.sub(rf"\b({named})\b", r"mask.\1", str(error))) from error
 
     def batches(self) -> Iterable[list[Batch]]:
         """This process's micro-batches of every step from the next one to the last."""
-        workers = self.config.machine.workers
+        workers = self.config.runtime.workers
         pinned = self.distributed.device.type == "cuda"
         return loader(self.data, self.step, self.schedule.steps, workers, pinned)
 
@@ -251,12 +255,12 @@ class Trainer:
 
     def __str__(self) -> str:
         """What the run is, in a few lines."""
-        optim, machine, schedule = self.config.optim, self.config.machine, self.schedule
+        optim, runtime, schedule = self.config.optim, self.config.runtime, self.schedule
         side, patch = self.image_size, self.model.encoder.patch_embed.patch_size
         held = f"{len(self.held_out):,} others" if len(self.held_out) else "some of them"
         epochs = schedule.steps / schedule.epoch_steps
         float8 = optim.precision == "fp8"
-        remark = float8_remark(self.distributed.device, machine.compile) if float8 else ""
+        remark = float8_remark(self.distributed.device, runtime.compile) if float8 else ""
         if optim.precision == "fp32" and self.distributed.device.type == "cuda":
             remark = " (TF32 products)"
         lines = [
@@ -265,7 +269,7 @@ class Trainer:
             f"{schedule.steps:,} steps of {optim.batch_size} images ({epochs:.4g} epochs)",
             f"{self.distributed.world_size} x {self.distributed.device}, "
             f"{optim.precision}{remark}, {self.micro_batch_size} images at once"
-            + (f", {machine.parallel}" if in_group(self.distributed) else "")
+            + (f", {runtime.parallel}" if in_group(self.distributed) else "")
             + (
                 f", {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
                 if self.distributed.device.type == "cpu"

@@ -1,7 +1,6 @@
 """A run of a few seconds, shared by the tests of the trainer."""
 
 import csv
-from dataclasses import replace
 
 import numpy as np
 
@@ -9,11 +8,11 @@ from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train.config import (
     DataConfig,
     LogConfig,
-    MachineConfig,
     MaskConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    RuntimeConfig,
 )
 
 CONFIG = PretrainConfig(
@@ -22,25 +21,22 @@ CONFIG = PretrainConfig(
         predictor_depth=1,
     ),
     data=DataConfig(held_out=8, mean=(0.4, 0.5, 0.6)),
-    mask=MaskConfig(cut=4, min_keep=4),
+    mask=MaskConfig(group_size=4, min_keep=4),
     optim=OptimConfig(
         batch_size=8, duration="9 steps", warmup="3 steps", momentum=0.9,
         regularizer_weight=0.1, precision="fp32",
     ),
     log=LogConfig(log_every=1, monitor_every=4, save_every="4 steps"),
-    machine=MachineConfig(device="cpu", workers=0, timeout=60),
+    runtime=RuntimeConfig(device="cpu", workers=0, timeout=60),
 )  # fmt: skip
 
 
 def change(config, **sections):
     """`change(CONFIG, optim={"lr": 1})`: the settings with some values replaced."""
-    return replace(
-        config,
-        **{
-            name: replace(getattr(config, name), **values) if isinstance(values, dict) else values
-            for name, values in sections.items()
-        },
-    )
+    tree = config.model_dump()
+    for name, values in sections.items():
+        tree[name] = {**tree[name], **values} if isinstance(values, dict) else values
+    return PretrainConfig(**tree)
 
 
 def pictures(count=40, size=64):

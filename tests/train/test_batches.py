@@ -7,13 +7,13 @@ import subprocess
 import sys
 import tarfile
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_run import change
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as published
 
@@ -32,11 +32,11 @@ from ijepa_zoo.train.batches import (
     open_training_images,
     split,
 )
-from ijepa_zoo.train.config import DataConfig, MaskConfig, OptimConfig, PretrainConfig
+from ijepa_zoo.train.config import MaskConfig, OptimConfig, PretrainConfig
 
 MASKS = MultiBlockMasks(grid_size=(6, 6), min_keep=2)
 CONFIG = PretrainConfig(
-    seed=3, mask=MaskConfig(cut=4, min_keep=2), optim=OptimConfig(batch_size=16)
+    seed=3, mask=MaskConfig(group_size=4, min_keep=2), optim=OptimConfig(batch_size=16)
 )
 ARRAY = np.random.default_rng(0).integers(0, 256, (90, 20, 26, 3), dtype=np.uint8)
 
@@ -194,7 +194,7 @@ def test_a_batch_is_its_images_cropped() -> None:
 
 
 def test_masks_are_those_of_the_batch() -> None:
-    context, targets = MASKS.sample(16, seed=3, step=2, part=slice(4, 8), cut=4)
+    context, targets = MASKS.sample(16, seed=3, step=2, part=slice(4, 8), group_size=4)
     part = batches()[2][1]
     assert torch.equal(part.context, context)
     assert torch.equal(part.targets, targets)
@@ -214,7 +214,7 @@ def test_processes_and_micro_batches_share_one_batch(world: int, micro: int) -> 
 def test_steps_seeds_and_positions_differ() -> None:
     one, other = joined(batches()[0]), joined(batches()[1])
     assert one["indices"].tolist() != other["indices"].tolist()
-    seeded = joined(batches(config=replace(CONFIG, seed=4))[0])
+    seeded = joined(batches(config=change(CONFIG, seed=4))[0])
     assert one["indices"].tolist() != seeded["indices"].tolist()
     same = batches(open_images(np.repeat(ARRAY[:1], 90, axis=0)))[0]
     pictures = {bytes(picture.numpy()) for picture in joined(same)["images"]}
@@ -222,7 +222,7 @@ def test_steps_seeds_and_positions_differ() -> None:
 
 
 def test_flip_turns_half_of_the_images_and_nothing_else() -> None:
-    flipping = replace(CONFIG, data=replace(CONFIG.data, horizontal_flip=True))
+    flipping = change(CONFIG, data={"horizontal_flip": True})
     turned = 0
     for step in range(20):
         plain, flipped = joined(batches()[step]), joined(batches(config=flipping)[step])
@@ -235,8 +235,8 @@ def test_flip_turns_half_of_the_images_and_nothing_else() -> None:
 
 def test_flip_does_not_depend_on_the_crop() -> None:
     ramp = np.tile(np.arange(0, 240, 3, dtype=np.uint8)[:, None], (90, 60, 1, 3))
-    data = DataConfig(crop_scale=(0.3, 0.3), crop_ratio=(1.0, 1.0), horizontal_flip=True)
-    flipping = batches(open_images(ramp), replace(CONFIG, data=data))
+    data = {"crop_scale": (0.3, 0.3), "crop_ratio": (1.0, 1.0), "horizontal_flip": True}
+    flipping = batches(open_images(ramp), change(CONFIG, data=data))
     rows = torch.cat([joined(flipping[step])["images"][:, 0, 6].float() for step in range(20)])
     turned = rows[:, 0] > rows[:, -1]
     lefts = rows.amin(dim=1)
@@ -421,7 +421,7 @@ def test_images_for_monitors(tmp_path: Path) -> None:
 def test_greyscale_and_many_channels_come_through() -> None:
     for channels in (1, 2, 5):
         array = np.random.default_rng(0).integers(0, 256, (40, 16, 16, channels), dtype=np.uint8)
-        config = replace(CONFIG, data=DataConfig(mean=(0.5,), std=(0.2,)))
+        config = change(CONFIG, data={"mean": (0.5,), "std": (0.2,)})
         (part, *_) = batches(open_images(array, in_chans=channels), config)[0]
         assert part.images.shape == (4, channels, 12, 12)
         normal = normalise(part.images, config.data.mean, config.data.std)

@@ -112,7 +112,7 @@ def test_further_parts_do_not_count_the_optimizer_again(monkeypatch):
 
     module = sys.modules[dry_run.__module__]  # its package has the function under this name
     monkeypatch.setattr(module, "_timed_update", timed)
-    report = dry_run(change(CONFIG, machine={"micro_batch_size": 4}, optim={
+    report = dry_run(change(CONFIG, runtime={"micro_batch_size": 4}, optim={
         "batch_size": 16, "duration": "4 steps"}), pictures())  # fmt: skip
     assert report.parts == 4
     assert report.step_seconds == pytest.approx(1.2 + 3 * (1.7 - 1.2))
@@ -123,7 +123,7 @@ def test_further_parts_do_not_count_the_optimizer_again(monkeypatch):
 def test_threads_are_those_of_the_run(capsys, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    dry_run(change(CONFIG, machine={"threads": 1}), pictures())
+    dry_run(change(CONFIG, runtime={"threads": 1}), pictures())
     assert chosen == [1]
 
 
@@ -145,15 +145,13 @@ def test_the_report_in_words():
         "memory       70.00 of 80.0 GiB at most for a process (GPU X)",
         "speed        1000 images/s, 327 TFLOP/s on each device, 2.05 s an update",
         "loader       300 images/s for one loader process; 2 for each process keep up "
-        "(machine.workers)",
+        "(runtime.workers)",
         "time         4.4 days for the whole run, without monitors",
     ]
 
 
 def test_settings_that_do_not_fit_are_refused_as_in_a_run(tmp_path):
-    with pytest.raises(ValueError, match=r"optim\.lr is -1; it must be more than 0"):
-        dry_run(change(CONFIG, optim={"lr": -1}), pictures())
-    with pytest.raises(ValueError, match="fewer than a batch"):
+    with pytest.raises(ValueError, match=r"optim\.batch_size=8"):
         dry_run(CONFIG, pictures(10))
 
 
@@ -163,7 +161,7 @@ TWO = """
     from ijepa_zoo.train.dry_run import dry_run
     from ijepa_zoo.train.start import build_networks
 
-    report = dry_run(change(CONFIG, machine={"parallel": "fsdp2"}), pictures())
+    report = dry_run(change(CONFIG, runtime={"parallel": "fsdp2"}), pictures())
     if os.environ["RANK"] == "0":
         with torch.device("meta"):
             encoder = build_networks(CONFIG).encoder

@@ -16,10 +16,11 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
-from ijepa_zoo.train.config import MachineConfig
+from ijepa_zoo.train.config import RuntimeConfig
 from ijepa_zoo.train.float8 import require_float8, use_float8
 from ijepa_zoo.train.monitor import Monitor
-from ijepa_zoo.train.parallel import autocast, parallelise
+from ijepa_zoo.train.parallel import parallelise
+from ijepa_zoo.train.precision import autocast
 
 needs_torchao = pytest.mark.usefixtures("torchao")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -188,8 +189,8 @@ from ijepa_zoo.train.float8 import without_float8
 
 with init_distributed("cpu", 60) as distributed:
     model, plain = make(), make()
-    parallelise(model, MachineConfig(parallel="fsdp2"), distributed, "fp8")
-    parallelise(plain, MachineConfig(), Distributed(), "bf16")
+    parallelise(model, RuntimeConfig(parallel="fsdp2"), distributed, "fp8")
+    parallelise(plain, RuntimeConfig(), Distributed(), "bf16")
     with torch.no_grad(), autocast(distributed.device, "bf16"):
         truth = plain.target_encoder.encode(images)
         assert not torch.equal(model.target_encoder.encode(images), truth)
@@ -220,14 +221,14 @@ def test_every_way_of_sharing_the_work_gives_the_same(tmp_path, monkeypatch):
 
 
 @needs_torchao
-@pytest.mark.parametrize("machine", [{}, {"compile": True}])
-def test_monitors_measure_in_bf16(monkeypatch, machine):
+@pytest.mark.parametrize("runtime", [{}, {"compile": True}])
+def test_monitors_measure_in_bf16(monkeypatch, runtime):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend="eager"))
     distributed, found = Distributed(), {}
     for precision in ("bf16", "fp8"):
         model = make(**NANO)
-        parallelise(model, MachineConfig(**machine), distributed, precision)
+        parallelise(model, RuntimeConfig(**runtime), distributed, precision)
         pixels = torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
         monitor = Monitor(pixels, None, (0.5,) * 3, (0.2,) * 3, 16, precision)
         with torch.no_grad(), autocast(CPU, precision):
@@ -245,7 +246,7 @@ def test_missing_torchao_is_a_sentence_before_anything_is_built(tmp_path, monkey
     with pytest.raises(ImportError, match=message):
         dry_run(FP8, IMAGES)
     np.save(tmp_path / "images.npy", IMAGES)
-    words = ["nano_scenes", "optim.precision=fp8", "machine.device=cpu", "optim.batch_size=8"]
+    words = ["nano_scenes", "optim.precision=fp8", "runtime.device=cpu", "optim.batch_size=8"]
     data = ["--data", str(tmp_path / "images.npy"), "--dry-run"]
     assert main(["pretrain", *words, *data]) == 1
     assert "pip install 'ijepa-zoo[fp8]'" in capsys.readouterr().err
@@ -280,7 +281,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8,
 ON_GPU = change(
     FP8,
     model={"embed_dim": 64, "num_heads": 4, "predictor_embed_dim": 32},
-    machine={"device": "cuda"},
+    runtime={"device": "cuda"},
 )
 
 
@@ -292,7 +293,7 @@ def losses(folder, config):
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a CUDA GPU of compute capability 8.9")
 @pytest.mark.parametrize(
-    "machine",
+    "runtime",
     [
         {},
         {"activation_checkpointing": True},
@@ -300,22 +301,22 @@ def losses(folder, config):
         {"compile": True, "activation_checkpointing": True},
     ],
 )
-def test_on_a_gpu_it_is_what_was_emulated(tmp_path, torchao, monkeypatch, machine):
+def test_on_a_gpu_it_is_what_was_emulated(tmp_path, torchao, monkeypatch, runtime):
     multiplied, product = [], torch._scaled_mm
 
     def watched(left, right, **options):
         multiplied.append((left.dtype, right.dtype))
         return product(left, right, **options)
 
-    emulated = losses(tmp_path / "cpu", change(ON_GPU, machine={"device": "cpu"}))
-    if not machine.get("compile"):
+    emulated = losses(tmp_path / "cpu", change(ON_GPU, runtime={"device": "cpu"}))
+    if not runtime.get("compile"):
         monkeypatch.setattr(torch, "_scaled_mm", watched)
-    real = losses(tmp_path / "gpu", change(ON_GPU, machine=machine))
+    real = losses(tmp_path / "gpu", change(ON_GPU, runtime=runtime))
     assert real == pytest.approx(emulated, rel=0.03)
-    bf16 = losses(tmp_path / "bf16", change(ON_GPU, optim={"precision": "bf16"}, machine=machine))
+    bf16 = losses(tmp_path / "bf16", change(ON_GPU, optim={"precision": "bf16"}, runtime=runtime))
     assert real == pytest.approx(bf16, rel=0.03)
     assert real != bf16
-    if not machine.get("compile"):
+    if not runtime.get("compile"):
         kinds = {
             (torch.float8_e4m3fn, torch.float8_e4m3fn),
             (torch.float8_e5m2, torch.float8_e4m3fn),

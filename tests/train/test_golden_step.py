@@ -8,8 +8,8 @@ import torch
 from closed_formula import recorded_ijepa, recorded_images
 from safetensors.torch import load_file
 
-from ijepa_zoo.train.config import OptimConfig, Schedule
-from ijepa_zoo.train.optim import make_optimizer, set_rates
+from ijepa_zoo.train.config import OptimConfig
+from ijepa_zoo.train.optim import Schedule, make_optimizer, set_rates
 
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((FOLDER / "step.json").read_text())

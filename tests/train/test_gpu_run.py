@@ -22,7 +22,7 @@ IMAGES = pictures()
 SMALL = change(
     CONFIG, model={"embed_dim": 64, "num_heads": 4, "predictor_embed_dim": 32, "predictor_depth": 2}
 )
-GPU = change(SMALL, machine={"device": "cuda"})
+GPU = change(SMALL, runtime={"device": "cuda"})
 
 
 def losses(folder, config):
@@ -70,17 +70,17 @@ def test_same_losses_as_the_cpu(tmp_path, precision, tolerance):
 @pytest.mark.gpu
 @no_gpu
 @pytest.mark.parametrize(
-    "machine",
+    "runtime",
     [
         {"compile": True},
         {"activation_checkpointing": True, "workers": 2},
         {"compile": True, "activation_checkpointing": True},
     ],
 )
-def test_bf16_with_every_machine_setting_stays_close(tmp_path, machine):
+def test_bf16_with_every_runtime_setting_stays_close(tmp_path, runtime):
     bf16 = change(GPU, optim={"precision": "bf16"})
     plain = losses(tmp_path / "plain", bf16)
-    assert losses(tmp_path / "other", change(bf16, machine=machine)) == pytest.approx(
+    assert losses(tmp_path / "other", change(bf16, runtime=runtime)) == pytest.approx(
         plain, rel=0.03
     )
 
@@ -120,9 +120,9 @@ def test_two_micro_batches_equal_one_batch(device, precision):
     for size in (8, 4):
         trainer = trainer_on(
             device,
-            mask={"cut": 8},
+            mask={"group_size": 8},
             optim={"regularizer_weight": 0.0, "precision": precision},
-            machine={"micro_batch_size": size},
+            runtime={"micro_batch_size": size},
         )
         steps = list(trainer.batches())
         assert {len(step) for step in steps} == {8 // size}
@@ -142,7 +142,7 @@ def test_a_group_of_one_process_equals_none(
     config = change(
         SMALL,
         optim={"precision": precision},
-        machine={"device": device, "parallel": parallel},
+        runtime={"device": device, "parallel": parallel},
     )
     whole = losses(tmp_path / "alone", config)
     assert parallel not in capsys.readouterr().err

@@ -1,7 +1,13 @@
+import math
+
+import pytest
 import torch
 from torch import nn
 
-from ijepa_zoo.train.optim import make_optimizer, set_rates
+from ijepa_zoo.errors import SettingsError
+from ijepa_zoo.train import load_config
+from ijepa_zoo.train.config import OptimConfig
+from ijepa_zoo.train.optim import Schedule, make_optimizer, set_rates
 
 
 def networks():
@@ -12,7 +18,7 @@ def networks():
     return encoder, predictor
 
 
-def test_groups_stand_in_the_published_order():
+def test_groups_stand_in_the_official_order():
     encoder, predictor = networks()
     groups = make_optimizer(encoder, predictor).param_groups
     assert [group["decayed"] for group in groups] == [True, True, False, False]
@@ -43,3 +49,52 @@ def test_first_update_has_the_size_of_the_learning_rate():
     set_rates(optimizer, lr=0.01, weight_decay=0.0)
     optimizer.step()
     assert torch.allclose(encoder[0].weight, before + 0.01, atol=1e-6)
+
+
+def test_rates_of_the_official_schedulers():
+    optim = OptimConfig(
+        batch_size=10, duration="300 steps", warmup="40 steps", start_lr=2e-4, lr=1e-3,
+        final_lr=1e-6, weight_decay=0.04, final_weight_decay=0.4, momentum=0.996,
+    )  # fmt: skip
+    rates = [Schedule.of(optim, images=100).rates(step) for step in range(400)]
+    lr, decay, momentum = ([r[name] for r in rates] for name in ("lr", "weight_decay", "momentum"))
+    assert lr[0] == pytest.approx(2e-4 + 8e-4 / 40)
+    assert lr[39] == 1e-3 == max(lr)
+    assert lr == sorted(lr[:40]) + sorted(lr[40:], reverse=True)
+    assert lr[169] == pytest.approx((1e-3 + 1e-6) / 2)
+    assert lr[299:] == [pytest.approx(1e-6)] * 101
+    assert decay == sorted(decay)
+    assert decay[149] == pytest.approx(0.22)
+    assert decay[299:] == [pytest.approx(0.4)] * 101
+    assert (momentum[0], momentum[150], momentum[350]) == (0.996, pytest.approx(0.998), 1.0)
+
+
+def test_rates_of_the_papers_text_and_of_other_lengths():
+    optim = OptimConfig(
+        batch_size=10, duration="1e3 images", warmup="0 steps", schedule_scale=1.25,
+        weight_decay_schedule="linear",
+    )  # fmt: skip
+    schedule = Schedule.of(optim, images=99)
+    assert (schedule.steps, schedule.epoch_steps, schedule.horizon) == (100, 9, 125)
+    assert schedule.rates(0)["lr"] == pytest.approx(
+        1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi / 125))
+    )
+    assert schedule.rates(24)["weight_decay"] == pytest.approx(0.04 + 0.2 * 0.36)
+    nano = Schedule.of(load_config("nano_scenes").optim, 40_000)
+    assert (nano.steps, nano.warmup_steps) == (3000, 100)
+    assert nano.rates(2999) == pytest.approx(
+        {"lr": 2e-5, "weight_decay": 0.1, "momentum": 0.99 + 2999 / 3000 * 0.01}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 200}, "optim.batch_size=200"),
+        ({"duration": "0 epochs"}, "optim.duration=0 epochs"),
+        ({"duration": "9 steps", "warmup": "1 epochs"}, "optim.warmup=1 epochs"),
+    ],
+)
+def test_durations_that_do_not_fit_the_images(changes, named):
+    with pytest.raises(SettingsError, match=named):
+        Schedule.of(OptimConfig(**{"batch_size": 10, **changes}), images=100)

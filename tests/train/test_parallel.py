@@ -14,9 +14,10 @@ import sys
 import torch
 import ijepa_zoo
 from ijepa_zoo.masks import MultiBlockMasks
-from ijepa_zoo.train.config import MachineConfig
+from ijepa_zoo.train.config import RuntimeConfig
 from ijepa_zoo.train.optim import make_optimizer, set_rates
-from ijepa_zoo.train.parallel import accumulate, autocast, parallelise
+from ijepa_zoo.train.parallel import accumulate, parallelise
+from ijepa_zoo.train.precision import autocast
 from ijepa_zoo.distributed import Distributed, init_distributed
 
 NETWORK = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4,
@@ -26,9 +27,9 @@ def make():
     torch.manual_seed(0)
     return ijepa_zoo.create_ijepa("vit_nano8_64_ijepa", pretrained=False, **NETWORK)
 
-def train(distributed, precision="fp32", micro=2, **machine):
+def train(distributed, precision="fp32", micro=2, **runtime):
     model = make().train()
-    module = parallelise(model, MachineConfig(**machine), distributed, precision)
+    module = parallelise(model, RuntimeConfig(**runtime), distributed, precision)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in make().named_parameters()]
     optimizer = make_optimizer(model.encoder, model.predictor)
     masks = MultiBlockMasks(model.predictor.grid_size, min_keep=3)
@@ -41,7 +42,7 @@ def train(distributed, precision="fp32", micro=2, **machine):
         optimizer.zero_grad()
         for start in range(first, first + share, micro):
             part = slice(start, start + micro)
-            context, targets = masks.sample(8, seed=0, step=step, part=part, cut=micro)
+            context, targets = masks.sample(8, seed=0, step=step, part=part, group_size=micro)
             with accumulate(module, start + micro == first + share):
                 with autocast(distributed.device, precision):
                     loss = module(images[part], context, targets)
@@ -75,7 +76,7 @@ VARIANTS = {
 with init_distributed("cpu", 60) as distributed:
     results = {name: train(distributed, **VARIANTS[name]) for name in sys.argv[2:]}
     whole, model = make(), make()
-    parallelise(model, MachineConfig(parallel="fsdp2"), distributed, "fp32")
+    parallelise(model, RuntimeConfig(parallel="fsdp2"), distributed, "fp32")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():  # as a monitor does, before the first update
         assert torch.equal(model.target_encoder.encode(images), whole.target_encoder.encode(images))
@@ -177,7 +178,7 @@ def test_the_first_steps_make_all_graphs(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend=backend))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    config = change(CONFIG, model={"predictor_depth": 3}, machine={"compile": True})
+    config = change(CONFIG, model={"predictor_depth": 3}, runtime={"compile": True})
     trainer = Trainer(config, open_images(pictures()), Distributed())
     monitor, _ = trainer.monitor()
     steps = list(trainer.batches())

@@ -15,7 +15,7 @@ from ijepa_zoo.train.settings import dump
 CONFIG = PretrainConfig(
     model=ModelConfig(name="vit_nano8_64_ijepa"),
     optim=OptimConfig(batch_size=8, warmup="1 steps"),
-    mask=MaskConfig(cut=4, min_keep=4),
+    mask=MaskConfig(group_size=4, min_keep=4),
 )
 
 
@@ -72,7 +72,7 @@ def test_a_run_that_has_just_begun_is_drawn(tmp_path):
 
 
 def test_refusals(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"has no config\.yaml"):
+    with pytest.raises(RunError, match=r"has no config\.yaml"):
         plot_run(tmp_path)
     with pytest.raises(ValueError, match="no row in"):
         plot_run(write_run(tmp_path / "empty", 0))
@@ -103,7 +103,7 @@ def test_masks_are_those_of_the_run():
     assert _group(CONFIG) == 4
     large = ModelConfig(img_size=448, patch_size=16)
     assert _masks(PretrainConfig(model=large)).grid_size == (28, 28)
-    assert _group(PretrainConfig(mask=MaskConfig(cut="global"))) == 128
+    assert _group(PretrainConfig(mask=MaskConfig(group_size="global"))) == 128
 
 
 def test_coverage_counts_images():

@@ -120,8 +120,8 @@ def test_file_of_the_official_repository_brings_its_folders(folder, capsys):
         " weight_decay: 0.04}\n"
     )
     (folder / "theirs.yaml").write_text(text)
-    small = ["model.embed_dim=24", "model.depth=1", "data.held_out=4", "machine.device=cpu"]
-    command = ["pretrain", "--config", "theirs.yaml", *small, "--quiet", "machine.workers=0"]
+    small = ["model.embed_dim=24", "model.depth=1", "data.held_out=4", "runtime.device=cpu"]
+    command = ["pretrain", "--config", "theirs.yaml", *small, "--quiet", "runtime.workers=0"]
     assert main(command) == 1
     assert "'ROOT/pictures/train'" in capsys.readouterr().err
     (folder / "theirs.yaml").write_text(text.replace("ROOT", "$ROOT"))

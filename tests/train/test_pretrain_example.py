@@ -16,7 +16,7 @@ def run(monkeypatch, script, *arguments):
 
 
 def test_train_and_probe(tmp_path, monkeypatch, capsys):
-    short = ("optim.duration=2 steps", "optim.warmup=1 steps", "machine.workers=0")
+    short = ("optim.duration=2 steps", "optim.warmup=1 steps", "runtime.workers=0")
     run(monkeypatch, "train.py", tmp_path / "run", "--scenes", 70, "--set", *short)
     assert "done" in capsys.readouterr().out
     out = tmp_path / "probe.json"

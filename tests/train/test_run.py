@@ -11,7 +11,7 @@ import ijepa_zoo
 from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError, ImageError, RunError
 from ijepa_zoo.models.jepa import IJepa
-from ijepa_zoo.train import Interrupted, NonFiniteLossError, Trainer, export_run, pretrain
+from ijepa_zoo.train import Interrupted, NonFiniteLossError, Trainer, export_run, plot_run, pretrain
 from ijepa_zoo.train.checkpoint import read_checkpoint
 
 IMAGES = pictures()
@@ -96,12 +96,12 @@ def test_other_settings_are_refused_with_the_difference(whole):
         train(whole, change(CONFIG, optim={"lr": 0.1}))
 
 
-def test_machine_and_log_settings_may_change(tmp_path, monkeypatch, whole):
+def test_runtime_and_log_settings_may_change(tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch:
         after_updates(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(tmp_path)
-    train(tmp_path, change(CONFIG, machine={"workers": 2}, log={"keep": 3}))
+    train(tmp_path, change(CONFIG, runtime={"workers": 2}, log={"keep": 3}))
     assert same_state(whole, tmp_path)
 
 
@@ -254,7 +254,7 @@ def test_settings_that_are_gone_or_damaged_are_not_guessed(tmp_path, monkeypatch
     settings, data = tmp_path / "config.yaml", tmp_path / "data.json"
     text = settings.read_text()
     settings.write_text("")
-    with pytest.raises(RunError, match=r"config\.yaml is damaged: it has no seed"):
+    with pytest.raises(RunError, match=r"config\.yaml is damaged"):
         train(tmp_path)
     with pytest.raises(RunError, match="damaged"):
         export_run(tmp_path)
@@ -268,6 +268,15 @@ def test_settings_that_are_gone_or_damaged_are_not_guessed(tmp_path, monkeypatch
     data.write_text("{}")
     with pytest.raises(RunError, match=r"data\.json.*missing or damaged"):
         train(tmp_path)
+
+
+def test_a_run_of_version_0_1_is_refused(tmp_path, monkeypatch):
+    stop_after(monkeypatch, 5, tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("runtime:", "machine:").replace("group_size:", "cut:"))
+    for action in (train, export_run, plot_run):
+        with pytest.raises(RunError, match=r"0\.1.*ijepa-zoo<0\.2"):
+            action(tmp_path)
 
 
 def test_export_says_which_steps_there_are(whole, tmp_path):
@@ -301,9 +310,11 @@ def test_run_folder_inside_its_data_is_refused(tmp_path):
 
 
 def test_signal_before_the_first_step_stops_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "ijepa_zoo.train.run.settle_folder", lambda *args: signal.raise_signal(signal.SIGUSR1)
-    )
+    def stop(out, config, *others):
+        signal.raise_signal(signal.SIGUSR1)
+        return config
+
+    monkeypatch.setattr("ijepa_zoo.train.run.settle_folder", stop)
     with pytest.raises(Interrupted, match="after step 0 of 9, nothing is done yet"):
         train(tmp_path)
 
@@ -326,7 +337,7 @@ SMALL_DATA = {
     "model": {"predictor_context": "shared", "predictor_depth": 2},
     "mask": {"per_image": 2},
     "optim": {
-        "target_layers": 2, "target_norm": "instance", "position_noise": 0.25,
+        "target_layers": 2, "position_noise": 0.25,
         "regularizer": "isotropic_gaussian", "duration": "4 steps",
     },
 }  # fmt: skip
@@ -343,7 +354,7 @@ def test_settings_for_small_data_resume_exactly_and_accumulate(tmp_path, monkeyp
     assert same_state(tmp_path / "whole", tmp_path / "stopped")
     free = change(config, optim={"regularizer_weight": 0.0})
     for micro in (4, 2):
-        train(tmp_path / str(micro), change(free, machine={"micro_batch_size": micro}))
+        train(tmp_path / str(micro), change(free, runtime={"micro_batch_size": micro}))
     one, two = ([float(r["loss"]) for r in rows(tmp_path / str(micro))] for micro in (4, 2))
     assert one == pytest.approx(two, rel=1e-5)
     images = open_images(IMAGES)

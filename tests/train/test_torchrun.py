@@ -109,12 +109,12 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(work, two):
     output = finish(job, expected=1)
     assert "saved in" in output
     assert not (run / "export").exists()
-    job = start(work, "parts", "machine.workers=1")
+    job = start(work, "parts", "runtime.workers=1")
     wait_for(job, run, 27)
     for pid in children(job):
         os.kill(pid, signal.SIGKILL)
     finish(job, expected=1)
-    finish(start(work, "parts", "machine.workers=0"))
+    finish(start(work, "parts", "runtime.workers=0"))
     assert_same(weights(run), weights(two))
     assert rows(run) == rows(two)
     assert (run / "export" / "config.json").exists()
@@ -122,7 +122,7 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(work, two):
 
 def test_sharded_run_equals_the_replicated_one_and_goes_on_as_such(work, two):
     run = work / "sharded"
-    job = start(work, "sharded", "machine.parallel=fsdp2")
+    job = start(work, "sharded", "runtime.parallel=fsdp2")
     wait_for(job, run, 12)
     job.send_signal(signal.SIGTERM)
     finish(job, expected=1)

@@ -1,0 +1,146 @@
+"""Files of the official repository give the same run as our recipes, or are refused by name."""
+
+import copy
+import re
+
+import pytest
+import yaml
+
+from ijepa_zoo.errors import SettingsError
+from ijepa_zoo.train import settings
+from ijepa_zoo.train.config import PretrainConfig
+
+# keys and values of the official in1k_vith14_ep300.yaml
+H14 = {
+    "data": {
+        "batch_size": 128, "color_jitter_strength": 0.0, "crop_scale": [0.3, 1.0], "crop_size": 224,
+        "image_folder": "imagenet_full_size/061417/", "num_workers": 10, "pin_mem": True,
+        "root_path": "/data", "use_color_distortion": False, "use_gaussian_blur": False,
+        "use_horizontal_flip": False,
+    },
+    "logging": {"folder": "/logs/h14/", "write_tag": "jepa"},
+    "mask": {
+        "allow_overlap": False, "aspect_ratio": [0.75, 1.5], "enc_mask_scale": [0.85, 1.0],
+        "min_keep": 10, "num_enc_masks": 1, "num_pred_masks": 4, "patch_size": 14,
+        "pred_mask_scale": [0.15, 0.2],
+    },
+    "meta": {
+        "copy_data": False, "load_checkpoint": False, "model_name": "vit_huge", "pred_depth": 12,
+        "pred_emb_dim": 384, "read_checkpoint": None, "use_bfloat16": True,
+    },
+    "optimization": {
+        "ema": [0.996, 1.0], "epochs": 300, "final_lr": 1.0e-06, "final_weight_decay": 0.4,
+        "ipe_scale": 1.0, "lr": 0.001, "start_lr": 0.0002, "warmup": 40, "weight_decay": 0.04,
+    },
+}  # fmt: skip
+
+
+def official(folder, **changes):
+    """An official file; changes are written `section__key=value`, and None removes a key."""
+    content = copy.deepcopy(H14)
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        content.setdefault(section, {})[key] = value
+    path = folder / "official.yaml"
+    path.write_text("# a comment\n" + yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpus", "changes"),
+    [
+        ("vith14_in1k", 16, {}),
+        ("vith16_448_in1k", 128,
+         {"data__batch_size": 16, "data__crop_size": 448, "mask__patch_size": 16}),
+        ("vith14_in22k", 64,
+         {"data__batch_size": 32, "optimization__epochs": 66, "optimization__warmup": 3}),
+        ("vitg16_in22k", 128,
+         {"data__batch_size": 16, "mask__patch_size": 16, "meta__model_name": "vit_giant",
+          "meta__pred_depth": 16, "optimization__epochs": 44, "optimization__warmup": 3}),
+    ],
+)  # fmt: skip
+def test_official_files_give_the_recipes_run(tmp_path, recipe, gpus, changes):
+    config = settings.load_config(official(tmp_path, **changes), world=gpus)
+    assert settings.differences(settings.load_config(recipe), config) == []
+    assert config.runtime.workers == 10
+
+
+def test_values_reach_the_setting_of_the_same_meaning(tmp_path):
+    path = official(
+        tmp_path, data__use_horizontal_flip=True, meta__use_bfloat16=False, mask__min_keep=4,
+        mask__num_pred_masks=3, mask__aspect_ratio=[0.5, 2], mask__allow_overlap=True,
+        mask__enc_mask_scale=[0.5, 0.9], mask__pred_mask_scale=[0.1, 0.3],
+        optimization__ema=[0.99, 0.999], optimization__ipe_scale=1.25, optimization__warmup=2.5,
+        optimization__lr="5e-4", optimization__start_lr=1e-5, optimization__final_lr=2e-6,
+        optimization__weight_decay=0.1, optimization__final_weight_decay=0.2,
+        data__crop_scale=[0.2, 0.9], meta__model_name="vit_small", mask__patch_size=8,
+        data__crop_size=96, meta__pred_depth=3, meta__pred_emb_dim=192,
+    )  # fmt: skip
+    config = settings.load_config(path, ["seed=5"], world=2)
+    before = settings.named_values(PretrainConfig())
+    now = settings.named_values(config).items()
+    assert {name: value for name, value in now if value != before[name]} == {
+        "seed": 5,
+        "model.name": "vit_small16_ijepa",
+        "model.patch_size": 8,
+        "model.img_size": 96,
+        "model.predictor_depth": 3,
+        "model.predictor_embed_dim": 192,
+        "data.crop_scale": (0.2, 0.9),
+        "data.horizontal_flip": True,
+        "mask.num_targets": 3,
+        "mask.target_scale": (0.1, 0.3),
+        "mask.target_aspect": (0.5, 2.0),
+        "mask.context_scale": (0.5, 0.9),
+        "mask.min_keep": 4,
+        "mask.allow_overlap": True,
+        "optim.batch_size": 256,
+        "optim.warmup": "2.5 epochs",
+        "optim.schedule_scale": 1.25,
+        "optim.start_lr": 1e-5,
+        "optim.lr": 5e-4,
+        "optim.final_lr": 2e-6,
+        "optim.weight_decay": 0.1,
+        "optim.final_weight_decay": 0.2,
+        "optim.momentum": 0.99,
+        "optim.final_momentum": 0.999,
+        "optim.precision": "fp32",
+        "runtime.workers": 10,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data__use_gaussian_blur": True}, "data.use_gaussian_blur"),
+        ({"mask__num_enc_masks": 2}, "mask.num_enc_masks is 2"),
+        ({"meta__read_checkpoint": "a.pth.tar"}, "meta.read_checkpoint is a.pth.tar"),
+        ({"meta__model_name": "vit_enormous"}, "vit_enormous"),
+        ({"optimization__lrr": 1}, "optimization.lrr"),
+        ({"extra__key": 1}, "extra.key"),
+        ({"optimization__lr": "fast"}, "optim.lr is 'fast'"),
+        ({"optimization__lr": None}, "optim.lr is None"),
+        ({"data__batch_size": "many"}, "data.batch_size is 'many'"),
+        ({"optimization__ema": 0.996}, "optimization.ema is 0.996"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(tmp_path, changes, named):
+    with pytest.raises(SettingsError, match=re.escape(named)):
+        settings.load_config(official(tmp_path, **changes))
+
+
+def test_missing_keys_are_named(tmp_path):
+    content = copy.deepcopy(H14)
+    del content["optimization"]["lr"], content["data"]
+    path = tmp_path / "short.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(SettingsError, match=r"short\.yaml lacks data\.batch_size.*and 4 more"):
+        settings.load_config(path)
+
+
+def test_folders(tmp_path):
+    path = official(tmp_path)
+    found = settings.official_folders(path)
+    assert found == ("/data/imagenet_full_size/061417/train", "/logs/h14/")
+    path.write_text("seed: 1")
+    assert settings.official_folders(path) is None
