@@ -41,8 +41,8 @@ class MultiBlockMasks:
         min_keep: Every block has more than this many patches, the context also after the targets
             were removed from it.
         allow_overlap: Keep target patches in the context.
-        mode: `published` reproduces the sampler of the released code; `unbiased` draws scale and
-            aspect independently, uses the whole grid and cuts long contexts at random.
+        mode: `published` reproduces the sampler of the official repository; `unbiased` draws scale
+            and aspect independently, uses the whole grid and cuts long contexts at random.
 
     Raises:
         ValueError: A value is out of range, or `grid_size` is too small for `min_keep`.
@@ -91,7 +91,7 @@ class MultiBlockMasks:
 
     def block_sizes(self, step: int) -> tuple[_Size, _Size]:
         """Sizes (height, width) of the target blocks and of the context block at `step`."""
-        # Two or four numbers at once are those that the published code draws one by one.
+        # Two or four numbers at once are those that the official repository draws one by one.
         draws = iter(torch.rand(4, generator=torch.Generator().manual_seed(step)).tolist())
 
         def draw(scale: tuple[float, float], aspect: tuple[float, float]) -> _Size:

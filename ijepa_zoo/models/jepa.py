@@ -22,13 +22,13 @@ class IJepa(nn.Module):
         target_encoder: Its moving average; None for a copy of ``encoder``. Takes no gradient and
             stays in evaluation mode.
         regularizer: Called with the context tokens ``[B, K, D]``; its scalar is added to the loss.
-            The published loss has none.
-        loss: ``smooth_l1`` (beta 1, mean) is the published code's; ``l2``, the squared distance
-            averaged over features, is the paper's text.
+            The official loss has none.
+        loss: ``smooth_l1`` (beta 1, mean) is the official repository's; ``l2``, the squared
+            distance averaged over features, is the paper's text.
         target_layers: Blocks of the target encoder, the last ones, whose outputs are averaged into
-            the targets (as in data2vec, arXiv 2202.03555); the published number is 1.
+            the targets (as in data2vec, arXiv 2202.03555); the official number is 1.
         position_noise: Standard deviation of the noise in the positions of the mask tokens (StoP,
-            arXiv 2308.00566, whose code has 0.25); the published code has none. See `forward`.
+            arXiv 2308.00566, whose code has 0.25); the official repository has none. See `forward`.
 
     Attributes:
         noise_seed: The noise is a function of it; the trainer sets another one for every update.

@@ -87,7 +87,7 @@ def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> _Indices:
     """Indices `[B]` of the images of a step.
 
     Every epoch of `n // B` steps goes through one permutation and leaves its last `n % B` images
-    out, as the published code does; they are others in every epoch.
+    out, as the official repository does; they are others in every epoch.
 
     Args:
         n: Images of the training set.

@@ -165,8 +165,8 @@ class MaskConfig(Section):
 
     mode: Literal["published", "unbiased"] = _field(
         "published",
-        "unbiased: height and width are drawn apart, corners reach the last row and column, "
-        "contexts are shortened at random",
+        "published: the official sampler; unbiased: scale and aspect are drawn independently, blocks "
+        "use the whole grid, long contexts are cut at random",
     )
     group_size: Count | Literal["global"] = _field(
         128,
@@ -326,7 +326,7 @@ def micro_batch_size(config: PretrainConfig, world: int) -> int:
     share = batch // world
     common = math.gcd(share, group)
     most = min(config.runtime.micro_batch_size or share, common)
-    size = max(n for n in range(1, most + 1) if common % n == 0)
+    size = next(n for n in range(most, 0, -1) if common % n == 0)
     if config.optim.regularizer_weight and size != group:
         raise SettingsError(
             f"optim.regularizer_weight needs the {group} images of mask.group_size in one forward "

@@ -1,6 +1,6 @@
 """The log of a run: `log.csv`, `log.jsonl` and, where TensorBoard is installed, its files.
 
-The first columns of `log.csv` are those of the published code's log, so what reads that reads
+The first columns of `log.csv` are those of the official repository, so what reads that reads
 this. `log.jsonl` holds the same rows, and between them the events: warnings, interruptions.
 """
 

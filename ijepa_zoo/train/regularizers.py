@@ -1,4 +1,4 @@
-"""Terms that keep the context encoder from collapsing; the published loss has none."""
+"""Terms that keep the context encoder from collapsing; the official loss has none."""
 
 from __future__ import annotations
 
