@@ -238,7 +238,12 @@ def _download(
     groups = _join_neighbors(missing)
     arrived = total - sum(tensor.meta.nbytes for tensor in missing.values())
     bar = tqdm(
-        desc=network, total=total, initial=arrived, unit="B", unit_scale=True, disable=not progress
+        desc=f"{network} of {remote.url.rpartition('/')[2]}",
+        total=total,
+        initial=arrived,
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
     )
     with bar, ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(_fetch_group, remote, group, partial, offsets) for group in groups]
@@ -262,10 +267,11 @@ def _has_arrived(tensor: _Tensor, offset: int, file: BinaryIO) -> bool:
 def _join_neighbors(tensors: dict[str, _Tensor]) -> list[dict[str, _Tensor]]:
     """Split tensors in file order into groups; each group is one request."""
     groups: list[dict[str, _Tensor]] = []
-    start = stop = 0
+    start = stop = -math.inf
     for name, tensor in tensors.items():
         storage = tensor.storage
-        if not groups or storage.start > stop + GAP or storage.stop > start + REQUEST:
+        shared = storage.stop == stop  # with the tensor before: fetched once, however large
+        if not shared and (storage.start > stop + GAP or storage.stop > start + REQUEST):
             groups.append({})
             start = storage.start
         groups[-1][name] = tensor

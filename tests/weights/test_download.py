@@ -121,39 +121,46 @@ def test_only_the_network_is_downloaded_in_few_requests(server, tmp_path, checkp
     assert not any(start <= optimizer < stop for start, stop in (r.range for r in server.answered))
 
 
-def test_tensors_of_every_kind(server, tmp_path):
+def test_tensors_of_every_kind_in_an_archive_without_padding(server, tmp_path, monkeypatch):
     base = torch.arange(60_000, dtype=torch.float32)
-    network = {
-        "whole": base,
-        "tied": base,
-        "row": base.view(60, 1000)[7],
-        "transposed": base.view(60, 1000).t(),
-        "steps": base[12::3].view(-1, 2)[::2],
-        "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
-        "scalar": torch.tensor(2.5, dtype=torch.float64),
-        "element": base[5],
-        "empty": torch.zeros(0, 3),
-        "empty part": base[:0],
-        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-        **{
-            str(dtype): torch.randn(1001).mul(9).to(dtype)
-            for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
-        },
-    }
-    server.files[PATH] = save({"target_encoder": network, "opt": torch.randn(10)})
-    assert_equal(fetch(server, tmp_path), network)
-
-
-def test_module_state_parameters_and_an_archive_without_padding(server, tmp_path):
-    module = torch.nn.Linear(3, 2)
-    content = {"a": module.state_dict(), "b": dict(module.named_parameters())}
+    network = (
+        torch.nn.Linear(3, 2).state_dict()
+        | {  # an OrderedDict with attributes
+            "parameter": torch.nn.Parameter(torch.randn(3)),
+            "whole": base,
+            "tied": base,
+            "row": base.view(60, 1000)[7],
+            "transposed": base.view(60, 1000).t(),
+            "steps": base[12::3].view(-1, 2)[::2],
+            "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
+            "scalar": torch.tensor(2.5, dtype=torch.float64),
+            "element": base[5],
+            "empty": torch.zeros(0, 3),
+            "empty part": base[:0],
+            "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+            **{
+                str(dtype): torch.randn(1001).mul(9).to(dtype)
+                for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+            },
+        }
+    )
     repacked = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(save(content))) as old, zipfile.ZipFile(repacked, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
+    with zipfile.ZipFile(io.BytesIO(save({"target_encoder": network}))) as saved:
+        with zipfile.ZipFile(repacked, "w") as archive:
+            for name in saved.namelist():
+                archive.writestr(name, saved.read(name))
     server.files[PATH] = repacked.getvalue()
-    assert_equal(fetch(server, tmp_path, "a"), module.state_dict())
-    assert_equal(fetch(server, tmp_path, "b"), module.state_dict())
+    monkeypatch.setattr(download, "REQUEST", 100_000)
+    assert_equal(fetch(server, tmp_path), network)
+    assert server.sent < 2 * len(repacked.getvalue()) + 10  # once as blocks, once as tensors
+
+
+def test_other_tensors_in_between_are_not_downloaded(server, tmp_path):
+    near, far, other = torch.randn(100), torch.randn(100), torch.randn(2_000_000)
+    network = {"near": near, "far": far}
+    server.files[PATH] = save({"first": near, "opt": other, "target_encoder": network})
+    assert_equal(fetch(server, tmp_path), network)
+    assert server.sent < most(network)
 
 
 def test_cached_file_needs_no_request(server, tmp_path, monkeypatch):
