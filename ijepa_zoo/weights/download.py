@@ -383,7 +383,7 @@ class _RemoteFile:
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
                     self._check(response, first, stop)
-                    while piece := response.read(1 << 20):
+                    while piece := response.read(1 << 18):
                         content += piece
                         failures = 0
                         if self.cancelled.is_set():
@@ -399,7 +399,8 @@ class _RemoteFile:
                         f"cannot read {self.url} ({error}); check the address, the network and the "
                         "proxy settings (HTTPS_PROXY), and run again to resume"
                     ) from error
-                self.cancelled.wait(BACKOFF_SECONDS * 2**failures)
+                if self.cancelled.wait(BACKOFF_SECONDS * 2**failures):
+                    raise CancelledError from error
         return content
 
     def _check(self, response: http.client.HTTPResponse, first: int, stop: int) -> None:
