@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
 from ..models.jepa import IJepa
-from ..weights.bundle import from_module
 from ..weights.export import export
 from . import checkpoint_folder as layout
 from .checkpoint import read_checkpoint
@@ -67,10 +65,10 @@ def export_run(
     model = build_networks(config)
     _fill(model, tensors, layout.path(checkpoints, step))
     target = run / "export" if folder is None else Path(folder)
-    bundle = from_module(model)
-    done = f"a pretraining run of ijepa_zoo on {config.model.name}, after {step} steps"
-    bundle = replace(bundle, origin=done)
-    written = export(bundle, target, dtype=dtype, license=license, overwrite=overwrite)
+    origin = f"a pretraining run of ijepa_zoo on {config.model.name}, after {step} steps"
+    written = export(
+        model, target, dtype=dtype, license=license, overwrite=overwrite, origin=origin
+    )
     if folder is None:
         (run / _STEP).write_text(str(step), encoding="utf-8")
     return written

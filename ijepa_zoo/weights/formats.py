@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,9 +50,11 @@ _TRANSFORMERS_BLOCK = {
 _QKV = ("query", "key", "value")
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
-# One tensor that every network of a kind has: what precedes its name is the prefix of them all.
-_ANCHORS = ("patch_embed.proj.weight", _TRANSFORMERS["patch_embed.proj.weight"])
-_PREDICTOR_ANCHOR = "predictor_embed.weight"
+# Every network has one of these tensors: what precedes its name is the prefix of all its names.
+_ANCHORS = (
+    *("patch_embed.proj.weight", _TRANSFORMERS["patch_embed.proj.weight"]),
+    "predictor_embed.weight",
+)
 
 
 def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]]:
@@ -82,7 +84,7 @@ def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, tuple[St
             found[network] = tensors, "official" if is_official else known
         return found
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if not any(_is_anchor(key) for key in tensors):
+    if all(_prefix(key) is None for key in tensors):
         keys = [key for key in _STATE_KEYS if isinstance(content.get(key), Mapping)]
         if not keys:
             raise CheckpointError(
@@ -107,15 +109,14 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{origin}: {name} is {type(value).__name__}, not a tensor")
         plain[name] = value
-    prefixes = [name[: -len(anchor)] for name in plain for anchor in _is_anchor(name)]
+    prefixes = [prefix for prefix in map(_prefix, plain) if prefix is not None]
     if not prefixes:
         raise CheckpointError(
             f"{origin} is not one of the networks of I-JEPA: it has {some(plain) or 'nothing'}"
         )
     networks = [prefix.rstrip(".").rpartition(".")[2] for prefix in prefixes]
-    if len(prefixes) == 1:
-        label = networks[0] if networks[0] in NETWORKS else UNLABELED
-        networks = [label]
+    if len(prefixes) == 1 and networks[0] != "target_encoder":
+        networks = [UNLABELED]  # any encoder may be called "encoder" in somebody's module
     elif len(set(networks)) < len(networks) or not set(networks) <= set(NETWORKS):
         raise CheckpointError(
             f"{origin} has several networks, named {some(map(repr, prefixes))}: save the one to "
@@ -139,20 +140,23 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]
         )
     if rest:
         _log.warning("%s: %s are not used", origin, some(rest))
+    if any(prefixes):
+        _log.info("%s: prefixes %s are removed", origin, some(map(repr, prefixes)))
     return found
 
 
-def _is_anchor(name: str) -> Iterator[str]:
-    """The anchors that a name ends with: one, or none."""
-    for anchor in (*_ANCHORS, _PREDICTOR_ANCHOR):
-        if name == anchor or name.endswith("." + anchor):
-            yield anchor
+def _prefix(name: str) -> str | None:
+    """What precedes the name of an anchor; None for other tensors."""
+    for anchor in _ANCHORS:
+        if name == anchor or name.endswith(f".{anchor}"):
+            return name.removesuffix(anchor)
+    return None
 
 
 def _to_timm(state: State, origin: str) -> tuple[State, str]:
     if _TRANSFORMERS["pos_embed"] in state:
         return from_transformers(state, origin), "transformers"
-    if "pos_embed" in state or _PREDICTOR_ANCHOR in state:
+    if "pos_embed" in state or "predictor_embed.weight" in state:
         return state, "timm"
     raise CheckpointError(f"{origin} has no pos_embed: it is not an encoder of I-JEPA")
 
