@@ -196,7 +196,9 @@ def _open_file(path: Path) -> Networks:
     found = find_networks(content, str(path))
     if UNLABELED in found and label in registry.NETWORKS:
         found = {label: found[UNLABELED]}
-    states = {network: partial(dict, state) for network, (state, _) in found.items()}
+    states: dict[str, Callable[[], State]] = {
+        network: partial(dict, state) for network, (state, _) in found.items()
+    }
     return Networks(str(path), states, next(iter(found.values()))[1])
 
 
