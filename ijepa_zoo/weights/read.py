@@ -217,15 +217,15 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except _DAMAGE as error:
-        found = re.search(r"(?:GLOBAL|global:?|class:?) ([\w.]*\.[\w.]+)", str(error))
+        found = re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:
             raise CheckpointError(
                 f"{path} has an object of {found[1]} besides tensors, which is not loaded because "
                 "it could run code: save the weights alone, torch.save(model.state_dict(), FILE)"
-            ) from error
+            ) from None  # torch's message says to load it unsafely
         raise CheckpointError(
             f"{path} is damaged, incomplete or not written by torch.save ({type(error).__name__})"
-        ) from error
+        ) from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} has a {type(content).__name__}, not named tensors")
     return content
@@ -281,8 +281,8 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
     """An export of this package; those of version 0.1 may also have an optimizer, unused now."""
     ours = config["ijepa_zoo"]
     try:
-        files = {network: str(ours["networks"][network]) for network in ours["networks"]}
-        predictor, license = dict(ours["predictor"]), ours.get("license")
+        files = {network: str(file) for network, file in ours["networks"].items()}
+        predictor, license = ours["predictor"], ours.get("license")
         args = {**config["model_args"], "norm_eps": ours.get("norm_eps", 1e-6)}
         model = str(ours["model"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -292,15 +292,13 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         return _read_safetensors(locate(file))
 
     args = configs.check_args(args, origin)
-    if model not in registry.ARCHITECTURES:
-        model = registry.model_name(args)
     return Networks(
         origin,
         {network: partial(read, file) for network, file in files.items()},
         "native",
-        model,
+        registry.model_name(args, model),
         args,
-        predictor,
+        configs.check_predictor(predictor, origin),
         configs.check_preprocessing(config.get("pretrained_cfg", {}), origin),
         license,
     )
