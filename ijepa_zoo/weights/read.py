@@ -265,7 +265,8 @@ def _open_folder(
             processor = _read_json(locate, "preprocessor_config.json", origin)
             cfg = configs.processor_cfg(processor, args, origin, is_ours=LABEL_KEY in config)
         model = registry.model_name(args)
-        return Networks(origin, {label: read}, "transformers", model, args, pretrained_cfg=cfg)
+        license = config.get("license")
+        return Networks(origin, {label: read}, "transformers", model, args, {}, cfg, license)
     if isinstance(config.get("architecture"), str):
         args, cfg = configs.timm_args(config, origin)
         model = registry.model_name(args, config["architecture"])
