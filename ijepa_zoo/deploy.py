@@ -4,10 +4,8 @@ import copy
 import importlib
 import io
 import json
-import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from math import floor, inf
 from pathlib import Path
@@ -27,6 +25,7 @@ from .extraction.encoder import model_name, weights_fingerprint  # TODO-merge: .
 from .extraction.outputs import DTYPES  # TODO-merge: .extract
 from .features import FeatureExtractor, Layers
 from .progress import progress_bar
+from .weights.export import check_destination, write_folder
 
 FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
 RECORD = "serving.json"
@@ -377,27 +376,3 @@ def _description(model: nn.Module, license: str | None) -> dict[str, Any]:
         "weights_hash": weights_fingerprint(model),
         "license": license or cfg.get("license"),
     }
-
-
-# TODO-merge: delete both, import them from .weights.export
-def check_destination(folder: Path, written: Collection[str], overwrite: bool) -> None:
-    """Refuse a folder that exists."""
-    if folder.exists() and not overwrite:
-        raise RunError(f"{folder} exists: use overwrite=True (--overwrite) or another name")
-    foreign = {item.name for item in folder.iterdir()} - {*written} if folder.is_dir() else set()
-    if foreign:
-        raise RunError(f"{folder} holds {min(foreign)}, which is not overwritten: use another name")
-
-
-@contextmanager
-def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that is renamed at the end."""
-    check_destination(folder, written, overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        yield part
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

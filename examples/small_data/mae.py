@@ -54,7 +54,7 @@ from ijepa_zoo.train.flops import flops_per_image
 from ijepa_zoo.train.monitor import Monitor, knn_accuracy, linear_accuracy, rankme, spread
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 from ijepa_zoo.train.start import build_networks
-from ijepa_zoo.weights.layouts import from_transformers
+from ijepa_zoo.weights.formats import from_transformers
 
 LR = 1e-3
 CROPS = ["data.crop_scale=0.2,1.0", "data.horizontal_flip=true"]

@@ -16,8 +16,8 @@ from ..deploy import FILES, RECORD, check_request, export_graph
 from ..errors import SettingsError
 from ..models.factory import create_model, list_models
 from ..train import export_run, load_run
-from ..weights.catalog import Checkpoint, checkpoints, find  # TODO-merge: registry
 from ..weights.export import export
+from ..weights.registry import Checkpoint, checkpoints
 from .options import (
     DTYPES,
     LAYERS,
@@ -201,8 +201,7 @@ def _open_encoder(args: argparse.Namespace) -> Any:
         return create_model(args.model, checkpoint=source, **options)
     if os.path.isfile(source):
         raise SettingsError(f"{source} does not tell its architecture: add --model NAME")
-    name, _, tag = source.partition(".")
-    if os.path.isdir(source) and find(name, tag) is None:
+    if os.path.isdir(source):
         source = f"local-dir:{source}"
     return create_model(source, **options)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 
 from ..errors import CheckpointError
 from ..models.jepa import IJepa
-from ..weights.bundle import from_module
 from ..weights.export import export
 from . import checkpoint_folder as layout
 from .checkpoint import read_checkpoint
@@ -51,8 +49,10 @@ def load_run(run: str | Path, step: int | None = None) -> tuple[IJepa, str]:
     model = build_networks(config)
     _fill(model, tensors, checkpoint)
     origin = f"a pretraining run of ijepa_zoo on {config.model.name}, after {step} steps"
-    model.encoder.weights_origin = f"encoder of {origin}"
-    model.target_encoder.weights_origin = f"target encoder of {origin}"
+    for network in ("encoder", "target_encoder"):
+        encoder = getattr(model, network)
+        encoder.weights_origin = f"{network.replace('_', ' ')} of {origin}"
+        encoder.weights_network = network
     return model, origin
 
 
@@ -81,9 +81,8 @@ def export_run(
     run = Path(run)
     step = _find_step(run, step)
     model, origin = load_run(run, step)
-    # TODO-merge: export(model, ...), which takes the origin from weights_origin of the encoders
-    bundle = replace(from_module(model), origin=origin)
-    written = export(bundle, run / "export" if folder is None else folder, **options)
+    target = run / "export" if folder is None else folder
+    written = export(model, target, origin=origin, **options)
     if folder is None:
         (run / _STEP).write_text(str(step), encoding="utf-8")
     return written

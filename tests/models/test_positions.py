@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ijepa_zoo.models.positions import sincos_positions
+from ijepa_zoo.models.encoder import sincos_positions
 
 
 def _by_hand(width, rows, columns):

@@ -150,8 +150,6 @@ def test_file_of_the_official_repository_brings_its_folders(folder, capsys):
         (["custom_small", "optim.lrr=1", "--data", "images.npy", "--out", "r"], 2, "optim.lr"),
         (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
          "optim.batch_size"),
-        (["custom_small", "--resume-optimizer", "--data", "images.npy", "--out", "r",
-          "optim.batch_size=4", "mask.cut=4", "data.held_out=4"], 2, "--init"),
         (["--config", "absent.yaml", "--data", "images.npy", "--out", "r"], None, "absent.yaml"),
     ],
 )  # fmt: skip

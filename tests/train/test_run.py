@@ -183,28 +183,6 @@ def test_starts_from_weights_at_another_size_and_with_other_channels(tmp_path, w
     assert ijepa_zoo.create_model(f"local-dir:{tmp_path}").patch_embed.proj.in_channels == 1
 
 
-def test_optimizer_state_of_an_official_file():
-    file = Path(__file__).parents[1] / "golden" / "official-tiny16-64.pth.tar"
-    size = {
-        "name": "vit_tiny16_ijepa", "img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3,
-        "predictor_embed_dim": 24, "predictor_depth": 2,
-    }  # fmt: skip
-    config = change(CONFIG, model=size, mask={"min_keep": 0, "target_scale": (0.3, 0.4)})
-    trainer = Trainer(config, open_images(IMAGES), init=file, resume_optimizer=True)
-    recorded = torch.load(file, weights_only=True)["opt"]["state"]
-    moments = [v for k, v in trainer.tensors().items() if k.endswith(".exp_avg")]
-    assert moments
-    found = sorted(float(moment.double().sum()) for moment in moments)
-    assert found == sorted(float(values["exp_avg"].double().sum()) for values in recorded.values())
-    with pytest.raises(CheckpointError, match="leave --resume-optimizer out for networks"):
-        Trainer(
-            change(config, model={"patch_size": 8}),
-            open_images(IMAGES),
-            init=file,
-            resume_optimizer=True,
-        )
-
-
 def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path):
     from PIL import Image
 

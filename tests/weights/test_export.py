@@ -23,9 +23,8 @@ from torch.testing import assert_close
 import ijepa_zoo
 from ijepa_zoo import cli
 from ijepa_zoo.errors import CheckpointError, RunError
-from ijepa_zoo.weights import bundle as bundles
-from ijepa_zoo.weights import layouts
-from ijepa_zoo.weights.export import write_whole
+from ijepa_zoo.weights import formats
+from ijepa_zoo.weights.export import write_folder
 
 LAYOUTS = ("native", "timm", "transformers", "official")
 
@@ -471,7 +470,7 @@ def test_released_names_are_exported_by_name(monkeypatch, official, tiny):
     record = bundles.catalog.find("vit_nano8_64_ijepa")
     networks = bundles.Networks(
         record.name,
-        {n: partial(layouts.from_official, states[n]) for n in record.networks},
+        {n: partial(formats.from_official, states[n]) for n in record.networks},
         record.layout,
         model=record.model,
         license=record.license,
@@ -602,7 +601,7 @@ def test_system_errors_name_the_folder_and_not_the_temporary_one(tmp_path):
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ijepa_zoo.weights.export import write_whole
+from ijepa_zoo.weights.export import write_folder
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 def write(part):

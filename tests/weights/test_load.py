@@ -18,8 +18,8 @@ from torch.testing import assert_close
 
 import ijepa_zoo
 from ijepa_zoo.errors import CheckpointError
-from ijepa_zoo.weights import layouts
-from ijepa_zoo.weights.read import read_safetensors
+from ijepa_zoo.weights import formats
+from ijepa_zoo.weights.read import _read_safetensors as read_safetensors
 
 
 def _create(checkpoint, tiny, **kwargs):
@@ -65,9 +65,9 @@ def test_bare_state_dicts_load_from_any_kind_of_file(
 ):
     state = states["target_encoder"]
     if layout == "module":
-        state = layouts.to_official(state)
+        state = formats.to_official(state)
     elif layout == "transformers":
-        state = layouts.to_transformers(state, "memory")
+        state = formats.to_transformers(state, "memory")
     path = tmp_path / f"weights{suffix}"
     if suffix == ".safetensors":
         save_file(state, path)

@@ -9,7 +9,7 @@ from file_server import FileServer, Repository, isolate, point_hub_at
 
 import ijepa_zoo
 from ijepa_zoo.errors import CheckpointError
-from ijepa_zoo.weights import catalog
+from ijepa_zoo.weights import registry
 
 SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -20,7 +20,7 @@ def relative(a, b):
 
 @pytest.fixture
 def released(official, monkeypatch, tmp_path):
-    """A server with a small file in the place of each released one, and a catalogue of them."""
+    """A server with a small file in the place of each released one, and a registry of them."""
     isolate(monkeypatch)
     monkeypatch.setenv("IJEPA_ZOO_CACHE", str(tmp_path / "ours"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -37,7 +37,7 @@ def released(official, monkeypatch, tmp_path):
         server.files["/ijepa/official.pth.tar"] = official.read_bytes()
         content = {file.name: file.read_bytes() for file in folder.iterdir()}
         records = []
-        for record in catalog.checkpoints():
+        for record in registry.checkpoints():
             source = record.source
             if source.url:
                 source = replace(source, url=f"{server.url}/ijepa/official.pth.tar")
@@ -45,7 +45,7 @@ def released(official, monkeypatch, tmp_path):
                 repository = server.repositories[source.hf_hub_id] = Repository(content)
                 source = replace(source, revision=repository.commit)
             records.append(replace(record, source=source))
-        monkeypatch.setattr(catalog, "checkpoints", lambda: tuple(records))
+        monkeypatch.setattr(registry, "checkpoints", lambda: tuple(records))
         yield server
 
 

@@ -6,9 +6,9 @@ import pytest
 import timm
 
 import ijepa_zoo
-from ijepa_zoo.weights import catalog
+from ijepa_zoo.weights import registry
 
-RECORDS = catalog.checkpoints()
+RECORDS = registry.checkpoints()
 RELEASED = {
     "vit_huge14_ijepa.in1k": ((3, 224, 224), "IN1K-vit.h.14-300e.pth.tar"),
     "vit_huge14_ijepa.in22k": ((3, 224, 224), "IN22K-vit.h.14-900e.pth.tar"),
@@ -24,8 +24,8 @@ REPOSITORIES = {  # and the first three features of the first token, as publishe
 
 
 def test_file_has_nothing_but_format_and_entries():
-    content = json.loads(catalog.catalogue_file().read_text(encoding="utf-8"))
-    assert set(content) == {"format", "checkpoints"}
+    content = json.loads(registry.registry_file().read_text(encoding="utf-8"))
+    assert set(content) == {"version", "checkpoints"}
     assert len(content["checkpoints"]) == len(RECORDS) == len({record.name for record in RECORDS})
 
 
@@ -63,10 +63,10 @@ def test_model_of_an_entry_takes_its_images(record):
 
 def test_official_files_hold_all_networks_and_load_the_target_encoder():
     for name, (size, file) in RELEASED.items():
-        record = catalog.find(*name.split("."))
+        record = registry.find(*name.split("."))
         assert record.network == "target_encoder"
-        assert set(record.networks) == set(catalog.NETWORKS)
-        assert record.layout == "official"
+        assert set(record.networks) == set(registry.NETWORKS)
+        assert record.format == "official"
         assert record.input_size == size
         assert record.source.url == f"https://dl.fbaipublicfiles.com/ijepa/{file}"
         assert record.license == "CC-BY-NC-4.0"
@@ -76,10 +76,10 @@ def test_official_files_hold_all_networks_and_load_the_target_encoder():
 
 def test_hub_repositories_hold_the_context_encoder_and_check_values():
     for name, (repository, first) in REPOSITORIES.items():
-        record = catalog.find(*name.split("."))
+        record = registry.find(*name.split("."))
         assert record.network == "encoder"
         assert record.networks == ("encoder",)
-        assert record.layout == "transformers"
+        assert record.format == "transformers"
         assert record.source.hf_hub_id == repository
         assert record.source.filename == "model.safetensors"
         assert re.fullmatch("[0-9a-f]{40}", record.source.revision)
@@ -91,15 +91,15 @@ def test_hub_repositories_hold_the_context_encoder_and_check_values():
 
 def test_default_entry_of_every_model_is_a_target_encoder():
     for model in {record.model for record in RECORDS}:
-        assert catalog.find(model).network == "target_encoder"
-        assert catalog.find(model).name == timm.get_pretrained_cfg(model).architecture + (
+        assert registry.find(model).network == "target_encoder"
+        assert registry.find(model).name == timm.get_pretrained_cfg(model).architecture + (
             "." + timm.get_pretrained_cfg(model).tag
         )
-    assert catalog.find("vit_huge14_ijepa", "in2k") is None
-    assert catalog.find("vit_tiny16_ijepa") is None
+    assert registry.find("vit_huge14_ijepa", "in2k") is None
+    assert registry.find("vit_tiny16_ijepa") is None
 
 
-GOOD = json.loads(catalog.catalogue_file().read_text(encoding="utf-8"))["checkpoints"][1]
+GOOD = json.loads(registry.registry_file().read_text(encoding="utf-8"))["checkpoints"][1]
 
 
 def _without(key):
@@ -109,10 +109,10 @@ def _without(key):
 
 
 BAD = {
-    **{f"no {key}": _without(key) for key in ("source", "license", "mean", "networks", "layout")},
+    **{f"no {key}": _without(key) for key in ("source", "license", "mean", "networks", "format")},
     "unknown field": {**GOOD, "colour": "red"},
     "unknown field of the source": {**GOOD, "source": {**GOOD["source"], "mirror": "x"}},
-    "unknown layout": {**GOOD, "layout": "keras"},
+    "unknown layout": {**GOOD, "format": "keras"},
     "unknown network": {**GOOD, "networks": ["target_encoder", "decoder"]},
     "network that the source has not": {**GOOD, "networks": ["encoder"]},
     "no place": {**GOOD, "source": {}},
@@ -124,11 +124,10 @@ BAD = {
 @pytest.mark.parametrize("entry", BAD.values(), ids=BAD.keys())
 def test_bad_entries_are_refused_by_name(entry):
     with pytest.raises(ValueError, match=rf"entry {GOOD['model']}\.{GOOD['tag']}: "):
-        catalog.parse(entry)
+        registry.parse(entry)
 
 
 def test_good_entry_is_parsed():
-    record = catalog.parse(GOOD)
+    record = registry.parse(GOOD)
     assert record.name == f"{GOOD['model']}.{GOOD['tag']}"
     assert record.input_size == tuple(GOOD["input_size"])
-    assert record.source.describe()

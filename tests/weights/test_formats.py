@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ijepa_zoo.errors import CheckpointError
-from ijepa_zoo.weights import layouts
+from ijepa_zoo.weights import formats
 from ijepa_zoo.weights.layouts import recognise
 
 WIDTH, DEPTH, CLASSES = 8, 2, 5
@@ -45,15 +45,15 @@ def _equal(ours, theirs):
 @pytest.mark.parametrize("head", [False, True])
 def test_transformers_names_and_back_are_exact(head):
     state = _encoder(head)
-    theirs = layouts.to_transformers(state, "memory")
+    theirs = formats.to_transformers(state, "memory")
     assert len(theirs) == len(state) + 4 * DEPTH
-    _equal(layouts.from_transformers(theirs, "memory"), state)
+    _equal(formats.from_transformers(theirs, "memory"), state)
     assert {name.startswith("ijepa.") for name in theirs} == ({True, False} if head else {False})
 
 
 def test_query_key_and_value_are_the_thirds_of_qkv():
     state = _encoder()
-    theirs = layouts.to_transformers(state, "memory")
+    theirs = formats.to_transformers(state, "memory")
     qkv = state["blocks.1.attn.qkv.weight"]
     for place, part in enumerate(("query", "key", "value")):
         chunk = theirs[f"encoder.layer.1.attention.attention.{part}.weight"]
@@ -77,7 +77,7 @@ def test_transformers_names_are_those_its_library_writes(head, tmp_path):
     written = _shapes_in_file(tmp_path / "model.safetensors")
     ours = {
         name: tuple(tensor.shape)
-        for name, tensor in layouts.to_transformers(_encoder(head), "memory").items()
+        for name, tensor in formats.to_transformers(_encoder(head), "memory").items()
     }
     assert ours == written
 
@@ -105,16 +105,16 @@ def _shapes_in_file(path):
     ids=["unknown", "mixed with timm's", "unknown part of attention", "no key"],
 )
 def test_transformers_files_with_other_names_are_refused(change, message):
-    theirs = layouts.to_transformers(_encoder(), "memory")
+    theirs = formats.to_transformers(_encoder(), "memory")
     change(theirs)
     with pytest.raises(CheckpointError, match=f"some/file .*{message}"):
-        layouts.from_transformers(theirs, "some/file")
+        formats.from_transformers(theirs, "some/file")
 
 
 def test_names_that_transformers_has_not_are_refused():
     state = {**_encoder(), "blocks.0.ls1.gamma": torch.zeros(WIDTH), "cls_token": torch.zeros(1)}
     with pytest.raises(CheckpointError, match=r"no place for blocks\.0\.ls1\.gamma, cls_token"):
-        layouts.to_transformers(state, "memory")
+        formats.to_transformers(state, "memory")
 
 
 def test_published_names_and_back_are_exact_and_in_the_published_order(golden):
@@ -124,24 +124,24 @@ def test_published_names_and_back_are_exact_and_in_the_published_order(golden):
             names = list(networks[network])
             shuffled = random.Random(0).sample(names, len(names))
             state = {name: torch.tensor(i) for i, name in enumerate(shuffled)}
-            theirs = layouts.to_official(state)
+            theirs = formats.to_official(state)
             assert [name.removeprefix("module.") for name in theirs] == names
-            _equal(layouts.from_official(theirs), state)
+            _equal(formats.(lambda s: formats._split(s,"memory")["unlabeled"][0])(theirs), state)
 
 
 def test_layouts_are_recognised(official):
     state = _encoder()
     assert recognise(torch.load(official, weights_only=True), "x") == "official"
-    assert recognise(layouts.to_official(state), "x") == "official_network"
-    assert recognise(layouts.to_transformers(state, "x"), "x") == "transformers"
-    assert recognise(layouts.to_transformers(_encoder(head=True), "x"), "x") == "transformers"
+    assert recognise(formats.to_official(state), "x") == "official_network"
+    assert recognise(formats.to_transformers(state, "x"), "x") == "transformers"
+    assert recognise(formats.to_transformers(_encoder(head=True), "x"), "x") == "transformers"
     assert recognise(state, "x") == "timm"
     for layout, theirs in {
-        "official_network": layouts.to_official(state),
-        "transformers": layouts.to_transformers(state, "x"),
+        "official_network": formats.to_official(state),
+        "transformers": formats.to_transformers(state, "x"),
         "timm": state,
     }.items():
-        _equal(layouts.to_timm(theirs, layout, "x"), state)
+        _equal(formats.to_timm(theirs, layout, "x"), state)
 
 
 @pytest.mark.parametrize(
@@ -167,21 +167,21 @@ def test_other_contents_are_refused_with_what_was_found(names):
 @pytest.mark.parametrize("content", [3, [torch.zeros(1)], {"pos_embed": 1.5}, {"a": None}], ids=str)
 def test_contents_that_are_no_tensors_are_refused(content):
     with pytest.raises(CheckpointError, match=r"^some/file holds"):
-        layouts.to_timm(content, "official", "some/file")
+        formats.to_timm(content, "official", "some/file")
 
 
 def test_optimizer_state_is_named_after_its_parameters_and_back(official):
     content = torch.load(official, weights_only=True)
-    encoder, predictor = (layouts.from_official(content[n]) for n in ("encoder", "predictor"))
-    groups = layouts.official_parameter_groups(encoder, predictor)
-    tensors, plain = layouts.optimizer_from_official(content["opt"], groups, "x")
+    encoder, predictor = (formats.(lambda s: formats._split(s,"memory")["unlabeled"][0])(content[n]) for n in ("encoder", "predictor"))
+    groups = formats.official_parameter_groups(encoder, predictor)
+    tensors, plain = formats.optimizer_(lambda s: formats._split(s,"memory")["unlabeled"][0])(content["opt"], groups, "x")
     shapes = {f"encoder.{k}": v.shape for k, v in encoder.items()}
     shapes |= {f"predictor.{k}": v.shape for k, v in predictor.items()}
     moments = {k: v for k, v in tensors.items() if k.endswith((".exp_avg", ".exp_avg_sq"))}
     assert moments
     for name, tensor in moments.items():
         assert tensor.shape == shapes[name.rpartition(".")[0]], name
-    back = layouts.optimizer_to_official(tensors, json.loads(json.dumps(plain)), groups)
+    back = formats.optimizer_to_official(tensors, json.loads(json.dumps(plain)), groups)
     assert back["param_groups"] == content["opt"]["param_groups"]
     assert [type(g["betas"]) for g in back["param_groups"]] == [tuple] * 4
     assert back["state"].keys() == content["opt"]["state"].keys()
@@ -193,8 +193,8 @@ def test_optimizer_state_is_named_after_its_parameters_and_back(official):
 
 def test_optimizer_of_other_networks_is_refused(official):
     content = torch.load(official, weights_only=True)
-    encoder, predictor = (layouts.from_official(content[n]) for n in ("encoder", "predictor"))
+    encoder, predictor = (formats.(lambda s: formats._split(s,"memory")["unlabeled"][0])(content[n]) for n in ("encoder", "predictor"))
     del encoder["norm.bias"]
-    groups = layouts.official_parameter_groups(encoder, predictor)
+    groups = formats.official_parameter_groups(encoder, predictor)
     with pytest.raises(CheckpointError, match="some/file: the optimizer has groups of"):
-        layouts.optimizer_from_official(content["opt"], groups, "some/file")
+        formats.optimizer_(lambda s: formats._split(s,"memory")["unlabeled"][0])(content["opt"], groups, "some/file")
