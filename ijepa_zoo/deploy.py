@@ -196,23 +196,22 @@ def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _accept_other_sizes(model: Any) -> tuple[int, int]:
     """Do what timm's constructor does for ``dynamic_img_size``; returns the patch size."""
-    if not getattr(model, "dynamic_img_size", False):
-        if not isinstance(model, VisionTransformer):
-            raise SettingsError(
-                f"dynamic_size needs a VisionTransformer of timm, or a model that was created with "
-                f"dynamic_img_size=True; got {type(model).__name__}"
-            )
-        model.dynamic_img_size = True
-        model.patch_embed.strict_img_size = False
-        model.patch_embed.flatten = False
-        model.patch_embed.output_fmt = Format.NHWC
-    patch_size: tuple[int, int] = model.patch_embed.patch_size
-    return patch_size
+    if not isinstance(model, VisionTransformer):  # rotary positions are traced for one size only
+        raise SettingsError(
+            f"dynamic_size needs a VisionTransformer of timm, not {type(model).__name__}: leave it "
+            "out and export once for each image size"
+        )
+    model.dynamic_img_size = True
+    model.patch_embed.strict_img_size = False
+    model.patch_embed.flatten = False
+    model.patch_embed.output_fmt = Format.NHWC
+    return model.patch_embed.patch_size
 
 
 def _trace(graph: _Graph) -> ExportedProgram:
     height, width = graph.size
-    dynamic: dict[int, Any] = {0: Dim("batch", min=1)}
+    # torch 2.6 does not trace class tokens for a batch size without an upper bound
+    dynamic: dict[int, Any] = {0: Dim("batch", min=1, max=2**31 - 1)}
     if graph.patch_size is not None:
         patch_height, patch_width = graph.patch_size
         dynamic |= {2: patch_height * Dim("rows", min=2), 3: patch_width * Dim("columns", min=2)}

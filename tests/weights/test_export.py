@@ -579,7 +579,7 @@ def test_a_file_that_does_not_fit_is_said_in_one_sentence_and_leaves_no_rest(
 
 def test_the_command_names_its_own_option(source, official, tmp_path, capsys):
     folder = source(tmp_path / "a", "timm")
-    assert cli.main(["convert", str(official), str(folder), "--to", "timm"]) == 1
+    assert cli.main(["export", str(official), str(folder), "--to", "timm"]) == 1
     assert "or replace it, overwrite=True (--overwrite)" in capsys.readouterr().err
 
 
