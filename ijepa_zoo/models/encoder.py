@@ -102,7 +102,7 @@ class IJepaEncoder(VisionTransformer):
         classes also divide by the depth, but its training script undoes that.
 
         Args:
-            mode: '' for that of the official repository; timm's 'jax', 'jax_nlhb', 'moco' or 'reset'.
+            mode: '' for the official repository's; timm's 'jax', 'jax_nlhb', 'moco' or 'reset'.
             needs_reset: Also reset modules that initialize themselves, for models made on meta.
         """
         mode = mode or self.weight_init_mode
@@ -283,7 +283,11 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **{**registry.ARCHITECTURES.get(variant, {}), **kwargs},
     )
-    if checkpoint is not None and not isinstance(kwargs.get("pretrained_cfg"), dict):
+    if (
+        weights is not None
+        and checkpoint is not None
+        and not isinstance(kwargs.get("pretrained_cfg"), dict)
+    ):
         model.pretrained_cfg = {**model.pretrained_cfg, **weights.networks.preprocessing}
         model.default_cfg = model.pretrained_cfg
     return model

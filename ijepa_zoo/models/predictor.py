@@ -27,8 +27,7 @@ class Predictor(nn.Module):
     """Predicts the target encoder's tokens of hidden blocks from the context encoder's tokens.
 
     Each target block is predicted on its own: the context attends to that block's mask tokens
-    only, as in the official repository. Parameter names are those of the official repository; the positions
-    are a buffer.
+    only. Parameter names are those of the official repository; the positions are a buffer.
 
     Args:
         grid_size: Rows and columns of the encoder's patch grid.
@@ -149,7 +148,7 @@ class Predictor(nn.Module):
         return prediction
 
     def _repeated(self, visible: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        """Target tokens ``[B, M, L, C]`` after all blocks, each with its own copy of the context."""
+        """Target tokens ``[B, M, L, C]`` after all blocks, each with its own context."""
         first, *others = self.predictor_blocks
         x = first(visible, table, targets)
         length = targets.shape[-1]

@@ -19,13 +19,13 @@ def timm_args(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], d
     """Arguments and pretrained cfg of a timm folder, as ``timm.models.save_for_hf`` writes it."""
     cfg = check_preprocessing(config.get("pretrained_cfg", {}), origin)
     given = config.get("model_args") or {}
-    name = registry.model_name({}, config["architecture"])
-    if not given and name == registry.CUSTOM:
+    name = registry.registered_name(config["architecture"])
+    if not given and name is None:
         raise CheckpointError(
             f"{origin} is timm's {config['architecture']}, not an I-JEPA encoder: load it with "
             "timm.create_model"
         )
-    args: dict[str, Any] = dict(registry.ARCHITECTURES.get(name, {}))
+    args: dict[str, Any] = dict(registry.ARCHITECTURES.get(name or registry.CUSTOM, {}))
     if "input_size" in cfg:
         args |= {"in_chans": cfg["input_size"][0], "img_size": cfg["input_size"][1:]}
     for key in ("num_classes", "global_pool"):
@@ -93,8 +93,8 @@ def processor_cfg(
     cfg["interpolation"] = _FILTERS.get(processor.get("resample", 2))
     if cfg["mean"] == [0.5, 0.5, 0.5] and not is_ours:
         _log.warning(
-            "%s: preprocessor_config.json has mean 0.5, I-JEPA's released weights were trained with "
-            "ImageNet's mean and std; change model.pretrained_cfg if these are such weights",
+            "%s: preprocessor_config.json has mean 0.5, but I-JEPA's released weights were trained "
+            "with ImageNet's mean and std: change model.pretrained_cfg if these are such weights",
             origin,
         )
     return check_preprocessing(cfg, origin)

@@ -179,7 +179,7 @@ def _from_module(module: IJepa | IJepaEncoder, network: str | None) -> Bundle:
         )
     if not isinstance(module, IJepaEncoder):
         raise SettingsError(f"export takes an IJepa or IJepaEncoder, not {type(module).__name__}")
-    label = network or getattr(module, "weights_network", UNLABELED)
+    label = network or str(getattr(module, "weights_network", UNLABELED))
     origin = getattr(module, "weights_origin", "an encoder in memory")
     states = {label: dict(module.state_dict())}
     return Bundle(origin=origin, states=states, predictor={}, **_describe(module))

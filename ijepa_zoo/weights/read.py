@@ -113,18 +113,7 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
         fetch = partial(
             download.fetch_hub, repository, revision=revision or None, cache_dir=cache_dir
         )
-        networks = _open_folder(fetch, text)
-        entry = registry.find_repository(repository)
-        if entry is None:
-            return networks
-        # The preprocessor_config.json of these repositories is not that of pretraining.
-        return replace(
-            networks,
-            states={entry.network: next(iter(networks.states.values()))},
-            model=entry.model,
-            pretrained_cfg=entry.preprocessing,
-            license=entry.license,
-        )
+        return _open_folder(fetch, text, registry.find_repository(repository))
     path = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
     if not text.removeprefix(FOLDER_PREFIX) or not path.exists():
         hint = ""
@@ -205,12 +194,9 @@ def _open_file(path: Path) -> Networks:
     else:
         content = _read_pickle(path)
     found = find_networks(content, str(path))
-    states = {
-        label if network == UNLABELED and label in registry.NETWORKS else network: partial(
-            dict, state
-        )
-        for network, (state, _) in found.items()
-    }
+    if UNLABELED in found and label in registry.NETWORKS:
+        found = {label: found[UNLABELED]}
+    states = {network: partial(dict, state) for network, (state, _) in found.items()}
     return Networks(str(path), states, next(iter(found.values()))[1])
 
 
@@ -243,12 +229,16 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _open_folder(locate: Locate, origin: str) -> Networks:
+def _open_folder(
+    locate: Locate, origin: str, released: registry.Checkpoint | None = None
+) -> Networks:
     """Open a folder or repository by its config.json.
 
     Args:
         locate: Gives the local path of one of its files, fetching it if necessary.
         origin: The folder, for messages.
+        released: What the registry knows of this repository. Its preprocessing replaces that of
+            preprocessor_config.json, which is not that of pretraining in these repositories.
     """
     config = _read_json(locate, "config.json", origin)
     if "ijepa_zoo" in config:
@@ -258,6 +248,16 @@ def _open_folder(locate: Locate, origin: str) -> Networks:
     label = label if label in registry.NETWORKS else UNLABELED
     if config.get("model_type") == "ijepa":
         args = configs.transformers_args(config, origin)
+        if released is not None:
+            return Networks(
+                origin,
+                {released.network: read},
+                "transformers",
+                released.model,
+                args,
+                pretrained_cfg=released.preprocessing,
+                license=released.license,
+            )
         cfg: dict[str, Any] = {}
         if _optional(locate, "preprocessor_config.json") is not None:
             processor = _read_json(locate, "preprocessor_config.json", origin)
@@ -285,15 +285,16 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         model = str(ours["model"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{origin}/config.json is damaged: {error}") from error
+
+    def read(file: str) -> State:
+        return _read_safetensors(locate(file))
+
     args = configs.check_args(args, origin)
     if model not in registry.ARCHITECTURES:
         model = registry.model_name(args)
     return Networks(
         origin,
-        {
-            network: lambda file=file: _read_safetensors(locate(file))
-            for network, file in files.items()
-        },
+        {network: partial(read, file) for network, file in files.items()},
         "native",
         model,
         args,

@@ -161,23 +161,33 @@ def find_repository(hf_hub_id: str) -> Checkpoint | None:
     return next((c for c in checkpoints() if c.source.hf_hub_id == hf_hub_id), None)
 
 
+def registered_name(architecture: str) -> str | None:
+    """Our name of an architecture, which may have timm's; None for other networks."""
+    name = _TIMM_NAMES.get(architecture, architecture)
+    return name if name in (*ARCHITECTURES, CUSTOM) else None
+
+
 def model_name(args: Mapping[str, Any], architecture: str | None = None) -> str:
-    """The registered name of an encoder.
+    """The registered name of an encoder by its sizes.
 
     Args:
         args: Its timm arguments.
-        architecture: What its config calls it: one of our names, or timm's name of such a model.
+        architecture: What its config calls it.
 
     Returns:
         That name if the arguments have its sizes, else the name with these sizes, else
         :data:`CUSTOM`.
     """
-    named = _TIMM_NAMES.get(architecture or "", architecture or "")
+    named = registered_name(architecture or "")
     side = args.get("img_size", 224)
     large = max(side) > 224 if isinstance(side, list | tuple) else side > 224
     candidates = [named, *(("vit_huge16_448_ijepa",) if large else ()), *ARCHITECTURES]
     for name in candidates:
-        if name in ARCHITECTURES and _sizes(ARCHITECTURES[name]) == _sizes(args):
+        if (
+            name is not None
+            and name in ARCHITECTURES
+            and _sizes(ARCHITECTURES[name]) == _sizes(args)
+        ):
             return name
     return CUSTOM
 

@@ -202,8 +202,8 @@ def _image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
         size = {"height": scaled[0], "width": scaled[1]}
     else:
         raise CheckpointError(
-            f"transformers cannot resize images to {height}x{width} with crop mode {mode!r}: export "
-            "to timm instead"
+            f"transformers cannot resize images to {height}x{width} with crop mode {mode!r}: "
+            "export to timm instead"
         )
     filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
     return {
@@ -357,7 +357,9 @@ def _write_card(bundle: Bundle, folder: Path, to: str, network: str) -> None:
         num_heads=args["num_heads"],
         patch="x".join(map(str, args["patch_size"])),
         size="x".join(map(str, preprocessing["input_size"][1:])),
-        networks=", ".join(bundle.states) if to == "native" else network,
+        networks=", ".join(bundle.states if to == "native" else [network]).replace(
+            UNLABELED, "encoder"
+        ),
         crop="" if crop_pct == 1 else f" / {crop_pct:.4g}",
         interpolation=preprocessing["interpolation"],
         mode=preprocessing["crop_mode"],
