@@ -22,8 +22,7 @@ from torch import Tensor
 from ..data.datasets import ArrayDataset, ImageDataset, Subset
 from ..distributed import Distributed
 from ..errors import RunError, SettingsError
-from ..extraction.encoder import Batch, hash_texts
-from ..extraction.parts import Parts, whole_file
+from ..extract import Batch, Parts, hash_texts, whole_file
 from ..progress import skip
 from .representations import Representations
 

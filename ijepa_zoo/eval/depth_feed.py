@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from ..data.dense import DenseDataset
 from ..data.loading import load_in_order
 from ..errors import DataError, ImageError, SettingsError
-from ..extraction.encoder import Encoder
+from ..extract import Encoder
 from .tasks import View
 from .views import fixed_pixels
 from .words import option

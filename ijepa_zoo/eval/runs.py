@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from ..data.loading import usable_cpus
 from ..distributed import Distributed
 from ..errors import RunError
-from ..extraction.encoder import hash_texts
+from ..extract import hash_texts
 from .result import RESULT, Result
 from .result_files import read_result
 

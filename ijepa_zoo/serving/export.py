@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..data.scenes import SPLIT_STARTS, render_scenes
 from ..errors import RunError, SettingsError
-from ..extraction.encoder import model_name, weights_fingerprint
+from ..extract import model_name, weights_fingerprint
 from ..features import Layers
 from ..progress import progress_bar
 from ..weights.export import write_whole
