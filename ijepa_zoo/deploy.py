@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from .data.scenes import SPLIT_STARTS, render_scenes
 from .data.transforms import transform_config
+from .encode import DTYPES, model_name, weights_fingerprint
 from .errors import MissingPackageError, RunError, SettingsError
-from .extraction.encoder import model_name, weights_fingerprint  # TODO-merge: .extract
-from .extraction.outputs import DTYPES  # TODO-merge: .extract
 from .features import FeatureExtractor, Layers
 from .progress import progress_bar
 from .weights.export import check_destination, write_folder
