@@ -50,7 +50,9 @@ def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
     add("--data", nargs="+", metavar="DATA",
         help="folders, tar shards, lists, .npy, hfds/NAME or MODULE:ATTRIBUTE")  # fmt: skip
     add("--out", metavar="RUN", help="folder of the run; an unfinished run in it is resumed")
-    add("--init", metavar="WEIGHTS", help="NAME.TAG or a checkpoint of all three networks")
+    add("--init", metavar="WEIGHTS", 
+        help="start from NAME.TAG, a checkpoint, hf-hub:REPO or a ViT of timm; an encoder alone "
+        "gets a new predictor")  # fmt: skip
     add("--resume-from", type=_checkpoint, default="latest", metavar="WHICH",
         help="latest (default), previous or a step")  # fmt: skip
     add("--skip-nonfinite", type=count, default=0, metavar="N",

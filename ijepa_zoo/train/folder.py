@@ -14,7 +14,8 @@ from ..distributed import Distributed
 from ..errors import RunError
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
-from .config import PretrainConfig
+from .config import PretrainConfig, steps_of
+from .log import read_log
 from .precision import resolve_precision
 from .settings import differences, dump, parse
 
@@ -112,12 +113,33 @@ def _write(out: Path, config: PretrainConfig, images: ImageDataset) -> None:
             raise OSError(error.errno, error.strerror, str(out / name)) from error
 
 
+def _lost_checkpoints(out: Path) -> str | None:
+    """Refuse to start over in the folder of a run whose checkpoints are elsewhere."""
+    found = "an export"
+    if not (out / "export" / "config.json").exists():
+        logged = read_log(out)
+        if not logged or not (out / _DATA).exists():
+            return None
+        before = read_settings(out)
+        data = json.loads((out / _DATA).read_text(encoding="utf-8"))
+        images = data["images"] - before.data.held_out
+        saved = steps_of(before.log.save_every, batch_size=before.optim.batch_size, images=images)
+        # one checkpoint may have been under way when the run was killed
+        if logged[-1]["step"] < 2 * saved:
+            return None
+        found = f"the log of {logged[-1]['step']:.0f} steps"
+    return (
+        f"{out} has {found} but no checkpoints: move them back into {out / 'checkpoints'}, mount "
+        "their disk, or use another folder for a new run"
+    )
+
+
 def _refusal(
     out: Path, config: PretrainConfig, before: PretrainConfig | None, images: ImageDataset
 ) -> str | None:
     check_destination(out / "export", WRITTEN, overwrite=True)
     if before is None:
-        return None
+        return _lost_checkpoints(out)
     differing = differences(before, config)
     if differing:
         return (

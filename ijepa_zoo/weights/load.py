@@ -1,6 +1,7 @@
 """Put weights into models: construct on meta, map the file, fit shapes as timm does, assign."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -163,6 +164,28 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
         _log.warning("%s: its classifier is dropped; num_classes=%d loads it", origin, classes)
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     return state
+
+
+def drop_class_token(state: State, origin: str) -> State:
+    """Leave out the class token of a ViT, with its position; other encoders stay as they are.
+
+    Args:
+        state: Tensors in timm's names.
+        origin: The checkpoint, for messages.
+
+    Raises:
+        CheckpointError: It has register tokens.
+    """
+    if "reg_token" in state:
+        raise CheckpointError(f"{origin} has register tokens (reg_token), I-JEPA has none")
+    if "cls_token" not in state:
+        return state
+    kept = {name: tensor for name, tensor in state.items() if name != "cls_token"}
+    positions = kept.get("pos_embed")
+    if positions is not None and math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]:
+        kept["pos_embed"] = positions[:, 1:]  # some ViTs have no position for the class token
+    _log.warning("%s: its class token is dropped, I-JEPA has patch tokens only", origin)
+    return kept
 
 
 def fit_predictor(
