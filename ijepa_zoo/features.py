@@ -195,7 +195,7 @@ def _has_class_token(model: Any) -> bool:
 def _require_map(model: Any, layers: Layers) -> None:
     name = type(model).__name__
     if layers != "last":
-        raise SettingsError(f"{name} has no ViT blocks to choose from: use layers='last'")
+        raise SettingsError(f"{name} has no ViT blocks to choose: use a timm ViT or layers='last'")
     shape: Any = ()
     if hasattr(model, "forward_features"):
         maps = _map_of_zeros(model, transform_config(model)["input_size"][1:])
