@@ -1,5 +1,7 @@
 """Errors that a user can fix. Their text is one sentence: what was wrong, and what to do."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Base class; the command line prints the text and ends with `exit_code`."""
@@ -39,3 +41,10 @@ class DistributedError(UserError, RuntimeError):
 
 class MissingPackageError(UserError, ImportError):
     """An optional package that is not installed."""
+
+
+def some(names: Iterable[str], most: int = 4) -> str:
+    """The first few names in alphabetical order, for a message."""
+    listed = sorted(names)
+    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + rest

@@ -6,8 +6,6 @@ in `Parts` until all of them can be merged into the final files.
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import io
 import json
 import math
@@ -15,11 +13,9 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,23 +27,17 @@ from torch import Tensor, nn
 
 from .data.datasets import ImageDataset
 from .data.decode import MAX_PIXELS, Decoder
-from .data.loading import load_in_order, usable_cpus
+from .data.loading import load_in_order
 from .data.sources import open_images
-from .data.transforms import create_transform, describe_transform, transform_config
-from .distributed import Distributed, choose_device, init_distributed
+from .data.transforms import create_transform, transform_config
+from .distributed import Distributed, init_distributed
+from .encode import DTYPES, Batch, Encoder, hash_texts
 from .errors import ImageError, MissingPackageError, RunError, SettingsError
-from .features import FeatureExtractor, Layers, evaluating
+from .features import Layers
 from .progress import progress_bar
 from .weights.formats import safetensors_header
 
 FORMATS = {".safetensors": "safetensors", ".npy": "npy", ".parquet": "parquet"}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PRECISIONS = ("auto", "float32", "bfloat16", "float16", "bfloat16-weights")
-Batch = tuple[Tensor, list[str | None]]
-
-_TOKENS = 512  # that one CPU thread works on at a time; more is hardly faster
-_GPU_TOKENS = 65_536  # of a batch that fills a GPU
-_BATCH = 32  # images, elsewhere and at least
 _MOST_PARTS = 4096
 _IMAGES = {"inputs", "paths"}  # settings that are hashes of the list of images
 _WEEK = 604_800.0  # seconds; ranks wait for the slowest one
@@ -327,20 +317,25 @@ def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> _O
 def _claim(
     outputs: _Outputs, settings: dict[str, Any], overwrite: bool, distributed: Distributed
 ) -> Iterator[bool]:
-    """Lock and prepare the outputs; yields whether such a run is finished already.
+    """Lock and prepare the outputs, as rank 0; yields whether such a run is finished already.
 
     Raises:
         RunError: Other results are in the way, or another process is at work; on every rank.
     """
-    with ExitStack() as locks:
+    with ExitStack() as stack:
         refusal, finished = None, False
         if distributed.is_main:
             try:
                 finished = not overwrite and _is_finished(outputs, settings)
                 if not finished:
                     outputs.parts.mkdir(parents=True, exist_ok=True)
-                    locks.enter_context(_lock(outputs, 0))
+                    stack.enter_context(FileLock(outputs.parts / "lock", timeout=0))
                     _prepare(outputs, settings, overwrite)
+            except Timeout:
+                refusal = (
+                    f"another process is writing '{outputs.features}' now: wait for it, or choose "
+                    "another output"
+                )
             except RunError as error:
                 refusal = str(error)
         refusal, finished, first = distributed.broadcast_object((refusal, finished, settings))
@@ -349,23 +344,9 @@ def _claim(
         if first != settings:
             different = _differences(first, settings)
             raise RunError(f"rank {distributed.rank} differs from rank 0: {different}")
-        if not finished and not distributed.is_main:
-            locks.enter_context(_lock(outputs, distributed.rank))
         yield finished
         if distributed.is_main:
             _remove_parts(outputs)
-
-
-@contextmanager
-def _lock(outputs: _Outputs, rank: int) -> Iterator[None]:
-    try:
-        with FileLock(outputs.parts / f"rank{rank}.lock", timeout=0):
-            yield
-    except Timeout:
-        raise RunError(
-            f"another process is writing '{outputs.features}' now: wait for it, or choose another "
-            "output"
-        ) from None
 
 
 def _is_finished(outputs: _Outputs, settings: dict[str, Any]) -> bool:
@@ -391,11 +372,7 @@ def _is_finished(outputs: _Outputs, settings: dict[str, Any]) -> bool:
 
 
 def _prepare(outputs: _Outputs, settings: dict[str, Any], overwrite: bool) -> None:
-    """Keep the parts of a run with these settings or start a new one, as rank 0, under its lock."""
-    for lock in outputs.parts.glob("rank*.lock"):
-        if lock.name != "rank0.lock":  # of a rank that outlived an earlier rank 0
-            with _lock(outputs, int(lock.stem.removeprefix("rank"))):
-                pass
+    """Keep the parts of a run with these settings, or start a new one."""
     before = _read(outputs.parts / "settings.json")
     if before != settings:
         if before and not overwrite:
@@ -419,7 +396,7 @@ def _remove_part_files(outputs: _Outputs) -> None:
 def _remove_parts(outputs: _Outputs) -> None:
     """Remove the parts of a finished run, then the settings that say whose they are."""
     _remove_part_files(outputs)
-    for pattern in ("settings.json*", "rank*.lock"):
+    for pattern in ("settings.json*", "*lock"):
         for file in outputs.parts.glob(pattern):
             file.unlink(missing_ok=True)
     with suppress(OSError):  # it does not exist, or a new run has just opened its lock in it
@@ -525,177 +502,6 @@ def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-class Encoder:
-    """Pixels to features in the chosen precision, on one device.
-
-    On a CPU the last bits of a matrix product depend on its number of threads, so each piece of a
-    batch is computed by one thread, and several pieces at a time: the features are the same to the
-    last bit for any number of threads.
-
-    Args are those of :func:`ijepa_zoo.extract_features`, and `host`: False leaves the features on
-    the device.
-
-    Attributes:
-        settings: Everything that decides the numbers.
-        size: Height and width of the images.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        layers: Layers = "last",
-        pool: str | None = "auto",
-        dtype: str = "float32",
-        precision: str = "float32",
-        device: str | torch.device = "auto",
-        threads: int | None = None,
-        host: bool = True,
-    ) -> None:
-        self.device = choose_device(device) if isinstance(device, str) else device
-        on_cpu = self.device.type == "cpu"
-        self.result_device = torch.device("cpu") if host else self.device
-        if precision not in PRECISIONS:
-            raise SettingsError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
-        if precision == "auto":
-            precision = _fast_precision(self.device)
-        if precision == "float16" and on_cpu:
-            raise SettingsError("float16 computation needs a GPU; use bfloat16 on a CPU")
-        extractor = FeatureExtractor(model, layers, pool)
-        config = transform_config(model)
-        self.in_chans: int = config["input_size"][0]
-        self.size: tuple[int, int] = tuple(config["input_size"][1:])
-        self.grid = extractor.grid(self.size)
-        self.piece = max(1, _TOKENS // math.prod(self.grid)) if on_cpu else None
-        self.threads = (threads or usable_cpus()) if on_cpu else 1
-        self.settings: dict[str, Any] = {
-            "model": model_name(model),
-            "weights": getattr(model, "weights_origin", "not from a checkpoint"),
-            "weights_hash": weights_fingerprint(model),
-            "layers": extractor.layers,
-            "pool": extractor.pool,
-            "transform": describe_transform(model),
-            "dtype": dtype,
-            "precision": precision,
-            "device": self.device.type,
-            "images_at_once": self.piece,
-            "versions": ", ".join(
-                f"{name} {version(name)}" for name in ("torch", "timm", "pillow")
-            ),
-        }
-        if precision == "bfloat16-weights":
-            extractor = copy.deepcopy(extractor).to(torch.bfloat16)
-        self.extractor = extractor.to(self.device)
-        self.dtype = DTYPES[dtype]
-        self.autocast = DTYPES[precision] if precision in ("bfloat16", "float16") else None
-        self.mean, self.std = (
-            torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
-        )
-
-    @property
-    def batch_size(self) -> int:
-        """Images of a batch that fills the device."""
-        on_gpu = self.device.type == "cuda"
-        return max(_BATCH, _GPU_TOKENS // math.prod(self.grid)) if on_gpu else _BATCH
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Shape of the features of one image."""
-        width = self.extractor.num_features
-        return (width, *self.grid) if self.extractor.pool is None else (width,)
-
-    def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-        """Encode batches; several are in work at a time, and they come out in order.
-
-        The model is in evaluation mode until the last one is out.
-
-        Args:
-            batches: uint8 `[B, C, H, W]`, and for each image None or the reason why its slot is to
-                be left out; further slots are padding.
-
-        Yields:
-            Features of the good images, and the reasons.
-        """
-        waiting: deque[tuple[list[Future[Tensor]], list[str | None]]] = deque()
-        before = torch.get_num_threads()
-        threads = ThreadPoolExecutor(self.threads, initializer=self._begin_thread)
-        with evaluating(self.extractor):
-            try:
-                for pixels, reasons in batches:
-                    step = self.piece or len(pixels)
-                    jobs = [
-                        threads.submit(self._encode, pixels[i : i + step], reasons[i : i + step])
-                        for i in range(0, len(pixels), step)
-                    ]
-                    waiting.append((jobs, reasons))
-                    while sum(len(jobs) for jobs, _ in waiting) > 2 * self.threads:
-                        jobs, reasons = waiting.popleft()
-                        yield torch.cat([job.result() for job in jobs]), reasons
-                for jobs, reasons in waiting:
-                    yield torch.cat([job.result() for job in jobs]), reasons
-            finally:
-                threads.shutdown(cancel_futures=True)
-                torch.set_num_threads(before)
-
-    def _begin_thread(self) -> None:
-        if self.device.type == "cpu":
-            torch.set_num_threads(1)
-        if self.device.type == "cuda":  # the current GPU is a setting of the thread
-            torch.cuda.set_device(self.device)
-
-    @torch.inference_mode()
-    def _encode(self, pixels: Tensor, reasons: list[str | None]) -> Tensor:
-        good = [slot for slot, reason in enumerate(reasons) if reason is None]
-        if not good:
-            return torch.empty(0, *self.row_shape, dtype=self.dtype, device=self.result_device)
-        # The operations of torchvision's ToTensor and Normalize, in their order: the same bits.
-        images = pixels.to(self.device, non_blocking=True).float().div_(255)
-        images = images.sub_(self.mean).div_(self.std)
-        images = images.to(next(self.extractor.parameters()).dtype)
-        enabled = self.autocast is not None
-        with torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled):
-            features: Tensor = self.extractor(images)
-        if len(good) < len(features):  # a list of indices waits for the GPU
-            features = features[good]
-        return features.to(self.result_device, self.dtype)
-
-
-def _fast_precision(device: torch.device) -> str:
-    """What a GPU multiplies fastest by autocast; float32 elsewhere."""
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-
-
-def model_name(model: nn.Module) -> str:
-    """The timm name of a model's architecture, or the name of its class."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return str(cfg.get("architecture") or type(model).__name__)
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of every tensor's name, dtype, shape and 256 evenly spaced elements.
-
-    Tells one set of weights from another without reading gigabytes of them.
-    """
-    texts = []
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous()
-        texts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} ")
-        texts.append(sample.view(torch.uint8).numpy().tobytes().hex())
-    return hash_texts(texts)
-
-
-def hash_texts(texts: Iterable[str]) -> str:
-    """A hash of texts in their order; texts may hold file names that are not UTF-8."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "surrogateescape"))
-        digest.update(b"\n")
-    return digest.hexdigest()[:32]
 
 
 def _merge(

@@ -222,7 +222,8 @@ def _is_channels_last(model: Any) -> bool:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    # torch.promote_types would not load with torch.export of torch 2.6
+    return tensor.dtype if tensor.dtype.itemsize > 4 else torch.float32
 
 
 def _mean(tensor: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:

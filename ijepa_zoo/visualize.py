@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .data.datasets import ImageDataset
 from .data.transforms import create_transform
+from .encode import Encoder
 from .errors import DataError, ImageError
-from .extract import Encoder
 
 _GAP = 8  # pixels between the pairs
 _SIDE = 192  # pixels of a picture's shorter side, at least

@@ -20,7 +20,7 @@ from ijepa_zoo.extract import Parts
 
 ROOT = Path(__file__).parents[1]
 NANO = "vit_nano8_64_ijepa"
-CONVERT = ["convert", "weights.pth", "folder", "--to", "timm"]
+EXPORT = ["export", "weights.pth", "folder", "--to", "timm"]
 FEATURES = ["features", "photos", "--model", NANO, "--out", "f.npy"]
 PROBE = ["--model", NANO, "--data", "photos"]
 # commands of the long works, and the function of the package that each calls
@@ -94,11 +94,11 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_user_errors_are_a_sentence_and_an_exit_status(failing, capsys, kind):
     failing(kind("'a.jpg' is broken"))
-    assert main(CONVERT) == kind.exit_code
+    assert main(EXPORT) == kind.exit_code
     assert capsys.readouterr() == ("", "ijepa-zoo: error: 'a.jpg' is broken\n")
 
 
-@pytest.mark.parametrize("command", [["--debug", *CONVERT], [*CONVERT, "--debug"]])
+@pytest.mark.parametrize("command", [["--debug", *EXPORT], [*EXPORT, "--debug"]])
 def test_debug_adds_the_traceback(failing, capsys, command):
     failing(errors.DataError("'a.jpg' is broken"))
     assert main(command) == 1
@@ -125,7 +125,7 @@ def test_debug_may_follow_a_probe(tmp_path, capsys, probe):
 def test_unexpected_errors_keep_their_traceback(failing, error):
     failing(error)
     with pytest.raises(type(error)) as caught:
-        main(CONVERT)
+        main(EXPORT)
     assert caught.value is error
 
 
@@ -147,7 +147,7 @@ def test_unexpected_errors_end_the_process_with_1():
 )  # fmt: skip
 def test_errors_of_the_system_name_the_file(failing, capsys, number, name):
     failing(OSError(number, os.strerror(number), name))
-    assert main(CONVERT) == 1
+    assert main(EXPORT) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"ijepa-zoo: error: {os.strerror(number)}")
     assert err.count("\n") == 1
@@ -187,7 +187,7 @@ def test_lack_of_memory_names_options_of_the_command(photos, failing, capsys, wo
 
 def test_lack_of_memory_elsewhere(failing, capsys):
     failing(MemoryError("Unable to allocate 3 GiB"))
-    assert main(CONVERT) == 1
+    assert main(EXPORT) == 1
     assert "3 GiB" in capsys.readouterr().err
 
 
@@ -198,10 +198,10 @@ def test_interrupted_work_can_be_resumed(photos, failing, capsys, work):
     assert "resume" in capsys.readouterr().err
 
 
-def test_interrupted_conversions_cannot(photos, failing, monkeypatch, capsys):
+def test_interrupted_exports_cannot(photos, failing, monkeypatch, capsys):
     failing(KeyboardInterrupt())
     monkeypatch.setattr("ijepa_zoo.cli.models.create_model", ijepa_zoo.cli.models.export)
-    for command in (CONVERT, ["export", NANO, "served", "--to", "torch-export"]):
+    for command in (EXPORT, ["export", NANO, "served", "--to", "torch-export"]):
         assert main(command) == 130
         assert "resume" not in capsys.readouterr().err
 

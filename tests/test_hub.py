@@ -9,17 +9,17 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import ijepa_zoo
-from ijepa_zoo.weights import catalog
+from ijepa_zoo.weights import registry
 
 pytestmark = [pytest.mark.hub, pytest.mark.timeout(7200)]
 
 COCO = "http://images.cocodataset.org/val2017/{}.jpg"
-CHECKED = [record for record in catalog.checkpoints() if record.check]
-OFFICIAL = [record for record in catalog.checkpoints() if record.layout == "official"]
+CHECKED = [record for record in registry.checkpoints() if record.check]
+OFFICIAL = [record for record in registry.checkpoints() if record.format == "official"]
 
 
 @pytest.mark.parametrize("record", CHECKED, ids=lambda record: record.name)
-def test_hub_files_give_the_published_check_values(record: catalog.Checkpoint) -> None:
+def test_hub_files_give_the_published_check_values(record: registry.Checkpoint) -> None:
     check = record.check
     with urllib.request.urlopen(COCO.format(check["image"].removeprefix("COCO "))) as response:
         image = Image.open(io.BytesIO(response.read())).convert("RGB")
@@ -38,7 +38,7 @@ def test_hub_files_give_the_published_check_values(record: catalog.Checkpoint) -
 
 
 @pytest.mark.parametrize("record", OFFICIAL, ids=lambda record: record.name)
-def test_official_context_encoder_is_the_hub_file(record: catalog.Checkpoint) -> None:
+def test_official_context_encoder_is_the_hub_file(record: registry.Checkpoint) -> None:
     ranged = ijepa_zoo.create_model(record.name, network="encoder").state_dict()
     hub = ijepa_zoo.create_model(f"{record.name}_context").state_dict()
     assert ranged.keys() == hub.keys()
@@ -46,7 +46,7 @@ def test_official_context_encoder_is_the_hub_file(record: catalog.Checkpoint) ->
 
 
 @pytest.mark.parametrize("record", OFFICIAL, ids=lambda record: record.name)
-def test_official_target_encoder_is_another_network(record: catalog.Checkpoint) -> None:
+def test_official_target_encoder_is_another_network(record: registry.Checkpoint) -> None:
     target = ijepa_zoo.create_model(record.name).state_dict()
     context = ijepa_zoo.create_model(record.name, network="encoder").state_dict()
     assert not torch.equal(target["norm.weight"], context["norm.weight"])

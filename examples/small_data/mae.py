@@ -43,8 +43,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ijepa_zoo.data import ImageDataset, open_images
 from ijepa_zoo.data.transforms import transform_config
+from ijepa_zoo.models.encoder import sincos_positions
 from ijepa_zoo.models.jepa import IJepa
-from ijepa_zoo.models.positions import sincos_positions
 from ijepa_zoo.progress import progress_bar
 from ijepa_zoo.seeds import Stream, fold
 from ijepa_zoo.train import PretrainConfig, Trainer, load_config
@@ -54,7 +54,7 @@ from ijepa_zoo.train.flops import flops_per_image
 from ijepa_zoo.train.monitor import Monitor, knn_accuracy, linear_accuracy, rankme, spread
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 from ijepa_zoo.train.start import build_networks
-from ijepa_zoo.weights.layouts import from_transformers
+from ijepa_zoo.weights.formats import from_transformers
 
 LR = 1e-3
 CROPS = ["data.crop_scale=0.2,1.0", "data.horizontal_flip=true"]

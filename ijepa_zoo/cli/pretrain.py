@@ -22,7 +22,7 @@ from ..train import (
     recipe_table,
 )
 from ..train.settings import published_places
-from ..weights.catalog import checkpoints
+from ..weights.registry import checkpoints
 from .options import RESUME, Commands, count, is_main_process
 
 STOPPED, INTERRUPTED = 75, 130
@@ -51,7 +51,6 @@ def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
         help="folders, tar shards, lists, .npy, hfds/NAME or MODULE:ATTRIBUTE")  # fmt: skip
     add("--out", metavar="RUN", help="folder of the run; an unfinished run in it is resumed")
     add("--init", metavar="WEIGHTS", help="NAME.TAG or a checkpoint of all three networks")
-    add("--resume-optimizer", action="store_true", help="with --init: its optimizer state too")
     add("--resume-from", type=_checkpoint, default="latest", metavar="WHICH",
         help="latest (default), previous or a step")  # fmt: skip
     add("--skip-nonfinite", type=count, default=0, metavar="N",
@@ -95,7 +94,6 @@ def _pretrain(args: argparse.Namespace) -> int:
             data,
             out,
             init=args.init,
-            resume_optimizer=args.resume_optimizer,
             resume_from=args.resume_from,
             skip_nonfinite=args.skip_nonfinite,
             progress=not args.quiet,

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from ..data.transforms import transform_config
+from ..encode import model_name, weights_fingerprint
 from ..errors import CheckpointError, SettingsError
-from ..extract import model_name, weights_fingerprint
 from ..features import FeatureExtractor
 from ..models.factory import create_model
 from ..models.predictor import PREDICTORS
 from ..seeds import Stream, fold
-from ..weights.catalog import checkpoints, find
+from ..weights.registry import checkpoints, find
 from .timm_weights import weights_within_reach
 from .words import option
 
@@ -139,8 +139,8 @@ def open_model(
     Raises:
         ValueError: No model is called that.
         TypeError: It is no ViT.
-        ijepa_zoo.weights.layouts.CheckpointError: The weights do not exist or do not fit.
-        ijepa_zoo.weights.fetch.FetchError: They are out of reach.
+        CheckpointError: The weights do not exist or do not fit.
+        FetchError: They cannot be fetched.
     """
     source, ours = _check_options(name, random, checkpoint, network, img_size)
     size: dict[str, Any] = {"img_size": img_size} if img_size else {}

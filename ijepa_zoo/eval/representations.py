@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..encode import Batch, Encoder
 from ..errors import SettingsError
-from ..extract import Batch, Encoder
 from .models import Subject
 
 _SIDE = 32  # pixels of the images that stand for themselves

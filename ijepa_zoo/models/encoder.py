@@ -14,8 +14,35 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from ..weights import catalog, load, read
-from .positions import sincos_positions
+from ..weights import load, registry
+from ..weights.read import packaged_folder
+
+
+def sincos_positions(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
+    """Fixed sine-cosine positions of a grid of patches in raster order.
+
+    The first half of the channels varies along the width, the second along the height; each half
+    is ``[sin(p * w_k), cos(p * w_k)]`` with ``w_k = 10000 ** (-k / (embed_dim / 4))`` (Vaswani et
+    al., 2017, applied per axis as in MAE and I-JEPA). Computed in float64.
+
+    Args:
+        embed_dim: Number of channels, a multiple of 4.
+        grid_size: Rows and columns of the grid.
+
+    Returns:
+        ``[1, rows * columns, embed_dim]``, float32.
+
+    Raises:
+        SettingsError: ``embed_dim`` is not a multiple of 4.
+    """
+    if embed_dim % 4:
+        raise SettingsError(f"embed_dim must be a multiple of 4, got {embed_dim}")
+    omega = 10000.0 ** -(torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim / 4))
+    rows, columns = (torch.arange(size, dtype=torch.float64) for size in grid_size)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    angles = [position.reshape(-1, 1) * omega for position in (column, row)]
+    table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return table.float().unsqueeze(0)
 
 
 class IJepaEncoder(VisionTransformer):
@@ -23,13 +50,13 @@ class IJepaEncoder(VisionTransformer):
 
     Takes every argument of ``timm.models.vision_transformer.VisionTransformer``. The defaults that
     differ: no class token, mean pooling *after* the final LayerNorm (``fc_norm=False``), no
-    classifier, and the initialisation of the published recipe (std 0.02 everywhere).
+    classifier, and the initialization of the official repository (std 0.02 everywhere).
 
     ``pos_embed`` is a buffer, not a parameter: it is saved and loaded under timm's name, and no
     optimizer, EMA or weight decay ever sees it.
 
     Raises:
-        ValueError: If class or register tokens are asked for (I-JEPA has neither), or a size is
+        SettingsError: Class or register tokens are asked for (I-JEPA has neither), or a size is
             impossible.
     """
 
@@ -69,14 +96,14 @@ class IJepaEncoder(VisionTransformer):
             self.register_buffer("pos_embed", positions.detach())
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialise as the published recipe does, or by one of timm's modes.
+        """Initialize as the official repository does, or by one of timm's modes.
 
-        Linear layers and the patch embedding: truncated normal, std 0.02, biases 0. The published
-        class also divides by the depth, but the published training script undoes it.
+        Linear layers and the patch embedding: truncated normal, std 0.02, biases 0. Its
+        classes also divide by the depth, but its training script undoes that.
 
         Args:
-            mode: '' for the recipe; timm's 'jax', 'jax_nlhb', 'moco' or 'reset'.
-            needs_reset: Also reset modules that initialise themselves, for models made on meta.
+            mode: '' for the official repository's; timm's 'jax', 'jax_nlhb', 'moco' or 'reset'.
+            needs_reset: Also reset modules that initialize themselves, for models made on meta.
         """
         mode = mode or self.weight_init_mode
         super().init_weights(mode, needs_reset)
@@ -117,7 +144,7 @@ class IJepaEncoder(VisionTransformer):
         take no part in attention and cost nothing: the context encoder of I-JEPA.
 
         Args:
-            images: ``[B, C, H, W]``, normalised.
+            images: ``[B, C, H, W]``, normalized.
             keep: Patch indices ``[B * R, K]``, int64, in raster order of the grid, R rows for each
                 image; None for all.
 
@@ -125,7 +152,7 @@ class IJepaEncoder(VisionTransformer):
             Tokens ``[B, N, D]``, or ``[B * R, K, D]`` with ``keep``.
 
         Raises:
-            ValueError: If ``keep`` is not an int64 tensor ``[B * R, K]``.
+            SettingsError: ``keep`` is not an int64 tensor ``[B * R, K]``.
         """
         if keep is None:
             return self.forward_features(images)
@@ -145,7 +172,7 @@ class IJepaEncoder(VisionTransformer):
         """Tokens after the last blocks, each followed by the final LayerNorm.
 
         Args:
-            images: ``[B, C, H, W]``, normalised.
+            images: ``[B, C, H, W]``, normalized.
             layers: How many blocks.
 
         Returns:
@@ -185,60 +212,57 @@ def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
         )
 
 
-def _cfg(record: catalog.Checkpoint | None = None, img_size: int = 224) -> dict[str, Any]:
-    """timm's pretrained_cfg of a catalogue entry, or of a model without released weights."""
-    shared: dict[str, Any] = {"num_classes": 0, "pool_size": None, "fixed_input_size": True}
-    shared |= {"first_conv": "patch_embed.proj", "classifier": "head"}
-    shared |= {"paper_name": "I-JEPA", "paper_ids": "arXiv:2301.08243"}
-    if record is None:
-        return {**shared, "input_size": (3, img_size, img_size), "crop_pct": 0.875}
-    source = record.source
+_SHARED_CFG: dict[str, Any] = {
+    **{"num_classes": 0, "pool_size": None, "fixed_input_size": True, "crop_pct": 0.875},
+    **{"input_size": (3, 224, 224), "first_conv": "patch_embed.proj", "classifier": "head"},
+    **{"paper_name": "I-JEPA", "paper_ids": "arXiv:2301.08243"},
+}
+
+
+def _cfg(checkpoint: registry.Checkpoint) -> dict[str, Any]:
+    """timm's pretrained_cfg of released weights."""
+    source = checkpoint.source
     return {
-        **shared,
+        **_SHARED_CFG,
+        **checkpoint.preprocessing,
         "url": source.url,
         "hf_hub_id": source.hf_hub_id,
-        "file": str(read.packaged_folder(source.folder)) if source.folder else None,
-        "input_size": record.input_size,
-        "mean": record.mean,
-        "std": record.std,
-        "crop_pct": record.crop_pct,
-        "interpolation": record.interpolation,
-        "license": record.license.lower(),
-        "description": f"{record.network} of I-JEPA, {record.data}, {record.epochs:g} epochs",
+        "file": str(packaged_folder(source.folder)) if source.folder else None,
+        "license": checkpoint.license.lower(),
+        "description": f"{checkpoint.network} of I-JEPA, {checkpoint.data}, "
+        f"{checkpoint.epochs:g} epochs",
     }
 
 
 default_cfgs = generate_default_cfgs(
-    {record.name: _cfg(record) for record in catalog.checkpoints()}
+    {checkpoint.name: _cfg(checkpoint) for checkpoint in registry.checkpoints()}
     | {
-        name: _cfg()
-        for name in (
-            "vit_tiny16_ijepa",
-            "vit_small16_ijepa",
-            "vit_base16_ijepa",
-            "vit_large16_ijepa",
-        )
+        name: _SHARED_CFG
+        for name in (*registry.ARCHITECTURES, registry.CUSTOM)
+        if registry.find(name) is None
     }
 )
 
 
-def _create(
-    variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]
-) -> Any:
-    """Build one variant as timm does; weights are mapped into a model made on meta.
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
+    """Build one variant as timm does; weights are mapped into a model constructed on meta.
 
     Besides timm's arguments every entrypoint takes ``checkpoint`` and ``network``, see
     :func:`ijepa_zoo.create_model`.
     """
     checkpoint, network = kwargs.pop("checkpoint", None), kwargs.pop("network", None)
+    # timm records the arguments in the folders that it saves: weights there are newer than these
+    recorded = kwargs.get("pretrained_model_args") or {}
+    checkpoint = None if checkpoint == recorded.get("checkpoint") else checkpoint
+    network = None if network == recorded.get("network") else network
     if not kwargs.pop("pretrained_strict", True):
         raise SettingsError("I-JEPA weights load strictly: leave pretrained_strict at True")
     if network == "predictor":
-        raise SettingsError("create_model makes encoders; create_ijepa makes the predictor too")
+        raise SettingsError("create_model makes encoders: use create_ijepa for the predictor")
     if network is not None and not pretrained and checkpoint is None:
         raise SettingsError(
-            f"network={network!r} tells which weights to load, but pretrained is False and there "
-            "is no checkpoint: leave network out, or ask for weights"
+            f"network={network!r} selects weights, but there are none: use pretrained=True or "
+            "checkpoint=PATH"
         )
     weights = None
     if pretrained or checkpoint is not None:
@@ -256,66 +280,72 @@ def _create(
             return IJepaEncoder(**arguments)
         return load.build_with_weights(IJepaEncoder, arguments, weights)
 
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         build,
         variant,
         pretrained=False,  # `build` has loaded the weights by then
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
-        **{**defaults, **kwargs},
+        **{**registry.ARCHITECTURES.get(variant, {}), **kwargs},
     )
+    if (
+        weights is not None
+        and checkpoint is not None
+        and not isinstance(kwargs.get("pretrained_cfg"), dict)
+    ):
+        model.pretrained_cfg = {**model.pretrained_cfg, **weights.networks.preprocessing}
+        model.default_cfg = model.pretrained_cfg
+    return model
 
 
 @register_model
 def vit_nano8_64_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
     """The small model that ships with the package: 64x64 images, patch 8."""
-    args = {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
-    return _create("vit_nano8_64_ijepa", pretrained, args, kwargs)
+    return _create("vit_nano8_64_ijepa", pretrained, kwargs)
 
 
 @register_model
 def vit_tiny16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
     """ViT-Ti/16."""
-    args = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _create("vit_tiny16_ijepa", pretrained, args, kwargs)
+    return _create("vit_tiny16_ijepa", pretrained, kwargs)
 
 
 @register_model
 def vit_small16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
     """ViT-S/16."""
-    args = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("vit_small16_ijepa", pretrained, args, kwargs)
+    return _create("vit_small16_ijepa", pretrained, kwargs)
 
 
 @register_model
 def vit_base16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
     """ViT-B/16."""
-    args = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("vit_base16_ijepa", pretrained, args, kwargs)
+    return _create("vit_base16_ijepa", pretrained, kwargs)
 
 
 @register_model
 def vit_large16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
     """ViT-L/16."""
-    args = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-    return _create("vit_large16_ijepa", pretrained, args, kwargs)
+    return _create("vit_large16_ijepa", pretrained, kwargs)
 
 
 @register_model
 def vit_huge14_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
     """ViT-H/14 of the paper."""
-    args = {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16}
-    return _create("vit_huge14_ijepa", pretrained, args, kwargs)
+    return _create("vit_huge14_ijepa", pretrained, kwargs)
 
 
 @register_model
 def vit_huge16_448_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
     """ViT-H/16 of the paper, at 448x448."""
-    args = {"patch_size": 16, "embed_dim": 1280, "depth": 32, "num_heads": 16}
-    return _create("vit_huge16_448_ijepa", pretrained, args, kwargs)
+    return _create("vit_huge16_448_ijepa", pretrained, kwargs)
 
 
 @register_model
 def vit_giant16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
     """ViT-g/16, the paper's "ViT-G/16"."""
-    args = {"patch_size": 16, "embed_dim": 1408, "depth": 40, "num_heads": 16, "mlp_ratio": 48 / 11}
-    return _create("vit_giant16_ijepa", pretrained, args, kwargs)
+    return _create("vit_giant16_ijepa", pretrained, kwargs)
+
+
+@register_model
+def vit_custom_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """A ViT of other sizes: pass patch_size, embed_dim, depth, num_heads."""
+    return _create("vit_custom_ijepa", pretrained, kwargs)

@@ -1,4 +1,4 @@
-"""create_model and friends: from a name, a folder or a repository to a network with weights."""
+"""create_model and create_ijepa: from a name, folder or repository to networks with weights."""
 
 import copy
 from collections.abc import Mapping
@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, SettingsError
-from ..weights import catalog, load, read
+from ..weights import load, registry
+from ..weights.read import FOLDER_PREFIX, HUB_PREFIX, open_checkpoint
 from .encoder import IJepaEncoder
 from .jepa import IJepa
 from .predictor import PREDICTORS, Predictor
+
+_DEFAULT_PREDICTOR = {"embed_dim": 384, "depth": 6}
 
 
 def list_models(
@@ -27,7 +30,7 @@ def list_models(
         pretrained: True for the names with released weights, with their tags.
     """
     names: list[str] = timm.list_models(filter, pretrained=pretrained)
-    return [name for name in names if name.split(".")[0] in PREDICTORS]
+    return [name for name in names if name.split(".")[0] in registry.ARCHITECTURES]
 
 
 def create_model(
@@ -47,9 +50,10 @@ def create_model(
         name: 'vit_huge14_ijepa', with a tag 'vit_huge14_ijepa.in1k_context', or a source of its
             own: 'local-dir:FOLDER' or 'hf-hub:REPO[@REVISION]' of an export of this package, a
             transformers folder or a timm folder; then the architecture comes from there too.
-        pretrained: False for the recipe's random initialisation.
-        checkpoint: Your own weights: an official .pth.tar, a transformers, timm or native folder,
-            a .safetensors file, or 'hf-hub:REPO'.
+        pretrained: False for random initialization.
+        checkpoint: Your own weights: an official .pth.tar, a state dict as training scripts save it
+            (.pth, .pt, .ckpt, .safetensors), a transformers, timm or native folder, or
+            'hf-hub:REPO'.
         network: 'target_encoder' (the default, what the paper evaluates) or 'encoder' (the context
             encoder), where the weights hold both.
         **kwargs: timm's arguments: num_classes, global_pool, in_chans, img_size, dynamic_img_size,
@@ -61,17 +65,20 @@ def create_model(
         ``.eval()``), or timm's feature wrapper with ``features_only=True``.
 
     Raises:
-        ijepa_zoo.weights.layouts.CheckpointError: If the weights do not exist or do not fit.
-        ijepa_zoo.weights.fetch.FetchError: If they cannot be fetched.
+        CheckpointError: The weights do not exist or do not fit.
+        FetchError: They cannot be fetched.
     """
     name, checkpoint, kwargs, _ = _resolve_name(name, pretrained, checkpoint, kwargs)
-    return timm.create_model(
+    model = timm.create_model(
         name,
         pretrained=pretrained,
         checkpoint=str(checkpoint) if checkpoint is not None else None,
         network=network,
         **kwargs,
     )
+    for key in ("checkpoint", "network"):  # timm's save_for_hf would record our paths
+        getattr(model, "_model_args", {}).pop(key, None)
+    return model
 
 
 def _resolve_name(
@@ -79,23 +86,22 @@ def _resolve_name(
 ) -> tuple[str, str | Path | None, dict[str, Any], Mapping[str, Any]]:
     """Registered name, checkpoint, arguments and predictor size that a name stands for.
 
-    A folder or repository brings its own architecture, which the caller's arguments override.
+    A folder or repository has its own architecture, which the caller's arguments override.
     """
     predictor: Mapping[str, Any] = {}
-    if name.startswith((read.HUB_PREFIX, read.FOLDER_PREFIX)):
-        opened = read.open_checkpoint(name, kwargs.get("cache_dir"))
+    if name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
+        networks = open_checkpoint(name, kwargs.get("cache_dir"))
         checkpoint = name if checkpoint is None and pretrained else checkpoint
-        predictor = opened.predictor
-        own = {key: value for key, value in opened.args.items() if key != "norm_eps"}
-        if opened.pretrained_cfg:
-            own["pretrained_cfg"] = dict(opened.pretrained_cfg)
-        # every size is given by `own`: the name only says where the entrypoint starts from
-        name, kwargs = opened.model or "vit_base16_ijepa", {**own, **kwargs}
+        predictor = networks.predictor
+        own = {key: value for key, value in networks.args.items() if key != "norm_eps"}
+        if networks.pretrained_cfg:
+            own["pretrained_cfg"] = dict(networks.pretrained_cfg)
+        name, kwargs = networks.model or registry.CUSTOM, {**own, **kwargs}
     model = name.partition(".")[0]
-    if model not in PREDICTORS:
+    if model not in (*registry.ARCHITECTURES, registry.CUSTOM):
         raise SettingsError(
-            f"no I-JEPA model is called {model!r}; ijepa_zoo.list_models() has "
-            f"{', '.join(PREDICTORS)}. Other timm models are made by timm.create_model"
+            f"{model!r} is not an I-JEPA model: use one of {', '.join(registry.ARCHITECTURES)}, "
+            "'local-dir:FOLDER' or 'hf-hub:REPO', or timm.create_model for other models"
         )
     return name, checkpoint, kwargs, predictor
 
@@ -115,17 +121,17 @@ def create_ijepa(
     position_noise: float = 0.0,
     **encoder_kwargs: Any,
 ) -> IJepa:
-    """Create all three networks, to predict hidden regions or to go on pretraining.
+    """Create all three networks, to predict hidden regions or to continue pretraining.
 
     Args:
         name: As for :func:`create_model`.
-        pretrained: False for the recipe's random initialisation.
-        predictor_embed_dim: Width of the predictor; default: that of the weights or the recipe,
-            384 for all models of the paper.
-        predictor_depth: Blocks of the predictor; default: that of the weights or the recipe.
-        predictor_context: 'repeated', the published predictor, or 'shared', see
+        pretrained: False for random initialization.
+        predictor_embed_dim: Width of the predictor; default: that of the weights, else
+            384 as in the paper.
+        predictor_depth: Blocks of the predictor; default: that of the weights, else the paper's.
+        predictor_context: 'repeated', the official predictor, or 'shared', see
             :class:`~ijepa_zoo.models.predictor.Predictor`; default: that of the weights.
-        checkpoint: Your own weights, holding all three networks.
+        checkpoint: Your own weights, of all three networks.
         regularizer: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         loss: See :class:`~ijepa_zoo.models.jepa.IJepa`.
         target_layers: See :class:`~ijepa_zoo.models.jepa.IJepa`.
@@ -134,8 +140,7 @@ def create_ijepa(
         **encoder_kwargs: timm's arguments of the encoder.
 
     Raises:
-        ijepa_zoo.weights.layouts.CheckpointError: If the weights do not hold all three networks or
-            do not fit.
+        CheckpointError: The weights lack one of the three networks, or do not fit.
     """
     if encoder_kwargs.get("features_only"):
         raise SettingsError("create_ijepa makes whole networks: leave features_only out")
@@ -161,7 +166,9 @@ def create_ijepa(
     if not (pretrained or checkpoint is not None):
         encoder = create_model(name, pretrained=False, **encoder_kwargs)
         device = next(encoder.parameters()).device
-        predictor = _predictor(encoder, {**PREDICTORS[model], **own, **asked}, device)
+        predictor = _predictor(
+            encoder, {**PREDICTORS.get(model, _DEFAULT_PREDICTOR), **own, **asked}, device
+        )
         return IJepa(encoder, predictor, **objective)
     networks = load.resolve(
         model,
@@ -169,19 +176,19 @@ def create_ijepa(
         pretrained_cfg=tag or None,
         cache_dir=encoder_kwargs.get("cache_dir"),
     ).networks
-    absent = [network for network in catalog.NETWORKS if network not in networks.states]
+    absent = [network for network in registry.NETWORKS if network not in networks.states]
     if absent:
-        full = [r.name for r in catalog.checkpoints() if len(r.networks) == 3]
+        complete = [c.name for c in registry.checkpoints() if len(c.networks) == 3]
         raise CheckpointError(
-            f"{networks.origin} holds no {' and no '.join(absent)}, create_ijepa needs all three "
-            f"networks; the entries {', '.join(full)} have them"
+            f"{networks.origin} has no {' and no '.join(absent)}: create_ijepa needs all three "
+            f"networks, as {', '.join(complete)} have them"
         )
     source = {"checkpoint": checkpoint} if checkpoint is not None else {"pretrained": True}
     made = {
         network: create_model(name, network=network, **source, **copy.deepcopy(encoder_kwargs))
         for network in ("encoder", "target_encoder")
     }
-    size = {**PREDICTORS[model], **networks.predictor, **asked}
+    size = {**PREDICTORS.get(model, _DEFAULT_PREDICTOR), **networks.predictor, **asked}
     predictor = _predictor(made["encoder"], size, torch.device("meta"))
     state = load.fit_predictor(
         networks.states["predictor"](), predictor, networks.origin, networks.grid_size

@@ -9,8 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from .positions import sincos_positions
-from .predictor_blocks import ClosingBlock, OpeningBlock, SharedBlock
+from .encoder import sincos_positions
 
 PREDICTORS: dict[str, dict[str, int]] = {
     "vit_nano8_64_ijepa": {"embed_dim": 64, "depth": 3},
@@ -28,8 +27,7 @@ class Predictor(nn.Module):
     """Predicts the target encoder's tokens of hidden blocks from the context encoder's tokens.
 
     Each target block is predicted on its own: the context attends to that block's mask tokens
-    only, as in the published code. Parameter names are those of the published code; the positions
-    are a buffer.
+    only. Parameter names are those of the official repository; the positions are a buffer.
 
     Args:
         grid_size: Rows and columns of the encoder's patch grid.
@@ -38,14 +36,14 @@ class Predictor(nn.Module):
         depth: Number of blocks.
         num_heads: Attention heads per block: as many as the encoder has.
         mlp_ratio: Hidden width of the blocks' MLP over ``predictor_embed_dim``.
-        context: ``repeated`` is the published predictor, where the context is processed anew
-            beside every target block. ``shared`` processes it once: it does not see the mask
+        context: ``repeated`` is the official predictor, where the context is processed again
+            with every target block. ``shared`` processes it once: it does not see the mask
             tokens, which costs less and is another method. The parameters are the same.
         device: Device to construct on.
         dtype: Data type of the parameters.
 
     Raises:
-        ValueError: If ``predictor_embed_dim`` is not divisible by ``num_heads``, a size is 0, or
+        SettingsError: ``predictor_embed_dim`` is not divisible by ``num_heads``, a size is 0, or
             ``context`` is unknown.
     """
 
@@ -106,7 +104,7 @@ class Predictor(nn.Module):
         return ClosingBlock if number == depth - 1 else Block
 
     def init_weights(self) -> None:
-        """Initialise as the published recipe does: std 0.02 everywhere, biases 0."""
+        """Initialize as the official repository does: std 0.02 everywhere, biases 0."""
         trunc_normal_(self.mask_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -129,7 +127,7 @@ class Predictor(nn.Module):
             Predicted tokens ``[B, M, L, D]``.
 
         Raises:
-            ValueError: If the shapes of the indices are others.
+            SettingsError: the shapes of the indices are others.
         """
         if context.shape != tokens.shape[:2] or targets.ndim != 3 or len(targets) != len(tokens):
             raise SettingsError(
@@ -140,27 +138,131 @@ class Predictor(nn.Module):
         table = self.mask_token[0] + self.predictor_pos_embed[0]
         if noise is not None:
             table = table + self.predictor_embed(noise)
-        known = self.predictor_embed(tokens)
+        visible = self.predictor_embed(tokens)
         # embedding() refuses negative indices, which indexing would count from the end.
-        known = known + F.embedding(context, self.predictor_pos_embed[0]).to(known.dtype)
-        hidden = (self._shared if self.context == "shared" else self._repeated)(
-            known, table, targets
+        visible = visible + F.embedding(context, self.predictor_pos_embed[0]).to(visible.dtype)
+        predicted = (self._shared if self.context == "shared" else self._repeated)(
+            visible, table, targets
         )
-        prediction: Tensor = self.predictor_proj(self.predictor_norm(hidden))
+        prediction: Tensor = self.predictor_proj(self.predictor_norm(predicted))
         return prediction
 
-    def _repeated(self, known: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        """Target tokens ``[B, M, L, C]`` after all blocks, each block with a context of its own."""
+    def _repeated(self, visible: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        """Target tokens ``[B, M, L, C]`` after all blocks, each with its own context."""
         first, *others = self.predictor_blocks
-        x = first(known, table, targets)
+        x = first(visible, table, targets)
         length = targets.shape[-1]
         for block in others:
             x = block(x, length) if isinstance(block, ClosingBlock) else block(x)
         return x[:, x.shape[1] - length :].unflatten(0, targets.shape[:2])
 
-    def _shared(self, known: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    def _shared(self, visible: Tensor, table: Tensor, targets: Tensor) -> Tensor:
         """Target tokens ``[B, M, L, C]`` after all blocks, with one context for all."""
-        hidden = F.embedding(targets, table).to(known.dtype)
+        predicted = F.embedding(targets, table).to(visible.dtype)
         for block in self.predictor_blocks:
-            known, hidden = block(known, hidden, block is self.predictor_blocks[-1])
-        return hidden
+            visible, predicted = block(visible, predicted, block is self.predictor_blocks[-1])
+        return predicted
+
+
+# The blocks are timm's, without the work that changes no number. The tokens of a context are the
+# same for every target block until the first attention, and mask tokens differ by their position
+# alone; after the last attention only target tokens are wanted. All of it happens in `forward`, so
+# that FSDP2 and torch.compile see the blocks as they see timm's.
+
+
+class OpeningBlock(Block):
+    """The first block: queries, keys and values once per context and once per position."""
+
+    def forward(self, context: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        """Append the mask tokens of every target block to its context, and attend.
+
+        Args:
+            context: Context tokens ``[B, K, C]``.
+            table: The mask token at every position of the grid ``[N, C]``.
+            targets: Patch indices ``[B, M, L]``, int64.
+
+        Returns:
+            ``[B * M, K + L, C]``.
+        """
+        x = _append(context, F.embedding(targets, table))
+        table_qkv = self.attn.qkv(self.norm1(table))
+        # In float32: the gradients of many tokens add up in one position.
+        masked = F.embedding(targets, table_qkv.float()).to(table_qkv.dtype)
+        qkv = _append(self.attn.qkv(self.norm1(context)), masked)
+        return _attend(self, x, *_heads(self, qkv, 3))
+
+
+class ClosingBlock(Block):
+    """The last block: all tokens are attended to, only target tokens are computed."""
+
+    def forward(self, x: Tensor, length: int) -> Tensor:
+        """Attend and update the last tokens only.
+
+        Args:
+            x: Tokens ``[B, T, C]``.
+            length: How many of them.
+
+        Returns:
+            ``[B, length, C]``.
+        """
+        width, first = x.shape[-1], x.shape[1] - length
+        weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
+        normed = self.norm1(x)
+        queries = F.linear(normed[:, first:], weight[:width], bias[:width])
+        (q,) = _heads(self, queries, 1)
+        k, v = _heads(self, F.linear(normed, weight[width:], bias[width:]), 2)
+        return _attend(self, x[:, first:], q, k, v)
+
+
+class SharedBlock(Block):
+    """A block that processes the context tokens once; they do not see the mask tokens.
+
+    The mask tokens of a target block attend to the context and to each other. Not the paper's
+    predictor, where the context is processed again with every target block.
+    """
+
+    def forward(self, context: Tensor, masked: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
+        """Update context and mask tokens.
+
+        Args:
+            context: Context tokens ``[B, K, C]``.
+            masked: Mask tokens ``[B, M, L, C]``.
+            last: Skip the context, which nothing reads any more.
+
+        Returns:
+            Both, of the same shapes.
+        """
+        blocks = masked.shape[1]
+        own = _heads(self, self.attn.qkv(self.norm1(context)), 3)
+        q, k, v = _heads(self, self.attn.qkv(self.norm1(masked)).flatten(0, 1), 3)
+        keys, values = (
+            torch.cat([part.repeat_interleave(blocks, 0), more], dim=2)
+            for part, more in zip(own[1:], (k, v))
+        )
+        masked = _attend(self, masked.flatten(0, 1), q, keys, values).view_as(masked)
+        return context if last else _attend(self, context, *own), masked
+
+
+def _append(context: Tensor, masked: Tensor) -> Tensor:
+    """``[B, K, C]`` repeated for each of ``[B, M, L, C]``: ``[B * M, K + L, C]``."""
+    repeated = context.unsqueeze(1).expand(-1, masked.shape[1], -1, -1)
+    return torch.cat([repeated, masked.to(context.dtype)], dim=2).flatten(0, 1)
+
+
+def _heads(block: Block, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """``[B, T, parts * C]`` as ``parts`` tensors ``[B, heads, T, C / heads]``."""
+    attn = block.attn
+    split = x.reshape(len(x), x.shape[1], parts, attn.num_heads, attn.head_dim)
+    return split.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _attend(block: Block, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention and MLP of a block for the tokens ``x``, whose queries are ``q``."""
+    attn = block.attn
+    if attn.fused_attn:
+        mixed = F.scaled_dot_product_attention(q, k, v)
+    else:
+        mixed = (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    x = x + attn.proj(mixed.transpose(1, 2).flatten(2))
+    x = x + block.mlp(block.norm2(x))
+    return x

@@ -22,8 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, SettingsError
-from ..weights.layouts import some
+from ..errors import CheckpointError, SettingsError, some
 
 PARTIAL, _DELETED = ".partial", ".deleted"
 _NAME = re.compile(r"step-(\d{9,})")

@@ -12,7 +12,8 @@ from filelock import FileLock, Timeout
 from ..data.datasets import ImageDataset
 from ..distributed import Distributed
 from ..errors import RunError
-from ..weights.export import refuse_foreign
+from ..weights.export import check_destination
+from ..weights.writers import WRITTEN
 from .config import PretrainConfig
 from .settings import differences, dump, parse
 from .values import named_values
@@ -95,8 +96,7 @@ def _write(out: Path, config: PretrainConfig, images: ImageDataset) -> None:
 
 
 def _refusal(out: Path, config: PretrainConfig, images: ImageDataset) -> str | None:
-    if (out / "export").exists():
-        refuse_foreign(out / "export")
+    check_destination(out / "export", WRITTEN, overwrite=True)
     if not any((out / "checkpoints").glob("step-*")):
         return None
     differing = differences(read_settings(out), config)

@@ -34,7 +34,6 @@ def pretrain(
     out: str | Path,
     *,
     init: str | Path | None = None,
-    resume_optimizer: bool = False,
     resume_from: int | Literal["latest", "previous"] = "latest",
     skip_nonfinite: int = 0,
     progress: bool = True,
@@ -50,7 +49,6 @@ def pretrain(
         data: Images; see `open_images`.
         out: The run's folder; made if it does not exist.
         init: Weights to start from; see `build_networks`. Without effect on a run that goes on.
-        resume_optimizer: Take the optimizer's state from `init` too.
         resume_from: Which checkpoint to go on from: `latest`, `previous` (the newest that is not
             damaged) or a step.
         skip_nonfinite: How many steps whose loss is not finite are left out before the run stops.
@@ -81,8 +79,8 @@ def pretrain(
         checkpoints = _checkpoints(out, config, images, distributed)
         step = checkpoints.choose(resume_from)
         if step is not None:
-            init, resume_optimizer = None, False
-        trainer = Trainer(config, images, distributed, init=init, resume_optimizer=resume_optimizer)
+            init = None
+        trainer = Trainer(config, images, distributed, init=init)
         loop = Loop(trainer, checkpoints, out, skip_nonfinite, progress)
         if step is not None:
             loop.resume(step)

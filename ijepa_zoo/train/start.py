@@ -1,9 +1,8 @@
-"""What a run starts from: random networks, or weights and optimizer state of an earlier one."""
+"""What a run starts from: random networks, or weights of an earlier one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from ..errors import CheckpointError, SettingsError
 from ..models.factory import create_ijepa
 from ..models.jepa import IJepa
 from ..seeds import Stream, fold
-from ..weights import catalog, load
-from ..weights.layouts import some
+from ..weights import registry
 from .config import PretrainConfig
-from .parallel import copy_whole
 from .regularizers import IsotropicGaussian, VarianceCovariance
 
 
@@ -74,54 +71,11 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
     return model
 
 
-def starting_optimizer(config: PretrainConfig, init: str | Path) -> Mapping[str, torch.Tensor]:
-    """Optimizer tensors of `init` by name: `encoder.norm.weight.exp_avg` and so on.
-
-    Raises:
-        CheckpointError: `init` holds no optimizer state.
-    """
-    name, checkpoint = _weights(config.model.name, init)
-    model, _, tag = name.partition(".")
-    networks = load.resolve(
-        model, checkpoint=checkpoint, pretrained_cfg=tag or None, cache_dir=None
-    ).networks
-    if networks.training is None:
-        raise CheckpointError(
-            f"{networks.origin} holds no optimizer state: leave --resume-optimizer out, or name an "
-            "official .pth.tar file or an export that has it"
-        )
-    training = networks.training()
-    scalars = training.plain.get(
-        "scalars", {}
-    )  # old versions of torch counted steps in plain numbers
-    return {**training.optimizer, **{k: torch.tensor(float(v)) for k, v in scalars.items()}}
-
-
-def fill_optimizer(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
-    """Copy optimizer tensors into a run's own, which have the prefix `optimizer.`.
-
-    Raises:
-        CheckpointError: A tensor is missing or has another shape.
-    """
-    mine = {name.removeprefix("optimizer."): value for name, value in own.items()}
-    missing = mine.keys() - tensors.keys()
-    if missing:
-        raise CheckpointError(f"the optimizer state lacks {some(missing)}")
-    for name, value in mine.items():
-        if tensors[name].shape != value.shape:
-            raise CheckpointError(
-                f"optimizer state {name} has shape {list(tensors[name].shape)}, the network needs "
-                f"{list(value.shape)}: leave --resume-optimizer out for networks of another size"
-            )
-    for name, value in mine.items():
-        copy_whole(tensors[name], value)
-
-
 def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | None]:
-    """Name and checkpoint for `create_ijepa`: a name with a tag is in the catalogue."""
+    """Name and checkpoint for `create_ijepa`: a name with a tag is in the registry."""
     if init is None:
         return model, None
-    known = {record.name for record in catalog.checkpoints()}
+    known = {checkpoint.name for checkpoint in registry.checkpoints()}
     if str(init) not in known:
         return model, init
     if str(init).partition(".")[0] != model:

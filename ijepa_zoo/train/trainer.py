@@ -37,7 +37,7 @@ from .monitor import Monitor
 from .optim import make_optimizer, set_rates
 from .parallel import accumulate, autocast, choose_kernels, in_group, parallelise
 from .regularizers import Regularizer
-from .start import build_networks, fill_optimizer, starting_optimizer
+from .start import build_networks
 
 _NETWORKS = ("encoder", "predictor", "target_encoder")
 _SHOWN = 8  # images named in a message
@@ -71,7 +71,6 @@ class Trainer:
         images: What to train on.
         distributed: The processes that share the run; one by default.
         init: Weights to start from, see `build_networks`.
-        resume_optimizer: Take the optimizer's state from `init` too.
 
     Raises:
         ValueError: The settings do not fit the images, the model, the processes or the device.
@@ -86,7 +85,6 @@ class Trainer:
         distributed: Distributed | None = None,
         *,
         init: str | Path | None = None,
-        resume_optimizer: bool = False,
     ) -> None:
         self.config, self.images = config, images
         self.distributed = distributed or Distributed(device=choose_device(config.machine.device))
@@ -106,13 +104,6 @@ class Trainer:
             self.model, config.machine, self.distributed, config.optim.precision
         )
         self.optimizer = make_optimizer(self.model.encoder, self.model.predictor)
-        if resume_optimizer:
-            if init is None:
-                raise SettingsError(
-                    "--resume-optimizer needs --init: the file that holds its state"
-                )
-            own = {k: v for k, v in self.tensors().items() if k.startswith("optimizer.")}
-            fill_optimizer(starting_optimizer(config, init), own)
         self.data = TrainBatches(
             images,
             self.train_indices,

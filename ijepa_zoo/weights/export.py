@@ -1,38 +1,34 @@
-"""Write weights so that timm, transformers or the published code loads them without this package.
-
-Every layout is a folder, written under a temporary name and renamed when it is whole.
-"""
+"""Export a model or a checkpoint to a folder that another library loads, and to the Hub."""
 
 import os
-import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from timm.data import resolve_model_data_config
+from timm.layers import DropPath, LayerNorm
+from torch import nn
 
-from ..errors import RunError, SettingsError
+from ..errors import CheckpointError, FetchError, RunError, SettingsError, some
 from ..models.encoder import IJepaEncoder
+from ..models.factory import create_model
 from ..models.jepa import IJepa
-from . import writers
-from .bundle import Bundle, from_module, from_source, local_source
-from .layouts import some
+from ..models.predictor import Predictor
+from . import configs, load, registry
+from .formats import UNLABELED, State
+from .read import FOLDER_PREFIX, Networks, open_checkpoint, open_entry
+from .writers import WRITERS, WRITTEN, Bundle
 
-WRITERS = {
-    "native": writers.write_native,
-    "timm": writers.write_timm,
-    "transformers": writers.write_transformers,
-    "official": writers.write_official,
-}
-# Of a temporary folder: the end of its name, the lock of its process, the folder being replaced.
-_PLACE, _LOCK, _OLD = ".part", "lock", "old"
+_PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def export(
-    model: IJepa | IJepaEncoder | Bundle | str | Path,
+    model: IJepa | IJepaEncoder | str | Path,
     folder: str | Path,
     to: str = "native",
     *,
@@ -41,34 +37,44 @@ def export(
     license: str | None = None,
     overwrite: bool = False,
     push_to: str | None = None,
-    **source_kwargs: Any,
+    private: bool = False,
+    revision: str | None = None,
+    model_name: str | None = None,
+    cache_dir: str | Path | None = None,
+    origin: str | None = None,
+    **encoder_kwargs: Any,
 ) -> Path:
     """Write a folder that another library loads.
 
     Args:
-        model: A model in memory; or a name of released weights, a checkpoint file or folder, whose
-            tensors are then copied without being changed.
+        model: A model in memory; or a name of released weights, a checkpoint file or folder, or
+            'hf-hub:REPO', whose tensors are then copied unchanged.
         folder: Where to write; must not exist, unless ``overwrite``.
-        to: 'native' (all networks at hand, also a timm folder), 'timm' (``timm.create_model(
+        to: 'native' (all networks of the source, also a timm folder), 'timm' (``timm.create_model(
             'local-dir:FOLDER')``), 'transformers' (``IJepaModel.from_pretrained``) or 'official'
-            (the published code's .pth.tar; needs all three networks).
-        network: Which network a single-network layout gets; default 'target_encoder'. For a single
-            encoder in memory and for a file that does not say it: which network it is.
-        dtype: Store tensors in this data type; None keeps theirs.
-        license: Licence of the weights (SPDX), for the model card; default: what the source says.
-        overwrite: Replace an existing folder, once the new one is whole.
+            (a .pth.tar of the official repository, with a fresh optimizer; needs all three
+            networks).
+        network: Which network a format for one network gets; default 'target_encoder'. For a single
+            encoder, and for a file that does not say so: which network it is.
+        dtype: Store tensors in this dtype; None keeps theirs.
+        license: License of the weights (SPDX), for the model card; default: that of the source.
+        overwrite: Replace an earlier export, once the new one is complete.
         push_to: Also upload the folder to this repository of the Hugging Face Hub.
-        **source_kwargs: For a checkpoint: ``model_name``, ``cache_dir`` and timm arguments of the
-            encoder, see :func:`ijepa_zoo.weights.bundle.from_source`.
+        private: Create that repository as a private one.
+        revision: Branch to upload to; it is created if necessary.
+        model_name: Registered model of a file that does not say so.
+        cache_dir: Cache of fetched files.
+        origin: Where the weights of a model in memory come from, for the model card.
+        **encoder_kwargs: For a file: timm arguments of the encoder that differ from the model's.
 
     Returns:
         The folder.
 
     Raises:
-        ijepa_zoo.weights.layouts.CheckpointError: If the networks that the layout needs are not
-            there, or cannot be expressed in it.
-        RunError: If ``folder`` exists and ``overwrite`` is false, if it is not an export or holds
-            the source, or if it cannot be written; an existing folder is as it was.
+        CheckpointError: The networks that the format needs are missing, or it cannot express them.
+        RunError: ``folder`` exists and ``overwrite`` is false, it is not an export, or it contains
+            the source.
+        FetchError: Weights cannot be fetched, or the upload failed.
     """
     if to not in WRITERS:
         raise SettingsError(f"to must be one of {', '.join(WRITERS)}, got {to!r}")
@@ -77,173 +83,241 @@ def export(
     if dtype is not None and not dtype.is_floating_point:
         raise SettingsError(f"dtype must be a floating-point type, got {dtype}")
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise RunError(
-            f"{folder} exists: choose another name, or replace it, overwrite=True (--overwrite)"
-        )
-    if folder.exists():
-        refuse_foreign(folder)
-    if isinstance(model, Bundle):
-        bundle = model
-    elif isinstance(model, str | Path):
+    check_destination(folder, WRITTEN, overwrite)
+    if isinstance(model, str | Path):
         _refuse_source(model, folder)
-        name, single = source_kwargs.pop("model_name", None), to in ("timm", "transformers")
-        bundle = from_source(model, name, network, single, **source_kwargs)
+        only_one = to in ("timm", "transformers")
+        bundle = _from_source(model, model_name, network, only_one, cache_dir, encoder_kwargs)
     else:
-        if source_kwargs:
-            raise SettingsError(
-                f"only for a checkpoint, not for a model: {', '.join(source_kwargs)}"
-            )
-        bundle = from_module(model, network)
-    if license is not None:
-        bundle = replace(bundle, license=license)
-    write = WRITERS[to]
-    write_whole(folder, lambda part: write(bundle, part, network, dtype))
+        bundle = _from_module(model, network)
+    bundle = replace(bundle, license=license or bundle.license, origin=origin or bundle.origin)
+    with write_folder(folder, WRITTEN, overwrite) as part:
+        WRITERS[to](bundle, part, network, dtype)
     if push_to is not None:
-        push(folder, push_to)
+        _push(folder, push_to, private, revision)
     return folder
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Overwriting replaces a whole folder, so it must hold nothing but an earlier export.
+def check_destination(folder: Path, written: Collection[str], overwrite: bool) -> None:
+    """Refuse a folder that is not to be replaced.
+
+    Args:
+        folder: Where a folder is to be written.
+        written: Names of the files that an earlier one may have.
+        overwrite: Whether an earlier one may be replaced.
 
     Raises:
-        RunError: It holds something else.
+        RunError: It exists and ``overwrite`` is false, or it has other files.
     """
-    foreign = (
-        {item.name for item in folder.iterdir()} - writers.WRITTEN
-        if folder.is_dir()
-        else {"a file"}
-    )
-    if foreign:
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise RunError(f"{folder} exists: choose another name, or replace it with --overwrite")
+    names = {item.name for item in folder.iterdir()} if folder.is_dir() else {"a file"}
+    if names - set(written):
         raise RunError(
-            f"{folder} is no export of this package, it holds {some(foreign)}: it is not "
-            "overwritten, choose another name"
+            f"{folder} has {some(names - set(written))}, which no export writes: choose another "
+            "name"
         )
 
 
-def _refuse_source(source: str | Path, folder: Path) -> None:
-    """The folder that is replaced must not hold what is being copied."""
-    place = local_source(source)
-    if place is not None and folder.exists():
-        place, target = place.resolve(), folder.resolve()
-        if place == target or target in place.parents:
-            raise RunError(
-                f"{folder} holds the source {source} itself: it is not overwritten, choose another "
-                "name"
-            )
+@contextmanager
+def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Iterator[Path]:
+    """A temporary folder to fill, renamed to ``folder`` when it is complete.
 
-
-def push(folder: Path, repo_id: str) -> None:
-    """Upload a folder to the Hugging Face Hub, creating the repository if need be."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(repo_id, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=folder)
-
-
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder, then put it in the place of ``folder``.
-
-    What a killed process left of an earlier try is removed first.
-
-    Raises:
-        RunError: It cannot be written; the message names ``folder``, not the temporary one.
-        OSError: Another file cannot be read.
+    Args:
+        folder: See :func:`check_destination`, as the other arguments.
+        written: See there.
+        overwrite: See there.
     """
-    place: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=_PLACE, dir=folder.parent))
-        _write_in(place, folder, write)
-    except OSError as error:
-        named = _named(error, folder, place)
-        if named is error:
-            raise
-        raise named from error
-
-
-def _write_in(place: Path, folder: Path, write: Callable[[Path], None]) -> None:
-    part, aside = place / folder.name, place / _OLD / folder.name
-    lock = None
-    try:
-        lock = _lock(place)
-        part.mkdir()  # only now may others take the place for a leftover, if it is not locked
-        write(part)
-        part.chmod(0o755)
+    check_destination(folder, written, overwrite)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        part = Path(scratch) / "new"
+        part.mkdir()
+        yield part
         for item in part.rglob("*"):  # safetensors makes files that only their owner reads
             item.chmod(0o755 if item.is_dir() else 0o644)
-        _put(part, folder, aside)
-    finally:
-        for item in (part, aside.parent):
-            if item.exists():
-                shutil.rmtree(item)
-        if lock is not None:
-            lock.release()
-        shutil.rmtree(place)
-
-
-def _put(part: Path, folder: Path, aside: Path) -> None:
-    """Replace a folder; one of the two is always at its place or restored to it."""
-    if not folder.exists():
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "old")
         os.replace(part, folder)
-        return
-    aside.parent.mkdir()
+
+
+def _refuse_source(source: str | Path, folder: Path) -> None:
+    """The folder that is replaced must not contain what is copied."""
+    place = Path(str(source).removeprefix(FOLDER_PREFIX)).expanduser()
+    if place.exists() and folder.exists():
+        place, target = place.resolve(), folder.resolve()
+        if target in (place, *place.parents):
+            raise RunError(f"{folder} contains the source {source}: choose another name")
+
+
+def _push(folder: Path, repo_id: str, private: bool, revision: str | None) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()  # the token is that of `hf auth login` or HF_TOKEN
     try:
-        os.replace(folder, aside)
-        os.replace(part, folder)
-    finally:  # also after Ctrl-C: one of the two is at its place before anything is removed
-        if aside.exists() and not folder.exists():
-            os.replace(aside, folder)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise FetchError(
+            f"{folder} is written, but not uploaded to {repo_id} ({str(error).splitlines()[0]}): "
+            "log in with `hf auth login` or set HF_TOKEN, then `hf upload`"
+        ) from error
 
 
-def _lock(place: Path) -> FileLock | None:
-    """Lock a temporary folder for as long as this process lives; None: not to be had."""
-    lock = FileLock(place / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except (Timeout, NotImplementedError):  # somebody writes there; or a disk without locks
-        return None
-    return lock
+def _from_module(module: IJepa | IJepaEncoder, network: str | None) -> Bundle:
+    if isinstance(module, IJepa):
+        states = {name: dict(getattr(module, name).state_dict()) for name in registry.NETWORKS}
+        predictor = _predictor_args(module.predictor)
+        return Bundle(
+            origin="an IJepa module",
+            states=states,
+            predictor=predictor,
+            **_describe(module.encoder),
+        )
+    if not isinstance(module, IJepaEncoder):
+        raise SettingsError(f"export takes an IJepa or IJepaEncoder, not {type(module).__name__}")
+    label = network or str(getattr(module, "weights_network", UNLABELED))
+    origin = getattr(module, "weights_origin", "an encoder in memory")
+    states = {label: dict(module.state_dict())}
+    return Bundle(origin=origin, states=states, predictor={}, **_describe(module))
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders of killed processes: those whose lock nobody holds."""
-    start = f".{folder.name}."
-    for place in sorted(folder.parent.iterdir()):
-        if not (place.name.startswith(start) and place.name.endswith(_PLACE)):
-            continue
-        if place.is_symlink() or not os.access(place, os.R_OK | os.W_OK | os.X_OK):
-            continue  # of another user
-        aside = place / _OLD / folder.name
-        if not (place / _LOCK).is_file() or not (aside.exists() or (place / folder.name).exists()):
-            continue
-        lock = _lock(place)
-        if lock is None:
-            continue
-        try:
-            if aside.exists() and not folder.exists():  # killed while the folders changed places
-                os.replace(aside, folder)
-            shutil.rmtree(place)
-        finally:
-            lock.release()
-
-
-def _named(error: OSError, folder: Path, place: Path | None) -> Exception:
-    """The error in the caller's words: with the folder, not the temporary one."""
-    hidden = str(place / folder.name) if place else str(folder)
-    file = error.filename
-    if error.strerror is None:  # a message of ours
-        text = str(error)
-        if hidden in text:
-            return RunError(text.replace(hidden, str(folder)))
-    elif file is None or f".{folder.name}." in str(file) or Path(str(file)) == folder.parent:
-        text = error.strerror
-    else:  # of another file, such as the weights that are read
-        return error
-    return RunError(
-        f"{folder} cannot be written ({text}): check the space, limits and permissions there, or "
-        "choose another folder"
+def _from_source(
+    source: str | Path,
+    model_name: str | None,
+    network: str | None,
+    only_one: bool,
+    cache_dir: str | Path | None,
+    encoder_kwargs: Mapping[str, Any],
+) -> Bundle:
+    """Networks of a checkpoint, straight from its file: tensors keep their dtype."""
+    text = str(source)
+    name, _, tag = text.partition(".")
+    entry = None if Path(text).exists() else registry.find(name, tag)
+    if entry is not None:
+        networks = open_entry(entry, cache_dir)
+    elif name in registry.ARCHITECTURES and not Path(text).exists():
+        networks = load.resolve(name, pretrained_cfg=tag or None).networks  # tells what there is
+    else:
+        networks = open_checkpoint(text, cache_dir)
+    model_name = model_name or networks.model
+    if model_name is None:
+        raise CheckpointError(
+            f"{text} does not say which model it is: give it, for example --model vit_huge14_ijepa"
+        )
+    if network is None and only_one:
+        network = networks.choose(None, entry.network if entry else "target_encoder")
+        network = None if network == UNLABELED else network
+    states = _read_states(networks, network)
+    args = {key: value for key, value in networks.args.items() if key != "norm_eps"}
+    args |= encoder_kwargs
+    if networks.pretrained_cfg:
+        args["pretrained_cfg"] = dict(networks.pretrained_cfg)
+    for state in states.values():
+        if "head.weight" in state:
+            args.setdefault("num_classes", len(state["head.weight"]))
+    template = create_model(
+        entry.name if entry else model_name,
+        pretrained=False,
+        device="meta",
+        weight_init="skip",
+        **args,
     )
+    for key, state in states.items():
+        if key != "predictor":
+            load.check(template, state, networks.origin)
+    described = {**_describe(template), "norm_eps": networks.args.get("norm_eps", 1e-6)}
+    predictor = dict(networks.predictor)
+    if "predictor" in states:
+        blocks = {key.split(".")[1] for key in states["predictor"] if "_blocks." in key}
+        predictor["embed_dim"] = states["predictor"]["mask_token"].shape[-1]
+        predictor["depth"] = len(blocks)
+    return Bundle(
+        origin=networks.origin,
+        states=states,
+        predictor=predictor if "predictor" in states else {},
+        license=networks.license,
+        **described,
+    )
+
+
+def _read_states(networks: Networks, network: str | None) -> dict[str, State]:
+    if UNLABELED in networks.states:  # the caller says what the file does not
+        return {network or UNLABELED: networks.states[UNLABELED]()}
+    wanted = list(networks.states) if network is None else [networks.choose(network)]
+    return {key: networks.states[key]() for key in wanted}
+
+
+def _describe(encoder: IJepaEncoder) -> dict[str, Any]:
+    _check_plain(encoder)
+    args = encoder_args(encoder)
+    config = resolve_model_data_config(encoder)
+    config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
+    return {
+        "model": registry.model_name(args, encoder.pretrained_cfg["architecture"]),
+        "args": args,
+        "norm_eps": encoder.norm.eps,
+        "preprocessing": {
+            key: list(config[key]) if isinstance(config[key], tuple) else config[key]
+            for key in _PREPROCESSING
+        },
+    }
+
+
+def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
+    """timm arguments that build an encoder of the same shapes."""
+    block = encoder.blocks[0]
+    return {
+        "img_size": list(encoder.patch_embed.img_size),
+        "patch_size": list(encoder.patch_embed.patch_size),
+        "in_chans": encoder.patch_embed.proj.in_channels,
+        "num_classes": encoder.num_classes,
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": configs.mlp_ratio(block.mlp.fc1.out_features, encoder.embed_dim),
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "class_token": False,
+        "global_pool": encoder.global_pool,
+        "fc_norm": False,
+    }
+
+
+def _predictor_args(predictor: Predictor) -> dict[str, Any]:
+    context = {} if predictor.context == "repeated" else {"context": predictor.context}
+    return {
+        "embed_dim": predictor.mask_token.shape[-1],
+        "depth": len(predictor.predictor_blocks),
+        **context,
+    }
+
+
+def _check_plain(encoder: IJepaEncoder) -> None:
+    """Refuse an encoder that :func:`encoder_args` does not build again, such as one of SwiGLU."""
+    eps = getattr(encoder.norm, "eps", 1e-6)
+    twin = IJepaEncoder(
+        **{**encoder_args(encoder), "norm_layer": partial(LayerNorm, eps=eps)},
+        device="meta",
+        weight_init="skip",
+    )
+    inactive = (nn.Identity, nn.Dropout, DropPath)  # in evaluation mode
+    kinds = [
+        {
+            nn.LayerNorm if isinstance(part, nn.LayerNorm) else type(part)
+            for part in model.modules()
+            if not isinstance(part, inactive)
+        }
+        for model in (encoder, twin)
+    ]
+    differences = encoder.state_dict().keys() ^ twin.state_dict().keys()
+    differences |= {kind.__name__ for kind in kinds[0] ^ kinds[1]}
+    if differences:
+        raise CheckpointError(
+            f"the model is not a plain I-JEPA encoder, which no format can express: it differs by "
+            f"{some(differences)}"
+        )

@@ -14,25 +14,14 @@ from timm.models._manipulate import adapt_input_conv, named_apply
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from . import catalog
-from .layouts import State, some
-from .networks import Networks
-from .read import open_checkpoint, open_record
-
-__all__ = [
-    "Weights",
-    "assign",
-    "build_with_weights",
-    "check",
-    "fit",
-    "fit_predictor",
-    "resolve",
-]
+from ..errors import CheckpointError, some
+from . import registry
+from .formats import UNLABELED, State
+from .read import FOLDER_PREFIX, HUB_PREFIX, Networks, open_checkpoint, open_entry
 
 _log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
-ADDED = ("head.", "attn_pool.")  # parts of a timm ViT that pretraining did not have
+_ADDED = ("head.", "attn_pool.")  # parts of a timm ViT that pretraining did not have
 
 
 @dataclass(frozen=True)
@@ -46,6 +35,13 @@ class Weights:
         """The tensors, in our names."""
         return self.networks.states[self.network]()
 
+    @property
+    def origin(self) -> str:
+        """Which network of which checkpoint, such as 'target encoder of vit_huge14_ijepa.in1k'."""
+        if self.network == UNLABELED:
+            return self.networks.origin
+        return f"{self.network.replace('_', ' ')} of {self.networks.origin}"
+
 
 def resolve(
     variant: str,
@@ -58,48 +54,46 @@ def resolve(
     """Find the weights that a call of ``create_model`` means.
 
     A checkpoint of the user's own comes first, then timm's ``pretrained_cfg_overlay={'file': ...}``
-    and 'local-dir:' and 'hf-hub:' sources, then the catalogue.
+    and 'local-dir:' and 'hf-hub:' sources, then the registry.
 
     Raises:
-        CheckpointError: If there are no such weights.
+        CheckpointError: There are no such weights.
     """
-    cfg = pretrained_cfg
+    cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
     tag = cfg if isinstance(cfg, str) else None
-    if isinstance(cfg, dict | PretrainedCfg):
-        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+    if isinstance(cfg, Mapping):
         tag = cfg.get("tag")
         if checkpoint is None and cfg.get("source") == "local-dir":
-            checkpoint = cfg["file"]
+            checkpoint = f"{FOLDER_PREFIX}{cfg['file']}"
         elif checkpoint is None and cfg.get("source") == "hf-hub":
-            checkpoint = f"hf-hub:{cfg['hf_hub_id']}"
+            checkpoint = f"{HUB_PREFIX}{cfg['hf_hub_id']}"
     if checkpoint is None and overlay:
         checkpoint = overlay.get("file")
     if checkpoint is not None:
         networks = open_checkpoint(checkpoint, cache_dir)
         return Weights(networks, networks.choose(network))
-    record = catalog.find(variant, tag)
-    if record is None:
-        known = [item.name for item in catalog.checkpoints() if item.model == variant]
+    entry = registry.find(variant, tag)
+    if entry is None:
+        known = [item.name for item in registry.checkpoints() if item.model == variant]
         raise CheckpointError(
             f"there are no released weights of {variant}{'.' + tag if tag else ''}"
-            + (f"; known: {', '.join(known)}" if known else "")
-            + ". Use pretrained=False for the recipe's initialisation, or checkpoint=PATH for a "
-            "file of your own"
+            + (f" (there are {', '.join(known)})" if known else "")
+            + ": use pretrained=False for random initialization, or checkpoint=PATH for your own"
         )
-    networks = open_record(record, cache_dir)
-    return Weights(networks, networks.choose(network, record.network))
+    networks = open_entry(entry, cache_dir)
+    return Weights(networks, networks.choose(network, entry.network))
 
 
 def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weights) -> M:
-    """Construct an encoder without initialising it and map its weights in.
+    """Construct an encoder without initializing it and map its weights in.
 
     Args:
-        cls: Encoder class, taking timm's arguments. The result has ``weights_origin``, in words.
-        arguments: Those arguments; ``device`` and ``dtype`` hold for the result.
+        cls: Encoder class, taking timm's arguments. The result has ``weights_origin``.
+        arguments: Those arguments; ``device`` and ``dtype`` are those of the result.
         weights: What to load.
 
     Raises:
-        CheckpointError: If the weights do not fit the network that the arguments describe.
+        CheckpointError: The weights do not fit the network that the arguments describe.
     """
     arguments = dict(arguments)
     device = arguments.pop("device", None)
@@ -112,27 +106,26 @@ def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weig
     _check_architecture(model, known, weights.networks.origin)
     state = fit(weights.read(), model, weights.networks.origin, weights.networks.grid_size)
     assign(model, state, weights.networks.origin, device)
-    # what a feature file says of its model
-    model.weights_origin = f"{weights.network.replace('_', ' ')} of {weights.networks.origin}"
+    # for the records of features and probes, and for exports
+    model.weights_origin, model.weights_network = weights.origin, weights.network
     return model
 
 
 def _check_architecture(model: Any, known: Mapping[str, Any], origin: str) -> None:
-    """Compare what shapes alone cannot tell (the head count) with the checkpoint's own words."""
-    block = model.blocks[0]
+    """Compare what shapes alone cannot tell (the number of heads) with the checkpoint's config."""
     actual = {
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
-        "num_heads": block.attn.num_heads,
+        "num_heads": model.blocks[0].attn.num_heads,
     }
     wrong = {key: known[key] for key in actual if key in known and known[key] != actual[key]}
     if wrong:
         given = ", ".join(f"{key}={value}" for key, value in wrong.items())
         raise CheckpointError(
-            f"{origin} is another network: it has {given}, the model asked for has "
+            f"{origin} has {given}, the model "
             + ", ".join(f"{key}={actual[key]}" for key in wrong)
-            + f". Pass {given} beside the name, or create_model('local-dir:FOLDER') to take the "
-            "folder's own architecture"
+            + f": pass {given} to create_model, or load the folder by its name, "
+            "create_model('local-dir:FOLDER')"
         )
 
 
@@ -146,7 +139,7 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
         old_grid: Rows and columns of the grid that ``pos_embed`` was made for; None if square.
 
     Raises:
-        CheckpointError: If positions cannot be resampled or channels cannot be adapted.
+        CheckpointError: positions cannot be resampled or channels cannot be adapted.
     """
     state = dict(state)
     weight = state.get("patch_embed.proj.weight")
@@ -162,12 +155,12 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
             weight = adapt_input_conv(size[1], weight)
         state["patch_embed.proj.weight"] = weight
     positions = state.get("pos_embed")
-    if _has_places(positions) and model.pos_embed is not None:
+    if _has_positions(positions) and model.pos_embed is not None:
         grid = tuple(model.patch_embed.grid_size)
         state["pos_embed"] = _fit_positions(positions, grid, origin, old_grid)
     if "head.weight" in state and len(state["head.weight"]) != model.num_classes:
         classes = len(state["head.weight"])
-        _log.warning("%s: its classifier is left out; num_classes=%d takes it", origin, classes)
+        _log.warning("%s: its classifier is dropped; num_classes=%d loads it", origin, classes)
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     return state
 
@@ -178,14 +171,14 @@ def fit_predictor(
     """Adapt a predictor's positions to another patch grid; arguments as for :func:`fit`."""
     state = dict(state)
     positions = state.get("predictor_pos_embed")
-    if _has_places(positions):
+    if _has_positions(positions):
         state["predictor_pos_embed"] = _fit_positions(
             positions, tuple(predictor.grid_size), origin, old_grid
         )
     return state
 
 
-def _has_places(positions: Tensor | None) -> TypeGuard[Tensor]:
+def _has_positions(positions: Tensor | None) -> TypeGuard[Tensor]:
     return positions is not None and positions.ndim == 3 and positions.numel() > 0
 
 
@@ -198,7 +191,7 @@ def _fit_positions(
         old = grid  # not square, and as many as the model has: made for this grid
     if old[0] * old[1] != count:
         raise CheckpointError(
-            f"{origin}: pos_embed has {count} positions, which is no square grid and not the "
+            f"{origin}: pos_embed has {count} positions, neither a square grid nor the "
             f"model's {grid[0]}x{grid[1]}; pass the img_size and patch_size it was made with"
         )
     if grid == old:
@@ -221,16 +214,16 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
         Names of a classifier or attention pooling that the model has beyond the checkpoint.
 
     Raises:
-        CheckpointError: If a tensor is missing, left over, of another shape or no weight.
+        CheckpointError: A tensor is missing, left over, of another shape or not a weight.
     """
     expected = model.state_dict()
-    added = {name for name in expected if name.startswith(ADDED) and name not in state}
+    added = {name for name in expected if name.startswith(_ADDED) and name not in state}
     missing, left_over = expected.keys() - state.keys() - added, state.keys() - expected.keys()
     if missing or left_over:
         raise CheckpointError(
             f"{origin} does not fit {type(model).__name__}:"
             + (f" it lacks {some(missing)};" if missing else "")
-            + (f" it has no use for {some(left_over)};" if left_over else "")
+            + (f" it does not use {some(left_over)};" if left_over else "")
             + " check depth, qkv_bias and the other arguments that add or remove tensors"
         )
     wrong = [name for name, tensor in state.items() if tensor.shape != expected[name].shape]
@@ -251,8 +244,8 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
     ]
     if unusable:
         raise CheckpointError(
-            f"{origin} holds tensors that are no floating-point weights: {some(unusable)}. "
-            "Quantised weights must be converted back first"
+            f"{origin} has tensors that are not floating-point weights, {some(unusable)}: convert "
+            "quantized weights back first"
         )
     return added
 
@@ -260,19 +253,19 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
 def assign(
     model: nn.Module, state: State, origin: str, device: torch.device | str | None = None
 ) -> None:
-    """Make the tensors the model's own, strictly, in its data type, without a copy on the CPU.
+    """Make the tensors the model's own, strictly, in its dtype, without a copy on the CPU.
 
-    A classifier or attention pooling that the checkpoint has not is initialised.
+    A classifier or attention pooling that the checkpoint lacks is initialized.
 
     Args:
         model: Module on meta.
         state: Tensors in our names, already fitted; it is empty afterwards, so that a tensor of
-            another data type is gone when the next one is converted.
+            another dtype is gone when the next one is converted.
         origin: The checkpoint, for messages.
         device: Where the model goes; None for the CPU.
 
     Raises:
-        CheckpointError: If a tensor is missing, left over or of another shape.
+        CheckpointError: a tensor is missing, left over or of another shape.
     """
     expected = model.state_dict()
     added = check(model, state, origin)

@@ -1,241 +1,165 @@
-"""Open a checkpoint of any known kind and hand out its networks, read lazily, in our names."""
+"""Open a checkpoint of any known kind: its networks in our names, read when asked for."""
 
+import json
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
-from ..errors import CheckpointError, SettingsError
-from . import catalog, fetch, layouts, safetensors_file
-from .config import encoder_args, native_section, preprocessing, read_config, transformers_args
-from .layouts import State
-from .networks import LABEL_KEY, UNLABELLED, Networks, Training, label_of
+from ..errors import CheckpointError, FetchError, some
+from . import configs, download, registry
+from .formats import UNLABELED, State, find_networks
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
-PICKLES = (".pth.tar", ".pth", ".pt", ".tar", ".bin")
-# what torch.load raises on a damaged pickle depends on the byte that is wrong
+LABEL_KEY = "ijepa_zoo_network"  # in config.json of exported timm and transformers folders
+# What torch.load raises on a damaged pickle depends on the byte that is wrong.
 _DAMAGE = (
-    *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError),
-    *(LookupError, TypeError, AttributeError, AssertionError, zipfile.BadZipFile),
+    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, LookupError),
+    *(TypeError, AttributeError, AssertionError, OSError, zipfile.BadZipFile),
 )
+Locate = Callable[[str], Path]
 
 
-def read_safetensors(path: Path) -> State:
-    """Map a safetensors file into memory: pages are read when touched, writes stay private."""
-    try:
-        with safe_open(path, framework="pt") as file:  # checks header and sizes
-            mapped = safetensors_file.map_tensors(path)
-            rare = [name for name in file.keys() if name not in mapped]  # noqa: SIM118
-            return mapped | {name: file.get_tensor(name) for name in rare}
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is damaged or no safetensors file ({error}); fetch or write it again"
-        ) from error
+@dataclass(frozen=True)
+class Networks:
+    """The networks of one checkpoint.
 
-
-def safetensors_metadata(path: Path) -> dict[str, str]:
-    """The strings in a safetensors file's header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error})") from error
-
-
-def read_pickle(path: Path) -> dict[str, Any]:
-    """Load a ``torch.save`` file: tensors and plain values only, mapped where the format allows.
-
-    Raises:
-        CheckpointError: If the file is damaged, holds code, or no dictionary.
+    Attributes:
+        origin: Where it is, for messages.
+        states: A reader of each network; files are opened, or fetched, when it is called. The key
+            is 'unlabeled' if the checkpoint has one network and does not say which.
+        format: 'official', 'timm', 'transformers' or 'native'.
+        model: Registered name of the model, if known.
+        args: timm arguments of the encoder, as far as they are known, and ``norm_eps``.
+        predictor: ``embed_dim``, ``depth`` and ``context`` of the predictor, as far as known.
+        pretrained_cfg: timm's description of input and preprocessing, if known.
+        license: License of the weights, if known.
     """
-    with path.open("rb") as file:  # a file that may not be read is not a damaged one
-        mapped = zipfile.is_zipfile(file)
-    try:
-        if mapped:
-            _refuse_compressed(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except _DAMAGE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint of tensors: it is damaged, cut short, or "
-            f"holds objects that could run code, which are never loaded ({reason})"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")
-    return content
 
+    origin: str
+    states: Mapping[str, Callable[[], State]]
+    format: str
+    model: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    predictor: Mapping[str, Any] = field(default_factory=dict)
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    license: str | None = None
 
-def _refuse_compressed(path: Path) -> None:
-    """torch.save stores its records as they are; a compressed one may be a zip bomb."""
-    with zipfile.ZipFile(path) as archive:
-        packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise SettingsError(f"compressed records, which torch.save does not write: {packed[0]}")
+    @property
+    def grid_size(self) -> tuple[int, int] | None:
+        """Rows and columns of the patch grid, if known."""
+        if "img_size" not in self.args or "patch_size" not in self.args:
+            return None
+        sizes = (self.args["img_size"], self.args["patch_size"])
+        (rows, columns), (height, width) = (
+            (size, size) if isinstance(size, int) else tuple(size) for size in sizes
+        )
+        return rows // height, columns // width
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The part of ``pretrained_cfg`` that decides the evaluation transform."""
+        keys = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+        return {key: self.pretrained_cfg[key] for key in keys if key in self.pretrained_cfg}
+
+    def choose(self, network: str | None, default: str = "target_encoder") -> str:
+        """The key of ``states`` to load.
+
+        Args:
+            network: The network asked for; None for ``default`` if there are several.
+            default: Taken of several networks.
+
+        Raises:
+            CheckpointError: The checkpoint does not have the network, or does not say so.
+        """
+        if network is None:
+            held = (default, "target_encoder", "encoder", *self.states)
+            return next(name for name in held if name in self.states)
+        if network in self.states:
+            return network
+        if UNLABELED in self.states and network in registry.NETWORKS:
+            raise CheckpointError(
+                f"{self.origin} does not say which network it is: load it without network= "
+                "(released transformers files are the context encoder)"
+            )
+        raise CheckpointError(f"{self.origin} has {', '.join(self.states)}, not {network!r}")
 
 
 def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -> Networks:
     """Open a user's checkpoint.
 
     Args:
-        location: A file (.pth.tar, .pth, .pt, .bin, .safetensors), a folder with config.json
-            (transformers, timm or exported by this package), the folder of a pretraining run,
+        location: A file (.pth.tar, .pth, .pt, .ckpt, .bin, .safetensors), a folder with config.json
+            (transformers, timm or exported by this package), a pretraining run,
             'local-dir:FOLDER' or 'hf-hub:REPO[@REVISION]'.
         cache_dir: Cache of the Hub's files.
 
     Raises:
-        CheckpointError: If there is no such checkpoint or its layout is unknown.
-        ijepa_zoo.weights.fetch.FetchError: If the Hub cannot be read.
+        CheckpointError: There is no such checkpoint, it is damaged or its format is unknown.
+        FetchError: The Hub cannot be read.
     """
     text = str(location)
     if text.startswith(HUB_PREFIX):
-        repo, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
-        return open_folder(
-            partial(fetch.fetch_hub, repo, revision=revision or None, cache_dir=cache_dir), text
+        repository, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
+        fetch = partial(
+            download.fetch_hub, repository, revision=revision or None, cache_dir=cache_dir
         )
-    place = text.removeprefix(FOLDER_PREFIX)
-    if not place:
-        raise CheckpointError("the checkpoint's path is empty: name a file or folder")
-    path = Path(place).expanduser()
+        return _open_folder(fetch, text, registry.find_repository(repository))
+    path = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
+    if not text.removeprefix(FOLDER_PREFIX) or not path.exists():
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+            hint = f"; for a repository of the Hub write {HUB_PREFIX}{text}"
+        raise CheckpointError(f"no checkpoint at {str(text)!r}: no such file or folder{hint}")
     if path.is_dir():
-        path = _export_of_run(path)
-        return open_folder(partial(_within, path), str(path))
-    if path.is_file():
-        return open_file(path)
-    if path.exists():
-        raise CheckpointError(f"{path} is neither a file nor a folder")
-    hint = f"; for a Hub repository write {HUB_PREFIX}{text}" if _like_a_repository(text) else ""
-    raise CheckpointError(f"no checkpoint at {path}: no such file or folder{hint}")
+        path = _find_export(path)
+        return _open_folder(partial(_locate_in, path), str(path))
+    return _open_file(path)
 
 
-def _like_a_repository(text: str) -> bool:
-    return text.count("/") == 1 and ":" not in text and text[0] not in "./~"
+def open_entry(entry: registry.Checkpoint, cache_dir: str | Path | None = None) -> Networks:
+    """Open released weights; a network is fetched when its state is read."""
+    source = entry.source
+    if source.folder:
+        networks = _open_folder(partial(_locate_in, packaged_folder(source.folder)), entry.name)
+        return replace(networks, license=entry.license)
 
-
-def _export_of_run(folder: Path) -> Path:
-    """The export inside the folder of a pretraining run; any other folder as it is."""
-    if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
-        return folder
-    if not (folder / "export" / "config.json").exists():
-        raise CheckpointError(
-            f"{folder} is a pretraining run without an export: write it by `ijepa-zoo export "
-            f"{folder}`"
-        )
-    return folder / "export"
-
-
-def _within(folder: Path, name: str) -> Path:
-    if not (folder / name).is_file():
-        found = layouts.some(item.name for item in folder.iterdir())
-        raise CheckpointError(f"{folder} has no {name}; it holds {found or 'nothing'}")
-    return folder / name
-
-
-def open_file(path: Path) -> Networks:
-    """Open a single checkpoint file, see :func:`open_checkpoint`."""
-    origin = str(path)
-    if path.suffix == ".safetensors":
-        label = label_of(safetensors_metadata(path).get("network"))
-        layout = layouts.recognise(read_safetensors(path), origin)
-
-        def read() -> State:  # again: tensors in nobody's hands give their memory back
-            return layouts.to_timm(read_safetensors(path), layout, origin)
-
-        return Networks(origin, {label: read}, layout)
-    if not path.name.endswith(PICKLES):
-        raise CheckpointError(
-            f"{path}: a checkpoint file ends in .safetensors or one of {', '.join(PICKLES)}"
-        )
-    content = read_pickle(path)
-    layout = layouts.recognise(content, origin)
-    if layout == "official":
-        return Networks(
-            origin,
-            {
-                network: partial(layouts.to_timm, content[network], layout, origin)
-                for network in catalog.NETWORKS
-            },
-            layout,
-            training=partial(_official_training, content, origin),
-        )
-    renamed = partial(layouts.to_timm, content, layout, origin)
-    return Networks(origin, {UNLABELLED: renamed}, layout)
-
-
-def _official_training(content: Mapping[str, Any], origin: str) -> Training:
-    encoder, predictor = (layouts.from_official(content[k]) for k in ("encoder", "predictor"))
-    groups = layouts.official_parameter_groups(encoder, predictor)
-    tensors, plain = layouts.optimizer_from_official(content["opt"], groups, origin)
-    rest = {key: content[key] for key in content if key not in (*catalog.NETWORKS, "opt")}
-    return Training(tensors, {**plain, "rest": rest})
-
-
-def open_folder(locate: Callable[[str], Path], origin: str) -> Networks:
-    """Open a folder or Hub repository by its config.json.
-
-    Args:
-        locate: Gives the local path of a file of the folder, fetching it if need be.
-        origin: The folder, for messages.
-    """
-    config = read_config(locate("config.json"), origin)
-    if "ijepa_zoo" in config:
-        return _open_native(config, locate, origin)
-    label = label_of(config.get(LABEL_KEY))
-    if config.get("model_type") == "ijepa":
-        read = partial(_read_single, locate, origin, "transformers")
-        args = encoder_args(transformers_args(config), origin)
-        return Networks(origin, {label: read}, "transformers", args=args)
-    if isinstance(config.get("architecture"), str):
-        cfg = preprocessing(config.get("pretrained_cfg", {}), origin)
-        args = encoder_args(config.get("model_args", {}), origin)
-        read = partial(_read_single, locate, origin, "timm")
-        model = layouts.STOCK_TIMM.get(config["architecture"])
-        return Networks(origin, {label: read}, "timm", model, args, pretrained_cfg=cfg)
-    raise CheckpointError(
-        f"{origin}/config.json describes no I-JEPA model: it has neither model_type 'ijepa' "
-        f"(transformers) nor a timm architecture, but {layouts.some(config)}"
-    )
-
-
-def _open_native(config: dict[str, Any], locate: Callable[[str], Path], origin: str) -> Networks:
-    ours = native_section(config, origin)
-    args = config.get("model_args")
-    if isinstance(args, dict):
-        args = {**args, "norm_eps": ours.get("norm_eps")}
-
-    def read(filename: str) -> State:
-        return read_safetensors(locate(filename))
-
-    def training() -> Training:
-        return Training(read(ours["optimizer"]), ours["training"])
+    def read(network: str) -> State:
+        if source.url:
+            path = download.fetch_official(
+                source.url,
+                network,
+                cache_dir=cache_dir,
+                size=source.size,
+                sha256=source.sha256.get(network),
+            )
+        else:
+            path = download.fetch_hub(
+                str(source.hf_hub_id),
+                str(source.filename),
+                revision=source.revision,
+                cache_dir=cache_dir,
+            )
+        ((state, _),) = find_networks(_read_safetensors(path), entry.name).values()
+        return state
 
     return Networks(
-        origin,
-        {network: partial(read, filename) for network, filename in ours["networks"].items()},
-        "native",
-        model=ours["model"],
-        args=encoder_args(args, origin),
-        predictor=ours["predictor"],
-        pretrained_cfg=preprocessing(config.get("pretrained_cfg"), origin),
-        license=ours.get("license"),
-        training=training if "optimizer" in ours else None,
+        entry.name,
+        {network: partial(read, network) for network in entry.networks},
+        entry.format,
+        model=entry.model,
+        predictor=entry.predictor,
+        license=entry.license,
     )
-
-
-def _read_single(locate: Callable[[str], Path], origin: str, layout: str) -> State:
-    state = read_safetensors(locate("model.safetensors"))
-    found = layouts.recognise(state, origin)
-    if found != layout:
-        raise CheckpointError(
-            f"{origin}: config.json says {layout}, but model.safetensors has {found} names"
-        )
-    return layouts.to_timm(state, layout, origin)
 
 
 def packaged_folder(name: str) -> Path:
@@ -243,37 +167,193 @@ def packaged_folder(name: str) -> Path:
     return Path(__file__).resolve().parent / name
 
 
-def open_record(record: catalog.Checkpoint, cache_dir: str | Path | None = None) -> Networks:
-    """Open an entry of the catalogue; files travel when a network is read."""
-    source = record.source
-    if source.folder:
-        networks = open_folder(partial(_within, packaged_folder(source.folder)), record.name)
-        return replace(networks, license=record.license)
-    folder = Path(cache_dir) if cache_dir is not None else None
-
-    def read(network: str) -> State:
-        if source.url:
-            path = fetch.fetch_official(
-                source.url,
-                network,
-                cache_dir=folder,
-                size=source.size,
-                sha256=source.sha256.get(network),
-            )
-            return layouts.from_official(read_safetensors(path))
-        path = fetch.fetch_hub(
-            str(source.hf_hub_id),
-            str(source.filename),
-            revision=source.revision,
-            cache_dir=cache_dir,
+def _find_export(folder: Path) -> Path:
+    """The export inside a pretraining run; any other folder as it is."""
+    if re.fullmatch(r"step-\d+", folder.name) and folder.parent.name == "checkpoints":
+        run, step = folder.parent.parent, int(folder.name.removeprefix("step-"))
+        raise CheckpointError(
+            f"{folder} is a training checkpoint: write its weights with `ijepa-zoo export {run} "
+            f"FOLDER --step {step}` and load FOLDER"
         )
-        return layouts.to_timm(read_safetensors(path), record.layout, record.name)
+    if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
+        return folder
+    if not (folder / "export" / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} is a pretraining run without an export: write it with `ijepa-zoo export "
+            f"{folder}`"
+        )
+    return folder / "export"
 
-    return Networks(
-        record.name,
-        {network: partial(read, network) for network in record.networks},
-        record.layout,
-        model=record.model,
-        predictor=record.predictor,
-        license=record.license,
+
+def _open_file(path: Path) -> Networks:
+    label = UNLABELED
+    if path.suffix == ".safetensors":
+        content: Mapping[str, Any] = _read_safetensors(path)
+        with safe_open(path, framework="pt") as file:  # exports of version 0.1 name their network
+            label = (file.metadata() or {}).get("network", UNLABELED)
+    else:
+        content = _read_pickle(path)
+    found = find_networks(content, str(path))
+    if UNLABELED in found and label in registry.NETWORKS:
+        found = {label: found[UNLABELED]}
+    states: dict[str, Callable[[], State]] = {
+        network: partial(dict, state) for network, (state, _) in found.items()
+    }
+    return Networks(str(path), states, next(iter(found.values()))[1])
+
+
+def _read_safetensors(path: Path) -> State:
+    """Map a file into memory: pages are read when touched, writes stay private."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file ({error})") from error
+
+
+def _read_pickle(path: Path) -> Mapping[str, Any]:
+    """Load a ``torch.save`` file, tensors and plain values only; mapped if the format allows."""
+    with path.open("rb") as file:  # a file without read permission is not a damaged one
+        is_zip = zipfile.is_zipfile(file)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except _DAMAGE as error:
+        found = re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and found:
+            raise CheckpointError(
+                f"{path} has an object of {found[1]} besides tensors, which is not loaded because "
+                "it could run code: save the weights alone, torch.save(model.state_dict(), FILE)"
+            ) from None  # torch's message says to load it unsafely
+        raise CheckpointError(
+            f"{path} is damaged, incomplete or not written by torch.save ({type(error).__name__})"
+        ) from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} has a {type(content).__name__}, not named tensors")
+    return content
+
+
+def _open_folder(
+    locate: Locate, origin: str, released: registry.Checkpoint | None = None
+) -> Networks:
+    """Open a folder or repository by its config.json.
+
+    Args:
+        locate: Gives the local path of one of its files, fetching it if necessary.
+        origin: The folder, for messages.
+        released: What the registry knows of this repository. Its preprocessing replaces that of
+            preprocessor_config.json, which is not that of pretraining in these repositories.
+    """
+    config = _read_json(locate, "config.json", origin)
+    if "ijepa_zoo" in config:
+        return _open_native(config, locate, origin)
+    read = partial(_read_folder, locate, origin)
+    label = config.get(LABEL_KEY)
+    label = label if label in registry.NETWORKS else UNLABELED
+    if config.get("model_type") == "ijepa":
+        args = configs.transformers_args(config, origin)
+        if released is not None:
+            return Networks(
+                origin,
+                {released.network: read},
+                "transformers",
+                released.model,
+                args,
+                pretrained_cfg=released.preprocessing,
+                license=released.license,
+            )
+        cfg: dict[str, Any] = {}
+        if _optional(locate, "preprocessor_config.json") is not None:
+            processor = _read_json(locate, "preprocessor_config.json", origin)
+            cfg = configs.processor_cfg(processor, args, origin, is_ours=LABEL_KEY in config)
+        model = registry.model_name(args)
+        license = config.get("license")
+        return Networks(origin, {label: read}, "transformers", model, args, {}, cfg, license)
+    if isinstance(config.get("architecture"), str):
+        args, cfg = configs.timm_args(config, origin)
+        model = registry.model_name(args, config["architecture"])
+        license = cfg.get("license")
+        return Networks(origin, {label: read}, "timm", model, args, {}, cfg, license)
+    raise CheckpointError(
+        f"{origin}/config.json does not describe an I-JEPA model: it has neither model_type "
+        f"'ijepa' (transformers) nor a timm architecture, but {some(config)}"
     )
+
+
+def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Networks:
+    """An export of this package; those of version 0.1 may also have an optimizer, unused now."""
+    ours = config["ijepa_zoo"]
+    try:
+        files = {network: str(file) for network, file in ours["networks"].items()}
+        predictor, license = ours["predictor"], ours.get("license")
+        args = {**config["model_args"], "norm_eps": ours.get("norm_eps", 1e-6)}
+        model = str(ours["model"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{origin}/config.json is damaged: {error}") from error
+
+    def read(file: str) -> State:
+        return _read_safetensors(locate(file))
+
+    args = configs.check_args(args, origin)
+    return Networks(
+        origin,
+        {network: partial(read, file) for network, file in files.items()},
+        "native",
+        registry.model_name(args, model),
+        args,
+        configs.check_predictor(predictor, origin),
+        configs.check_preprocessing(config.get("pretrained_cfg", {}), origin),
+        license,
+    )
+
+
+def _read_folder(locate: Locate, origin: str) -> State:
+    """The one network of a timm or transformers folder, from one file or shards."""
+    for name, read in (
+        ("model.safetensors", _read_safetensors),
+        ("pytorch_model.bin", _read_pickle),
+    ):
+        if (file := _optional(locate, name)) is not None:
+            content = read(file)
+        elif _optional(locate, f"{name}.index.json") is not None:
+            index = _read_json(locate, f"{name}.index.json", origin)
+            files = set(dict(index.get("weight_map", {})).values())
+            content = {key: value for file in files for key, value in read(locate(file)).items()}
+        else:
+            continue
+        found = find_networks(content, origin)
+        if len(found) > 1:
+            raise CheckpointError(f"{origin} has {', '.join(found)} in one file: load that file")
+        return next(iter(found.values()))[0]
+    raise CheckpointError(f"{origin} has neither model.safetensors nor pytorch_model.bin")
+
+
+def _locate_in(folder: Path, name: str) -> Path:
+    path = folder / name
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        raise CheckpointError(f"{folder}/config.json names {name!r}, outside the folder")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {name}") from FileNotFoundError(str(path))
+    return path
+
+
+def _optional(locate: Locate, name: str) -> Path | None:
+    """A file that the folder may lack."""
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return locate(name)
+    except (CheckpointError, FetchError) as error:
+        cause = error.__cause__
+        absent = isinstance(cause, FileNotFoundError | EntryNotFoundError)
+        if absent and not isinstance(cause, LocalEntryNotFoundError):  # that one is: offline
+            return None
+        raise
+
+
+def _read_json(locate: Locate, name: str, origin: str) -> dict[str, Any]:
+    try:
+        content = json.loads(locate(name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{origin}/{name} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{origin}/{name} is damaged: it is not a JSON object")
+    return content

@@ -1,92 +1,84 @@
-"""What goes into an exported folder, for each library that is to load it."""
+"""The files of an exported folder, for each library that loads it."""
 
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from ..errors import CheckpointError
-from . import catalog, layouts
-from .bundle import Bundle
-from .card import model_card
-from .layouts import State
-from .networks import LABEL_KEY, UNLABELLED
+from . import formats, registry
+from .formats import UNLABELED, State
+from .read import LABEL_KEY
 
 OFFICIAL_FILE = "ijepa-latest.pth.tar"
-OTHERS = "networks"  # folder of a native export's further networks
-WRITTEN = frozenset({"config.json", "preprocessor_config.json", "README.md", "model.safetensors"})
-WRITTEN |= {OFFICIAL_FILE, OTHERS}  # every name at the top level of an export
-_STOCK = {ours: theirs for theirs, ours in layouts.STOCK_TIMM.items()}
+_OTHERS = "networks"  # folder of a native export's further networks
+WRITTEN = frozenset(
+    {"config.json", "preprocessor_config.json", "README.md", "model.safetensors"}
+    | {OFFICIAL_FILE, _OTHERS}
+)
 
 
-def _save(
-    state: Mapping[str, torch.Tensor], path: Path, network: str, dtype: torch.dtype | None
-) -> None:
+@dataclass(frozen=True)
+class Bundle:
+    """Networks of one model, ready to be written in any format.
+
+    Attributes:
+        model: Registered model name.
+        origin: Where the weights come from, for the model card.
+        states: Tensors of each network, in our names.
+        args: timm arguments that build the encoder.
+        norm_eps: Epsilon of its LayerNorms.
+        preprocessing: timm's input_size, mean, std, crop_pct, crop_mode, interpolation.
+        predictor: ``embed_dim`` and ``depth`` of the predictor, and its ``context`` if that is not
+            'repeated'; empty without a predictor.
+        license: License of the weights, if known.
+    """
+
+    model: str
+    origin: str
+    states: Mapping[str, State]
+    args: Mapping[str, Any]
+    norm_eps: float
+    preprocessing: Mapping[str, Any]
+    predictor: Mapping[str, Any]
+    license: str | None = None
+
+    def choose(self, network: str | None) -> str:
+        """The network for a format that holds one."""
+        if network is None:
+            return "target_encoder" if "target_encoder" in self.states else next(iter(self.states))
+        if network not in self.states:
+            raise CheckpointError(f"{self.origin} has {', '.join(self.states)}, not {network}")
+        return network
+
+
+def _save(state: State, path: Path, dtype: torch.dtype | None) -> None:
     def ready(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach().cpu()
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        return tensor.contiguous()
+        cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to("cpu", cast).contiguous()
 
-    metadata = {"format": "pt"} | ({"network": network} if network in catalog.NETWORKS else {})
     tensors = {name: ready(tensor) for name, tensor in state.items()}
-    with _said(path, _nbytes(tensors)):
-        save_file(tensors, path, metadata=metadata)
-
-
-@contextmanager
-def _said(path: Path, size: int) -> Iterator[None]:
-    """Around writing a file: an error says what the file takes and what is free without it."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        path.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        text = f"{_reason(error)}: {path.name} takes {size:,} bytes, {free:,} are free"
-        raise OSError(None, text, str(path)) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The system's words; torch's own have them as context, safetensors' have their number."""
-    for cause in (error, error.__context__):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-    number = re.search(r"(?:os error|code:) (\d+)", str(error))
-    return os.strerror(int(number[1])) if number else str(error)
-
-
-def _nbytes(content: Any) -> int:
-    """Bytes of all tensors in nested tables and lists."""
-    if isinstance(content, torch.Tensor):
-        return content.nbytes
-    if isinstance(content, Mapping):
-        return sum(map(_nbytes, content.values()))
-    return sum(map(_nbytes, content)) if isinstance(content, list | tuple) else 0
+    # One metadata key only: the safetensors package writes several in random order.
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def timm_config(bundle: Bundle) -> dict[str, Any]:
-    """config.json of a timm folder: a stock architecture plus all the arguments that matter."""
-    if bundle.norm_eps != 1e-6:
-        raise CheckpointError(
-            f"{bundle.origin} has LayerNorm epsilon {bundle.norm_eps}, which a timm folder cannot "
-            "say: timm would build it with 1e-6; export to transformers instead"
-        )
-    preprocessing = dict(bundle.preprocessing)
+def _timm_config(bundle: Bundle) -> dict[str, Any]:
+    """config.json of a timm folder: a network of stock timm and all arguments that matter."""
+    classes = bundle.args["num_classes"]
+    license = {"license": bundle.license.lower()} if bundle.license else {}
     return {
-        "architecture": _STOCK.get(bundle.model, "vit_base_patch16_gap_224"),
-        "num_classes": bundle.args["num_classes"],
+        "architecture": registry.timm_name(bundle.model),
+        "num_classes": classes,
         "num_features": bundle.args["embed_dim"],
         "global_pool": bundle.args["global_pool"],
         "model_args": dict(bundle.args),
@@ -94,78 +86,73 @@ def timm_config(bundle: Bundle) -> dict[str, Any]:
             "tag": "ijepa",
             "custom_load": False,
             "fixed_input_size": True,
-            "num_classes": bundle.args["num_classes"],
+            "num_classes": classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
             "pool_size": None,
-            **preprocessing,
-            **({"license": bundle.license.lower()} if bundle.license else {}),
+            **bundle.preprocessing,
+            **license,
         },
     }
 
 
-def write_timm(
+def _write_timm(
     bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
     """One encoder as stock timm loads it."""
-    chosen = bundle.choose(network)
-    config = timm_config(bundle)
-    if chosen != UNLABELLED:
-        config[LABEL_KEY] = chosen
-    _save(bundle.states[chosen], folder / "model.safetensors", chosen, dtype)
-    _write_json(folder / "config.json", config)
-    (folder / "README.md").write_text(model_card(bundle, "timm", chosen), encoding="utf-8")
-
-
-def write_native(
-    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
-) -> None:
-    """All networks at hand; model.safetensors and config.json also make a timm folder."""
-    if UNLABELLED in bundle.states:
+    if bundle.norm_eps != 1e-6:
         raise CheckpointError(
-            f"{bundle.origin} does not say which network it holds: give network (--network) "
-            "encoder, the context encoder, or target_encoder"
+            f"{bundle.origin} has LayerNorm epsilon {bundle.norm_eps}, timm builds it with 1e-6: "
+            "export to transformers instead"
         )
     chosen = bundle.choose(network)
-    if network is not None:
-        bundle_states: Mapping[str, State] = {chosen: bundle.states[chosen]}
-    else:
-        bundle_states = bundle.states
-    # below the top level: timm up to 1.0.27 trips over a second .safetensors file beside the model
-    files = {name: f"{OTHERS}/{name}.safetensors" for name in bundle_states}
+    config = _timm_config(bundle)
+    if chosen != UNLABELED:
+        config[LABEL_KEY] = chosen
+    _save(bundle.states[chosen], folder / "model.safetensors", dtype)
+    _write_json(folder / "config.json", config)
+    _write_card(bundle, folder, "timm", chosen)
+
+
+def _write_native(
+    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
+) -> None:
+    """All networks; model.safetensors and config.json also are a timm folder."""
+    chosen = bundle.choose(network)
+    states = bundle.states if network is None else {chosen: bundle.states[chosen]}
+    # Below the top level: timm up to 1.0.27 fails on a second .safetensors file beside the model.
+    files = {name: f"{_OTHERS}/{name}.safetensors" for name in states}
     files[chosen] = "model.safetensors"
-    (folder / OTHERS).mkdir()
+    if len(files) > 1:
+        (folder / _OTHERS).mkdir()
     for name, file in files.items():
-        _save(bundle_states[name], folder / file, name, dtype)
-    ours: dict[str, Any] = {
+        _save(states[name], folder / file, dtype)
+    ours = {
         "format": 1,
         "model": bundle.model,
         "networks": files,
         "predictor": dict(bundle.predictor) if "predictor" in files else {},
         "norm_eps": bundle.norm_eps,
         "license": bundle.license,
-        "origin": Path(bundle.origin).name,
+        "origin": bundle.origin.rsplit("/", 1)[-1],
     }
-    if bundle.training is not None:
-        ours |= {"optimizer": f"{OTHERS}/optimizer.safetensors"}
-        ours |= {"training": dict(bundle.training.plain)}
-        _save(bundle.training.optimizer, folder / ours["optimizer"], "", None)
-    config = timm_config(bundle) if bundle.norm_eps == 1e-6 else {"model_args": dict(bundle.args)}
-    config.setdefault("pretrained_cfg", dict(bundle.preprocessing))
+    config = _timm_config(bundle)
+    if bundle.norm_eps != 1e-6:  # timm would build it with 1e-6, without a word
+        config = {key: config[key] for key in ("model_args", "pretrained_cfg")}
     _write_json(folder / "config.json", {**config, "ijepa_zoo": ours})
-    (folder / "README.md").write_text(model_card(bundle, "native", chosen), encoding="utf-8")
+    _write_card(bundle, folder, "native", chosen)
 
 
-def write_transformers(
+def _write_transformers(
     bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
-    """One encoder as transformers' ``IJepaModel`` loads it, with the right preprocessing."""
+    """One encoder as transformers' ``IJepaModel`` loads it, with its preprocessing."""
     chosen = bundle.choose(network)
-    state = layouts.to_transformers(bundle.states[chosen], bundle.origin)
+    state = formats.to_transformers(bundle.states[chosen], bundle.origin)
     args, classes = bundle.args, bundle.args["num_classes"]
     if classes and args["global_pool"] != "avg":
         raise CheckpointError(
-            f"transformers' classifier reads the mean of the patches, that of {bundle.origin} "
+            f"transformers classifies by the mean of the patches, {bundle.origin} by "
             f"global_pool={args['global_pool']!r}: export to timm instead"
         )
     config = {
@@ -185,41 +172,46 @@ def write_transformers(
         "num_channels": args["in_chans"],
         "qkv_bias": args["qkv_bias"],
         "dtype": "float32",  # in memory, whatever the file's: half precision is the user's choice
+        LABEL_KEY: chosen,
+        **({"license": bundle.license} if bundle.license else {}),
     }
     if classes:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
-    if chosen != UNLABELLED:
-        config[LABEL_KEY] = chosen
-    _save(state, folder / "model.safetensors", chosen, dtype)
+    _save(state, folder / "model.safetensors", dtype)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", image_processor(bundle.preprocessing))
-    card = model_card(bundle, "transformers", chosen)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    _write_json(folder / "preprocessor_config.json", _image_processor(bundle.preprocessing))
+    _write_card(bundle, folder, "transformers", chosen)
 
 
 def _square(size: list[int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else size
 
 
-def image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Our eval transform in transformers' words: resize the short side, centre crop, normalise.
+def _image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """Our evaluation transform in transformers' words.
 
     Raises:
-        CheckpointError: If the image size is not square: no processor resizes as timm does then.
+        CheckpointError: No image processor resizes as timm does for this size and crop mode.
     """
     height, width = preprocessing["input_size"][-2:]
-    if height != width:
+    scaled = [math.floor(side / preprocessing["crop_pct"]) for side in (height, width)]
+    mode = preprocessing["crop_mode"]
+    if mode == "center" and height == width:
+        size = {"shortest_edge": scaled[0]}
+    elif mode == "squash":
+        size = {"height": scaled[0], "width": scaled[1]}
+    else:
         raise CheckpointError(
-            f"transformers cannot say how images become {height}x{width}: only square images "
-            "can be exported to it; export to timm instead"
+            f"transformers cannot resize images to {height}x{width} with crop mode {mode!r}: "
+            "export to timm instead"
         )
-    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": int(min(height, width) / preprocessing["crop_pct"])},
+        "size": size,
         "resample": filters[preprocessing["interpolation"]],
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
@@ -231,57 +223,49 @@ def image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_official(
+def _write_official(
     bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
-    """The published code's checkpoint file, optimizer included; fresh where there is none."""
-    if network is not None:
+    """The official repository's checkpoint of all three networks, at epoch 0."""
+    absent = [name for name in registry.NETWORKS if name not in bundle.states]
+    if network is not None or absent:
         raise CheckpointError(
-            "an official file holds all three networks: leave network (--network) out"
+            f"an official file has all three networks: {bundle.origin} has "
+            f"{', '.join(bundle.states)}" + (f", and network={network}" if network else "")
         )
-    absent = [name for name in layouts.OFFICIAL_NETWORKS if name not in bundle.states]
-    if absent:
-        raise CheckpointError(
-            f"an official file holds all three networks, but {bundle.origin} has no "
-            f"{' and no '.join(absent)}"
-        )
-
     if "context" in bundle.predictor:
         raise CheckpointError(
             f"the predictor of {bundle.origin} has context='{bundle.predictor['context']}', which "
-            "the published code does not know: use the native layout"
+            "the official repository lacks: export to native instead"
         )
-
-    def cast(state: State) -> State:
-        return {key: t.detach().cpu().to(dtype or t.dtype) for key, t in state.items()}
-
-    states = {name: cast(bundle.states[name]) for name in layouts.OFFICIAL_NETWORKS}
-    content: dict[str, Any] = {name: layouts.to_official(state) for name, state in states.items()}
-    groups = layouts.official_parameter_groups(states["encoder"], states["predictor"])
-    if bundle.training is not None:
-        plain = bundle.training.plain
-        content["opt"] = layouts.optimizer_to_official(bundle.training.optimizer, plain, groups)
-        content |= plain["rest"]
-    else:
-        content |= _fresh_training(groups)
-    path = folder / OFFICIAL_FILE
-    # given a path, torch says nothing of the system's reason
-    with _said(path, _nbytes(content)), path.open("wb") as file:
-        torch.save(content, file)
+    content: dict[str, Any] = {
+        name: formats.to_official(
+            {key: t.detach().to("cpu", dtype or t.dtype) for key, t in state.items()}
+        )
+        for name, state in bundle.states.items()
+    }
+    torch.save(content | _fresh_training(bundle.states), folder / OFFICIAL_FILE)
 
 
-def _fresh_training(groups: list[list[str]]) -> dict[str, Any]:
-    """Optimizer, scaler and counters of a run at step 0, as the published code saves them."""
-    parameters = [
-        [torch.nn.Parameter(torch.empty(0, device="meta")) for _ in group] for group in groups
-    ]
-    optimizer = torch.optim.AdamW(
-        [{"params": group} for group in parameters[:2]]
-        + [{"params": g, "WD_exclude": True, "weight_decay": 0} for g in parameters[2:]]
-    )
+def _fresh_training(states: Mapping[str, State]) -> dict[str, Any]:
+    """Optimizer, scaler and counters of a run at step 0, without which it logs an error.
+
+    The parameter groups are those of the official repository: weights of the encoder and of the
+    predictor, then their biases and one-dimensional parameters; positions count.
+    """
+    groups: list[dict[str, Any]] = []
+    for is_exempt in (False, True):
+        for network in ("encoder", "predictor"):
+            count = sum(
+                ("bias" in name or tensor.ndim == 1) is is_exempt
+                for name, tensor in states[network].items()
+            )
+            parameters = [nn.Parameter(torch.empty(0, device="meta")) for _ in range(count)]
+            exempt = {"WD_exclude": True, "weight_decay": 0} if is_exempt else {}
+            groups.append({"params": parameters, **exempt})
     scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5}
     return {
-        "opt": optimizer.state_dict(),
+        "opt": torch.optim.AdamW(groups).state_dict(),
         "scaler": {**scaler, "growth_interval": 2000, "_growth_tracker": 0},
         "epoch": 0,
         "loss": 0.0,
@@ -289,3 +273,108 @@ def _fresh_training(groups: list[list[str]]) -> dict[str, Any]:
         "world_size": 1,
         "lr": 1e-3,
     }
+
+
+_NETWORK = {
+    "target_encoder": "The **target encoder** of I-JEPA, which the paper evaluates",
+    "encoder": "The **context encoder** of I-JEPA (the paper evaluates the target encoder)",
+}
+_USAGE = {
+    "timm": 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)',
+    "native": (
+        "import ijepa_zoo  # for all networks; timm alone loads model.safetensors\n\n"
+        'model = ijepa_zoo.create_model("local-dir:FOLDER")'
+    ),
+    "transformers": (
+        "from transformers import AutoImageProcessor, AutoModel\n\n"
+        'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
+        'model = AutoModel.from_pretrained("FOLDER")\n'
+        "features = model(**processor(image, return_tensors='pt')).last_hidden_state.mean(1)"
+    ),
+}
+_CLASSIFIER_USAGE = (
+    "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
+    'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
+    'model = AutoModelForImageClassification.from_pretrained("FOLDER")\n'
+    "logits = model(**processor(image, return_tensors='pt')).logits"
+)
+_CARD = """\
+---
+{license_line}library_name: {library}
+pipeline_tag: {pipeline}
+tags:
+- i-jepa
+- self-supervised-learning
+---
+# {model}
+
+{what}.
+
+| | |
+|---|---|
+| source | {origin} |
+| width, depth, heads | {embed_dim}, {depth}, {num_heads} |
+| patch, image | {patch}, {size} |
+| networks | {networks} |
+| preprocessing | resize to {size}{crop} ({interpolation}), {mode} crop, mean {mean}, std {std} |
+| license | {license} |
+
+```python
+{usage}
+```
+
+Features: tokens after the final LayerNorm, averaged over the patches.
+
+```bibtex
+@inproceedings{{assran2023ijepa,
+  title={{Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture}},
+  author={{Assran, Mahmoud and Duval, Quentin and Misra, Ishan and Bojanowski, Piotr and Vincent,
+          Pascal and Rabbat, Michael and LeCun, Yann and Ballas, Nicolas}},
+  booktitle={{CVPR}},
+  year={{2023}}
+}}
+```
+"""
+
+
+def _write_card(bundle: Bundle, folder: Path, to: str, network: str) -> None:
+    """README.md with the Hub's metadata."""
+    args, preprocessing = bundle.args, bundle.preprocessing
+    classes, crop_pct = args["num_classes"], preprocessing["crop_pct"]
+    what = _NETWORK.get(network, "An encoder of I-JEPA; its source did not say which network it is")
+    usage = _USAGE[to]
+    if classes:
+        what = f"An encoder of I-JEPA with a classifier of {classes} classes"
+        usage = _CLASSIFIER_USAGE if to == "transformers" else usage
+    card = _CARD.format(
+        license_line=f"license: {bundle.license.lower()}\n" if bundle.license else "",
+        library="transformers" if to == "transformers" else "timm",
+        pipeline="image-classification" if classes else "image-feature-extraction",
+        model=bundle.model,
+        what=what,
+        origin=bundle.origin.rsplit("/", 1)[-1],
+        embed_dim=args["embed_dim"],
+        depth=args["depth"],
+        num_heads=args["num_heads"],
+        patch="x".join(map(str, args["patch_size"])),
+        size="x".join(map(str, preprocessing["input_size"][1:])),
+        networks=", ".join(bundle.states if to == "native" else [network]).replace(
+            UNLABELED, "encoder"
+        ),
+        crop="" if crop_pct == 1 else f" / {crop_pct:.4g}",
+        interpolation=preprocessing["interpolation"],
+        mode=preprocessing["crop_mode"],
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+        license=bundle.license or "unknown; that of the source, if any",
+        usage=usage,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+WRITERS: dict[str, Callable[[Bundle, Path, str | None, torch.dtype | None], None]] = {
+    "native": _write_native,
+    "timm": _write_timm,
+    "transformers": _write_transformers,
+    "official": _write_official,
+}

@@ -5,7 +5,7 @@ import torch
 
 from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.tasks import TASKS, Protocol, View, find_task
-from ijepa_zoo.weights.catalog import checkpoints
+from ijepa_zoo.weights.registry import checkpoints
 
 # facts of the paper and of VISSL's configurations: epochs, milestones, filter, shape
 TABLE = {

@@ -37,7 +37,7 @@ def test_pretrain_plot_export_features(folder, capsys):
     assert main([*command, "--workers", "0"]) == 0
     assert np.load("f.npy").shape == (1, 24)
     assert main(["export", "run", "exported", "--dtype", "float16", "--license", "MIT"]) == 0
-    assert main(["convert", "exported", "official", "--to", "official"]) == 0
+    assert main(["export", "exported", "official", "--to", "official"]) == 0
     capsys.readouterr()
     assert main(["export", "run", "exported"]) == 1
     assert "exported" in (err := capsys.readouterr().err)
@@ -150,8 +150,6 @@ def test_file_of_the_official_repository_brings_its_folders(folder, capsys):
         (["custom_small", "optim.lrr=1", "--data", "images.npy", "--out", "r"], 2, "optim.lr"),
         (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
          "optim.batch_size"),
-        (["custom_small", "--resume-optimizer", "--data", "images.npy", "--out", "r",
-          "optim.batch_size=4", "mask.cut=4", "data.held_out=4"], 2, "--init"),
         (["--config", "absent.yaml", "--data", "images.npy", "--out", "r"], None, "absent.yaml"),
     ],
 )  # fmt: skip

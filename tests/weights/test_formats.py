@@ -1,0 +1,100 @@
+"""Tensor names of transformers and the official repository, and the header of safetensors files."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch.testing import assert_close
+
+import ijepa_zoo
+from ijepa_zoo.errors import CheckpointError, SettingsError
+from ijepa_zoo.weights import formats
+
+WIDTH, DEPTH, CLASSES = 8, 2, 5
+
+
+@pytest.fixture
+def state(request):
+    """An encoder's tensors in our names, with a classifier if the test asks for one."""
+    size = {"img_size": 4, "patch_size": 2, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2}
+    classes = CLASSES if getattr(request, "param", False) else 0
+    model = ijepa_zoo.create_model(
+        "vit_custom_ijepa", pretrained=False, num_classes=classes, **size
+    )
+    return {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("state", [False, True], indirect=True)
+def test_transformers_names_and_back_are_exact(state):
+    theirs = formats.to_transformers(state, "memory")
+    assert_close(formats.from_transformers(_body(theirs), "memory"), state, rtol=0, atol=0)
+    qkv = state["blocks.1.attn.qkv.weight"].split(WIDTH)
+    for part, expected in zip(("query", "key", "value"), qkv, strict=True):
+        name = f"encoder.layer.1.attention.attention.{part}.weight"
+        assert torch.equal(_body(theirs)[name], expected)
+
+
+def _body(theirs):
+    return {name.removeprefix("ijepa."): tensor for name, tensor in theirs.items()}
+
+
+@pytest.mark.parametrize("state", [False, True], indirect=True)
+def test_transformers_names_are_those_that_transformers_writes(state, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.IJepaConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=2,
+        intermediate_size=4 * WIDTH,
+        image_size=4,
+        patch_size=2,
+        num_labels=CLASSES,
+    )
+    has_head = "head.weight" in state
+    kind = transformers.IJepaForImageClassification if has_head else transformers.IJepaModel
+    kind(config).save_pretrained(tmp_path)
+    written = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    ours = formats.to_transformers(state, "memory")
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in written.items()}
+
+
+def test_tensors_that_transformers_lacks_are_refused(state):
+    theirs = formats.to_transformers(state, "memory")
+    with pytest.raises(CheckpointError, match=r"some/file.*pooler\.dense\.weight"):
+        formats.from_transformers({**theirs, "pooler.dense.weight": torch.zeros(1)}, "some/file")
+    del theirs["encoder.layer.1.attention.attention.key.bias"]
+    with pytest.raises(CheckpointError, match=r"some/file.*blocks\.1\.attn\.qkv\.bias"):
+        formats.from_transformers(theirs, "some/file")
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.ls1\.gamma"):
+        formats.to_transformers({**state, "blocks.0.ls1.gamma": torch.zeros(1)}, "memory")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[], ["epoch"], ["conv1.weight", "fc.bias"], ["vit.embeddings.position_embeddings"]],
+    ids=str,
+)
+def test_other_contents_are_refused_with_what_was_found(names):
+    content = dict.fromkeys(names, torch.zeros(1))
+    with pytest.raises(CheckpointError, match=f"some/file.*{names[0] if names else 'nothing'}"):
+        formats.find_networks(content, "some/file")
+
+
+def test_safetensors_header_is_that_of_the_package(tmp_path):
+    dtypes = (torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16)
+    dtypes += (torch.float16, torch.int16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.bool)
+    tensors = {f"{kind}ä{n}": torch.arange(n).to(kind) for n in (0, 3) for kind in dtypes}
+    tensors["scalar"] = torch.tensor(3.5)
+    metadata = {"format": "pt"}
+    described = {name: (t.dtype, tuple(t.shape)) for name, t in reversed(tensors.items())}
+    header, starts = formats.safetensors_header(described, metadata)
+    expected = safetensors.torch.save(tensors, metadata)
+    assert expected.startswith(header)
+    for name, tensor in tensors.items():
+        written = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert expected[starts[name] : starts[name] + len(written)] == written
+    text = formats.safetensors_header(described, {"b": "2", "a": 'quote " and \\'})[0][8:]
+    assert list(json.loads(text)["__metadata__"].items()) == [("a", 'quote " and \\'), ("b", "2")]
+    with pytest.raises(SettingsError, match="complex128"):
+        formats.safetensors_header({"a": (torch.complex128, ())}, {})
