@@ -95,7 +95,7 @@ def extract_features(
 ) -> ExtractionReport | None:
     """Extract the features of images into one file, with an index of the images and their rows.
 
-    The images are cut into fixed batches in the order of the input. Finished batches are kept in
+    The images are split into fixed batches in the order of the input. Finished batches are kept in
     `<out>.parts` until the end, so the same call after an interruption resumes, and the files are
     byte-identical to those of an uninterrupted run for any number of workers, threads, and
     processes under `torchrun` (on a shared file system). A run is resumed, or taken for finished,
@@ -164,7 +164,7 @@ def extract_features(
         }
         settings = json.loads(json.dumps(settings))  # as they are read back
         rate = 0.0
-        with _claim(outputs, settings, overwrite, distributed) as finished:
+        with _lock_outputs(outputs, settings, overwrite, distributed) as finished:
             if not finished:
                 row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
                 parts = Parts(outputs.parts, len(images), batch_size, row_bytes)
@@ -184,7 +184,7 @@ def _work(
     progress: bool,
 ) -> float:
     """Compute the missing parts, every rank its own; returns images per second of all ranks."""
-    done = distributed.broadcast_object(parts.sound())
+    done = distributed.broadcast_object(parts.complete() if distributed.is_main else set())
     if batches.strict:  # parts with failures are read again, to stop there
         done = {part for part in done if not any(parts.errors(part))}
     own = range(distributed.rank, len(parts), distributed.world_size)
@@ -314,7 +314,7 @@ def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> _O
 
 
 @contextmanager
-def _claim(
+def _lock_outputs(
     outputs: _Outputs, settings: dict[str, Any], overwrite: bool, distributed: Distributed
 ) -> Iterator[bool]:
     """Lock and prepare the outputs, as rank 0; yields whether such a run is finished already.
@@ -379,7 +379,7 @@ def _prepare(outputs: _Outputs, settings: dict[str, Any], overwrite: bool) -> No
             raise RunError(
                 f"'{outputs.parts}' holds an unfinished run with other settings "
                 f"({_differences(before, settings)}): use those settings to resume it, or "
-                "--overwrite (overwrite=True) to start anew"
+                "--overwrite (overwrite=True) to start over"
             )
         _remove_part_files(outputs)
         with whole_file(outputs.parts / "settings.json") as file:
@@ -415,7 +415,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     shown = [key for key in changed if key not in _IMAGES]
-    texts = [f"{key}: {before.get(key)} then, {now.get(key)} now" for key in shown]
+    texts = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in shown]
     return "; ".join(texts + ["other images"] * (len(shown) < len(changed)))
 
 
@@ -461,11 +461,11 @@ class Parts:
         first = part * self.batches_each
         return range(first, first + -(-self.size(part) // self.batch_size))
 
-    def sound(self) -> set[int]:
+    def complete(self) -> set[int]:
         """Numbers of the complete parts whose two files agree; others are computed again."""
-        return {part for part in range(len(self)) if self._is_sound(part)}
+        return {part for part in range(len(self)) if self._is_complete(part)}
 
-    def _is_sound(self, part: int) -> bool:
+    def _is_complete(self, part: int) -> bool:
         try:
             errors, size = self.errors(part), self.rows_file(part).stat().st_size
         except (ValueError, FileNotFoundError):

@@ -14,7 +14,7 @@ from .errors import SettingsError
 
 Layers = Literal["last", "last4"] | Sequence[int]
 
-_POOLS = ("auto", "avg", "cls", "cls_avg", "map", None)
+POOLS = ("auto", "avg", "cls", "cls_avg", "map", None)
 _log = logging.getLogger(__name__)
 
 
@@ -23,11 +23,11 @@ class FeatureExtractor(nn.Module):
 
     Of a ViT, the final norm is applied to the tokens of each chosen block before pooling. With
     `avg`, 'last' and 'last4' are the two representations of the I-JEPA paper (arXiv 2301.08243,
-    appendix A.1). Where timm has the final norm behind the pooling (`fc_norm`), it is applied to
+    appendix A.1). Where timm normalizes after pooling (`fc_norm`), it is applied to
     the tokens all the same, so `avg` is not exactly timm's pooled output there.
 
     Of a network without such blocks (ResNet, ConvNeXt, Swin), the features are the map of timm's
-    `forward_features`. Its mean passes the norm of the head where there is one (ConvNeXt), as in
+    `forward_features`. The pooled map goes through the norm of the head, if any (ConvNeXt), as in
     timm.
 
     Args:
@@ -76,13 +76,14 @@ class FeatureExtractor(nn.Module):
         self.num_features = 2 * width if self.pool == "cls_avg" else width
 
     def _choose_pool(self, pool: str | None) -> str | None:
-        if pool not in _POOLS:
-            raise SettingsError(f"pool is {pool!r}; use one of {', '.join(map(repr, _POOLS))}")
+        if pool not in POOLS:
+            raise SettingsError(f"pool is {pool!r}; use one of {', '.join(map(repr, POOLS))}")
         name = type(self.model).__name__
         has_cls = self._is_vit and _has_class_token(self.model)
         has_map = self._is_vit and getattr(self.model, "attn_pool", None) is not None
         if pool == "auto":
             own = getattr(self.model, "global_pool", "avg")
+            own = getattr(own, "pool_type", own)  # of networks without blocks, a module
             pool = "map" if has_map else "cls" if own == "token" and has_cls else "avg"
             if pool == "avg" and isinstance(own, str) and own != "avg":
                 _log.warning("%s has global_pool=%r: features are pooled by 'avg'", name, own)
@@ -169,7 +170,7 @@ class FeatureExtractor(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every submodule gets its own mode back."""
+    """Evaluation mode; every submodule gets its own mode back at the end."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -347,11 +347,11 @@ def test_other_settings_are_refused(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "f.npy"
     extract(images, out)
     before, rows = files(tmp_path), np.load(out)
-    with pytest.raises(RunError, match=r"layers: \[4\] then, \[1, 2, 3, 4\] now"):
+    with pytest.raises(RunError, match=r"layers: was \[4\]"):
         extract(images, out, layers="last4")
     with pytest.raises(RunError, match=r"weights_hash"):
         extract(images, out, make_model(1))
-    with pytest.raises(RunError, match="images: 22 then, 11 now"):
+    with pytest.raises(RunError, match="images: was 22"):
         extract(images / "dog", out)
     with pytest.raises(RunError, match=r"f\.index\.jsonl"):  # same stem
         extract(images, tmp_path / "f.safetensors")
@@ -372,7 +372,7 @@ def test_parts_of_other_settings_are_refused(
 ) -> None:
     out = tmp_path / "f.npy"
     interrupted(out)
-    with pytest.raises(RunError, match=r"dtype: float32 then, float16 now"):
+    with pytest.raises(RunError, match="dtype: was float32"):
         extract(images, out, dtype="float16")
     report = extract(images, out, dtype="float16", overwrite=True)
     assert np.load(report.features).dtype == np.float16

@@ -19,13 +19,13 @@ from ..models.factory import create_model
 from ..visualize import save_pca_picture
 from .options import (
     DTYPES,
-    LAYERS,
     RESUME,
     Commands,
+    add_feature_options,
     add_model_options,
     add_pixel_options,
     add_run_options,
-    layers,
+    feature_options,
     positive,
 )
 
@@ -64,10 +64,7 @@ def add_features(commands: Commands) -> list[argparse.ArgumentParser]:
     add("--out", required=True, metavar="FILE",
         help="required: file to write, .safetensors, .npy or .parquet")  # fmt: skip
     add("--format", choices=("safetensors", "npy", "parquet"), help="default: by the suffix")
-    add("--layers", type=layers, metavar="WHICH", default="last", help=LAYERS)
-    add("--pool", choices=("auto", "avg", "cls", "cls_avg", "none"), default="auto",
-        help="avg: mean over patches; cls: class token; cls_avg: both; none: maps; "
-        "auto (default): what the model was trained with (avg for I-JEPA)")  # fmt: skip
+    add_feature_options(out)
     add("--dtype", choices=DTYPES, default="float32", help="of the file (default: float32)")
     add("--overwrite", action="store_true", help="replace files that have other settings")
     add("--picture", metavar="FILE", help="draw principal components of patch features, a PNG")
@@ -94,8 +91,7 @@ def _features(args: argparse.Namespace) -> int:
         args.inputs,
         model,
         args.out,
-        layers=args.layers,
-        pool=None if args.pool == "none" else args.pool,
+        **feature_options(args),
         dtype=args.dtype,
         batch_size=args.batch_size,
         device=args.device,

@@ -20,18 +20,17 @@ from ..weights.export import export
 from ..weights.registry import Checkpoint, checkpoints
 from .options import (
     DTYPES,
-    LAYERS,
     Commands,
+    add_feature_options,
     add_img_size,
     add_network,
     count,
-    layers,
+    feature_options,
     positive,
 )
 
 _WEIGHTS = ("native", "timm", "transformers", "official")
 _SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans", "mlp_ratio")
-_POOLS = ("auto", "avg", "cls", "cls_avg", "none")
 # Options of some formats or sources only; all are None or False unless given.
 _OF_GRAPHS = ("layers", "pool", "quantize", "dynamic_size", "quiet")
 _OF_WEIGHTS = ("push_to", "private", "revision")
@@ -84,9 +83,7 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
     hub.add_argument("--revision", metavar="NAME", help="branch of REPO (default: main)")
 
     graph = parser.add_argument_group("options of onnx and torch-export")
-    graph.add_argument("--layers", type=layers, metavar="WHICH", help=LAYERS)
-    graph.add_argument("--pool", choices=_POOLS,
-        help="auto (default): as the model pools; none: maps")  # fmt: skip
+    add_feature_options(graph)
     graph.add_argument("--quantize", choices=("int8",),
         help="onnx: linear layers in 8 bits, faster on CPUs")  # fmt: skip
     graph.add_argument("--dynamic-size", action="store_true",
@@ -173,8 +170,7 @@ def _export_graph(args: argparse.Namespace, is_run: bool) -> int:
         _run_encoder(args) if is_run else _open_encoder(args),
         args.folder,
         args.to,
-        layers=args.layers or "last",
-        pool=None if args.pool == "none" else args.pool or "auto",
+        **feature_options(args),
         dynamic_size=args.dynamic_size,
         license=args.license,
         overwrite=args.overwrite,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ..distributed import read_environment
 
@@ -84,6 +84,20 @@ def add_run_options(
     group.add_argument("--workers", type=count, metavar="N",
         help="processes that decode images (default: one per CPU)")  # fmt: skip
     return group
+
+
+def add_feature_options(group: argparse._ActionsContainer) -> None:
+    """Which features of the model."""
+    group.add_argument("--layers", type=layers, metavar="WHICH", help=LAYERS)
+    group.add_argument("--pool", choices=("auto", "avg", "cls", "cls_avg", "map", "none"),
+        help="avg: mean over patches; cls: class token; cls_avg: both; map: attention pooling; "
+        "none: maps; auto (default): as the model's global_pool, avg for I-JEPA")  # fmt: skip
+
+
+def feature_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_feature_options` as arguments of `FeatureExtractor`."""
+    pool = None if args.pool == "none" else args.pool or "auto"
+    return {"layers": args.layers or "last", "pool": pool}
 
 
 def is_main_process() -> bool:

@@ -50,7 +50,7 @@ def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
     add("--data", nargs="+", metavar="DATA",
         help="folders, tar shards, lists, .npy, hfds/NAME or MODULE:ATTRIBUTE")  # fmt: skip
     add("--out", metavar="RUN", help="folder of the run; an unfinished run in it is resumed")
-    add("--init", metavar="WEIGHTS", 
+    add("--init", metavar="WEIGHTS",
         help="start from NAME.TAG, a checkpoint, hf-hub:REPO or a ViT of timm; an encoder alone "
         "gets a new predictor")  # fmt: skip
     add("--resume-from", type=_checkpoint, default="latest", metavar="WHICH",

@@ -220,7 +220,7 @@ def _compute(
     progress: Any,
 ) -> int:
     """Make the missing parts of this process; returns how many images all of them encoded."""
-    done = distributed.broadcast_object(parts.sound())
+    done = distributed.broadcast_object(parts.complete())
     mine = [p for p in range(distributed.rank, len(parts), distributed.world_size) if p not in done]
     loaded = load([batch for part in mine for batch in parts.batches(part)])
     before = sum(map(parts.size, done))

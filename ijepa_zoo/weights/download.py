@@ -99,12 +99,7 @@ def fetch_official(
     path = folder / f"{_file_name(url, network)}.safetensors"
     record = folder / f"{_file_name(url)}.json"
     if path.exists():
-        known = _read_record(record)
-        _require_equal(f"remote size of {path}", known.get("size"), size, record)
-        if sha256 is not None:
-            found = known["sha256"].get(network) or _data_sha256(path)
-            _require_equal(f"SHA-256 of {path}", found, sha256, record)
-        return path
+        return _checked(path, record, network, size, sha256)
     if constants.HF_HUB_OFFLINE:
         raise FetchError(
             f"{url} is not cached and HF_HUB_OFFLINE is set; unset it, or copy {path.name} from "
@@ -113,7 +108,7 @@ def fetch_official(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(record.with_suffix(".lock")):
         if path.exists():  # another process has downloaded it meanwhile
-            return path
+            return _checked(path, record, network, size, sha256)
         remote = _RemoteFile(url)
         known = {"url": url, "size": remote.size, "etag": remote.etag, **_read_record(record)}
         _require_equal(f"size of {url}", remote.size, size or known["size"], record)
@@ -150,15 +145,29 @@ def fetch_hub(
     Raises:
         FetchError: With the reason that ``huggingface_hub`` gives.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors, hf_hub_download
 
+    transport = getattr(errors, "HTTPError", OSError)  # from version 1.0 on, of httpx
     try:
         return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir))
-    except Exception as error:  # its HTTP library, and so its errors, depend on its version
+    except (
+        *(errors.HfHubHTTPError, errors.HFValidationError, errors.EntryNotFoundError, transport),
+        *(OSError, RuntimeError),  # up to 1.32 it tries again over a client that it has closed
+    ) as error:
         raise FetchError(
             f"cannot fetch {filename!r} of the Hugging Face repository {repo_id!r}, revision "
             f"{revision or 'main'}: {' '.join(str(error).split()) or type(error).__name__}"
         ) from error
+
+
+def _checked(path: Path, record: Path, network: str, size: int | None, sha256: str | None) -> Path:
+    """A cached network, compared with what is expected of it."""
+    known = _read_record(record)
+    _require_equal(f"remote size of {path}", known.get("size"), size, record)
+    if sha256 is not None:
+        found = known["sha256"].get(network) or _data_sha256(path)
+        _require_equal(f"SHA-256 of {path}", found, sha256, record)
+    return path
 
 
 def _file_name(url: str, *network: str) -> str:
@@ -176,7 +185,7 @@ def _require_equal(what: str, found: object, expected: object, record: Path) -> 
     if None not in (found, expected) and found != expected:
         raise FetchError(
             f"{what} is {found}, expected {expected}: these are other weights; upgrade ijepa-zoo, "
-            f"or delete {record} and the networks beside it to download anew"
+            f"or delete {record} and the networks beside it to download again"
         )
 
 
@@ -229,7 +238,7 @@ def _download(
     missing = {name: tensor for name, tensor in tensors.items() if tensor.meta.nbytes}
     if partial.exists():
         with partial.open("rb") as file:
-            for name in [n for n in missing if _has_arrived(missing[n], offsets[n], file)]:
+            for name in [n for n in missing if _is_downloaded(missing[n], offsets[n], file)]:
                 del missing[name]
     partial.touch()
     with partial.open("r+b") as file:
@@ -257,7 +266,7 @@ def _download(
         os.fsync(file.fileno())
 
 
-def _has_arrived(tensor: _Tensor, offset: int, file: BinaryIO) -> bool:
+def _is_downloaded(tensor: _Tensor, offset: int, file: BinaryIO) -> bool:
     """Whether the file has a tensor's bytes; parts of a storage have no CRC-32 to tell."""
     file.seek(offset)
     content = file.read(tensor.meta.nbytes)
@@ -294,7 +303,7 @@ def _fetch_group(
             storage = content[begin : begin + tensor.storage.nbytes]
             if zlib.crc32(storage) != tensor.storage.crc:
                 raise FetchError(
-                    f"{name} of {remote.url} arrived damaged (wrong CRC-32); run again, and if it "
+                    f"{name} of {remote.url} was corrupted in transfer (wrong CRC-32); run again, and if it "
                     "stays so, the file on the server is damaged"
                 )
             file.seek(offsets[name])
@@ -393,8 +402,8 @@ class _RemoteFile:
             except (OSError, http.client.HTTPException) as error:
                 failures += 1
                 status = getattr(error, "code", None)  # of an HTTPError
-                lasting = status not in _TRANSIENT if status else not self.size
-                if lasting or failures == ATTEMPTS:
+                permanent = status not in _TRANSIENT if status else not self.size
+                if permanent or failures == ATTEMPTS:
                     raise FetchError(
                         f"cannot read {self.url} ({error}); check the address, the network and the "
                         "proxy settings (HTTPS_PROXY), and run again to resume"

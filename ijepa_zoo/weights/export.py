@@ -255,11 +255,11 @@ def _read_states(networks: Networks, network: str | None) -> dict[str, State]:
 
 def _describe(encoder: IJepaEncoder) -> dict[str, Any]:
     _check_plain(encoder)
-    args = encoder_args(encoder)
+    args, cfg = encoder_args(encoder), getattr(encoder, "pretrained_cfg", None) or {}
     config = resolve_model_data_config(encoder)
     config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
     return {
-        "model": registry.model_name(args, encoder.pretrained_cfg["architecture"]),
+        "model": registry.model_name(args, cfg.get("architecture")),
         "args": args,
         "norm_eps": encoder.norm.eps,
         "preprocessing": {
