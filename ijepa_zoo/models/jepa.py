@@ -51,7 +51,7 @@ class IJepa(nn.Module):
             raise SettingsError(f"loss must be 'smooth_l1' or 'l2', got {loss!r}")
         if not 1 <= target_layers <= len(encoder.blocks):
             raise SettingsError(
-                f"target_layers must lie within 1 and {len(encoder.blocks)}, the encoder's blocks, "
+                f"target_layers must be between 1 and {len(encoder.blocks)}, the encoder's blocks, "
                 f"got {target_layers}"
             )
         self.loss = loss
@@ -72,13 +72,13 @@ class IJepa(nn.Module):
 
     @torch.no_grad()
     def target_tokens(self, images: Tensor, targets: Tensor) -> Tensor:
-        """What the predictor has to predict: normalised target encoder tokens of the blocks.
+        """What the predictor has to predict: normalized target encoder tokens of the blocks.
 
         The target encoder sees the whole image; blocks are cut from its output after a LayerNorm
         without affine parameters over the features.
 
         Args:
-            images: ``[B, C, H, W]``, normalised.
+            images: ``[B, C, H, W]``, normalized.
             targets: Patch indices ``[B * R, M, L]``, int64, R rows for each image.
 
         Returns:
@@ -94,7 +94,7 @@ class IJepa(nn.Module):
         """Predict the tokens of hidden blocks from the visible context.
 
         Args:
-            images: ``[B, C, H, W]``, normalised; only the context patches are read.
+            images: ``[B, C, H, W]``, normalized; only the context patches are read.
             context: Patch indices ``[B * R, K]``, int64, R rows for each image.
             targets: Patch indices ``[B * R, M, L]``, int64.
 
@@ -114,7 +114,7 @@ class IJepa(nn.Module):
         out nor costs anything.
 
         Args:
-            images: ``[B, C, H, W]``, normalised.
+            images: ``[B, C, H, W]``, normalized.
             context: Patch indices ``[B * R, K]``, int64, R rows for each image.
             targets: Patch indices ``[B * R, M, L]``, int64.
 
@@ -148,7 +148,7 @@ class IJepa(nn.Module):
             ValueError: If ``momentum`` is outside 0 to 1.
         """
         if not 0 <= momentum <= 1:
-            raise SettingsError(f"momentum must lie within 0 and 1, got {momentum}")
+            raise SettingsError(f"momentum must be between 0 and 1, got {momentum}")
         targets: Any = list(self.target_encoder.parameters())
         sources: Any = [p.detach() for p in self.encoder.parameters()]
         torch._foreach_lerp_(targets, sources, 1.0 - momentum)

@@ -303,8 +303,8 @@ def _fetch_group(
             storage = content[begin : begin + tensor.storage.nbytes]
             if zlib.crc32(storage) != tensor.storage.crc:
                 raise FetchError(
-                    f"{name} of {remote.url} was corrupted in transfer (wrong CRC-32); run again, and if it "
-                    "stays so, the file on the server is damaged"
+                    f"{name} of {remote.url} was corrupted in transfer (wrong CRC-32); run again, and "
+                    "if it stays so, the file on the server is corrupt"
                 )
             file.seek(offsets[name])
             file.write(tensor.elements(storage))

@@ -69,7 +69,7 @@ def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, tuple[St
         origin: The file, for messages.
 
     Returns:
-        For each network its tensors in our names, and its format: 'official', 'timm' or
+        For each network its tensors with timm's parameter names, and its format: 'official', 'timm' or
         'transformers'. The key is 'unlabeled' where the file does not say which network it is.
 
     Raises:

@@ -33,7 +33,7 @@ class Weights:
     network: str
 
     def read(self) -> State:
-        """The tensors, in our names."""
+        """The tensors, with timm's parameter names."""
         return self.networks.states[self.network]()
 
     @property
@@ -134,7 +134,7 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
     """Adapt an encoder's tensors to a model of another image, patch or channel size, as timm does.
 
     Args:
-        state: Tensors in our names.
+        state: Tensors with timm's parameter names.
         model: The encoder, may be on meta.
         origin: The checkpoint, for messages.
         old_grid: Rows and columns of the grid that ``pos_embed`` was made for; None if square.
@@ -230,7 +230,7 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
 
     Args:
         model: Module, may be on meta.
-        state: Tensors in our names.
+        state: Tensors with timm's parameter names.
         origin: The checkpoint, for messages.
 
     Returns:
@@ -282,7 +282,7 @@ def assign(
 
     Args:
         model: Module on meta.
-        state: Tensors in our names, already fitted; it is empty afterwards, so that a tensor of
+        state: Tensors with timm's parameter names, already fitted; it is empty afterwards, so that a tensor of
             another dtype is gone when the next one is converted.
         origin: The checkpoint, for messages.
         device: Where the model goes; None for the CPU.

@@ -1,4 +1,4 @@
-"""Open a checkpoint of any known kind: its networks in our names, read when asked for."""
+"""Open a checkpoint of any known kind: its networks with timm's parameter names, read when asked for."""
 
 import json
 import pickle

@@ -31,7 +31,7 @@ class Bundle:
     Attributes:
         model: Registered model name.
         origin: Where the weights come from, for the model card.
-        states: Tensors of each network, in our names.
+        states: Tensors of each network, with timm's parameter names.
         args: timm arguments that build the encoder.
         norm_eps: Epsilon of its LayerNorms.
         preprocessing: timm's input_size, mean, std, crop_pct, crop_mode, interpolation.
@@ -137,7 +137,7 @@ def _write_native(
         "origin": bundle.origin.rsplit("/", 1)[-1],
     }
     config = _timm_config(bundle)
-    if bundle.norm_eps != 1e-6:  # timm would build it with 1e-6, without a word
+    if bundle.norm_eps != 1e-6:  # timm would build it with 1e-6 silently
         config = {key: config[key] for key in ("model_args", "pretrained_cfg")}
     _write_json(folder / "config.json", {**config, "ijepa_zoo": ours})
     _write_card(bundle, folder, "native", chosen)
