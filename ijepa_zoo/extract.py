@@ -149,6 +149,7 @@ def extract_features(
         )
         decoder = Decoder(encoder.in_chans, value_range, bands, max_pixels)
         images = open_images(inputs, decoder=decoder, exclude=outputs.own)
+        outputs.refuse_inputs(images)
         # Equal batches waste the fewest slots of the last one, down to a run of a single image.
         batch_size = -(-len(images) // -(-len(images) // (batch_size or encoder.batch_size)))
         settings = {
@@ -286,6 +287,13 @@ class _Outputs:
         inside = os.path.basename(folder) == self.parts.name
         return inside and folder == os.path.abspath(self.parts)
 
+    def refuse_inputs(self, images: ImageDataset) -> None:
+        """Refuse to write over a file that is read."""
+        written = {os.path.abspath(path) for path in (self.features, self.index, self.record)}
+        for path in images.files():
+            if os.path.abspath(path) in written:
+                raise SettingsError(f"'{path}' is an input and an output: choose another output")
+
     def sizes(self) -> list[int]:
         """Bytes of the features and of the index."""
         return [path.stat().st_size for path in (self.features, self.index)]
@@ -299,6 +307,8 @@ def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> _O
             f"the format of '{path}' is not clear: end its name in {', '.join(FORMATS)}, or give "
             f"the format as {', '.join(FORMATS.values())}"
         )
+    if path.is_dir():
+        raise SettingsError(f"'{path}' is a directory: name a file, such as {path}/features.npy")
     if dtype not in DTYPES:
         raise SettingsError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}")
     if chosen != "safetensors" and dtype == "bfloat16":
@@ -375,7 +385,8 @@ def _prepare(outputs: _Outputs, settings: dict[str, Any], overwrite: bool) -> No
     """Keep the parts of a run with these settings, or start a new one."""
     before = _read(outputs.parts / "settings.json")
     if before != settings:
-        if before and not overwrite:
+        has_parts = any(outputs.parts.glob("[0-9]*.json"))
+        if before and has_parts and not overwrite:
             raise RunError(
                 f"'{outputs.parts}' holds an unfinished run with other settings "
                 f"({_differences(before, settings)}): use those settings to resume it, or "

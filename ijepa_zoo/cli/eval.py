@@ -105,7 +105,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         own.add_argument("--micro", type=positive, metavar="N",
             help="images per forward pass of a process")  # fmt: skip
         own.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower")
-    model = options.add_model_options(parser, also=", or a timm name")
+    model = options.add_model_options(parser)
     model.add_argument("--random", action="store_true", help="random weights, drawn by --seed")
     data = parser.add_argument_group("data options")
     data.add_argument("--data", required=True, metavar="DATA",

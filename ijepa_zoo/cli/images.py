@@ -13,9 +13,9 @@ from ..data.decode import MAX_PIXELS, Decoder
 from ..data.files import expand
 from ..data.sources import open_images
 from ..data.transforms import transform_config
+from ..distributed import read_environment
 from ..errors import DataError, SettingsError
 from ..extract import ExtractionReport, extract_features
-from ..models.factory import create_model
 from ..visualize import save_pca_picture
 from .options import (
     DTYPES,
@@ -26,6 +26,7 @@ from .options import (
     add_pixel_options,
     add_run_options,
     feature_options,
+    open_model,
     positive,
 )
 
@@ -48,7 +49,7 @@ def add_features(commands: Commands) -> list[argparse.ArgumentParser]:
         help="features of images into a file",
         description="Extract features of images into FILE, with an index next to it. The same "
         "command resumes after an interruption. Several processes: torchrun --nproc-per-node N "
-        "-m ijepa_zoo features ... Exit status 3: done, but some images failed.",
+        "-m ijepa_zoo features ... Exit status 3: done, but some images failed (one process only).",
     )
     data = parser.add_argument_group("data options")
     data.add_argument("inputs", nargs="+", metavar="INPUT",
@@ -81,12 +82,7 @@ def _features(args: argparse.Namespace) -> int:
     _check_paths(args.inputs)
     if args.picture:
         _check_picture(args.picture)
-    model = create_model(
-        args.model,
-        checkpoint=args.checkpoint,
-        network=args.network,
-        **({"img_size": args.img_size} if args.img_size else {}),
-    ).eval()
+    model = open_model(args)
     report = extract_features(
         args.inputs,
         model,
@@ -114,7 +110,8 @@ def _features(args: argparse.Namespace) -> int:
         images = open_images(args.inputs, decoder=decoder)
         save_pca_picture(images, model, args.picture, count=args.picture_images, device=args.device)
     _print_report(report, args.picture)
-    return SOME_IMAGES_FAILED if report.failed else 0
+    is_alone = read_environment(os.environ) is None  # torchrun calls any other status a failure
+    return SOME_IMAGES_FAILED if report.failed and is_alone else 0
 
 
 def _check_paths(inputs: Iterable[str]) -> None:

@@ -6,7 +6,12 @@ import argparse
 import os
 from typing import Any, TypeAlias
 
+import timm
+
 from ..distributed import read_environment
+from ..errors import SettingsError
+from ..models.factory import create_model
+from ..weights.registry import ARCHITECTURES, CUSTOM
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -14,19 +19,18 @@ LAYERS = "last (default), last4, or block indices such as 3,7,11 (from the end: 
 RESUME = "interrupted: run the same command again to resume"
 
 
-def add_model_options(parser: argparse.ArgumentParser, also: str = "") -> argparse._ArgumentGroup:
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The model that computes features, and its weights.
 
     Args:
         parser: Of the command.
-        also: Other names that the command takes, for the help.
 
     Returns:
         The group, for the command's own options.
     """
     group = parser.add_argument_group("model options")
     group.add_argument("--model", required=True, metavar="NAME[.TAG]",
-        help=f"required: a name of `ijepa-zoo list`, local-dir:FOLDER or hf-hub:REPO{also}",
+        help="required: a name of `ijepa-zoo list` or of timm, local-dir:FOLDER or hf-hub:REPO",
     )  # fmt: skip
     add_checkpoint(group)
     add_network(group)
@@ -98,6 +102,17 @@ def feature_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_feature_options` as arguments of `FeatureExtractor`."""
     pool = None if args.pool == "none" else args.pool or "auto"
     return {"layers": args.layers or "last", "pool": pool}
+
+
+def open_model(args: argparse.Namespace) -> Any:
+    """The model of `add_model_options`, in evaluation mode; also models of timm by name."""
+    size = {"img_size": args.img_size} if args.img_size else {}
+    name = args.model.partition(".")[0]
+    if timm.is_model(name) and name not in (*ARCHITECTURES, CUSTOM):
+        if args.checkpoint or args.network:
+            raise SettingsError(f"--checkpoint and --network are for I-JEPA models, not {name}")
+        return timm.create_model(args.model, pretrained=True, num_classes=0, **size).eval()
+    return create_model(args.model, checkpoint=args.checkpoint, network=args.network, **size).eval()
 
 
 def is_main_process() -> bool:

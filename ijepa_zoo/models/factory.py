@@ -99,6 +99,8 @@ def _resolve_name(
         name, kwargs = networks.model or registry.CUSTOM, {**own, **kwargs}
     model = name.partition(".")[0]
     if model not in (*registry.ARCHITECTURES, registry.CUSTOM):
+        if Path(name).exists():
+            raise SettingsError(f"{name!r} is a path: write 'local-dir:{name}' to load it")
         raise SettingsError(
             f"{model!r} is not an I-JEPA model: use one of {', '.join(registry.ARCHITECTURES)}, "
             "'local-dir:FOLDER' or 'hf-hub:REPO', or timm.create_model for other models"

@@ -12,20 +12,19 @@ from ..errors import CheckpointError, some
 from . import registry
 
 _log = logging.getLogger(__name__)
-_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_FILTERS = dict(zip("012345", ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")))
 
 
 def timm_args(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and pretrained cfg of a timm folder, as ``timm.models.save_for_hf`` writes it."""
     cfg = check_preprocessing(config.get("pretrained_cfg", {}), origin)
     given, architecture = config.get("model_args") or {}, config["architecture"]
-    name = registry.registered_name(architecture)
-    if name is None and not (given and architecture.startswith("vit_")):
+    if registry.registered_name(architecture) is None:
         raise CheckpointError(
             f"{origin} is timm's {architecture}, not an I-JEPA encoder: load it with "
             "timm.create_model"
         )
-    args: dict[str, Any] = dict(registry.ARCHITECTURES.get(name or registry.CUSTOM, {}))
+    args = registry.entrypoint_args(architecture)
     if "input_size" in cfg:
         args |= {"in_chans": cfg["input_size"][0], "img_size": cfg["input_size"][1:]}
     for key in ("num_classes", "global_pool"):
@@ -91,14 +90,17 @@ def processor_cfg(
         cfg |= {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
     else:
         cfg |= {"mean": [0.0] * args["in_chans"], "std": [1.0] * args["in_chans"]}
-    cfg["interpolation"] = _FILTERS.get(processor.get("resample", 2))
+    cfg["interpolation"] = _FILTERS.get(str(processor.get("resample", 2)))
     if cfg["mean"] == [0.5, 0.5, 0.5] and not is_ours:
         _log.warning(
             "%s: preprocessor_config.json has mean 0.5, but I-JEPA's released weights were trained "
             "with ImageNet's mean and std: change model.pretrained_cfg if these are such weights",
             origin,
         )
-    return check_preprocessing(cfg, origin)
+    cfg = check_preprocessing(cfg, origin)
+    for key in ("mean", "std"):
+        _require(len(cfg[key]) == args["in_chans"], origin, f"image_{key}", cfg[key])
+    return cfg
 
 
 def _crop_pct(side: int, edge: int) -> float:
@@ -109,7 +111,7 @@ def _crop_pct(side: int, edge: int) -> float:
 
 def _edges(size: Any) -> list[int]:
     """Height and width, or the shortest edge alone, of a size in transformers' words."""
-    if isinstance(size, int):
+    if _is_count(size):
         return [size, size]
     for keys in (("height", "width"), ("shortest_edge",)):
         if isinstance(size, dict) and all(_is_count(size.get(key)) for key in keys):
@@ -162,7 +164,9 @@ def check_preprocessing(cfg: Any, origin: str) -> dict[str, Any]:
     _require(_is_number(crop_pct) and 0.01 <= crop_pct <= 100, origin, "crop_pct", crop_pct)
     filters = {*_FILTERS.values(), "random"}
     interpolation = known.get("interpolation", "bicubic")
-    _require(interpolation in filters, origin, "interpolation", interpolation)
+    _require(str(interpolation) in filters, origin, "interpolation", interpolation)
+    mode = known.get("crop_mode", "center")
+    _require(mode in ("center", "squash", "border"), origin, "crop_mode", mode)
     return known
 
 

@@ -178,7 +178,10 @@ def _file_name(url: str, *network: str) -> str:
 
 
 def _read_record(record: Path) -> dict[str, Any]:
-    return json.loads(record.read_text()) if record.exists() else {"sha256": {}}
+    try:
+        return {"sha256": {}, **json.loads(record.read_text())}
+    except (FileNotFoundError, ValueError):
+        return {"sha256": {}}
 
 
 def _require_equal(what: str, found: object, expected: object, record: Path) -> None:
@@ -303,8 +306,8 @@ def _fetch_group(
             storage = content[begin : begin + tensor.storage.nbytes]
             if zlib.crc32(storage) != tensor.storage.crc:
                 raise FetchError(
-                    f"{name} of {remote.url} was corrupted in transfer (wrong CRC-32); run again, and "
-                    "if it stays so, the file on the server is corrupt"
+                    f"{name} of {remote.url} was corrupted in transfer (wrong CRC-32); run again, "
+                    "and if it stays so, the file on the server is corrupt"
                 )
             file.seek(offsets[name])
             file.write(tensor.elements(storage))

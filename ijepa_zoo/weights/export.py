@@ -131,6 +131,7 @@ def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Ite
         overwrite: See there.
     """
     check_destination(folder, written, overwrite)
+    folder = folder.resolve()  # a link stays a link
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         part = Path(scratch) / "new"
@@ -138,9 +139,16 @@ def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Ite
         yield part
         for item in part.rglob("*"):  # safetensors makes files that only their owner reads
             item.chmod(0o755 if item.is_dir() else 0o644)
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "old")
-        os.replace(part, folder)
+        check_destination(folder, written, overwrite)  # it may exist by now
+        old = Path(scratch) / "old"
+        try:
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(part, folder)
+        except BaseException:  # also Ctrl-C
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+            raise
 
 
 def _refuse_source(source: str | Path, folder: Path) -> None:

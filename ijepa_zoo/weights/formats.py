@@ -47,6 +47,7 @@ _TRANSFORMERS_BLOCK = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
+_HEADS = ("head.weight", "head.bias", "classifier.weight", "classifier.bias")
 _QKV = ("query", "key", "value")
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
@@ -69,8 +70,9 @@ def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, tuple[St
         origin: The file, for messages.
 
     Returns:
-        For each network its tensors with timm's parameter names, and its format: 'official', 'timm' or
-        'transformers'. The key is 'unlabeled' where the file does not say which network it is.
+        For each network its tensors with timm's parameter names, and its format: 'official',
+        'timm' or 'transformers'. The key is 'unlabeled' where the file does not say which network
+        it is.
 
     Raises:
         CheckpointError: The content is none of these, or names one tensor twice.
@@ -126,8 +128,8 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]
     used: set[str] = set()
     for prefix, network in zip(prefixes, networks):
         own = {name[len(prefix) :]: name for name in plain if name.startswith(prefix)}
-        if prefix and _TRANSFORMERS["pos_embed"] in own:  # of IJepaForImageClassification
-            own |= {name: name for name in plain if name.startswith("classifier.")}
+        if prefix and len(prefixes) == 1:  # a classifier beside its body, as transformers has it
+            own |= {name: name for name in plain if name in _HEADS}
         used.update(own.values())
         tensors = {name: plain[full_name] for name, full_name in own.items()}
         found[network] = _to_timm(tensors, origin)

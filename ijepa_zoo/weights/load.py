@@ -142,6 +142,11 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
     Raises:
         CheckpointError: positions cannot be resampled or channels cannot be adapted.
     """
+    if "cls_token" in state:
+        raise CheckpointError(
+            f"{origin} has a class token (cls_token), I-JEPA encoders have none: load it with "
+            "timm.create_model"
+        )
     state = dict(state)
     weight = state.get("patch_embed.proj.weight")
     if weight is not None and weight.ndim == 4 and weight.numel():
@@ -241,15 +246,9 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
     """
     expected = model.state_dict()
     added = {name for name in expected if name.startswith(_ADDED) and name not in state}
-    missing, left_over = expected.keys() - state.keys() - added, state.keys() - expected.keys()
-    if missing or left_over:
-        raise CheckpointError(
-            f"{origin} does not fit {type(model).__name__}:"
-            + (f" it lacks {some(missing)};" if missing else "")
-            + (f" it does not use {some(left_over)};" if left_over else "")
-            + " check depth, qkv_bias and the other arguments that add or remove tensors"
-        )
-    wrong = [name for name, tensor in state.items() if tensor.shape != expected[name].shape]
+    wrong = [
+        name for name in state if name in expected and state[name].shape != expected[name].shape
+    ]
     if wrong:
         shapes = "; ".join(
             f"{name} is {list(state[name].shape)} in the file, {list(expected[name].shape)} in the "
@@ -257,8 +256,16 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
             for name in wrong[:3]
         )
         raise CheckpointError(
-            f"{origin} does not fit, {len(wrong)} tensors differ in shape: {shapes}. Pass the "
-            "checkpoint's own embed_dim, depth, num_heads, mlp_ratio beside the name"
+            f"{origin} does not fit, {len(wrong)} tensors differ in shape: {shapes}; use the model "
+            "of the checkpoint's size, or pass its embed_dim, depth, num_heads, mlp_ratio"
+        )
+    missing, left_over = expected.keys() - state.keys() - added, state.keys() - expected.keys()
+    if missing or left_over:
+        raise CheckpointError(
+            f"{origin} does not fit {type(model).__name__}:"
+            + (f" it lacks {some(missing)};" if missing else "")
+            + (f" it does not use {some(left_over)};" if left_over else "")
+            + " check depth, qkv_bias and the other arguments that add or remove tensors"
         )
     unusable = [
         f"{name} ({tensor.dtype}, {tensor.layout})"
@@ -282,8 +289,8 @@ def assign(
 
     Args:
         model: Module on meta.
-        state: Tensors with timm's parameter names, already fitted; it is empty afterwards, so that a tensor of
-            another dtype is gone when the next one is converted.
+        state: Tensors with timm's parameter names, already fitted; it is empty afterwards, so that
+            a tensor of another dtype is gone when the next one is converted.
         origin: The checkpoint, for messages.
         device: Where the model goes; None for the CPU.
 

@@ -1,4 +1,4 @@
-"""Open a checkpoint of any known kind: its networks with timm's parameter names, read when asked for."""
+"""Open a checkpoint of any known kind; its networks are read when asked for."""
 
 import json
 import pickle
@@ -20,6 +20,7 @@ from . import configs, download, registry
 from .formats import UNLABELED, State, find_networks
 
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
+OFFICIAL_FILE = "ijepa-latest.pth.tar"  # name of the file in an official export
 LABEL_KEY = "ijepa_zoo_network"  # in config.json of exported timm and transformers folders
 # What torch.load raises on a damaged pickle depends on the byte that is wrong.
 _DAMAGE = (
@@ -120,6 +121,8 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
         if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
             hint = f"; for a repository of the Hub write {HUB_PREFIX}{text}"
         raise CheckpointError(f"no checkpoint at {str(text)!r}: no such file or folder{hint}")
+    if (path / OFFICIAL_FILE).is_file() and not (path / "config.json").exists():
+        path = path / OFFICIAL_FILE
     if path.is_dir():
         path = _find_export(path)
         return _open_folder(partial(_locate_in, path), str(path))
@@ -288,6 +291,8 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         model = str(ours["model"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{origin}/config.json is damaged: {error}") from error
+    if not files:
+        raise CheckpointError(f"{origin}/config.json names no networks")
 
     def read(file: str) -> State:
         return _read_safetensors(locate(file))
@@ -315,7 +320,10 @@ def _read_folder(locate: Locate, origin: str) -> State:
             content = read(file)
         elif _optional(locate, f"{name}.index.json") is not None:
             index = _read_json(locate, f"{name}.index.json", origin)
-            files = set(dict(index.get("weight_map", {})).values())
+            shards = index.get("weight_map")
+            if not isinstance(shards, dict):
+                raise CheckpointError(f"{origin}/{name}.index.json has no weight_map")
+            files = set(map(str, shards.values()))
             content = {key: value for file in files for key, value in read(locate(file)).items()}
         else:
             continue

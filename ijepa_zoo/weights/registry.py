@@ -162,6 +162,13 @@ def find_repository(hf_hub_id: str) -> Checkpoint | None:
     return next((c for c in checkpoints() if c.source.hf_hub_id == hf_hub_id), None)
 
 
+def entrypoint_args(architecture: str) -> dict[str, Any]:
+    """timm arguments that an architecture has unless a config gives others."""
+    if architecture == "vit_base_patch16_gap_224":  # timm's has 16 heads
+        return {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 16}
+    return dict(ARCHITECTURES.get(registered_name(architecture) or CUSTOM, {}))
+
+
 def registered_name(architecture: str) -> str | None:
     """Our name of an architecture, which may have timm's; None for other networks."""
     name = _TIMM_NAMES.get(architecture, architecture)

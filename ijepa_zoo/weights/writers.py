@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RunError
 from . import formats, registry
 from .formats import UNLABELED, State
-from .read import LABEL_KEY
+from .read import LABEL_KEY, OFFICIAL_FILE
 
-OFFICIAL_FILE = "ijepa-latest.pth.tar"
 _OTHERS = "networks"  # folder of a native export's further networks
 WRITTEN = frozenset(
     {"config.json", "preprocessor_config.json", "README.md", "model.safetensors"}
@@ -65,7 +65,10 @@ def _save(state: State, path: Path, dtype: torch.dtype | None) -> None:
 
     tensors = {name: ready(tensor) for name, tensor in state.items()}
     # One metadata key only: the safetensors package writes several in random order.
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise RunError(f"{path.name} cannot be written: {error}") from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -244,7 +247,11 @@ def _write_official(
         )
         for name, state in bundle.states.items()
     }
-    torch.save(content | _fresh_training(bundle.states), folder / OFFICIAL_FILE)
+    try:
+        torch.save(content | _fresh_training(bundle.states), folder / OFFICIAL_FILE)
+    except RuntimeError as error:  # what torch makes of a full disk
+        reason = str(error).splitlines()[0]
+        raise RunError(f"{OFFICIAL_FILE} cannot be written: {reason}") from error
 
 
 def _fresh_training(states: Mapping[str, State]) -> dict[str, Any]:
