@@ -165,8 +165,8 @@ class MaskConfig(Section):
 
     mode: Literal["published", "unbiased"] = _field(
         "published",
-        "published: the official sampler; unbiased: scale and aspect are drawn independently, blocks "
-        "use the whole grid, long contexts are cut at random",
+        "published: the official sampler; unbiased: scale and aspect are drawn independently, "
+        "blocks use the whole grid, long contexts are cut at random",
     )
     group_size: Count | Literal["global"] = _field(
         128,
