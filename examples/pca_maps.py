@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import ijepa_zoo
-from ijepa_zoo.pictures import pca_picture
+from ijepa_zoo.visualize import pca_picture
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folder", nargs="?", default="examples/images/scenes")

@@ -17,7 +17,7 @@ from PIL import Image
 
 def pixels(image: Image.Image, how: dict) -> np.ndarray:
     """The graph's input of one image, uint8 [3, H, W], as serving.json says."""
-    image, size = image.convert("RGB"), how["resize"]
+    image, size = image.convert(how["color"]), how["resize"]
     if isinstance(size, int):  # of the short side
         long = int(size * max(image.size) / min(image.size))
         size = (size, long) if image.height < image.width else (long, size)

@@ -3,7 +3,7 @@
 from .data.sources import open_images
 from .data.transforms import create_transform
 from .errors import UserError
-from .extraction import extract_features
+from .extract import extract_features
 from .features import FeatureExtractor
 from .models.factory import create_ijepa, create_model, list_models
 from .models.jepa import IJepa

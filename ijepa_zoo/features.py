@@ -1,89 +1,233 @@
-"""Frozen features of a timm ViT: chosen blocks, final LayerNorm, mean over patches or maps."""
+"""Frozen features of timm models: pooled or as maps, from chosen blocks."""
 
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .data.transforms import transform_config
 from .errors import SettingsError
 
 Layers = Literal["last", "last4"] | Sequence[int]
 
+_POOLS = ("auto", "avg", "cls", "cls_avg", "map", None)
+_log = logging.getLogger(__name__)
+
 
 class FeatureExtractor(nn.Module):
-    """Features as I-JEPA's evaluations take them.
+    """Features of a frozen timm model.
 
-    The model's final LayerNorm is applied to the output of each chosen block; then the patch
-    tokens are averaged ('last' and 'last4' are the two representations of the I-JEPA paper,
-    arXiv 2301.08243, appendix A.1), or laid out as a map. Prefix tokens (class, registers) of
-    other ViTs take no part.
+    Of a ViT, the final norm is applied to the tokens of each chosen block before pooling. With
+    `avg`, 'last' and 'last4' are the two representations of the I-JEPA paper (arXiv 2301.08243,
+    appendix A.1). Where timm has the final norm behind the pooling (`fc_norm`), it is applied to
+    the tokens all the same, so `avg` is not exactly timm's pooled output there.
+
+    Of a network without such blocks (ResNet, ConvNeXt, Swin), the features are the map of timm's
+    `forward_features`. Its mean passes the norm of the head where there is one (ConvNeXt), as in
+    timm.
 
     Args:
-        model: Any timm ViT with ``forward_intermediates`` and ``blocks``.
-        layers: 'last', 'last4', or indices of blocks counted from 0, negative ones from the end.
-            Features of several blocks are concatenated in the order of the blocks.
-        pool: 'avg' for the mean over patches, None for maps.
+        model: A timm ViT, or a timm network whose `forward_features` returns a map.
+        layers: 'last', 'last4', or indices of blocks, negative ones from the end. Features of
+            several blocks are concatenated in the order of the blocks. Networks without blocks
+            take 'last' only.
+        pool: One of
+
+            - 'avg': mean over patches, without class and register tokens.
+            - 'cls': class token. I-JEPA encoders have none.
+            - 'cls_avg': class token and mean over patches of each block; for one block the input
+              of DINOv2's linear evaluation (which of several blocks takes the last mean only).
+            - 'map': the model's own attention pooling (SigLIP), of the last block.
+            - None: maps.
+            - 'auto': as in the model's `global_pool`: 'cls' for 'token', 'map' for attention
+              pooling, else 'avg'.
 
     Attributes:
-        layers: The chosen block indices, ascending.
-        num_features: Width of the features, ``D`` times the number of blocks.
+        layers: The chosen block indices, ascending; [-1] without blocks.
+        pool: The pooling, never 'auto'.
+        num_features: Width of the features.
 
     Raises:
-        TypeError: If the model is no such ViT.
-        ValueError: If a block index is out of range or given twice, or ``pool`` is unknown.
+        SettingsError: The model cannot give such features, a block index is out of range or given
+            twice, or `pool` is unknown.
     """
 
     model: Any  # timm models are untyped
     num_features: int
 
-    def __init__(self, model: nn.Module, layers: Layers = "last", pool: str | None = "avg") -> None:
+    def __init__(
+        self, model: nn.Module, layers: Layers = "last", pool: str | None = "auto"
+    ) -> None:
         super().__init__()
-        if not (hasattr(model, "forward_intermediates") and hasattr(model, "blocks")):
-            raise SettingsError(
-                f"{type(model).__name__} is no timm ViT: features need forward_intermediates() and "
-                "blocks, for example ijepa_zoo.create_model('vit_huge14_ijepa')"
-            )
-        if pool not in ("avg", None):
-            raise SettingsError(
-                f"pool is {pool!r}; use 'avg' for the mean over patches, None for maps"
-            )
         self.model = model
-        self.pool = pool
-        self.layers = _block_indices(layers, len(self.model.blocks))
-        self.num_features = self.model.embed_dim * len(self.layers)
+        self._is_vit = _is_vit(model)
+        if self._is_vit:
+            self.layers = _block_indices(layers, len(self.model.blocks))
+            width = self.model.embed_dim * len(self.layers)
+        else:
+            _require_map(self.model, layers)
+            self.layers = [-1]
+            width = self.model.num_features
+        self.pool = self._choose_pool(pool)
+        self.num_features = 2 * width if self.pool == "cls_avg" else width
+
+    def _choose_pool(self, pool: str | None) -> str | None:
+        if pool not in _POOLS:
+            raise SettingsError(f"pool is {pool!r}; use one of {', '.join(map(repr, _POOLS))}")
+        name = type(self.model).__name__
+        has_cls = self._is_vit and _has_class_token(self.model)
+        has_map = self._is_vit and getattr(self.model, "attn_pool", None) is not None
+        if pool == "auto":
+            own = getattr(self.model, "global_pool", "avg")
+            pool = "map" if has_map else "cls" if own == "token" and has_cls else "avg"
+            if pool == "avg" and isinstance(own, str) and own != "avg":
+                _log.warning("%s has global_pool=%r: features are pooled by 'avg'", name, own)
+        if pool in ("cls", "cls_avg") and not has_cls:
+            raise SettingsError(
+                f"pool={pool!r} needs a class token, which the blocks of {name} do not have: use "
+                "'avg'"
+            )
+        if pool == "map" and not (has_map and self.layers == [len(self.model.blocks) - 1]):
+            why = "is for its last block" if has_map else "does not exist"
+            raise SettingsError(f"the attention pooling of {name} {why}: use pool='avg'")
+        return pool
 
     @property
     def final_norm(self) -> nn.Module:
-        """The final LayerNorm; some timm ViTs keep it behind the pooling, as ``fc_norm``."""
+        """The final LayerNorm; some timm ViTs have it behind the pooling, as `fc_norm`."""
         candidates = (getattr(self.model, name, None) for name in ("norm", "fc_norm"))
         found = (n for n in candidates if n is not None and not isinstance(n, nn.Identity))
         return next(found, nn.Identity())
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the maps of images of `size` pixels."""
+        if self._is_vit:
+            height, width = self.model.patch_embed.dynamic_feat_size(size)
+        else:
+            height, width = _map_of_zeros(self.model, size).shape[-2:]
+        return height, width
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the features.
 
         Args:
-            images: ``[B, 3, H, W]``, transformed by :func:`ijepa_zoo.create_transform`.
+            images: `[B, C, H, W]`, transformed by :func:`ijepa_zoo.create_transform`.
 
         Returns:
-            ``[B, D]`` (``[B, nD]`` for n blocks) in float32 or wider, or maps
-            ``[B, nD, h, w]`` with ``pool=None``.
+            `[B, D]` in float32 or wider, or maps `[B, D, h, w]` with `pool=None`; `D` is
+            `num_features`.
         """
-        blocks: list[Tensor] = self.model.forward_intermediates(
+        if self.pool == "map":
+            tokens = self.model.forward_features(images)
+            features: Tensor = self.model.forward_head(tokens, pre_logits=True)
+        elif self._is_vit:
+            features = self._from_tokens(images)
+        else:
+            features = self._from_map(images)
+        return features if self.pool is None else features.to(_wide(features))
+
+    def _from_tokens(self, images: Tensor) -> Tensor:
+        with_cls = self.pool in ("cls", "cls_avg")
+        blocks: list[Any] = self.model.forward_intermediates(
             images,
             indices=self.layers,
             norm=False,
             output_fmt="NLC",
             intermediates_only=True,
             stop_early=True,
+            **({"return_prefix_tokens": True} if with_cls else {}),
         )
         norm = self.final_norm
-        tokens = torch.cat([norm(block) for block in blocks], dim=-1)
+        if with_cls:
+            parts: list[Tensor] = []
+            for patches, prefix in blocks:
+                parts.append(norm(prefix[:, 0]))
+                if self.pool == "cls_avg":
+                    parts.append(_mean(norm(patches), 1))
+            return torch.cat(parts, dim=-1)
+        tokens = torch.cat([norm(patches) for patches in blocks], dim=-1)
         if self.pool == "avg":
-            return tokens.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
-        height, width = self.model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+            return _mean(tokens, 1)
+        height, width = self.grid((images.shape[-2], images.shape[-1]))
         return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
+
+    def _from_map(self, images: Tensor) -> Tensor:
+        maps: Tensor = self.model.forward_features(images)
+        channels_last = _is_channels_last(self.model)
+        if self.pool is None:
+            return maps.permute(0, 3, 1, 2) if channels_last else maps
+        pooled = _mean(maps, (1, 2) if channels_last else (2, 3), keepdim=True)
+        norm = getattr(getattr(self.model, "head", None), "norm", None)
+        if norm is not None:
+            pooled = norm(pooled.to(maps.dtype))
+        return pooled.flatten(1)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every submodule gets its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _is_vit(model: nn.Module) -> bool:
+    """Whether the tokens of each block are accessible, as in timm's ViTs."""
+    embed = getattr(model, "patch_embed", None)
+    names = ("forward_intermediates", "blocks", "num_prefix_tokens")
+    return all(hasattr(model, n) for n in names) and hasattr(embed, "dynamic_feat_size")
+
+
+def _has_class_token(model: Any) -> bool:
+    options = inspect.signature(model.forward_intermediates).parameters
+    in_blocks = "return_prefix_tokens" in options  # CaiT adds it after the blocks
+    return in_blocks and getattr(model, "cls_token", None) is not None
+
+
+def _require_map(model: Any, layers: Layers) -> None:
+    name = type(model).__name__
+    if layers != "last":
+        raise SettingsError(f"{name} has no ViT blocks to choose: use a timm ViT or layers='last'")
+    shape: Any = ()
+    if hasattr(model, "forward_features"):
+        maps = _map_of_zeros(model, transform_config(model)["input_size"][1:])
+        shape = getattr(maps, "shape", ())
+    if len(shape) != 4 or shape[1] != model.num_features:
+        raise SettingsError(
+            f"{name} is neither a timm ViT nor a timm network whose forward_features() returns a "
+            "map: use another model, for example vit_huge14_ijepa"
+        )
+
+
+@torch.inference_mode()
+def _map_of_zeros(model: Any, size: tuple[int, int]) -> Any:
+    """Map `[1, C, h, w]` of one image, or whatever `forward_features` returns instead."""
+    channels = transform_config(model)["input_size"][0]
+    image = next(model.parameters()).new_zeros(1, channels, *size)
+    with evaluating(model):
+        maps = model.forward_features(image)
+    return maps.permute(0, 3, 1, 2) if _is_channels_last(model) else maps
+
+
+def _is_channels_last(model: Any) -> bool:
+    return str(getattr(model, "output_fmt", "NCHW")) == "NHWC"
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    # torch.promote_types would not load with torch.export of torch 2.6
+    return tensor.dtype if tensor.dtype.itemsize > 4 else torch.float32
+
+
+def _mean(tensor: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
+    return tensor.mean(dim, keepdim=keepdim, dtype=_wide(tensor))
 
 
 def _block_indices(layers: Layers, depth: int) -> list[int]:
@@ -96,12 +240,10 @@ def _block_indices(layers: Layers, depth: int) -> list[int]:
     bad = [i for i in layers if not -depth <= i < depth]
     if bad or not layers:
         raise SettingsError(
-            f"layers {list(layers)} do not fit a model of {depth} blocks: indices run from 0 to "
+            f"layers {list(layers)} do not fit a model of {depth} blocks: use indices from 0 to "
             f"{depth - 1}, or from {-depth} to -1 counted from the end"
         )
     indices = sorted(i % depth for i in layers)
     if len(set(indices)) < len(indices):
-        raise SettingsError(
-            f"layers {list(layers)} name a block twice; the model has {depth} blocks"
-        )
+        raise SettingsError(f"layers {list(layers)} name a block twice: give each block once")
     return indices

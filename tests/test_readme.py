@@ -11,6 +11,7 @@ import ijepa_zoo
 from ijepa_zoo.cli import main
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = re.findall(r"^ijepa-zoo (.*?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.M)
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -51,11 +52,11 @@ def test_features_and_back(folder: Path) -> None:
     assert list(names["cats"].shape) == [4, 4 * 128]
 
 
-def test_convert(folder: Path) -> None:
-    for line in re.findall(
-        r"^ijepa-zoo (convert .*?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.M
-    ):
-        assert main(line.replace("vit_huge14_ijepa.in1k", "vit_nano8_64_ijepa.scenes").split()) == 0
+def test_export_to_other_libraries(folder: Path) -> None:
+    commands = [words for words in COMMANDS if re.match("export .* --to (timm|official)", words)]
+    assert len(commands) == 2
+    for words in commands:
+        assert main(words.replace("vit_huge14_ijepa.in1k", "vit_nano8_64_ijepa").split()) == 0
     ijepa_zoo.create_model("local-dir:exported")
     ijepa_zoo.create_ijepa("vit_nano8_64_ijepa", checkpoint="official/ijepa-latest.pth.tar")
 
@@ -72,9 +73,6 @@ def test_pretrain(folder: Path) -> None:
     names: dict[str, object] = {"ijepa_zoo": ijepa_zoo}
     exec(text.replace("custom_small", "nano_scenes").replace("workers=4", "workers=0"), names)
     assert names["model"].embed_dim == 128
-
-
-COMMANDS = re.findall(r"^ijepa-zoo (.*?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.M)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

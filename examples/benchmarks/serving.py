@@ -9,6 +9,7 @@ as long as trained ones; accuracy with the shipped model. Rounds take turns; rat
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ijepa_zoo
-from ijepa_zoo.serving import export_graph
-from ijepa_zoo.serving.formats import Run
+from ijepa_zoo.deploy import export_graph
 
+Run = Callable[[Tensor], Tensor]
 FILES = {
     "torch-export float32": {"to": "torch-export"},
     "torch-export bfloat16": {"to": "torch-export", "dtype": "bfloat16"},

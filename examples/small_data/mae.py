@@ -43,8 +43,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ijepa_zoo.data import ImageDataset, open_images
 from ijepa_zoo.data.transforms import transform_config
+from ijepa_zoo.models.encoder import sincos_positions
 from ijepa_zoo.models.jepa import IJepa
-from ijepa_zoo.models.positions import sincos_positions
 from ijepa_zoo.progress import progress_bar
 from ijepa_zoo.seeds import Stream, fold
 from ijepa_zoo.train import PretrainConfig, Trainer, load_config

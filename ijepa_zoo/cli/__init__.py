@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import UserError
 from .eval import add_eval
 from .images import add_features
-from .models import add_convert, add_export, add_list
+from .models import add_export, add_list
 from .pretrain import INTERRUPTED, add_plot, add_pretrain
 
 FAILED = 1
@@ -25,7 +25,10 @@ _PATH = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
-_NO_MEMORY = ("can't allocate memory", "not enough memory")  # of torch's allocator on CPUs
+_NO_MEMORY = (  # of torch's allocator on CPUs, its shared memory, Python's threads
+    *("can't allocate memory", "not enough memory", "Cannot allocate memory"),
+    "can't start new thread",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +75,7 @@ def _describe(error: Exception, memory: str | None) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
         if error.errno in _DISK_FULL or (error.errno in _PATH and error.filename is not None):
             names = [
                 n for n in (error.filename, error.filename2) if isinstance(n, str | os.PathLike)
@@ -80,9 +83,7 @@ def _describe(error: Exception, memory: str | None) -> str | None:
             return ": ".join([str(error.strerror), *(repr(os.fspath(name)) for name in names)])
         return None
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and "DefaultCPUAllocator" in str(error)
-        and any(text in str(error) for text in _NO_MEMORY)
+        isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _NO_MEMORY)
     )
     if not out_of_memory:
         return None
@@ -109,9 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help=help_debug)
     parser.set_defaults(interrupted="interrupted", memory=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (
-        add_list, add_features, add_convert, add_pretrain, add_export, add_plot, add_eval
-    ):  # fmt: skip
+    for add in (add_list, add_features, add_pretrain, add_export, add_plot, add_eval):
         for command in add(commands):
             command.add_argument(
                 "--debug", action="store_true", default=argparse.SUPPRESS, help=help_debug

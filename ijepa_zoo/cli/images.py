@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Iterable
 
+from PIL import Image
+
 from ..data.decode import MAX_PIXELS, Decoder
 from ..data.files import expand
 from ..data.sources import open_images
-from ..errors import DataError
-from ..extraction import ExtractionReport, extract_features
+from ..data.transforms import transform_config
+from ..errors import DataError, SettingsError
+from ..extract import ExtractionReport, extract_features
 from ..models.factory import create_model
-from ..pictures import check_picture, save_pca_picture
+from ..visualize import save_pca_picture
 from .options import (
     DTYPES,
     LAYERS,
@@ -22,12 +25,18 @@ from .options import (
     add_model_options,
     add_pixel_options,
     add_run_options,
-    is_main_process,
     layers,
     positive,
 )
 
 SOME_IMAGES_FAILED = 3
+_POOLS = {
+    "avg": "mean over patches",
+    "cls": "class token",
+    "cls_avg": "class token and mean over patches",
+    "map": "the model's attention pooling",
+    None: "maps",
+}
 _SHOWN = 20  # failures printed; the index has all
 _MEMORY = "a smaller --batch-size, fewer --workers or --precision bfloat16"
 
@@ -56,8 +65,9 @@ def add_features(commands: Commands) -> list[argparse.ArgumentParser]:
         help="required: file to write, .safetensors, .npy or .parquet")  # fmt: skip
     add("--format", choices=("safetensors", "npy", "parquet"), help="default: by the suffix")
     add("--layers", type=layers, metavar="WHICH", default="last", help=LAYERS)
-    add("--pool", choices=("avg", "none"), default="avg",
-        help="avg (default): mean over patches; none: maps")  # fmt: skip
+    add("--pool", choices=("auto", "avg", "cls", "cls_avg", "none"), default="auto",
+        help="avg: mean over patches; cls: class token; cls_avg: both; none: maps; "
+        "auto (default): what the model was trained with (avg for I-JEPA)")  # fmt: skip
     add("--dtype", choices=DTYPES, default="float32", help="of the file (default: float32)")
     add("--overwrite", action="store_true", help="replace files that have other settings")
     add("--picture", metavar="FILE", help="draw principal components of patch features, a PNG")
@@ -72,17 +82,14 @@ def add_features(commands: Commands) -> list[argparse.ArgumentParser]:
 
 def _features(args: argparse.Namespace) -> int:
     _check_paths(args.inputs)
+    if args.picture:
+        _check_picture(args.picture)
     model = create_model(
         args.model,
         checkpoint=args.checkpoint,
         network=args.network,
         **({"img_size": args.img_size} if args.img_size else {}),
     ).eval()
-    if args.picture:
-        in_chans = model.patch_embed.proj.in_channels
-        decoder = Decoder(in_chans, args.value_range, args.bands, args.max_pixels)
-        images = open_images(args.inputs, decoder=decoder)
-        check_picture(args.picture, images)
     report = extract_features(
         args.inputs,
         model,
@@ -103,13 +110,14 @@ def _features(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=True,
     )
-    if report is None:  # another process finished the run
+    if report is None:  # rank 0 reports
         return 0
-    if not report.already_done or is_main_process():  # all processes find a finished run
-        if args.picture and report.shape[0]:
-            count, device = args.picture_images, args.device
-            save_pca_picture(images, model, args.picture, count=count, device=device)
-        _print_report(report, args.picture)
+    if args.picture and report.shape[0]:
+        channels = transform_config(model)["input_size"][0]
+        decoder = Decoder(channels, args.value_range, args.bands, args.max_pixels)
+        images = open_images(args.inputs, decoder=decoder)
+        save_pca_picture(images, model, args.picture, count=args.picture_images, device=args.device)
+    _print_report(report, args.picture)
     return SOME_IMAGES_FAILED if report.failed else 0
 
 
@@ -125,17 +133,30 @@ def _check_paths(inputs: Iterable[str]) -> None:
             raise DataError(f"'{path}' does not exist")
 
 
+def _check_picture(path: str) -> None:
+    """Refuse the name of a picture before the work.
+
+    Raises:
+        SettingsError: The folder does not exist or the suffix is not that of an image format.
+    """
+    Image.init()
+    folder, suffix = os.path.dirname(path), os.path.splitext(path)[1].lower()
+    if Image.EXTENSION.get(suffix) not in Image.SAVE:
+        raise SettingsError(f"--picture '{path}' does not end like an image, such as .png")
+    if not os.path.isdir(folder or "."):
+        raise SettingsError(f"the folder of --picture '{path}' does not exist")
+
+
 def _print_report(report: ExtractionReport, picture: str | None) -> None:
     settings = report.settings
     shape = " x ".join(map(str, report.shape))
     blocks = ", ".join(map(str, settings["layers"]))
-    pooled = "mean over patches" if settings["pool"] else "maps"
     done = f"{report.shape[0]} done, {len(report.failed)} failed, {report.skipped} skipped"
     rate = f"{report.images_per_second:.1f} images/s on {settings['device']}"
     lines = [
         ("model", f"{settings['model']}, {settings['weights']}"),
         ("input", settings["transform"]),
-        ("features", f"block {blocks}, final LayerNorm, {pooled}"),
+        ("features", f"block {blocks}, {_POOLS[settings['pool']]}"),
         ("images", f"{done} ({'all done before' if report.already_done else rate})"),
         ("written", f"{report.features}  [{shape}] {report.dtype}"),
         ("", f"{report.index}  which row is which image"),

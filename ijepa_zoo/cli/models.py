@@ -1,4 +1,4 @@
-"""`ijepa-zoo list`, `convert` and `export`: models and their weights."""
+"""`ijepa-zoo list` and `ijepa-zoo export`: models and their weights."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from typing import Any
 
 import torch
 
-from ..errors import RunError, SettingsError
-from ..models.factory import create_model
-from ..models.predictor import PREDICTORS
-from ..serving import export_graph
-from ..serving.export import check_request
-from ..train import export_run
-from ..weights.catalog import Checkpoint, checkpoints
+from ..deploy import FILES, RECORD, check_request, export_graph
+from ..errors import SettingsError
+from ..models.factory import create_model, list_models
+from ..train import export_run, load_run
 from ..weights.export import export
+from ..weights.registry import Checkpoint, checkpoints
 from .options import (
     DTYPES,
     LAYERS,
     Commands,
-    add_checkpoint,
     add_img_size,
     add_network,
     count,
@@ -32,8 +29,13 @@ from .options import (
     positive,
 )
 
-_SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans")
-_GRAPH_OPTIONS = ("layers", "pool", "quantize", "img_size", "checkpoint", "network")
+_WEIGHTS = ("native", "timm", "transformers", "official")
+_SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans", "mlp_ratio")
+_POOLS = ("auto", "avg", "cls", "cls_avg", "none")
+# Options of some formats or sources only; all are None or False unless given.
+_OF_GRAPHS = ("layers", "pool", "quantize", "dynamic_size", "quiet")
+_OF_WEIGHTS = ("push_to", "private", "revision")
+_OF_CHECKPOINTS = ("model", *_SIZES)
 
 
 def add_list(commands: Commands) -> list[argparse.ArgumentParser]:
@@ -44,77 +46,67 @@ def add_list(commands: Commands) -> list[argparse.ArgumentParser]:
     return [parser]
 
 
-def add_convert(commands: Commands) -> list[argparse.ArgumentParser]:
-    """`convert`."""
-    parser = commands.add_parser(
-        "convert",
-        help="weights into the format of another library",
-        description="Copy weights into a folder that another library loads without this package.",
-    )
-    add = parser.add_argument
-    add("source", metavar="SRC", help="NAME.TAG, a checkpoint file or folder, or hf-hub:REPO")
-    add("folder", metavar="DST", help="folder to write")
-    add("--to", required=True, choices=("native", "timm", "transformers", "official"),
-        help="required: format to write; official needs all three networks")  # fmt: skip
-    _add_output_options(parser, "as in SRC")
-    add("--push-to", metavar="REPO", help="also upload to the Hugging Face Hub")
-    add_network(parser)
-    group = parser.add_argument_group("architecture, where SRC does not tell it")
-    group.add_argument("--model", metavar="NAME", help="a name of `ijepa-zoo list`")
-    add_img_size(group)
-    for name in _SIZES:
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, type=positive, metavar="N", help="default: that of the model")
-    group.add_argument("--mlp-ratio", type=float, metavar="X", help="default: that of the model")
-    parser.set_defaults(run=_convert)
-    return [parser]
-
-
 def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
     """`export`."""
-    parser = commands.add_parser("export", help="weights of a run, or a model for servers")
+    parser = commands.add_parser(
+        "export",
+        help="weights for other libraries, or a model for servers",
+        description="Export weights to a folder that another library loads without this package "
+        "(native, timm, transformers, official), or a model that a server runs, from uint8 pixels "
+        "to features (onnx, torch-export).",
+    )
     add = parser.add_argument
-    add("source", metavar="RUN|NAME|FOLDER",
-        help="a pretraining run; for onnx and torch-export also a model or a folder with weights",
-    )  # fmt: skip
-    add("folder", nargs="?", metavar="DST", help="folder to write (native: default RUN/export)")
-    add("--to", choices=("native", "onnx", "torch-export"), default="native",
-        help="native (default): all networks of a run; onnx, torch-export: uint8 to features",
-    )  # fmt: skip
-    _add_output_options(parser, "float32")
-    add("--step", type=count, metavar="N", help="native: which checkpoint (default: the newest)")
+    add("source", metavar="SOURCE",
+        help="NAME[.TAG], a checkpoint file or folder, hf-hub:REPO, or the folder of a "
+        "pretraining run")  # fmt: skip
+    add("folder", nargs="?", metavar="DST", help="folder to write (a run: default RUN/export)")
+    add("--to", choices=(*_WEIGHTS, *FILES), default="native",
+        help="format (default: native); official needs all three networks")  # fmt: skip
+    add("--dtype", choices=DTYPES, help="of the weights (default: theirs; of graphs: float32)")
+    add("--license", metavar="SPDX", help="license of the weights (default: as in the source)")
+    add("--overwrite", action="store_true", help="replace DST once the new folder is complete")
+
+    source = parser.add_argument_group("source options")
+    add_network(source)
+    source.add_argument("--step", type=count, metavar="N",
+        help="of a run: which checkpoint (default: the newest)")  # fmt: skip
+    source.add_argument("--model", metavar="NAME",
+        help="a name of `ijepa-zoo list`, where SOURCE does not tell the architecture")  # fmt: skip
+    add_img_size(source)
+    for name in _SIZES:
+        kind = float if name == "mlp_ratio" else positive
+        option = f"--{name.replace('_', '-')}"
+        source.add_argument(option, type=kind, metavar="N", help="default: that of the model")
+
+    hub = parser.add_argument_group("options of the weight formats")
+    hub.add_argument("--push-to", metavar="REPO", help="also upload to the Hugging Face Hub")
+    hub.add_argument("--private", action="store_true", help="create REPO as a private one")
+    hub.add_argument("--revision", metavar="NAME", help="branch of REPO (default: main)")
+
     graph = parser.add_argument_group("options of onnx and torch-export")
     graph.add_argument("--layers", type=layers, metavar="WHICH", help=LAYERS)
-    graph.add_argument("--pool", choices=("avg", "none"),
-        help="avg (default): mean over patches; none: maps")  # fmt: skip
+    graph.add_argument("--pool", choices=_POOLS,
+        help="auto (default): as the model pools; none: maps")  # fmt: skip
     graph.add_argument("--quantize", choices=("int8",),
         help="onnx: linear layers in 8 bits, faster on CPUs")  # fmt: skip
-    add_img_size(graph)
-    add_checkpoint(graph)
-    add_network(graph)
+    graph.add_argument("--dynamic-size", action="store_true",
+        help="accept images of any size that is a multiple of the patch size")  # fmt: skip
     graph.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=_export)
     return [parser]
-
-
-def _add_output_options(parser: argparse.ArgumentParser, dtype: str) -> None:
-    add = parser.add_argument
-    add("--dtype", choices=DTYPES, help=f"of the weights (default: {dtype})")
-    add("--license", metavar="SPDX", help="license of the weights (default: as in the source)")
-    add("--overwrite", action="store_true", help="replace DST once the new folder is complete")
 
 
 def _list(args: argparse.Namespace) -> int:
     rows: list[tuple[str, ...]] = [
         ("model", "network", "parameters", "input", "data, epochs", "license of the weights")
     ]
-    rows += [_weights_row(record) for record in checkpoints()]
+    rows += [_weights_row(checkpoint) for checkpoint in checkpoints()]
     if not args.pretrained:
-        known = {record.model for record in checkpoints()}
+        released = {checkpoint.model for checkpoint in checkpoints()}
         rows += [
             (name, "-", _millions(name), "-", "no released weights", "-")
-            for name in PREDICTORS
-            if name not in known
+            for name in list_models()
+            if name not in released
         ]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -122,11 +114,11 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _weights_row(record: Checkpoint) -> tuple[str, ...]:
-    size = "x".join(map(str, record.input_size[1:]))
-    trained = f"{record.data}, {record.epochs:g}"
-    millions = _millions(record.model)
-    return record.name, record.network, millions, size, trained, record.license
+def _weights_row(checkpoint: Checkpoint) -> tuple[str, ...]:
+    size = "x".join(map(str, checkpoint.input_size[1:]))
+    trained = f"{checkpoint.data}, {checkpoint.epochs:g}"
+    millions = _millions(checkpoint.model)
+    return checkpoint.name, checkpoint.network, millions, size, trained, checkpoint.license
 
 
 @cache
@@ -135,92 +127,91 @@ def _millions(name: str) -> str:
     return f"{sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M"
 
 
-def _convert(args: argparse.Namespace) -> int:
-    sizes = ("img_size", *_SIZES, "mlp_ratio")
-    given = {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
-    folder = export(
-        args.source,
-        args.folder,
-        args.to,
-        network=args.network,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        license=args.license,
-        overwrite=args.overwrite,
-        push_to=args.push_to,
-        model_name=args.model,
-        **given,
-    )
-    _print_files(folder)
-    return 0
-
-
 def _export(args: argparse.Namespace) -> int:
-    return _export_native(args) if args.to == "native" else _export_graph(args)
-
-
-def _export_native(args: argparse.Namespace) -> int:
-    given = [name for name in _GRAPH_OPTIONS if getattr(args, name) is not None]
-    if given:
+    to_graph = args.to in FILES
+    is_run = os.path.isfile(os.path.join(args.source, "config.yaml"))
+    unused = [
+        *(_OF_WEIGHTS if to_graph else _OF_GRAPHS),
+        *(_OF_CHECKPOINTS if is_run else ["step"]),
+    ]
+    if given := [name for name in unused if getattr(args, name) not in (None, False)]:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise SettingsError(f"{options}: only with --to onnx or --to torch-export")
-    run = Path(args.source)
-    if not run.is_dir() or ((run / "config.json").exists() and not (run / "config.yaml").exists()):
-        raise SettingsError(
-            f"{args.source} is not the folder of a pretraining run; for other weights use "
-            f"`ijepa-zoo convert {args.source} DST --to native` or "
-            f"`ijepa-zoo export {args.source} DST --to onnx`"
-        )
-    target = Path(args.folder or run / "export")
-    if target.exists() and not args.overwrite:  # before gigabytes are read
-        raise RunError(f"{target} exists: choose another name, or replace it with --overwrite")
-    folder = export_run(
-        run,
-        args.folder,
-        step=args.step,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
-        license=args.license,
-        overwrite=args.overwrite,
-    )
-    print(f'{folder}  for create_model("local-dir:{folder}")')
-    return 0
-
-
-def _export_graph(args: argparse.Namespace) -> int:
-    if args.step is not None:
-        raise SettingsError(
-            f"--step is for native: use `ijepa-zoo export {args.source} DST --step {args.step}`, "
-            f"then `ijepa-zoo export DST SERVED --to {args.to}`"
-        )
-    if args.folder is None:
+        kind = "a run" if is_run else "weights"
+        raise SettingsError(f"{options}: not for {kind} ({args.source}) with --to {args.to}")
+    if args.folder is None and (to_graph or not is_run or args.to != "native"):
         raise SettingsError(
             f"name the folder to write: ijepa-zoo export {args.source} DST --to {args.to}"
         )
-    if os.path.isfile(args.source):
-        raise SettingsError(
-            f"{args.source} is a file: name its model, and the file with --checkpoint {args.source}"
-        )
+    return _export_graph(args, is_run) if to_graph else _export_weights(args, is_run)
+
+
+def _export_weights(args: argparse.Namespace, is_run: bool) -> int:
+    options: dict[str, Any] = {
+        "to": args.to,
+        "network": args.network,
+        "dtype": getattr(torch, args.dtype) if args.dtype else None,
+        "license": args.license,
+        "overwrite": args.overwrite,
+        **_sizes(args),
+    }
+    if args.push_to:
+        options |= {"push_to": args.push_to, "private": args.private, "revision": args.revision}
+    if is_run:
+        folder = export_run(args.source, args.folder, step=args.step, **options)
+    else:
+        folder = export(args.source, args.folder, model_name=args.model, **options)
+    _print_files(folder)
+    if args.to == "native":
+        print(f'load it with ijepa_zoo.create_model("local-dir:{folder}")')
+    return 0
+
+
+def _export_graph(args: argparse.Namespace, is_run: bool) -> int:
     options: dict[str, Any] = {"dtype": args.dtype or "float32", "quantize": args.quantize}
     check_request(args.folder, args.to, overwrite=args.overwrite, **options)
-    model = create_model(
-        f"local-dir:{args.source}" if os.path.isdir(args.source) else args.source,
-        checkpoint=args.checkpoint,
-        network=args.network,
-        **({"img_size": args.img_size} if args.img_size else {}),
-    )
     folder = export_graph(
-        model,
+        _run_encoder(args) if is_run else _open_encoder(args),
         args.folder,
         args.to,
         layers=args.layers or "last",
-        pool=None if args.pool == "none" else "avg",
+        pool=None if args.pool == "none" else args.pool or "auto",
+        dynamic_size=args.dynamic_size,
         license=args.license,
         overwrite=args.overwrite,
         progress=not args.quiet,
         **options,
     )
     _print_files(folder)
-    _print_graph(json.loads((folder / "serving.json").read_text(encoding="utf-8")))
+    _print_graph(json.loads((folder / RECORD).read_text(encoding="utf-8")))
     return 0
+
+
+def _run_encoder(args: argparse.Namespace) -> Any:
+    networks, _ = load_run(args.source, args.step)
+    encoder = getattr(networks, args.network or "target_encoder")
+    if args.img_size:
+        size = args.img_size
+        encoder.set_input_size((size, size) if isinstance(size, int) else size)
+    return encoder
+
+
+def _open_encoder(args: argparse.Namespace) -> Any:
+    source, options = args.source, {"network": args.network, **_sizes(args)}
+    if args.model:
+        return create_model(args.model, checkpoint=source, **options)
+    if os.path.isfile(source):
+        raise SettingsError(f"{source} does not tell its architecture: add --model NAME")
+    if os.path.isdir(source):
+        source = f"local-dir:{source}"
+    return create_model(source, **options)
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        name: getattr(args, name)
+        for name in ("img_size", *_SIZES)
+        if getattr(args, name) is not None
+    }
 
 
 def _print_files(folder: Path) -> None:
@@ -236,4 +227,4 @@ def _print_graph(record: dict[str, Any]) -> None:
     cosine = record["checked"]["lowest_cosine"]
     print(f"checked: relative error {worst:.1g}, cosine {cosine:.6f} to the model in float32")
     if not record["license"]:
-        print("license unknown: name it with --license", file=sys.stderr)
+        print("the license of the weights is unknown: name it with --license", file=sys.stderr)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..data.datasets import ArrayDataset, ImageDataset, Subset
 from ..distributed import Distributed
+from ..encode import Batch, hash_texts
 from ..errors import RunError, SettingsError
-from ..extraction.encoder import Batch, hash_texts
-from ..extraction.parts import Parts, whole_file
+from ..extract import Parts, whole_file
 from ..progress import skip
 from .representations import Representations
 

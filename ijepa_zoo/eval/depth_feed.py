@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from ..data.dense import DenseDataset
 from ..data.loading import load_in_order
+from ..encode import Encoder
 from ..errors import DataError, ImageError, SettingsError
-from ..extraction.encoder import Encoder
 from .tasks import View
 from .views import fixed_pixels
 from .words import option

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RunError, SettingsError
-from ..extraction.parts import whole_file
+from ..extract import whole_file
 
 # What putting back a state raises that is not of this run.
 _UNFIT = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)

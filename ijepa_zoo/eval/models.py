@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..data.transforms import transform_config
+from ..encode import model_name, weights_fingerprint
 from ..errors import CheckpointError, SettingsError
-from ..extraction.encoder import model_name, weights_fingerprint
 from ..features import FeatureExtractor
 from ..models.factory import create_model
 from ..models.predictor import PREDICTORS
@@ -230,7 +230,7 @@ def _timm_source(name: str, checkpoint: str | None, network: str | None) -> str:
             "leave them out"
         )
     with torch.device("meta"):  # a look at its class, without weights
-        FeatureExtractor(_timm_model(source, pretrained=False), "last4")
+        FeatureExtractor(_timm_model(source, pretrained=False), "last4", pool="avg")
     return source
 
 

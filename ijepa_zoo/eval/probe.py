@@ -16,8 +16,8 @@ from ..data.datasets import Targets
 from ..data.decode import Decoder
 from ..data.loading import load_in_order, usable_cpus
 from ..distributed import Distributed
+from ..encode import Batch
 from ..errors import DataError, SettingsError
-from ..extraction.encoder import Batch
 from ..progress import progress_bar
 from .batches import EvalBatch, OrderedBatches
 from .cache import CachedFeatures, cached_features, files_state

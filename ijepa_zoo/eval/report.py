@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import SettingsError
-from ..extraction.parts import whole_file
+from ..extract import whole_file
 from .report_picture import draw, figure_class
 from .report_table import Cell, Table, compare, settings
 from .result import Result

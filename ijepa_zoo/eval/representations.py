@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..encode import Batch, Encoder
 from ..errors import SettingsError
-from ..extraction.encoder import Batch, Encoder
 from .models import Subject
 
 _SIDE = 32  # pixels of the images that stand for themselves
@@ -74,7 +74,12 @@ class BlockFeatures:
             gpu = torch.device(device).type == "cuda" if device != "auto" else _has_gpu()
             precision = "bfloat16" if gpu else "float32"
         self.encoder = Encoder(
-            subject.model, layers="last4", device=device, precision=precision, host=False
+            subject.model,
+            layers="last4",
+            pool="avg",
+            device=device,
+            precision=precision,
+            host=False,
         )
         self.device, self.settings = self.encoder.device, self.encoder.settings
         self.size, self.about = self.encoder.size, subject.describe()

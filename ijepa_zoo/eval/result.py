@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import DataError
-from ..extraction.parts import whole_file
+from ..extract import whole_file
 
 RESULT, TABLE = "result.json", "results.csv"
 _SHARE = "most_frequent"  # in the record of the data

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 
 from ..data.loading import usable_cpus
 from ..distributed import Distributed
+from ..encode import hash_texts
 from ..errors import RunError
-from ..extraction.encoder import hash_texts
 from .result import RESULT, Result
 from .result_files import read_result
 

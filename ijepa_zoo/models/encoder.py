@@ -251,6 +251,10 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     :func:`ijepa_zoo.create_model`.
     """
     checkpoint, network = kwargs.pop("checkpoint", None), kwargs.pop("network", None)
+    # timm records the arguments in the folders that it saves: weights there are newer than these
+    recorded = kwargs.get("pretrained_model_args") or {}
+    checkpoint = None if checkpoint == recorded.get("checkpoint") else checkpoint
+    network = None if network == recorded.get("network") else network
     if not kwargs.pop("pretrained_strict", True):
         raise SettingsError("I-JEPA weights load strictly: leave pretrained_strict at True")
     if network == "predictor":

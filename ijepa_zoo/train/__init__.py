@@ -3,7 +3,7 @@
 from ..errors import DistributedError, RunError
 from .config import PretrainConfig
 from .dry_run import dry_run
-from .export import export_run
+from .export import export_run, load_run
 from .plot import plot_run
 from .run import pretrain
 from .settings import explained, load_config, override, recipe_table
@@ -21,6 +21,7 @@ __all__ = [
     "explained",
     "export_run",
     "load_config",
+    "load_run",
     "override",
     "plot_run",
     "pretrain",

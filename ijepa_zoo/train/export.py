@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,53 +26,74 @@ def exported_step(run: Path) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def load_run(run: str | Path, step: int | None = None) -> tuple[IJepa, str]:
+    """Load the three networks of a pretraining run, finished or not.
+
+    Args:
+        run: Folder of the run.
+        step: Which checkpoint; the newest by default.
+
+    Returns:
+        The networks on the CPU, in float32, and where their weights come from, for model cards.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it is damaged, or its weights are not finite.
+        RunError: `run` is not a run, or its settings are damaged.
+    """
+    run = Path(run)
+    config = read_settings(run)
+    step = _find_step(run, step)
+    checkpoint = layout.path(run / "checkpoints", step)
+    only = tuple(f"{network}." for network in _NETWORKS)
+    tensors, _ = read_checkpoint(checkpoint, only=only)
+    model = build_networks(config)
+    _fill(model, tensors, checkpoint)
+    origin = f"a pretraining run of ijepa_zoo on {config.model.name}, after {step} steps"
+    for network in ("encoder", "target_encoder"):
+        encoder = getattr(model, network)
+        encoder.weights_origin = f"{network.replace('_', ' ')} of {origin}"
+        encoder.weights_network = network
+    return model, origin
+
+
 def export_run(
     run: str | Path,
     folder: str | Path | None = None,
     *,
     step: int | None = None,
-    dtype: torch.dtype | None = None,
-    license: str | None = None,
-    overwrite: bool = False,
+    **options: Any,
 ) -> Path:
-    """Write all three networks of a run, trained to its end or not, into a folder.
+    """Export the networks of a pretraining run, finished or not.
 
     Args:
-        run: The run's folder.
+        run: Folder of the run.
         folder: Where to write; `RUN/export` by default.
         step: Which checkpoint; the newest by default.
-        dtype: Store tensors in this data type; None keeps float32.
-        license: Licence of the weights (SPDX), for the model card.
-        overwrite: Replace an existing export.
+        **options: Those of `ijepa_zoo.export`: to, network, dtype, license, overwrite, push_to, ...
 
     Returns:
         The folder, for `create_model("local-dir:FOLDER")`.
 
     Raises:
         CheckpointError: There is no such checkpoint, it is damaged, or its weights are not finite.
-        RunError: `run` is no run, its settings are damaged, or `folder` exists and `overwrite` is
-            false.
+        RunError: `run` is not a run, its settings are damaged, or `folder` exists.
     """
     run = Path(run)
-    config = read_settings(run)
-    checkpoints = run / "checkpoints"
-    steps = layout.steps(checkpoints)
-    if not steps or (step is not None and step not in steps):
-        wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
-        raise CheckpointError(f"{run} has no {wanted}: it has {steps or 'none'}")
-    step = steps[-1] if step is None else step
-    only = tuple(f"{network}." for network in _NETWORKS)
-    tensors, _ = read_checkpoint(layout.path(checkpoints, step), only=only)
-    model = build_networks(config)
-    _fill(model, tensors, layout.path(checkpoints, step))
-    target = run / "export" if folder is None else Path(folder)
-    origin = f"a pretraining run of ijepa_zoo on {config.model.name}, after {step} steps"
-    written = export(
-        model, target, dtype=dtype, license=license, overwrite=overwrite, origin=origin
-    )
+    step = _find_step(run, step)
+    model, origin = load_run(run, step)
+    target = run / "export" if folder is None else folder
+    written = export(model, target, origin=origin, **options)
     if folder is None:
         (run / _STEP).write_text(str(step), encoding="utf-8")
     return written
+
+
+def _find_step(run: Path, step: int | None) -> int:
+    steps = layout.steps(run / "checkpoints")
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
+        raise CheckpointError(f"{run} has no {wanted}: it has {steps or 'none'}")
+    return steps[-1] if step is None else step
 
 
 def _fill(model: IJepa, tensors: dict[str, torch.Tensor], origin: Path) -> None:

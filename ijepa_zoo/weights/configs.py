@@ -18,11 +18,11 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5
 def timm_args(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and pretrained cfg of a timm folder, as ``timm.models.save_for_hf`` writes it."""
     cfg = check_preprocessing(config.get("pretrained_cfg", {}), origin)
-    given = config.get("model_args") or {}
-    name = registry.registered_name(config["architecture"])
-    if not given and name is None:
+    given, architecture = config.get("model_args") or {}, config["architecture"]
+    name = registry.registered_name(architecture)
+    if name is None and not (given and architecture.startswith("vit_")):
         raise CheckpointError(
-            f"{origin} is timm's {config['architecture']}, not an I-JEPA encoder: load it with "
+            f"{origin} is timm's {architecture}, not an I-JEPA encoder: load it with "
             "timm.create_model"
         )
     args: dict[str, Any] = dict(registry.ARCHITECTURES.get(name or registry.CUSTOM, {}))
@@ -56,9 +56,10 @@ def transformers_args(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     for key in ("hidden_size", "intermediate_size"):
         _require(_is_count(config[key]), origin, key, config[key])
     args["mlp_ratio"] = mlp_ratio(config["intermediate_size"], config["hidden_size"])
-    args["qkv_bias"] = config.get("qkv_bias", True)
+    args |= {"qkv_bias": config.get("qkv_bias", True), "num_classes": 0}
     if "IJepaForImageClassification" in (config.get("architectures") or ()):
-        args["num_classes"] = len(config.get("id2label") or range(config.get("num_labels", 2)))
+        labels = config.get("id2label") or config.get("num_labels", 2)
+        args["num_classes"] = len(labels) if isinstance(labels, Mapping) else labels
     return check_args(args, origin)
 
 
@@ -135,6 +136,15 @@ def check_args(args: Any, origin: str) -> dict[str, Any]:
         value = args.get(key, 1.0)
         _require(_is_number(value) and 0 < value < 1e4, origin, key, value)
     return dict(args)
+
+
+def check_predictor(predictor: Any, origin: str) -> dict[str, Any]:
+    """Refuse sizes of a predictor that are not numbers."""
+    _require(isinstance(predictor, Mapping), origin, "predictor", predictor)
+    for key in ("embed_dim", "depth"):
+        value = predictor.get(key, 1)
+        _require(_is_count(value), origin, f"{key} of the predictor", value)
+    return dict(predictor)
 
 
 def check_preprocessing(cfg: Any, origin: str) -> dict[str, Any]:

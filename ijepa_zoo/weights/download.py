@@ -1,240 +1,444 @@
-"""Download one network of a remote ``torch.save`` file into a safetensors file."""
+"""Download weights: one network of an official file, or one file of the Hugging Face Hub.
+
+An official file holds three networks and the optimizer state. `fetch_official` reads the directory
+of the remote zip archive and its pickle, requests the byte ranges of one network's tensors, and
+caches them as a safetensors file.
+"""
 
 import hashlib
+import http.client
+import io
+import json
 import logging
-import mmap
+import math
 import os
-import shutil
+import pickle
+import re
+import struct
 import threading
+import urllib.request
+import zipfile
 import zlib
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections import OrderedDict
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from itertools import zip_longest
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 import torch
+from filelock import FileLock
+from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import FetchError
-from .ranged import RangedStream, RemoteFile
-from .safetensors_file import Entry, Layout, layout
-from .torch_file import Record, network_records
-
-__all__ = ["download"]
+from ..errors import FetchError, some
+from .formats import safetensors_header
 
 _log = logging.getLogger(__name__)
-REQUEST = 16 << 20  # neighbouring storages are joined up to this many bytes ...
-GAP = 1 << 16  # ... and across gaps of at most this many
-_NO_HASH = "0" * 64  # stands in the header until the file is whole
+
+ATTEMPTS = 5  # in a row without one byte received
+BACKOFF_SECONDS = 0.5  # doubles with every attempt
+TIMEOUT_SECONDS = 30.0
+BLOCK = 1 << 18  # bytes per request while reading the zip directory and the pickle
+REQUEST = 16 << 20  # neighboring tensors are joined into requests of up to this many bytes,
+GAP = 1 << 16  # across gaps of up to this many
+_TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes worth another attempt
 
 
-def download(
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Return the folder of downloaded official networks; it may not exist yet.
+
+    Args:
+        cache_dir: Default: ``$IJEPA_ZOO_CACHE``, else ``$XDG_CACHE_HOME/ijepa_zoo``, else
+            ``~/.cache/ijepa_zoo``.
+    """
+    chosen = cache_dir or os.environ.get("IJEPA_ZOO_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ijepa_zoo"
+
+
+def fetch_official(
     url: str,
     network: str,
-    path: Path,
-    size: int | None,
-    sha256: str | None,
-    progress: bool,
-    workers: int,
-) -> None:
-    """Fetch into ``<path>.partial``, and give it its real name once all of it has been checked.
+    *,
+    cache_dir: str | Path | None = None,
+    size: int | None = None,
+    sha256: str | None = None,
+    progress: bool = True,
+    workers: int = 8,
+) -> Path:
+    """Download one network of a remote ``torch.save`` file, or return its cached file.
 
-    Arguments and errors are those of `ijepa_zoo.weights.fetch.fetch_official`; errors of the local
-    disk come as `OSError`. The caller sees to it that no other process does the same.
+    A cached network needs no request. An interrupted download resumes, tensor by tensor; each is
+    checked against the CRC-32 in the zip directory. Of several processes, one downloads and the
+    others wait.
+
+    The first download of a URL records its size, ETag and the SHA-256 of the network in a JSON
+    file beside the cached file. Later downloads from that URL, of this or another network, are
+    compared with it: another size or SHA-256 is refused, another ETag alone gives a warning, since
+    the same file may have been copied to another server.
+
+    Args:
+        url: Address of a zip-format ``torch.save`` file, on a server that supports ranges.
+        network: Top-level key of a dict of tensors, such as ``target_encoder``.
+        cache_dir: See `cache_folder`.
+        size: Expected size of the remote file, in bytes.
+        sha256: Expected SHA-256 of the network: of the bytes after the safetensors header.
+        progress: Show a progress bar.
+        workers: Number of parallel requests.
+
+    Returns:
+        A safetensors file; tensors have their names in the remote file.
+
+    Raises:
+        FetchError: The network cannot be downloaded, or is not the expected one.
     """
-    remote = RemoteFile(url, threading.Event())
-    if size is not None and remote.size != size:
+    from huggingface_hub import constants
+
+    folder = cache_folder(cache_dir)
+    path = folder / f"{_file_name(url, network)}.safetensors"
+    record = folder / f"{_file_name(url)}.json"
+    if path.exists():
+        known = _read_record(record)
+        _require_equal(f"remote size of {path}", known.get("size"), size, record)
+        if sha256 is not None:
+            found = known["sha256"].get(network) or _data_sha256(path)
+            _require_equal(f"SHA-256 of {path}", found, sha256, record)
+        return path
+    if constants.HF_HUB_OFFLINE:
         raise FetchError(
-            f"{url} has {remote.size:,} bytes, expected {size:,}: it is another file now. Upgrade "
-            "ijepa-zoo, or load a file of your own with checkpoint=PATH"
+            f"{url} is not cached and HF_HUB_OFFLINE is set; unset it, or copy {path.name} from "
+            f"another computer into {folder}"
         )
-    records = network_records(remote, network)
-    plan = _plan(remote, network, records, _NO_HASH)
-    partial = path.with_name(f"{path.name}.partial")
-    missing = _open_partial(partial, plan, records, url)
-    total = sum(record.size for record in records)
-    with tqdm(
-        desc=f"{network} of {url.rsplit('/', 1)[-1]}",
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(record.with_suffix(".lock")):
+        if path.exists():  # another process has downloaded it meanwhile
+            return path
+        remote = _RemoteFile(url)
+        known = {"url": url, "size": remote.size, "etag": remote.etag, **_read_record(record)}
+        _require_equal(f"size of {url}", remote.size, size or known["size"], record)
+        if remote.etag != known["etag"]:
+            _log.warning("%s may be another file now: its ETag differs from %s", url, record)
+        partial = path.with_name(f"{path.name}.partial")
+        _download(remote, network, partial, progress, workers)
+        found = _data_sha256(partial)
+        expected = sha256 or known["sha256"].get(network)
+        _require_equal(f"SHA-256 of {network} of {url}", found, expected, record)
+        known["sha256"][network] = found
+        temporary = record.with_suffix(".json.partial")
+        temporary.write_text(json.dumps(known, indent=1))
+        temporary.replace(record)
+        partial.replace(path)
+    return path
+
+
+def fetch_hub(
+    repo_id: str,
+    filename: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Download one file of a Hugging Face repository, or return its cached file.
+
+    Args:
+        repo_id: Such as ``facebook/ijepa_vith14_1k``.
+        filename: Path inside the repository.
+        revision: Branch, tag or commit; default: the default branch.
+        cache_dir: Default: the cache of ``huggingface_hub``.
+
+    Raises:
+        FetchError: With the reason that ``huggingface_hub`` gives.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir))
+    except Exception as error:  # its HTTP library, and so its errors, depend on its version
+        raise FetchError(
+            f"cannot fetch {filename!r} of the Hugging Face repository {repo_id!r}, revision "
+            f"{revision or 'main'}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
+
+
+def _file_name(url: str, *network: str) -> str:
+    base = url.split("?")[0].rsplit("/", 1)[-1].removesuffix(".tar").removesuffix(".pth")
+    readable = re.sub(r"[^\w.-]", "_", ".".join([base, *network]))[:150]
+    digest = hashlib.sha256("\n".join([url, *network]).encode()).hexdigest()
+    return f"{readable}-{digest[:12]}"
+
+
+def _read_record(record: Path) -> dict[str, Any]:
+    return json.loads(record.read_text()) if record.exists() else {"sha256": {}}
+
+
+def _require_equal(what: str, found: object, expected: object, record: Path) -> None:
+    if None not in (found, expected) and found != expected:
+        raise FetchError(
+            f"{what} is {found}, expected {expected}: these are other weights; upgrade ijepa-zoo, "
+            f"or delete {record} and the networks beside it to download anew"
+        )
+
+
+def _data_sha256(path: Path) -> str:
+    """SHA-256 of the tensors: from the header that version 0.1 wrote, else computed."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        recorded = header["__metadata__"].get("sha256")
+        return recorded or hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Storage(NamedTuple):
+    """A storage in the remote zip archive."""
+
+    start: int  # byte of the remote file where its zip header starts
+    stop: int  # byte where the next header starts
+    nbytes: int
+    crc: int
+
+
+class _Tensor(NamedTuple):
+    """A tensor in the pickle: a view of a storage."""
+
+    storage: _Storage
+    meta: Tensor  # on the meta device, with dtype, shape, stride and offset
+
+    @property
+    def is_whole_storage(self) -> bool:
+        return self.meta.is_contiguous() and self.meta.nbytes == self.storage.nbytes
+
+    def elements(self, storage: memoryview) -> memoryview:
+        """The tensor's bytes in C order, given those of its storage."""
+        if self.is_whole_storage:
+            return storage
+        meta, flat = self.meta, torch.frombuffer(bytearray(storage), dtype=self.meta.dtype)
+        tensor = flat.as_strided(meta.shape, meta.stride(), meta.storage_offset()).contiguous()
+        return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _download(
+    remote: "_RemoteFile", network: str, partial: Path, progress: bool, workers: int
+) -> None:
+    """Write a network into a safetensors file, or add what an earlier call has left out."""
+    tensors = _find_tensors(remote, network)
+    header, offsets = safetensors_header(
+        {name: (meta.dtype, tuple(meta.shape)) for name, (_, meta) in tensors.items()},
+        {"format": "pt"},
+    )
+    total = sum(tensor.meta.nbytes for tensor in tensors.values())
+    missing = {name: tensor for name, tensor in tensors.items() if tensor.meta.nbytes}
+    if partial.exists():
+        with partial.open("rb") as file:
+            for name in [n for n in missing if _has_arrived(missing[n], offsets[n], file)]:
+                del missing[name]
+    partial.touch()
+    with partial.open("r+b") as file:
+        file.write(header)
+        file.truncate(len(header) + total)
+    groups = _join_neighbors(missing)
+    arrived = total - sum(tensor.meta.nbytes for tensor in missing.values())
+    bar = tqdm(
+        desc=f"{network} of {remote.url.rpartition('/')[2]}",
         total=total,
-        initial=total - sum(record.size for record in missing),
+        initial=arrived,
         unit="B",
         unit_scale=True,
         disable=not progress,
-    ) as bar:
-        _fetch_records(remote, missing, partial, plan, workers, bar.update)
-    digest = _data_sha256(partial, plan)
-    if sha256 is not None and digest != sha256.lower():
-        partial.unlink()
-        raise FetchError(
-            f"{network} of {url} has SHA-256 {digest}, expected {sha256}: the server holds other "
-            "weights than those asked for, and they were not kept. Check the address, or upgrade "
-            "ijepa-zoo"
-        )
-    _seal(partial, _plan(remote, network, records, digest).header, path)
-
-
-def _plan(remote: RemoteFile, network: str, records: list[Record], digest: str) -> Layout:
-    entries = [Entry(use.name, use.dtype, use.shape) for item in records for use in item.uses]
-    metadata = {
-        "format": "pt",
-        "url": remote.url,
-        "network": network,
-        "etag": remote.version,
-        "size": str(remote.size),
-        "sha256": digest,
-    }
-    try:
-        return layout(entries, metadata)
-    except ValueError as error:
-        raise FetchError(f"{remote.url}: {error}") from error
-
-
-def _open_partial(partial: Path, plan: Layout, records: list[Record], url: str) -> list[Record]:
-    """Make the unfinished file, or find in it what an earlier call has brought.
-
-    There is no list of finished parts, which could be ahead of the disk after a power cut: the
-    header tells whether the file belongs to this version of the remote one, and a storage has
-    arrived if its bytes have its CRC-32.
-
-    Returns:
-        The storages that are still to be fetched.
-    """
-    records = [record for record in records if record.size]
-    missing = records
-    if partial.exists():
-        with partial.open("rb") as file:
-            header = file.read(len(plan.header))
-            same = header == plan.header and partial.stat().st_size == plan.size
-            if same:
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    missing = [item for item in records if not _has_arrived(item, content, plan)]
-        if not same:
-            _log.warning("%s has changed since its download began; starting anew", url)
-            partial.unlink()
-    needed, free = sum(item.size for item in missing), shutil.disk_usage(partial.parent).free
-    if free < needed:
-        raise FetchError(
-            f"{needed:,} bytes are needed in {partial.parent} and {free:,} are free. Make room and "
-            "run again, or choose another cache folder with cache_dir=... or the variable "
-            "IJEPA_ZOO_CACHE"
-        )
-    partial.touch()
-    with partial.open("r+b") as file:
-        file.write(plan.header)
-        file.truncate(plan.size)
-    return missing
-
-
-def _has_arrived(record: Record, content: mmap.mmap, plan: Layout) -> bool:
-    """Whether all tensors of a storage are there; parts of a storage have no CRC-32 to tell."""
-    starts = [plan.offsets[use.name] for use in record.uses]
-    return all(use.whole for use in record.uses) and all(
-        zlib.crc32(content[start : start + record.size]) == record.crc for start in starts
     )
-
-
-def _fetch_records(
-    remote: RemoteFile,
-    records: list[Record],
-    partial: Path,
-    plan: Layout,
-    workers: int,
-    received: Callable[[int], object],
-) -> None:
-    """Fetch storages in parallel; the first failure, or Ctrl-C, ends all of it."""
-    guard = threading.Lock()
-
-    def count(amount: int) -> None:
-        with guard:
-            received(amount)
-
-    with ThreadPoolExecutor(workers, thread_name_prefix="fetch") as pool:
+    with bar, ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(_fetch_group, remote, group, partial, offsets) for group in groups]
         try:
-            jobs = [
-                pool.submit(_fetch_group, remote, group, partial, plan, count)
-                for group in _groups(records)
-            ]
-            for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
-                job.result()
-        finally:
+            for job in as_completed(jobs):
+                bar.update(job.result())
+        finally:  # an error or Ctrl-C ends the other requests
             remote.cancelled.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+    with partial.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
-def _groups(records: list[Record]) -> list[list[Record]]:
-    """Runs of neighbouring storages; each run is one request."""
-    groups: list[list[Record]] = []
-    for record in records:
-        run = groups[-1] if groups else []
-        if run and record.start - run[-1].stop <= GAP and record.stop - run[0].start <= REQUEST:
-            run.append(record)
-        else:
-            groups.append([record])
+def _has_arrived(tensor: _Tensor, offset: int, file: BinaryIO) -> bool:
+    """Whether the file has a tensor's bytes; parts of a storage have no CRC-32 to tell."""
+    file.seek(offset)
+    content = file.read(tensor.meta.nbytes)
+    return tensor.is_whole_storage and zlib.crc32(content) == tensor.storage.crc
+
+
+def _join_neighbors(tensors: dict[str, _Tensor]) -> list[dict[str, _Tensor]]:
+    """Split tensors in file order into groups; each group is one request."""
+    groups: list[dict[str, _Tensor]] = []
+    start = stop = -math.inf
+    for name, tensor in tensors.items():
+        storage = tensor.storage
+        shared = storage.stop == stop  # with the tensor before: fetched once, however large
+        if not shared and (storage.start > stop + GAP or storage.stop > start + REQUEST):
+            groups.append({})
+            start = storage.start
+        groups[-1][name] = tensor
+        stop = storage.stop
     return groups
 
 
 def _fetch_group(
-    remote: RemoteFile,
-    group: list[Record],
-    partial: Path,
-    plan: Layout,
-    received: Callable[[int], None],
-) -> None:
-    """Read the storages of one run, check each and write its tensors to their places."""
-    position = group[0].start
-    with (
-        RangedStream(remote, position, group[-1].stop) as stream,
-        partial.open("r+b") as file,
-    ):
-        for record in group:
-            stream.read(record.start - position)
-            # The header's last part is padding, whose length only the header itself tells.
-            header = stream.read(30)
-            rest = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:], "little")
-            position = record.start + 30 + rest + record.size
-            if header[:4] != b"PK\3\4" or position > record.stop:
-                raise FetchError(_corrupt(remote, record))
-            stream.read(rest)
-            content = stream.read(record.size, received)
-            if zlib.crc32(content) != record.crc:
-                raise FetchError(_corrupt(remote, record))
-            _write_tensors(record, content, file, plan)
-
-
-def _write_tensors(record: Record, content: bytearray, file: BinaryIO, plan: Layout) -> None:
-    storage = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
-    for use in record.uses:
-        tensor = torch.empty(0, dtype=use.dtype, device="cpu")
-        tensor.set_(storage, use.offset, use.shape, use.stride)
-        file.seek(plan.offsets[use.name])
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _corrupt(remote: RemoteFile, record: Record) -> str:
-    names = ", ".join(use.name for use in record.uses)
-    return (
-        f"{remote.url}: the bytes of {names} are corrupt (CRC-32 of {record.name}). What has "
-        "arrived intact is kept: run again to resume. If it stays so, the file on the server is "
-        "damaged"
-    )
-
-
-def _data_sha256(partial: Path, plan: Layout) -> str:
-    with partial.open("rb") as file:
-        file.seek(len(plan.header))
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _seal(partial: Path, header: bytes, path: Path) -> None:
-    """Write the header with the hash and give the file its name, safe from power cuts."""
+    remote: "_RemoteFile", group: dict[str, _Tensor], partial: Path, offsets: dict[str, int]
+) -> int:
+    """Fetch, check and write neighboring tensors; return their size."""
+    start = min(tensor.storage.start for tensor in group.values())
+    stop = max(tensor.storage.stop for tensor in group.values())
+    content = memoryview(remote.fetch(start, stop))
     with partial.open("r+b") as file:
-        file.write(header)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    if os.name == "posix":  # elsewhere folders cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        for name, tensor in group.items():
+            # a zip header has 30 bytes, a name and padding; the lengths of both are at byte 26
+            header = tensor.storage.start - start
+            begin = header + 30 + sum(struct.unpack_from("<HH", content, header + 26))
+            storage = content[begin : begin + tensor.storage.nbytes]
+            if zlib.crc32(storage) != tensor.storage.crc:
+                raise FetchError(
+                    f"{name} of {remote.url} arrived damaged (wrong CRC-32); run again, and if it "
+                    "stays so, the file on the server is damaged"
+                )
+            file.seek(offsets[name])
+            file.write(tensor.elements(storage))
+    return sum(tensor.meta.nbytes for tensor in group.values())
+
+
+def _find_tensors(remote: "_RemoteFile", network: str) -> dict[str, _Tensor]:
+    """Read the zip directory and the pickle; return a network's tensors in file order."""
+    try:
+        with zipfile.ZipFile(remote) as archive:
+            infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+            (pickled,) = (info for info in infos if info.filename.endswith("/data.pkl"))
+            content = archive.read(pickled)
+        storages = {}
+        for info, following in zip_longest(infos, infos[1:]):
+            stop = following.header_offset if following else remote.size
+            key = info.filename.rpartition("/")[2]
+            storages[key] = _Storage(info.header_offset, stop, info.file_size, info.CRC)
+        checkpoint = _Unpickler(io.BytesIO(content), storages).load()
+    except (zipfile.BadZipFile, ValueError, pickle.UnpicklingError) as error:
+        raise FetchError(
+            f"{remote.url} is not a zip-format torch.save file of tensors and plain values "
+            f"({error}); download the whole file and open it by its path"
+        ) from error
+    tensors = checkpoint.get(network) if isinstance(checkpoint, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(t, _Tensor) for t in tensors.values()):
+        found = some(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint)
+        raise FetchError(f"{remote.url} has no dict of tensors named {network!r}, but {found}")
+    return dict(sorted(tensors.items(), key=lambda item: item[1].storage.start))
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the pickle of ``torch.save``: descriptions of tensors, and no code."""
+
+    GLOBALS: ClassVar[dict[str, Any]] = {
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, stride, *_: _Tensor(
+            storage[0], storage[1].as_strided(shape, stride, offset)
+        ),
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch.Size": torch.Size,
+        "torch.device": torch.device,
+        "torch.DoubleStorage": torch.float64,
+        "torch.FloatStorage": torch.float32,
+        "torch.HalfStorage": torch.float16,
+        "torch.BFloat16Storage": torch.bfloat16,
+        "torch.LongStorage": torch.int64,
+        "torch.IntStorage": torch.int32,
+        "torch.ShortStorage": torch.int16,
+        "torch.CharStorage": torch.int8,
+        "torch.ByteStorage": torch.uint8,
+        "torch.BoolStorage": torch.bool,
+    }
+
+    def __init__(self, file: BinaryIO, storages: dict[str, _Storage]) -> None:
+        super().__init__(file)
+        self.storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in self.GLOBALS:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which could run code")
+        return self.GLOBALS[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any) -> tuple[_Storage, Tensor]:
+        _, dtype, key, _, numel = pid  # "storage", dtype, key, device, number of elements
+        return self.storages[key], torch.empty(numel, dtype=dtype, device="meta")
+
+
+class _RemoteFile:
+    """A file on a web server, read by ranged requests; file-like for `zipfile`."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.size, self.etag = url, 0, ""
+        self.cancelled = threading.Event()
+        self._position = 0
+        self._blocks: dict[int, bytearray] = {}
+        self.fetch(0, 1)  # sets size and etag
+
+    def fetch(self, start: int, stop: int) -> bytearray:
+        """Return the bytes ``[start, stop)``; reconnect where the connection breaks."""
+        content, failures = bytearray(), 0
+        while (first := start + len(content)) < stop:
+            headers = {"Range": f"bytes={first}-{stop - 1}", "User-Agent": "ijepa-zoo"}
+            request = urllib.request.Request(self.url, headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+                    self._check(response, first, stop)
+                    while piece := response.read(1 << 18):
+                        content += piece
+                        failures = 0
+                        if self.cancelled.is_set():
+                            raise CancelledError
+                if start + len(content) < stop:
+                    raise ConnectionError("the connection was cut")
+            except (OSError, http.client.HTTPException) as error:
+                failures += 1
+                status = getattr(error, "code", None)  # of an HTTPError
+                lasting = status not in _TRANSIENT if status else not self.size
+                if lasting or failures == ATTEMPTS:
+                    raise FetchError(
+                        f"cannot read {self.url} ({error}); check the address, the network and the "
+                        "proxy settings (HTTPS_PROXY), and run again to resume"
+                    ) from error
+                if self.cancelled.wait(BACKOFF_SECONDS * 2**failures):
+                    raise CancelledError from error
+        return content
+
+    def _check(self, response: http.client.HTTPResponse, first: int, stop: int) -> None:
+        """Refuse an answer that is not the requested range of the same file."""
+        given = response.headers.get("Content-Range", "")
+        matched = re.fullmatch(rf"bytes {first}-{stop - 1}/(\d+)", given)
+        if response.status != 206 or matched is None:
+            raise FetchError(
+                f"{self.url}: asked for bytes {first}-{stop - 1}, the server or a proxy answered "
+                f"{response.status} {given!r}; download the whole file and open it by its path"
+            )
+        size = int(matched[1])
+        etag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+        if not self.size:
+            self.size, self.etag = size, etag
+        if (size, etag) != (self.size, self.etag):
+            raise FetchError(f"{self.url} changed on the server during the download; run again")
+
+    def read(self, count: int = -1) -> bytes:
+        """Read at the position, through blocks that are kept."""
+        start = self._position
+        self._position = self.size if count < 0 else min(start + count, self.size)
+        numbers = range(start // BLOCK, math.ceil(self._position / BLOCK))
+        for number in numbers:
+            if number not in self._blocks:
+                stop = min((number + 1) * BLOCK, self.size)
+                self._blocks[number] = self.fetch(number * BLOCK, stop)
+        content = b"".join(self._blocks[number] for number in numbers)
+        skip = start - numbers.start * BLOCK
+        return content[skip : skip + self._position - start]
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def seekable(self) -> bool:
+        return True

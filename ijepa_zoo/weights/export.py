@@ -80,6 +80,8 @@ def export(
         raise SettingsError(f"to must be one of {', '.join(WRITERS)}, got {to!r}")
     if network not in (None, "target_encoder", "encoder"):
         raise SettingsError(f"network must be 'target_encoder' or 'encoder', got {network!r}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise SettingsError(f"dtype must be a floating-point type, got {dtype}")
     folder = Path(folder)
     check_destination(folder, WRITTEN, overwrite)
     if isinstance(model, str | Path):
@@ -229,11 +231,7 @@ def _from_source(
     for key, state in states.items():
         if key != "predictor":
             load.check(template, state, networks.origin)
-    described = {
-        **_describe(template),
-        "model": model_name,
-        "norm_eps": networks.args.get("norm_eps", 1e-6),
-    }
+    described = {**_describe(template), "norm_eps": networks.args.get("norm_eps", 1e-6)}
     predictor = dict(networks.predictor)
     if "predictor" in states:
         blocks = {key.split(".")[1] for key in states["predictor"] if "_blocks." in key}
@@ -257,11 +255,12 @@ def _read_states(networks: Networks, network: str | None) -> dict[str, State]:
 
 def _describe(encoder: IJepaEncoder) -> dict[str, Any]:
     _check_plain(encoder)
+    args = encoder_args(encoder)
     config = resolve_model_data_config(encoder)
     config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
     return {
-        "model": encoder.pretrained_cfg["architecture"],
-        "args": encoder_args(encoder),
+        "model": registry.model_name(args, encoder.pretrained_cfg["architecture"]),
+        "args": args,
         "norm_eps": encoder.norm.eps,
         "preprocessing": {
             key: list(config[key]) if isinstance(config[key], tuple) else config[key]

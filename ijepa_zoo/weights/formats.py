@@ -93,8 +93,8 @@ def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, tuple[St
                 "predictor, target_encoder), timm state dicts (pos_embed, blocks.0., ...), "
                 "transformers folders and exports of this package"
             )
-        if len(keys) > 1:
-            _log.warning("%s has %s: %r is used", origin, " and ".join(map(repr, keys)), keys[0])
+        level = logging.WARNING if len(keys) > 1 else logging.INFO
+        _log.log(level, "%s has %s: %r is used", origin, " and ".join(map(repr, keys)), keys[0])
         return find_networks(content[keys[0]], f"{origin} ({keys[0]})")
     return _split(tensors, origin)
 
@@ -140,8 +140,10 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]
         )
     if rest:
         _log.warning("%s: %s are not used", origin, some(rest))
-    if any(prefixes):
-        _log.info("%s: prefixes %s are removed", origin, some(map(repr, prefixes)))
+    removed = {prefix for prefix in prefixes if prefix}
+    removed |= {match[0] for name in state for match in _WRAPPED.finditer(str(name))}
+    if removed:
+        _log.info("%s: prefixes %s are removed", origin, some(map(repr, removed)))
     return found
 
 

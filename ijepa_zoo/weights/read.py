@@ -196,7 +196,9 @@ def _open_file(path: Path) -> Networks:
     found = find_networks(content, str(path))
     if UNLABELED in found and label in registry.NETWORKS:
         found = {label: found[UNLABELED]}
-    states = {network: partial(dict, state) for network, (state, _) in found.items()}
+    states: dict[str, Callable[[], State]] = {
+        network: partial(dict, state) for network, (state, _) in found.items()
+    }
     return Networks(str(path), states, next(iter(found.values()))[1])
 
 
@@ -215,15 +217,15 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except _DAMAGE as error:
-        found = re.search(r"(?:GLOBAL|global:?|class:?) ([\w.]*\.[\w.]+)", str(error))
+        found = re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:
             raise CheckpointError(
                 f"{path} has an object of {found[1]} besides tensors, which is not loaded because "
                 "it could run code: save the weights alone, torch.save(model.state_dict(), FILE)"
-            ) from error
+            ) from None  # torch's message says to load it unsafely
         raise CheckpointError(
             f"{path} is damaged, incomplete or not written by torch.save ({type(error).__name__})"
-        ) from error
+        ) from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} has a {type(content).__name__}, not named tensors")
     return content
@@ -263,7 +265,8 @@ def _open_folder(
             processor = _read_json(locate, "preprocessor_config.json", origin)
             cfg = configs.processor_cfg(processor, args, origin, is_ours=LABEL_KEY in config)
         model = registry.model_name(args)
-        return Networks(origin, {label: read}, "transformers", model, args, pretrained_cfg=cfg)
+        license = config.get("license")
+        return Networks(origin, {label: read}, "transformers", model, args, {}, cfg, license)
     if isinstance(config.get("architecture"), str):
         args, cfg = configs.timm_args(config, origin)
         model = registry.model_name(args, config["architecture"])
@@ -279,8 +282,8 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
     """An export of this package; those of version 0.1 may also have an optimizer, unused now."""
     ours = config["ijepa_zoo"]
     try:
-        files = {network: str(ours["networks"][network]) for network in ours["networks"]}
-        predictor, license = dict(ours["predictor"]), ours.get("license")
+        files = {network: str(file) for network, file in ours["networks"].items()}
+        predictor, license = ours["predictor"], ours.get("license")
         args = {**config["model_args"], "norm_eps": ours.get("norm_eps", 1e-6)}
         model = str(ours["model"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -290,15 +293,13 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         return _read_safetensors(locate(file))
 
     args = configs.check_args(args, origin)
-    if model not in registry.ARCHITECTURES:
-        model = registry.model_name(args)
     return Networks(
         origin,
         {network: partial(read, file) for network, file in files.items()},
         "native",
-        model,
+        registry.model_name(args, model),
         args,
-        predictor,
+        configs.check_predictor(predictor, origin),
         configs.check_preprocessing(config.get("pretrained_cfg", {}), origin),
         license,
     )

@@ -28,6 +28,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 CUSTOM = "vit_custom_ijepa"  # the name of an encoder whose sizes are none of these
 _TIMM_NAMES = {  # timm's own name of the same network -> ours
+    "vit_base_patch16_gap_224": "vit_base16_ijepa",
     "vit_huge_patch14_gap_224": "vit_huge14_ijepa",
     "vit_huge_patch16_gap_448": "vit_huge16_448_ijepa",
     "vit_giant_patch16_gap_224": "vit_giant16_ijepa",

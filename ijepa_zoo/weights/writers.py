@@ -173,6 +173,7 @@ def _write_transformers(
         "qkv_bias": args["qkv_bias"],
         "dtype": "float32",  # in memory, whatever the file's: half precision is the user's choice
         LABEL_KEY: chosen,
+        **({"license": bundle.license} if bundle.license else {}),
     }
     if classes:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}

@@ -328,7 +328,7 @@ def test_a_model_of_one_channel_reads_greyscale(evaluate, cached):
 def test_models_that_do_not_fit_are_refused_in_words(evaluate, pictures):
     with pytest.raises(ValueError, match=r"2 blocks.*at least four"):
         evaluate(model=encoder(depth=2))
-    with pytest.raises(SettingsError, match="no timm ViT"):
+    with pytest.raises(SettingsError, match="Linear"):
         evaluate(model=torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="the model's name"):
         evaluate(baseline=True)

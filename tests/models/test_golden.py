@@ -1,4 +1,4 @@
-"""The same numbers as the published code, from weights and images of a closed formula."""
+"""Numbers recorded from the official repository, with weights and images of a closed formula."""
 
 import json
 
@@ -7,7 +7,9 @@ import torch
 from closed_formula import recorded_ijepa, recorded_images
 from safetensors.torch import load_file
 
-TOLERANCE = 2e-5
+# Relative. Rounding is below 3e-7. Another epsilon in the LayerNorms of the encoder, the predictor
+# or the targets (1e-5 for 1e-6, or the reverse) changes an output by at least 2.4e-6.
+TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -25,55 +27,35 @@ def images(recorded):
     return recorded_images(recorded[0]["config"])
 
 
-def _relative(ours, published):
-    assert ours.shape == published.shape
-    return ((ours - published).norm() / published.norm()).item()
-
-
-def test_positions(recorded, ijepa):
-    arrays = recorded[1]
-    assert _relative(ijepa.encoder.pos_embed, arrays["encoder_pos_embed"]) < 1e-6
-    positions = ijepa.predictor.predictor_pos_embed
-    assert _relative(positions, arrays["predictor_pos_embed"]) < 1e-6
+def check(ours, recorded):
+    assert ours.shape == recorded.shape
+    assert (ours - recorded).norm() / recorded.norm() < TOLERANCE
 
 
 @torch.no_grad()
-def test_tokens_of_all_patches_and_of_the_context(recorded, ijepa, images):
-    arrays = recorded[1]
-    assert _relative(ijepa.encoder.encode(images), arrays["encoder_tokens"]) < TOLERANCE
-    context = ijepa.encoder.encode(images, arrays["context_indices"])
-    assert _relative(context, arrays["encoder_context_tokens"]) < TOLERANCE
-
-
-@torch.no_grad()
-def test_output_of_every_block(recorded, ijepa, images):
-    outputs = ijepa.encoder.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
-    published = recorded[1]["encoder_block_outputs"]
-    assert len(outputs) == len(published)
-    for ours, theirs in zip(outputs, published, strict=True):
-        assert _relative(ours, theirs) < TOLERANCE
-
-
-@torch.no_grad()
-def test_predictions_and_targets(recorded, ijepa, images):
+def test_every_output(recorded, ijepa, images):
     arrays = recorded[1]
     context, targets = arrays["context_indices"], arrays["target_indices"]
-    predictions = ijepa.predict(images, context, targets)
-    assert _relative(predictions, arrays["predictions"]) < TOLERANCE
-    assert _relative(ijepa.target_tokens(images, targets), arrays["targets"]) < TOLERANCE
+    check(ijepa.encoder.pos_embed, arrays["encoder_pos_embed"])
+    check(ijepa.predictor.predictor_pos_embed, arrays["predictor_pos_embed"])
+    check(ijepa.encoder.encode(images), arrays["encoder_tokens"])
+    check(ijepa.encoder.encode(images, context), arrays["encoder_context_tokens"])
+    check(ijepa.predict(images, context, targets), arrays["predictions"])
+    check(ijepa.target_tokens(images, targets), arrays["targets"])
+    blocks = ijepa.encoder.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
+    for ours, theirs in zip(blocks, arrays["encoder_block_outputs"], strict=True):
+        check(ours, theirs)
 
 
 def test_loss_and_the_norm_of_every_gradient(recorded, ijepa, images):
     step, arrays = recorded
+    ijepa.zero_grad()
     loss = ijepa(images, arrays["context_indices"], arrays["target_indices"])
-    assert loss.item() == pytest.approx(step["loss"], rel=TOLERANCE)
-    ijepa.zero_grad(set_to_none=True)
     loss.backward()
+    assert loss.item() == pytest.approx(step["loss"], rel=TOLERANCE)
     norms = {
         f"{network}.{name}": parameter.grad.norm().item()
         for network in ("encoder", "predictor")
         for name, parameter in getattr(ijepa, network).named_parameters()
     }
-    assert norms.keys() == step["grad_norms"].keys()
-    for name, norm in norms.items():
-        assert norm == pytest.approx(step["grad_norms"][name], rel=TOLERANCE), name
+    assert norms == pytest.approx(step["grad_norms"], rel=TOLERANCE)

@@ -37,7 +37,7 @@ def test_pretrain_plot_export_features(folder, capsys):
     assert main([*command, "--workers", "0"]) == 0
     assert np.load("f.npy").shape == (1, 24)
     assert main(["export", "run", "exported", "--dtype", "float16", "--license", "MIT"]) == 0
-    assert main(["convert", "exported", "official", "--to", "official"]) == 0
+    assert main(["export", "exported", "official", "--to", "official"]) == 0
     capsys.readouterr()
     assert main(["export", "run", "exported"]) == 1
     assert "exported" in (err := capsys.readouterr().err)

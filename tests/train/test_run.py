@@ -133,7 +133,7 @@ def test_export_of_an_unfinished_run(tmp_path, monkeypatch):
         after_updates(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(tmp_path)
-    with pytest.raises(CheckpointError, match="without an export: write it by `ijepa-zoo export"):
+    with pytest.raises(CheckpointError, match="`ijepa-zoo export"):
         ijepa_zoo.create_model(f"local-dir:{tmp_path}")
     export_run(tmp_path)
     tensors, _ = state(tmp_path)
@@ -231,7 +231,7 @@ def test_an_export_of_an_earlier_step_is_replaced_at_the_end(tmp_path, monkeypat
 def test_a_folder_of_something_else_where_the_export_goes_is_refused_at_once(tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "mine.txt").write_text("keep me")
-    with pytest.raises(RunError, match=r"no export of this package.*mine\.txt"):
+    with pytest.raises(RunError, match=r"mine\.txt"):
         train(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
 

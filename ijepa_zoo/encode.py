@@ -1,25 +1,29 @@
-"""From pixels to features, in a precision, on a device."""
+"""Pixels to features in a chosen precision, on one device."""
+
+from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.loading import usable_cpus
-from ..data.transforms import describe_transform, transform_config
-from ..distributed import choose_device
-from ..errors import SettingsError
-from ..features import FeatureExtractor, Layers
-from .outputs import DTYPES
+from .data.loading import usable_cpus
+from .data.transforms import describe_transform, transform_config
+from .distributed import choose_device
+from .errors import SettingsError
+from .features import FeatureExtractor, Layers, evaluating
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "bfloat16-weights")
 Batch = tuple[Tensor, list[str | None]]
+
 _TOKENS = 512  # that one CPU thread works on at a time; more is hardly faster
 _GPU_TOKENS = 65_536  # of a batch that fills a GPU
 _BATCH = 32  # images, elsewhere and at least
@@ -37,7 +41,7 @@ class Encoder:
 
     Attributes:
         settings: Everything that decides the numbers.
-        result_device: Device of the features.
+        size: Height and width of the images.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class Encoder:
         model: nn.Module,
         *,
         layers: Layers = "last",
-        pool: str | None = "avg",
+        pool: str | None = "auto",
         dtype: str = "float32",
         precision: str = "float32",
         device: str | torch.device = "auto",
@@ -53,33 +57,35 @@ class Encoder:
         host: bool = True,
     ) -> None:
         self.device = choose_device(device) if isinstance(device, str) else device
-        self.on_cpu = self.device.type == "cpu"
+        on_cpu = self.device.type == "cpu"
         self.result_device = torch.device("cpu") if host else self.device
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         if precision == "auto":
             precision = _fast_precision(self.device)
-        if precision == "float16" and self.on_cpu:
+        if precision == "float16" and on_cpu:
             raise SettingsError("float16 computation needs a GPU; use bfloat16 on a CPU")
         extractor = FeatureExtractor(model, layers, pool)
         config = transform_config(model)
         self.in_chans: int = config["input_size"][0]
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
-        self.grid: tuple[int, int] = tuple(extractor.model.patch_embed.dynamic_feat_size(self.size))
-        self.piece = max(1, _TOKENS // (self.grid[0] * self.grid[1])) if self.on_cpu else None
-        self.threads = (threads or usable_cpus()) if self.on_cpu else 1
+        self.grid = extractor.grid(self.size)
+        self.piece = max(1, _TOKENS // math.prod(self.grid)) if on_cpu else None
+        self.threads = (threads or usable_cpus()) if on_cpu else 1
         self.settings: dict[str, Any] = {
             "model": model_name(model),
             "weights": getattr(model, "weights_origin", "not from a checkpoint"),
             "weights_hash": weights_fingerprint(model),
             "layers": extractor.layers,
-            "pool": pool,
+            "pool": extractor.pool,
             "transform": describe_transform(model),
             "dtype": dtype,
             "precision": precision,
             "device": self.device.type,
             "images_at_once": self.piece,
-            "versions": _versions(),
+            "versions": ", ".join(
+                f"{name} {version(name)}" for name in ("torch", "timm", "pillow")
+            ),
         }
         if precision == "bfloat16-weights":
             extractor = copy.deepcopy(extractor).to(torch.bfloat16)
@@ -94,13 +100,13 @@ class Encoder:
     def batch_size(self) -> int:
         """Images of a batch that fills the device."""
         on_gpu = self.device.type == "cuda"
-        return max(_BATCH, _GPU_TOKENS // (self.grid[0] * self.grid[1])) if on_gpu else _BATCH
+        return max(_BATCH, _GPU_TOKENS // math.prod(self.grid)) if on_gpu else _BATCH
 
     @property
     def row_shape(self) -> tuple[int, ...]:
         """Shape of the features of one image."""
         width = self.extractor.num_features
-        return (width,) if self.extractor.pool == "avg" else (width, *self.grid)
+        return (width, *self.grid) if self.extractor.pool is None else (width,)
 
     def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
         """Encode batches; several are in work at a time, and they come out in order.
@@ -108,37 +114,44 @@ class Encoder:
         The model is in evaluation mode until the last one is out.
 
         Args:
-            batches: uint8 ``[B, C, H, W]``, and for each image None or the reason why its slot is
-                to be left out; further slots are padding.
+            batches: uint8 `[B, C, H, W]`, and for each image None or the reason why its slot is to
+                be left out; further slots are padding.
 
         Yields:
             Features of the good images, and the reasons.
         """
         waiting: deque[tuple[list[Future[Tensor]], list[str | None]]] = deque()
-        with self._evaluating(), self._thread_pool() as threads:
-            for pixels, reasons in batches:
-                waiting.append((list(self._submit(threads, pixels, reasons)), reasons))
-                while sum(len(jobs) for jobs, _ in waiting) > 2 * self.threads:
-                    yield self._collect(*waiting.popleft())
-            while waiting:
-                yield self._collect(*waiting.popleft())
+        before = torch.get_num_threads()
+        threads = ThreadPoolExecutor(self.threads, initializer=self._begin_thread)
+        with evaluating(self.extractor):
+            try:
+                for pixels, reasons in batches:
+                    step = self.piece or len(pixels)
+                    jobs = [
+                        threads.submit(self._encode, pixels[i : i + step], reasons[i : i + step])
+                        for i in range(0, len(pixels), step)
+                    ]
+                    waiting.append((jobs, reasons))
+                    while sum(len(jobs) for jobs, _ in waiting) > 2 * self.threads:
+                        jobs, reasons = waiting.popleft()
+                        yield torch.cat([job.result() for job in jobs]), reasons
+                for jobs, reasons in waiting:
+                    yield torch.cat([job.result() for job in jobs]), reasons
+            finally:
+                threads.shutdown(cancel_futures=True)
+                torch.set_num_threads(before)
 
-    def _submit(
-        self, threads: ThreadPoolExecutor, pixels: Tensor, reasons: list[str | None]
-    ) -> Iterator[Future[Tensor]]:
-        piece = self.piece or len(pixels)
-        for first in range(0, len(pixels), piece):
-            good = [i for i, reason in enumerate(reasons[first : first + piece]) if reason is None]
-            if good:
-                yield threads.submit(self._encode, pixels[first : first + piece], good)
-
-    def _collect(self, jobs: list[Future[Tensor]], reasons: list[str | None]) -> Batch:
-        rows = [job.result() for job in jobs]
-        none = torch.empty(0, *self.row_shape, dtype=self.dtype, device=self.result_device)
-        return torch.cat(rows or [none]), reasons
+    def _begin_thread(self) -> None:
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+        if self.device.type == "cuda":  # the current GPU is a setting of the thread
+            torch.cuda.set_device(self.device)
 
     @torch.inference_mode()
-    def _encode(self, pixels: Tensor, good: list[int]) -> Tensor:
+    def _encode(self, pixels: Tensor, reasons: list[str | None]) -> Tensor:
+        good = [slot for slot, reason in enumerate(reasons) if reason is None]
+        if not good:
+            return torch.empty(0, *self.row_shape, dtype=self.dtype, device=self.result_device)
         # The operations of torchvision's ToTensor and Normalize, in their order: the same bits.
         images = pixels.to(self.device, non_blocking=True).float().div_(255)
         images = images.sub_(self.mean).div_(self.std)
@@ -150,32 +163,12 @@ class Encoder:
             features = features[good]
         return features.to(self.result_device, self.dtype)
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.extractor.modules()]
-        self.extractor.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
-    @contextmanager
-    def _thread_pool(self) -> Iterator[ThreadPoolExecutor]:
-        """Threads that each compute alone; jobs that have not begun are dropped at the end."""
-        before = torch.get_num_threads()
-
-        def begin() -> None:
-            torch.set_num_threads(1 if self.on_cpu else before)
-            if self.device.type == "cuda":  # the current GPU is a setting of the thread
-                torch.cuda.set_device(self.device)
-
-        pool = ThreadPoolExecutor(self.threads, initializer=begin)
-        try:
-            yield pool
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(before)
+def _fast_precision(device: torch.device) -> str:
+    """What a GPU multiplies fastest by autocast; float32 elsewhere."""
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 
 def model_name(model: nn.Module) -> str:
@@ -189,15 +182,13 @@ def weights_fingerprint(model: nn.Module) -> str:
 
     Tells one set of weights from another without reading gigabytes of them.
     """
-
-    def pieces() -> Iterator[str]:
-        for name, tensor in model.state_dict().items():
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous()
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)} "
-            yield sample.view(torch.uint8).numpy().tobytes().hex()
-
-    return hash_texts(pieces())
+    texts = []
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous()
+        texts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} ")
+        texts.append(sample.view(torch.uint8).numpy().tobytes().hex())
+    return hash_texts(texts)
 
 
 def hash_texts(texts: Iterable[str]) -> str:
@@ -207,16 +198,3 @@ def hash_texts(texts: Iterable[str]) -> str:
         digest.update(text.encode("utf-8", "surrogateescape"))
         digest.update(b"\n")
     return digest.hexdigest()[:32]
-
-
-def _versions() -> str:
-    from importlib.metadata import version
-
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "pillow"))
-
-
-def _fast_precision(device: torch.device) -> str:
-    """What a GPU multiplies fastest by autocast; float32 elsewhere."""
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"

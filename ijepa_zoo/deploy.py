@@ -1,0 +1,376 @@
+"""Export a model for servers as ONNX or torch.export: uint8 pixels in, float32 features out."""
+
+import copy
+import importlib
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from math import floor, inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import Format
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
+
+from .data.scenes import SPLIT_STARTS, render_scenes
+from .data.transforms import transform_config
+from .encode import DTYPES, model_name, weights_fingerprint
+from .errors import MissingPackageError, RunError, SettingsError
+from .features import FeatureExtractor, Layers
+from .progress import progress_bar
+from .weights.export import check_destination, write_folder
+
+FILES = {"onnx": "model.onnx", "torch-export": "model.pt2"}
+RECORD = "serving.json"
+WRITTEN = (*FILES.values(), "model.onnx.data", RECORD)
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_OPSET = 18  # the lowest that torch writes and that has an antialiased Resize
+_ONE_FILE = 1_900_000_000  # bytes of weights inside model.onnx; protobuf ends at 2 GiB
+_BATCHES = (1, 2, 5)  # images of the checks
+# Largest |file - model in float32| / |model in float32|: rounding stays well below, errors do not.
+_LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1e-1}
+
+
+def export_graph(
+    model: nn.Module,
+    folder: str | Path,
+    to: str = "onnx",
+    *,
+    layers: Layers = "last",
+    pool: str | None = "auto",
+    dtype: str = "float32",
+    quantize: str | None = None,
+    dynamic_size: bool = False,
+    license: str | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Export a model as a file that a server runs without this package.
+
+    The graph takes uint8 RGB pixels ``images [B, 3, H, W]`` for any ``B``, normalizes them and
+    returns float32 ``features``: ``[B, nD]`` for n blocks, or maps ``[B, nD, h, w]``.
+    ``serving.json`` beside it has the resize and crop that come before, the shapes, the model, its
+    license and the error of the file: it is compared with the model in float32 on rendered scenes,
+    and only kept if it agrees.
+
+    Args:
+        model: A timm model, for example from :func:`ijepa_zoo.create_model`.
+        folder: Output folder; must not exist unless ``overwrite``.
+        to: 'onnx' (``model.onnx``, and ``model.onnx.data`` for weights beyond 1.9 GB) or
+            'torch-export' (``model.pt2`` for ``torch.export.load``).
+        layers: 'last', 'last4' or block indices, see :class:`ijepa_zoo.FeatureExtractor`.
+        pool: 'auto', 'avg', 'cls', 'cls_avg' or None for maps, see
+            :class:`ijepa_zoo.FeatureExtractor`.
+        dtype: 'float32', 'float16' or, for 'torch-export', 'bfloat16': of weights and computation.
+        quantize: 'int8' for linear layers in 8 bits, for 'onnx' on CPUs. Activations are scaled by
+            the range of each batch, so features depend a little on the other images of the batch.
+        dynamic_size: Accept any ``H`` and ``W`` that are multiples of the patch size, at least two
+            patches each; positions are resampled as by timm's ``dynamic_img_size``.
+        license: License of the weights (SPDX); default: that of the model's ``pretrained_cfg``.
+        overwrite: Replace an earlier export of this kind.
+        progress: Show a progress bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        RunError: If the file disagrees with the model, the model's own features are not finite or
+            all zero, or ``folder`` exists; an existing folder is left as it was.
+        ImportError: If a package for ONNX is missing.
+        ValueError: If the options do not fit each other or the model.
+    """
+    folder = Path(folder)
+    check_request(folder, to, dtype=dtype, quantize=quantize, overwrite=overwrite)
+    reference = _Graph(model, layers, pool, torch.float32, dynamic_size)
+    graph = _Graph(model, layers, pool, DTYPES[dtype], dynamic_size)
+    precision = quantize or dtype
+    packages = ("torch", "timm", *(_ONNX_PACKAGES if to == "onnx" else ()))
+    record: dict[str, Any] = {
+        "format": 1,
+        "file": FILES[to],
+        "preprocessing": _preprocessing(model),
+        **_description(model, license),
+        "layers": graph.extractor.layers,
+        "pool": graph.extractor.pool,
+        "precision": precision,
+        "versions": {name: version(name) for name in packages},
+    }
+    expected = _expected(reference)
+    with (
+        progress_bar(progress, 3, "export", "step") as bar,
+        write_folder(folder, WRITTEN, overwrite) as part,
+    ):
+        program = _trace(graph)
+        bar.update()
+        _write(program, part, to, quantize)
+        bar.update()
+        record |= _shapes(graph, expected[0][1]) | _check(_load(part, to), expected, precision)
+        bar.update()
+        (part / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def check_request(
+    folder: str | Path, to: str, *, dtype: str, quantize: str | None, overwrite: bool
+) -> None:
+    """Refuse what `export_graph` would, before weights are downloaded.
+
+    Raises:
+        ValueError: If the options do not fit each other.
+        RunError: If ``folder`` cannot be written.
+        ImportError: If a package for ONNX is missing.
+    """
+    for name, value, known in (
+        ("to", to, FILES),
+        ("dtype", dtype, DTYPES),
+        ("quantize", quantize, (None, "int8")),
+    ):
+        if value not in known:
+            raise SettingsError(f"{name} is {value!r}; use one of {', '.join(map(str, known))}")
+    if to == "onnx" and dtype == "bfloat16":
+        raise SettingsError(
+            "onnxruntime has no bfloat16 convolution on CPUs: use dtype float16 or quantize int8, "
+            "or torch-export"
+        )
+    if quantize and (to, dtype) != ("onnx", "float32"):
+        raise SettingsError(
+            f"quantize={quantize!r} needs onnx and dtype float32, got {to} and {dtype}; use dtype "
+            "bfloat16 for a fast torch-export"
+        )
+    check_destination(Path(folder), WRITTEN, overwrite)
+    if to == "onnx":
+        try:
+            for package in _ONNX_PACKAGES:
+                importlib.import_module(package)
+        except ImportError as error:
+            raise MissingPackageError(
+                f"export to ONNX needs {', '.join(_ONNX_PACKAGES)} ({error}): "
+                "pip install 'ijepa-zoo[onnx]'"
+            ) from error
+
+
+class _Graph(nn.Module):
+    """From uint8 pixels ``[B, C, H, W]`` to float32 features, on the CPU in the given data type."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        pool: str | None,
+        dtype: torch.dtype,
+        dynamic_size: bool,
+    ) -> None:
+        super().__init__()
+        config = transform_config(model)
+        self.size: tuple[int, int] = tuple(config["input_size"][1:])
+        self.dtype = dtype
+        self.register_buffer("pixel_mean", torch.tensor(config["mean"]).view(-1, 1, 1))
+        self.register_buffer("pixel_std", torch.tensor(config["std"]).view(-1, 1, 1))
+        own = _copy(model, dtype)
+        self.patch_size = _accept_other_sizes(own) if dynamic_size else None
+        self.extractor = FeatureExtractor(own, layers, pool).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        normalized = images.float().div(255).sub(self.pixel_mean).div(self.pixel_std)
+        features: Tensor = self.extractor(normalized.to(self.dtype))
+        return features.float()
+
+
+def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy to change; it shares the weights of a model on the CPU in that data type."""
+    tensors = [*model.parameters(), *model.buffers()]
+    kinds = {(t.device.type, t.dtype) for t in tensors if t.is_floating_point()}
+    shared = {id(t): t for t in tensors} if kinds == {("cpu", dtype)} else {}
+    return copy.deepcopy(model, shared).to("cpu", dtype)
+
+
+def _accept_other_sizes(model: Any) -> tuple[int, int]:
+    """Do what timm's constructor does for ``dynamic_img_size``; returns the patch size."""
+    if not isinstance(model, VisionTransformer):  # rotary positions are traced for one size only
+        raise SettingsError(
+            f"dynamic_size needs a VisionTransformer of timm, not {type(model).__name__}: leave it "
+            "out and export once for each image size"
+        )
+    model.dynamic_img_size = True
+    model.patch_embed.strict_img_size = False
+    model.patch_embed.flatten = False
+    model.patch_embed.output_fmt = Format.NHWC
+    return model.patch_embed.patch_size
+
+
+def _trace(graph: _Graph) -> ExportedProgram:
+    height, width = graph.size
+    # torch 2.6 does not trace class tokens for a batch size without an upper bound
+    dynamic: dict[int, Any] = {0: Dim("batch", min=1, max=2**31 - 1)}
+    if graph.patch_size is not None:
+        patch_height, patch_width = graph.patch_size
+        dynamic |= {2: patch_height * Dim("rows", min=2), 3: patch_width * Dim("columns", min=2)}
+        # Not the model's own size, for which older versions of timm skip the resampling.
+        height, width = height + patch_height, width + 2 * patch_width
+    example = torch.zeros(2, len(graph.pixel_mean), height, width, dtype=torch.uint8)
+    with torch.no_grad():
+        program = torch.export.export(
+            graph, (example,), dynamic_shapes={"images": dynamic}, strict=False
+        )
+    for node in program.graph.nodes:  # they name files of this machine
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _write(program: ExportedProgram, folder: Path, to: str, quantize: str | None) -> None:
+    path = folder / FILES[to]
+    if to == "torch-export":
+        content = io.BytesIO()  # given a path, torch aborts the process where it cannot write
+        torch.export.save(program, content)
+        path.write_bytes(content.getbuffer())
+        return
+    onnx_program = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=_OPSET,
+        input_names=["images"],
+        output_names=["features"],
+        dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
+        optimize=True,  # folds the transposes of weights, which int8 needs; default since torch 2.7
+        verbose=False,
+    )
+    assert onnx_program is not None  # only torch's older exporter returns None
+    external = sum(t.nbytes for t in program.state_dict.values()) > _ONE_FILE
+    if quantize is None:
+        onnx_program.save(path, external_data=external)
+        return
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    # The quantizer warns unless constants are folded; torch has folded them.
+    onnx_program.model.metadata_props["onnx.quant.pre_process"] = "onnxruntime.quant"
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        onnx_program.save(Path(scratch) / path.name, external_data=external)
+        quantize_dynamic(
+            Path(scratch) / path.name,
+            path,
+            op_types_to_quantize=["MatMul"],  # those with constant weights; attention stays float
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+        )
+
+
+def _load(folder: Path, to: str) -> Callable[[Tensor], Tensor]:
+    """Open the written file as a server does."""
+    path = folder / FILES[to]
+    if to == "torch-export":
+        return torch.export.load(path).module()
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@torch.inference_mode()
+def _expected(reference: _Graph) -> list[tuple[Tensor, Tensor]]:
+    """Batches of rendered scenes, uint8, and the model's features in float32."""
+    batches = [(count, reference.size) for count in _BATCHES]
+    if reference.patch_size is not None:
+        (height, width), (patch_height, patch_width) = reference.size, reference.patch_size
+        batches.append((2, (height + 2 * patch_height, width)))
+        batches.append((2, (2 * patch_height, width + 3 * patch_width)))
+    scenes = torch.from_numpy(render_scenes(0, SPLIT_STARTS["test"], max(_BATCHES))["images"])
+    channels = torch.arange(len(reference.pixel_mean)) % 3
+    scenes = scenes.permute(0, 3, 1, 2)[:, channels].float()
+    pairs = []
+    for count, size in batches:
+        images = F.interpolate(scenes[-count:], size, mode="bilinear").round().to(torch.uint8)
+        features = reference(images)
+        if not features.isfinite().all() or not features.any():
+            raise RunError(
+                "the features of the model itself are NaN, infinite or all zero: export other "
+                "weights, such as an earlier checkpoint"
+            )
+        pairs.append((images, features))
+    return pairs
+
+
+@torch.inference_mode()
+def _check(
+    run: Callable[[Tensor], Tensor], pairs: list[tuple[Tensor, Tensor]], precision: str
+) -> dict[str, Any]:
+    """Compare the file with the model; raises RunError if its precision does not explain it."""
+    limit, batches, cosines = _LIMITS[precision], [], []
+    for images, expected in pairs:
+        got = run(images)
+        same_shape = got.shape == expected.shape
+        error = float((got - expected).norm() / expected.norm()) if same_shape else inf
+        if not error <= limit:  # also NaN
+            raise RunError(
+                f"the exported file differs from the model by {error:.2g} (relative) for "
+                f"{list(images.shape)}, more than {limit:g}, the limit for {precision}: it is not "
+                "kept; try another precision, or newer versions of torch and onnxscript"
+            )
+        size = list(images.shape[-2:])
+        batches.append({"images": len(images), "size": size, "relative_error": error})
+        cosines.append(F.cosine_similarity(got.flatten(1), expected.flatten(1)).min().item())
+    checked = {"on": "rendered scenes", "limit": limit, "batches": batches}
+    return {"checked": {**checked, "lowest_cosine": min(cosines)}}
+
+
+def _shapes(graph: _Graph, features: Tensor) -> dict[str, Any]:
+    """Input and output of the graph; a name stands for a size that is free."""
+    size: list[Any] = list(graph.size)
+    maps: list[Any] = list(features.shape[2:])
+    multiple = {}
+    if graph.patch_size is not None:
+        size, maps = ["height", "width"], ["rows", "columns"][: len(maps)]
+        multiple = {"multiple_of": list(graph.patch_size)}
+    source, result = ["batch", len(graph.pixel_mean), *size], ["batch", features.shape[1], *maps]
+    return {
+        "input": {"name": "images", "dtype": "uint8", "shape": source, **multiple},
+        "output": {"name": "features", "dtype": "float32", "shape": result},
+    }
+
+
+def _preprocessing(model: nn.Module) -> dict[str, Any]:
+    """How an image becomes the pixels that the graph takes, for any image library.
+
+    ``resize`` is the short side in pixels, or ``[height, width]`` where the aspect ratio changes.
+    """
+    config = transform_config(model)
+    height, width = config["input_size"][1:]
+    mode = config["crop_mode"]
+    if mode not in ("center", "squash") or (mode == "center" and height != width):
+        raise SettingsError(
+            f"serving.json cannot describe the crop mode {mode!r} to {height}x{width} pixels: use "
+            "a square img_size and the crop mode 'center'"
+        )
+    scaled = [floor(side / config["crop_pct"]) for side in (height, width)]
+    return {
+        "color": {1: "L", 3: "RGB"}.get(config["input_size"][0]),
+        "resize": scaled[0] if mode == "center" else scaled,
+        "interpolation": config["interpolation"],
+        "antialias": True,
+        "center_crop": [height, width],
+        "normalization": "inside the graph",
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+    }
+
+
+def _description(model: nn.Module, license: str | None) -> dict[str, Any]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    weights = getattr(model, "weights_origin", "not from a checkpoint")
+    network, _, place = weights.partition(" of ")
+    if Path(place).is_absolute():  # no folders of this machine in what is served
+        weights = f"{network} of {Path(place).name}"
+    return {
+        "model": model_name(model),
+        "weights": weights,
+        "weights_hash": weights_fingerprint(model),
+        "license": license or cfg.get("license"),
+    }

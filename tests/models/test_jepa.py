@@ -1,0 +1,114 @@
+"""The objective: targets, loss, gradients and the update of the target encoder."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import ijepa_zoo
+
+CONTEXT = torch.tensor([[0, 1, 4, 5, 8], [2, 3, 6, 7, 11]])
+TARGETS = torch.tensor([[[10, 11], [14, 15], [2, 3]], [[0, 1], [4, 5], [12, 13]]])
+
+
+@pytest.fixture
+def make(tiny, tiny_predictor):
+    def create(stir=0.2, **kwargs):
+        size = {**tiny, **tiny_predictor, **kwargs}
+        ijepa = ijepa_zoo.create_ijepa("vit_tiny16_ijepa", pretrained=False, **size)
+        with torch.no_grad():  # std 0.02 makes a nearly linear network
+            for parameter in ijepa.parameters():
+                parameter.add_(torch.randn_like(parameter) * stir)
+        return ijepa
+
+    return create
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64)
+
+
+def test_targets_are_normalized_tokens_of_the_whole_image(make, images):
+    ijepa = make()
+    tokens = ijepa.target_encoder.forward_features(images)
+    centered = tokens - tokens.mean(-1, keepdim=True)
+    normalized = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = torch.stack([normalized[image][TARGETS[image]] for image in range(2)])
+    assert_close(ijepa.target_tokens(images, TARGETS), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "l2"])
+def test_loss(make, images, loss):
+    ijepa = make(loss=loss)
+    error = (ijepa.predict(images, CONTEXT, TARGETS) - ijepa.target_tokens(images, TARGETS)).abs()
+    assert error.min() < 1 < error.max()
+    smooth = torch.where(error < 1, 0.5 * error.square(), error - 0.5)
+    expected = (smooth if loss == "smooth_l1" else error.square()).mean()
+    assert_close(ijepa(images, CONTEXT, TARGETS), expected)
+
+
+def test_gradient_reaches_every_parameter_but_those_of_the_target_encoder(make, images):
+    ijepa = make()
+    ijepa(images, CONTEXT, TARGETS).backward()
+    for name, parameter in ijepa.named_parameters():
+        if name.startswith("target_encoder."):
+            assert not parameter.requires_grad, name
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_target_encoder_starts_as_a_copy_and_stays_in_evaluation_mode(make, images):
+    ijepa = make(stir=0, drop_path_rate=0.5).train()
+    assert ijepa.encoder.training
+    assert not any(module.training for module in ijepa.target_encoder.modules())
+    tokens = ijepa.target_tokens(images, TARGETS)
+    assert torch.equal(ijepa.target_tokens(images, TARGETS), tokens)
+    target = dict(ijepa.target_encoder.state_dict())
+    assert_close(target, dict(ijepa.encoder.state_dict()), rtol=0, atol=0)
+    with torch.no_grad():
+        ijepa.encoder.norm.bias.fill_(3.0)
+    assert (ijepa.target_encoder.norm.bias == 0).all()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.996, 1.0])
+def test_update_of_the_target_encoder(make, momentum):
+    ijepa = make()
+    old = {name: p.clone() for name, p in ijepa.target_encoder.named_parameters()}
+    encoder = {name: p.clone() for name, p in ijepa.encoder.named_parameters()}
+    positions = ijepa.target_encoder.pos_embed.clone()
+    ijepa.update_target(momentum)
+    for name, parameter in ijepa.target_encoder.named_parameters():
+        expected = momentum * old[name].double() + (1 - momentum) * encoder[name].double()
+        assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(ijepa.target_encoder.pos_embed, positions)
+    assert_close(dict(ijepa.encoder.named_parameters()), encoder, rtol=0, atol=0)
+
+
+def test_regularizer_of_the_context_tokens_is_added(make, images):
+    class Regularizer(nn.Module):
+        def forward(self, tokens):
+            return 2 * tokens.square().mean()
+
+    ijepa = make(regularizer=Regularizer())
+    loss = ijepa(images, CONTEXT, TARGETS)
+    tokens = ijepa.encoder.encode(images, CONTEXT)
+    ijepa.regularizer = None
+    plain = ijepa(images, CONTEXT, TARGETS)
+    assert_close(loss, plain + 2 * tokens.square().mean())
+    bias = ijepa.encoder.norm.bias
+    gradients = [torch.autograd.grad(value, bias)[0] for value in (loss, plain)]
+    assert not torch.allclose(*gradients)
+
+
+def test_several_masks_of_an_image_equal_several_copies_of_it(make, images):
+    ijepa = make()
+    other = torch.tensor([[1, 2, 3, 9, 12], [0, 4, 8, 12, 13]]), TARGETS.flip(0)
+    context = torch.stack([CONTEXT, other[0]], dim=1).flatten(0, 1)  # rows of an image are adjacent
+    targets = torch.stack([TARGETS, other[1]], dim=1).flatten(0, 1)
+    copies = (ijepa(images, CONTEXT, TARGETS) + ijepa(images, *other)) / 2
+    assert_close(ijepa(images, context, targets), copies)
+    predicted = ijepa.predict(images, context, targets)
+    assert_close(predicted[0::2], ijepa.predict(images, CONTEXT, TARGETS))
+    assert_close(predicted[1::2], ijepa.predict(images, *other))

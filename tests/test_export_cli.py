@@ -1,0 +1,180 @@
+"""`ijepa-zoo export`: every source to every format, and the example that serves an ONNX file."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from small_run import CONFIG, after_updates, pictures
+from test_deploy import needs_onnx, normalized
+
+import ijepa_zoo
+from ijepa_zoo.cli import main
+from ijepa_zoo.train import Interrupted, pretrain
+
+ROOT = Path(__file__).parents[1]
+NANO = "vit_nano8_64_ijepa"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped after 6 steps, with checkpoints of steps 4 and 6."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        after_updates(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            pretrain(CONFIG, pictures(), folder, progress=False)
+    return str(folder)
+
+
+def bias(name):
+    return ijepa_zoo.create_model(name).norm.bias
+
+
+def served(folder):
+    """Features of one picture by an exported program, and the picture normalized."""
+    pixels = torch.from_numpy(pictures(1)).permute(0, 3, 1, 2)
+    return torch.export.load(f"{folder}/model.pt2").module()(pixels), pixels
+
+
+def about(folder):
+    return json.loads(Path(folder, "serving.json").read_text())
+
+
+def test_released_weights_to_the_formats_of_weights(here, capsys):
+    for to in ("timm", "transformers", "official", "native"):
+        assert main(["export", NANO, to, "--to", to, "--dtype", "float16"]) == 0
+    assert "native/model.safetensors" in (out := capsys.readouterr().out)
+    assert 'create_model("local-dir:native")' in out
+    wanted = bias(NANO).half().float()
+    assert torch.equal(timm.create_model("local-dir:timm", pretrained=True).norm.bias, wanted)
+    for folder in ("timm", "transformers", "native"):
+        assert torch.equal(bias(f"local-dir:{folder}").float(), wanted)
+    (file,) = Path("official").glob("*.pth.tar")
+    assert main(["export", str(file), "again", "--model", NANO]) == 0
+    assert torch.equal(bias("local-dir:again").float(), wanted)
+
+
+@pytest.mark.parametrize("to", ["timm", "torch-export"])
+def test_any_step_of_a_run(here, stopped, to):
+    assert main(["export", stopped, "newest"]) == 0
+    assert main(["export", stopped, "earlier", "--step", "4"]) == 0
+    assert not torch.equal(bias("local-dir:newest"), bias("local-dir:earlier"))
+    assert main(["export", stopped, "made", "--step", "4", "--to", to, "--network", "encoder"]) == 0
+    wanted = ijepa_zoo.create_model("local-dir:earlier", network="encoder").eval()
+    if to == "timm":
+        assert torch.equal(bias("local-dir:made"), wanted.norm.bias)
+    else:
+        got, _ = served("made")
+        images = ijepa_zoo.create_transform(wanted)(pictures(1)[0])[None]
+        with torch.no_grad():
+            torch.testing.assert_close(got, wanted.encode(images).mean(1))
+        assert "after 4 steps" in about("made")["weights"]
+
+
+def test_run_without_a_destination(here, stopped, capsys):
+    assert main(["export", stopped]) == 0
+    assert torch.equal(bias(f"local-dir:{stopped}"), bias(f"local-dir:{stopped}/export"))
+    assert main(["export", stopped]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+
+
+@needs_onnx
+def test_name_to_onnx_served_by_the_example(here, capfd):
+    assert main(["export", NANO, "served", "--to", "onnx", "--layers", "last4"]) == 0
+    out, err = capfd.readouterr()
+    assert "served/model.onnx" in out
+    assert "features float32 ['batch', 512]" in out
+    assert not err
+    assert NANO in about("served")["weights"]
+    assert about("served")["license"] == "apache-2.0"
+    photos = sorted(map(str, (ROOT / "examples/images/photos").glob("*.jpg")))
+    words = [str(ROOT / "examples" / "serve_onnx.py"), str(here / "served"), *photos]
+    alone = "import runpy, sys; sys.modules.update(torch=None, timm=None, ijepa_zoo=None); "
+    alone += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    for command in (["-c", alone, *words], [*words, "--compare", NANO]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=100
+        )
+        assert f"features [{len(photos)}, 512]" in done.stdout, done.stderr
+    assert f"relative error to {NANO} in PyTorch" in done.stdout
+
+
+def test_folder_to_torch_export_with_options(here):
+    assert main(["export", NANO, "folder"]) == 0
+    words = ["--dtype", "bfloat16", "--img-size", "32", "--license", "MIT", "--layers", "1,3"]
+    words += ["--pool", "none", "--dynamic-size", "--quiet"]
+    assert main(["export", "folder", "served", "--to", "torch-export", *words]) == 0
+    made = about("served")
+    assert (made["precision"], made["license"], made["layers"]) == ("bfloat16", "MIT", [1, 3])
+    assert made["preprocessing"]["center_crop"] == [32, 32]
+    assert made["output"]["shape"] == ["batch", 256, "rows", "columns"]
+    got, pixels = served("served")
+    model = ijepa_zoo.create_model(NANO, img_size=64).eval()
+    with torch.no_grad():
+        wanted = ijepa_zoo.FeatureExtractor(model, [1, 3], None)(normalized(pixels))
+    assert got.shape == wanted.shape
+    assert torch.cosine_similarity(got.flatten(1), wanted.flatten(1)).min() > 0.99
+
+
+def test_own_file_needs_the_name_of_its_model(here, capsys):
+    model = ijepa_zoo.create_model(NANO, pretrained=False, embed_dim=64).eval()
+    save_file(model.state_dict(), "own.safetensors")
+    words = ["export", "own.safetensors", "served", "--to", "torch-export"]
+    assert main(words) == 2
+    assert "--model" in capsys.readouterr().err
+    assert main([*words, "--model", NANO, "--embed-dim", "64"]) == 0
+    got, pixels = served("served")
+    with torch.no_grad():
+        torch.testing.assert_close(got, model.encode(normalized(pixels)).mean(1))
+
+
+def test_upload_options_reach_the_function(here, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ijepa_zoo.cli.models.export", lambda *args, **kw: calls.append(kw) or here)
+    words = ["--push-to", "me/repo", "--private", "--revision", "v2"]
+    assert main(["export", NANO, "out", *words]) == 0
+    assert calls[0].items() >= {"push_to": "me/repo", "private": True, "revision": "v2"}.items()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["vit_tiny16_ijepa", "--to", "onnx"], "DST"),
+        (["run", "--to", "timm"], "DST"),
+        (["run", "out", "--layers", "last4", "--dynamic-size"], "--layers, --dynamic-size"),
+        (["run", "out", "--model", NANO], "--model"),
+        ([NANO, "out", "--step", "5"], "--step"),
+        ([NANO, "out", "--to", "onnx", "--push-to", "me/repo"], "--push-to"),
+        (["run", "out", "--to", "onnx", "--dtype", "bfloat16"], "bfloat16"),
+        (["run", "out", "--to", "torch-export", "--quantize", "int8"], "int8"),
+        (["vit_tiny61", "out", "--to", "torch-export"], "'vit_tiny61'"),
+        ([NANO, "out", "--to", "torch-export", "--layers", "9"], "9"),
+    ],
+)
+def test_wrong_usage_names_the_value(here, capsys, words, named):
+    Path("run").mkdir()
+    Path("run/config.yaml").touch()
+    assert main(["export", *words]) == 2
+    assert named in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("to", ["timm", "torch-export"])
+def test_existing_folder_is_refused_before_the_source_is_read(here, capsys, to):
+    Path("out").mkdir()
+    assert main(["export", "hf-hub:nobody/absent", "out", "--to", to]) == 1
+    err = capsys.readouterr().err
+    assert "out" in err
+    assert "--overwrite" in err
