@@ -73,7 +73,8 @@ class HFDataset(ImageDataset):
             )  # fmt: skip
             return
         values = data.select_columns([column]).with_format("numpy")[:][column]
-        self.targets = np.nan_to_num(values, nan=-1).astype(np.int64)  # rows without a class
+        numbers = np.asarray(values, dtype=np.float64)  # rows without a class are None or NaN
+        self.targets = np.nan_to_num(numbers, nan=-1).astype(np.int64)
         if isinstance(kind, datasets.ClassLabel):
             self.classes = dict(enumerate(kind.names))
 

@@ -53,7 +53,7 @@ def matplotlib():
     pytest.importorskip("matplotlib")
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")  # of matplotlib's own
 def test_a_run_is_drawn(tmp_path):
     picture = plot_run(write_run(tmp_path / "whole", 100))
     assert picture == tmp_path / "whole" / "plot.png"
@@ -61,7 +61,7 @@ def test_a_run_is_drawn(tmp_path):
     assert not drawn(picture)[6]  # no EMA distance was logged
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")  # of matplotlib's own
 def test_a_run_that_has_just_begun_is_drawn(tmp_path):
     picture = plot_run(write_run(tmp_path / "new", 1, monitors=False), tmp_path / "picture.png")
     assert picture == tmp_path / "picture.png"
