@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._manipulate import checkpoint_seq
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 

@@ -93,7 +93,7 @@ def _resolve_name(
         networks = open_checkpoint(name, kwargs.get("cache_dir"))
         checkpoint = name if checkpoint is None and pretrained else checkpoint
         predictor = networks.predictor
-        own = {key: value for key, value in networks.args.items() if key != "norm_eps"}
+        own = dict(networks.args)
         if networks.pretrained_cfg:
             own["pretrained_cfg"] = dict(networks.pretrained_cfg)
         name, kwargs = networks.model or registry.CUSTOM, {**own, **kwargs}

@@ -18,11 +18,10 @@ from ..errors import CheckpointError, FetchError, RunError, SettingsError, some
 from ..models.encoder import IJepaEncoder
 from ..models.factory import create_model
 from ..models.jepa import IJepa
-from ..models.predictor import Predictor
 from . import configs, load, registry
 from .formats import UNLABELED, State
 from .read import FOLDER_PREFIX, Networks, open_checkpoint, open_entry
-from .writers import WRITERS, WRITTEN, Bundle
+from .writers import WRITERS, WRITTEN
 
 _PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
@@ -87,12 +86,14 @@ def export(
     if isinstance(model, str | Path):
         _refuse_source(model, folder)
         only_one = to in ("timm", "transformers")
-        bundle = _from_source(model, model_name, network, only_one, cache_dir, encoder_kwargs)
+        networks = _from_source(model, model_name, network, only_one, cache_dir, encoder_kwargs)
     else:
-        bundle = _from_module(model, network)
-    bundle = replace(bundle, license=license or bundle.license, origin=origin or bundle.origin)
+        networks = _from_module(model, network)
+    networks = replace(
+        networks, license=license or networks.license, origin=origin or networks.origin
+    )
     with write_folder(folder, WRITTEN, overwrite) as part:
-        WRITERS[to](bundle, part, network, dtype)
+        WRITERS[to](networks, part, network, dtype)
     if push_to is not None:
         _push(folder, push_to, private, revision)
     return folder
@@ -177,22 +178,23 @@ def _push(folder: Path, repo_id: str, private: bool, revision: str | None) -> No
         ) from error
 
 
-def _from_module(module: IJepa | IJepaEncoder, network: str | None) -> Bundle:
+def _from_module(module: IJepa | IJepaEncoder, network: str | None) -> Networks:
     if isinstance(module, IJepa):
-        states = {name: dict(getattr(module, name).state_dict()) for name in registry.NETWORKS}
-        predictor = _predictor_args(module.predictor)
-        return Bundle(
-            origin="an IJepa module",
-            states=states,
-            predictor=predictor,
-            **_describe(module.encoder),
-        )
+        names: tuple[str, ...] = registry.NETWORKS
+        described = _describe(module.encoder, "an IJepa module")
+        context = module.predictor.context
+        states = {name: partial(_state, getattr(module, name)) for name in names}
+        predictor = _predictor_args(_state(module.predictor), {"context": context})
+        return replace(described, states=states, predictor=predictor)
     if not isinstance(module, IJepaEncoder):
         raise SettingsError(f"export takes an IJepa or IJepaEncoder, not {type(module).__name__}")
     label = network or str(getattr(module, "weights_network", UNLABELED))
-    origin = getattr(module, "weights_origin", "an encoder in memory")
-    states = {label: dict(module.state_dict())}
-    return Bundle(origin=origin, states=states, predictor={}, **_describe(module))
+    described = _describe(module, getattr(module, "weights_origin", "an encoder in memory"))
+    return replace(described, states={label: partial(_state, module)})
+
+
+def _state(module: nn.Module) -> State:
+    return dict(module.state_dict())
 
 
 def _from_source(
@@ -202,7 +204,7 @@ def _from_source(
     only_one: bool,
     cache_dir: str | Path | None,
     encoder_kwargs: Mapping[str, Any],
-) -> Bundle:
+) -> Networks:
     """Networks of a checkpoint, straight from its file: tensors keep their dtype."""
     text = str(source)
     name, _, tag = text.partition(".")
@@ -218,12 +220,13 @@ def _from_source(
         raise CheckpointError(
             f"{text} does not say which model it is: give it, for example --model vit_huge14_ijepa"
         )
-    if network is None and only_one:
-        network = networks.choose(None, entry.network if entry else "target_encoder")
-        network = None if network == UNLABELED else network
-    states = _read_states(networks, network)
-    args = {key: value for key, value in networks.args.items() if key != "norm_eps"}
-    args |= encoder_kwargs
+    if UNLABELED in networks.states:  # the caller says what the file does not
+        states = {network or UNLABELED: networks.states[UNLABELED]()}
+    else:
+        chosen = networks.choose(network, entry.network if entry else "target_encoder")
+        wanted = [chosen] if network or only_one else list(networks.states)
+        states = {key: networks.states[key]() for key in wanted}
+    args = {**networks.args, **encoder_kwargs}
     if networks.pretrained_cfg:
         args["pretrained_cfg"] = dict(networks.pretrained_cfg)
     for state in states.values():
@@ -239,42 +242,46 @@ def _from_source(
     for key, state in states.items():
         if key != "predictor":
             load.check(template, state, networks.origin)
-    described = {**_describe(template), "norm_eps": networks.args.get("norm_eps", 1e-6)}
-    predictor = dict(networks.predictor)
-    if "predictor" in states:
-        blocks = {key.split(".")[1] for key in states["predictor"] if "_blocks." in key}
-        predictor["embed_dim"] = states["predictor"]["mask_token"].shape[-1]
-        predictor["depth"] = len(blocks)
-    return Bundle(
-        origin=networks.origin,
-        states=states,
-        predictor=predictor if "predictor" in states else {},
+    predictor = states.get("predictor")
+    return replace(
+        _describe(template, networks.origin),
+        states={key: partial(dict, state) for key, state in states.items()},
+        norm_eps=networks.norm_eps,
+        predictor=_predictor_args(predictor, networks.predictor) if predictor else {},
         license=networks.license,
-        **described,
     )
 
 
-def _read_states(networks: Networks, network: str | None) -> dict[str, State]:
-    if UNLABELED in networks.states:  # the caller says what the file does not
-        return {network or UNLABELED: networks.states[UNLABELED]()}
-    wanted = list(networks.states) if network is None else [networks.choose(network)]
-    return {key: networks.states[key]() for key in wanted}
+def _predictor_args(state: State, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of a predictor, and its context if that is not the official one."""
+    blocks = {key.split(".")[1] for key in state if key.startswith("predictor_blocks.")}
+    context = known.get("context", "repeated")
+    return {
+        "embed_dim": state["mask_token"].shape[-1],
+        "depth": len(blocks),
+        **({} if context == "repeated" else {"context": context}),
+    }
 
 
-def _describe(encoder: IJepaEncoder) -> dict[str, Any]:
+def _describe(encoder: IJepaEncoder, origin: str) -> Networks:
+    """What an export says of an encoder, without tensors."""
     _check_plain(encoder)
     args, cfg = encoder_args(encoder), getattr(encoder, "pretrained_cfg", None) or {}
     config = resolve_model_data_config(encoder)
     config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
-    return {
-        "model": registry.model_name(args, cfg.get("architecture")),
-        "args": args,
-        "norm_eps": encoder.norm.eps,
-        "preprocessing": {
-            key: list(config[key]) if isinstance(config[key], tuple) else config[key]
-            for key in _PREPROCESSING
-        },
+    preprocessing = {
+        key: list(config[key]) if isinstance(config[key], tuple) else config[key]
+        for key in _PREPROCESSING
     }
+    return Networks(
+        origin,
+        {},
+        "memory",
+        registry.model_name(args, cfg.get("architecture")),
+        args,
+        encoder.norm.eps,
+        pretrained_cfg=preprocessing,
+    )
 
 
 def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
@@ -293,15 +300,6 @@ def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
         "class_token": False,
         "global_pool": encoder.global_pool,
         "fc_norm": False,
-    }
-
-
-def _predictor_args(predictor: Predictor) -> dict[str, Any]:
-    context = {} if predictor.context == "repeated" else {"context": predictor.context}
-    return {
-        "embed_dim": predictor.mask_token.shape[-1],
-        "depth": len(predictor.predictor_blocks),
-        **context,
     }
 
 

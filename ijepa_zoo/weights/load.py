@@ -10,8 +10,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import torch
 from timm.layers import LayerNorm, resample_abs_pos_embed, resample_patch_embed
-from timm.models import PretrainedCfg
-from timm.models._manipulate import adapt_input_conv, named_apply
+from timm.models import PretrainedCfg, adapt_input_conv, named_apply
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import Tensor, nn
 
@@ -98,15 +97,14 @@ def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weig
     """
     arguments = dict(arguments)
     device = arguments.pop("device", None)
-    known = dict(weights.networks.args)
-    eps = known.pop("norm_eps", 1e-6)
-    if eps != 1e-6:
-        arguments.setdefault("norm_layer", partial(LayerNorm, eps=eps))
+    networks = weights.networks
+    if networks.norm_eps != 1e-6:
+        arguments.setdefault("norm_layer", partial(LayerNorm, eps=networks.norm_eps))
     model: Any = cls(**arguments, device="meta", weight_init="skip")
     model.weight_init_mode = arguments.get("weight_init", "")
-    _check_architecture(model, known, weights.networks.origin)
-    state = fit(weights.read(), model, weights.networks.origin, weights.networks.grid_size)
-    assign(model, state, weights.networks.origin, device)
+    _check_architecture(model, networks.args, networks.origin)
+    state = fit(weights.read(), model, networks.origin, networks.grid_size)
+    assign(model, state, networks.origin, device)
     # for the records of features and probes, and for exports
     model.weights_origin, model.weights_network = weights.origin, weights.network
     return model

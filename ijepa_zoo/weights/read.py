@@ -32,15 +32,16 @@ Locate = Callable[[str], Path]
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of one checkpoint.
+    """The networks of one model: what a checkpoint has, and what an export writes.
 
     Attributes:
-        origin: Where it is, for messages.
+        origin: Where they come from, for messages and model cards.
         states: A reader of each network; files are opened, or fetched, when it is called. The key
             is 'unlabeled' if the checkpoint has one network and does not say which.
-        format: 'official', 'timm', 'transformers' or 'native'.
+        format: 'official', 'timm', 'transformers' or 'native'; 'memory' for modules.
         model: Registered name of the model, if known.
-        args: timm arguments of the encoder, as far as they are known, and ``norm_eps``.
+        args: timm arguments of the encoder, as far as they are known.
+        norm_eps: Epsilon of its LayerNorms.
         predictor: ``embed_dim``, ``depth`` and ``context`` of the predictor, as far as known.
         pretrained_cfg: timm's description of input and preprocessing, if known.
         license: License of the weights, if known.
@@ -51,6 +52,7 @@ class Networks:
     format: str
     model: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    norm_eps: float = 1e-6
     predictor: Mapping[str, Any] = field(default_factory=dict)
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
     license: str | None = None
@@ -253,6 +255,7 @@ def _open_folder(
     label = label if label in registry.NETWORKS else UNLABELED
     if config.get("model_type") == "ijepa":
         args = configs.transformers_args(config, origin)
+        norm_eps = args.pop("norm_eps")
         if released is not None:
             return Networks(
                 origin,
@@ -260,6 +263,7 @@ def _open_folder(
                 "transformers",
                 released.model,
                 args,
+                norm_eps,
                 pretrained_cfg=released.preprocessing,
                 license=released.license,
             )
@@ -269,12 +273,16 @@ def _open_folder(
             cfg = configs.processor_cfg(processor, args, origin, is_ours=LABEL_KEY in config)
         model = registry.model_name(args)
         license = config.get("license")
-        return Networks(origin, {label: read}, "transformers", model, args, {}, cfg, license)
+        return Networks(
+            origin, {label: read}, "transformers", model, args, norm_eps, {}, cfg, license
+        )
     if isinstance(config.get("architecture"), str):
         args, cfg = configs.timm_args(config, origin)
         model = registry.model_name(args, config["architecture"])
         license = cfg.get("license")
-        return Networks(origin, {label: read}, "timm", model, args, {}, cfg, license)
+        return Networks(
+            origin, {label: read}, "timm", model, args, pretrained_cfg=cfg, license=license
+        )
     raise CheckpointError(
         f"{origin}/config.json does not describe an I-JEPA model: it has neither model_type "
         f"'ijepa' (transformers) nor a timm architecture, but {some(config)}"
@@ -298,12 +306,14 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         return _read_safetensors(locate(file))
 
     args = configs.check_args(args, origin)
+    norm_eps = args.pop("norm_eps")
     return Networks(
         origin,
         {network: partial(read, file) for network, file in files.items()},
         "native",
         registry.model_name(args, model),
         args,
+        norm_eps,
         configs.check_predictor(predictor, origin),
         configs.check_preprocessing(config.get("pretrained_cfg", {}), origin),
         license,

@@ -200,10 +200,10 @@ def model_name(args: Mapping[str, Any], architecture: str | None = None) -> str:
     return CUSTOM
 
 
-def timm_name(model: str) -> str:
+def timm_name(model: str | None) -> str:
     """Name of a network of stock timm from which ``model_args`` build this model."""
     return {ours: theirs for theirs, ours in _TIMM_NAMES.items()}.get(
-        model, "vit_base_patch16_gap_224"
+        model or "", "vit_base_patch16_gap_224"
     )
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +14,13 @@ from torch import nn
 from ..errors import CheckpointError, RunError
 from . import formats, registry
 from .formats import UNLABELED, State
-from .read import LABEL_KEY, OFFICIAL_FILE
+from .read import LABEL_KEY, OFFICIAL_FILE, Networks
 
 _OTHERS = "networks"  # folder of a native export's further networks
 WRITTEN = frozenset(
     {"config.json", "preprocessor_config.json", "README.md", "model.safetensors"}
     | {OFFICIAL_FILE, _OTHERS}
 )
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """Networks of one model, ready to be written in any format.
-
-    Attributes:
-        model: Registered model name.
-        origin: Where the weights come from, for the model card.
-        states: Tensors of each network, with timm's parameter names.
-        args: timm arguments that build the encoder.
-        norm_eps: Epsilon of its LayerNorms.
-        preprocessing: timm's input_size, mean, std, crop_pct, crop_mode, interpolation.
-        predictor: ``embed_dim`` and ``depth`` of the predictor, and its ``context`` if that is not
-            'repeated'; empty without a predictor.
-        license: License of the weights, if known.
-    """
-
-    model: str
-    origin: str
-    states: Mapping[str, State]
-    args: Mapping[str, Any]
-    norm_eps: float
-    preprocessing: Mapping[str, Any]
-    predictor: Mapping[str, Any]
-    license: str | None = None
-
-    def choose(self, network: str | None) -> str:
-        """The network for a format that holds one."""
-        if network is None:
-            return "target_encoder" if "target_encoder" in self.states else next(iter(self.states))
-        if network not in self.states:
-            raise CheckpointError(f"{self.origin} has {', '.join(self.states)}, not {network}")
-        return network
 
 
 def _save(state: State, path: Path, dtype: torch.dtype | None) -> None:
@@ -75,16 +40,16 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _timm_config(bundle: Bundle) -> dict[str, Any]:
+def _timm_config(networks: Networks) -> dict[str, Any]:
     """config.json of a timm folder: a network of stock timm and all arguments that matter."""
-    classes = bundle.args["num_classes"]
-    license = {"license": bundle.license.lower()} if bundle.license else {}
+    classes = networks.args["num_classes"]
+    license = {"license": networks.license.lower()} if networks.license else {}
     return {
-        "architecture": registry.timm_name(bundle.model),
+        "architecture": registry.timm_name(networks.model),
         "num_classes": classes,
-        "num_features": bundle.args["embed_dim"],
-        "global_pool": bundle.args["global_pool"],
-        "model_args": dict(bundle.args),
+        "num_features": networks.args["embed_dim"],
+        "global_pool": networks.args["global_pool"],
+        "model_args": dict(networks.args),
         "pretrained_cfg": {
             "tag": "ijepa",
             "custom_load": False,
@@ -93,69 +58,69 @@ def _timm_config(bundle: Bundle) -> dict[str, Any]:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
             "pool_size": None,
-            **bundle.preprocessing,
+            **networks.pretrained_cfg,
             **license,
         },
     }
 
 
 def _write_timm(
-    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
+    networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
     """One encoder as stock timm loads it."""
-    if bundle.norm_eps != 1e-6:
+    if networks.norm_eps != 1e-6:
         raise CheckpointError(
-            f"{bundle.origin} has LayerNorm epsilon {bundle.norm_eps}, timm builds it with 1e-6: "
+            f"{networks.origin} has LayerNorm epsilon {networks.norm_eps}, timm builds 1e-6: "
             "export to transformers instead"
         )
-    chosen = bundle.choose(network)
-    config = _timm_config(bundle)
+    chosen = networks.choose(network)
+    config = _timm_config(networks)
     if chosen != UNLABELED:
         config[LABEL_KEY] = chosen
-    _save(bundle.states[chosen], folder / "model.safetensors", dtype)
+    _save(networks.states[chosen](), folder / "model.safetensors", dtype)
     _write_json(folder / "config.json", config)
-    _write_card(bundle, folder, "timm", chosen)
+    _write_card(networks, folder, "timm", chosen)
 
 
 def _write_native(
-    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
+    networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
     """All networks; model.safetensors and config.json also are a timm folder."""
-    chosen = bundle.choose(network)
-    states = bundle.states if network is None else {chosen: bundle.states[chosen]}
+    chosen = networks.choose(network)
+    written = list(networks.states) if network is None else [chosen]
     # Below the top level: timm up to 1.0.27 fails on a second .safetensors file beside the model.
-    files = {name: f"{_OTHERS}/{name}.safetensors" for name in states}
+    files = {name: f"{_OTHERS}/{name}.safetensors" for name in written}
     files[chosen] = "model.safetensors"
     if len(files) > 1:
         (folder / _OTHERS).mkdir()
     for name, file in files.items():
-        _save(states[name], folder / file, dtype)
+        _save(networks.states[name](), folder / file, dtype)
     ours = {
         "format": 1,
-        "model": bundle.model,
+        "model": networks.model,
         "networks": files,
-        "predictor": dict(bundle.predictor) if "predictor" in files else {},
-        "norm_eps": bundle.norm_eps,
-        "license": bundle.license,
-        "origin": bundle.origin.rsplit("/", 1)[-1],
+        "predictor": dict(networks.predictor) if "predictor" in files else {},
+        "norm_eps": networks.norm_eps,
+        "license": networks.license,
+        "origin": networks.origin.rsplit("/", 1)[-1],
     }
-    config = _timm_config(bundle)
-    if bundle.norm_eps != 1e-6:  # timm would build it with 1e-6 silently
+    config = _timm_config(networks)
+    if networks.norm_eps != 1e-6:  # timm would build it with 1e-6 silently
         config = {key: config[key] for key in ("model_args", "pretrained_cfg")}
     _write_json(folder / "config.json", {**config, "ijepa_zoo": ours})
-    _write_card(bundle, folder, "native", chosen)
+    _write_card(networks, folder, "native", chosen)
 
 
 def _write_transformers(
-    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
+    networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
     """One encoder as transformers' ``IJepaModel`` loads it, with its preprocessing."""
-    chosen = bundle.choose(network)
-    state = formats.to_transformers(bundle.states[chosen], bundle.origin)
-    args, classes = bundle.args, bundle.args["num_classes"]
+    chosen = networks.choose(network)
+    state = formats.to_transformers(networks.states[chosen](), networks.origin)
+    args, classes = networks.args, networks.args["num_classes"]
     if classes and args["global_pool"] != "avg":
         raise CheckpointError(
-            f"transformers classifies by the mean of the patches, {bundle.origin} by "
+            f"transformers classifies by the mean of the patches, {networks.origin} by "
             f"global_pool={args['global_pool']!r}: export to timm instead"
         )
     config = {
@@ -169,22 +134,22 @@ def _write_transformers(
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
-        "layer_norm_eps": bundle.norm_eps,
+        "layer_norm_eps": networks.norm_eps,
         "image_size": _square(args["img_size"]),
         "patch_size": _square(args["patch_size"]),
         "num_channels": args["in_chans"],
         "qkv_bias": args["qkv_bias"],
         "dtype": "float32",  # in memory, whatever the file's: half precision is the user's choice
         LABEL_KEY: chosen,
-        **({"license": bundle.license} if bundle.license else {}),
+        **({"license": networks.license} if networks.license else {}),
     }
     if classes:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
     _save(state, folder / "model.safetensors", dtype)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", _image_processor(bundle.preprocessing))
-    _write_card(bundle, folder, "transformers", chosen)
+    _write_json(folder / "preprocessor_config.json", _image_processor(networks.pretrained_cfg))
+    _write_card(networks, folder, "transformers", chosen)
 
 
 def _square(size: list[int]) -> int | list[int]:
@@ -227,28 +192,29 @@ def _image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_official(
-    bundle: Bundle, folder: Path, network: str | None, dtype: torch.dtype | None
+    networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
     """The official repository's checkpoint of all three networks, at epoch 0."""
-    absent = [name for name in registry.NETWORKS if name not in bundle.states]
+    absent = [name for name in registry.NETWORKS if name not in networks.states]
     if network is not None or absent:
         raise CheckpointError(
-            f"an official file has all three networks: {bundle.origin} has "
-            f"{', '.join(bundle.states)}" + (f", and network={network}" if network else "")
+            f"an official file has all three networks: {networks.origin} has "
+            f"{', '.join(networks.states)}" + (f", and network={network}" if network else "")
         )
-    if "context" in bundle.predictor:
+    if "context" in networks.predictor:
         raise CheckpointError(
-            f"the predictor of {bundle.origin} has context='{bundle.predictor['context']}', which "
-            "the official repository lacks: export to native instead"
+            f"the predictor of {networks.origin} has context='shared', which the official "
+            "repository lacks: export to native instead"
         )
+    states = {name: read() for name, read in networks.states.items()}
     content: dict[str, Any] = {
         name: formats.to_official(
             {key: t.detach().to("cpu", dtype or t.dtype) for key, t in state.items()}
         )
-        for name, state in bundle.states.items()
+        for name, state in states.items()
     }
     try:
-        torch.save(content | _fresh_training(bundle.states), folder / OFFICIAL_FILE)
+        torch.save(content | _fresh_training(states), folder / OFFICIAL_FILE)
     except RuntimeError as error:  # what torch makes of a full disk
         reason = str(error).splitlines()[0]
         raise RunError(f"{OFFICIAL_FILE} cannot be written: {reason}") from error
@@ -344,9 +310,9 @@ Features: tokens after the final LayerNorm, averaged over the patches.
 """
 
 
-def _write_card(bundle: Bundle, folder: Path, to: str, network: str) -> None:
+def _write_card(networks: Networks, folder: Path, to: str, network: str) -> None:
     """README.md with the Hub's metadata."""
-    args, preprocessing = bundle.args, bundle.preprocessing
+    args, preprocessing = networks.args, networks.pretrained_cfg
     classes, crop_pct = args["num_classes"], preprocessing["crop_pct"]
     what = _NETWORK.get(network, "An encoder of I-JEPA; its source did not say which network it is")
     usage = _USAGE[to]
@@ -354,18 +320,18 @@ def _write_card(bundle: Bundle, folder: Path, to: str, network: str) -> None:
         what = f"An encoder of I-JEPA with a classifier of {classes} classes"
         usage = _CLASSIFIER_USAGE if to == "transformers" else usage
     card = _CARD.format(
-        license_line=f"license: {bundle.license.lower()}\n" if bundle.license else "",
+        license_line=f"license: {networks.license.lower()}\n" if networks.license else "",
         library="transformers" if to == "transformers" else "timm",
         pipeline="image-classification" if classes else "image-feature-extraction",
-        model=bundle.model,
+        model=networks.model,
         what=what,
-        origin=bundle.origin.rsplit("/", 1)[-1],
+        origin=networks.origin.rsplit("/", 1)[-1],
         embed_dim=args["embed_dim"],
         depth=args["depth"],
         num_heads=args["num_heads"],
         patch="x".join(map(str, args["patch_size"])),
         size="x".join(map(str, preprocessing["input_size"][1:])),
-        networks=", ".join(bundle.states if to == "native" else [network]).replace(
+        networks=", ".join(networks.states if to == "native" else [network]).replace(
             UNLABELED, "encoder"
         ),
         crop="" if crop_pct == 1 else f" / {crop_pct:.4g}",
@@ -373,13 +339,13 @@ def _write_card(bundle: Bundle, folder: Path, to: str, network: str) -> None:
         mode=preprocessing["crop_mode"],
         mean=preprocessing["mean"],
         std=preprocessing["std"],
-        license=bundle.license or "unknown; that of the source, if any",
+        license=networks.license or "unknown; that of the source, if any",
         usage=usage,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-WRITERS: dict[str, Callable[[Bundle, Path, str | None, torch.dtype | None], None]] = {
+WRITERS: dict[str, Callable[[Networks, Path, str | None, torch.dtype | None], None]] = {
     "native": _write_native,
     "timm": _write_timm,
     "transformers": _write_transformers,
