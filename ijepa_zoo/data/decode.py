@@ -241,8 +241,7 @@ def _is_deep_color(image: Image.Image) -> bool:
 def _read_deep(content: bytes, image: Image.Image) -> npt.NDArray[Any]:
     """Color of 16 bits as `[H, W, C]`; in the other byte order Pillow keeps the lower 8 of them."""
     lower = Image.open(io.BytesIO(content), formats=[image.format or ""])
-    tiles: list[Any] = [(*tile[:3], _other_order(tile[3])) for tile in lower.tile]
-    lower.tile = tiles
+    lower.tile = [tile._replace(args=_other_order(tile.args)) for tile in lower.tile]
     return np.asarray(image).astype(np.uint16) * 256 + np.asarray(lower)
 
 
