@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -330,7 +331,7 @@ def test_pixel_options_have_defaults(photos, monkeypatch):
 
 @pytest.mark.parametrize("path", ["phtos", "photos/*.tif", "photos/none.png"])
 def test_wrong_paths_are_found_before_the_weights(photos, monkeypatch, capsys, path):
-    monkeypatch.setattr("ijepa_zoo.cli.images.create_model", None)
+    monkeypatch.setattr("ijepa_zoo.cli.images.open_model", None)
     assert main(["features", path, "--model", NANO, "--out", "f.npy"]) == 1
     assert f"'{path}'" in capsys.readouterr().err
 
@@ -394,3 +395,18 @@ def test_names_beyond_the_encoding_of_the_terminal(photos, weights):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb"f\udcff.npy" in done.stdout
+
+
+def test_features_of_a_model_of_timm(photos, monkeypatch, capsys):
+    create = timm.create_model
+
+    def random_weights(name, pretrained=False, **kwargs):
+        return create(name, pretrained=False, img_size=32, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", random_weights)
+    call = record_call(monkeypatch, "ijepa_zoo.cli.images.extract_features")
+    assert main(["features", "photos", "--model", "deit_tiny_patch16_224", "--out", "f.npy"]) == 0
+    assert call["args"][1].pretrained_cfg["architecture"] == "deit_tiny_patch16_224"
+    arguments = ["features", "photos", "--model", "deit_tiny_patch16_224", "--out", "f.npy"]
+    assert main([*arguments, "--network", "encoder"]) == 2
+    assert "--network" in capsys.readouterr().err

@@ -534,3 +534,32 @@ def test_parts_stay_few(tmp_path: Path) -> None:
     assert batches == list(range(-(-1_281_167 // 32)))
     few = Parts(tmp_path, 10, 4, 192)
     assert [few.size(part) for part in range(len(few))] == [4, 4, 2]
+
+
+def test_an_input_is_never_written_over(images: Path, tmp_path: Path) -> None:
+    array = tmp_path / "images.npy"
+    np.save(array, np.zeros((3, 64, 64, 3), np.uint8))
+    before = array.read_bytes()
+    with pytest.raises(SettingsError, match=str(array)):
+        extract(array, array, overwrite=True)
+    assert array.read_bytes() == before
+
+
+def test_settings_of_a_run_without_finished_parts_may_change(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "f.npy"
+    model = make_model()
+    with torch.no_grad():
+        model.norm.weight.fill_(1e5)
+    with pytest.raises(RunError, match="float32"):
+        extract(images, out, model, dtype="float16")
+    assert extract(images, out, model).shape == (20, 48)
+
+
+def test_fingerprint_sees_every_element() -> None:
+    model = make_model()
+    before = weights_fingerprint(model)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[5, 7] += 1e-3
+    assert weights_fingerprint(model) != before

@@ -358,7 +358,7 @@ def test_settings_for_small_data_resume_exactly_and_accumulate(tmp_path, monkeyp
     one, two = ([float(r["loss"]) for r in rows(tmp_path / str(micro))] for micro in (4, 2))
     assert one == pytest.approx(two, rel=1e-5)
     images = open_images(IMAGES)
-    with pytest.raises(ValueError, match=r"^optim\.target_layers must lie within 1 and 2"):
+    with pytest.raises(ValueError, match=r"^optim\.target_layers"):
         Trainer(change(config, optim={"target_layers": 3}), images)
     (batch, *_), *_ = Trainer(config, images).batches()
     assert len(batch.images) * 2 == len(batch.context) == len(batch.targets)

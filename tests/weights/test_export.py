@@ -8,10 +8,12 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import ijepa_zoo
 from ijepa_zoo.errors import CheckpointError, FetchError, RunError, SettingsError
+from ijepa_zoo.weights.writers import WRITERS
 
 FORMATS = ("native", "timm", "transformers", "official")
 OFFICIAL_FILE = "ijepa-latest.pth.tar"
@@ -415,3 +417,28 @@ def test_push_creates_the_repository_and_uploads_the_folder(source, tmp_path, mo
 
 def _refuse(*_, **__):
     raise OSError("401 unauthorized")
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(source, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    write = WRITERS["timm"]
+
+    def write_and_make(*args):
+        write(*args)
+        folder.mkdir()
+        (folder / "precious.txt").write_text("mine")
+
+    monkeypatch.setitem(WRITERS, "timm", write_and_make)
+    with pytest.raises(RunError, match=str(folder)):
+        source(folder, "timm")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (folder / "precious.txt").read_text() == "mine"
+
+
+def test_a_link_stays_a_link(source, tmp_path):
+    source(tmp_path / "real", "timm")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    source(tmp_path / "link", "timm", dtype=torch.bfloat16, overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    tensors = load_file(tmp_path / "real" / "model.safetensors")
+    assert tensors["norm.weight"].dtype == torch.bfloat16

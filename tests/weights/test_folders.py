@@ -286,3 +286,29 @@ def test_run_and_checkpoint_folders(tmp_path):
         ijepa_zoo.create_model(f"local-dir:{tmp_path / 'run'}")
     shutil.copytree(EXPORTS_0_1 / "native", tmp_path / "run" / "export")
     ijepa_zoo.create_ijepa(f"local-dir:{tmp_path / 'run'}")
+
+
+def test_architecture_of_timm_gives_the_number_of_heads(tmp_path):
+    """timm's vit_base_patch16_gap_224 has 16 heads, which no shape tells."""
+    stock = stir(timm.create_model("vit_base_patch16_gap_224", img_size=32, num_classes=0)).eval()
+    timm.models.save_for_hf(stock, tmp_path / "stock", safe_serialization=True)
+    model = ijepa_zoo.create_model(f"local-dir:{tmp_path / 'stock'}").eval()
+    assert model.blocks[0].attn.num_heads == stock.blocks[0].attn.num_heads == 16
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert_close(model(images), stock(images), rtol=1e-4, atol=1e-4)
+
+
+def test_other_models_of_timm_are_refused_by_name(tmp_path):
+    stock = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, depth=1)
+    timm.models.save_for_hf(stock, tmp_path / "siglip")
+    with pytest.raises(CheckpointError, match="siglip"):
+        ijepa_zoo.create_model(f"local-dir:{tmp_path / 'siglip'}")
+
+
+def test_official_export_is_read_as_a_folder(official, tiny, tmp_path):
+    folder = ijepa_zoo.export(
+        official, tmp_path / "official", "official", model_name="vit_tiny16_ijepa", **tiny
+    )
+    model = ijepa_zoo.create_model("vit_tiny16_ijepa", checkpoint=folder, **tiny)
+    assert model.weights_origin.startswith("target encoder of")

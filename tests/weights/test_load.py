@@ -374,3 +374,18 @@ def test_tensors_are_mapped_from_the_file_without_a_copy(file, create, state):
         opened.write(torch.full((48,), 7.0).numpy().tobytes())
     assert (load_file(file)["norm.bias"] == 7).all()
     assert (model.norm.bias == 7).all()
+
+
+def test_classifier_beside_the_prefix_of_its_body_is_loaded(state, create, tmp_path):
+    head = {"head.weight": torch.randn(5, 48), "head.bias": torch.randn(5)}
+    body = {f"backbone.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": {**body, **head}}, tmp_path / "classifier.ckpt")
+    model = create(tmp_path / "classifier.ckpt", num_classes=5)
+    assert torch.equal(model.head.weight, head["head.weight"])
+
+
+def test_class_tokens_are_refused_by_name(state, create, tmp_path):
+    state["cls_token"] = torch.zeros(1, 1, 48)
+    torch.save(state, tmp_path / "mae.pth")
+    with pytest.raises(CheckpointError, match=r"mae\.pth.*cls_token"):
+        create(tmp_path / "mae.pth")
