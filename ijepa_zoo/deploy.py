@@ -11,6 +11,7 @@ from math import floor, inf
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.layers import Format
 from timm.models.vision_transformer import VisionTransformer
@@ -87,6 +88,11 @@ def export_graph(
     """
     folder = Path(folder)
     check_request(folder, to, dtype=dtype, quantize=quantize, overwrite=overwrite)
+    if dynamic_size and to == "torch-export" and not hasattr(timm.layers, "is_exporting"):
+        raise SettingsError(
+            f"dynamic_size with torch-export needs a newer timm than {timm.__version__}, which "
+            "resamples positions at every size: pip install -U timm, or use onnx"
+        )
     reference = _Graph(model, layers, pool, torch.float32, dynamic_size)
     graph = _Graph(model, layers, pool, DTYPES[dtype], dynamic_size)
     precision = quantize or dtype

@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from small_run import CONFIG, after_updates, pictures
-from test_deploy import needs_onnx, normalized
+from test_deploy import needs_new_timm, needs_onnx, normalized
 
 import ijepa_zoo
 from ijepa_zoo.cli import main
@@ -111,6 +111,7 @@ def test_name_to_onnx_served_by_the_example(here, capfd):
     assert f"relative error to {NANO} in PyTorch" in done.stdout
 
 
+@needs_new_timm
 def test_folder_to_torch_export_with_options(here):
     assert main(["export", NANO, "folder"]) == 0
     words = ["--dtype", "bfloat16", "--img-size", "32", "--license", "MIT", "--layers", "1,3"]

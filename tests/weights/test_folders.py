@@ -291,7 +291,8 @@ def test_run_and_checkpoint_folders(tmp_path):
 def test_architecture_of_timm_gives_the_number_of_heads(tmp_path):
     """timm's vit_base_patch16_gap_224 has 16 heads, which no shape tells."""
     stock = stir(timm.create_model("vit_base_patch16_gap_224", img_size=32, num_classes=0)).eval()
-    timm.models.save_for_hf(stock, tmp_path / "stock", safe_serialization=True)
+    sizes = {"img_size": 32}  # older versions of timm do not record it
+    timm.models.save_for_hf(stock, tmp_path / "stock", model_args=sizes, safe_serialization=True)
     model = ijepa_zoo.create_model(f"local-dir:{tmp_path / 'stock'}").eval()
     assert model.blocks[0].attn.num_heads == stock.blocks[0].attn.num_heads == 16
     images = torch.randn(1, 3, 32, 32)
