@@ -53,6 +53,9 @@ def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
     add("--init", metavar="WEIGHTS",
         help="start from NAME.TAG, a checkpoint, hf-hub:REPO or a ViT of timm; an encoder alone "
         "gets a new predictor")  # fmt: skip
+    add("--resume-optimizer", type=_checkpoint, nargs="?", const="latest", metavar="WHICH",
+        help="with --init RUN: continue that run in a new folder, with its optimizer and step, "
+        "from its latest checkpoint, or WHICH: previous or a step")  # fmt: skip
     add("--resume-from", type=_checkpoint, default="latest", metavar="WHICH",
         help="latest (default), previous or a step")  # fmt: skip
     add("--skip-nonfinite", type=count, default=0, metavar="N",
@@ -86,7 +89,8 @@ def _pretrain(args: argparse.Namespace) -> int:
     data, out = _data_and_out(args)
     if args.dry_run:
         args.interrupted = "interrupted"  # there is nothing to resume
-        report = dry_run(config, data, init=args.init)
+        branched = args.resume_optimizer is not None  # no weights to read: sizes are the same
+        report = dry_run(config, data, init=None if branched else args.init)
         if report is not None:
             print(report)
         return 0
@@ -96,6 +100,7 @@ def _pretrain(args: argparse.Namespace) -> int:
             data,
             out,
             init=args.init,
+            resume_optimizer=args.resume_optimizer,
             resume_from=args.resume_from,
             skip_nonfinite=args.skip_nonfinite,
             progress=not args.quiet,

@@ -26,6 +26,7 @@ from ..errors import SettingsError
 from ..models.predictor import PREDICTORS
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(step|epoch|image)s?")
+_EXTENDED = re.compile(r"(.+) (constant|cosine)")
 FOLDERS = ("local-dir:", "hf-hub:")
 
 
@@ -62,6 +63,15 @@ def _duration(value: Any) -> Any:
     return value
 
 
+def _earlier_ends(value: tuple[str, ...]) -> tuple[str, ...]:
+    for number, end in enumerate(value):
+        duration, extend = split_end(end)
+        _duration(duration)
+        if (extend is not None) != (number > 0):
+            raise ValueError("input should be such as ['300 epochs', '400 epochs constant']")
+    return value
+
+
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[Int, Field(ge=1)]
@@ -75,6 +85,7 @@ RatioRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered), Befo
 Numbers = Annotated[tuple[Float, ...], BeforeValidator(_numbers)]
 PositiveNumbers = Annotated[tuple[Positive, ...], BeforeValidator(_numbers)]
 Duration = Annotated[str, BeforeValidator(_duration)]
+EarlierEnds = Annotated[tuple[str, ...], AfterValidator(_earlier_ends), BeforeValidator(_numbers)]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 
 
@@ -197,6 +208,16 @@ class OptimConfig(Section):
     duration: Duration = _field(
         "300 epochs", "length of the run, such as 300 epochs, 1000 steps or 1e8 images"
     )
+    extend: Literal["constant", "cosine"] | None = _field(
+        None,
+        "rates after the end of a run whose duration grows on resume: constant: those of its last "
+        "step; cosine: the learning rate falls from there to final_lr; null: duration stays",
+    )
+    extended_from: EarlierEnds = _field(
+        (),
+        "written by an extended run: its durations before, such as ['300 epochs', '400 epochs "
+        "constant']: first the one that the schedules belong to, then those of earlier extensions",
+    )
     warmup: Duration = _field(
         "40 epochs", "time in which the learning rate rises from start_lr to lr"
     )
@@ -239,6 +260,12 @@ class OptimConfig(Section):
         "fp8: float8 products in the encoders' blocks, for GPUs of compute capability >= 8.9, "
         "with torchao and runtime.compile",
     )
+
+    @model_validator(mode="after")
+    def _extended(self) -> OptimConfig:
+        if self.extended_from and self.extend is None:
+            raise ValueError("optim.extended_from needs optim.extend=constant or cosine")
+        return self
 
 
 class LogConfig(Section):
@@ -334,6 +361,12 @@ def micro_batch_size(config: PretrainConfig, world: int) -> int:
             "runtime.micro_batch_size or number of processes"
         )
     return size
+
+
+def split_end(end: str) -> tuple[str, str | None]:
+    """Duration and curve of an entry of `optim.extended_from`; the first entry has no curve."""
+    found = _EXTENDED.fullmatch(end)
+    return (found[1], found[2]) if found else (end, None)
 
 
 def steps_of(duration: str, *, batch_size: int, images: int) -> int:

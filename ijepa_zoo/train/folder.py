@@ -14,10 +14,10 @@ from ..distributed import Distributed
 from ..errors import RunError
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
-from .config import PretrainConfig, steps_of
+from .config import OptimConfig, PretrainConfig, steps_of
 from .log import read_log
 from .precision import resolve_precision
-from .settings import differences, dump, parse
+from .settings import differences, dump, override, parse
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
 _OLD = re.compile(r"^(machine:|  cut:)", re.MULTILINE)  # names of settings in version 0.1
@@ -40,13 +40,25 @@ def claim_folder(out: Path, distributed: Distributed, stack: ExitStack) -> None:
 
 
 def settle_folder(
-    out: Path, config: PretrainConfig, images: ImageDataset, distributed: Distributed
+    out: Path,
+    config: PretrainConfig,
+    images: ImageDataset,
+    distributed: Distributed,
+    source: Path | None = None,
 ) -> PretrainConfig:
     """Write settings and data into the folder, or refuse others than those of its checkpoints.
 
+    Args:
+        out: The run's folder.
+        config: Settings.
+        images: What to train on.
+        distributed: The processes of the run.
+        source: The run that a new one branches from.
+
     Returns:
         The settings of the run, in which `optim.precision=auto` is resolved: by the folder where
-        it has checkpoints, else by the device of rank 0.
+        it has checkpoints, else by the device of rank 0. `optim.extended_from` is that of the
+        folder or of `source`, completed where the run grows.
     """
     refusal = None
     if distributed.rank == 0:
@@ -54,6 +66,8 @@ def settle_folder(
             resumed = any((out / "checkpoints").glob("step-*"))
             before = read_settings(out) if resumed else None
             config = resolve_precision(config, distributed.device, before)
+            start = before or (read_settings(source) if source else config)
+            config = _extended(config, start, images)
             refusal = _refusal(out, config, before, images)
             if refusal is None:
                 _write(out, config, images)
@@ -113,6 +127,48 @@ def _write(out: Path, config: PretrainConfig, images: ImageDataset) -> None:
             raise OSError(error.errno, error.strerror, str(out / name)) from error
 
 
+def _steps(config: PretrainConfig, images: ImageDataset) -> int:
+    count = len(images) - config.data.held_out
+    return steps_of(config.optim.duration, batch_size=config.optim.batch_size, images=count)
+
+
+def _extended_from(optim: OptimConfig) -> tuple[str, ...]:
+    """`optim.extended_from` of a run that is extended from these settings."""
+    last = f"{optim.duration} {optim.extend}" if optim.extended_from else optim.duration
+    return (*optim.extended_from, last)
+
+
+def _extended(
+    config: PretrainConfig, before: PretrainConfig, images: ImageDataset
+) -> PretrainConfig:
+    """Complete `optim.extended_from`; `optim.extend` is dropped where nothing is extended."""
+    extend, ends = config.optim.extend, config.optim.extended_from
+    if extend and ends in ((), before.optim.extended_from):
+        longer = _steps(config, images) > _steps(before, images)
+        ends = _extended_from(before.optim) if longer else before.optim.extended_from
+    changes = {"optim.extended_from": ends, "optim.extend": extend if ends else None}
+    return override(config, **changes)
+
+
+def _other_settings(
+    out: Path, config: PretrainConfig, before: PretrainConfig, images: ImageDataset
+) -> str | None:
+    """Refuse changes of what the result depends on, except a longer run with `optim.extend`."""
+    longer, advice = _steps(config, images) > _steps(before, images), ""
+    if longer and config.optim.extended_from == _extended_from(before.optim):
+        length = ("duration", "extend", "extended_from")
+        before = override(before, **{f"optim.{n}": getattr(config.optim, n) for n in length})
+    elif longer and config.optim.extend is None:
+        advice = ", optim.extend=constant or optim.extend=cosine to extend it"
+    differing = differences(before, config)
+    if not differing:
+        return None
+    return (
+        f"{out} holds a run with other settings ({'; '.join(differing)}): use those settings "
+        f"to go on with it{advice}, or another folder for a new run"
+    )
+
+
 def _lost_checkpoints(out: Path) -> str | None:
     """Refuse to start over in the folder of a run whose checkpoints are elsewhere."""
     found = "an export"
@@ -140,12 +196,8 @@ def _refusal(
     check_destination(out / "export", WRITTEN, overwrite=True)
     if before is None:
         return _lost_checkpoints(out)
-    differing = differences(before, config)
-    if differing:
-        return (
-            f"{out} holds a run with other settings ({'; '.join(differing)}): use those settings "
-            "to go on with it, or another folder for a new run"
-        )
+    if refusal := _other_settings(out, config, before, images):
+        return refusal
     try:
         data = json.loads((out / _DATA).read_text(encoding="utf-8"))
         count, fingerprint = data["images"], data["fingerprint"]

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from ..errors import ImageError
+from ..errors import CheckpointError, ImageError, SettingsError
 from ..progress import progress_bar
 from .batches import Batch
 from .checkpoint import Checkpoints
@@ -87,6 +87,36 @@ class Loop:
             self._say(f"{self.out} is finished: {step} steps are done")
         else:
             self._say(f"going on after step {step}, saved in {self.checkpoints.folder}")
+
+    def branch(self, source: Path, resume_from: int | Literal["latest", "previous"]) -> None:
+        """Continue a checkpoint of another run, which becomes the first checkpoint of this one.
+
+        Args:
+            source: Folder of the other run.
+            resume_from: Which of its checkpoints, see `Checkpoints.choose`.
+
+        Raises:
+            CheckpointError: There is none, it is damaged, or it is of other networks.
+            SettingsError: The checkpoint is not before the end of this run.
+        """
+        checkpoints = Checkpoints(source / "checkpoints", self.distributed)
+        step = checkpoints.choose(resume_from)
+        if step is None:
+            raise CheckpointError(
+                f"{source} has no checkpoints to continue: leave out --resume-optimizer to start "
+                "from its exported weights"
+            )
+        optim = self.trainer.config.optim
+        if step >= self.trainer.schedule.steps:
+            raise SettingsError(
+                f"optim.duration={optim.duration} ends before or at step {step}, from which "
+                f"{source} is continued: use a longer one, or an earlier checkpoint"
+            )
+        self.about = checkpoints.load(step, self.trainer.tensors())
+        self.trainer.step = step
+        self._save()
+        self.checkpoints.wait()
+        self._say(f"continuing {source} after step {step} in {self.out}")
 
     @contextmanager
     def finished_saves(self) -> Iterator[None]:

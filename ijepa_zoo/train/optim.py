@@ -7,12 +7,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 
 from ..errors import SettingsError
-from .config import OptimConfig, steps_of
+from .config import OptimConfig, split_end, steps_of
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Steps that were added to a run.
+
+    Attributes:
+        start: Updates before the first of them.
+        end: Updates after the last of them.
+        curve: `constant` or `cosine`, see `OptimConfig.extend`.
+    """
+
+    start: int
+    end: int
+    curve: str | None
 
 
 @dataclass(frozen=True)
@@ -23,9 +39,10 @@ class Schedule:
         steps: Updates of the whole run.
         epoch_steps: Updates of an epoch.
         warmup_steps: Updates during which the learning rate rises.
-        horizon: Updates over which the rates change, `steps` times `schedule_scale`; later ones
-            have the final rates.
+        horizon: Updates over which the rates change, the original length of the run times
+            `schedule_scale`; later ones have the final rates.
         optim: The settings.
+        extensions: What was added to the original length, in order.
     """
 
     steps: int
@@ -33,6 +50,7 @@ class Schedule:
     warmup_steps: int
     horizon: int
     optim: OptimConfig
+    extensions: tuple[Extension, ...] = ()
 
     @classmethod
     def of(cls, optim: OptimConfig, images: int) -> Schedule:
@@ -47,7 +65,19 @@ class Schedule:
                 "lower it (mask.group_size must divide it) or data.held_out"
             )
         size = {"batch_size": optim.batch_size, "images": images}
-        steps = steps_of(optim.duration, **size)
+        last = f"{optim.duration} {optim.extend}" if optim.extended_from else optim.duration
+        entries = [split_end(entry) for entry in (*optim.extended_from, last)]
+        ends = [steps_of(duration, **size) for duration, _ in entries]
+        if ends != sorted(set(ends)):
+            raise SettingsError(
+                f"optim.extended_from={list(optim.extended_from)} and optim.duration="
+                f"{optim.duration} do not follow each other: they are {ends} steps"
+            )
+        extensions = tuple(
+            Extension(start, end, curve)
+            for (start, end), (_, curve) in zip(pairwise(ends), entries[1:], strict=True)
+        )
+        steps = ends[0]
         warmup = steps_of(optim.warmup, **size)
         horizon = math.floor(steps * optim.schedule_scale)
         if min(steps, horizon) < 1 or warmup > horizon:
@@ -56,14 +86,22 @@ class Schedule:
                 f"{horizon}, and optim.warmup={optim.warmup} is {warmup}: use a duration of at "
                 "least one step and a warm-up that is not longer than the schedules"
             )
-        return cls(steps, images // optim.batch_size, warmup, horizon, optim)
+        return cls(ends[-1], images // optim.batch_size, warmup, horizon, optim, extensions)
 
     def rates(self, step: int) -> dict[str, float]:
         """`lr`, `weight_decay` and `momentum` of the update after `step` updates.
 
         The official schedulers of the first two advance before an update, that of the momentum
-        after it.
+        after it. An extension keeps the rates of the last step before it; with `cosine`, the
+        learning rate falls from there to `final_lr`.
         """
+        for extension in reversed(self.extensions):
+            if step >= extension.start:
+                rates = self.rates(extension.start - 1)
+                if extension.curve == "cosine":
+                    progress = (step + 1 - extension.start) / (extension.end - extension.start)
+                    rates["lr"] = _cosine(rates["lr"], self.optim.final_lr, progress)
+                return rates
         optim, done = self.optim, step + 1
         if done < self.warmup_steps:
             lr = optim.start_lr + done / self.warmup_steps * (optim.lr - optim.start_lr)

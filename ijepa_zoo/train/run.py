@@ -33,6 +33,7 @@ def pretrain(
     out: str | Path,
     *,
     init: str | Path | None = None,
+    resume_optimizer: int | Literal["latest", "previous"] | None = None,
     resume_from: int | Literal["latest", "previous"] = "latest",
     skip_nonfinite: int = 0,
     progress: bool = True,
@@ -48,6 +49,10 @@ def pretrain(
         data: Images; see `open_images`.
         out: The run's folder; made if it does not exist.
         init: Weights to start from; see `build_networks`. Without effect on a run that goes on.
+        resume_optimizer: Branch from the run in the folder `init`: start with the weights, the
+            optimizer and the step of one of its checkpoints: `latest`, `previous` or a step.
+            Settings may differ from those of that run, except the sizes of the networks. Without
+            effect on a run that goes on.
         resume_from: Which checkpoint to go on from: `latest`, `previous` (the newest that is not
             damaged) or a step.
         skip_nonfinite: How many steps whose loss is not finite are left out before the run stops.
@@ -66,6 +71,7 @@ def pretrain(
         OSError: A log or settings file could not be written; everything earlier is intact.
     """
     out = _own_folder(out, data)
+    source = _branched_run(init) if resume_optimizer is not None else None
     with stop_signals() as received, ExitStack() as stack:
         runtime = config.runtime
         if runtime.threads:
@@ -73,15 +79,17 @@ def pretrain(
         distributed = stack.enter_context(init_distributed(runtime.device, runtime.timeout))
         claim_folder(out, distributed, stack)
         images = open_training_images(config, data, out / "shards.index")
-        config = settle_folder(out, config, images, distributed)
+        config = settle_folder(out, config, images, distributed, source)
         checkpoints = _checkpoints(out, config, images, distributed)
         step = checkpoints.choose(resume_from)
-        if step is not None:
+        if step is not None or source is not None:
             init = None
         trainer = Trainer(config, images, distributed, init=init)
         loop = Loop(trainer, checkpoints, out, skip_nonfinite, progress)
         if step is not None:
             loop.resume(step)
+        elif source is not None and resume_optimizer is not None:
+            loop.branch(source, resume_optimizer)
         with loop.finished_saves():
             loop.train(received)
         if trainer.step < trainer.schedule.steps:
@@ -113,6 +121,17 @@ def _own_folder(out: str | Path, data: Any) -> Path:
                 "choose another"
             )
     return out
+
+
+def _branched_run(init: str | Path | None) -> Path:
+    """The folder of the run that `init` names.
+
+    Raises:
+        SettingsError: It names none.
+    """
+    if init is None:
+        raise SettingsError("--resume-optimizer continues a run: name its folder, --init RUN")
+    return Path(str(init).removeprefix("local-dir:"))
 
 
 def _checkpoints(
