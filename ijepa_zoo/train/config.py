@@ -229,6 +229,11 @@ class OptimConfig(Section):
     )
     momentum: Share = _field(0.996, "momentum of the target encoder's moving average at the start")
     final_momentum: Share = _field(1.0, "momentum at the end; linear in between")
+    clip_grad: Positive | None = _field(
+        None,
+        "largest L2 norm of the gradients of encoder and predictor together, which the log shows "
+        "after clipping; null: not clipped (official)",
+    )
     loss: Literal["smooth_l1", "l2"] = _field(
         "smooth_l1", "the official repository's is smooth_l1, the paper's text has l2"
     )
