@@ -59,7 +59,7 @@ def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
     add("--resume-from", type=_checkpoint, default="latest", metavar="WHICH",
         help="latest (default), previous or a step")  # fmt: skip
     add("--skip-nonfinite", type=count, default=0, metavar="N",
-        help="leave out up to N steps whose loss is not finite (default: 0)")  # fmt: skip
+        help="leave out up to N steps of non-finite loss or gradient (default: 0)")  # fmt: skip
     add("--dry-run", action="store_true", help="a few steps, then memory, speed and duration")
     add("--recipes", action="store_true", help="list the recipes")
     add("--settings", action="store_true", help="print all settings of the recipe")

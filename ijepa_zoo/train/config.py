@@ -50,6 +50,15 @@ def _two(value: Any) -> Any:
     return numbers
 
 
+def _size(value: Any) -> Any:
+    """One number stays one; `256,512` and a list are height and width."""
+    if isinstance(value, str) and "," in value:
+        value = _numbers(value)
+    if isinstance(value, (list, tuple)) and len(value) != 2:
+        raise ValueError("input should be one number, or height and width such as [256, 512]")
+    return value
+
+
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError("the first number should not be greater than the second")
@@ -84,6 +93,7 @@ AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered), BeforeValidat
 RatioRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered), BeforeValidator(_two)]
 Numbers = Annotated[tuple[Float, ...], BeforeValidator(_numbers)]
 PositiveNumbers = Annotated[tuple[Positive, ...], BeforeValidator(_numbers)]
+Size = Annotated[tuple[Count, Count] | Count, BeforeValidator(_size)]
 Duration = Annotated[str, BeforeValidator(_duration)]
 EarlierEnds = Annotated[tuple[str, ...], AfterValidator(_earlier_ends), BeforeValidator(_numbers)]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
@@ -106,7 +116,9 @@ class ModelConfig(Section):
         "vit_huge14_ijepa",
         "a registered model, local-dir:FOLDER or hf-hub:REPO; --init names weights to start from",
     )
-    img_size: Count | None = _field(None, "height and width of images in pixels")
+    img_size: Size | None = _field(
+        None, "height and width of images in pixels, or one number for both"
+    )
     patch_size: Count | None = _field(None, "height and width of patches in pixels")
     in_chans: Count | None = _field(None, "channels of images")
     embed_dim: Count | None = _field(None, "width of the encoders")
@@ -136,9 +148,11 @@ class ModelConfig(Section):
     def _divisible(self) -> ModelConfig:
         for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
             size, divisor = getattr(self, whole), getattr(self, part)
-            if size and divisor and size % divisor:
+            sides = size if isinstance(size, tuple) else (size,)
+            if size and divisor and any(side % divisor for side in sides):
+                shown = ",".join(map(str, sides))
                 raise ValueError(
-                    f"model.{whole}={size} is not a multiple of model.{part}={divisor}"
+                    f"model.{whole}={shown} is not a multiple of model.{part}={divisor}"
                 )
         return self
 
@@ -150,7 +164,9 @@ class DataConfig(Section):
         (0.3, 1.0), "share of the image's area that a random crop takes, min and max"
     )
     crop_ratio: RatioRange = _field(
-        (3 / 4, 4 / 3), "width over height of a random crop, min and max"
+        (3 / 4, 4 / 3),
+        "width over height of a random crop, min and max; crops are stretched to model.img_size, "
+        "so use [1.5, 2.67] for images of [256, 512]",
     )
     horizontal_flip: bool = _field(False, "flip half of the crops")
     mean: Numbers = _field(
@@ -234,6 +250,11 @@ class OptimConfig(Section):
     )
     momentum: Share = _field(0.996, "momentum of the target encoder's moving average at the start")
     final_momentum: Share = _field(1.0, "momentum at the end; linear in between")
+    clip_grad: Positive | None = _field(
+        None,
+        "largest L2 norm of the gradients of encoder and predictor together, which the log shows "
+        "after clipping; null: not clipped (official)",
+    )
     loss: Literal["smooth_l1", "l2"] = _field(
         "smooth_l1", "the official repository's is smooth_l1, the paper's text has l2"
     )

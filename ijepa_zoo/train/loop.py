@@ -184,7 +184,7 @@ class Loop:
             started = time.perf_counter()
 
     def _update(self, batches: list[Batch], stop: bool, watching: _Watching) -> Update | None:
-        """One update, or None where its loss is not finite and it may be left out."""
+        """One update, or None where it is not finite and may be left out."""
         trainer = self.trainer
         try:
             return trainer.update(batches, stop)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..errors import SettingsError
 from .config import OptimConfig, split_end, steps_of
@@ -165,6 +167,39 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+
+
+def clip_gradients(optimizer: torch.optim.AdamW, max_norm: float | None) -> Tensor:
+    """Scale all gradients by one factor, so that their L2 norm is at most `max_norm`.
+
+    As torch.nn.utils.clip_grad_norm_ does; the host waits for nothing. With sharded networks every
+    process must call this.
+
+    Args:
+        optimizer: Of `make_optimizer`.
+        max_norm: Largest norm, above 0; None measures only.
+
+    Returns:
+        The norm before, a scalar on the device; the same on all processes.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm: Any = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return cast(Tensor, norm)
+
+
+def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor) -> None:
+    """Update the parameters, or leave them and the state as they are; the device decides.
+
+    Args:
+        optimizer: Of `make_optimizer`.
+        norm: Norm of the gradients, a scalar on the device; no update if it is not finite.
+    """
+    # Read by fused optimizers, which torch's GradScaler skips updates with in the same way.
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def _decayed(name: str, parameter: nn.Parameter) -> bool:

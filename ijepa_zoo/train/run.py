@@ -55,8 +55,8 @@ def pretrain(
             effect on a run that goes on.
         resume_from: Which checkpoint to go on from: `latest`, `previous` (the newest that is not
             damaged) or a step.
-        skip_nonfinite: How many steps whose loss is not finite are left out before the run stops.
-            Two in a row always stop it: then the weights are ruined.
+        skip_nonfinite: How many steps whose loss or gradient is not finite are left out before the
+            run stops. Two in a row always stop it: then the weights are ruined.
         progress: Show a progress bar.
 
     Returns:
@@ -66,7 +66,7 @@ def pretrain(
         ValueError: Settings or images do not fit; what was wrong and what to write instead.
         RunError: The folder is in use, or belongs to a run of other settings or images.
         CheckpointError: The newest checkpoint is broken, or belongs to another run.
-        NonFiniteLossError: The loss is not finite, more often than `skip_nonfinite`.
+        NonFiniteLossError: Loss or gradient is not finite, more often than `skip_nonfinite`.
         Interrupted: The run was stopped and saved.
         OSError: A log or settings file could not be written; everything earlier is intact.
     """

@@ -34,7 +34,7 @@ from .batches import (
 from .config import MaskConfig, PretrainConfig, micro_batch_size
 from .float8 import float8_remark, require_float8
 from .monitor import Monitor
-from .optim import Schedule, make_optimizer, set_rates
+from .optim import Schedule, clip_gradients, make_optimizer, set_rates, step_if_finite
 from .parallel import accumulate, choose_kernels, in_group, parallelise
 from .precision import autocast, resolve_precision, warn_of_emulated_bf16
 from .regularizers import Regularizer
@@ -46,7 +46,7 @@ _MONITORED = 512  # images of the monitors where none are held out
 
 
 class NonFiniteLossError(UserError, FloatingPointError):
-    """The loss of a step is not finite; the weights are those before the update."""
+    """A step's loss or gradient is not finite; the weights are those before the update."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ class Trainer:
             stop: This process was asked to stop; all processes learn of it.
 
         Raises:
-            NonFiniteLossError: The loss of some process is not finite. The weights are those before
-                the update, `step` is not advanced.
+            NonFiniteLossError: The loss of some process or the norm of the gradient is not finite.
+                Weights and optimizer are those before the update, `step` is not advanced.
         """
         rates = self.schedule.rates(self.step)
         self.model.noise_seed = fold(self.config.seed, Stream.POSITIONS, self.step)
@@ -183,7 +183,14 @@ class Trainer:
         if not math.isfinite(loss_value):
             raise NonFiniteLossError(self._describe(micro_losses, rates["lr"]))
         set_rates(self.optimizer, lr=rates["lr"], weight_decay=rates["weight_decay"])
-        self.optimizer.step()
+        gradient_norm = clip_gradients(self.optimizer, self.config.optim.clip_grad)
+        norm_report = copy_to_host(gradient_norm)  # the host reads it while the device updates
+        step_if_finite(self.optimizer, gradient_norm)
+        if not math.isfinite(norm := norm_report().item()):
+            raise NonFiniteLossError(
+                f"the gradient of step {self.step} has the norm {norm}, the loss is {loss_value}"
+                + _advice(rates["lr"])
+            )
         self.model.update_target(rates["momentum"])
         self.step += 1
         broken, stopped, context = rest.sum(dim=0).tolist()
@@ -232,8 +239,7 @@ class Trainer:
         )
         return (
             f"the loss of step {self.step} is {losses[tuple(bad[0])].item()} on rank {ranks} "
-            f"(images {shown}); this update is not done. Lower optim.lr (now {lr:.2g}), use "
-            "optim.precision=fp32, or --skip-nonfinite N to leave out N such steps"
+            f"(images {shown})" + _advice(lr)
         )
 
     def monitor(self) -> tuple[Monitor, list[tuple[str, str]]]:
@@ -289,3 +295,10 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
+
+
+def _advice(lr: float) -> str:
+    return (
+        f"; this update is not done. Lower optim.lr (now {lr:.2g}), use optim.precision=fp32, or "
+        "--skip-nonfinite N to leave out N such steps"
+    )

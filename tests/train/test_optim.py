@@ -2,12 +2,18 @@ import math
 
 import pytest
 import torch
+from small_run import CONFIG, change, pictures
 from torch import nn
 
+from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import SettingsError
-from ijepa_zoo.train import load_config
+from ijepa_zoo.models.jepa import IJepa
+from ijepa_zoo.train import NonFiniteLossError, Trainer, load_config, pretrain
+from ijepa_zoo.train.batches import normalise
+from ijepa_zoo.train.checkpoint import read_checkpoint
 from ijepa_zoo.train.config import OptimConfig
 from ijepa_zoo.train.optim import Schedule, make_optimizer, set_rates
+from ijepa_zoo.train.start import build_networks
 
 
 def networks():
@@ -98,3 +104,77 @@ def test_rates_of_the_papers_text_and_of_other_lengths():
 def test_durations_that_do_not_fit_the_images(changes, named):
     with pytest.raises(SettingsError, match=named):
         Schedule.of(OptimConfig(**{"batch_size": 10, **changes}), images=100)
+
+
+@pytest.mark.parametrize("micro", [4, 2])
+def test_clipping_equals_a_plain_loop(micro):
+    optim = {"clip_grad": 0.05, "regularizer_weight": 0.0}
+    config = change(CONFIG, optim=optim, runtime={"micro_batch_size": micro})
+    trainer = Trainer(config, open_images(pictures()))
+    model = build_networks(config).train()
+    optimizer = make_optimizer(model.encoder, model.predictor)
+    for step in range(3):
+        batches = trainer.data[step]
+        assert len(batches) == 8 // micro
+        trainer.update(batches)
+        optimizer.zero_grad()
+        for batch in batches:
+            pixels = normalise(batch.images, config.data.mean, config.data.std)
+            (model(pixels, batch.context, batch.targets) / len(batches)).backward()
+        trained = [*model.encoder.parameters(), *model.predictor.parameters()]
+        assert torch.nn.utils.clip_grad_norm_(trained, 0.05) > 0.1
+        rates = trainer.schedule.rates(step)
+        set_rates(optimizer, lr=rates["lr"], weight_decay=rates["weight_decay"])
+        optimizer.step()
+        model.update_target(rates["momentum"])
+    for name, parameter in model.named_parameters():
+        found = trainer.model.get_parameter(name)
+        assert torch.allclose(found, parameter, rtol=1e-5, atol=1e-7), name
+
+
+def test_a_limit_above_the_norm_changes_nothing():
+    trainers = [
+        Trainer(change(CONFIG, optim={"clip_grad": limit}), open_images(pictures()))
+        for limit in (None, 1e6)
+    ]
+    for trainer in trainers:
+        trainer.update(trainer.data[0])
+    states = [trainer.tensors() for trainer in trainers]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def ruin_gradients(monkeypatch, calls):
+    """Those of some forward passes are NaN; the losses stay."""
+    original, done = IJepa.forward, []
+
+    def forward(self, images, context, targets):
+        done.append(1)
+        loss = original(self, images, context, targets)
+        root = (0 * self.encoder.norm.bias.sum()).sqrt()  # 0, its derivative is NaN
+        return loss + root if len(done) in calls else loss
+
+    monkeypatch.setattr(IJepa, "forward", forward)
+
+
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_a_gradient_that_is_not_finite_updates_nothing(monkeypatch, limit):
+    trainer = Trainer(change(CONFIG, optim={"clip_grad": limit}), open_images(pictures()))
+    trainer.update(trainer.data[0])
+    before = {name: value.clone() for name, value in trainer.tensors().items()}
+    with monkeypatch.context() as patch:
+        ruin_gradients(patch, [2])  # the second micro-batch
+        with pytest.raises(NonFiniteLossError, match=r"gradient of step 1 .* nan"):
+            trainer.update(trainer.data[1])
+    assert trainer.step == 1
+    assert all(torch.equal(value, before[name]) for name, value in trainer.tensors().items())
+    trainer.update(trainer.data[1])
+    assert not torch.equal(trainer.tensors()["encoder.norm.bias"], before["encoder.norm.bias"])
+
+
+def test_steps_whose_gradient_is_not_finite_are_left_out_on_request(tmp_path, monkeypatch):
+    ruin_gradients(monkeypatch, [6, 9])  # steps 2 and 4
+    pretrain(CONFIG, pictures(), tmp_path, progress=False, skip_nonfinite=2)
+    tensors, about = read_checkpoint(tmp_path / "checkpoints")
+    assert about["skipped"] == [2, 4]
+    assert tensors["optimizer.encoder.norm.bias.step"] == 7
+    assert all(value.isfinite().all() for value in tensors.values())

@@ -15,7 +15,7 @@ import torch
 import ijepa_zoo
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.config import RuntimeConfig
-from ijepa_zoo.train.optim import make_optimizer, set_rates
+from ijepa_zoo.train.optim import clip_gradients, make_optimizer, set_rates, step_if_finite
 from ijepa_zoo.train.parallel import accumulate, parallelise
 from ijepa_zoo.train.precision import autocast
 from ijepa_zoo.distributed import Distributed, init_distributed
@@ -27,14 +27,14 @@ def make():
     torch.manual_seed(0)
     return ijepa_zoo.create_ijepa("vit_nano8_64_ijepa", pretrained=False, **NETWORK)
 
-def train(distributed, precision="fp32", micro=2, **runtime):
+def train(distributed, precision="fp32", micro=2, limit=None, ruined=False, **runtime):
     model = make().train()
     module = parallelise(model, RuntimeConfig(**runtime), distributed, precision)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in make().named_parameters()]
     optimizer = make_optimizer(model.encoder, model.predictor)
     masks = MultiBlockMasks(model.predictor.grid_size, min_keep=3)
     share = 8 // distributed.world_size
-    losses = []
+    losses, norms = [], []
     for step in range(3):
         images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(step))
         first = distributed.rank * share
@@ -49,12 +49,19 @@ def train(distributed, precision="fp32", micro=2, **runtime):
                 (loss * micro / share).backward()
             total += loss.detach() * micro / 8
         set_rates(optimizer, lr=1e-3, weight_decay=0.1)
-        optimizer.step()
+        if ruined and step == 1 and distributed.rank == distributed.world_size - 1:
+            gradient = model.encoder.blocks[0].attn.qkv.weight.grad
+            getattr(gradient, "to_local", lambda: gradient)().fill_(torch.nan)
+        norm = clip_gradients(optimizer, limit)
+        norms.append(clip_gradients(optimizer, None) if limit else torch.zeros(()))
+        assert norm.isfinite() == (not ruined or step != 1)
+        step_if_finite(optimizer, norm)
         model.update_target(0.9)
         losses.append(distributed.all_reduce(total).item())
     tensors = {n: p.full_tensor() if hasattr(p, "full_tensor") else p
                for n, p in model.named_parameters()}
-    return {"loss": torch.tensor(losses), **{n: p.detach().clone() for n, p in tensors.items()}}
+    first = {"loss": torch.tensor(losses), "norm": torch.stack(norms).nan_to_num()}
+    return {**first, **{n: p.detach().clone() for n, p in tensors.items()}}
 """
 TRAIN_MANY = (
     TRAIN
@@ -68,6 +75,9 @@ VARIANTS = {
     "fsdp2 recomputed": {"parallel": "fsdp2", "activation_checkpointing": True},
     "ddp bf16": {"precision": "bf16"},
     "fsdp2 bf16": {"precision": "bf16", "parallel": "fsdp2"},
+    "ddp clipped": {"limit": 0.01},
+    "fsdp2 clipped": {"parallel": "fsdp2", "limit": 0.01},
+    "fsdp2 ruined": {"parallel": "fsdp2", "limit": 0.01, "ruined": True},
     "ddp fp8": {"precision": "fp8"},
     "fsdp2 fp8 recomputed": {
         "precision": "fp8", "parallel": "fsdp2", "activation_checkpointing": True
@@ -88,6 +98,7 @@ with init_distributed("cpu", 60) as distributed:
 """
 )
 ALL = ["ddp", "fsdp2", "ddp recomputed", "fsdp2 recomputed", "ddp bf16", "fsdp2 bf16"]
+CLIPPED = ["ddp clipped", "fsdp2 clipped", "fsdp2 ruined"]
 
 
 def alone(**arguments):
@@ -113,7 +124,7 @@ def one():
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     path = tmp_path_factory.mktemp("two") / "results.pt"
-    several_processes.run(TRAIN_MANY, 2, path, *ALL)
+    several_processes.run(TRAIN_MANY, 2, path, *ALL, *CLIPPED)
     return torch.load(path)
 
 
@@ -130,6 +141,18 @@ def test_sharding_and_recomputing_change_nothing(two, name):
 def test_bf16_is_the_same_sharded(one, two):
     assert largest_difference(two["fsdp2 bf16"], two["ddp bf16"]) == 0
     assert 1e-5 < largest_difference(two["ddp bf16"], one) < 1e-2
+
+
+def test_gradients_are_clipped_by_their_norm_over_all_processes(one, two):
+    clipped = alone(limit=0.01)
+    assert largest_difference(clipped, one) > 1e-5
+    assert clipped["norm"].tolist() == pytest.approx([0.01] * 3, rel=1e-3)
+    for name in ("ddp clipped", "fsdp2 clipped"):
+        assert largest_difference(two[name], clipped) < 3e-7
+
+
+def test_a_gradient_that_is_not_finite_on_one_process_updates_none(two):
+    assert largest_difference(two["fsdp2 ruined"], alone(limit=0.01, ruined=True)) < 3e-7
 
 
 def test_whole_tensors_are_copied_into_shards(two):

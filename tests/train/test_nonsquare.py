@@ -1,0 +1,124 @@
+"""Images of another shape than a square: trained on, resumed, drawn, exported and opened."""
+
+import math
+import signal
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from small_run import CONFIG, after_updates, change, pictures, rows
+from timm.data import create_transform as timm_transform
+from timm.data import resolve_model_data_config
+
+import ijepa_zoo
+from ijepa_zoo.data import open_images
+from ijepa_zoo.errors import CheckpointError
+from ijepa_zoo.train import Interrupted, Trainer, dry_run, export_run, plot_run, pretrain
+from ijepa_zoo.train.checkpoint import read_checkpoint
+from ijepa_zoo.train.settings import dump, parse
+
+SIZE, GRID = (48, 64), (6, 8)
+WIDE = change(
+    CONFIG,
+    model={"img_size": SIZE},
+    data={"crop_ratio": (1.0, 16 / 9)},
+    optim={"duration": "4 steps", "warmup": "1 steps"},
+    log={"save_every": "2 steps", "monitor_every": 2},
+)
+IMAGES = pictures()[:, 8:56]  # 48 x 64 pixels
+PHOTO = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 150, 3), dtype=np.uint8))
+
+
+def train(folder, config=WIDE, **options):
+    pretrain(config, IMAGES, folder, progress=False, **options)
+
+
+def state(folder):
+    return read_checkpoint(folder / "checkpoints")[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(folder)
+    return folder
+
+
+def test_batches_have_the_shape_and_masks_the_grid_of_the_images():
+    trainer = Trainer(WIDE, open_images(IMAGES))
+    assert trainer.masks.grid_size == trainer.model.predictor.grid_size == GRID
+    (batch, *_), *_ = trainer.batches()
+    assert batch.images.shape[-2:] == SIZE
+    for patches in (batch.context, batch.targets):
+        assert patches.max() < math.prod(GRID)
+    for block in batch.targets.flatten(0, 1):  # rectangles: rows of neighbors in a grid 8 wide
+        rows_, columns = block // GRID[1], block % GRID[1]
+        assert len(block) == len(rows_.unique()) * len(columns.unique())
+    assert trainer.monitor()[0].images.shape[-2:] == SIZE
+    assert "images 48x64" in str(trainer)
+
+
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, run):
+    with monkeypatch.context() as patch:
+        after_updates(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            train(tmp_path)
+    train(tmp_path)
+    assert rows(run) == rows(tmp_path)
+    before, after = state(run), state(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_export_opens_with_the_grid_and_the_transform(run, tmp_path):
+    model = ijepa_zoo.create_model(f"local-dir:{run}").eval()
+    assert model.patch_embed.grid_size == GRID
+    pixels = ijepa_zoo.create_transform(model)(PHOTO)
+    assert pixels.shape == (3, *SIZE)
+    theirs = timm_transform(**resolve_model_data_config(model), is_training=False)(PHOTO)
+    assert torch.allclose(pixels, theirs, atol=1e-6)
+    features = model(pixels[None])
+    for to in ("timm", "native"):
+        folder = export_run(run, tmp_path / to, to=to)
+        opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        assert opened.patch_embed.grid_size == GRID
+        assert torch.equal(opened(pixels[None]), features)
+        assert resolve_model_data_config(opened)["input_size"] == (3, *SIZE)
+    with pytest.raises(CheckpointError, match="48x64"):
+        export_run(run, tmp_path / "transformers", to="transformers")
+
+
+def test_features_of_a_run(run, tmp_path):
+    PHOTO.save(tmp_path / "photo.png")
+    out = tmp_path / "features.npy"
+    model = ijepa_zoo.create_model(f"local-dir:{run}").eval()
+    ijepa_zoo.extract_features([tmp_path / "photo.png"], model, out, device="cpu", workers=0)
+    expected = model(ijepa_zoo.create_transform(model)(PHOTO)[None])
+    np.testing.assert_allclose(np.load(out), expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_start_a_run_of_another_shape(run, tmp_path):
+    short = {"duration": "1 steps", "warmup": "0 steps"}
+    square = change(WIDE, model={"img_size": 64}, optim=short)
+    train(tmp_path, square, init=run / "export")
+    assert state(tmp_path)["encoder.pos_embed"].shape[1] == 64
+
+
+def test_dry_run_counts_the_operations_of_the_grid():
+    found = dry_run(WIDE, IMAGES)
+    square = dry_run(change(WIDE, model={"img_size": 64}), pictures())
+    tokens, all_tokens = math.prod(GRID), 64
+    assert tokens / all_tokens * 0.9 < found.flops.target / square.flops.target < 0.75
+    assert found.largest[0] <= tokens
+    assert found.memory > 0
+
+
+def test_plot_draws_the_grid(run):
+    pytest.importorskip("matplotlib")
+    assert plot_run(run).stat().st_size > 0
+
+
+def test_settings_are_written_and_read_again():
+    assert parse(dump(WIDE), "here") == WIDE
