@@ -371,12 +371,14 @@ def _preprocessing(model: nn.Module) -> dict[str, Any]:
 def _description(model: nn.Module, license: str | None) -> dict[str, Any]:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     weights = getattr(model, "weights_origin", "not from a checkpoint")
-    network, _, place = weights.partition(" of ")
+    network = getattr(model, "weights_network", "").replace("_", " ")
+    known = f"{network} of " if weights.startswith(f"{network} of ") else ""
+    place = weights.removeprefix(known)
     if Path(place).is_absolute():  # no folders of this machine in what is served
-        weights = f"{network} of {Path(place).name}"
+        place = Path(place).name
     return {
         "model": model_name(model),
-        "weights": weights,
+        "weights": f"{known}{place}",
         "weights_hash": weights_fingerprint(model),
         "license": license or cfg.get("license"),
     }

@@ -144,12 +144,15 @@ def _print_report(report: ExtractionReport, picture: str | None) -> None:
     settings = report.settings
     shape = " x ".join(map(str, report.shape))
     blocks = ", ".join(map(str, settings["layers"]))
+    layers = (
+        "last map" if settings["layers"] == [-1] else f"after block {blocks} and the final norm"
+    )
     done = f"{report.shape[0]} done, {len(report.failed)} failed, {report.skipped} skipped"
     rate = f"{report.images_per_second:.1f} images/s on {settings['device']}"
     lines = [
         ("model", f"{settings['model']}, {settings['weights']}"),
         ("input", settings["transform"]),
-        ("features", f"block {blocks}, {_POOLS[settings['pool']]}"),
+        ("features", f"{layers}, {_POOLS[settings['pool']]}"),
         ("images", f"{done} ({'all done before' if report.already_done else rate})"),
         ("written", f"{report.features}  [{shape}] {report.dtype}"),
         ("", f"{report.index}  which row is which image"),

@@ -67,7 +67,11 @@ class ModelTransform:
 
     def __repr__(self) -> str:
         steps = ", ".join(map(repr, self.geometry))
-        return f"ModelTransform({steps}, mean={self.mean.flatten().tolist()})"
+        mean, std = (
+            [round(value, 4) for value in values.flatten().tolist()]
+            for values in (self.mean, self.std)
+        )
+        return f"ModelTransform({steps}, mean={mean}, std={std})"
 
 
 def transform_config(model: nn.Module) -> dict[str, Any]:
