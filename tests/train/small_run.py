@@ -1,10 +1,13 @@
 """A run of a few seconds, shared by the tests of the trainer."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from ijepa_zoo.models.jepa import IJepa
+from ijepa_zoo.train.checkpoint import read_checkpoint
 from ijepa_zoo.train.config import (
     DataConfig,
     LogConfig,
@@ -43,6 +46,18 @@ def pictures(count=40, size=64):
     """Smooth random pictures, uint8 `[count, size, size, 3]`."""
     coarse = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     return coarse.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
+
+
+def state(folder):
+    """Tensors and plain values of a run's newest checkpoint."""
+    return read_checkpoint(Path(folder) / "checkpoints")
+
+
+def same_state(one, other):
+    """Whether two runs have the same networks and optimizer, to the bit."""
+    (a, _), (b, _) = state(one), state(other)
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def rows(folder):

@@ -4,13 +4,12 @@ import signal
 
 import pytest
 import torch
-from small_run import CONFIG, after_updates, change, pictures, rows
+from small_run import CONFIG, after_updates, change, pictures, rows, same_state
 
 import ijepa_zoo
 from ijepa_zoo.cli import main
 from ijepa_zoo.errors import CheckpointError, RunError, SettingsError
 from ijepa_zoo.train import Interrupted, pretrain
-from ijepa_zoo.train.checkpoint import read_checkpoint
 from ijepa_zoo.train.config import OptimConfig
 from ijepa_zoo.train.folder import read_settings
 from ijepa_zoo.train.optim import Schedule
@@ -41,12 +40,6 @@ def crash(monkeypatch, updates, folder, config):
         after_updates(patch, updates, lambda: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             train(folder, config)
-
-
-def same_state(one, other):
-    (a, _), (b, _) = (read_checkpoint(folder / "checkpoints") for folder in (one, other))
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")

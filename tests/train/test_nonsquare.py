@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_run import CONFIG, after_updates, change, pictures, rows
+from small_run import CONFIG, after_updates, change, pictures, rows, same_state, state
 from timm.data import create_transform as timm_transform
 from timm.data import resolve_model_data_config
 
@@ -16,7 +16,6 @@ import ijepa_zoo
 from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, export_run, plot_run, pretrain
-from ijepa_zoo.train.checkpoint import read_checkpoint
 from ijepa_zoo.train.settings import dump, parse
 
 SIZE, GRID = (48, 64), (6, 8)
@@ -33,10 +32,6 @@ PHOTO = Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 150, 3), 
 
 def train(folder, config=WIDE, **options):
     pretrain(config, IMAGES, folder, progress=False, **options)
-
-
-def state(folder):
-    return read_checkpoint(folder / "checkpoints")[0]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +62,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, run):
             train(tmp_path)
     train(tmp_path)
     assert rows(run) == rows(tmp_path)
-    before, after = state(run), state(tmp_path)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert same_state(run, tmp_path)
 
 
 def test_export_opens_with_the_grid_and_the_transform(run, tmp_path):
@@ -103,7 +96,7 @@ def test_weights_start_a_run_of_another_shape(run, tmp_path):
     short = {"duration": "1 steps", "warmup": "0 steps"}
     square = change(WIDE, model={"img_size": 64}, optim=short)
     train(tmp_path, square, init=run / "export")
-    assert state(tmp_path)["encoder.pos_embed"].shape[1] == 64
+    assert state(tmp_path)[0]["encoder.pos_embed"].shape[1] == 64
 
 
 def test_dry_run_counts_the_operations_of_the_grid():

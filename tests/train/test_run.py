@@ -5,31 +5,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import CONFIG, after_updates, change, pictures, rows
+from small_run import CONFIG, after_updates, change, pictures, rows, same_state, state
 
 import ijepa_zoo
 from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError, ImageError, RunError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import Interrupted, NonFiniteLossError, Trainer, export_run, plot_run, pretrain
-from ijepa_zoo.train.checkpoint import read_checkpoint
 
 IMAGES = pictures()
 
 
 def train(folder, config=CONFIG, images=IMAGES, **options):
     return pretrain(config, images, folder, progress=False, **options)
-
-
-def state(folder):
-    tensors, about = read_checkpoint(Path(folder) / "checkpoints")
-    return tensors, about
-
-
-def same_state(one, other):
-    (a, _), (b, _) = state(one), state(other)
-    assert a.keys() == b.keys()
-    return [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @pytest.fixture(scope="module")
