@@ -20,7 +20,7 @@ import torch
 import ijepa_zoo
 from ijepa_zoo.data.scenes import SPLIT_STARTS, count_class, distance_class, render_scenes
 from ijepa_zoo.seeds import Stream, fold
-from ijepa_zoo.train.batches import normalise
+from ijepa_zoo.train.data import normalize
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -33,7 +33,7 @@ def features(encoder: Any, images: np.ndarray) -> dict[str, torch.Tensor]:
     for start in range(0, len(images), 256):
         pixels = torch.from_numpy(images[start : start + 256]).movedim(3, 1)
         blocks = encoder.forward_intermediates(
-            normalise(pixels, mean, std),
+            normalize(pixels, mean, std),
             indices=4,
             norm=True,
             output_fmt="NLC",

@@ -48,12 +48,12 @@ from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.progress import progress_bar
 from ijepa_zoo.seeds import Stream, fold
 from ijepa_zoo.train import PretrainConfig, Trainer, load_config
-from ijepa_zoo.train.batches import mask_sampler, normalise
 from ijepa_zoo.train.config import micro_batch_size, steps_of
+from ijepa_zoo.train.data import mask_sampler, normalize
 from ijepa_zoo.train.flops import flops_per_image
 from ijepa_zoo.train.monitor import Monitor, knn_accuracy, linear_accuracy, rankme, spread
+from ijepa_zoo.train.networks import build_networks
 from ijepa_zoo.train.optim import make_optimizer, set_rates
-from ijepa_zoo.train.start import build_networks
 from ijepa_zoo.weights.formats import from_transformers
 
 LR = 1e-3
@@ -131,7 +131,7 @@ def train(model: ViTMAEForPreTraining, trainer: Trainer) -> dict[str, float]:
         for step, batches in enumerate(trainer.batches()):
             pixels = torch.cat([batch.images for batch in batches]).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                loss = model(normalise(pixels, config.data.mean, config.data.std)).loss
+                loss = model(normalize(pixels, config.data.mean, config.data.std)).loss
             rates = trainer.schedule.rates(step)
             set_rates(optimizer, lr=rates["lr"], weight_decay=rates["weight_decay"])
             optimizer.zero_grad()
@@ -183,7 +183,7 @@ def measure(encoder: nn.Module, monitor: Monitor, device: torch.device) -> dict[
     pooled = []
     for images in monitor.images.split(monitor.batch_size):
         with torch.autocast(device.type, torch.bfloat16, monitor.precision == "bf16"):
-            pooled.append(encoder(normalise(images.to(device), monitor.mean, monitor.std)).float())
+            pooled.append(encoder(normalize(images.to(device), monitor.mean, monitor.std)).float())
     features, labels = torch.cat(pooled), monitor.labels
     probes = {"linear": linear_accuracy(features, labels), "knn": knn_accuracy(features, labels)}
     return {**probes, "rankme": rankme(features), "spread": spread(features)}

@@ -12,6 +12,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
+import timm
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -41,6 +42,20 @@ def _numbers(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.strip("[]() ").split(",")]
     return [value] if isinstance(value, (int, float)) else value
+
+
+def _words(value: Any) -> Any:
+    return (
+        [part.strip() for part in value.strip("[]() ").split(",")]
+        if isinstance(value, str)
+        else value
+    )
+
+
+def _with_csv(value: tuple[str, ...]) -> tuple[str, ...]:
+    if "csv" not in value:
+        raise ValueError("csv should be among them: plots and resumed runs read log.csv")
+    return tuple(dict.fromkeys(value))
 
 
 def _two(value: Any) -> Any:
@@ -96,6 +111,8 @@ PositiveNumbers = Annotated[tuple[Positive, ...], BeforeValidator(_numbers)]
 Size = Annotated[tuple[Count, Count] | Count, BeforeValidator(_size)]
 Duration = Annotated[str, BeforeValidator(_duration)]
 EarlierEnds = Annotated[tuple[str, ...], AfterValidator(_earlier_ends), BeforeValidator(_numbers)]
+LogTarget = Literal["csv", "tensorboard", "wandb"]
+LogTargets = Annotated[tuple[LogTarget, ...], AfterValidator(_with_csv), BeforeValidator(_words)]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 
 
@@ -114,7 +131,7 @@ class ModelConfig(Section):
 
     name: str = _field(
         "vit_huge14_ijepa",
-        "a registered model, local-dir:FOLDER or hf-hub:REPO; --init names weights to start from",
+        "an I-JEPA model, a ViT of timm, local-dir:FOLDER or hf-hub:REPO; --init names weights",
     )
     img_size: Size | None = _field(
         None, "height and width of images in pixels, or one number for both"
@@ -136,10 +153,13 @@ class ModelConfig(Section):
     @field_validator("name")
     @classmethod
     def _registered(cls, name: str) -> str:
-        if name in PREDICTORS or name.startswith(FOLDERS):
+        model, dot, _ = name.partition(".")
+        if name.startswith(FOLDERS):
             return name
-        if name.partition(".")[0] in PREDICTORS:
-            raise ValueError(f"weights to start from are named by --init {name}")
+        if model in PREDICTORS or timm.is_model(model):
+            if dot:
+                raise ValueError(f"use {model} here and --init {name} for its weights")
+            return name
         near = difflib.get_close_matches(name, PREDICTORS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(PREDICTORS)}"
         raise ValueError(f"no such model is registered, {hint}")
@@ -292,7 +312,11 @@ class OptimConfig(Section):
 class LogConfig(Section):
     """What is written how often; may change on resume."""
 
-    log_every: Count = _field(10, "steps between rows of the log")
+    to: LogTargets = _field(
+        ("csv",),
+        "where rows go: csv (log.csv, always), tensorboard and wandb (extra `log`)",
+    )
+    log_every: Count = _field(10, "steps of a row of the log, over which it averages")
     monitor_every: Count = _field(500, "steps between measurements on held-out images")
     save_every: Duration = _field("1 epoch", "duration between checkpoints")
     keep: Count = _field(2, "newest checkpoints that stay")

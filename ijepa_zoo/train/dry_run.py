@@ -15,10 +15,10 @@ from torch import nn
 
 from ..distributed import init_distributed
 from ..masks import MultiBlockMasks
-from .batches import Batch, open_training_images
 from .config import PretrainConfig
+from .data import Batch, open_training_images
 from .flops import Flops, flops_per_image
-from .start import build_networks
+from .networks import build_networks
 from .trainer import Trainer
 
 _SIZES = 4096  # steps whose block sizes are looked at; positions cost more

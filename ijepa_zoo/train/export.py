@@ -13,7 +13,7 @@ from ..weights.export import export
 from . import checkpoint_folder as layout
 from .checkpoint import read_checkpoint
 from .folder import read_settings
-from .start import build_networks
+from .networks import build_networks
 
 _NETWORKS = ("encoder", "predictor", "target_encoder")
 _STEP = "export.step"  # beside `export`: which checkpoint it was made from

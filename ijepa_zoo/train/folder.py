@@ -15,7 +15,7 @@ from ..errors import RunError
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
 from .config import OptimConfig, PretrainConfig, steps_of
-from .log import read_log
+from .logger import read_log
 from .precision import resolve_precision
 from .settings import differences, dump, override, parse
 

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError, ImageError, SettingsError
 from ..progress import progress_bar
-from .batches import Batch
 from .checkpoint import Checkpoints
 from .config import steps_of
+from .data import Batch
 from .folder import named_broken
-from .log import RunLog, read_log
+from .logger import RunLog, read_log
 from .monitor import Monitor, gradient_norms, total_norm, update_norms
 from .trainer import NonFiniteLossError, Trainer, Update
 from .watch import CollapseWatch

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..distributed import Distributed
 from ..errors import SettingsError
 from ..models.jepa import IJepa
-from .batches import normalise
 from .config import Precision
+from .data import normalize
 from .float8 import without_float8
 from .precision import autocast
 
@@ -201,7 +201,7 @@ class Monitor:
             batch = torch.arange(start, start + size).clamp(max=len(self.images) - 1)
             pixels = self.images[batch].to(distributed.device)
             with without_float8(model.target_encoder), autocast(pixels.device, self.precision):
-                tokens = model.target_encoder.encode(normalise(pixels, self.mean, self.std))
+                tokens = model.target_encoder.encode(normalize(pixels, self.mean, self.std))
             pooled.append(tokens.float().mean(dim=1))
         gathered: Tensor = distributed.all_gather(torch.cat(pooled)[:share])
         return gathered[: len(self.images)]

@@ -1,6 +1,6 @@
 """Spreading the networks over processes and devices.
 
-The networks know nothing of this: `parallelise` works from outside and leaves their parameter
+The networks know nothing of this: `parallelize` works from outside and leaves their parameter
 names as they are.
 """
 
@@ -22,7 +22,7 @@ from .config import Precision, RuntimeConfig
 from .float8 import use_float8
 
 
-def parallelise(
+def parallelize(
     model: IJepa,
     runtime: RuntimeConfig,
     distributed: Distributed,
@@ -110,7 +110,7 @@ def accumulate(module: nn.Module, last: bool) -> Iterator[None]:
     """Forward and backward pass of one micro-batch; gradients are exchanged in the last only.
 
     Args:
-        module: What `parallelise` returned.
+        module: What `parallelize` returned.
         last: Whether this is the last micro-batch before the update.
     """
     from torch.distributed.fsdp import FSDPModule

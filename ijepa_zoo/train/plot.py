@@ -12,10 +12,10 @@ import numpy.typing as npt
 from ..errors import MissingPackageError, SettingsError
 from ..masks import MultiBlockMasks
 from ..models.factory import create_model
-from .batches import mask_sampler
 from .config import PretrainConfig
+from .data import mask_sampler
 from .folder import read_settings
-from .log import read_initial, read_log
+from .logger import read_initial, read_log
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"

@@ -17,9 +17,9 @@ import torch
 from ..data.datasets import ImageDataset
 from ..distributed import Distributed, init_distributed
 from ..errors import SettingsError
-from .batches import open_training_images
 from .checkpoint import Checkpoints
 from .config import PretrainConfig, steps_of
+from .data import open_training_images
 from .export import export_run, exported_step
 from .folder import claim_folder, settle_folder
 from .loop import Loop

@@ -21,24 +21,24 @@ from ..errors import SettingsError, UserError
 from ..masks import MultiBlockMasks
 from ..models.jepa import IJepa
 from ..seeds import Stream, fold, numpy_generator
-from .batches import (
+from .config import MaskConfig, PretrainConfig, micro_batch_size
+from .data import (
     Batch,
     TrainBatches,
     batch_indices,
     evaluation_images,
     loader,
     mask_sampler,
-    normalise,
+    normalize,
     split,
 )
-from .config import MaskConfig, PretrainConfig, micro_batch_size
 from .float8 import float8_remark, require_float8
 from .monitor import Monitor
+from .networks import build_networks
 from .optim import Schedule, clip_gradients, make_optimizer, set_rates, step_if_finite
-from .parallel import accumulate, choose_kernels, in_group, parallelise
+from .parallel import accumulate, choose_kernels, in_group, parallelize
 from .precision import autocast, resolve_precision, warn_of_emulated_bf16
 from .regularizers import Regularizer
-from .start import build_networks
 
 _NETWORKS = ("encoder", "predictor", "target_encoder")
 _SHOWN = 8  # images named in a message
@@ -104,7 +104,7 @@ class Trainer:
         self.masks = self._masks(embed.grid_size)
         self.model.train()
         choose_kernels(self.distributed.device)
-        self.module = parallelise(
+        self.module = parallelize(
             self.model, config.runtime, self.distributed, config.optim.precision
         )
         self.optimizer = make_optimizer(self.model.encoder, self.model.predictor)
@@ -143,7 +143,7 @@ class Trainer:
         )
         with autocast(device, self.config.optim.precision):
             loss: torch.Tensor = self.module(
-                normalise(pixels, data.mean, data.std), context, targets
+                normalize(pixels, data.mean, data.std), context, targets
             )
         return loss
 

@@ -393,7 +393,7 @@ import ijepa_zoo
 from ijepa_zoo.train.checkpoint import Checkpoints
 from ijepa_zoo.train.config import RuntimeConfig
 from ijepa_zoo.train.optim import make_optimizer
-from ijepa_zoo.train.parallel import parallelise
+from ijepa_zoo.train.parallel import parallelize
 from ijepa_zoo.distributed import init_distributed
 
 def state(distributed, parallel, seed):
@@ -404,7 +404,7 @@ def state(distributed, parallel, seed):
         predictor_depth=1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    parallelise(model, RuntimeConfig(parallel=parallel), distributed, "fp32")
+    parallelize(model, RuntimeConfig(parallel=parallel), distributed, "fp32")
     optimizer = make_optimizer(model.encoder, model.predictor)
     tensors = dict(model.state_dict())
     for name, parameter in model.named_parameters():

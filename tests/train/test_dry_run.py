@@ -12,7 +12,7 @@ from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train import load_config
 from ijepa_zoo.train.dry_run import DryRunReport, dry_run, largest_masks, typical_masks
 from ijepa_zoo.train.flops import Flops, flops_per_image
-from ijepa_zoo.train.start import build_networks
+from ijepa_zoo.train.networks import build_networks
 
 
 def counted(name, context, targets, length):
@@ -159,7 +159,7 @@ TWO = """
     import os, torch
     from train.small_run import CONFIG, change, pictures
     from ijepa_zoo.train.dry_run import dry_run
-    from ijepa_zoo.train.start import build_networks
+    from ijepa_zoo.train.networks import build_networks
 
     report = dry_run(change(CONFIG, runtime={"parallel": "fsdp2"}), pictures())
     if os.environ["RANK"] == "0":

@@ -19,7 +19,7 @@ from ijepa_zoo.train.checkpoint import read_checkpoint
 from ijepa_zoo.train.config import RuntimeConfig
 from ijepa_zoo.train.float8 import require_float8, use_float8
 from ijepa_zoo.train.monitor import Monitor
-from ijepa_zoo.train.parallel import parallelise
+from ijepa_zoo.train.parallel import parallelize
 from ijepa_zoo.train.precision import autocast
 
 needs_torchao = pytest.mark.usefixtures("torchao")
@@ -189,8 +189,8 @@ from ijepa_zoo.train.float8 import without_float8
 
 with init_distributed("cpu", 60) as distributed:
     model, plain = make(), make()
-    parallelise(model, RuntimeConfig(parallel="fsdp2"), distributed, "fp8")
-    parallelise(plain, RuntimeConfig(), Distributed(), "bf16")
+    parallelize(model, RuntimeConfig(parallel="fsdp2"), distributed, "fp8")
+    parallelize(plain, RuntimeConfig(), Distributed(), "bf16")
     with torch.no_grad(), autocast(distributed.device, "bf16"):
         truth = plain.target_encoder.encode(images)
         assert not torch.equal(model.target_encoder.encode(images), truth)
@@ -228,7 +228,7 @@ def test_monitors_measure_in_bf16(monkeypatch, runtime):
     distributed, found = Distributed(), {}
     for precision in ("bf16", "fp8"):
         model = make(**NANO)
-        parallelise(model, RuntimeConfig(**runtime), distributed, precision)
+        parallelize(model, RuntimeConfig(**runtime), distributed, precision)
         pixels = torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
         monitor = Monitor(pixels, None, (0.5,) * 3, (0.2,) * 3, 16, precision)
         with torch.no_grad(), autocast(CPU, precision):

@@ -251,14 +251,14 @@ import test_monitor as t
 from ijepa_zoo.train.config import RuntimeConfig
 from ijepa_zoo.train.monitor import Monitor, gradient_norms, update_norms
 from ijepa_zoo.train.optim import make_optimizer
-from ijepa_zoo.train.parallel import parallelise
+from ijepa_zoo.train.parallel import parallelize
 from ijepa_zoo.distributed import init_distributed
 
 with init_distributed("cpu", 60) as distributed:
     results = {}
     for way, precision in (("ddp", "fp32"), ("fsdp2", "fp32"), ("fsdp2", "bf16")):
         model = t.tiny()
-        module = parallelise(model, RuntimeConfig(parallel=way), distributed, precision)
+        module = parallelize(model, RuntimeConfig(parallel=way), distributed, precision)
         optimizer = make_optimizer(model.encoder, model.predictor)
         labels = torch.arange(11) % 3
         monitor = Monitor(t.pictures(11), labels, t.MEAN, t.STD, batch_size=4, precision=precision)

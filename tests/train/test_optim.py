@@ -9,11 +9,11 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import SettingsError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import NonFiniteLossError, Trainer, load_config, pretrain
-from ijepa_zoo.train.batches import normalise
 from ijepa_zoo.train.checkpoint import read_checkpoint
 from ijepa_zoo.train.config import OptimConfig
+from ijepa_zoo.train.data import normalize
+from ijepa_zoo.train.networks import build_networks
 from ijepa_zoo.train.optim import Schedule, make_optimizer, set_rates
-from ijepa_zoo.train.start import build_networks
 
 
 def networks():
@@ -119,7 +119,7 @@ def test_clipping_equals_a_plain_loop(micro):
         trainer.update(batches)
         optimizer.zero_grad()
         for batch in batches:
-            pixels = normalise(batch.images, config.data.mean, config.data.std)
+            pixels = normalize(batch.images, config.data.mean, config.data.std)
             (model(pixels, batch.context, batch.targets) / len(batches)).backward()
         trained = [*model.encoder.parameters(), *model.predictor.parameters()]
         assert torch.nn.utils.clip_grad_norm_(trained, 0.05) > 0.1

@@ -16,7 +16,7 @@ import ijepa_zoo
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.config import RuntimeConfig
 from ijepa_zoo.train.optim import clip_gradients, make_optimizer, set_rates, step_if_finite
-from ijepa_zoo.train.parallel import accumulate, parallelise
+from ijepa_zoo.train.parallel import accumulate, parallelize
 from ijepa_zoo.train.precision import autocast
 from ijepa_zoo.distributed import Distributed, init_distributed
 
@@ -29,7 +29,7 @@ def make():
 
 def train(distributed, precision="fp32", micro=2, limit=None, ruined=False, **runtime):
     model = make().train()
-    module = parallelise(model, RuntimeConfig(**runtime), distributed, precision)
+    module = parallelize(model, RuntimeConfig(**runtime), distributed, precision)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in make().named_parameters()]
     optimizer = make_optimizer(model.encoder, model.predictor)
     masks = MultiBlockMasks(model.predictor.grid_size, min_keep=3)
@@ -86,7 +86,7 @@ VARIANTS = {
 with init_distributed("cpu", 60) as distributed:
     results = {name: train(distributed, **VARIANTS[name]) for name in sys.argv[2:]}
     whole, model = make(), make()
-    parallelise(model, RuntimeConfig(parallel="fsdp2"), distributed, "fp32")
+    parallelize(model, RuntimeConfig(parallel="fsdp2"), distributed, "fp32")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():  # as a monitor does, before the first update
         assert torch.equal(model.target_encoder.encode(images), whole.target_encoder.encode(images))

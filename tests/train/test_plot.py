@@ -8,7 +8,7 @@ from PIL import Image
 from ijepa_zoo.errors import RunError
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig
-from ijepa_zoo.train.log import RunLog
+from ijepa_zoo.train.logger import RunLog
 from ijepa_zoo.train.plot import _coverage, _group, _masks, _picture, plot_run
 from ijepa_zoo.train.settings import dump
 

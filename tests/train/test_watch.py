@@ -6,7 +6,7 @@ import torch
 from ijepa_zoo import create_ijepa
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.masks import MultiBlockMasks
-from ijepa_zoo.train.batches import normalise
+from ijepa_zoo.train.data import normalize
 from ijepa_zoo.train.monitor import Monitor
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 from ijepa_zoo.train.regularizers import VarianceCovariance
@@ -157,7 +157,7 @@ def train(lr, momentum, regularizer, steps=75):
         chosen = 64 + torch.randperm(256)[:32]
         set_rates(optimizer, lr=lr, weight_decay=0.04)
         optimizer.zero_grad()
-        loss = model(normalise(pictures[chosen], (0.5,), (0.25,)), context, targets)
+        loss = model(normalize(pictures[chosen], (0.5,), (0.25,)), context, targets)
         loss.backward()
         optimizer.step()
         model.update_target(momentum)

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 import ijepa_zoo
 from ijepa_zoo.errors import CheckpointError, RunError
 from ijepa_zoo.train import pretrain
-from ijepa_zoo.train.start import build_networks
+from ijepa_zoo.train.networks import build_networks
 
 ONE_STEP = change(CONFIG, optim={"duration": "1 steps", "warmup": "0 steps"})
 SIZES = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -309,7 +309,7 @@ def evaluation_images(
     return torch.stack(pixels), labels, broken
 
 
-def normalise(
+def normalize(
     images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> torch.Tensor:
     """Images `[B, C, H, W]` of 0 to 255, scaled to `mean` and `std` of 0 to 1 (1 or C values)."""

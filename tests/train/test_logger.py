@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from ijepa_zoo.errors import RunError
-from ijepa_zoo.train.log import COLUMNS, RunLog, read_events, read_initial, read_log
+from ijepa_zoo.train.logger import COLUMNS, RunLog, read_events, read_initial, read_log
 
 PUBLISHED = "epoch,itr,loss,mask-A,mask-B,time (ms)"
 

@@ -21,18 +21,18 @@ from ijepa_zoo.data import ImageDataset, open_images
 from ijepa_zoo.data.transforms import DRAWS, crop_resize
 from ijepa_zoo.errors import DataError, ImageError, RunError
 from ijepa_zoo.masks import MultiBlockMasks
-from ijepa_zoo.train.batches import (
+from ijepa_zoo.train.config import MaskConfig, OptimConfig, PretrainConfig
+from ijepa_zoo.train.data import (
     Batch,
     TrainBatches,
     batch_indices,
     crop_box,
     evaluation_images,
     loader,
-    normalise,
+    normalize,
     open_training_images,
     split,
 )
-from ijepa_zoo.train.config import MaskConfig, OptimConfig, PretrainConfig
 
 MASKS = MultiBlockMasks(grid_size=(6, 6), min_keep=2)
 CONFIG = PretrainConfig(
@@ -361,7 +361,7 @@ def test_workers_leave_signals_to_the_run() -> None:
 
 
 ABANDONED = """
-from test_batches import batches, loader
+from test_data import batches, loader
 steps = loader(batches(), 0, 100, 2, False)
 next(steps)
 raise SystemExit("gone")  # with workers at work
@@ -424,13 +424,13 @@ def test_greyscale_and_many_channels_come_through() -> None:
         config = change(CONFIG, data={"mean": (0.5,), "std": (0.2,)})
         (part, *_) = batches(open_images(array, in_chans=channels), config)[0]
         assert part.images.shape == (4, channels, 12, 12)
-        normal = normalise(part.images, config.data.mean, config.data.std)
+        normal = normalize(part.images, config.data.mean, config.data.std)
         assert torch.allclose(normal, (part.images / 255 - 0.5) / 0.2, atol=1e-5)
 
 
 def test_normalise() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
-    out = normalise(images, (0.5, 0.4, 0.2), (0.25, 0.2, 0.1))
+    out = normalize(images, (0.5, 0.4, 0.2), (0.25, 0.2, 0.1))
     assert out.dtype == torch.float32
     assert torch.allclose(out[0, :, 0, 0], torch.tensor([-2.0, -2.0, -2.0]))
     assert torch.allclose(out[1, :, 0, 0], torch.tensor([2.0, 3.0, 8.0]))
