@@ -5,9 +5,8 @@ from .config import PretrainConfig
 from .dry_run import dry_run
 from .export import export_run, load_run
 from .plot import plot_run
-from .run import pretrain
+from .run import Interrupted, pretrain
 from .settings import explained, load_config, override, recipe_table
-from .stopping import Interrupted
 from .trainer import NonFiniteLossError, Trainer
 
 __all__ = [

@@ -131,7 +131,7 @@ def dry_run(
         images = open_training_images(config, data)
         trainer = Trainer(config, images, distributed, init=init)
         started = time.perf_counter()
-        batch = trainer.data.micro_batch(0, 0)
+        batch = trainer.data[0]
         reading = time.perf_counter() - started
         group = config.group_size * config.mask.per_image
         largest = largest_masks(trainer.masks, group, config.seed)
@@ -139,7 +139,7 @@ def dry_run(
         if distributed.rank == 0:
             print(f"{trainer}\ntiming updates of {trainer.micro_batch_size} images ...")
         for _ in range(2):
-            _timed_update(trainer, batch, largest, min(trainer.data.parts, 2))
+            _timed_update(trainer, batch, largest, min(trainer.data.per_step, 2))
         memory = float(_memory_peak(distributed.device))
         update = _whole_update(trainer, batch, typical)
         measured = torch.tensor([[update, reading, memory]], dtype=torch.float64)
@@ -163,7 +163,7 @@ def _report(
         images=len(trainer.train_indices),
         steps=trainer.schedule.steps,
         batch_size=config.optim.batch_size,
-        parts=trainer.data.parts,
+        parts=trainer.data.per_step,
         world_size=trainer.distributed.world_size,
         device=_device_name(device),
         largest=_lengths(largest),
@@ -224,8 +224,8 @@ def _whole_update(trainer: Trainer, batch: Batch, masks: _Masks) -> float:
 
     _timed_update(trainer, batch, masks, 1)  # compiles and fills caches for these lengths
     one = median(1)
-    further = max(0.0, median(2) - one) if trainer.data.parts > 1 else 0.0
-    return one + (trainer.data.parts - 1) * further
+    further = max(0.0, median(2) - one) if trainer.data.per_step > 1 else 0.0
+    return one + (trainer.data.per_step - 1) * further
 
 
 def _timed_update(trainer: Trainer, batch: Batch, masks: _Masks, parts: int) -> float:
@@ -237,7 +237,7 @@ def _timed_update(trainer: Trainer, batch: Batch, masks: _Masks, parts: int) -> 
     trainer.distributed.barrier()
     _finish(device)
     started = time.perf_counter()
-    trainer.update([part] * parts)
+    trainer.train_step([part] * parts)
     _finish(device)
     return time.perf_counter() - started
 

@@ -108,7 +108,7 @@ def test_unfinished_run_is_extended_twice(tmp_path, monkeypatch):
     [
         (longer(None), r"optim\.duration: 9 steps then, 13 steps now.*optim\.extend="),
         (longer("constant", "6 steps"), r"optim\.duration: 9 steps then, 6 steps now"),
-        (longer("constant", lr=0.1), r"settings \(optim\.lr: 0\.001 then, 0\.1 now\)"),
+        (longer("constant", lr=0.1), r"\(optim\.lr: 0\.001 then, 0\.1 now\)"),
         (longer("constant", extended_from=["5 steps"]), r"optim\.extended_from"),
     ],
 )
@@ -183,7 +183,7 @@ def test_branches_that_do_not_fit_are_refused(tmp_path, finished):
     def branch(config=config, init=finished, which="latest"):
         train(tmp_path / "branch", config, init=init, resume_optimizer=which)
 
-    with pytest.raises(CheckpointError, match=r"shapes differ: .*predictor"):
+    with pytest.raises(CheckpointError, match="predictor"):
         branch(change(config, model={"predictor_embed_dim": 24}))
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 7"):
         branch(which=7)
@@ -191,7 +191,7 @@ def test_branches_that_do_not_fit_are_refused(tmp_path, finished):
         branch(BEFORE)
     with pytest.raises(SettingsError, match="--init RUN"):
         branch(init=None)
-    with pytest.raises(RunError, match="is not a run"):
+    with pytest.raises(RunError, match=r"config\.yaml"):
         branch(init=finished / "export")
     new = tmp_path / "new"
     new.mkdir()

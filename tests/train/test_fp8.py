@@ -150,7 +150,7 @@ def curve(config, steps):
     rates = {"warmup": "5 steps", "lr": 4e-3, "momentum": 0.99, "regularizer_weight": 0.0}
     config = change(config, optim={"duration": f"{steps} steps", **rates})
     trainer = Trainer(config, open_images(IMAGES), Distributed())
-    return np.array([trainer.update(batches).figures["loss"] for batches in trainer.batches()])
+    return np.array([trainer.train_step(batches).metrics["loss"] for batches in trainer.batches()])
 
 
 @needs_torchao
