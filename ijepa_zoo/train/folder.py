@@ -14,10 +14,17 @@ from ..distributed import Distributed
 from ..errors import RunError
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
-from .config import OptimConfig, PretrainConfig, steps_of
+from .config import (
+    OptimConfig,
+    PretrainConfig,
+    differences,
+    dump_config,
+    override,
+    parse_config,
+    steps_of,
+)
 from .logger import read_log
 from .precision import resolve_precision
-from .settings import differences, dump, override, parse
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
 _OLD = re.compile(r"^(machine:|  cut:)", re.MULTILINE)  # names of settings in version 0.1
@@ -95,7 +102,7 @@ def read_settings(run: Path) -> PretrainConfig:
                 f"{run} is a run of ijepa-zoo 0.1, which has other settings: resume, export or "
                 "plot it with that version (pip install 'ijepa-zoo<0.2')"
             )
-        config = parse(text, str(path))
+        config = parse_config(text, str(path))
     except FileNotFoundError as error:
         raise RunError(
             f"{run} is not a run of ijepa-zoo pretrain: it has no {_SETTINGS}"
@@ -117,7 +124,7 @@ def named_broken(path: Path) -> set[str]:
 
 def _write(out: Path, config: PretrainConfig, images: ImageDataset) -> None:
     data = {"images": len(images), "fingerprint": images.fingerprint()}
-    for name, text in ((_SETTINGS, dump(config)), (_DATA, json.dumps(data))):
+    for name, text in ((_SETTINGS, dump_config(config)), (_DATA, json.dumps(data))):
         whole = out / f"{name}.partial"
         try:
             whole.write_text(text, encoding="utf-8")

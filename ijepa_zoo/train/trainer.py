@@ -32,12 +32,17 @@ from .data import (
     normalize,
     split,
 )
-from .float8 import float8_remark, require_float8
 from .monitor import Monitor
 from .networks import build_networks
 from .optim import Schedule, clip_gradients, make_optimizer, set_rates, step_if_finite
 from .parallel import accumulate, choose_kernels, in_group, parallelize
-from .precision import autocast, resolve_precision, warn_of_emulated_bf16
+from .precision import (
+    autocast,
+    float8_remark,
+    require_float8,
+    resolve_precision,
+    warn_of_emulated_bf16,
+)
 from .regularizers import Regularizer
 
 _NETWORKS = ("encoder", "predictor", "target_encoder")

@@ -16,7 +16,7 @@ import ijepa_zoo
 from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, export_run, plot_run, pretrain
-from ijepa_zoo.train.settings import dump, parse
+from ijepa_zoo.train.config import dump_config, parse_config
 
 SIZE, GRID = (48, 64), (6, 8)
 WIDE = change(
@@ -114,4 +114,4 @@ def test_plot_draws_the_grid(run):
 
 
 def test_settings_are_written_and_read_again():
-    assert parse(dump(WIDE), "here") == WIDE
+    assert parse_config(dump_config(WIDE), "here") == WIDE
