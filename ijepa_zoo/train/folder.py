@@ -17,9 +17,16 @@ from ..errors import RunError, SettingsError
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
 from .checkpoint import LAST_SAVED, checkpoint_steps
-from .config import OptimConfig, PretrainConfig, steps_of
+from .config import (
+    OptimConfig,
+    PretrainConfig,
+    differences,
+    dump_config,
+    override,
+    parse_config,
+    steps_of,
+)
 from .precision import resolve_precision
-from .settings import differences, dump, override, parse
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
 _OLD = re.compile(r"^(machine:|  cut:)", re.MULTILINE)  # names of settings in version 0.1
@@ -88,7 +95,7 @@ def reconcile_settings(
     else:
         _check_not_lost(out)
         config = _extended(config, read_settings(source) if source else config, images)
-    write_text(out / _SETTINGS, dump(config))
+    write_text(out / _SETTINGS, dump_config(config))
     write_text(out / _DATA, json.dumps(data))
     return config
 
@@ -115,7 +122,7 @@ def read_settings(run: Path) -> PretrainConfig:
             )
         if not text.strip():
             raise RunError(f"{path} is damaged: it is empty")
-        return parse(text, str(path))
+        return parse_config(text, str(path))
     except FileNotFoundError:
         raise RunError(f"{run} is not a pretraining run: it has no {_SETTINGS}") from None
     except ValueError as error:

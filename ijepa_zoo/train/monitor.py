@@ -18,8 +18,7 @@ from ..errors import SettingsError
 from ..models.jepa import IJepa
 from .config import Precision
 from .data import normalize
-from .float8 import without_float8
-from .precision import autocast
+from .precision import autocast, without_float8
 
 _NEIGHBOURS = 20
 _TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's kNN classifier

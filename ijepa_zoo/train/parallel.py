@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..distributed import Distributed
 from ..models.jepa import IJepa
 from .config import Precision, RuntimeConfig
-from .float8 import use_float8
+from .precision import use_float8
 
 
 def parallelize(

@@ -33,7 +33,6 @@ from .data import (
     normalize,
     split,
 )
-from .float8 import float8_remark, require_float8
 from .monitor import Monitor
 from .networks import build_networks
 from .optim import (
@@ -45,7 +44,13 @@ from .optim import (
     step_if_finite,
 )
 from .parallel import choose_kernels, gradient_sync, in_group, parallelize
-from .precision import autocast, resolve_precision, warn_of_emulated_bf16
+from .precision import (
+    autocast,
+    float8_remark,
+    require_float8,
+    resolve_precision,
+    warn_of_emulated_bf16,
+)
 from .regularizers import Regularizer
 
 NETWORKS = ("encoder", "predictor", "target_encoder")

@@ -7,10 +7,15 @@ from PIL import Image
 
 from ijepa_zoo.errors import RunError
 from ijepa_zoo.masks import MultiBlockMasks
-from ijepa_zoo.train.config import MaskConfig, ModelConfig, OptimConfig, PretrainConfig
+from ijepa_zoo.train.config import (
+    MaskConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    dump_config,
+)
 from ijepa_zoo.train.logger import RunLog
 from ijepa_zoo.train.plot import _coverage, _group, _masks, _picture, plot_run
-from ijepa_zoo.train.settings import dump
 
 CONFIG = PretrainConfig(
     model=ModelConfig(name="vit_nano8_64_ijepa"),
@@ -21,7 +26,7 @@ CONFIG = PretrainConfig(
 
 def write_run(run, steps, monitors=True):
     run.mkdir()
-    (run / "config.yaml").write_text(dump(CONFIG))
+    (run / "config.yaml").write_text(dump_config(CONFIG))
     with RunLog(run, 0) as log:
         if monitors:
             log.event(0, "initial", json.dumps({"rankme": 3.0, "spread": 0.2, "knn": 18.0}))

@@ -13,7 +13,7 @@ import torch
 from small_run import CONFIG, change, pictures, rows, state
 
 from ijepa_zoo.train import pretrain
-from ijepa_zoo.train.settings import dump
+from ijepa_zoo.train.config import dump_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -31,7 +31,7 @@ CONFIG = change(
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     np.save(folder / "images.npy", pictures())
-    (folder / "config.yaml").write_text(dump(CONFIG))
+    (folder / "config.yaml").write_text(dump_config(CONFIG))
     return folder
 
 
