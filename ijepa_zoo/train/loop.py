@@ -21,11 +21,11 @@ from ..progress import progress_bar
 from .checkpoint import Checkpoints
 from .config import steps_of
 from .data import Batch
+from .flops import peak_flops, training_flops
 from .folder import named_broken
-from .logger import RunLog, read_log
-from .monitor import Monitor, gradient_norms, total_norm, update_norms
+from .logger import Meter, RunLogger, read_log
+from .monitor import CollapseWatch, Monitor, total_norm, update_norms
 from .trainer import NonFiniteLossError, Trainer, Update
-from .watch import CollapseWatch
 
 _NAMED = 10  # broken images shown; the file has all
 _BAR = {"loss": "loss", "rank": "rankme", "images/s": "images_per_second"}
@@ -37,7 +37,8 @@ class _Watching:
 
     monitor: Monitor
     watch: CollapseWatch
-    log: RunLog | None
+    log: RunLogger | None
+    meter: Meter
     bar: Any
 
 
@@ -151,7 +152,7 @@ class Loop:
             shown = self.progress and self.first
             bar = progress_bar(shown, steps, self.out.name, "step", trainer.step)
             stack.enter_context(bar)
-            self._loop(received, _Watching(monitor, watch, log, bar))
+            self._loop(received, _Watching(monitor, watch, log, self._meter(), bar))
             if log is not None and trainer.step == steps:
                 log.final(self.measured, self.about["initial"])
         if self.saved != trainer.step:
@@ -162,6 +163,7 @@ class Loop:
         trainer, log = self.trainer, self.trainer.config.log
         started = time.perf_counter()
         for batches in trainer.batches():
+            waited = time.perf_counter() - started
             self._note_broken([found for batch in batches for found in batch.broken])
             update = self._update(batches, bool(received), watching)
             if update is None:
@@ -169,14 +171,15 @@ class Loop:
             seconds = time.perf_counter() - started
             step, last = trainer.step, trainer.step == trainer.schedule.steps
             self._check_broken(update.broken)
-            row = {"step": step - 1.0, **update.figures}
+            watching.meter.update(update.figures, seconds, waited)
+            row: dict[str, float] = {}
             if step % log.log_every == 0 or last:
-                row |= gradient_norms(trainer.model)
+                row |= self._gradient_norms()
                 row |= update_norms(trainer.model, trainer.optimizer)
             if step % log.monitor_every == 0 or last:
                 self.measured = watching.monitor.measure(trainer.model, self.distributed)
                 row |= self.measured
-            self._write(row, seconds, watching)
+            self._write(row, watching)
             if step % self.save_every == 0:
                 self._save()
             if update.stop:
@@ -215,22 +218,36 @@ class Loop:
         self.checkpoints.save(trainer.step, trainer.tensors(), self.about)
         self.saved = trainer.step
 
-    def _log(self) -> RunLog | nullcontext[None]:
-        return RunLog(self.out, self.trainer.step) if self.first else nullcontext()
+    def _log(self) -> RunLogger | nullcontext[None]:
+        if not self.first:
+            return nullcontext()
+        return RunLogger(self.out, self.trainer.step, self.trainer.config)
 
-    def _write(self, row: dict[str, float], seconds: float, watching: _Watching) -> None:
+    def _meter(self) -> Meter:
+        config, distributed = self.trainer.config, self.distributed
+        peak = peak_flops(distributed.device, config.optim.precision)
+        return Meter(
+            config.optim.batch_size,
+            self.trainer.schedule.epoch_steps,
+            training_flops(config) if peak else 0.0,
+            peak,
+            distributed.world_size,
+        )
+
+    def _gradient_norms(self) -> dict[str, float]:
+        model = self.trainer.model
+        return {
+            f"grad_{name}": total_norm(p.grad for p in network.parameters() if p.grad is not None)
+            for name, network in (("encoder", model.encoder), ("predictor", model.predictor))
+        }
+
+    def _write(self, row: dict[str, float], watching: _Watching) -> None:
         """Log the row where it is due, warn, and move the progress bar."""
         config, step = self.trainer.config, self.trainer.step
-        steps = self.trainer.schedule.epoch_steps
-        row |= {
-            "epoch": (step - 1) // steps + 1.0,
-            "itr": (step - 1.0) % steps,
-            "time (ms)": 1000 * seconds,
-            "images_per_second": config.optim.batch_size / seconds,
-        }
         if watching.log is None:
             return
         if step % config.log.log_every == 0 or "rankme" in row:
+            row |= watching.meter.row(step)
             watching.log.write(row)
             for warning in watching.watch.update(step - 1, row):
                 watching.log.event(step - 1, "warning", warning)
@@ -243,7 +260,7 @@ class Loop:
         if self.first:
             tqdm.write(text, file=sys.stderr)
 
-    def _event(self, log: RunLog | None, kind: str, text: str) -> None:
+    def _event(self, log: RunLogger | None, kind: str, text: str) -> None:
         if log is not None:
             log.event(self.trainer.step, kind, text)
 

@@ -1,7 +1,7 @@
 """A pretraining run: its folder, its start and end, stopping and going on.
 
-The folder holds `config.yaml`, `checkpoints/step-*/`, `log.csv`, `log.jsonl`, `broken.jsonl` and,
-in the end, `export/`, which `create_model("local-dir:RUN")` reads.
+The folder holds `config.yaml`, `checkpoints/step-*/`, `log.csv`, `events.jsonl`, `broken.jsonl`
+and, in the end, `export/`, which `create_model("local-dir:RUN")` reads.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def same_state(one, other):
 
 def rows(folder):
     """Rows of a run's log without what depends on the clock."""
-    clock = ("time (ms)", "images_per_second")
+    clock = ("time (ms)", "images_per_second", "data_wait")
     with (folder / "log.csv").open() as file:
         return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(file)]
 
