@@ -144,8 +144,9 @@ class CheckpointManager:
             ) from error
 
     def _write_tensors(self, partial: Path, tensors: dict[str, Any]) -> None:
-        from torch.distributed.checkpoint import FileSystemWriter, save
         from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         try:
             save(
@@ -272,14 +273,15 @@ def read_checkpoint(folder: Path, prefix: tuple[str, ...] = ("",)) -> dict[str, 
 
 
 def _load(folder: Path, tensors: dict[str, Any], group: Any) -> None:
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     load(tensors, storage_reader=FileSystemReader(folder), process_group=group, no_dist=not group)
 
 
 def _stored(folder: Path) -> Mapping[str, Any]:
     """Sizes and types of a checkpoint's tensors by name."""
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     return FileSystemReader(folder).read_metadata().state_dict_metadata
 

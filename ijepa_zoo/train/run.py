@@ -238,7 +238,8 @@ class Loop:
         watch = CollapseWatch(self.extra["initial"])
         if logger is not None:
             watch.replay(read_log(self.out))
-        meter, measured, shown = self._meter(), {}, {}
+        meter, measured = self._meter(), {}
+        shown: dict[str, str] = {}
         batches = trainer.batches()
         while trainer.step < trainer.schedule.steps:
             started = time.perf_counter()

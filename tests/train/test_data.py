@@ -227,7 +227,9 @@ def test_flip_turns_half_of_the_images_and_nothing_else() -> None:
     flipping = change(CONFIG, data={"horizontal_flip": True})
     turned = 0
     for step in range(20):
-        plain, flipped = joined(step_batches(batches(), step)), joined(step_batches(batches(config=flipping), step))
+        plain, flipped = (
+            joined(step_batches(batches(config=config), step)) for config in (CONFIG, flipping)
+        )
         assert plain["indices"].tolist() == flipped["indices"].tolist()
         for a, b in zip(plain["images"], flipped["images"]):
             assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
@@ -239,7 +241,8 @@ def test_flip_does_not_depend_on_the_crop() -> None:
     ramp = np.tile(np.arange(0, 240, 3, dtype=np.uint8)[:, None], (90, 60, 1, 3))
     data = {"crop_scale": (0.3, 0.3), "crop_ratio": (1.0, 1.0), "horizontal_flip": True}
     flipping = batches(open_images(ramp), change(CONFIG, data=data))
-    rows = torch.cat([joined(step_batches(flipping, step))["images"][:, 0, 6].float() for step in range(20)])
+    steps = [joined(step_batches(flipping, step)) for step in range(20)]
+    rows = torch.cat([step["images"][:, 0, 6].float() for step in steps])
     turned = rows[:, 0] > rows[:, -1]
     lefts = rows.amin(dim=1)
     difference = lefts[turned].mean() - lefts[~turned].mean()

@@ -93,7 +93,7 @@ def test_stopped_and_resumed_goes_on(tmp_path, monkeypatch):
         with pytest.raises(Interrupted):
             losses(tmp_path / "parts", GPU)
     assert losses(tmp_path / "parts", GPU) == pytest.approx(whole, rel=1e-4)
-    tensors, _ = read_checkpoint(tmp_path / "parts" / "checkpoints")
+    tensors, _ = state(tmp_path / "parts")
     assert all(value.isfinite().all() for value in tensors.values())
 
 
