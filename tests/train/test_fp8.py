@@ -172,7 +172,7 @@ def test_resumed_equals_uninterrupted_and_exports(tmp_path, monkeypatch, capsys)
         with pytest.raises(Interrupted):
             pretrain(FP8, IMAGES, tmp_path / "parts", progress=False)
     exported = pretrain(FP8, IMAGES, tmp_path / "parts", progress=False)
-    states = [read_checkpoint(tmp_path / n / "checkpoints")[0] for n in ("whole", "parts")]
+    states = [state(tmp_path / n)[0] for n in ("whole", "parts")]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
