@@ -6,6 +6,7 @@ The rates are those of the official schedulers (facebookresearch/ijepa, `src/uti
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -132,7 +133,8 @@ def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.Adam
     """AdamW (betas 0.9 and 0.999, eps 1e-8) over context encoder and predictor.
 
     The four groups stand in the official order (encoder, predictor; then biases and 1-D
-    parameters of both, which have no weight decay), so optimizer states keep their indices.
+    parameters of both, which have no weight decay), so optimizer states keep their indices. Neither
+    have the positions, class and register tokens that a ViT of timm learns.
     Learning rate and weight decay are set before every update by `set_rates`. The state is made
     here and not by the first update, so a checkpoint has the same names at every step.
 
@@ -143,13 +145,14 @@ def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.Adam
     Returns:
         The optimizer; its groups carry a `decayed` flag.
     """
+    exempt: Collection[str] = getattr(encoder, "no_weight_decay", set)()
     groups = [
         {
-            "params": [p for n, p in net.named_parameters() if _decayed(n, p) is flag],
+            "params": [p for n, p in net.named_parameters() if _decayed(n, p, names) is flag],
             "decayed": flag,
         }
         for flag in (True, False)
-        for net in (encoder, predictor)
+        for net, names in ((encoder, exempt), (predictor, set()))
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     for group in optimizer.param_groups:
@@ -202,5 +205,5 @@ def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor) -> None:
     optimizer.step()
 
 
-def _decayed(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim > 1 and "bias" not in name
+def _decayed(name: str, parameter: nn.Parameter, exempt: Collection[str]) -> bool:
+    return parameter.ndim > 1 and "bias" not in name and name not in exempt

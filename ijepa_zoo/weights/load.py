@@ -140,7 +140,7 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
     Raises:
         CheckpointError: positions cannot be resampled or channels cannot be adapted.
     """
-    if "cls_token" in state:
+    if "cls_token" in state and getattr(model, "cls_token", None) is None:
         raise CheckpointError(
             f"{origin} has a class token (cls_token), I-JEPA encoders have none: load it with "
             "timm.create_model"
@@ -161,7 +161,9 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
     positions = state.get("pos_embed")
     if _has_positions(positions) and model.pos_embed is not None:
         grid = tuple(model.patch_embed.grid_size)
-        state["pos_embed"] = _fit_positions(positions, grid, origin, old_grid)
+        first = 0 if model.no_embed_class else model.num_prefix_tokens  # of class and registers
+        patches = _fit_positions(positions[:, first:], grid, origin, old_grid)
+        state["pos_embed"] = torch.cat([positions[:, :first], patches], 1) if first else patches
     if "head.weight" in state and len(state["head.weight"]) != model.num_classes:
         classes = len(state["head.weight"])
         _log.warning("%s: its classifier is dropped; num_classes=%d loads it", origin, classes)
