@@ -6,7 +6,6 @@ The rates are those of the official schedulers (facebookresearch/ijepa, `src/uti
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -17,6 +16,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..errors import SettingsError
 from .config import OptimConfig, split_end, steps_of
+
+# What other ViTs learn without weight decay, as timm has it (reg_token only in later versions).
+_NOT_DECAYED = ("pos_embed", "cls_token", "reg_token")
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.Adam
 
     The four groups stand in the official order (encoder, predictor; then biases and 1-D
     parameters of both, which have no weight decay), so optimizer states keep their indices. Neither
-    have the positions, class and register tokens that a ViT of timm learns.
+    have learned positions, class and register tokens; I-JEPA encoders have none of these.
     Learning rate and weight decay are set before every update by `set_rates`. The state is made
     here and not by the first update, so a checkpoint has the same names at every step.
 
@@ -145,14 +147,13 @@ def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.Adam
     Returns:
         The optimizer; its groups carry a `decayed` flag.
     """
-    exempt: Collection[str] = getattr(encoder, "no_weight_decay", set)()
     groups = [
         {
-            "params": [p for n, p in net.named_parameters() if _decayed(n, p, names) is flag],
+            "params": [p for n, p in net.named_parameters() if _decayed(n, p) is flag],
             "decayed": flag,
         }
         for flag in (True, False)
-        for net, names in ((encoder, exempt), (predictor, set()))
+        for net in (encoder, predictor)
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     for group in optimizer.param_groups:
@@ -205,5 +206,5 @@ def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor) -> None:
     optimizer.step()
 
 
-def _decayed(name: str, parameter: nn.Parameter, exempt: Collection[str]) -> bool:
-    return parameter.ndim > 1 and "bias" not in name and name not in exempt
+def _decayed(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and "bias" not in name and name not in _NOT_DECAYED

@@ -117,11 +117,9 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
     """
     text = str(location)
     if text.startswith(HUB_PREFIX):
-        repository, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
-        fetch = partial(
-            download.fetch_hub, repository, revision=revision or None, cache_dir=cache_dir
-        )
-        return _open_folder(fetch, text, registry.find_repository(repository))
+        repository = text.removeprefix(HUB_PREFIX).partition("@")[0]
+        locate = _hub_files(text, cache_dir)
+        return _open_folder(locate, text, registry.find_repository(repository))
     path = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
     if not text.removeprefix(FOLDER_PREFIX) or not path.exists():
         hint = ""
@@ -191,19 +189,15 @@ def find_timm_config(
     """
     text = str(location)
     if text.startswith(HUB_PREFIX):
-        repository, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
-        config = _read_json(
-            partial(download.fetch_hub, repository, revision=revision or None, cache_dir=cache_dir),
-            "config.json",
-            text,
-        )
+        locate = _hub_files(text, cache_dir)
     else:
         folder = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
         if not (folder / "config.json").is_file():
             folder /= "export"  # of a pretraining run
         if not (folder / "config.json").is_file():
             return None
-        config = _read_json(partial(_locate_in, folder), "config.json", str(folder))
+        locate = partial(_locate_in, folder)
+    config = _read_json(locate, "config.json", text)
     name = config.get("architecture")
     is_other = isinstance(name, str) and registry.registered_name(name) is None
     return config if is_other else None
@@ -380,6 +374,11 @@ def _read_folder(locate: Locate, origin: str) -> State:
             raise CheckpointError(f"{origin} has {', '.join(found)} in one file: load that file")
         return next(iter(found.values()))[0]
     raise CheckpointError(f"{origin} has neither model.safetensors nor pytorch_model.bin")
+
+
+def _hub_files(location: str, cache_dir: str | Path | None) -> Locate:
+    repository, _, revision = location.removeprefix(HUB_PREFIX).partition("@")
+    return partial(download.fetch_hub, repository, revision=revision or None, cache_dir=cache_dir)
 
 
 def _locate_in(folder: Path, name: str) -> Path:
