@@ -270,15 +270,10 @@ def as_encoder(vit: Any) -> Any:
     """
     if not hasattr(vit, "encode"):
         check_encoder(vit)
-        # Partial functions, unlike methods set on an object, are copied and pickled with it.
+        # Partial functions are copied and pickled with the object.
         vit.encode = partial(encode_visible, vit)
         vit.encode_layers = partial(_encode_layers, vit)
     return vit
-
-
-def num_heads(vit: Any) -> int:
-    """Attention heads of each block of a timm ViT."""
-    return next(int(part.num_heads) for part in vit.blocks.modules() if hasattr(part, "num_heads"))
 
 
 def _check_sizes(kwargs: Mapping[str, Any]) -> None:

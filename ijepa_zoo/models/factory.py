@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import CheckpointError, SettingsError
 from ..weights import load, registry
 from ..weights.read import FOLDER_PREFIX, HUB_PREFIX, Networks, find_timm_config, open_checkpoint
-from .encoder import as_encoder, check_encoder, num_heads
+from .encoder import as_encoder, check_encoder
 from .jepa import IJepa
 from .predictor import PREDICTORS, Predictor
 
@@ -155,6 +155,7 @@ def is_other_vit(name: str | Path) -> bool:
 
 def _load(vit: Any, networks: Networks, network: str) -> Any:
     """Load one network of a checkpoint into an encoder that is constructed already."""
+    load.check_architecture(vit, networks.args, networks.origin)
     state = load.fit(networks.states[network](), vit, networks.origin, networks.grid_size)
     load.check(vit, state, networks.origin)
     vit.load_state_dict(state, strict=False)  # a classifier may be new
@@ -265,7 +266,7 @@ def _predictor(encoder: Any, arguments: Mapping[str, Any], device: torch.device)
         tuple(encoder.patch_embed.grid_size),
         encoder.embed_dim,
         predictor_embed_dim=sizes.pop("embed_dim"),
-        num_heads=num_heads(encoder),
+        num_heads=load.num_heads(encoder),
         device=device,
         dtype=next(encoder.parameters()).dtype,
         **sizes,

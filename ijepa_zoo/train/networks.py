@@ -10,6 +10,7 @@ import timm
 import torch
 
 from ..errors import CheckpointError, SettingsError
+from ..models.encoder import check_encoder
 from ..models.factory import create_ijepa, is_other_vit
 from ..models.jepa import IJepa
 from ..seeds import Stream, fold
@@ -109,7 +110,8 @@ def _encoder_alone(
     if _is_stock(init):
         source = f"{FOLDER_PREFIX}{init}" if Path(init).is_dir() else str(init)
         vit = timm.create_model(source, pretrained=True, num_classes=0)
-        networks = Networks(f"timm's {init}", {}, "timm")
+        check_encoder(vit)
+        networks = Networks(f"timm's {init}", {}, "timm", args={"num_heads": load.num_heads(vit)})
         state = _without_pooling(vit.state_dict())
     else:
         model, _, tag = name.partition(".")
@@ -135,6 +137,7 @@ def _start_from(model: IJepa, state: State, networks: Networks) -> None:
     """Load one encoder into both; the predictor stays as it was initialized."""
     _log.warning("both encoders start from %s; the predictor is new", networks.origin)
     for encoder in (model.encoder, model.target_encoder):
+        load.check_architecture(encoder, networks.args, networks.origin)
         fitted = load.fit(state, encoder, networks.origin, networks.grid_size)
         load.check(encoder, fitted, networks.origin)
         encoder.load_state_dict(fitted)

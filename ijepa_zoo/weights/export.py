@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..errors import CheckpointError, FetchError, RunError, SettingsError, some
-from ..models.encoder import IJepaEncoder, num_heads
+from ..models.encoder import IJepaEncoder
 from ..models.factory import create_encoder, create_model
 from ..models.jepa import IJepa
 from . import configs, load, registry
@@ -312,7 +312,7 @@ def timm_args(encoder: VisionTransformer) -> dict[str, Any]:
         "num_classes": encoder.num_classes,
         "embed_dim": encoder.embed_dim,
         "depth": len(encoder.blocks),
-        "num_heads": num_heads(encoder),
+        "num_heads": load.num_heads(encoder),
         "class_token": encoder.cls_token is not None,
         "reg_tokens": encoder.num_reg_tokens,
         "no_embed_class": encoder.no_embed_class,

@@ -196,6 +196,8 @@ def test_the_export_brings_all_three_networks_to_a_new_run(run, tmp_path, caplog
     pretrain(short, pictures(), tmp_path, init=run / "export", progress=False)
     larger = build_networks(change(CONFIG, model={"img_size": 96}), run / "export")
     assert larger.encoder.pos_embed.shape == (1, 144, 24)
+    with pytest.raises(CheckpointError, match="num_heads"):
+        build_networks(change(CONFIG, model={"num_heads": 4}), run)
     with pytest.raises(CheckpointError, match="cls_token"):
         build_networks(change(CONFIG, model={"name": "vit_nano8_64_ijepa"}), run / "export")
 
@@ -232,14 +234,17 @@ def test_a_vit_of_timm_starts_both_encoders_with_its_class_token(tmp_path, monke
         return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", create_model)
-    for init in (tmp_path, f"local-dir:{tmp_path}", f"{DINOV2}.lvd142m"):
+    torch.save(vit.state_dict(), tmp_path / "own.pth")
+    for init in (tmp_path, f"local-dir:{tmp_path}", f"{DINOV2}.lvd142m", tmp_path / "own.pth"):
         model = build_networks(CONFIG, init)
         for encoder in (model.encoder, model.target_encoder):
             assert torch.equal(encoder.cls_token, vit.cls_token)
             assert torch.equal(encoder.norm.weight, vit.norm.weight)
             assert encoder.pos_embed.shape == (1, 64, 24)
-    assert caplog.text.count("predictor is new") == 3
-    assert "dropped" not in caplog.text
+    assert caplog.text.count("predictor is new") == 4
+    assert "class token" not in caplog.text
+    with pytest.raises(CheckpointError, match="num_heads"):
+        build_networks(change(CONFIG, model={"num_heads": 4}), tmp_path)
 
 
 # --- several processes
