@@ -18,7 +18,7 @@ from ijepa_zoo.train.optim import make_optimizer
 
 DINOV2 = "vit_small_patch14_reg4_dinov2"  # class token and registers without positions, LayerScale
 MAE = "vit_tiny_patch16_224"  # class token with a position
-CLIP = "vit_small_patch16_18x2_224"  # other blocks
+PARALLEL = "vit_small_patch16_18x2_224"  # other blocks
 SIZES = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 CONFIG = change(CONFIG, model={"name": DINOV2, **SIZES})
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -37,7 +37,7 @@ def make(name, stir=0.3, **kwargs):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(DINOV2, {}), (MAE, {}), (CLIP, {}), (MAE, {"pre_norm": True, "final_norm": False})],
+    [(DINOV2, {}), (MAE, {}), (PARALLEL, {}), (MAE, {"pre_norm": True, "final_norm": False})],
 )
 @torch.no_grad()
 def test_all_patches_are_the_patch_tokens_of_timm(name, options):
