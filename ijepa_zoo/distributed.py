@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import DistributedError
+from .errors import DistributedError, UserError
+
+T = TypeVar("T")
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _groups = itertools.count()  # started by this process; all processes start the same ones
@@ -71,6 +73,29 @@ class Distributed:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def run_on_main(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0; every process returns its value or raises its error.
+
+        Args:
+            function: Returns a picklable object.
+
+        Raises:
+            UserError: The function raised one, as it may an `OSError`.
+        """
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = function()
+            except (UserError, OSError) as error:
+                if self.world_size == 1:
+                    raise
+                outcome = error
+        outcome = self.broadcast_object(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        result: T = outcome
+        return result
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from ijepa_zoo.data import open_images
+from ijepa_zoo.metrics import knn_accuracy, linear_accuracy, rankme, spread
 from ijepa_zoo.train import Trainer, load_config
-from ijepa_zoo.train.monitor import knn_accuracy, linear_accuracy, rankme, spread
 from ijepa_zoo.train.networks import build_networks
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "small_data"

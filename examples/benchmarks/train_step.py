@@ -75,7 +75,7 @@ class OurStep:
     def update(self, masks: Masks) -> float:
         """One step; returns its loss."""
         batch = replace(self.batch, context=masks[0], targets=masks[1])
-        return self.trainer.update([batch]).figures["loss"]
+        return self.trainer.train_step([batch]).metrics["loss"]
 
     def masks(self, step: int) -> Masks:
         """Context and targets of a step."""

@@ -43,6 +43,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ijepa_zoo.data import ImageDataset, open_images
 from ijepa_zoo.data.transforms import transform_config
+from ijepa_zoo.metrics import knn_accuracy, linear_accuracy, rankme, spread
 from ijepa_zoo.models.encoder import sincos_positions
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.progress import progress_bar
@@ -51,7 +52,7 @@ from ijepa_zoo.train import PretrainConfig, Trainer, load_config
 from ijepa_zoo.train.config import micro_batch_size, steps_of
 from ijepa_zoo.train.data import mask_sampler, normalize
 from ijepa_zoo.train.flops import flops_per_image
-from ijepa_zoo.train.monitor import Monitor, knn_accuracy, linear_accuracy, rankme, spread
+from ijepa_zoo.train.monitor import Monitor
 from ijepa_zoo.train.networks import build_networks
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 from ijepa_zoo.weights.formats import from_transformers

@@ -35,8 +35,8 @@ import numpy as np
 
 from ijepa_zoo.data import open_images
 from ijepa_zoo.train import load_config
+from ijepa_zoo.train.config import differences
 from ijepa_zoo.train.folder import read_settings
-from ijepa_zoo.train.settings import differences
 
 SIZES: dict[str, list[str]] = {
     "cpu": [

@@ -14,14 +14,14 @@ from ..errors import SettingsError
 from ..train import (
     Interrupted,
     PretrainConfig,
+    describe_config,
     dry_run,
-    explained,
     load_config,
     plot_run,
     pretrain,
     recipe_table,
 )
-from ..train.settings import official_folders
+from ..train.config import official_folders
 from ..weights.registry import checkpoints
 from .options import RESUME, Commands, count, is_main_process
 
@@ -79,19 +79,17 @@ def add_plot(commands: Commands) -> list[argparse.ArgumentParser]:
 
 def _pretrain(args: argparse.Namespace) -> int:
     if args.recipes:
-        for name, purpose in recipe_table():
-            print(f"{name:20} {purpose}")
+        print("\n".join(f"{name:20} {purpose}" for name, purpose in recipe_table()))
         return 0
     config = _config(args)
     if args.settings:
-        print(explained(config), end="")
+        print(describe_config(config), end="")
         return 0
     data, out = _data_and_out(args)
     if args.dry_run:
         args.interrupted = "interrupted"  # there is nothing to resume
         branched = args.resume_optimizer is not None  # no weights to read: sizes are the same
-        report = dry_run(config, data, init=None if branched else args.init)
-        if report is not None:
+        if report := dry_run(config, data, init=None if branched else args.init):
             print(report)
         return 0
     try:
@@ -116,38 +114,35 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> PretrainConfig:
-    if args.data:  # --data takes all words behind it
-        behind = [word for word in args.data if _CHANGE.match(word) and not os.path.exists(word)]
-        args.words += behind
-        args.data = [word for word in args.data if word not in behind]
-    names = [word for word in args.words if "=" not in word]
-    changes = [word for word in args.words if "=" in word]
-    released = [record for record in checkpoints() if record.name == args.init]
-    if released:  # the name of released weights tells their model
-        changes.insert(0, f"model.name={released[0].model}")
-    if len(names) + bool(args.config) != 1:
-        given = ", ".join([*names, *([args.config] if args.config else [])]) or "none"
+    # --data takes all words behind it
+    behind = [w for w in args.data or () if _CHANGE.match(w) and not os.path.exists(w)]
+    args.data = [word for word in args.data or () if word not in behind]
+    words = [*args.words, *behind]
+    changes = [word for word in words if "=" in word]
+    # the name of released weights tells their model
+    released = [f"model.name={c.model}" for c in checkpoints() if c.name == args.init]
+    sources = [word for word in words if "=" not in word]
+    if args.config:
+        sources.append(args.config)
+    if len(sources) != 1:
         raise SettingsError(
-            f"name one recipe, or one file with --config (given: {given}); "
+            f"name one recipe, or one file with --config (given: {', '.join(sources) or 'none'}); "
             "`ijepa-zoo pretrain --recipes` lists the recipes"
         )
-    found = read_environment(os.environ)
-    return load_config(args.config or names[0], changes, 1 if found is None else found[1])
+    environment = read_environment(os.environ)
+    return load_config(sources[0], [*released, *changes], environment[1] if environment else 1)
 
 
 def _data_and_out(args: argparse.Namespace) -> tuple[list[str], str]:
     """Images and run folder; a file of the official repository names its own."""
     own = official_folders(args.config) if args.config else None
-    data = args.data or ([own[0]] if own else None)
-    out = args.out or (own[1] if own else None)
-    if not data:
-        raise SettingsError("name the images: --data FOLDER (or shards, a list, ...)")
-    if not (out or args.dry_run):
-        raise SettingsError("name a folder for the run: --out runs/NAME")
-    for option, given, name in (("--data", args.data, data[0]), ("--out", args.out, out or "")):
-        if not given and name.startswith("$"):
-            raise SettingsError(f"{args.config} has the placeholder {name}: use {option}")
-    return data, out or ""
+    images, folder = own or ("", "")
+    data, out = args.data or [images], args.out or folder
+    if not data[0] or data[0].startswith("$"):  # a placeholder in the file
+        raise SettingsError(f"name the images: --data FOLDER (given: {data[0] or 'none'})")
+    if (not out and not args.dry_run) or out.startswith("$"):
+        raise SettingsError(f"name a folder for the run: --out runs/NAME (given: {out or 'none'})")
+    return data, out
 
 
 def _plot(args: argparse.Namespace) -> int:

@@ -1,13 +1,11 @@
 """Self-supervised pretraining."""
 
 from ..errors import DistributedError, RunError
-from .config import PretrainConfig
+from .config import PretrainConfig, describe_config, load_config, override, recipe_table
 from .dry_run import dry_run
 from .export import export_run, load_run
 from .plot import plot_run
-from .run import pretrain
-from .settings import explained, load_config, override, recipe_table
-from .stopping import Interrupted
+from .run import Interrupted, pretrain
 from .trainer import NonFiniteLossError, Trainer
 
 __all__ = [
@@ -17,8 +15,8 @@ __all__ = [
     "PretrainConfig",
     "RunError",
     "Trainer",
+    "describe_config",
     "dry_run",
-    "explained",
     "export_run",
     "load_config",
     "load_run",

@@ -1,220 +1,149 @@
-"""Training checkpoints: `torch.distributed.checkpoint`, in the background, with checksums.
+"""Training checkpoints: `torch.distributed.checkpoint`, written in the background, with hashes.
 
-Tensors are stored by name with their global shape, so any number of processes reads them, sharded
-or not. `checkpoint_folder` has the layout on disk.
+A checkpoint is a folder `step-000000600` with torch's files (one per process), `state.json` and
+`manifest.json`, the size and SHA-256 of every file. It is written as `step-000000600.partial` and
+renamed when it is complete. Tensors are stored by name with their global shape, so any number of
+processes reads them, sharded or not.
 """
 
 from __future__ import annotations
 
-import atexit
+import hashlib
 import json
+import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import Distributed
-from ..errors import CheckpointError, RunError, SettingsError
-from . import checkpoint_folder as layout
+from ..errors import CheckpointError, RunError, SettingsError, some
 from .parallel import own_part
 
-_LONGEST_WRITE = timedelta(minutes=30)  # processes wait for the slowest disk; a dead one ends it
-_EXIT = 60.0  # seconds that the end of the program waits for a save together with others
+ResumeFrom = int | Literal["latest", "previous"]
+
+LAST_SAVED = "last_checkpoint.txt"  # beside the folder, so that a folder that is moved is missed
+_NAME = re.compile(r"step-(\d{9,})")
+_MANIFEST, _STATE = "manifest.json", "state.json"
+_WRITE_TIMEOUT = timedelta(minutes=30)  # until the slowest disk has written
+_READERS = 4  # files that are hashed at a time
 
 
-class Checkpoints:
-    """The checkpoints of a run. Every process makes one, and calls its methods together.
+class CheckpointManager:
+    """Saves the checkpoints of a run and loads them. Every process calls its methods together.
 
     Args:
-        folder: Where they lie; on a disk that all processes see. Made by the first `save`.
+        folder: Where they are, on a file system that all processes see; made by the first save.
         distributed: The processes of the run.
-        keep: How many of the newest stay.
-        keep_every: Those at multiples of so many steps stay too; None for none.
-
-    Raises:
-        CheckpointError: `folder` is there and is no folder.
-        ValueError: `keep` or `keep_every` is below 1.
+        keep: How many of the newest are kept.
+        keep_every: Those at multiples of so many steps are kept too; None for none.
     """
 
     def __init__(
         self, folder: Path, distributed: Distributed, keep: int = 2, keep_every: int | None = None
     ) -> None:
-        if keep < 1 or (keep_every is not None and keep_every < 1):
-            raise SettingsError(f"keep is {keep} and keep_every {keep_every}: at least 1")
-        layout.refuse_a_file(folder)
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._distributed = distributed
         self._group: Any = None
-        if distributed.world_size > 1:  # of its own: saving must not mix with training's exchanges
-            import torch.distributed as dist
-            from torch.distributed.device_mesh import init_device_mesh
-
-            self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
-            self._mesh = init_device_mesh("cpu", (distributed.world_size,))
-        self._thread = Thread()
+        if distributed.world_size > 1:  # of its own: saving runs beside training's collectives
+            self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
+        pinned = distributed.device.type == "cuda"
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")  # the end of the program waits for it
         self._pending: Future[None] | None = None
-        self._copies: dict[str, Tensor] = {}  # the same memory for every save
         _accept_single_process()
 
-    def save(
-        self, step: int, tensors: Mapping[str, Tensor], about: dict[str, Any], wait: bool = False
-    ) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
         """Copy the state to the CPU and write it in the background.
-
-        Waits for the save before, if that is still under way. A failure is raised by the next
-        `save` or `wait`; then everything earlier is intact.
 
         Args:
             step: Updates done.
             tensors: By name; sharded ones (DTensor) on every process, others equal on all.
-            about: JSON values to keep with them.
-            wait: Return when the checkpoint is complete.
+            extra: JSON values to keep with them.
 
         Raises:
-            RunError: This save, with `wait`, or the one before it failed.
-            TypeError: `about` holds other than JSON values.
+            RunError: The save before this one failed.
         """
-        text = json.dumps(about)
+        state = json.dumps({"step": step, "extra": extra})
         self.wait()
-        staged = self._copy(own_part(tensors, self._distributed))
-        self._start(lambda: self._write(step, staged, text))
-        if wait:
-            self.wait()
+        staged = self._stager.stage(own_part(tensors, self._distributed))
+        self._pending = self._writer.submit(self._write, step, staged, state)
 
     def wait(self) -> None:
         """Return when the last save is complete.
 
         Raises:
-            RunError: It failed.
+            RunError: It failed; the checkpoints before it are intact.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-            atexit.unregister(self._finish)
 
-    def _start(self, job: Callable[[], None]) -> None:
-        """Run `job` in the background."""
-        pending: Future[None] = Future()
+    def select(self, resume_from: ResumeFrom = "latest") -> int | None:
+        """The step to resume from, see `select_checkpoint`, after deleting unfinished ones."""
 
-        def run() -> None:
-            try:
-                job()
-                pending.set_result(None)
-            except BaseException as error:  # raised by wait()
-                pending.set_exception(error)
+        def select() -> int | None:
+            step = select_checkpoint(self.folder, resume_from)
+            _delete_unfinished(self.folder)
+            return step
 
-        self._pending, self._thread = pending, Thread(target=run, name="checkpoint", daemon=True)
-        self._thread.start()
-        atexit.register(self._finish)
+        return self._distributed.run_on_main(select)
 
-    def _finish(self) -> None:
-        """Wait for the save at the end of the program; not for ever, as others may have ended."""
-        self._thread.join(_EXIT if self._distributed.world_size > 1 else None)
-
-    def complete(self) -> list[int]:
-        """Steps whose checkpoints were written to the end, oldest first."""
-        return layout.steps(self.folder)
-
-    def choose(self, resume_from: int | Literal["latest", "previous"] = "latest") -> int | None:
-        """The step to go on from, after comparing its checkpoint with its checksums.
-
-        A `.partial` folder of a crash during saving is announced and passed over.
+    def load(
+        self, step: int, tensors: Mapping[str, Tensor], folder: Path | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint into tensors in place, sharded in any way.
 
         Args:
-            resume_from: `latest`; `previous` for the newest that is not damaged, which is the
-                latest where that is whole (it is announced then); or a step.
+            step: Of a checkpoint that was verified.
+            tensors: By name; the same names and global shapes as were saved.
+            folder: Folder of another run's checkpoints.
 
         Returns:
-            A step for `load`, or None if nothing was saved yet.
+            The `extra` values that were saved.
 
         Raises:
-            CheckpointError: The checkpoint is damaged or not there; names the file, and what can
-                be used instead.
-            ValueError: `resume_from` is none of these.
+            CheckpointError: It has other names or shapes.
         """
-        resume_from = layout.choice(resume_from)
-        answer: int | str | None = None
-        if self._distributed.rank == 0:
-            try:
-                answer = layout.choose(self.folder, resume_from)
-            except CheckpointError as error:
-                answer = str(error)
-        answer = self._distributed.broadcast_object(answer)
-        if isinstance(answer, str):
-            raise CheckpointError(answer)
-        return answer
+        path = checkpoint_path(folder or self.folder, step)
+        _check_shapes(path, tensors)
+        _load(path, dict(tensors), self._group)
+        extra: dict[str, Any] = _read_json(path / _STATE)["extra"]
+        return extra
 
-    def load(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Read a checkpoint that `choose` named into tensors in place, sharded in any way.
-
-        Args:
-            step: The checkpoint's step.
-            tensors: By name, the same names and global shapes as were saved.
-
-        Returns:
-            The `about` that was saved.
-
-        Raises:
-            CheckpointError: Names or shapes differ; lists them.
-        """
-        from torch.distributed.checkpoint.state_dict_loader import load
-
-        folder = layout.path(self.folder, step)
-        reader, stored = _open(folder)
-        layout.compare(stored, tensors, folder)
-        load(
-            dict(tensors),
-            storage_reader=reader,
-            process_group=self._group,
-            no_dist=self._group is None,
-        )
-        return dict(layout.read(folder)["about"])
-
-    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Copies on the CPU, through pinned memory from a GPU."""
-        from torch.distributed.tensor import DTensor
-
-        copies: dict[str, Any] = {}
-        for name, tensor in tensors.items():
-            local = tensor.detach()
-            local = local.to_local() if isinstance(local, DTensor) else local
-            if name not in self._copies:
-                new = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-                self._copies[name] = new
-            copy = copies[name] = self._copies[name].copy_(local, non_blocking=True)
-            # In a group of one process the shard is the whole tensor.
-            if isinstance(tensor, DTensor) and self._group is not None:
-                sizes: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride()}
-                copies[name] = DTensor.from_local(copy, self._mesh, tensor.placements, **sizes)
-        if self._distributed.device.type == "cuda":
-            torch.cuda.synchronize(self._distributed.device)
-        return copies
-
-    def _write(self, step: int, tensors: dict[str, Any], about: str) -> None:
-        """Write, in the background; all processes end with the same error or with none."""
-        partial = layout.path(self.folder, step, layout.PARTIAL)
-        reason = self._agree(lambda: layout.prepare(partial))
-        reason = reason or self._write_tensors(partial, tensors)
-        reason = reason or self._agree(lambda: layout.complete(partial, step, json.loads(about)))
-        if reason is not None:
-            self._agree(lambda: shutil.rmtree(partial, ignore_errors=True))  # make room
-            saved = self.complete()
+    def _write(self, step: int, tensors: dict[str, Any], state: str) -> None:
+        """Write a checkpoint, in the background."""
+        target = checkpoint_path(self.folder, step)
+        partial = target.with_suffix(".partial")
+        try:
+            self._write_tensors(partial, tensors)
+            manifest = self._manifest(partial)
+            if self._distributed.is_main:
+                (partial / _STATE).write_text(state, encoding="utf-8")
+                manifest[_STATE] = _entry(partial / _STATE)
+                _finish(partial, target, manifest)
+                (self.folder.parent / LAST_SAVED).write_text(str(step), encoding="utf-8")
+                _delete_old(self.folder, step, self.keep, self.keep_every)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)  # make room
+            reason = error.strerror or str(error).splitlines()[0]
+            free = shutil.disk_usage(_existing(self.folder)).free / 2**20
             raise RunError(
-                f"cannot write checkpoint {layout.path(self.folder, step)}: {reason}. "
-                + (f"Those of steps {saved} are intact" if saved else "There is none before it")
-            )
-        keep = self.keep, self.keep_every
-        if reason := self._agree(lambda: layout.thin_out(self.folder, step, *keep)):
-            raise RunError(f"cannot delete checkpoints in {self.folder} that are due: {reason}")
+                f"cannot write checkpoint {target}: {reason} ({free:.0f} MiB free "
+                f"on the disk); checkpoints before it, {checkpoint_steps(self.folder)}, are intact"
+            ) from error
 
-    def _write_tensors(self, path: Path, tensors: dict[str, Any]) -> str | None:
+    def _write_tensors(self, partial: Path, tensors: dict[str, Any]) -> None:
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
@@ -222,82 +151,232 @@ class Checkpoints:
         try:
             save(
                 tensors,
-                storage_writer=FileSystemWriter(path),
+                storage_writer=FileSystemWriter(partial),
                 process_group=self._group,
                 no_dist=self._group is None,
             )
-        except CheckpointException as error:
-            causes = [failure[0] for failure in error.failures.values()]
-            return "; ".join(dict.fromkeys(layout.reason(cause, self.folder) for cause in causes))
-        return None
+        except CheckpointException as error:  # raised on all processes, with what each of them had
+            cause = next(iter(error.failures.values()))[0]
+            # torch's writer raises RuntimeError on a full disk
+            if isinstance(cause, (OSError, RuntimeError)):
+                raise OSError(*cause.args[:2]) from cause
+            raise
 
-    def _agree(self, action: Callable[[], None]) -> str | None:
-        """Let process 0 act; why it failed, on every process."""
-        box: list[str | None] = [None]
-        try:
-            if self._distributed.rank == 0:
-                box = ["process 0 failed"]  # stays if another error passes through here
-                action()
-                box = [None]
-        except OSError as error:
-            box = [layout.reason(error, self.folder)]
-        finally:
-            if self._group is not None:
-                import torch.distributed as dist
-
-                dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
+    def _manifest(self, partial: Path) -> dict[str, Any]:
+        """Sizes and hashes of all files; every process hashes those that it wrote."""
+        rank = self._distributed.rank
+        own = list(partial.glob(f"__{rank}_*")) + [partial / ".metadata"] * (rank == 0)
+        entries = {file.name: _entry(file) for file in own}
+        if self._group is None:
+            return entries
+        gathered: list[Any] = [None] * self._distributed.world_size
+        dist.all_gather_object(gathered, entries, group=self._group)
+        return {name: entry for part in gathered for name, entry in part.items()}
 
 
-def read_checkpoint(
-    folder: Path, only: tuple[str, ...] = ("",)
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read whole tensors in one process, without a process group, after checking the checksums.
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Folder of the checkpoint of a step."""
+    return folder / f"step-{step:09d}"
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(name[1]) for file in folder.iterdir() if (name := _NAME.fullmatch(file.name)))
+
+
+def select_checkpoint(folder: Path, resume_from: ResumeFrom = "latest") -> int | None:
+    """Choose a checkpoint and compare its files with its manifest.
 
     Args:
-        folder: A run's `checkpoints` folder, for the newest, or a checkpoint's own.
-        only: Beginnings of the names to read; all by default.
+        folder: A run's `checkpoints`.
+        resume_from: `latest`; `previous` for the newest one that is not damaged; or a step.
 
     Returns:
-        Tensors by name, and the `about` that was saved with them.
+        A step, None if nothing was saved yet.
 
     Raises:
-        CheckpointError: There is no checkpoint, or it is damaged.
+        CheckpointError: It is missing or damaged; names the file and the checkpoints to use.
     """
-    from torch.distributed.checkpoint.state_dict_loader import load
+    if isinstance(resume_from, str) and resume_from not in ("latest", "previous"):
+        raise SettingsError(f"resume_from is {resume_from!r}: use 'latest', 'previous' or a step")
+    steps = checkpoint_steps(folder)
+    if isinstance(resume_from, int) and resume_from not in steps:
+        raise CheckpointError(f"{folder} has no checkpoint of step {resume_from}: it has {steps}")
+    if not steps:
+        return None
+    chosen = steps[-1] if isinstance(resume_from, str) else resume_from
+    try:
+        verify(checkpoint_path(folder, chosen))
+    except CheckpointError as error:
+        intact = _newest_intact(folder, [step for step in steps if step < chosen])
+        if intact is None:
+            raise CheckpointError(
+                f"{error}; no earlier checkpoint in {folder} is intact: restore the file, or start "
+                "a new run in another folder"
+            ) from error
+        if resume_from != "previous":
+            raise CheckpointError(
+                f"{error}; resume from step {intact} with --resume-from previous"
+            ) from error
+        warnings.warn(f"{error}; resuming from step {intact}", stacklevel=2)
+        return intact
+    return chosen
 
-    folder = layout.newest(folder)
-    about = layout.verify(folder)["about"]
-    reader, stored = _open(folder)
+
+def verify(folder: Path) -> None:
+    """Compare the files of a checkpoint with its manifest.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; names it.
+    """
+    manifest = _read_json(folder / _MANIFEST)
+
+    def fault(name: str) -> str | None:
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is missing"
+        matches = _entry(file) == manifest[name]
+        return None if matches else f"{file} is damaged: it does not match {_MANIFEST}"
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        faults = [fault for fault in pool.map(fault, manifest) if fault]
+    if _STATE not in manifest:
+        faults.append(f"{folder / _MANIFEST} is damaged")
+    if faults:
+        raise CheckpointError("; ".join(faults))
+    step = _read_json(folder / _STATE)["step"]
+    if checkpoint_path(folder.parent, step).name != folder.name:
+        raise CheckpointError(f"{folder} has the checkpoint of step {step}")
+
+
+def read_checkpoint(folder: Path, prefix: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint by name, read in one process after verifying it.
+
+    Args:
+        folder: A checkpoint's folder.
+        prefix: Beginnings of the names to read; all by default.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    verify(folder)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(only)
+        for name, entry in _stored(folder).items()
+        if name.startswith(prefix)
     }
     _accept_single_process()
-    load(dict(tensors), storage_reader=reader, no_dist=True)
-    return tensors, dict(about)
+    _load(folder, dict(tensors), None)
+    return tensors
 
 
-def _open(folder: Path) -> tuple[Any, Mapping[str, Any]]:
-    """What reads a checkpoint, and the sizes and types of its tensors by name."""
+def _load(folder: Path, tensors: dict[str, Any], group: Any) -> None:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    load(tensors, storage_reader=FileSystemReader(folder), process_group=group, no_dist=not group)
+
+
+def _stored(folder: Path) -> Mapping[str, Any]:
+    """Sizes and types of a checkpoint's tensors by name."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    reader = FileSystemReader(folder)
-    try:
-        return reader, reader.read_metadata().state_dict_metadata
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        ImportError,
-    ) as error:  # older torch than wrote it
+    return FileSystemReader(folder).read_metadata().state_dict_metadata
+
+
+def _check_shapes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    stored = {name: list(entry.size) for name, entry in _stored(folder).items()}
+    wanted = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    names = [name for name in stored.keys() | wanted if stored.get(name) != wanted.get(name)]
+    if names:
+        differences = [f"{name} {stored.get(name)} instead of {wanted.get(name)}" for name in names]
         raise CheckpointError(
-            f"checkpoint {folder} was written by torch {layout.read(folder)['torch']}, and torch "
-            f"{torch.__version__} cannot read it ({error}): use that version or a later one"
-        ) from error
+            f"{folder} has other networks than the settings: {some(differences)}; use the settings "
+            "of its run, or another folder"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is damaged")
+    return content
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"size": file.stat().st_size, "sha256": digest}
+
+
+def _finish(partial: Path, target: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest and rename the folder."""
+    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in (partial / _STATE, partial / _MANIFEST, partial):
+        _sync(path)
+    if target.exists():  # the run was resumed from before it
+        _delete(target)
+    partial.rename(target)
+    _sync(target.parent)
+
+
+def _delete_old(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
+    """Delete checkpoints that are not kept, and those after `step`: the run resumed before them."""
+    steps = checkpoint_steps(folder)
+    past = [saved for saved in steps if saved <= step]
+    kept = {*past[-keep:], *(saved for saved in past if keep_every and saved % keep_every == 0)}
+    for saved in steps:
+        if saved not in kept:
+            _delete(checkpoint_path(folder, saved))
+
+
+def _delete(checkpoint: Path) -> None:
+    """Rename first: a checkpoint that is half deleted must not look damaged."""
+    unfinished = checkpoint.with_suffix(".deleted")
+    checkpoint.rename(unfinished)
+    shutil.rmtree(unfinished)
+
+
+def _delete_unfinished(folder: Path) -> None:
+    """Delete what a crash left behind while a checkpoint was written or deleted."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.suffix in (".partial", ".deleted") and _NAME.fullmatch(path.stem):
+                shutil.rmtree(path)
+
+
+def _newest_intact(folder: Path, steps: list[int]) -> int | None:
+    for step in reversed(steps):
+        try:
+            verify(checkpoint_path(folder, step))
+        except CheckpointError:
+            continue
+        return step
+    return None
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _accept_single_process() -> None:
-    """Silence torch's notice of it; for good, as filters must not change while a thread saves."""
+    """Silence torch's warning about it; for good, since filters are not safe between threads."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")

@@ -1,8 +1,9 @@
-"""The settings of a pretraining run.
+"""Settings of a pretraining run: their schema, and how recipes, YAML and `key=value` are read.
 
-All defaults are the official ViT-H/14 run on ImageNet-1k. `settings` reads recipes, files and
-command lines into these models and raises SettingsError; making one in Python raises pydantic's
-ValidationError.
+pydantic, because it checks values from YAML, the shell and Python against one declaration.
+
+All defaults are the official ViT-H/14 run on ImageNet-1k. The functions here raise SettingsError;
+calling a section's class in Python raises pydantic's ValidationError.
 """
 
 from __future__ import annotations
@@ -10,109 +11,86 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..errors import SettingsError
 from ..models.predictor import PREDICTORS
+from . import official
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(step|epoch|image)s?")
-_EXTENDED = re.compile(r"(.+) (constant|cosine)")
-FOLDERS = ("local-dir:", "hf-hub:")
+_RECIPES = Path(__file__).with_name("recipes")
+_FREE = ("log.", "runtime.", "data.max_broken")  # the weights do not depend on these
+_RENAMED = {"machine.": "runtime.", "mask.cut": "mask.group_size"}  # names in version 0.1
 
 
-def _number(value: Any) -> Any:
+def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("input should be a number")
+        raise ValueError("Input should be a number")
     return value
 
 
-def _numbers(value: Any) -> Any:
-    """The words `0.3,1.0` of a command line, or a single number, as a list."""
+def _listed(value: Any) -> Any:
+    """`0.3,1.0` and single values as lists."""
     if isinstance(value, str):
         return [part.strip() for part in value.strip("[]() ").split(",")]
-    return [value] if isinstance(value, (int, float)) else value
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _words(value: Any) -> Any:
-    return (
-        [part.strip() for part in value.strip("[]() ").split(",")]
-        if isinstance(value, str)
-        else value
-    )
-
-
-def _with_csv(value: tuple[str, ...]) -> tuple[str, ...]:
-    if "csv" not in value:
-        raise ValueError("csv should be among them: plots and resumed runs read log.csv")
-    return tuple(dict.fromkeys(value))
-
-
-def _two(value: Any) -> Any:
-    numbers = _numbers(value)
-    if not isinstance(numbers, (list, tuple)) or len(numbers) != 2:
-        raise ValueError("input should be two numbers such as [0.5, 1.0]")
-    return numbers
-
-
-def _size(value: Any) -> Any:
-    """One number stays one; `256,512` and a list are height and width."""
-    if isinstance(value, str) and "," in value:
-        value = _numbers(value)
-    if isinstance(value, (list, tuple)) and len(value) != 2:
-        raise ValueError("input should be one number, or height and width such as [256, 512]")
-    return value
+def _pair(value: Any) -> Any:
+    values = _listed(value)
+    if len(values) != 2:
+        raise ValueError("Input should be two numbers such as 0.5,1.0")
+    return values
 
 
 def _ordered(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
-        raise ValueError("the first number should not be greater than the second")
+        raise ValueError("The first number should not be greater than the second")
     return value
+
+
+def _with_csv(value: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(("csv", *value)))
+
+
+def _model(name: str) -> str:
+    model, _, tag = name.partition(".")
+    if name.startswith(("local-dir:", "hf-hub:")):
+        return name
+    if model not in PREDICTORS and not timm.is_model(model):
+        raise ValueError(f"this model is not registered, {_use_one_of(name, PREDICTORS)}")
+    if tag:
+        raise ValueError(f"use {model} here and --init {name} for its weights")
+    return name
 
 
 def _duration(value: Any) -> Any:
-    found = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
-    if not found or float(found[1]) > 1e15:
-        raise ValueError("input should be such as '300 epochs', '1000 steps' or '1e8 images'")
+    steps_of(str(value), batch_size=1, images=1)
     return value
 
 
-def _earlier_ends(value: tuple[str, ...]) -> tuple[str, ...]:
-    for number, end in enumerate(value):
-        duration, extend = split_end(end)
-        _duration(duration)
-        if (extend is not None) != (number > 0):
-            raise ValueError("input should be such as ['300 epochs', '400 epochs constant']")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number)]
+Int = Annotated[int, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_not_bool)]
 Count = Annotated[Int, Field(ge=1)]
 Natural = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Area = Annotated[Float, Field(gt=0, le=1)]
-AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered), BeforeValidator(_two)]
-RatioRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered), BeforeValidator(_two)]
-Numbers = Annotated[tuple[Float, ...], BeforeValidator(_numbers)]
-PositiveNumbers = Annotated[tuple[Positive, ...], BeforeValidator(_numbers)]
-Size = Annotated[tuple[Count, Count] | Count, BeforeValidator(_size)]
+AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered), BeforeValidator(_pair)]
+RatioRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered), BeforeValidator(_pair)]
+Size = Count | Annotated[tuple[Count, Count], BeforeValidator(_pair)]
+ModelName = Annotated[str, AfterValidator(_model)]
 Duration = Annotated[str, BeforeValidator(_duration)]
-EarlierEnds = Annotated[tuple[str, ...], AfterValidator(_earlier_ends), BeforeValidator(_numbers)]
+Listed = BeforeValidator(_listed)
 LogTarget = Literal["csv", "tensorboard", "wandb"]
-LogTargets = Annotated[tuple[LogTarget, ...], AfterValidator(_with_csv), BeforeValidator(_words)]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 
 
@@ -129,13 +107,10 @@ def _field(default: Any, description: str, **limits: Any) -> Any:
 class ModelConfig(Section):
     """The networks; null stands for the model's own value."""
 
-    name: str = _field(
-        "vit_huge14_ijepa",
-        "an I-JEPA model, a ViT of timm, local-dir:FOLDER or hf-hub:REPO; --init names weights",
+    name: ModelName = _field(
+        "vit_huge14_ijepa", "an I-JEPA model, a ViT of timm, local-dir:FOLDER or hf-hub:REPO"
     )
-    img_size: Size | None = _field(
-        None, "height and width of images in pixels, or one number for both"
-    )
+    img_size: Size | None = _field(None, "height,width of images in pixels, or one number for both")
     patch_size: Count | None = _field(None, "height and width of patches in pixels")
     in_chans: Count | None = _field(None, "channels of images")
     embed_dim: Count | None = _field(None, "width of the encoders")
@@ -145,64 +120,31 @@ class ModelConfig(Section):
     predictor_embed_dim: Count | None = _field(None, "width of the predictor")
     predictor_depth: Count | None = _field(None, "blocks of the predictor")
     predictor_context: Literal["repeated", "shared"] | None = _field(
-        None,
-        "repeated: the context is processed with every target block (official); shared: once for "
-        "all of them, which costs less and is another method",
+        None, "process the context with every target block (repeated, official), or once (shared)"
     )
-
-    @field_validator("name")
-    @classmethod
-    def _registered(cls, name: str) -> str:
-        model, dot, _ = name.partition(".")
-        if name.startswith(FOLDERS):
-            return name
-        if model in PREDICTORS or timm.is_model(model):
-            if dot:
-                raise ValueError(f"use {model} here and --init {name} for its weights")
-            return name
-        near = difflib.get_close_matches(name, PREDICTORS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(PREDICTORS)}"
-        raise ValueError(f"no such model is registered, {hint}")
-
-    @model_validator(mode="after")
-    def _divisible(self) -> ModelConfig:
-        for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
-            size, divisor = getattr(self, whole), getattr(self, part)
-            sides = size if isinstance(size, tuple) else (size,)
-            if size and divisor and any(side % divisor for side in sides):
-                shown = ",".join(map(str, sides))
-                raise ValueError(
-                    f"model.{whole}={shown} is not a multiple of model.{part}={divisor}"
-                )
-        return self
 
 
 class DataConfig(Section):
     """From an image to an input."""
 
-    crop_scale: AreaRange = _field(
-        (0.3, 1.0), "share of the image's area that a random crop takes, min and max"
-    )
+    crop_scale: AreaRange = _field((0.3, 1.0), "min,max area of random crops over the image's area")
     crop_ratio: RatioRange = _field(
-        (3 / 4, 4 / 3),
-        "width over height of a random crop, min and max; crops are stretched to model.img_size, "
-        "so use [1.5, 2.67] for images of [256, 512]",
+        (3 / 4, 4 / 3), "min,max width over height of random crops; they are stretched to img_size"
     )
     horizontal_flip: bool = _field(False, "flip half of the crops")
-    mean: Numbers = _field(
+    mean: Annotated[tuple[Float, ...], Listed] = _field(
         (0.485, 0.456, 0.406), "mean of the pixels: one value for each channel, or for all"
     )
-    std: PositiveNumbers = _field(
-        (0.229, 0.224, 0.225), "standard deviation of the pixels, likewise"
+    std: Annotated[tuple[Positive, ...], Listed] = _field(
+        (0.229, 0.224, 0.225),
+        "standard deviation of the pixels: one value for each, or for all",
     )
     held_out: Natural = _field(512, "images for the monitors, never trained on")
-    max_broken: Share = _field(
-        0.01, "stop above this share of images that cannot be decoded; may change on resume"
-    )
-    value_range: Annotated[tuple[Float, Float], BeforeValidator(_two)] | None = _field(
+    max_broken: Share = _field(0.01, "stop above this share of broken images; may change on resume")
+    value_range: Annotated[tuple[Float, Float], BeforeValidator(_pair)] | None = _field(
         None, "values of black and white in images and arrays of more than 8 bits"
     )
-    bands: Annotated[tuple[Natural, ...], BeforeValidator(_numbers)] | None = _field(
+    bands: Annotated[tuple[Natural, ...], Listed] | None = _field(
         None, "bands or pages of image files to use as channels, from 0"
     )
 
@@ -216,23 +158,13 @@ class MaskConfig(Section):
         "blocks use the whole grid, long contexts are cut at random",
     )
     group_size: Count | Literal["global"] = _field(
-        128,
-        "images that share a context length, that of the shortest (official: the images of a "
-        "GPU); global: the whole batch",
+        128, "images that share a context length (official: those of a GPU); global: the batch"
     )
-    per_image: Count = _field(
-        1, "contexts of an image, each with targets of its own; one target encoder pass", le=64
-    )
+    per_image: Count = _field(1, "contexts of an image, each with its own targets", le=64)
     num_targets: Count = _field(4, "target blocks of a context")
-    target_scale: AreaRange = _field(
-        (0.15, 0.2), "share of the image's area in a target block, min and max"
-    )
-    target_aspect: RatioRange = _field(
-        (0.75, 1.5), "height over width of a target block, min and max"
-    )
-    context_scale: AreaRange = _field(
-        (0.85, 1.0), "share of the image's area in a context block, min and max"
-    )
+    target_scale: AreaRange = _field((0.15, 0.2), "min,max area of a target over the image's")
+    target_aspect: RatioRange = _field((0.75, 1.5), "min,max height over width of a target")
+    context_scale: AreaRange = _field((0.85, 1.0), "min,max area of a context over the image's")
     min_keep: Natural = _field(10, "a context has more patches than this")
     allow_overlap: bool = _field(False, "keep patches of targets in the context")
 
@@ -241,80 +173,50 @@ class OptimConfig(Section):
     """Loss, optimizer and schedules; durations are in epochs, steps or images."""
 
     batch_size: Count = _field(2048, "images of a step, over all processes and accumulated parts")
-    duration: Duration = _field(
-        "300 epochs", "length of the run, such as 300 epochs, 1000 steps or 1e8 images"
-    )
+    duration: Duration = _field("300 epochs", "such as 300 epochs, 1000 steps or 1e8 images")
     extend: Literal["constant", "cosine"] | None = _field(
         None,
-        "rates after the end of a run whose duration grows on resume: constant: those of its last "
-        "step; cosine: the learning rate falls from there to final_lr; null: duration stays",
+        "rates after the former end of a run whose duration grows on resume: constant, or with a "
+        "learning rate that falls to final_lr (cosine); null: the duration stays",
     )
-    extended_from: EarlierEnds = _field(
-        (),
-        "written by an extended run: its durations before, such as ['300 epochs', '400 epochs "
-        "constant']: first the one that the schedules belong to, then those of earlier extensions",
+    extended_from: Annotated[tuple[str, ...], Listed] = _field(
+        (), "written by an extended run: earlier durations, such as 300 epochs,400 epochs constant"
     )
-    warmup: Duration = _field(
-        "40 epochs", "time in which the learning rate rises from start_lr to lr"
-    )
-    schedule_scale: Positive = _field(
-        1.0, "schedules run over this many times the duration (official: ipe_scale)"
-    )
+    warmup: Duration = _field("40 epochs", "time in which the learning rate rises to lr")
+    schedule_scale: Positive = _field(1.0, "schedules are this many durations long (ipe_scale)")
     start_lr: NonNegative = _field(2e-4, "learning rate before the first step")
     lr: Positive = _field(1e-3, "learning rate after the warm-up")
     final_lr: NonNegative = _field(1e-6, "learning rate at the end of the cosine schedule")
     weight_decay: NonNegative = _field(0.04, "weight decay at the start")
     final_weight_decay: NonNegative = _field(0.4, "weight decay at the end")
-    weight_decay_schedule: Literal["cosine", "linear"] = _field(
-        "cosine", "curve between weight_decay and final_weight_decay"
-    )
+    weight_decay_schedule: Literal["cosine", "linear"] = _field("cosine", "curve between these two")
     momentum: Share = _field(0.996, "momentum of the target encoder's moving average at the start")
     final_momentum: Share = _field(1.0, "momentum at the end; linear in between")
     clip_grad: Positive | None = _field(
-        None,
-        "largest L2 norm of the gradients of encoder and predictor together, which the log shows "
-        "after clipping; null: not clipped (official)",
+        None, "largest L2 norm of all gradients together; null: not clipped (official)"
     )
-    loss: Literal["smooth_l1", "l2"] = _field(
-        "smooth_l1", "the official repository's is smooth_l1, the paper's text has l2"
-    )
-    target_layers: Count = _field(
-        1, "last blocks of the target encoder whose normalized outputs are averaged"
-    )
-    position_noise: NonNegative = _field(
-        0.0, "standard deviation of noise in the mask tokens' positions (StoP: 0.25)", le=10
-    )
+    loss: Literal["smooth_l1", "l2"] = _field("smooth_l1", "official: smooth_l1; paper's text: l2")
+    target_layers: Count = _field(1, "last target blocks whose normalized outputs are averaged")
+    position_noise: NonNegative = _field(0.0, "noise in mask tokens' positions (StoP: 0.25)", le=10)
     regularizer: Literal["variance_covariance", "isotropic_gaussian"] = _field(
         "variance_covariance", "term of the loss against collapse (VICReg's or LeJEPA's)"
     )
-    regularizer_weight: NonNegative = _field(
-        0.0, "weight of the regularizer; 0 is the official loss"
-    )
+    regularizer_weight: NonNegative = _field(0.0, "weight of that term; 0 is the official loss")
     regularizer_over: Literal["images", "tokens", "residuals"] = _field(
-        "images",
-        "samples of the regularizer: the mean of an image's tokens, every token, or every token "
-        "minus that mean",
+        "images", "its samples: means of images' tokens, all tokens, or tokens minus these means"
     )
     precision: Precision = _field(
         "bf16",
         "auto: bf16 where the device multiplies it natively, else fp32, decided when a run starts; "
-        "fp8: float8 products in the encoders' blocks, for GPUs of compute capability >= 8.9, "
-        "with torchao and runtime.compile",
+        "fp8: products of the encoders' blocks (compute capability >= 8.9, torchao, compile)",
     )
-
-    @model_validator(mode="after")
-    def _extended(self) -> OptimConfig:
-        if self.extended_from and self.extend is None:
-            raise ValueError("optim.extended_from needs optim.extend=constant or cosine")
-        return self
 
 
 class LogConfig(Section):
     """What is written how often; may change on resume."""
 
-    to: LogTargets = _field(
-        ("csv",),
-        "where rows go: csv (log.csv, always), tensorboard and wandb (extra `log`)",
+    to: Annotated[tuple[LogTarget, ...], AfterValidator(_with_csv), Listed] = _field(
+        ("csv",), "csv (log.csv, always), tensorboard, wandb (extra `log`)"
     )
     log_every: Count = _field(10, "steps of a row of the log, over which it averages")
     monitor_every: Count = _field(500, "steps between measurements on held-out images")
@@ -331,9 +233,7 @@ class RuntimeConfig(Section):
     micro_batch_size: Count | None = _field(
         None, "most images of a forward pass of a process; null: as many as group_size allows"
     )
-    workers: Natural | None = _field(
-        None, "loader processes of each training process; null: its share of the cores"
-    )
+    workers: Natural | None = _field(None, "loaders of a process; null: its share of the cores")
     compile: bool = _field(False, "torch.compile the blocks")
     activation_checkpointing: bool = _field(False, "recompute blocks to save memory")
     timeout: Positive = _field(600.0, "seconds to wait for another process")
@@ -357,23 +257,6 @@ class PretrainConfig(Section):
         batch, size = self.optim.batch_size, self.mask.group_size
         return batch if size == "global" else min(size, batch)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> PretrainConfig:
-        channels = self.model.in_chans
-        if channels is None and not self.model.name.startswith(FOLDERS):
-            channels = 3
-        for name in ("mean", "std"):
-            given = len(getattr(self.data, name))
-            if channels and given not in (1, channels):
-                raise ValueError(
-                    f"data.{name} has {given} values for {channels} channels (model.in_chans)"
-                )
-        over_images = self.optim.regularizer_weight and self.optim.regularizer_over == "images"
-        if over_images and self.group_size < 2:
-            raise ValueError("optim.regularizer_over=images needs mask.group_size=2 or more")
-        micro_batch_size(self, world=1)
-        return self
-
 
 def micro_batch_size(config: PretrainConfig, world: int) -> int:
     """Images of one forward pass of one of `world` processes.
@@ -383,9 +266,9 @@ def micro_batch_size(config: PretrainConfig, world: int) -> int:
 
     Raises:
         SettingsError: `world` or the group size does not divide the batch, or the regularizer
-            would not see a whole group.
+            would not see a whole group, or a group of one image.
     """
-    batch, group = config.optim.batch_size, config.group_size
+    optim, batch, group = config.optim, config.optim.batch_size, config.group_size
     if batch % world:
         raise SettingsError(
             f"optim.batch_size={batch} is not divisible by {world} processes: use "
@@ -399,19 +282,15 @@ def micro_batch_size(config: PretrainConfig, world: int) -> int:
     common = math.gcd(share, group)
     most = min(config.runtime.micro_batch_size or share, common)
     size = next(n for n in range(most, 0, -1) if common % n == 0)
-    if config.optim.regularizer_weight and size != group:
+    if optim.regularizer_weight and size != group:
         raise SettingsError(
             f"optim.regularizer_weight needs the {group} images of mask.group_size in one forward "
             f"pass, not {size}: use mask.group_size={size}, which changes the result, or another "
             "runtime.micro_batch_size or number of processes"
         )
+    if optim.regularizer_weight and optim.regularizer_over == "images" and group == 1:
+        raise SettingsError("optim.regularizer_over=images needs mask.group_size=2 or more")
     return size
-
-
-def split_end(end: str) -> tuple[str, str | None]:
-    """Duration and curve of an entry of `optim.extended_from`; the first entry has no curve."""
-    found = _EXTENDED.fullmatch(end)
-    return (found[1], found[2]) if found else (end, None)
 
 
 def steps_of(duration: str, *, batch_size: int, images: int) -> int:
@@ -426,7 +305,220 @@ def steps_of(duration: str, *, batch_size: int, images: int) -> int:
         SettingsError: `duration` is written in another way.
     """
     found = _DURATION.fullmatch(duration.strip())
-    if not found:
-        raise SettingsError(f"{duration!r} is not a duration such as '300 epochs' or '1000 steps'")
+    if not found or float(found[1]) > 1e15:
+        raise SettingsError(
+            f"{duration!r} is not a duration such as '300 epochs', '1000 steps' or '1e8 images'"
+        )
     per_unit = {"step": 1.0, "epoch": images // batch_size, "image": 1 / batch_size}[found[2]]
     return round(float(found[1]) * per_unit)
+
+
+def split_end(end: str) -> tuple[str, str | None]:
+    """Duration and curve of an entry of `optim.extended_from`; the first entry has no curve."""
+    duration, _, curve = end.rpartition(" ")
+    return (duration, curve) if curve in ("constant", "cosine") else (end, None)
+
+
+def recipe_table() -> list[tuple[str, str]]:
+    """Name and purpose, in one line, of every recipe."""
+    files = sorted(_RECIPES.glob("*.yaml"))
+    first_lines = [file.read_text(encoding="utf-8").partition("\n")[0] for file in files]
+    return [(file.stem, line.lstrip("# ")) for file, line in zip(files, first_lines)]
+
+
+def load_config(
+    recipe_or_file: str | Path, overrides: Sequence[str] = (), world: int = 1
+) -> PretrainConfig:
+    """Settings of a run.
+
+    Args:
+        recipe_or_file: The name of a recipe (see `recipe_table`), or a YAML file: your own, which
+            may start from a recipe with the line `recipe: NAME`, or one of the official repository.
+        overrides: Changes, such as `optim.lr=5e-4`, `mask.target_scale=0.1,0.2` or
+            `optim.duration=100 epochs`.
+        world: Number of processes; the official repository's files give the batch of one of them.
+
+    Raises:
+        SettingsError: There is no such recipe or file, or a setting is unknown or wrong.
+        OSError: The file cannot be read.
+    """
+    path = Path(recipe_or_file)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        values = _read(path.read_bytes(), str(path), world)
+    else:
+        values = _read_recipe(str(recipe_or_file))
+    return _validate(values | _changes(overrides))
+
+
+def parse_config(text: str, origin: str) -> PretrainConfig:
+    """Settings from the text of a YAML file; what it leaves out stays at the defaults.
+
+    Args:
+        text: The file's text.
+        origin: The file's name, for messages.
+
+    Raises:
+        SettingsError: It is not YAML, or a setting is unknown or wrong.
+    """
+    return _validate(_read(text, origin, world=1))
+
+
+def override(config: PretrainConfig, *changes: str, **values: Any) -> PretrainConfig:
+    """Settings with some of them changed.
+
+    Args:
+        config: Settings; they stay as they are.
+        *changes: Texts as on the command line: `optim.lr=5e-4`.
+        **values: Values by name: `override(config, **{"optim.lr": 5e-4})`.
+
+    Raises:
+        SettingsError: A setting is unknown or wrong.
+    """
+    return _validate(named_values(config) | _changes(changes) | values)
+
+
+def official_folders(file: str | Path) -> tuple[str, str] | None:
+    """Folders of images and of the run in a YAML file of the official repository, else None.
+
+    Raises:
+        SettingsError: It is not YAML, or lacks settings.
+    """
+    values = _flat(_load_yaml(Path(file).read_bytes(), str(file)), str(file))
+    return official.folders(values, str(file)) if official.is_official(values) else None
+
+
+def dump_config(config: PretrainConfig) -> str:
+    """All settings as YAML; `parse_config` gives the same settings back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_config(config: Section) -> str:
+    """All settings as YAML with their descriptions as comments, which `parse_config` reads."""
+    text = ""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            section = textwrap.indent(describe_config(value), "  ")
+            text += f"\n# {type(value).__doc__}\n{name}:\n{section}"
+            continue
+        text += "".join(f"# {line}\n" for line in textwrap.wrap(field.description or "", 96))
+        if isinstance(value, tuple):
+            text += f"{name}: {yaml.safe_dump(list(value), default_flow_style=True)}"
+        else:
+            text += yaml.safe_dump({name: value})
+    return text
+
+
+def differences(before: PretrainConfig, now: PretrainConfig, result_only: bool = True) -> list[str]:
+    """What differs between two runs' settings: `optim.lr: 0.001 then, 0.0005 now`.
+
+    Args:
+        before: Earlier settings.
+        now: Later settings.
+        result_only: Leave out what may change on resume.
+    """
+    then = named_values(before)
+    return [
+        f"{name}: {then[name]} then, {value} now"
+        for name, value in named_values(now).items()
+        if then[name] != value and not (result_only and name.startswith(_FREE))
+    ]
+
+
+def named_values(config: PretrainConfig) -> dict[str, Any]:
+    """Every value by its full name, such as `optim.lr`."""
+    return _flat(config.model_dump(), "")
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is given twice; pydantic reads `5e-4`, which is text to PyYAML."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [str(key.value) for key, _ in node.value]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise yaml.YAMLError(f"{', '.join(sorted(repeated))} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str | bytes, origin: str) -> Any:
+    try:
+        value = yaml.load(text, _Loader)
+        repr(value)  # integers of thousands of digits have none, and messages need it
+    except Exception as error:  # PyYAML raises others than YAMLError for text such as `!!bool x`
+        raise SettingsError(f"{origin} is not YAML: {error}") from None
+    return value
+
+
+def _read(text: str | bytes, origin: str, world: int) -> dict[str, Any]:
+    """Values of a file by full name, over those of the recipe that it names."""
+    values = _flat(_load_yaml(text, origin) or {}, origin)
+    if official.is_official(values):
+        return official.translate(values, origin, world)
+    recipe = values.pop("recipe", None)
+    return values if recipe is None else _read_recipe(str(recipe)) | values
+
+
+def _read_recipe(name: str) -> dict[str, Any]:
+    names = [recipe for recipe, _ in recipe_table()]
+    if name not in names:
+        raise SettingsError(f"there is no recipe or file {name!r}: {_use_one_of(name, names)}")
+    return _read((_RECIPES / f"{name}.yaml").read_bytes(), name, world=1)
+
+
+def _flat(content: Any, origin: str) -> dict[str, Any]:
+    """`{"optim": {"lr": 1}}` as `{"optim.lr": 1}`; an empty section changes nothing."""
+    if not isinstance(content, dict):
+        raise SettingsError(f"{origin} should have names and values, such as `seed: 0`")
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            values |= {f"{name}.{leaf}": part for leaf, part in value.items()}
+        elif value is not None:
+            values[str(name)] = value
+    return values
+
+
+def _changes(texts: Sequence[str]) -> dict[str, Any]:
+    """`optim.lr=5e-4` as `{"optim.lr": 5e-4}`."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise SettingsError(f"{text!r} changes nothing: write {text}=VALUE")
+        values[name.strip()] = _load_yaml(value, text)
+    return values
+
+
+def _validate(values: Mapping[str, Any]) -> PretrainConfig:
+    known = named_values(PretrainConfig())
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise SettingsError(_unknown(name, known))
+        section, _, leaf = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[leaf] = value
+    try:
+        config = PretrainConfig.model_validate(tree)
+    except ValidationError as error:
+        location = error.errors()[0]["loc"][:2]
+        reasons = [e["msg"] for e in error.errors() if e["loc"][:2] == location]
+        text = " or ".join(reason.removeprefix("Value error, ") for reason in reasons)
+        name = ".".join(map(str, location))
+        raise SettingsError(f"{name} is {values[name]!r:.80}: {text}") from None
+    micro_batch_size(config, world=1)  # before images are read
+    return config
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    for old, new in _RENAMED.items():
+        if name.startswith(old):
+            return f"there is no setting {name}: it is now {new}{name.removeprefix(old)}"
+    return f"there is no setting {name}: {_use_one_of(name, known)}"
+
+
+def _use_one_of(name: str, known: Collection[str]) -> str:
+    """Names that are close to this one, else those of its section, else all."""
+    near = difflib.get_close_matches(name, known, cutoff=0.8)
+    section = f"{name.partition('.')[0]}."
+    related = [k for k in known if k.startswith(section) or k.endswith(f".{name}")]
+    return f"use one of {', '.join(near or related or known)}"

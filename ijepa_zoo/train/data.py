@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
 
 from ..data.datasets import FileDataset, ImageDataset
 from ..data.decode import Decoder, Pixels
@@ -25,7 +24,7 @@ from ..seeds import Stream, numpy_generator
 from .config import MaskConfig, PretrainConfig
 
 _log = logging.getLogger(__name__)
-_REPLACEMENTS = 20  # images tried in the place of a broken one
+_REPLACEMENTS = 20  # images that are tried instead of a broken one
 
 _Indices = npt.NDArray[np.int64]
 
@@ -65,13 +64,13 @@ def open_training_images(
 
 
 def split(n: int, held_out: int, seed: int) -> tuple[_Indices, _Indices]:
-    """Share `n` images out at random between training and monitors.
+    """Hold out images at random for the monitors.
 
     Returns:
         Sorted indices of the training images and of the `held_out` others.
 
     Raises:
-        ValueError: None would be left to train on.
+        SettingsError: No image would be left to train on.
     """
     if held_out >= n:
         raise SettingsError(
@@ -86,8 +85,8 @@ def split(n: int, held_out: int, seed: int) -> tuple[_Indices, _Indices]:
 def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> _Indices:
     """Indices `[B]` of the images of a step.
 
-    Every epoch of `n // B` steps goes through one permutation and leaves its last `n % B` images
-    out, as the official repository does; they are others in every epoch.
+    Every epoch of `n // B` steps has its own permutation, of which the last `n % B` images are
+    dropped, as in the official repository.
 
     Args:
         n: Images of the training set.
@@ -95,8 +94,8 @@ def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> _Indices:
         seed: The run's seed.
         step: Updates done.
     """
-    epoch, place = divmod(step, n // batch_size)
-    chosen = _permutation(n, seed, epoch)[place * batch_size : (place + 1) * batch_size]
+    epoch, position = divmod(step, n // batch_size)
+    chosen = _permutation(n, seed, epoch)[position * batch_size : (position + 1) * batch_size]
     return chosen.astype(np.int64)
 
 
@@ -108,13 +107,13 @@ def _permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
 
 @dataclass
 class Batch:
-    """One forward pass of one process.
+    """A micro-batch: what one process passes forward at once.
 
     Attributes:
         images: uint8 `[b, C, H, W]`, cropped and resized.
         context: int64 `[b * R, K]`, patch indices; those of an image follow each other.
         targets: int64 `[b * R, M, L]`, patch indices.
-        indices: int64 `[b]`, numbers of the images in their set.
+        indices: int64 `[b]`, numbers of the images in the dataset.
         broken: Name and reason of every image that could not be decoded and was replaced.
     """
 
@@ -140,18 +139,19 @@ def mask_sampler(mask: MaskConfig, grid_size: tuple[int, int]) -> MultiBlockMask
     return MultiBlockMasks(grid_size, **{name: getattr(mask, name) for name in names})
 
 
-class TrainBatches(Dataset[list[Batch]]):
-    """The micro-batches of one process, by step; nothing depends on what was read before.
+class TrainBatches:
+    """The micro-batches of one process, by number; each is a function of its number alone.
 
     Args:
-        images: Images to read.
-        indices: Numbers of those that are trained on.
+        images: Dataset.
+        indices: Numbers of the training images.
         config: Settings.
-        image_size: Height and width that the model takes, in pixels.
+        image_size: Height and width of the model's input, in pixels.
         masks: Sampler of context and targets.
         rank: Number of this process.
-        world: Processes that share a batch.
-        micro: Images of a micro-batch; divides the process's share and `mask.group_size`.
+        world: Number of processes that share a batch.
+        micro: Images of a micro-batch; divides the process's part of a batch and
+            `mask.group_size`.
     """
 
     def __init__(
@@ -167,66 +167,59 @@ class TrainBatches(Dataset[list[Batch]]):
     ) -> None:
         self.images, self.indices, self.config = images, indices, config
         self.image_size, self.masks = image_size, masks
-        self.rank, self.world, self.micro = rank, world, micro
+        self.rank, self.micro = rank, micro
+        self.per_step = config.optim.batch_size // world // micro
 
-    @property
-    def parts(self) -> int:
-        """Micro-batches of a step."""
-        return self.config.optim.batch_size // self.world // self.micro
-
-    def __getitem__(self, step: int) -> list[Batch]:
-        """All micro-batches of a step, in their order."""
-        return [self.micro_batch(step, part) for part in range(self.parts)]
-
-    def micro_batch(self, step: int, part: int) -> Batch:
-        """One of them.
+    def __getitem__(self, number: int) -> Batch:
+        """Micro-batch `number % per_step` of step `number // per_step`.
 
         Raises:
-            DataError: An image cannot be decoded, nor could any of those tried in its place.
+            DataError: An image cannot be decoded, nor any of those that were tried instead.
         """
-        seed, whole = self.config.seed, self.config.optim.batch_size
-        first = (self.rank * self.parts + part) * self.micro
-        places = slice(first, first + self.micro)
-        chosen = self.indices[batch_indices(len(self.indices), whole, seed=seed, step=step)[places]]
-        draws = numpy_generator(seed, Stream.CROPS, step).random((whole, DRAWS))[places].tolist()
-        context, targets = self._masks_of(step, places)
+        step, part = divmod(number, self.per_step)
+        seed, batch_size = self.config.seed, self.config.optim.batch_size
+        first = (self.rank * self.per_step + part) * self.micro
+        own = slice(first, first + self.micro)
+        order = batch_indices(len(self.indices), batch_size, seed=seed, step=step)
+        chosen = self.indices[order[own]]
+        draws = numpy_generator(seed, Stream.CROPS, step).random((batch_size, DRAWS))[own].tolist()
+        context, targets = self._sample_masks(step, own)
         pixels: list[torch.Tensor] = []
         broken: list[tuple[str, str]] = []
-        for number, index in enumerate(chosen.tolist()):
-            chosen[number], image = self._read(index, (step, first + number), broken)
-            pixels.append(self._crop(image, draws[number]))
+        for i, index in enumerate(chosen.tolist()):
+            chosen[i], image = self._read(index, step, first + i, broken)
+            pixels.append(self._crop(image, draws[i]))
         return Batch(torch.stack(pixels), context, targets, torch.from_numpy(chosen), broken)
 
-    def _masks_of(self, step: int, places: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of some images of a step: `per_image` for each, one after the other."""
-        mask, whole = self.config.mask, self.config.optim.batch_size
-        count = mask.per_image
+    def _sample_masks(self, step: int, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of some images of a step: `mask.per_image` for each, one after the other."""
+        per_image = self.config.mask.per_image
         return self.masks.sample(
-            whole * count,
+            self.config.optim.batch_size * per_image,
             seed=self.config.seed,
             step=step,
-            part=slice(places.start * count, places.stop * count),
-            group_size=self.config.group_size * count,
+            part=slice(own.start * per_image, own.stop * per_image),
+            group_size=self.config.group_size * per_image,
         )
 
     def _read(
-        self, index: int, place: tuple[int, int], broken: list[tuple[str, str]]
+        self, index: int, step: int, position: int, broken: list[tuple[str, str]]
     ) -> tuple[int, Pixels]:
-        """The image of a place in a batch, or another one where it is broken."""
-        for candidate in self._candidates(index, place):
+        """The image at a position of a batch, or another one if it is broken."""
+        for candidate in self._candidates(index, step, position):
             try:
                 return candidate, self.images.read(candidate)
             except ImageError as error:
                 broken.append((self.images.name(candidate), str(error)))
         name, reason = broken[-1]
         raise DataError(
-            f"step {place[0]}: {self.images.name(index)} cannot be decoded, nor can "
-            f"{_REPLACEMENTS} others drawn in its place; the last was {name}: {reason}"
+            f"step {step}: {self.images.name(index)} cannot be decoded, nor can {_REPLACEMENTS} "
+            f"others that were drawn instead; the last was {name}: {reason}"
         )
 
-    def _candidates(self, index: int, place: tuple[int, int]) -> Iterator[int]:
+    def _candidates(self, index: int, step: int, position: int) -> Iterator[int]:
         yield index
-        rng = numpy_generator(self.config.seed, Stream.REPLACE, *place)
+        rng = numpy_generator(self.config.seed, Stream.REPLACE, step, position)
         yield from self.indices[rng.integers(len(self.indices), size=_REPLACEMENTS)].tolist()
 
     def _crop(self, image: Pixels, draws: Sequence[float]) -> torch.Tensor:
@@ -234,16 +227,6 @@ class TrainBatches(Dataset[list[Batch]]):
         box = crop_box(draws, pixel_size(image), scale=data.crop_scale, ratio=data.crop_ratio)
         pixels = crop_resize(image, box, self.image_size)
         return pixels.flip(-1) if data.horizontal_flip and draws[-1] < 0.5 else pixels
-
-
-class _MicroBatches:
-    """Micro-batch after micro-batch: whole steps of many images would fill the memory."""
-
-    def __init__(self, batches: TrainBatches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, number: int) -> Batch:
-        return self.batches.micro_batch(*divmod(number, self.batches.parts))
 
 
 def loader(
@@ -255,22 +238,24 @@ def loader(
 ) -> Iterator[list[Batch]]:
     """The micro-batches of each step from `first_step` to before `last_step`.
 
+    Workers load micro-batches, not steps: whole steps of many images would fill the memory.
+
     Args:
-        batches: Where they come from.
-        first_step: Updates done.
-        last_step: Updates at the end.
+        batches: Micro-batches by number.
+        first_step: Steps done.
+        last_step: Steps at the end.
         workers: See `load_in_order`.
         pin_memory: See `load_in_order`.
 
     Raises:
         DataError: Too many broken images in a row.
-        RunError: A loader process was killed.
+        RunError: A worker was killed.
     """
-    numbers = range(first_step * batches.parts, last_step * batches.parts)
+    numbers = range(first_step * batches.per_step, last_step * batches.per_step)
     step: list[Batch] = []
-    for batch in load_in_order(_MicroBatches(batches), numbers, workers, pin_memory):
+    for batch in load_in_order(batches, numbers, workers, pin_memory):
         step.append(batch)
-        if len(step) == batches.parts:
+        if len(step) == batches.per_step:
             yield step
             step = []
 
@@ -278,16 +263,16 @@ def loader(
 def evaluation_images(
     images: ImageDataset, indices: _Indices, image_size: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[str, str]]]:
-    """Images for monitors: the short side resized, the middle cut out.
+    """Images of the monitors: resized and center-cropped.
 
     Args:
-        images: Where they come from.
-        indices: Their numbers.
+        images: Dataset.
+        indices: Numbers of the images.
         image_size: Height and width of the result in pixels.
 
     Returns:
-        uint8 `[m, C, H, W]`; class numbers int64 `[m]`, None where the set has none; name and
-        reason of every image that was left out because it is broken.
+        uint8 `[m, C, H, W]`; class numbers int64 `[m]`, None if the dataset has none; name and
+        reason of every broken image, which is left out.
 
     Raises:
         DataError: None of them can be decoded.

@@ -1,84 +1,109 @@
-"""A run's folder: one owner at a time, one set of settings and images for its whole life."""
+"""The folder of a run: one process group at a time, one set of settings and images for its life."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..data.datasets import ImageDataset
 from ..distributed import Distributed
-from ..errors import RunError
+from ..errors import RunError, SettingsError
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
-from .config import OptimConfig, PretrainConfig, steps_of
-from .logger import read_log
+from .checkpoint import LAST_SAVED, checkpoint_steps
+from .config import (
+    OptimConfig,
+    PretrainConfig,
+    differences,
+    dump_config,
+    override,
+    parse_config,
+    steps_of,
+)
 from .precision import resolve_precision
-from .settings import differences, dump, override, parse
 
 _SETTINGS, _DATA = "config.yaml", "data.json"
 _OLD = re.compile(r"^(machine:|  cut:)", re.MULTILINE)  # names of settings in version 0.1
-_BROKEN = re.compile(r'\{"image": ("(?:[^"\\]|\\.)*")')
 
 
-def claim_folder(out: Path, distributed: Distributed, stack: ExitStack) -> None:
-    """Keep other runs out of the folder; rank 0 holds the lock for all."""
-    refusal = None
-    if distributed.rank == 0:
+def open_folder(out: str | Path, data: Any, distributed: Distributed, stack: ExitStack) -> Path:
+    """Create a run's folder and lock it; rank 0 holds the lock for all.
+
+    Args:
+        out: The folder.
+        data: The images of the run, which must not contain it.
+        distributed: The processes of the run.
+        stack: Keeps the lock.
+
+    Raises:
+        SettingsError: The folder has no name or is inside the images.
+        RunError: Another process trains in it.
+    """
+    if not str(out):
+        raise SettingsError("the run's folder has no name: give one, for example runs/first")
+    folder = Path(out)
+    for source in data if isinstance(data, list | tuple) else [data]:
+        is_path = isinstance(source, str | os.PathLike)
+        if is_path and Path(source).resolve() in folder.resolve().parents:
+            raise SettingsError(
+                f"the run's folder {folder} is inside its images, {source}: choose another"
+            )
+
+    def lock() -> None:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(out / ".lock", timeout=0))
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / ".lock", timeout=0))
         except Timeout:
-            refusal = f"another process is training in {out} now: wait for it, or choose another"
-        except OSError as error:
-            refusal = f"the run's folder {out} cannot be used: {error.strerror or error}"
-    if (refusal := distributed.broadcast_object(refusal)) is not None:
-        raise RunError(refusal)
+            raise RunError(
+                f"another process is training in {folder}: wait for it, or choose another folder"
+            ) from None
+
+    distributed.run_on_main(lock)
+    return folder
 
 
-def settle_folder(
-    out: Path,
-    config: PretrainConfig,
-    images: ImageDataset,
-    distributed: Distributed,
-    source: Path | None = None,
+def reconcile_settings(
+    out: Path, config: PretrainConfig, images: ImageDataset, source: Path | None
 ) -> PretrainConfig:
-    """Write settings and data into the folder, or refuse others than those of its checkpoints.
+    """Write settings and images into the folder, or compare them with those of its checkpoints.
 
     Args:
         out: The run's folder.
-        config: Settings.
+        config: Settings; `optim.precision` is resolved.
         images: What to train on.
-        distributed: The processes of the run.
         source: The run that a new one branches from.
 
     Returns:
-        The settings of the run, in which `optim.precision=auto` is resolved: by the folder where
-        it has checkpoints, else by the device of rank 0. `optim.extended_from` is that of the
-        folder or of `source`, completed where the run grows.
+        The settings of the run: `optim.extended_from` is completed where the run is extended.
+
+    Raises:
+        RunError: The folder has a run with other settings or images, or lost its checkpoints.
     """
-    refusal = None
-    if distributed.rank == 0:
-        try:
-            resumed = any((out / "checkpoints").glob("step-*"))
-            before = read_settings(out) if resumed else None
-            config = resolve_precision(config, distributed.device, before)
-            start = before or (read_settings(source) if source else config)
-            config = _extended(config, start, images)
-            refusal = _refusal(out, config, before, images)
-            if refusal is None:
-                _write(out, config, images)
-        except (RunError, FileExistsError) as error:
-            refusal = str(error)
-        except OSError as error:
-            refusal = f"the run's folder {out} cannot be used: {error.strerror} ({error.filename})"
-    refusal, config = distributed.broadcast_object((refusal, config))
-    if refusal is not None:
-        raise RunError(refusal)
+    check_destination(out / "export", WRITTEN, overwrite=True)
+    data = {"images": len(images), "fingerprint": images.fingerprint()}
+    if checkpoint_steps(out / "checkpoints"):
+        before = read_settings(out)
+        config = _extended(config, before, images)
+        _check_settings(out, config, before, images)
+        _check_images(out, data)
+    else:
+        _check_not_lost(out)
+        config = _extended(config, read_settings(source) if source else config, images)
+    write_text(out / _SETTINGS, dump_config(config))
+    write_text(out / _DATA, json.dumps(data))
     return config
+
+
+def run_precision(out: Path, config: PretrainConfig, distributed: Distributed) -> PretrainConfig:
+    """Resolve `optim.precision=auto`: that of the run in the folder, else by the device."""
+    resumed = checkpoint_steps(out / "checkpoints")
+    return resolve_precision(config, distributed.device, read_settings(out) if resumed else None)
 
 
 def read_settings(run: Path) -> PretrainConfig:
@@ -95,36 +120,69 @@ def read_settings(run: Path) -> PretrainConfig:
                 f"{run} is a run of ijepa-zoo 0.1, which has other settings: resume, export or "
                 "plot it with that version (pip install 'ijepa-zoo<0.2')"
             )
-        config = parse(text, str(path))
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{run} is not a run of ijepa-zoo pretrain: it has no {_SETTINGS}"
-        ) from error
+        if not text.strip():
+            raise RunError(f"{path} is damaged: it is empty")
+        return parse_config(text, str(path))
+    except FileNotFoundError:
+        raise RunError(f"{run} is not a pretraining run: it has no {_SETTINGS}") from None
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}") from error
-    if not text.strip():
-        raise RunError(f"{path} is damaged: it is empty")
-    return config
 
 
-def named_broken(path: Path) -> set[str]:
-    """Images that a `broken-*.jsonl` names already."""
-    if not path.exists():
-        return set()
-    lines = path.read_text(encoding="ascii", errors="replace").splitlines()
-    return {json.loads(found[1]) for line in lines if (found := _BROKEN.match(line))}
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def _write(out: Path, config: PretrainConfig, images: ImageDataset) -> None:
-    data = {"images": len(images), "fingerprint": images.fingerprint()}
-    for name, text in ((_SETTINGS, dump(config)), (_DATA, json.dumps(data))):
-        whole = out / f"{name}.partial"
-        try:
-            whole.write_text(text, encoding="utf-8")
-            whole.replace(out / name)
-        except OSError as error:
-            whole.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(out / name)) from error
+def _check_not_lost(out: Path) -> None:
+    """Refuse to start over in the folder of a run whose checkpoints were moved away."""
+    found = "an export" if (out / "export").exists() else None
+    if (out / LAST_SAVED).exists():
+        found = f"a checkpoint of step {(out / LAST_SAVED).read_text(encoding='utf-8')}"
+    if found is not None:
+        raise RunError(
+            f"{out} had {found} but has no checkpoints: move them back to {out / 'checkpoints'}, "
+            "mount their disk, or use another folder for a new run"
+        )
+
+
+def _check_settings(
+    out: Path, config: PretrainConfig, before: PretrainConfig, images: ImageDataset
+) -> None:
+    """Refuse changes of what the result depends on, except a longer run with `optim.extend`."""
+    longer, advice = _steps(config, images) > _steps(before, images), ""
+    if longer and config.optim.extended_from == _extended_from(before.optim):
+        length = ("duration", "extend", "extended_from")
+        before = override(before, **{f"optim.{n}": getattr(config.optim, n) for n in length})
+    elif longer and config.optim.extend is None:
+        advice = ", optim.extend=constant or optim.extend=cosine to extend it"
+    if differing := differences(before, config):
+        raise RunError(
+            f"{out} has a run with other settings ({'; '.join(differing)}): use those settings to "
+            f"resume it{advice}, or another folder for a new run"
+        )
+
+
+def _check_images(out: Path, data: dict[str, Any]) -> None:
+    try:
+        before = json.loads((out / _DATA).read_text(encoding="utf-8"))
+        count, fingerprint = before["images"], before["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{out / _DATA}, which names the images of the run, is missing or damaged: use another "
+            "folder for a new run"
+        ) from error
+    if fingerprint != data["fingerprint"]:
+        raise RunError(
+            f"{out} was trained on other images ({count} then, {data['images']} now, or other "
+            "names): use the same images to resume it, or another folder for a new run"
+        )
 
 
 def _steps(config: PretrainConfig, images: ImageDataset) -> int:
@@ -148,67 +206,3 @@ def _extended(
         ends = _extended_from(before.optim) if longer else before.optim.extended_from
     changes = {"optim.extended_from": ends, "optim.extend": extend if ends else None}
     return override(config, **changes)
-
-
-def _other_settings(
-    out: Path, config: PretrainConfig, before: PretrainConfig, images: ImageDataset
-) -> str | None:
-    """Refuse changes of what the result depends on, except a longer run with `optim.extend`."""
-    longer, advice = _steps(config, images) > _steps(before, images), ""
-    if longer and config.optim.extended_from == _extended_from(before.optim):
-        length = ("duration", "extend", "extended_from")
-        before = override(before, **{f"optim.{n}": getattr(config.optim, n) for n in length})
-    elif longer and config.optim.extend is None:
-        advice = ", optim.extend=constant or optim.extend=cosine to extend it"
-    differing = differences(before, config)
-    if not differing:
-        return None
-    return (
-        f"{out} holds a run with other settings ({'; '.join(differing)}): use those settings "
-        f"to go on with it{advice}, or another folder for a new run"
-    )
-
-
-def _lost_checkpoints(out: Path) -> str | None:
-    """Refuse to start over in the folder of a run whose checkpoints are elsewhere."""
-    found = "an export"
-    if not (out / "export" / "config.json").exists():
-        logged = read_log(out)
-        if not logged or not (out / _DATA).exists():
-            return None
-        before = read_settings(out)
-        data = json.loads((out / _DATA).read_text(encoding="utf-8"))
-        images = data["images"] - before.data.held_out
-        saved = steps_of(before.log.save_every, batch_size=before.optim.batch_size, images=images)
-        # one checkpoint may have been under way when the run was killed
-        if logged[-1]["step"] < 2 * saved:
-            return None
-        found = f"the log of {logged[-1]['step']:.0f} steps"
-    return (
-        f"{out} has {found} but no checkpoints: move them back into {out / 'checkpoints'}, mount "
-        "their disk, or use another folder for a new run"
-    )
-
-
-def _refusal(
-    out: Path, config: PretrainConfig, before: PretrainConfig | None, images: ImageDataset
-) -> str | None:
-    check_destination(out / "export", WRITTEN, overwrite=True)
-    if before is None:
-        return _lost_checkpoints(out)
-    if refusal := _other_settings(out, config, before, images):
-        return refusal
-    try:
-        data = json.loads((out / _DATA).read_text(encoding="utf-8"))
-        count, fingerprint = data["images"], data["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return (
-            f"{out / _DATA}, which says what images the run had, is missing or damaged ({error}): "
-            "use another folder for a new run"
-        )
-    if fingerprint != images.fingerprint():
-        return (
-            f"{out} was trained on other images: {count} then, {len(images)} now, or "
-            "other names. Name the same data to go on, or another folder for a new run"
-        )
-    return None

@@ -1,63 +1,72 @@
-"""The log of a run: `log.csv`, `log.jsonl` and, where TensorBoard is installed, its files.
+"""The log of a run: rows in `log.csv`, TensorBoard or wandb, events in `events.jsonl`.
 
-The first columns of `log.csv` are those of the official repository, so what reads that reads
-this. `log.jsonl` holds the same rows, and between them the events: warnings, interruptions.
+The first columns of `log.csv` are those of the official repository.
 """
 
 from __future__ import annotations
 
-import csv
+import importlib.util
 import json
 import math
-import os
+import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from ..errors import RunError, SettingsError
+from ..errors import MissingPackageError, RunError, SettingsError
+from .config import LogConfig, PretrainConfig
 
 COLUMNS = (
     *("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)"),
-    *("step", "lr", "weight_decay", "momentum", "images_per_second"),
+    *("step", "lr", "weight_decay", "momentum", "images_per_second", "mfu", "data_wait"),
     *("grad_encoder", "grad_predictor", "update_encoder", "update_predictor"),
     "regularizer",
     *("rankme", "spread", "cosine", "ema_distance", "knn", "linear"),
 )
-_PUBLISHED = {"context_tokens": "mask-A", "target_tokens": "mask-B"}
-_DAMAGED = (
-    *(ValueError, KeyError, TypeError, AttributeError),
-    *(csv.Error, OverflowError, RecursionError),
-)
-_CSV, _JSONL = "log.csv", "log.jsonl"
+_CSV, _EVENTS = "log.csv", "events.jsonl"
+_OFFICIAL = {"context_tokens": "mask-A", "target_tokens": "mask-B"}
+_MEANS = ("loss", "regularizer", "context_tokens", "target_tokens")
+_SLOW_DATA = 0.1  # share of the time that the advice starts at
 
 
-class RunLog:
-    """Writer of a run's log; a context manager. One process of a run has it.
+class RunLogger:
+    """Writer of a run's log; a context manager, used by rank 0 only.
 
-    What an earlier process logged of the steps from `first_step` on is removed: a run that goes on
-    from a checkpoint does them again.
+    Rows and events of the steps from `first_step` on are removed: a resumed run repeats them. So
+    is a last line that a crash cut off.
 
     Args:
         folder: The run's folder; must exist.
         first_step: Updates done so far.
+        config: Settings; `log.to` says where rows go.
 
     Raises:
-        RunError: The log that is there is damaged; it is left as it is.
-        OSError: The log cannot be written; what is there stays.
+        MissingPackageError: TensorBoard or wandb is not installed.
+        RunError: The existing log is damaged; it is left as it is.
+        OSError: The log cannot be written; earlier rows stay.
     """
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self._csv, self._jsonl = folder / _CSV, folder / _JSONL
-        header = ",".join(COLUMNS)
-        lines = [line for row, line in _csv_lines(self._csv) if row["step"] < first_step]
-        events = [line for entry, line in _json_lines(self._jsonl) if entry["step"] < first_step]
-        _replace(self._csv, [header, *lines])
-        _replace(self._jsonl, events)
-        self._board = _tensorboard(folder / "tensorboard", first_step)
+    def __init__(self, folder: Path, first_step: int, config: PretrainConfig) -> None:
+        check_log_targets(config.log)
+        self._csv, self._events = folder / _CSV, folder / _EVENTS
+        rows = [_csv_line(row) for row in read_log(folder) if row["step"] < first_step]
+        events = [json.dumps(e) for e in _read_events(self._events) if e["step"] < first_step]
+        _replace(self._csv, [",".join(COLUMNS), *rows])
+        _replace(self._events, events)
+        self._rows, self._advised = 0, False
+        self._board: Any = None
+        self._wandb: Any = None
+        if "tensorboard" in config.log.to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # TensorBoard hides earlier values of the steps from purge_step on
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        if "wandb" in config.log.to:
+            self._wandb = _wandb_run(folder, config)
 
     def __enter__(self) -> Self:
         return self
@@ -65,72 +74,139 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(error[0] is not None))
 
     def write(self, row: dict[str, float]) -> None:
-        """Log one update.
+        """Log a row, and advise once if updates wait for data.
 
         Args:
-            row: Values by column (see `COLUMNS`); `context_tokens` and `target_tokens` are
-                written as `mask-A` and `mask-B`. `step` is needed: updates done before this one.
+            row: Values by column, see `COLUMNS`. `step` is required: updates done before the last.
 
         Raises:
-            ValueError: There is no such column.
-            OSError: The row cannot be written, e.g. a full disk; the rows before it are intact.
+            ValueError: A column is unknown.
+            OSError: The row cannot be written, e.g. because the disk is full.
         """
-        row = {_PUBLISHED.get(name, name): float(value) for name, value in row.items()}
         if unknown := row.keys() - set(COLUMNS):
-            raise SettingsError(
-                f"the log has no column {', '.join(sorted(unknown))}; it has {', '.join(COLUMNS)}"
-            )
-        ordered = {name: row[name] for name in COLUMNS if name in row}
-        finite = {k: v if math.isfinite(v) else None for k, v in ordered.items()}
-        _append(self._jsonl, json.dumps(finite))
-        _append(self._csv, ",".join(f"{row[k]:.9g}" if k in row else "" for k in COLUMNS))
+            raise ValueError(f"not columns of the log: {unknown}")
+        step, values = int(row["step"]), {k: v for k, v in row.items() if k != "step"}
+        _append(self._csv, _csv_line(row))
         if self._board is not None:
-            for name, value in ordered.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(row["step"]))
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        self._rows += 1  # the first one includes the start of the loader
+        if self._rows > 1 and not self._advised and row.get("data_wait", 0.0) > _SLOW_DATA:
+            self._advised = True
+            self.event(step, "advice", _data_advice(row["data_wait"]))
 
     def event(self, step: int, kind: str, text: str) -> None:
-        """Log something in words, and show it on stderr.
+        """Write an event to `events.jsonl` and stderr.
 
         Args:
-            step: The update that it belongs to, as in `write`.
-            kind: One word: `warning`, `skipped`.
+            step: Its update, as in `write`.
+            kind: One word such as `warning`, `skipped` or `advice`.
             text: What happened.
-
-        Raises:
-            OSError: It cannot be written; what was written before is intact.
         """
-        self._record(step, kind, text)
-        shown = text.encode(errors="backslashreplace").decode()  # names that are not UTF-8
+        self._record(step, kind, text=text)
+        shown = text.encode(errors="backslashreplace").decode()  # file names that are not UTF-8
         tqdm.write(f"{kind}: {shown}", file=sys.stderr)
 
-    def initial(self, figures: dict[str, float]) -> None:
-        """Log and show what was measured before the first step; `read_initial` gives it back."""
-        self._record(0, "initial", json.dumps(figures))
-        tqdm.write(f"at initialisation: {_listed(figures)}", file=sys.stderr)
+    def initial(self, metrics: dict[str, float]) -> None:
+        """Log and show the metrics at initialization; `read_initial` returns them."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._record(0, "initial", metrics=finite)
+        tqdm.write(f"at initialization: {_listed(metrics)}", file=sys.stderr)
 
-    def final(self, figures: dict[str, float], initial: dict[str, float]) -> None:
-        """Show what was measured after the last step, beside the same before the first."""
-        kept = {name: value for name, value in figures.items() if name in initial}
-        if kept:
-            tqdm.write(f"at initialisation: {_listed(initial)}", file=sys.stderr)
-            tqdm.write(f"at the end:        {_listed(kept)}", file=sys.stderr)
+    def final(self, metrics: dict[str, float], initial: dict[str, float]) -> None:
+        """Show the metrics at the end beside those at initialization."""
+        if shown := {name: value for name, value in metrics.items() if name in initial}:
+            tqdm.write(f"at initialization: {_listed(initial)}", file=sys.stderr)
+            tqdm.write(f"at the end:        {_listed(shown)}", file=sys.stderr)
 
-    def _record(self, step: int, kind: str, text: str) -> None:
+    def _record(self, step: int, kind: str, **content: Any) -> None:
         time = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = {"step": int(step), "event": kind, "text": text, "time": time}
-        _append(self._jsonl, json.dumps(entry, ensure_ascii=False))
+        entry = {"step": int(step), "kind": kind, **content, "time": time}
+        _append(self._events, json.dumps(entry))
 
 
-def _listed(figures: dict[str, float]) -> str:
-    units = {"knn": " %", "linear": " %"}
-    return ", ".join(f"{k} {value:.4g}{units.get(k, '')}" for k, value in figures.items())
+class Meter:
+    """Means over the steps since the last row.
+
+    Args:
+        batch_size: Images of a step, over all processes.
+        epoch_steps: Steps of an epoch.
+        flops_per_image: See `training_flops`.
+        peak_flops: Of a device, see `peak_flops`; None if unknown.
+        world_size: Number of devices.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        epoch_steps: int,
+        flops_per_image: float,
+        peak_flops: float | None,
+        world_size: int,
+    ) -> None:
+        self.batch_size, self.epoch_steps = batch_size, epoch_steps
+        self.flops_per_image = flops_per_image
+        self.peak_flops = peak_flops and peak_flops * world_size
+        self._steps: list[dict[str, float]] = []
+        self._seconds = self._waited = 0.0
+
+    def update(self, metrics: dict[str, float], seconds: float, waited: float) -> None:
+        """Add a step.
+
+        Args:
+            metrics: Its metrics and rates.
+            seconds: Time of the whole step.
+            waited: Part of that time spent waiting for data.
+        """
+        self._steps.append(metrics)
+        self._seconds += seconds
+        self._waited += waited
+
+    def row(self, step: int) -> dict[str, float]:
+        """The row of the log after `step` updates; starts the next window.
+
+        Loss, regularizer, numbers of tokens and times are means, other values those of the last
+        step. `data_wait` is the share of the time spent waiting for data, `mfu` the achieved share
+        of the devices' peak FLOP/s.
+        """
+        values = dict(self._steps[-1])
+        for name in _MEANS:
+            if name in values:
+                values[name] = math.fsum(s[name] for s in self._steps) / len(self._steps)
+        rate = self.batch_size * len(self._steps) / self._seconds
+        row = {_OFFICIAL.get(name, name): value for name, value in values.items()} | {
+            "epoch": (step - 1) // self.epoch_steps + 1.0,
+            "itr": (step - 1.0) % self.epoch_steps,
+            "step": step - 1.0,
+            "time (ms)": 1000 * self._seconds / len(self._steps),
+            "images_per_second": rate,
+            "data_wait": self._waited / self._seconds,
+        }
+        if self.peak_flops:
+            row["mfu"] = rate * self.flops_per_image / self.peak_flops
+        self._steps, self._seconds, self._waited = [], 0.0, 0.0
+        return row
+
+
+def check_log_targets(log: LogConfig) -> None:
+    """Check that the packages for `log.to` are installed.
+
+    Raises:
+        MissingPackageError: One of them is not.
+    """
+    for name in log.to:
+        if name != "csv" and importlib.util.find_spec(name) is None:
+            raise MissingPackageError(f"log.to={name} needs {name}: pip install {name}")
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """Rows of a run's `log.csv`, oldest first; empty where there is none.
+    """Rows of a run's `log.csv`, oldest first; empty if there is none.
 
     Each row has the columns that were measured at its step. A last line that a crash cut off is
     left out.
@@ -138,133 +214,114 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     Raises:
         RunError: The log is damaged.
     """
-    return [row for row, _ in _csv_lines(folder / _CSV)]
-
-
-def read_events(folder: Path, kind: str) -> list[tuple[int, str]]:
-    """Step and text of the events of one kind in a run's `log.jsonl`, oldest first.
-
-    Raises:
-        RunError: The log is damaged.
-    """
-    entries = (entry for entry, _ in _json_lines(folder / _JSONL))
-    return [(e["step"], e["text"]) for e in entries if e.get("event") == kind]
+    path = folder / _CSV
+    header, *lines = _whole_lines(path) or ["step"]
+    names, rows = header.split(","), []
+    if not {"step"} <= set(names) <= set(COLUMNS):
+        raise RunError(f"{path}, line 1: {header[:80]!r} is not the header of a run's log")
+    for number, line in enumerate(lines, 2):
+        try:
+            row = {k: float(v) for k, v in zip(names, line.split(","), strict=True) if v}
+            int(row["step"])
+        except (ValueError, KeyError, OverflowError) as error:
+            raise _damaged(path, number, line) from error
+        rows.append(row)
+    return rows
 
 
 def read_initial(folder: Path) -> dict[str, float]:
-    """Figures at initialisation, as the last event `initial` of `log.jsonl` has them in JSON.
-
-    Empty where there is none.
+    """A run's metrics at initialization, from `events.jsonl`; empty if there are none.
 
     Raises:
-        RunError: The log is damaged.
+        RunError: The file is damaged.
     """
-
-    def parse(line: str) -> dict[str, float]:
-        entry = _entry(line)
-        if entry.get("event") != "initial":
-            return {}
-        figures = json.loads(entry["text"])
-        return {name: float(value) for name, value in figures.items() if value is not None}
-
-    path = folder / _JSONL
-    found = [figures for figures, _ in _parse(path, _whole_lines(path), 1, parse) if figures]
-    return found[-1] if found else {}
+    found: dict[str, float] = {}
+    for event in _read_events(folder / _EVENTS):
+        if event["kind"] == "initial":
+            found = event["metrics"]
+    return found
 
 
-def _csv_lines(path: Path) -> list[tuple[dict[str, float], str]]:
-    """Rows of a log and the lines they stand in."""
-    lines = _whole_lines(path)
-    if lines and lines[0] != ",".join(COLUMNS):
-        raise RunError(
-            f"{path}, line 1: the columns are {lines[0][:200]!r}, not those of a run's log: "
-            "move the file away"
-        )
-
-    def parse(line: str) -> dict[str, float]:
-        (values,) = csv.reader([line])
-        row = {name: float(v) for name, v in zip(COLUMNS, values, strict=True) if v}
-        if not 0 <= row.get("step", -1) < math.inf:
-            raise SettingsError("it has no step")
-        return row
-
-    return _parse(path, lines[1:], 2, parse)
-
-
-def _json_lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    return _parse(path, _whole_lines(path), 1, _entry)
-
-
-def _entry(line: str) -> dict[str, Any]:
-    entry: dict[str, Any] = json.loads(line)
-    entry["step"] = int(entry["step"])
-    if "event" in entry and not isinstance(entry.get("text"), str):
-        raise SettingsError("it has no text")
-    return entry
-
-
-def _parse(
-    path: Path, lines: Iterable[str], first: int, parse: Callable[[str], dict[str, Any]]
-) -> list[tuple[dict[str, Any], str]]:
-    parsed = []
-    for number, line in enumerate(lines, first):
+def _read_events(path: Path) -> list[dict[str, Any]]:
+    events = []
+    for number, line in enumerate(_whole_lines(path), 1):
         try:
-            parsed.append((parse(line), line))
-        except _DAMAGED as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RunError(
-                f"{path}, line {number} is damaged: {line[:80]!r} ({reason}). "
-                "Delete that line, or move the file away"
-            ) from error
-    return parsed
+            event = json.loads(line)
+            event["step"], event["kind"] = int(event["step"]), str(event["kind"])
+            if event["kind"] == "initial":
+                event["metrics"] = {k: float(v) for k, v in event["metrics"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, number, line) from error
+        events.append(event)
+    return events
+
+
+def _damaged(path: Path, number: int, line: str) -> RunError:
+    return RunError(f"{path}, line {number} is damaged: {line[:80]!r}: delete that line")
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that were written to their end; a crash can only cut off the last one."""
+    """Lines up to the last line break; a crash can cut off what follows it."""
     if not path.exists():
         return []
-    text = path.read_bytes().decode("utf-8", errors="backslashreplace")
-    return text.split("\n")[:-1]
+    return path.read_bytes().decode(errors="backslashreplace").split("\n")[:-1]
+
+
+def _csv_line(row: dict[str, float]) -> str:
+    return ",".join(f"{row[name]:.9g}" if name in row else "" for name in COLUMNS)
+
+
+def _listed(metrics: dict[str, float]) -> str:
+    units = {"knn": " %", "linear": " %"}
+    return ", ".join(f"{k} {value:.4g}{units.get(k, '')}" for k, value in metrics.items())
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a line as a whole or not at all."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(descriptor).st_size
-        data = f"{line}\n".encode(errors="backslashreplace")  # what JSON writes, too
-        try:
-            written = os.write(descriptor, data)
-            if written < len(data):  # the disk is full: the next write says so
-                os.write(descriptor, data[written:])
-        except OSError as error:
-            os.ftruncate(descriptor, size)
-            reason = error.strerror or error
-            raise OSError(error.errno, f"cannot write the log: {reason}", str(path)) from error
-    finally:
-        os.close(descriptor)
+    _write(path, "a", f"{line}\n")
 
 
-def _replace(path: Path, lines: list[str]) -> None:
-    """Write a file beside the old one and put it in its place when it is on the disk."""
+def _replace(path: Path, lines: Iterable[str]) -> None:
     partial = path.with_name(f"{path.name}.partial")
+    _write(partial, "w", "".join(f"{line}\n" for line in lines))
+    partial.replace(path)
+
+
+def _write(path: Path, mode: str, text: str) -> None:
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{line}\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with path.open(mode, encoding="utf-8", newline="") as file:
+            file.write(text)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        reason = error.strerror or error
-        raise OSError(error.errno, f"cannot write the log: {reason}", str(path)) from error
+        reason = f"cannot write the log: {error.strerror}"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    """A TensorBoard writer, or None where TensorBoard is not installed."""
+def _data_advice(share: float) -> str:
+    text = (
+        f"waiting for data takes {share:.0%} of the time: use more runtime.workers if cores are "
+        "idle, or images with fewer pixels on disk"
+    )
+    if importlib.util.find_spec("torchcodec") is None:
+        text += ", or decode JPEG files faster: pip install torchcodec"
+    return text
+
+
+def _wandb_run(folder: Path, config: PretrainConfig) -> Any:
+    """A run of wandb, the same one on resume; it ignores rows of steps that it has."""
+    import wandb
+
+    id_file = folder / "wandb.id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4), encoding="ascii")
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    # steps from purge_step on, which a lost part of the run has shown, disappear
-    return SummaryWriter(str(folder), purge_step=first_step)
+        return wandb.init(
+            project="ijepa_zoo",
+            name=folder.resolve().name,
+            id=id_file.read_text(encoding="ascii"),
+            resume="allow",
+            config=config.model_dump(mode="json"),
+            dir=folder,
+        )
+    except wandb.Error as error:
+        raise SettingsError(
+            f"log.to=wandb: {error}: run `wandb login`, or set WANDB_MODE=offline"
+        ) from error

@@ -1,152 +1,45 @@
-"""Numbers that show collapse and quality during pretraining; the loss does not.
+"""Metrics that show collapse and quality during pretraining, and warnings about them.
 
-They are taken from the target encoder on images that are never trained on, and only mean something
-beside the same numbers at initialisation.
+The loss shows neither. The metrics are those of the target encoder on images that are never
+trained on, and should be compared with their values at initialization.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterable
+from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import Distributed
 from ..errors import SettingsError
+from ..metrics import knn_accuracy, linear_accuracy, mean_cosine, rankme, spread
 from ..models.jepa import IJepa
 from .config import Precision
 from .data import normalize
-from .float8 import without_float8
-from .precision import autocast
+from .precision import autocast, without_float8
 
-_NEIGHBOURS = 20
-_TEMPERATURE = 0.07  # of the neighbours' votes, as in DINO's kNN classifier
-_RIDGES = tuple(10.0**e for e in range(-5, 2))  # times the mean eigenvalue
-
-
-def rankme(features: Tensor) -> float:
-    """Effective rank of features: exp of the entropy of their singular values.
-
-    RankMe (arXiv 2210.02885, eq. 1-2), with `p_k = s_k / sum(s) + 1e-7`. It is at most min(n, D),
-    so compare only values of the same n and D; the paper advises many more samples than features.
-
-    Args:
-        features: One row per image, `[n, D]`.
-
-    Returns:
-        The effective rank, from 1 (collapsed) to min(n, D).
-    """
-    singular = torch.linalg.svdvals(_checked(features))
-    p = singular / singular.sum() + 1e-7
-    return float(torch.exp(-(p * p.log()).sum()))
-
-
-def spread(features: Tensor) -> float:
-    """Standard deviation of L2-normalised features, times sqrt(D): 0 collapsed, 1 isotropic.
-
-    Args:
-        features: One row per image, `[n, D]`.
-    """
-    unit = F.normalize(_checked(features), dim=1)
-    return float(unit.std(dim=0).mean() * features.shape[1] ** 0.5)
-
-
-def mean_cosine(features: Tensor) -> float:
-    """Mean cosine similarity between different images: 1 collapsed, 0 unrelated.
-
-    Args:
-        features: One row per image, `[n, D]`.
-    """
-    unit = F.normalize(_checked(features), dim=1)
-    n = len(unit)
-    return float((unit.sum(dim=0).square().sum() - n) / (n * (n - 1)))
-
-
-def knn_accuracy(features: Tensor, labels: Tensor) -> float:
-    """Accuracy of a leave-one-out kNN classifier in percent.
-
-    The 20 images of largest cosine similarity vote with `exp(similarity / 0.07)`, as in DINO
-    (arXiv 2104.14294, appendix); an image never votes for itself.
-
-    Args:
-        features: One row per image, `[n, D]`.
-        labels: Class numbers `[n]`, int64.
-    """
-    unit = F.normalize(_checked(features), dim=1)
-    similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
-    near, who = similarity.topk(min(_NEIGHBOURS, len(unit) - 1), dim=1)
-    classes = torch.unique(labels, return_inverse=True)[1].to(features.device)
-    votes = unit.new_zeros(len(unit), int(classes.max()) + 1)
-    votes.scatter_add_(1, classes[who], torch.exp((near - 1) / _TEMPERATURE))
-    return _percent(votes.argmax(dim=1) == classes)
-
-
-def linear_accuracy(features: Tensor, labels: Tensor) -> float:
-    """Accuracy of a linear classifier in percent, cross-validated over two halves.
-
-    Ridge regression to one-hot labels in closed form, trained on one half of the images and
-    tested on the other, both ways. The halves have equal shares of every class. The strength of
-    the ridge is chosen within the training half alone, by its leave-one-out error.
-
-    Args:
-        features: One row per image, `[n, D]`.
-        labels: Class numbers `[n]`, int64.
-    """
-    x = _checked(features)
-    classes = torch.unique(labels, return_inverse=True)[1].to(features.device)
-    y = F.one_hot(classes).to(x)
-    order = classes.argsort(stable=True)
-    halves = order[0::2], order[1::2]
-    right = [
-        _ridge(x[train], y[train], x[test]).argmax(dim=1) == classes[test]
-        for train, test in (halves, halves[::-1])
-    ]
-    return _percent(torch.cat(right))
-
-
-def _ridge(x: Tensor, y: Tensor, test: Tensor) -> Tensor:
-    """Predictions for `test` of ridge regression with centred data; leave-one-out as in PRESS."""
-    mean, offset = x.mean(dim=0), y.mean(dim=0)
-    u, s, v = torch.linalg.svd(x - mean, full_matrices=False)
-    projected = u.T @ (y - offset)
-    best = (torch.inf, s)
-    for ridge in _RIDGES:
-        shrink = s.square() / (s.square() + ridge * s.square().mean() + torch.finfo(s.dtype).tiny)
-        leverage = (u.square() * shrink).sum(dim=1, keepdim=True) + 1 / len(x)
-        left_out = (y - offset - u @ (shrink[:, None] * projected)) / (1 - leverage).clamp(1e-9)
-        best = min(best, (float(left_out.square().mean()), shrink), key=lambda pair: pair[0])
-    weights = v.T @ (torch.where(s > 0, best[1] / s, 0.0)[:, None] * projected)
-    predictions: Tensor = (test - mean) @ weights + offset
-    return predictions
-
-
-def _percent(right: Tensor) -> float:
-    return 100 * float(right.double().mean())
-
-
-def _checked(features: Tensor) -> Tensor:
-    if features.ndim != 2 or len(features) < 2:
-        raise SettingsError(
-            f"features have shape {tuple(features.shape)}; they must be [n, D] with n >= 2"
-        )
-    return features.detach().double()
+_FEATURE_METRICS = {"rankme": rankme, "spread": spread, "cosine": mean_cosine}
+_PROBES = {"knn": knn_accuracy, "linear": linear_accuracy}
 
 
 class Monitor:
-    """Figures of the target encoder on images that are not trained on.
+    """Metrics of the target encoder on images that are not trained on.
 
     Args:
         images: uint8 `[m, C, H, W]`, at least two.
-        labels: Class numbers `[m]`, int64, -1 for an image without one; None: no labels.
+        labels: Classes `[m]`, int64, -1 for an image without one; None: no labels.
         mean: Mean of the channels, of values from 0 to 1.
         std: Standard deviation of the channels, of values from 0 to 1.
         batch_size: Images of every forward pass of a process; the last one is padded.
-        precision: That of the forward pass: the run's own, bf16 for fp8.
+        precision: Precision of the forward pass: the run's own, bf16 for fp8.
 
     Raises:
-        ValueError: There are fewer than two images, or labels of another number.
+        SettingsError: There are fewer than two images.
     """
 
     def __init__(
@@ -160,37 +53,39 @@ class Monitor:
     ) -> None:
         if len(images) < 2:
             raise SettingsError(
-                f"{len(images)} images to monitor the run with, at least 2 are needed: "
-                "use data.held_out=512"
+                f"the monitors need at least 2 images, not {len(images)}: use data.held_out=512"
             )
-        if labels is not None and len(labels) != len(images):
-            raise SettingsError(f"{len(labels)} labels for {len(images)} images of the monitor")
         self.images, self.labels = images, labels
         self.mean, self.std = mean, std
-        self.batch_size = batch_size
-        self.precision = precision
+        self.batch_size, self.precision = batch_size, precision
 
     @torch.no_grad()
     def measure(self, model: IJepa, distributed: Distributed) -> dict[str, float]:
-        """Measure the model; every process must call this, and gets the same figures.
+        """Measure the model; every process must call this, and gets the same metrics.
 
         Args:
             model: The networks, sharded or not.
-            distributed: The processes that share the work.
+            distributed: The processes that share the images.
 
         Returns:
-            `rankme`, `spread` and `cosine` of the features, averaged over patches; `ema_distance`,
-            the length of encoder minus target encoder over that of the target encoder; with
-            labels of two or more classes also `knn` and `linear`, accuracies in percent. Figures
-            of features that are not finite are NaN.
+            `rankme`, `spread`, `cosine` and `ema_distance` (relative L2 distance of the encoders);
+            with labels of two or more classes also `knn` and `linear`, accuracies in percent.
+            NaN if features are not finite.
         """
         features = self._features(model, distributed)
-        figures = _figures(features, self.labels)
-        distance = total_norm(
-            p.detach() - q
-            for p, q in zip(model.encoder.parameters(), model.target_encoder.parameters())
-        )
-        return {**figures, "ema_distance": distance / total_norm(model.target_encoder.parameters())}
+        finite = bool(features.isfinite().all())
+        metrics = {k: f(features) if finite else math.nan for k, f in _FEATURE_METRICS.items()}
+        if self.labels is not None:
+            known = self.labels >= 0
+            labels, labeled = self.labels[known], features[known.to(features.device)]
+            if len(torch.unique(labels)) > 1:
+                metrics |= {
+                    k: f(labeled, labels) if finite else math.nan for k, f in _PROBES.items()
+                }
+        pairs = zip(model.encoder.parameters(), model.target_encoder.parameters())
+        distance = total_norm(p.detach() - q for p, q in pairs)
+        metrics["ema_distance"] = distance / total_norm(model.target_encoder.parameters())
+        return metrics
 
     def _features(self, model: IJepa, distributed: Distributed) -> Tensor:
         """Features `[m, D]` of all images; processes do equal numbers of forward passes."""
@@ -207,45 +102,18 @@ class Monitor:
         return gathered[: len(self.images)]
 
 
-def _figures(features: Tensor, labels: Tensor | None) -> dict[str, float]:
-    named = {"rankme": rankme, "spread": spread, "cosine": mean_cosine}
-    finite = bool(features.isfinite().all())
-    figures = {name: f(features) if finite else float("nan") for name, f in named.items()}
-    if labels is None:
-        return figures
-    known = labels >= 0
-    if len(torch.unique(labels[known])) < 2:
-        return figures
-    probes = {"knn": knn_accuracy, "linear": linear_accuracy}
-    return figures | {
-        name: f(features[known.to(features.device)], labels[known]) if finite else float("nan")
-        for name, f in probes.items()
-    }
-
-
-def gradient_norms(model: IJepa) -> dict[str, float]:
-    """L2 norms of the last gradients, `grad_encoder` and `grad_predictor`.
-
-    With sharded networks every process must call this.
-    """
-    return {
-        f"grad_{name}": total_norm([p.grad for p in network.parameters() if p.grad is not None])
-        for name, network in _trained(model)
-    }
-
-
 def update_norms(model: IJepa, optimizer: torch.optim.AdamW) -> dict[str, float]:
     """Size of the last update, `update_encoder` and `update_predictor`.
 
-    L2 norm of what the update changed over that of the parameters; around 1e-3 is common. The
-    change is worked out from the optimizer's state, so no copy of the weights is kept. With
-    sharded networks every process must call this, after an update and before the next.
+    L2 norm of the change of the parameters over their own; around 1e-3 is common. The change is
+    computed from the optimizer's state, so no copy of the weights is needed. With sharded networks
+    every process must call this, after an update and before the next.
     """
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     return {
         f"update_{name}": total_norm(_changes(network.parameters(), groups, optimizer))
         / total_norm(network.parameters())
-        for name, network in _trained(model)
+        for name, network in (("encoder", model.encoder), ("predictor", model.predictor))
     }
 
 
@@ -267,10 +135,6 @@ def _changes(
         yield change.add_((parameter.detach() + change).mul_(decay / (1 - decay)))
 
 
-def _trained(model: IJepa) -> Sequence[tuple[str, nn.Module]]:
-    return ("encoder", model.encoder), ("predictor", model.predictor)
-
-
 def total_norm(tensors: Iterable[Tensor]) -> float:
     """L2 norm of all tensors together; those of sharded tensors are summed over processes."""
     norms = [torch.linalg.vector_norm(tensor.detach()) for tensor in tensors]
@@ -278,3 +142,152 @@ def total_norm(tensors: Iterable[Tensor]) -> float:
         return 0.0
     total: Any = torch.linalg.vector_norm(torch.stack(norms))
     return float(total.full_tensor() if hasattr(total, "full_tensor") else total)
+
+
+# distance from collapse, and the share of its best value below which a metric counts as low
+_HEALTH: dict[str, tuple[Callable[[float], float], float]] = {
+    "rankme": (lambda rank: rank - 1, 0.5),
+    "spread": (lambda spread: spread, 0.5),
+    "cosine": (lambda cosine: 1 - cosine, 0.25),  # the square of the spread
+}
+_PATIENCE = 3  # measurements in a row that are low and no better than the one before
+_WARMUP_PATIENCE = 8  # at the start healthy runs fall far below initialization, and then recover
+_SAME = 1.02  # values that differ by less are equal
+_WINDOW, _FIRST_LOSSES, _LAST_LOSSES = 50, 20, 3
+_JUMP = 2.0  # times the median of the losses before
+_PROBED, _FIRST_PROBES = 5, 8
+_GAIN = 1.03  # times the accuracy at initialization
+_REGULARIZE = "a regularizer (optim.regularizer_weight=0.1 optim.regularizer_over=residuals)"
+
+
+class CollapseWatch:
+    """Warns when the rows of a run's log show a problem, once each time it begins.
+
+    - Collapse: rank, spread or 1 - cosine is below half (a quarter for 1 - cosine) of the best
+      value so far, initialization included, in three measurements in a row that do not recover;
+      eight while the learning rate still rises.
+    - Jump: three losses in a row above twice the median of up to 50 before. The slow rise after
+      the first fall is normal and not reported.
+    - No gain: kNN and linear accuracy of the last five measurements are on average no better than
+      at initialization; after eight measurements, and not while the learning rate rises.
+    - Metrics that are not finite.
+
+    The state is a function of the rows alone, so `replay` of a log restores it.
+
+    Args:
+        initial: Metrics of the monitor at initialization.
+    """
+
+    def __init__(self, initial: dict[str, float] | None = None) -> None:
+        self.initial = dict(initial or {})
+        self._best = {name: self.initial[name] for name in _HEALTH if name in self.initial}
+        self._last: dict[str, float] = {}
+        self._low = dict.fromkeys(_HEALTH, 0)
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._probes: dict[str, list[float]] = {name: [] for name in _PROBES}
+        self._lr, self._rising = 0.0, False
+        self._reported: set[str] = set()
+
+    def replay(self, rows: Iterable[dict[str, float]]) -> None:
+        """Read the rows of a log (`read_log`) without warnings."""
+        for row in rows:
+            self.update(int(row["step"]) + 1, row)
+
+    def update(self, step: int, metrics: dict[str, float]) -> list[str]:
+        """Read a row of the log.
+
+        Args:
+            step: Updates done.
+            metrics: Values by column of the log; any may be missing.
+
+        Returns:
+            New warnings: the problem, and what to try.
+        """
+        if "lr" in metrics:
+            self._rising, self._lr = metrics["lr"] > self._lr, metrics["lr"]
+        warnings = []
+        # a check returns a warning, "" if all is well, or None if it cannot tell
+        for check in (self._not_finite, self._jump, self._collapse, self._no_gain):
+            name, text = check.__name__, check(metrics)
+            if text and name not in self._reported:
+                warnings.append(f"step {step}: {text}")
+            if text:
+                self._reported.add(name)
+            elif text is not None:
+                self._reported.discard(name)
+        return warnings
+
+    def _not_finite(self, metrics: dict[str, float]) -> str | None:
+        measured = [name for name in (*_HEALTH, *_PROBES) if name in metrics]
+        bad = [name for name in measured if not math.isfinite(metrics[name])]
+        if not bad:
+            return "" if measured else None
+        return (
+            f"features of held-out images are not finite ({', '.join(bad)}): use "
+            "optim.precision=fp32, or a lower optim.lr"
+        )
+
+    def _jump(self, metrics: dict[str, float]) -> str | None:
+        if not math.isfinite(metrics.get("loss", math.nan)):
+            return None
+        self._losses.append(metrics["loss"])
+        losses = list(self._losses)
+        if len(losses) < _FIRST_LOSSES:
+            return None
+        usual, last = median(losses[:-_LAST_LOSSES]), losses[-_LAST_LOSSES:]
+        if min(last) <= _JUMP * usual:
+            return ""
+        self._losses.clear()  # later jumps are measured against the new level
+        return (
+            f"the loss jumped from {usual:.3g} to {last[-1]:.3g}, which often means a partial "
+            "collapse: look at rankme and spread (ijepa-zoo plot); if they fall, go back to an "
+            f"earlier checkpoint with a lower optim.lr{self._rate()} or another optim.momentum"
+        )
+
+    def _collapse(self, metrics: dict[str, float]) -> str | None:
+        measured = {k: metrics[k] for k in _HEALTH if math.isfinite(metrics.get(k, math.nan))}
+        if not measured:
+            return None
+        for name, value in measured.items():
+            health, share = _HEALTH[name]
+            now, before = health(value), health(self._last.get(name, value))
+            best = max(self._best.get(name, value), value, key=health)
+            low = now < share * health(best)
+            self._low[name] = self._low[name] + 1 if low and now <= _SAME * before else int(low)
+            self._best[name], self._last[name] = best, value
+        if not any(self._low.values()):
+            return ""
+        if max(self._low.values()) < (_WARMUP_PATIENCE if self._rising else _PATIENCE):
+            return None
+        return (
+            f"the features are collapsing: {', '.join(map(self._compared, measured))}. This rarely "
+            f"recovers: start again with a lower optim.lr{self._rate()}, another optim.momentum "
+            f"(0.995, 0.996 or 0.998), {_REGULARIZE}, a longer optim.warmup, or larger targets "
+            "(mask.target_scale)"
+        )
+
+    def _compared(self, name: str) -> str:
+        text = f"{name} {self._last[name]:.3g} (best {self._best[name]:.3g}"
+        initial = self.initial.get(name)
+        return text + (")" if initial is None else f", at initialization {initial:.3g})")
+
+    def _rate(self) -> str:
+        return f" (now {self._lr:.2g})" if self._lr else ""
+
+    def _no_gain(self, metrics: dict[str, float]) -> str | None:
+        names = [
+            k for k in _PROBES if k in self.initial and math.isfinite(metrics.get(k, math.nan))
+        ]
+        for name in names:
+            self._probes[name].append(metrics[name])
+        if not names or self._rising or len(self._probes[names[0]]) < _FIRST_PROBES:
+            return None
+        recent = {name: sum(self._probes[name][-_PROBED:]) / _PROBED for name in names}
+        if any(value > _GAIN * self.initial[name] for name, value in recent.items()):
+            return ""
+        seen = ", ".join(f"{k} {v:.1f} % (then {self.initial[k]:.1f} %)" for k, v in recent.items())
+        return (
+            f"the features are no better than at initialization: {seen}, mean of five "
+            f"measurements. Try a lower optim.lr{self._rate()} with more steps, {_REGULARIZE}, "
+            "smaller targets (mask.target_scale) on small images, or released weights (--init)"
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,36 +173,42 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: floa
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
 
-def clip_gradients(optimizer: torch.optim.AdamW, max_norm: float | None) -> Tensor:
-    """Scale all gradients by one factor, so that their L2 norm is at most `max_norm`.
+def gradient_norms(optimizer: torch.optim.AdamW) -> Tensor:
+    """L2 norms of the gradients of encoder and predictor, `[2]`, on the device.
 
-    As torch.nn.utils.clip_grad_norm_ does; the host waits for nothing. With sharded networks every
-    process must call this.
+    With sharded networks every process must call this; all get the same.
+    """
+    groups = [group["params"] for group in optimizer.param_groups]
+    norms = []
+    for params in (groups[0] + groups[2], groups[1] + groups[3]):
+        norm: Any = get_total_norm([p.grad for p in params if p.grad is not None])
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    return torch.stack(norms)
+
+
+def clip_gradients(optimizer: torch.optim.AdamW, max_norm: float, norms: Tensor) -> None:
+    """Scale all gradients by one factor, so that their L2 norm together is at most `max_norm`.
+
+    As torch.nn.utils.clip_grad_norm_ does, without its synchronization.
 
     Args:
         optimizer: Of `make_optimizer`.
-        max_norm: Largest norm, above 0; None measures only.
-
-    Returns:
-        The norm before, a scalar on the device; the same on all processes.
+        max_norm: Largest norm, above 0.
+        norms: Of `gradient_norms`.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm: Any = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return cast(Tensor, norm)
+    clip_grads_with_norm_(parameters, max_norm, torch.linalg.vector_norm(norms))
 
 
-def step_if_finite(optimizer: torch.optim.AdamW, norm: Tensor) -> None:
-    """Update the parameters, or leave them and the state as they are; the device decides.
+def step_if_finite(optimizer: torch.optim.AdamW, norms: Tensor) -> None:
+    """Update the parameters, unless a gradient is not finite; the device decides.
 
     Args:
         optimizer: Of `make_optimizer`.
-        norm: Norm of the gradients, a scalar on the device; no update if it is not finite.
+        norms: Of `gradient_norms`.
     """
-    # Read by fused optimizers, which torch's GradScaler skips updates with in the same way.
-    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    # Fused optimizers read this attribute, by which torch's GradScaler skips updates.
+    optimizer.found_inf = (~norms.isfinite()).any().float()  # type: ignore[attr-defined]
     optimizer.step()
 
 

@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from ..distributed import Distributed
 from ..models.jepa import IJepa
 from .config import Precision, RuntimeConfig
-from .float8 import use_float8
+from .precision import use_float8
 
 
 def parallelize(
@@ -28,19 +29,20 @@ def parallelize(
     distributed: Distributed,
     precision: Precision,
 ) -> nn.Module:
-    """Move the networks to the device and spread the work over the processes.
+    """Move the networks to the device and parallelize them.
 
     In this order: float8, activation checkpointing and compilation, the last two per block, then
-    DDP or FSDP2. Optimizer states must be made afterwards. FSDP2 shards the blocks and the rest of
-    each of the three networks; `encode` may be called on its own, by all processes together.
-    Unless in `fp32`, on GPUs it gathers parameters in bfloat16 and reduces gradients in float32;
-    as with DDP the forward pass belongs under `autocast`, so that residuals stay in float32.
+    DDP or FSDP2. Make the optimizer afterwards. FSDP2 shards the blocks and the rest of each of the
+    three networks; `encode` may be called on its own, by all processes together. Unless in `fp32`,
+    on GPUs it gathers parameters in bfloat16 and reduces gradients in float32; as with DDP the
+    forward pass belongs under `autocast`, so that residuals stay in float32.
 
     Args:
-        model: The networks; changed in place. Names and shapes of the parameters stay.
-        runtime: How.
-        distributed: The processes of the run; a single one without a process group wraps nothing.
-        precision: That of the forward pass.
+        model: The networks; changed in place. Names and shapes of the parameters stay. With FSDP2
+            the weights of rank 0 count, so that the other processes may have them on `meta`.
+        runtime: Settings.
+        distributed: The processes of the run.
+        precision: Precision of the forward pass.
 
     Returns:
         A module with the forward pass of `model`: a DDP wrapper, or `model` itself.
@@ -58,7 +60,7 @@ def parallelize(
             block.forward = partial(_recomputed, block.forward)
     if runtime.compile:
         _compile(student, model.target_encoder.blocks)
-    if not in_group(distributed):
+    if not in_group():
         return model.to(distributed.device)
     if runtime.parallel == "fsdp2":
         _shard(model, distributed, precision)
@@ -76,15 +78,9 @@ def parallelize(
         )
 
 
-def in_group(distributed: Distributed) -> bool:
-    """Whether the processes are those of torch's process group, be it of a single one."""
-    import torch.distributed as dist
-
-    return (
-        dist.is_available()
-        and dist.is_initialized()
-        and dist.get_world_size() == distributed.world_size
-    )
+def in_group() -> bool:
+    """Whether this process belongs to a process group of torch, be it the only one."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def choose_kernels(device: torch.device) -> None:
@@ -106,45 +102,28 @@ def choose_kernels(device: torch.device) -> None:
 
 
 @contextmanager
-def accumulate(module: nn.Module, last: bool) -> Iterator[None]:
-    """Forward and backward pass of one micro-batch; gradients are exchanged in the last only.
+def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """Reduce the gradients of a micro-batch over the processes, or only accumulate them.
 
     Args:
         module: What `parallelize` returned.
-        last: Whether this is the last micro-batch before the update.
+        enabled: Whether this is the last micro-batch of the step.
     """
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
     local: AbstractContextManager[None] = nullcontext()
     if isinstance(module, DistributedDataParallel):
-        local = nullcontext() if last else module.no_sync()
+        local = nullcontext() if enabled else module.no_sync()
     for network in module.children():
         if isinstance(network, FSDPModule):
-            network.set_requires_gradient_sync(last)
+            network.set_requires_gradient_sync(enabled)
     with local:
         yield
 
 
-def copy_whole(whole: Tensor, into: Tensor) -> None:
-    """Copy a whole tensor, the same on every process, into one that may be sharded.
-
-    Args:
-        whole: Any device.
-        into: A tensor, or a DTensor of the same shape.
-    """
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(into, DTensor):
-        whole = whole.to(into.device)
-        parts = distribute_tensor(whole, into.device_mesh, into.placements, src_data_rank=None)
-        into.to_local().copy_(parts.to_local())
-    else:
-        into.copy_(whole)
-
-
 def own_part(tensors: Mapping[str, Tensor], distributed: Distributed) -> dict[str, Tensor]:
-    """What this process saves: its shards, and a share of the tensors that all have whole.
+    """What this process saves: its shards, and its part of the tensors that all have whole.
 
     Args:
         tensors: By name, the same names on every process.
@@ -203,20 +182,20 @@ def _any_length(forward: Callable[..., Tensor], tokens: Tensor, *args: Any) -> T
 
 
 def _shard(model: IJepa, distributed: Distributed, precision: Precision) -> None:
+    """Shard on `meta`, then send every process its part of rank 0's weights."""
+    from torch.distributed import fsdp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
 
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
-    policy = MixedPrecisionPolicy()
+    policy = fsdp.MixedPrecisionPolicy()
     # Autocast on a CPU leaves LayerNorm alone, which then cannot mix the two types.
     if precision != "fp32" and distributed.device.type == "cuda":
-        policy = MixedPrecisionPolicy(
+        policy = fsdp.MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+    weights = model.state_dict() if distributed.is_main else {}
+    model.to("meta")
     networks = (
         (model.encoder, model.encoder.blocks, False),
         (model.predictor, model.predictor.predictor_blocks, False),
@@ -224,10 +203,13 @@ def _shard(model: IJepa, distributed: Distributed, precision: Precision) -> None
     )
     for network, blocks, reshard in networks:
         for part in (*blocks, network):
-            fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+            fsdp.fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    model.to_empty(device=distributed.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
     # In-place changes of what the predictor returns would be wrong; there are none.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPPredictor\) returned a view")
     # Each network is a root of its own: monitors call encode before and between updates.
     for encoder in (model.encoder, model.target_encoder):
-        register_fsdp_forward_method(encoder, "encode")
-        register_fsdp_forward_method(encoder, "encode_layers")
+        fsdp.register_fsdp_forward_method(encoder, "encode")
+        fsdp.register_fsdp_forward_method(encoder, "encode_layers")

@@ -1,15 +1,32 @@
-"""The data type of matrix products: what a device multiplies natively, and autocast."""
+"""Precision of matrix products: what a device multiplies natively, autocast, and float8.
+
+Products in float8 are those of the Linear layers of the encoders' blocks, by torchao. Every tensor
+is scaled anew (one scale each), so there is no state: checkpoints are those of any run, and
+resuming is exact. Outputs and gradients of inputs are products of float8 matrices; gradients of
+weights are products of bfloat16 matrices, as is everything else under autocast. The predictor
+stays in bfloat16: at a width of 384 rounding its tensors costs more than it saves.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from .config import Precision, PretrainConfig
-from .settings import override
+from ..errors import MissingPackageError, SettingsError
+from ..models.jepa import IJepa
+from .config import Precision, PretrainConfig, override
 
 _log = logging.getLogger(__name__)
+
+_MIN_TORCHAO = "0.18"  # older ones miscompile with torch from 2.14 on: values that are not finite
+_MIN_CAPABILITY = 8, 9  # Ada; Hopper is 9.0
+_MULTIPLE = 16  # sizes that the kernels take
 
 
 def has_native_bf16(device: torch.device) -> bool:
@@ -46,9 +63,10 @@ def warn_of_emulated_bf16(precision: Precision, device: torch.device) -> None:
     """Log that the device is slow with this precision, if it is."""
     if precision == "bf16" and not has_native_bf16(device):
         _log.warning(
-            "optim.precision=bf16 is slow on this device (%s), which emulates bfloat16 products; a "
-            "new run with optim.precision=fp32 would be faster", device,
-        )  # fmt: skip
+            "optim.precision=bf16 is slow on %s, which emulates bfloat16 products; a new run with "
+            "optim.precision=fp32 would be faster",
+            device,
+        )
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
@@ -56,7 +74,106 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
     Args:
         device: Where the networks are.
-        precision: See `OptimConfig`, not `auto`; with `fp8`, the layers that compute in it were
-            replaced.
+        precision: See `OptimConfig`, not `auto`; `fp8` needs `use_float8` as well.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
+
+
+def require_float8(device: torch.device) -> None:
+    """Check that float8 products can work, before anything is built.
+
+    Raises:
+        MissingPackageError: torchao is missing or too old.
+        SettingsError: The device has no float8 products. CPUs emulate them.
+    """
+    try:
+        import torchao.float8  # noqa: F401
+
+        found = version("torchao")
+    except ImportError:
+        found = "0.0"
+    if [int(part) for part in found.split(".")[:2]] < [int(p) for p in _MIN_TORCHAO.split(".")]:
+        raise MissingPackageError(
+            f"optim.precision=fp8 needs torchao {_MIN_TORCHAO}: pip install 'ijepa-zoo[fp8]', or "
+            "use optim.precision=bf16"
+        )
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if device.type != "cpu" and capability < _MIN_CAPABILITY:
+        raise SettingsError(
+            f"{device} has no float8 products, which need a GPU of compute capability 8.9 or more: "
+            "use optim.precision=bf16"
+        )
+
+
+def float8_remark(device: torch.device, compiled: bool) -> str:
+    """What a user should know about a run in fp8 before it starts; empty when all is well."""
+    if device.type == "cpu":
+        return " (emulated on a CPU: slower than bf16, for trials)"
+    return "" if compiled else " (meant for runtime.compile=true)"
+
+
+def use_float8(model: IJepa, device: torch.device) -> None:
+    """Let the Linear layers of the encoders' blocks multiply in float8.
+
+    The layers are replaced; their parameters and names stay. Layers whose sizes are not multiples
+    of 16 stay as they are.
+
+    Args:
+        model: The networks; changed in place.
+        device: Where they will run; on a CPU the products are emulated.
+
+    Raises:
+        SettingsError: No layer has such sizes.
+    """
+    from torchao import float8
+
+    off = float8.ScalingType.DISABLED
+    config = float8.Float8LinearConfig(
+        cast_config_input_for_grad_weight=float8.CastConfig(scaling_type=off),
+        cast_config_grad_output_for_grad_weight=float8.CastConfig(scaling_type=off),
+        emulate=device.type == "cpu",
+    )
+    for encoder in (model.encoder, model.target_encoder):
+        before = set(encoder.blocks.modules())
+        float8.convert_to_float8_training(encoder.blocks, module_filter_fn=_fits, config=config)
+        changed = set(encoder.blocks.modules()) - before
+        if not changed:
+            raise SettingsError(
+                f"optim.precision=fp8 needs layers whose sizes are multiples of {_MULTIPLE}, and "
+                f"model.embed_dim={encoder.embed_dim} has none: use optim.precision=bf16"
+            )
+        if device.type == "cpu":
+            for layer in changed:
+                layer.register_forward_pre_hook(_autocast_on_cpu)
+
+
+@contextmanager
+def without_float8(network: nn.Module) -> Iterator[None]:
+    """Let a network multiply as it would without `use_float8`; the layers stay the same objects.
+
+    For metrics of features: rounding is noise in all directions, which adds a tenth to the
+    effective rank of the features of a small random network.
+
+    Args:
+        network: Changed or not, sharded or not, compiled or not.
+    """
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+    kinds = [type(layer) for layer in layers]
+    for layer in layers:
+        layer.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for layer, kind in zip(layers, kinds):
+            layer.__class__ = kind
+
+
+def _fits(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and all(s % _MULTIPLE == 0 for s in module.weight.shape)
+
+
+def _autocast_on_cpu(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """torchao's layers ask whether CUDA is under autocast, and do not see that a CPU is."""
+    if torch.is_autocast_enabled("cpu"):
+        return tuple(x.to(torch.get_autocast_dtype("cpu")) for x in inputs)
+    return None

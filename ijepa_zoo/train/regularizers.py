@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +15,27 @@ Over = Literal["images", "tokens", "residuals"]
 
 
 class Regularizer(nn.Module, ABC):
-    """A term over samples that are made of context tokens.
+    """A term over samples from the context tokens.
 
     Args:
         weight: Factor of the whole term.
         over: What a sample is. `images`: the mean of an image's context tokens, n = B.
             `tokens`: every context token, n = B * K; positions then count as variance.
-            `residuals`: every context token minus the mean of its image's context tokens, so that
-            differences between images do not count and only what varies within them does.
+            `residuals`: every context token minus the mean of its image's context tokens, so only
+            what varies within images counts.
 
     Attributes:
         step: Number of the update, set by the trainer; for terms that draw random numbers.
         value: The weighted term of the last forward pass, a scalar, for the log.
 
     Raises:
-        ValueError: `over` is unknown, or the weight is negative.
+        SettingsError: `over` is unknown.
     """
 
     def __init__(self, weight: float, over: Over = "images") -> None:
         super().__init__()
-        if over not in ("images", "tokens", "residuals"):
-            raise SettingsError(f"over is {over!r}; it must be 'images', 'tokens' or 'residuals'")
-        if weight < 0:
-            raise SettingsError(f"weight is {weight}; it must be 0 or more")
+        if over not in get_args(Over):
+            raise SettingsError(f"over is {over!r}; it must be one of {', '.join(get_args(Over))}")
         self.weight, self.over = weight, over
         self.step = 0
         self.value = torch.zeros(())
@@ -46,7 +44,7 @@ class Regularizer(nn.Module, ABC):
         """Return the weighted term of context tokens `[B, K, D]` as a scalar.
 
         Raises:
-            ValueError: There are fewer than two samples.
+            SettingsError: There are fewer than two samples.
         """
         # In bf16 a covariance of unit-variance features has an error as large as its entries.
         with torch.autocast(tokens.device.type, enabled=False):
@@ -63,11 +61,7 @@ class Regularizer(nn.Module, ABC):
 
     @abstractmethod
     def term(self, samples: Tensor) -> Tensor:
-        """The term of samples `[n, D]`, float32, without its weight."""
-
-    def extra_repr(self) -> str:
-        """Show the settings when the module is printed."""
-        return f"{self.weight}, over={self.over!r}"
+        """Return the term of samples `[n, D]`, float32, without its weight."""
 
 
 class VarianceCovariance(Regularizer):
@@ -79,30 +73,25 @@ class VarianceCovariance(Regularizer):
         covariance = 1/D * sum_{i != j} C_ij^2
         term       = variance + covariance_share * covariance
 
-    C-JEPA (arXiv 2410.19560) adds variance and covariance terms to I-JEPA. VICReg looks at one
-    vector per image; its invariance term needs a second view and is left out.
+    C-JEPA (arXiv 2410.19560) adds both terms to I-JEPA. VICReg's samples are one vector per image;
+    its invariance term needs a second view and is left out.
 
     Args:
         weight: See `Regularizer`.
         over: See `Regularizer`.
-        covariance_share: Weight of the covariance against the variance term.
-
-    Raises:
-        ValueError: `over` is unknown, or a weight is negative.
+        covariance_share: Weight of the covariance relative to the variance.
     """
 
     def __init__(
         self, weight: float, over: Over = "images", covariance_share: float = 0.04
     ) -> None:
         super().__init__(weight, over)
-        if covariance_share < 0:
-            raise SettingsError(f"covariance_share is {covariance_share}; it must be 0 or more")
         self.covariance_share = covariance_share
 
     def term(self, samples: Tensor) -> Tensor:
         """See the class."""
-        centred = samples - samples.mean(dim=0)
-        covariance = centred.T @ centred / (len(samples) - 1)
+        centered = samples - samples.mean(dim=0)
+        covariance = centered.T @ centered / (len(samples) - 1)
         variances = covariance.diagonal()
         hinge = torch.relu(1.0 - torch.sqrt(variances + 1e-4)).mean()
         off_diagonal = (covariance.square().sum() - variances.square().sum()) / len(variances)
@@ -112,8 +101,8 @@ class VarianceCovariance(Regularizer):
 class IsotropicGaussian(Regularizer):
     """SIGReg of LeJEPA (arXiv 2511.08544): samples like those of an isotropic Gaussian.
 
-    Along random unit directions `a`, other ones in every step, the empirical characteristic
-    function of the samples is compared with that of a standard normal variable (Epps and Pulley):
+    Along random unit directions `a`, new ones in every step, the empirical characteristic function
+    of the samples is compared with that of a standard normal variable (Epps and Pulley):
 
         distance(t) = |1/n sum_i exp(i t a.z_i) - exp(-t^2/2)|^2
         term = n * mean_a integral_{-5}^{5} distance(t) exp(-t^2/2) dt
@@ -123,7 +112,7 @@ class IsotropicGaussian(Regularizer):
     Args:
         weight: See `Regularizer`.
         over: See `Regularizer`.
-        directions: How many.
+        directions: Number of directions.
     """
 
     def __init__(self, weight: float, over: Over = "images", directions: int = 256) -> None:

@@ -1,30 +1,56 @@
-"""A pretraining run: its folder, its start and end, stopping and going on.
+"""A pretraining run from start to end: resuming, the loop over steps, signals, the export.
 
-The folder holds `config.yaml`, `checkpoints/step-*/`, `log.csv`, `log.jsonl`, `broken.jsonl` and,
-in the end, `export/`, which `create_model("local-dir:RUN")` reads.
+The folder of a run has `config.yaml`, `checkpoints/step-*/`, `log.csv`, `events.jsonl`,
+`broken-RANK.jsonl` and, at the end, `export/`, which `create_model("local-dir:RUN")` opens.
 """
 
 from __future__ import annotations
 
-import os
+import json
+import math
 import signal
-from contextlib import ExitStack
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from ..data.datasets import ImageDataset
-from ..distributed import Distributed, init_distributed
-from ..errors import SettingsError
-from .checkpoint import Checkpoints
+from ..distributed import init_distributed
+from ..errors import CheckpointError, ImageError, SettingsError
+from ..progress import progress_bar
+from .checkpoint import CheckpointManager, ResumeFrom, checkpoint_steps, select_checkpoint
 from .config import PretrainConfig, steps_of
-from .data import open_training_images
+from .data import Batch, open_training_images
 from .export import export_run, exported_step
-from .folder import claim_folder, settle_folder
-from .loop import Loop
-from .stopping import Interrupted, stop_signals
-from .trainer import Trainer
+from .flops import peak_flops, training_flops
+from .folder import open_folder, reconcile_settings, run_precision
+from .logger import Meter, RunLogger, read_log
+from .monitor import CollapseWatch, Monitor, total_norm, update_norms
+from .trainer import NonFiniteLossError, StepResult, Trainer
+
+_SIGNALS = [  # Windows has no SIGUSR1
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]
+_NAMED = 10  # broken images that are shown; the file has all
+_BAR = {"loss": "loss", "rank": "rankme", "images/s": "images_per_second"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, and saved its state.
+
+    Attributes:
+        signal: The signal that asked; SIGTERM where another process received it.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 def pretrain(
@@ -33,27 +59,26 @@ def pretrain(
     out: str | Path,
     *,
     init: str | Path | None = None,
-    resume_optimizer: int | Literal["latest", "previous"] | None = None,
-    resume_from: int | Literal["latest", "previous"] = "latest",
+    resume_optimizer: ResumeFrom | None = None,
+    resume_from: ResumeFrom = "latest",
     skip_nonfinite: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Pretrain without labels, or go on with the run in `out`.
+    """Pretrain without labels, or resume the run in `out`.
 
-    The same call goes on after an interruption, with any number of processes: torchrun starts
-    several, which share the work. SIGINT, SIGTERM and SIGUSR1 end the run after the current step,
-    with a checkpoint.
+    The same call resumes after an interruption, with any number of processes: torchrun starts
+    several. SIGINT, SIGTERM and SIGUSR1 end the run after the current step, with a checkpoint.
 
     Args:
         config: Settings; see `load_config` for recipes.
         data: Images; see `open_images`.
-        out: The run's folder; made if it does not exist.
-        init: Weights to start from; see `build_networks`. Without effect on a run that goes on.
+        out: The run's folder; created if it does not exist.
+        init: Weights to start from; see `build_networks`. Not used when the run resumes.
         resume_optimizer: Branch from the run in the folder `init`: start with the weights, the
             optimizer and the step of one of its checkpoints: `latest`, `previous` or a step.
-            Settings may differ from those of that run, except the sizes of the networks. Without
-            effect on a run that goes on.
-        resume_from: Which checkpoint to go on from: `latest`, `previous` (the newest that is not
+            Settings may differ from those of that run, except the sizes of the networks. Not used
+            when the run resumes.
+        resume_from: Which checkpoint to resume from: `latest`, `previous` (the newest that is not
             damaged) or a step.
         skip_nonfinite: How many steps whose loss or gradient is not finite are left out before the
             run stops. Two in a row always stop it: then the weights are ruined.
@@ -63,81 +88,313 @@ def pretrain(
         The exported folder, for `create_model("local-dir:...")`.
 
     Raises:
-        ValueError: Settings or images do not fit; what was wrong and what to write instead.
-        RunError: The folder is in use, or belongs to a run of other settings or images.
-        CheckpointError: The newest checkpoint is broken, or belongs to another run.
+        SettingsError: Settings or images do not fit.
+        RunError: The folder is in use, or has a run of other settings or images.
+        CheckpointError: A checkpoint is damaged, or has other networks.
         NonFiniteLossError: Loss or gradient is not finite, more often than `skip_nonfinite`.
         Interrupted: The run was stopped and saved.
-        OSError: A log or settings file could not be written; everything earlier is intact.
     """
-    out = _own_folder(out, data)
     source = _branched_run(init) if resume_optimizer is not None else None
     with stop_signals() as received, ExitStack() as stack:
-        runtime = config.runtime
-        if runtime.threads:
-            torch.set_num_threads(runtime.threads)
-        distributed = stack.enter_context(init_distributed(runtime.device, runtime.timeout))
-        claim_folder(out, distributed, stack)
+        if config.runtime.threads:
+            torch.set_num_threads(config.runtime.threads)
+        distributed = stack.enter_context(
+            init_distributed(config.runtime.device, config.runtime.timeout)
+        )
+        out = open_folder(out, data, distributed, stack)
         images = open_training_images(config, data, out / "shards.index")
-        config = settle_folder(out, config, images, distributed, source)
-        checkpoints = _checkpoints(out, config, images, distributed)
-        step = checkpoints.choose(resume_from)
-        if step is not None or source is not None:
-            init = None
-        trainer = Trainer(config, images, distributed, init=init)
+
+        def reconcile() -> PretrainConfig:
+            resolved = run_precision(out, config, distributed)
+            return reconcile_settings(out, resolved, images, source)
+
+        config = distributed.run_on_main(reconcile)
+        checkpoints = _checkpoint_manager(out, config, len(images), distributed)
+        step = checkpoints.select(resume_from)
+        fresh = step is None and source is None
+        trainer = Trainer(config, images, distributed, init=init if fresh else None)
         loop = Loop(trainer, checkpoints, out, skip_nonfinite, progress)
         if step is not None:
             loop.resume(step)
         elif source is not None and resume_optimizer is not None:
             loop.branch(source, resume_optimizer)
-        with loop.finished_saves():
-            loop.train(received)
+        loop.train(received)
         if trainer.step < trainer.schedule.steps:
-            saved = f"saved in {out}" if trainer.step else "nothing is done yet"
+            saved = f"saved in {out}" if trainer.step else "before the first step"
             raise Interrupted(
-                f"stopped after step {trainer.step} of {trainer.schedule.steps}, {saved}; "
-                "run the same command again to go on",
+                f"stopped after step {trainer.step} of {trainer.schedule.steps}, {saved}; run the "
+                "same command again to resume",
                 received[0] if received else signal.SIGTERM,
             )
-        if distributed.rank == 0 and exported_step(out) != trainer.step:
+        if distributed.is_main and exported_step(out) != trainer.step:
             export_run(out, overwrite=True)
         distributed.barrier()
     return out / "export"
 
 
-def _own_folder(out: str | Path, data: Any) -> Path:
-    """The run's folder, which must not become a part of the data.
+class Loop:
+    """The loop of one process over the steps, with checkpoints, monitors and the log.
 
-    Raises:
-        ValueError: It would.
+    Args:
+        trainer: Does the steps.
+        checkpoints: Of the run.
+        out: The run's folder.
+        skip_nonfinite: See `pretrain`.
+        progress: Show a progress bar.
+
+    Attributes:
+        extra: What a checkpoint has beside tensors: `skipped` steps, number of `broken` images and
+            `initial` metrics of the monitor.
     """
-    if not str(out):
-        raise SettingsError("the run's folder has no name: give one, for example runs/first")
-    out = Path(out)
-    for given in data if isinstance(data, list | tuple) else [data]:
-        if isinstance(given, str | os.PathLike) and Path(given).resolve() in out.resolve().parents:
-            raise SettingsError(
-                f"the run's folder {out} lies in the data {given}, whose images would change: "
-                "choose another"
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        checkpoints: CheckpointManager,
+        out: Path,
+        skip_nonfinite: int,
+        progress: bool,
+    ) -> None:
+        self.trainer, self.checkpoints, self.out = trainer, checkpoints, out
+        self.skip_nonfinite = skip_nonfinite
+        self.distributed, self.config = trainer.distributed, trainer.config
+        self.extra: dict[str, Any] = {"skipped": [], "broken": 0, "initial": {}}
+        self.saved = 0
+        self.broken_images = _BrokenImages(out / f"broken-{self.distributed.rank}.jsonl")
+        self.progress = progress and self.distributed.is_main
+
+    def resume(self, step: int) -> None:
+        """Load a checkpoint of this run that was verified."""
+        self.extra = self.checkpoints.load(step, self.trainer.tensors())
+        self.trainer.step = self.saved = step
+        finished = step >= self.trainer.schedule.steps
+        self._print(f"{self.out} is finished" if finished else f"resuming after step {step}")
+
+    def branch(self, source: Path, resume_from: ResumeFrom) -> None:
+        """Load a checkpoint of another run, which becomes the first checkpoint of this one.
+
+        Args:
+            source: Folder of the other run.
+            resume_from: Which of its checkpoints, see `select_checkpoint`.
+
+        Raises:
+            CheckpointError: There is none, it is damaged, or it has other networks.
+            SettingsError: The checkpoint is not before the end of this run.
+        """
+        folder = source / "checkpoints"
+        step = self.distributed.run_on_main(lambda: select_checkpoint(folder, resume_from))
+        if step is None:
+            raise CheckpointError(
+                f"{source} has no checkpoints to continue: leave out --resume-optimizer to start "
+                "from its exported weights"
             )
-    return out
+        if step >= self.trainer.schedule.steps:
+            raise SettingsError(
+                f"optim.duration={self.config.optim.duration} ends before or at step {step}, from "
+                f"which {source} is continued: use a longer one, or an earlier checkpoint"
+            )
+        self.extra = self.checkpoints.load(step, self.trainer.tensors(), folder)
+        self.trainer.step = step
+        self._save()
+        self.checkpoints.wait()
+        self._print(f"continuing {source} after step {step}")
+
+    def train(self, received: list[int]) -> None:
+        """Train until the last step, or until a process is asked to stop.
+
+        Args:
+            received: Signals that asked this process to stop; grows meanwhile.
+        """
+        trainer, steps = self.trainer, self.trainer.schedule.steps
+        stop = int(self.distributed.all_reduce(torch.tensor([len(received)])))
+        if trainer.step >= steps or stop:
+            return
+        self._print(str(trainer))
+        monitor, broken = trainer.monitor()
+        if self.distributed.is_main:
+            self.broken_images.write(broken)
+        with ExitStack() as stack:
+            logger = None
+            if self.distributed.is_main:
+                logger = stack.enter_context(RunLogger(self.out, trainer.step, self.config))
+            if trainer.step == 0:
+                self.extra["initial"] = monitor.measure(trainer.model, self.distributed)
+                if logger is not None:
+                    logger.initial(self.extra["initial"])
+            bar = progress_bar(self.progress, steps, self.out.name, "step", trainer.step)
+            metrics = self._steps(received, monitor, logger, stack.enter_context(bar))
+            if logger is not None and trainer.step == steps:
+                logger.final(metrics, self.extra["initial"])
+        if self.saved != trainer.step:
+            self._save()
+        self.checkpoints.wait()
+
+    def _steps(
+        self, received: list[int], monitor: Monitor, logger: RunLogger | None, bar: Any
+    ) -> dict[str, float]:
+        """Do the steps that are left; return the last metrics of the monitor."""
+        trainer, every = self.trainer, self.config.log
+        save_every = max(1, self._duration(every.save_every))
+        watch = CollapseWatch(self.extra["initial"])
+        if logger is not None:
+            watch.replay(read_log(self.out))
+        meter, measured = self._meter(), {}
+        shown: dict[str, str] = {}
+        batches = trainer.batches()
+        while trainer.step < trainer.schedule.steps:
+            started = time.perf_counter()
+            micro_batches = next(batches)
+            waited = time.perf_counter() - started
+            self.broken_images.note(micro_batches)
+            result = self._train_step(micro_batches, bool(received), logger)
+            bar.update()
+            if result is None:
+                continue
+            meter.update(result.metrics, time.perf_counter() - started, waited)
+            self._check_broken(result.broken)
+            step, last = trainer.step, trainer.step == trainer.schedule.steps
+            row = {}
+            if step % every.log_every == 0 or last:
+                row = meter.row(step) | update_norms(trainer.model, trainer.optimizer)
+            if step % every.monitor_every == 0 or last:
+                measured = monitor.measure(trainer.model, self.distributed)
+                row = (row or meter.row(step)) | measured
+            if row and logger is not None:
+                logger.write(row)
+                for warning in watch.update(step - 1, row):
+                    logger.event(step - 1, "warning", warning)
+                shown |= {name: f"{row[key]:.4g}" for name, key in _BAR.items() if key in row}
+                bar.set_postfix(shown, refresh=False)
+            if step % save_every == 0:
+                self._save()
+            if result.stop:
+                break
+        return measured
+
+    def _train_step(
+        self, micro_batches: list[Batch], stop: bool, logger: RunLogger | None
+    ) -> StepResult | None:
+        """One step, or None where it is not finite and may be left out."""
+        trainer, skipped = self.trainer, self.extra["skipped"]
+        try:
+            return trainer.train_step(micro_batches, stop)
+        except NonFiniteLossError as error:
+            if trainer.step - 1 in skipped:
+                raise NonFiniteLossError(f"{error}; {self._ruined()}") from error
+            if len(skipped) >= self.skip_nonfinite:
+                raise
+            skipped.append(trainer.step)
+            if logger is not None:
+                logger.event(trainer.step, "skipped", str(error))
+            trainer.step += 1
+            return None
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        if not math.isfinite(total_norm(trainer.model.parameters())):
+            raise NonFiniteLossError(
+                f"the weights are not finite after step {trainer.step} and were not saved; "
+                + self._ruined()
+            )
+        self.checkpoints.save(trainer.step, trainer.tensors(), self.extra)
+        self.saved = trainer.step
+
+    def _ruined(self) -> str:
+        steps = checkpoint_steps(self.checkpoints.folder)
+        back = f"resume with --resume-from one of {steps}" if steps else "start again"
+        return f"an earlier update has ruined the weights: {back}, with a lower optim.lr"
+
+    def _duration(self, text: str) -> int:
+        images = len(self.trainer.train_indices)
+        return steps_of(text, batch_size=self.config.optim.batch_size, images=images)
+
+    def _meter(self) -> Meter:
+        device, optim = self.distributed.device, self.config.optim
+        return Meter(
+            optim.batch_size,
+            self.trainer.schedule.epoch_steps,
+            training_flops(self.config),
+            peak_flops(device, optim.precision),
+            self.distributed.world_size,
+        )
+
+    def _check_broken(self, broken: int) -> None:
+        """Stop when too many images cannot be decoded; the first epoch counts as a whole."""
+        self.extra["broken"] += broken
+        trainer, total = self.trainer, self.extra["broken"]
+        read = max(trainer.step * self.config.optim.batch_size, len(trainer.train_indices))
+        if broken and total > self.config.data.max_broken * read:
+            raise ImageError(
+                f"{total} images could not be decoded until step {trainer.step}, more than "
+                f"data.max_broken={self.config.data.max_broken:g} of {read}: repair or remove "
+                f"those in {self.out}/broken-*.jsonl, or allow more with data.max_broken="
+                f"{min(1.0, 2 * total / read):.2g}"
+            )
+
+    def _print(self, text: str) -> None:
+        if self.distributed.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+
+class _BrokenImages:
+    """Names every broken image of this process once, in a file and on stderr."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
+        self.named = {json.loads(line)["image"] for line in lines if line.endswith("}")}
+
+    def note(self, micro_batches: list[Batch]) -> None:
+        self.write([broken for batch in micro_batches for broken in batch.broken])
+
+    def write(self, broken: list[tuple[str, str]]) -> None:
+        for name, reason in broken:
+            if name in self.named:
+                continue
+            self.named.add(name)
+            with self.file.open("a", encoding="ascii") as file:
+                file.write(json.dumps({"image": name, "reason": reason}) + "\n")
+            if len(self.named) <= _NAMED:
+                more = "; further ones are only named there" if len(self.named) == _NAMED else ""
+                text = f"broken image: {name}: {reason} ({self.file}{more})"
+                tqdm.write(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect signals that ask to stop, instead of ending during a step; a second Ctrl-C ends it.
+
+    Outside the main thread, where Python allows no handlers, signals keep their meaning.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt(
+                "stopped without saving; the same command resumes from the last checkpoint"
+            )
+        received.append(number)
+
+    previous = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def _branched_run(init: str | Path | None) -> Path:
-    """The folder of the run that `init` names.
-
-    Raises:
-        SettingsError: It names none.
-    """
     if init is None:
-        raise SettingsError("--resume-optimizer continues a run: name its folder, --init RUN")
+        raise SettingsError("--resume-optimizer continues a run: name its folder with --init RUN")
     return Path(str(init).removeprefix("local-dir:"))
 
 
-def _checkpoints(
-    out: Path, config: PretrainConfig, images: ImageDataset, distributed: Distributed
-) -> Checkpoints:
-    log, count = config.log, len(images) - config.data.held_out
-    sizes = {"batch_size": config.optim.batch_size, "images": count}
-    keep_every = max(1, steps_of(log.keep_every, **sizes)) if log.keep_every else None
-    return Checkpoints(out / "checkpoints", distributed, log.keep, keep_every)
+def _checkpoint_manager(
+    out: Path, config: PretrainConfig, images: int, distributed: Any
+) -> CheckpointManager:
+    sizes = {"batch_size": config.optim.batch_size, "images": images - config.data.held_out}
+    keep_every = max(1, steps_of(config.log.keep_every, **sizes)) if config.log.keep_every else None
+    return CheckpointManager(out / "checkpoints", distributed, config.log.keep, keep_every)

@@ -1,13 +1,14 @@
 """A run of a few seconds, shared by the tests of the trainer."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ijepa_zoo.models.jepa import IJepa
-from ijepa_zoo.train.checkpoint import read_checkpoint
+from ijepa_zoo.train.checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint
 from ijepa_zoo.train.config import (
     DataConfig,
     LogConfig,
@@ -48,9 +49,16 @@ def pictures(count=40, size=64):
     return coarse.repeat(size // 8, axis=1).repeat(size // 8, axis=2)
 
 
+def step_batches(data, step):
+    """The micro-batches of a step of `TrainBatches`."""
+    return [data[number] for number in range(step * data.per_step, (step + 1) * data.per_step)]
+
+
 def state(folder):
-    """Tensors and plain values of a run's newest checkpoint."""
-    return read_checkpoint(Path(folder) / "checkpoints")
+    """Tensors and extra values of a run's newest checkpoint."""
+    checkpoints = Path(folder) / "checkpoints"
+    newest = checkpoint_path(checkpoints, checkpoint_steps(checkpoints)[-1])
+    return read_checkpoint(newest), json.loads((newest / "state.json").read_text())["extra"]
 
 
 def same_state(one, other):
@@ -62,7 +70,7 @@ def same_state(one, other):
 
 def rows(folder):
     """Rows of a run's log without what depends on the clock."""
-    clock = ("time (ms)", "images_per_second")
+    clock = ("time (ms)", "images_per_second", "data_wait")
     with (folder / "log.csv").open() as file:
         return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(file)]
 

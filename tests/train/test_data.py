@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_run import change
+from small_run import change, step_batches
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as published
 
@@ -170,7 +170,7 @@ def test_crop_of_many_channels_is_that_of_each() -> None:
 def test_a_batch_is_its_images_cropped() -> None:
     """Worked out once more from the index of every image and the draws of its place."""
     data = batches()
-    (first, *_), step = data[5], 5
+    (first, *_), step = step_batches(data, 5), 5
     whole = batch_indices(82, 16, seed=3, step=step)
     assert first.indices.tolist() == data.indices[whole[:4]].tolist()
     assert set(data.indices) == set(split(90, 8, 3)[0])
@@ -195,7 +195,7 @@ def test_a_batch_is_its_images_cropped() -> None:
 
 def test_masks_are_those_of_the_batch() -> None:
     context, targets = MASKS.sample(16, seed=3, step=2, part=slice(4, 8), group_size=4)
-    part = batches()[2][1]
+    part = step_batches(batches(), 2)[1]
     assert torch.equal(part.context, context)
     assert torch.equal(part.targets, targets)
 
@@ -203,20 +203,22 @@ def test_masks_are_those_of_the_batch() -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_processes_and_micro_batches_share_one_batch(world: int, micro: int) -> None:
-    whole = batches(micro=4)[7]
+    whole = step_batches(batches(micro=4), 7)
     shared = [
-        batch for rank in range(world) for batch in batches(rank=rank, world=world, micro=micro)[7]
+        batch
+        for rank in range(world)
+        for batch in step_batches(batches(rank=rank, world=world, micro=micro), 7)
     ]
     assert len(shared) == 16 // micro
     assert_same(whole, shared)
 
 
 def test_steps_seeds_and_positions_differ() -> None:
-    one, other = joined(batches()[0]), joined(batches()[1])
+    one, other = joined(step_batches(batches(), 0)), joined(step_batches(batches(), 1))
     assert one["indices"].tolist() != other["indices"].tolist()
-    seeded = joined(batches(config=change(CONFIG, seed=4))[0])
+    seeded = joined(step_batches(batches(config=change(CONFIG, seed=4)), 0))
     assert one["indices"].tolist() != seeded["indices"].tolist()
-    same = batches(open_images(np.repeat(ARRAY[:1], 90, axis=0)))[0]
+    same = step_batches(batches(open_images(np.repeat(ARRAY[:1], 90, axis=0))), 0)
     pictures = {bytes(picture.numpy()) for picture in joined(same)["images"]}
     assert len(pictures) == 16
 
@@ -225,7 +227,9 @@ def test_flip_turns_half_of_the_images_and_nothing_else() -> None:
     flipping = change(CONFIG, data={"horizontal_flip": True})
     turned = 0
     for step in range(20):
-        plain, flipped = joined(batches()[step]), joined(batches(config=flipping)[step])
+        plain, flipped = (
+            joined(step_batches(batches(config=config), step)) for config in (CONFIG, flipping)
+        )
         assert plain["indices"].tolist() == flipped["indices"].tolist()
         for a, b in zip(plain["images"], flipped["images"]):
             assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
@@ -237,7 +241,8 @@ def test_flip_does_not_depend_on_the_crop() -> None:
     ramp = np.tile(np.arange(0, 240, 3, dtype=np.uint8)[:, None], (90, 60, 1, 3))
     data = {"crop_scale": (0.3, 0.3), "crop_ratio": (1.0, 1.0), "horizontal_flip": True}
     flipping = batches(open_images(ramp), change(CONFIG, data=data))
-    rows = torch.cat([joined(flipping[step])["images"][:, 0, 6].float() for step in range(20)])
+    steps = [joined(step_batches(flipping, step)) for step in range(20)]
+    rows = torch.cat([step["images"][:, 0, 6].float() for step in steps])
     turned = rows[:, 0] > rows[:, -1]
     lefts = rows.amin(dim=1)
     difference = lefts[turned].mean() - lefts[~turned].mean()
@@ -252,7 +257,7 @@ def test_loader_is_exact_from_any_step(workers: int) -> None:
         assert len(found) == last - first
         for step, parts in enumerate(found, first):
             assert [len(part.images) for part in parts] == [4] * 4
-            assert_same(parts, data[step])
+            assert_same(parts, step_batches(data, step))
     assert list(loader(data, 9, 9, workers, pin_memory=False)) == []
 
 
@@ -268,7 +273,7 @@ def test_shards_files_and_arrays_give_the_same_batches(tmp_path: Path) -> None:
             (tmp_path / "files" / info.name).write_bytes(file.getvalue())
     for source in (tmp_path / "all.tar", tmp_path / "files"):
         for step, parts in enumerate(loader(batches(open_images(source)), 0, 3, 2, False)):
-            assert_same(parts, batches()[step])
+            assert_same(parts, step_batches(batches(), step))
 
 
 class Broken:
@@ -305,7 +310,7 @@ def test_broken_images_are_named_and_replaced() -> None:
     data, intact = batches(Broken(broken)), batches()
     replaced = 0
     for step in range(5):
-        for part, wanted in zip(data[step], intact[step]):
+        for part, wanted in zip(step_batches(data, step), step_batches(intact, step)):
             tried = [int(name.removeprefix("image ")) for name, _ in part.broken]
             assert all(reason == f"spoilt {n}" for n, (_, reason) in zip(tried, part.broken))
             assert set(tried) <= broken
@@ -319,8 +324,8 @@ def test_broken_images_are_named_and_replaced() -> None:
                 replaced += not kept
     assert replaced > 10
     for step, parts in enumerate(loader(data, 0, 5, 2, False)):  # the same in any process
-        assert_same(parts, data[step])
-        assert [p.broken for p in parts] == [p.broken for p in data[step]]
+        assert_same(parts, step_batches(data, step))
+        assert [p.broken for p in parts] == [p.broken for p in step_batches(data, step)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -357,7 +362,7 @@ class Asked(Broken):
 
 def test_workers_leave_signals_to_the_run() -> None:
     found = list(loader(batches(Asked(set())), 0, 2, 2, False))
-    assert_same(found[1], batches()[1])
+    assert_same(found[1], step_batches(batches(), 1))
 
 
 ABANDONED = """
@@ -422,13 +427,13 @@ def test_greyscale_and_many_channels_come_through() -> None:
     for channels in (1, 2, 5):
         array = np.random.default_rng(0).integers(0, 256, (40, 16, 16, channels), dtype=np.uint8)
         config = change(CONFIG, data={"mean": (0.5,), "std": (0.2,)})
-        (part, *_) = batches(open_images(array, in_chans=channels), config)[0]
+        part = batches(open_images(array, in_chans=channels), config)[0]
         assert part.images.shape == (4, channels, 12, 12)
         normal = normalize(part.images, config.data.mean, config.data.std)
         assert torch.allclose(normal, (part.images / 255 - 0.5) / 0.2, atol=1e-5)
 
 
-def test_normalise() -> None:
+def test_normalize() -> None:
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     out = normalize(images, (0.5, 0.4, 0.2), (0.25, 0.2, 0.1))
     assert out.dtype == torch.float32

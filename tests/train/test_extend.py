@@ -10,10 +10,9 @@ import ijepa_zoo
 from ijepa_zoo.cli import main
 from ijepa_zoo.errors import CheckpointError, RunError, SettingsError
 from ijepa_zoo.train import Interrupted, pretrain
-from ijepa_zoo.train.config import OptimConfig
+from ijepa_zoo.train.config import OptimConfig, load_config
 from ijepa_zoo.train.folder import read_settings
 from ijepa_zoo.train.optim import Schedule
-from ijepa_zoo.train.settings import load_config
 
 IMAGES = pictures()
 # schedules over twice the duration: the learning rate is high at the end
@@ -108,7 +107,7 @@ def test_unfinished_run_is_extended_twice(tmp_path, monkeypatch):
     [
         (longer(None), r"optim\.duration: 9 steps then, 13 steps now.*optim\.extend="),
         (longer("constant", "6 steps"), r"optim\.duration: 9 steps then, 6 steps now"),
-        (longer("constant", lr=0.1), r"settings \(optim\.lr: 0\.001 then, 0\.1 now\)"),
+        (longer("constant", lr=0.1), r"\(optim\.lr: 0\.001 then, 0\.1 now\)"),
         (longer("constant", extended_from=["5 steps"]), r"optim\.extended_from"),
     ],
 )
@@ -137,14 +136,13 @@ def test_extend_of_a_new_run_does_nothing(tmp_path):
     ("changes", "named"),
     [
         (["optim.extend=linear"], "optim.extend"),
-        (["optim.extended_from=9 steps"], "optim.extend=constant"),
-        (["optim.extended_from=9 steps constant", "optim.extend=cosine"], "400 epochs constant"),
-        (["optim.extended_from=9 steps,soon constant", "optim.extend=cosine"], "300 epochs"),
+        (["optim.extended_from=9 steps"], "3000 steps None"),
+        (["optim.extended_from=9 steps,soon constant", "optim.extend=cosine"], "soon"),
     ],
 )
 def test_wrong_schedules_of_extensions_are_refused(changes, named):
     with pytest.raises(SettingsError, match=named):
-        load_config("nano_scenes", changes)
+        Schedule.of(load_config("nano_scenes", changes).optim, images=100)
 
 
 def test_ends_of_extensions_must_grow():
@@ -183,7 +181,7 @@ def test_branches_that_do_not_fit_are_refused(tmp_path, finished):
     def branch(config=config, init=finished, which="latest"):
         train(tmp_path / "branch", config, init=init, resume_optimizer=which)
 
-    with pytest.raises(CheckpointError, match=r"shapes differ: .*predictor"):
+    with pytest.raises(CheckpointError, match="predictor"):
         branch(change(config, model={"predictor_embed_dim": 24}))
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 7"):
         branch(which=7)
@@ -191,7 +189,7 @@ def test_branches_that_do_not_fit_are_refused(tmp_path, finished):
         branch(BEFORE)
     with pytest.raises(SettingsError, match="--init RUN"):
         branch(init=None)
-    with pytest.raises(RunError, match="is not a run"):
+    with pytest.raises(RunError, match=r"config\.yaml"):
         branch(init=finished / "export")
     new = tmp_path / "new"
     new.mkdir()

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from small_run import CONFIG, after_updates, change, pictures, rows
+from small_run import CONFIG, after_updates, change, pictures, rows, state, step_batches
 
 from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed, choose_device
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, pretrain
-from ijepa_zoo.train.checkpoint import read_checkpoint
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 IMAGES = pictures()
@@ -94,7 +93,7 @@ def test_stopped_and_resumed_goes_on(tmp_path, monkeypatch):
         with pytest.raises(Interrupted):
             losses(tmp_path / "parts", GPU)
     assert losses(tmp_path / "parts", GPU) == pytest.approx(whole, rel=1e-4)
-    tensors, _ = read_checkpoint(tmp_path / "parts" / "checkpoints")
+    tensors, _ = state(tmp_path / "parts")
     assert all(value.isfinite().all() for value in tensors.values())
 
 
@@ -126,7 +125,7 @@ def test_two_micro_batches_equal_one_batch(device, precision):
         )
         steps = list(trainer.batches())
         assert {len(step) for step in steps} == {8 // size}
-        found.append([trainer.update(step).figures["loss"] for step in steps])
+        found.append([trainer.train_step(step).metrics["loss"] for step in steps])
     assert found[1] == pytest.approx(
         found[0], rel=1e-5 if (device, precision) == ("cpu", "fp32") else 0.01
     )
@@ -152,11 +151,9 @@ def test_a_group_of_one_process_equals_none(
             with pytest.raises(Interrupted):
                 losses(tmp_path / "group", config)
         resumed = losses(tmp_path / "group", config)
-    assert f"images at once, {parallel}" in capsys.readouterr().err
+    assert f", {parallel}, " in capsys.readouterr().err
     assert resumed == pytest.approx(whole, rel=1e-6 if device == "cpu" else 0.03)
-    expected, found = (
-        read_checkpoint(tmp_path / name / "checkpoints")[0] for name in ("alone", "group")
-    )
+    expected, found = (state(tmp_path / name)[0] for name in ("alone", "group"))
     assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
 
 
@@ -169,11 +166,11 @@ def test_the_host_waits_for_nothing_in_an_ordinary_step(device):
             "regularizer": "isotropic_gaussian",
         },
     )
-    steps = [trainer.data[step] for step in range(4)]
+    steps = [step_batches(trainer.data, step) for step in range(4)]
     if device == "cuda":
         steps = [[part.pin_memory() for part in step] for step in steps]
     for step in steps[:2]:  # the first allocate, and copy what stays
-        trainer.update(step)
+        trainer.train_step(step)
     with no_host_syncs(device):
-        updates = [trainer.update(step) for step in steps[2:]]
-    assert all(update.figures["loss"] > 0 for update in updates)
+        updates = [trainer.train_step(step) for step in steps[2:]]
+    assert all(update.metrics["loss"] > 0 for update in updates)

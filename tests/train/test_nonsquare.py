@@ -16,7 +16,7 @@ import ijepa_zoo
 from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, export_run, plot_run, pretrain
-from ijepa_zoo.train.settings import dump, parse
+from ijepa_zoo.train.config import dump_config, parse_config
 
 SIZE, GRID = (48, 64), (6, 8)
 WIDE = change(
@@ -52,7 +52,7 @@ def test_batches_have_the_shape_and_masks_the_grid_of_the_images():
         rows_, columns = block // GRID[1], block % GRID[1]
         assert len(block) == len(rows_.unique()) * len(columns.unique())
     assert trainer.monitor()[0].images.shape[-2:] == SIZE
-    assert "images 48x64" in str(trainer)
+    assert "48x64" in str(trainer)
 
 
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, run):
@@ -114,4 +114,4 @@ def test_plot_draws_the_grid(run):
 
 
 def test_settings_are_written_and_read_again():
-    assert parse(dump(WIDE), "here") == WIDE
+    assert parse_config(dump_config(WIDE), "here") == WIDE

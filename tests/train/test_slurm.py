@@ -67,10 +67,10 @@ import sys
 from pathlib import Path
 import numpy as np
 from small_run import CONFIG, change, pictures
-from ijepa_zoo.train import settings
+from ijepa_zoo.train.config import dump_config
 folder = Path(sys.argv[1])
 np.save(folder / "images.npy", pictures())
-(folder / "small.yaml").write_text(settings.dump(change(CONFIG, optim={"duration": sys.argv[2]})))
+(folder / "small.yaml").write_text(dump_config(change(CONFIG, optim={"duration": sys.argv[2]})))
 """
 ONE_TASK = """
 import runpy, sys

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import CONFIG, change, pictures, rows
+from small_run import CONFIG, change, pictures, rows, state
 
 from ijepa_zoo.train import pretrain
-from ijepa_zoo.train.checkpoint import read_checkpoint
-from ijepa_zoo.train.settings import dump
+from ijepa_zoo.train.config import dump_config
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -32,7 +31,7 @@ CONFIG = change(
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torchrun")
     np.save(folder / "images.npy", pictures())
-    (folder / "config.yaml").write_text(dump(CONFIG))
+    (folder / "config.yaml").write_text(dump_config(CONFIG))
     return folder
 
 
@@ -58,7 +57,7 @@ def finish(job, expected=0):
 
 
 def weights(run):
-    return read_checkpoint(run / "checkpoints")[0]
+    return state(run)[0]
 
 
 def assert_same(one, other):
@@ -120,7 +119,7 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(work, two):
     assert (run / "export" / "config.json").exists()
 
 
-def test_sharded_run_equals_the_replicated_one_and_goes_on_as_such(work, two):
+def test_sharded_run_equals_the_replicated_one_and_resumes_as_such(work, two):
     run = work / "sharded"
     job = start(work, "sharded", "runtime.parallel=fsdp2")
     wait_for(job, run, 12)

@@ -1,0 +1,124 @@
+"""Metrics of features: effective rank, spread, and accuracies of simple classifiers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import SettingsError
+
+_NEIGHBORS = 20
+_TEMPERATURE = 0.07
+_RIDGES = tuple(10.0**e for e in range(-5, 2))  # times the mean eigenvalue
+
+
+def rankme(features: Tensor) -> float:
+    """Effective rank of features: exp of the entropy of their singular values.
+
+    RankMe (arXiv 2210.02885, eq. 1-2), with `p_k = s_k / sum(s) + 1e-7`. It is at most min(n, D),
+    so compare only values of the same n and D; the paper advises many more samples than features.
+
+    Args:
+        features: One row per image, `[n, D]`.
+
+    Returns:
+        The effective rank, from 1 (collapsed) to min(n, D).
+
+    Raises:
+        SettingsError: `features` is not two-dimensional, or has fewer than two rows.
+    """
+    singular = torch.linalg.svdvals(_checked(features))
+    p = singular / singular.sum() + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def spread(features: Tensor) -> float:
+    """Standard deviation of L2-normalized features, times sqrt(D): 0 collapsed, 1 isotropic.
+
+    Args:
+        features: One row per image, `[n, D]`.
+    """
+    unit = F.normalize(_checked(features), dim=1)
+    return float(unit.std(dim=0).mean() * features.shape[1] ** 0.5)
+
+
+def mean_cosine(features: Tensor) -> float:
+    """Mean cosine similarity between different images: 1 collapsed, 0 unrelated.
+
+    Args:
+        features: One row per image, `[n, D]`.
+    """
+    unit = F.normalize(_checked(features), dim=1)
+    n = len(unit)
+    return float((unit.sum(dim=0).square().sum() - n) / (n * (n - 1)))
+
+
+def knn_accuracy(features: Tensor, labels: Tensor) -> float:
+    """Accuracy of a leave-one-out kNN classifier in percent.
+
+    The 20 images of largest cosine similarity vote with `exp(similarity / 0.07)`, as in DINO
+    (arXiv 2104.14294, appendix); an image never votes for itself.
+
+    Args:
+        features: One row per image, `[n, D]`.
+        labels: Classes `[n]`, int64.
+    """
+    unit = F.normalize(_checked(features), dim=1)
+    similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
+    nearest, indices = similarity.topk(min(_NEIGHBORS, len(unit) - 1), dim=1)
+    classes = torch.unique(labels, return_inverse=True)[1].to(features.device)
+    votes = unit.new_zeros(len(unit), int(classes.max()) + 1)
+    votes.scatter_add_(1, classes[indices], torch.exp((nearest - 1) / _TEMPERATURE))
+    return _percent(votes.argmax(dim=1) == classes)
+
+
+def linear_accuracy(features: Tensor, labels: Tensor) -> float:
+    """Accuracy of a linear classifier in percent, cross-validated over two halves.
+
+    Ridge regression to one-hot labels in closed form, trained on one half of the images and
+    tested on the other, both ways. The halves have equal shares of every class. The strength of
+    the ridge is chosen within the training half alone, by its leave-one-out error.
+
+    Args:
+        features: One row per image, `[n, D]`.
+        labels: Classes `[n]`, int64.
+    """
+    x = _checked(features)
+    classes = torch.unique(labels, return_inverse=True)[1].to(features.device)
+    y = F.one_hot(classes).to(x)
+    order = classes.argsort(stable=True)
+    halves = order[0::2], order[1::2]
+    correct = [
+        _ridge(x[train], y[train], x[test]).argmax(dim=1) == classes[test]
+        for train, test in (halves, halves[::-1])
+    ]
+    return _percent(torch.cat(correct))
+
+
+def _ridge(x: Tensor, y: Tensor, test: Tensor) -> Tensor:
+    """Predictions for `test` of ridge regression with centered data; leave-one-out as in PRESS."""
+    mean, offset = x.mean(dim=0), y.mean(dim=0)
+    u, s, v = torch.linalg.svd(x - mean, full_matrices=False)
+    projected = u.T @ (y - offset)
+    best = (torch.inf, s)
+    for ridge in _RIDGES:
+        shrink = s.square() / (s.square() + ridge * s.square().mean() + torch.finfo(s.dtype).tiny)
+        leverage = (u.square() * shrink).sum(dim=1, keepdim=True) + 1 / len(x)
+        left_out = (y - offset - u @ (shrink[:, None] * projected)) / (1 - leverage).clamp(1e-9)
+        best = min(best, (float(left_out.square().mean()), shrink), key=lambda pair: pair[0])
+    weights = v.T @ (torch.where(s > 0, best[1] / s, 0.0)[:, None] * projected)
+    predictions: Tensor = (test - mean) @ weights + offset
+    return predictions
+
+
+def _percent(correct: Tensor) -> float:
+    return 100 * float(correct.double().mean())
+
+
+def _checked(features: Tensor) -> Tensor:
+    if features.ndim != 2 or len(features) < 2:
+        raise SettingsError(
+            f"features have shape {tuple(features.shape)}; they must be [n, D] with n >= 2"
+        )
+    return features.detach().double()
