@@ -5,6 +5,7 @@ from .data.transforms import create_transform
 from .errors import UserError
 from .extract import extract_features
 from .features import FeatureExtractor
+from .models.encoder import encode_visible
 from .models.factory import create_ijepa, create_model, list_models
 from .models.jepa import IJepa
 from .weights.export import export
@@ -18,6 +19,7 @@ __all__ = [
     "create_ijepa",
     "create_model",
     "create_transform",
+    "encode_visible",
     "export",
     "extract_features",
     "list_models",

@@ -4,10 +4,11 @@ Nothing of timm's forward path is overridden, so whatever works with a timm ViT 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -142,35 +143,16 @@ class IJepaEncoder(VisionTransformer):
         self._positions_to_buffer()
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens of the images after the final LayerNorm, of all patches or of some.
-
-        With ``keep`` the other patches are dropped right after the positions are added, so they
-        take no part in attention and cost nothing: the context encoder of I-JEPA.
+        """Tokens of all patches or of some, see :func:`encode_visible`.
 
         Args:
             images: ``[B, C, H, W]``, normalized.
-            keep: Patch indices ``[B * R, K]``, int64, in raster order of the grid, R rows for each
-                image; None for all.
+            keep: Patch indices ``[B * R, K]``, int64; None for all.
 
         Returns:
             Tokens ``[B, N, D]``, or ``[B * R, K, D]`` with ``keep``.
-
-        Raises:
-            SettingsError: ``keep`` is not an int64 tensor ``[B * R, K]``.
         """
-        if keep is None:
-            return self.forward_features(images)
-        if keep.ndim != 2 or not len(keep) or len(keep) % len(images) or keep.dtype != torch.int64:
-            raise SettingsError(
-                f"keep (the context) must hold int64 patch indices [B, K] or [B * R, K], "
-                f"B = {len(images)}, got {keep.dtype} {list(keep.shape)}"
-            )
-        x = self._pos_embed(self.patch_embed(images))
-        index = keep.view(len(images), -1, 1).expand(-1, -1, x.shape[-1])
-        x = x.gather(1, index).view(*keep.shape, -1)
-        x = self.norm_pre(self.patch_drop(x))
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        return self.norm(x)
+        return encode_visible(self, images, keep)
 
     def encode_layers(self, images: Tensor, layers: int = 1) -> list[Tensor]:
         """Tokens after the last blocks, each followed by the final LayerNorm.
@@ -182,12 +164,116 @@ class IJepaEncoder(VisionTransformer):
         Returns:
             Tokens ``[B, N, D]`` of each, the last block's at the end.
         """
-        if layers == 1:
-            return [self.encode(images)]
-        tokens: list[Tensor] = self.forward_intermediates(
-            images, indices=layers, norm=True, output_fmt="NLC", intermediates_only=True
+        return _encode_layers(self, images, layers)
+
+
+def encode_visible(vit: Any, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Patch tokens of a timm ViT after its final norm, of all patches or of some.
+
+    With ``keep`` the other patches are dropped right after the positions are added, so they
+    take no part in attention and cost nothing: the context encoder of I-JEPA. Class and register
+    tokens stay beside the kept patches in every block and are left out of the result.
+
+    Args:
+        vit: A timm ``VisionTransformer`` with absolute positions.
+        images: ``[B, C, H, W]``, normalized.
+        keep: Patch indices ``[B * R, K]``, int64, in raster order of the grid, R rows for each
+            image; None for all.
+
+    Returns:
+        Tokens ``[B, N, D]``, or ``[B * R, K, D]`` with ``keep``.
+
+    Raises:
+        SettingsError: ``vit`` is another network, or ``keep`` is not an int64 tensor
+            ``[B * R, K]``.
+    """
+    if not isinstance(vit, IJepaEncoder):
+        check_encoder(vit)
+    prefix = vit.num_prefix_tokens
+    if keep is None:
+        x = vit.forward_features(images)
+        return x[:, prefix:] if prefix else x
+    if keep.ndim != 2 or not len(keep) or len(keep) % len(images) or keep.dtype != torch.int64:
+        raise SettingsError(
+            f"keep (the context) must hold int64 patch indices [B, K] or [B * R, K], "
+            f"B = {len(images)}, got {keep.dtype} {list(keep.shape)}"
         )
-        return tokens
+    embedded = vit._pos_embed(vit.patch_embed(images))
+    tokens = keep + prefix if prefix else keep
+    index = tokens.view(len(images), -1, 1).expand(-1, -1, embedded.shape[-1])
+    x = embedded.gather(1, index).view(*keep.shape, -1)
+    if prefix:
+        first = embedded[:, :prefix].repeat_interleave(len(keep) // len(images), dim=0)
+        x = torch.cat([first, x], dim=1)
+    x = vit.norm_pre(vit.patch_drop(x))
+    x = checkpoint_seq(vit.blocks, x) if vit.grad_checkpointing else vit.blocks(x)
+    return vit.norm(x[:, prefix:] if prefix else x)
+
+
+def _encode_layers(vit: Any, images: Tensor, layers: int = 1) -> list[Tensor]:
+    """See :meth:`IJepaEncoder.encode_layers`."""
+    if layers == 1:
+        return [encode_visible(vit, images)]
+    tokens: list[Tensor] = vit.forward_intermediates(
+        images, indices=layers, norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    return tokens
+
+
+def check_encoder(vit: Any) -> None:
+    """Refuse a network that :func:`encode_visible` does not serve.
+
+    Args:
+        vit: A timm model, may be on meta.
+
+    Raises:
+        SettingsError: It is not a timm ``VisionTransformer`` with a grid of patches and absolute
+            positions, or it drops patches at random.
+    """
+    own = ("_pos_embed", "forward_features")  # of a subclass with a forward path of its own
+    if getattr(vit, "rope", None) is not None:
+        reason = "has rotary positions"
+    elif not isinstance(vit, VisionTransformer) or any(
+        getattr(type(vit), name) is not getattr(VisionTransformer, name) for name in own
+    ):
+        reason = "does not run as timm's VisionTransformer does"
+    elif not isinstance(vit.patch_embed, PatchEmbed) or vit.patch_embed.grid_size is None:
+        reason = "has no grid of patches"
+    elif vit.pos_embed is None:
+        reason = "has no absolute positions"
+    elif not isinstance(vit.patch_drop, nn.Identity):
+        reason = "drops patches at random (patch_drop_rate)"
+    else:
+        return
+    name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture") or type(vit).__name__
+    raise SettingsError(
+        f"{name} {reason}, so it cannot encode chosen patches: use an I-JEPA model such as "
+        "vit_base16_ijepa, or a timm ViT with absolute positions such as "
+        "vit_small_patch14_reg4_dinov2"
+    )
+
+
+def as_encoder(vit: Any) -> Any:
+    """Give a timm ViT the methods of :class:`IJepaEncoder`, `encode` and `encode_layers`.
+
+    FSDP2 gathers the parameters around registered methods of a module, so functions alone would
+    not do.
+
+    Args:
+        vit: A timm ViT; changed in place. An I-JEPA encoder stays as it is.
+
+    Returns:
+        The same object.
+
+    Raises:
+        SettingsError: See :func:`check_encoder`.
+    """
+    if not hasattr(vit, "encode"):
+        check_encoder(vit)
+        # Partial functions are copied and pickled with the object.
+        vit.encode = partial(encode_visible, vit)
+        vit.encode_layers = partial(_encode_layers, vit)
+    return vit
 
 
 def _check_sizes(kwargs: Mapping[str, Any]) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..errors import CheckpointError, SettingsError
 from ..weights import load, registry
-from ..weights.read import FOLDER_PREFIX, HUB_PREFIX, open_checkpoint
-from .encoder import IJepaEncoder
+from ..weights.read import FOLDER_PREFIX, HUB_PREFIX, Networks, find_timm_config, open_checkpoint
+from .encoder import as_encoder, check_encoder
 from .jepa import IJepa
 from .predictor import PREDICTORS, Predictor
 
@@ -49,7 +49,8 @@ def create_model(
     Args:
         name: 'vit_huge14_ijepa', with a tag 'vit_huge14_ijepa.in1k_context', or a source of its
             own: 'local-dir:FOLDER' or 'hf-hub:REPO[@REVISION]' of an export of this package, a
-            transformers folder or a timm folder; then the architecture comes from there too.
+            transformers folder or a timm folder; then the architecture comes from there too, which
+            is timm's if another ViT was pretrained.
         pretrained: False for random initialization.
         checkpoint: Your own weights: an official .pth.tar, a state dict as training scripts save it
             (.pth, .pt, .ckpt, .safetensors), a transformers, timm or native folder, or
@@ -68,6 +69,12 @@ def create_model(
         CheckpointError: The weights do not exist or do not fit.
         FetchError: They cannot be fetched.
     """
+    if checkpoint is None and name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
+        networks = open_checkpoint(name, kwargs.get("cache_dir"))
+        if networks.is_other_vit:
+            arguments = {**networks.args, "pretrained_cfg": {**networks.pretrained_cfg}, **kwargs}
+            vit = as_encoder(timm.create_model(str(networks.model), pretrained=False, **arguments))
+            return _load(vit, networks, networks.choose(network)) if pretrained else vit
     name, checkpoint, kwargs, _ = _resolve_name(name, pretrained, checkpoint, kwargs)
     model = timm.create_model(
         name,
@@ -98,7 +105,7 @@ def _resolve_name(
             own["pretrained_cfg"] = dict(networks.pretrained_cfg)
         name, kwargs = networks.model or registry.CUSTOM, {**own, **kwargs}
     model = name.partition(".")[0]
-    if model not in (*registry.ARCHITECTURES, registry.CUSTOM):
+    if not registry.is_ijepa(name):
         if Path(name).exists():
             raise SettingsError(f"{name!r} is a path: write 'local-dir:{name}' to load it")
         raise SettingsError(
@@ -106,6 +113,55 @@ def _resolve_name(
             "'local-dir:FOLDER' or 'hf-hub:REPO', or timm.create_model for other models"
         )
     return name, checkpoint, kwargs, predictor
+
+
+def create_encoder(name: str, **kwargs: Any) -> Any:
+    """Create an encoder to pretrain, with random weights.
+
+    Args:
+        name: As for :func:`create_model`; or a ViT of timm, by its name or a folder or repository
+            of it. Such a ViT keeps its architecture, but has its final norm before the pooling,
+            over patches, and no classifier or attention pooling.
+        **kwargs: timm's arguments.
+
+    Returns:
+        A timm ViT with the methods ``encode`` and ``encode_layers``.
+
+    Raises:
+        SettingsError: The model is not a ViT with absolute positions, or a size is impossible.
+    """
+    if not is_other_vit(name):
+        return create_model(name, pretrained=False, **kwargs)
+    if name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
+        config = find_timm_config(name, kwargs.get("cache_dir")) or {}
+        size = config.get("pretrained_cfg", {}).get("input_size")
+        own = {"in_chans": size[0], "img_size": size[1:]} if size else {}
+        name, kwargs = config["architecture"], {**own, **config.get("model_args", {}), **kwargs}
+    with torch.device("meta"):  # other networks do not take all arguments
+        check_encoder(timm.create_model(name, pretrained=False))
+    kwargs |= {"num_classes": 0, "global_pool": "avg", "fc_norm": False}
+    try:
+        return as_encoder(timm.create_model(name, pretrained=False, **kwargs))
+    except AssertionError as error:  # timm's way to refuse sizes
+        raise SettingsError(f"{name} cannot have these sizes: {error}") from error
+
+
+def is_other_vit(name: str | Path) -> bool:
+    """Whether this is a model of timm, or a folder or repository of one, and not I-JEPA's."""
+    if str(name).startswith((HUB_PREFIX, FOLDER_PREFIX)) or Path(name).is_dir():
+        return find_timm_config(name) is not None
+    return timm.is_model(str(name)) and not registry.is_ijepa(str(name))
+
+
+def _load(vit: Any, networks: Networks, network: str) -> Any:
+    """Load one network of a checkpoint into an encoder that is constructed already."""
+    load.check_architecture(vit, networks.args, networks.origin)
+    state = load.fit(networks.states[network](), vit, networks.origin, networks.grid_size)
+    load.check(vit, state, networks.origin)
+    vit.load_state_dict(state, strict=False)  # a classifier may be new
+    vit.weights_origin = load.Weights(networks, network).origin
+    vit.weights_network = network
+    return vit
 
 
 def create_ijepa(
@@ -125,7 +181,8 @@ def create_ijepa(
     """Create all three networks, to predict hidden regions or to continue pretraining.
 
     Args:
-        name: As for :func:`create_model`.
+        name: As for :func:`create_model`, or for :func:`create_encoder` without weights or with a
+            ``checkpoint``.
         pretrained: False for random initialization.
         predictor_embed_dim: Width of the predictor; default: that of the weights, else
             384 as in the paper.
@@ -146,9 +203,13 @@ def create_ijepa(
         raise SettingsError("create_ijepa makes whole networks: leave features_only out")
     if "network" in encoder_kwargs:
         raise SettingsError("create_ijepa makes all three networks: leave network out")
-    name, checkpoint, encoder_kwargs, own = _resolve_name(
-        name, pretrained, checkpoint, encoder_kwargs
-    )
+    own: Mapping[str, Any] = {}
+    if not (is_other := is_other_vit(name)):
+        name, checkpoint, encoder_kwargs, own = _resolve_name(
+            name, pretrained, checkpoint, encoder_kwargs
+        )
+    elif pretrained and checkpoint is None and name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
+        checkpoint = name
     model, _, tag = name.partition(".")
     objective: dict[str, Any] = {
         "regularizer": regularizer,
@@ -163,7 +224,7 @@ def create_ijepa(
     }
     asked = {key: value for key, value in asked.items() if value is not None}
     if not (pretrained or checkpoint is not None):
-        encoder = create_model(name, pretrained=False, **encoder_kwargs)
+        encoder = create_encoder(name, **encoder_kwargs)
         device = next(encoder.parameters()).device
         predictor = _predictor(
             encoder, {**PREDICTORS.get(model, _DEFAULT_PREDICTOR), **own, **asked}, device
@@ -184,7 +245,9 @@ def create_ijepa(
         )
     source = {"checkpoint": checkpoint} if checkpoint is not None else {"pretrained": True}
     made = {
-        network: create_model(name, network=network, **source, **copy.deepcopy(encoder_kwargs))
+        network: _load(create_encoder(name, **encoder_kwargs), networks, network)
+        if is_other
+        else create_model(name, network=network, **source, **copy.deepcopy(encoder_kwargs))
         for network in ("encoder", "target_encoder")
     }
     size = {**PREDICTORS.get(model, _DEFAULT_PREDICTOR), **networks.predictor, **asked}
@@ -197,15 +260,13 @@ def create_ijepa(
     return IJepa(made["encoder"], predictor, made["target_encoder"], **objective)
 
 
-def _predictor(
-    encoder: IJepaEncoder, arguments: Mapping[str, Any], device: torch.device
-) -> Predictor:
+def _predictor(encoder: Any, arguments: Mapping[str, Any], device: torch.device) -> Predictor:
     sizes = dict(arguments)
     return Predictor(
         tuple(encoder.patch_embed.grid_size),
         encoder.embed_dim,
         predictor_embed_dim=sizes.pop("embed_dim"),
-        num_heads=encoder.blocks[0].attn.num_heads,
+        num_heads=load.num_heads(encoder),
         device=device,
         dtype=next(encoder.parameters()).dtype,
         **sizes,

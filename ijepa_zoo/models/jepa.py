@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..seeds import standard_normal
-from .encoder import IJepaEncoder
+from .encoder import as_encoder
 from .predictor import Predictor
 
 
@@ -17,7 +18,8 @@ class IJepa(nn.Module):
     """Image joint-embedding predictive architecture (Assran et al., CVPR 2023).
 
     Args:
-        encoder: Context encoder.
+        encoder: Context encoder: an I-JEPA encoder, or any timm ViT that
+            :func:`~ijepa_zoo.models.encoder.encode_visible` serves.
         predictor: Predictor over its tokens.
         target_encoder: Its moving average; None for a copy of ``encoder``. Takes no gradient and
             stays in evaluation mode.
@@ -36,9 +38,9 @@ class IJepa(nn.Module):
 
     def __init__(
         self,
-        encoder: IJepaEncoder,
+        encoder: VisionTransformer,
         predictor: Predictor,
-        target_encoder: IJepaEncoder | None = None,
+        target_encoder: VisionTransformer | None = None,
         regularizer: nn.Module | None = None,
         loss: Literal["smooth_l1", "l2"] = "smooth_l1",
         target_layers: int = 1,
@@ -58,9 +60,9 @@ class IJepa(nn.Module):
         self.target_layers = target_layers
         self.position_noise = position_noise
         self.noise_seed = 0
-        self.encoder = encoder
+        self.encoder = as_encoder(encoder)
         self.predictor = predictor
-        self.target_encoder = target_encoder or copy.deepcopy(encoder)
+        self.target_encoder = as_encoder(target_encoder or copy.deepcopy(encoder))
         self.target_encoder.requires_grad_(False).eval()
         self.regularizer = regularizer
 

@@ -10,12 +10,13 @@ import timm
 import torch
 
 from ..errors import CheckpointError, SettingsError
-from ..models.factory import create_ijepa
+from ..models.encoder import check_encoder
+from ..models.factory import create_ijepa, is_other_vit
 from ..models.jepa import IJepa
 from ..seeds import Stream, fold
 from ..weights import load, registry
 from ..weights.formats import State
-from ..weights.read import Networks
+from ..weights.read import FOLDER_PREFIX, Networks, find_timm_config
 from .config import PretrainConfig
 from .regularizers import IsotropicGaussian, VarianceCovariance
 
@@ -28,10 +29,10 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
     Args:
         config: Settings.
         init: None for random initialization (a function of `config.seed`), the name of released
-            weights with its tag, a checkpoint (see `create_ijepa`), or the name of a plain ViT of
-            timm. If there is no predictor, both encoders start from the one encoder, and the
-            predictor is new. A class token is dropped. Positions, patches and input channels of
-            another size are resampled.
+            weights with its tag, a checkpoint (see `create_ijepa`), or a ViT of timm: its name, or
+            a folder or repository of it. If there is no predictor, both encoders start from the
+            one encoder, and the predictor is new. I-JEPA models drop its class token. Positions,
+            patches and input channels of another size are resampled.
 
     Raises:
         CheckpointError: `init` does not fit the model.
@@ -82,7 +83,7 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
 
 def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | None]:
     """Name and checkpoint for `create_ijepa`: a name with a tag is in the registry."""
-    if init is None or _is_other_vit(init):
+    if init is None or _is_stock(init):
         return model, None
     known = {checkpoint.name for checkpoint in registry.checkpoints()}
     if str(init) not in known:
@@ -95,10 +96,9 @@ def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | Non
     return str(init), None
 
 
-def _is_other_vit(init: str | Path | None) -> bool:
-    """Whether this is the name of a model of timm, not one of ours."""
-    name = str(init).partition(".")[0]
-    return timm.is_model(name) and name not in registry.ARCHITECTURES
+def _is_stock(init: str | Path) -> bool:
+    """Whether timm loads this and we do not: one of its models, or a folder of one."""
+    return is_other_vit(init) and "ijepa_zoo" not in (find_timm_config(init) or {})
 
 
 def _encoder_alone(
@@ -107,22 +107,37 @@ def _encoder_alone(
     """Tensors of an encoder that comes without a predictor; None for all three networks."""
     if init is None:
         return None
-    if _is_other_vit(init):
-        vit = timm.create_model(str(init), pretrained=True, num_classes=0)
-        networks = Networks(f"timm's {init}", {}, "timm")
-        return load.drop_class_token(vit.state_dict(), networks.origin), networks
-    model, _, tag = name.partition(".")
-    networks = load.resolve(model, checkpoint=checkpoint, pretrained_cfg=tag or None).networks
-    if "predictor" in networks.states:
-        return None
-    state = networks.states[networks.choose(None)]()
-    return load.drop_class_token(state, networks.origin), networks
+    if _is_stock(init):
+        source = f"{FOLDER_PREFIX}{init}" if Path(init).is_dir() else str(init)
+        vit = timm.create_model(source, pretrained=True, num_classes=0)
+        check_encoder(vit)
+        networks = Networks(f"timm's {init}", {}, "timm", args={"num_heads": load.num_heads(vit)})
+        state = _without_pooling(vit.state_dict())
+    else:
+        model, _, tag = name.partition(".")
+        networks = load.resolve(model, checkpoint=checkpoint, pretrained_cfg=tag or None).networks
+        if "predictor" in networks.states:
+            return None
+        state = networks.states[networks.choose(None)]()
+    if not is_other_vit(name):
+        state = load.drop_class_token(state, networks.origin)
+    return state, networks
+
+
+def _without_pooling(state: State) -> State:
+    """Tensors of a ViT of timm that pools tokens and then normalizes, or pools by attention."""
+    return {
+        re.sub(r"^fc_norm\.", "norm.", name): tensor
+        for name, tensor in state.items()
+        if not name.startswith("attn_pool.")
+    }
 
 
 def _start_from(model: IJepa, state: State, networks: Networks) -> None:
     """Load one encoder into both; the predictor stays as it was initialized."""
     _log.warning("both encoders start from %s; the predictor is new", networks.origin)
     for encoder in (model.encoder, model.target_encoder):
+        load.check_architecture(encoder, networks.args, networks.origin)
         fitted = load.fit(state, encoder, networks.origin, networks.grid_size)
         load.check(encoder, fitted, networks.origin)
         encoder.load_state_dict(fitted)

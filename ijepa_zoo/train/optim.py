@@ -17,6 +17,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..errors import SettingsError
 from .config import OptimConfig, split_end, steps_of
 
+# What other ViTs learn without weight decay, as timm has it (reg_token only in later versions).
+_NOT_DECAYED = ("pos_embed", "cls_token", "reg_token")
+
 
 @dataclass(frozen=True)
 class Extension:
@@ -132,7 +135,8 @@ def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.Adam
     """AdamW (betas 0.9 and 0.999, eps 1e-8) over context encoder and predictor.
 
     The four groups stand in the official order (encoder, predictor; then biases and 1-D
-    parameters of both, which have no weight decay), so optimizer states keep their indices.
+    parameters of both, which have no weight decay), so optimizer states keep their indices. Neither
+    have learned positions, class and register tokens; I-JEPA encoders have none of these.
     Learning rate and weight decay are set before every update by `set_rates`. The state is made
     here and not by the first update, so a checkpoint has the same names at every step.
 
@@ -209,4 +213,4 @@ def step_if_finite(optimizer: torch.optim.AdamW, norms: Tensor) -> None:
 
 
 def _decayed(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim > 1 and "bias" not in name
+    return parameter.ndim > 1 and "bias" not in name and name not in _NOT_DECAYED

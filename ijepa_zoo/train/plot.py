@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..errors import MissingPackageError, SettingsError
 from ..masks import MultiBlockMasks
-from ..models.factory import create_model
+from ..models.factory import create_encoder
 from .config import PretrainConfig
 from .data import mask_sampler
 from .folder import read_settings
@@ -163,7 +163,7 @@ def _plot_masks(figure: Any, config: PretrainConfig) -> None:
 def _masks(config: PretrainConfig) -> MultiBlockMasks:
     sizes = ("img_size", "patch_size", "embed_dim", "num_heads")
     given = {k: v for k in sizes if (v := getattr(config.model, k)) is not None}
-    model = create_model(config.model.name, pretrained=False, device="meta", depth=1, **given)
+    model = create_encoder(config.model.name, device="meta", depth=1, **given)
     return mask_sampler(config.mask, tuple(model.patch_embed.grid_size))
 
 

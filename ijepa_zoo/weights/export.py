@@ -9,14 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import resolve_model_data_config
 from timm.layers import DropPath, LayerNorm
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..errors import CheckpointError, FetchError, RunError, SettingsError, some
 from ..models.encoder import IJepaEncoder
-from ..models.factory import create_model
+from ..models.factory import create_encoder, create_model
 from ..models.jepa import IJepa
 from . import configs, load, registry
 from .formats import UNLABELED, State
@@ -27,7 +29,7 @@ _PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpo
 
 
 def export(
-    model: IJepa | IJepaEncoder | str | Path,
+    model: IJepa | VisionTransformer | str | Path,
     folder: str | Path,
     to: str = "native",
     *,
@@ -178,7 +180,7 @@ def _push(folder: Path, repo_id: str, private: bool, revision: str | None) -> No
         ) from error
 
 
-def _from_module(module: IJepa | IJepaEncoder, network: str | None) -> Networks:
+def _from_module(module: IJepa | VisionTransformer, network: str | None) -> Networks:
     if isinstance(module, IJepa):
         names: tuple[str, ...] = registry.NETWORKS
         described = _describe(module.encoder, "an IJepa module")
@@ -186,8 +188,8 @@ def _from_module(module: IJepa | IJepaEncoder, network: str | None) -> Networks:
         states = {name: partial(_state, getattr(module, name)) for name in names}
         predictor = _predictor_args(_state(module.predictor), {"context": context})
         return replace(described, states=states, predictor=predictor)
-    if not isinstance(module, IJepaEncoder):
-        raise SettingsError(f"export takes an IJepa or IJepaEncoder, not {type(module).__name__}")
+    if not isinstance(module, VisionTransformer):
+        raise SettingsError(f"export takes an IJepa or a ViT of timm, not {type(module).__name__}")
     label = network or str(getattr(module, "weights_network", UNLABELED))
     described = _describe(module, getattr(module, "weights_origin", "an encoder in memory"))
     return replace(described, states={label: partial(_state, module)})
@@ -232,13 +234,11 @@ def _from_source(
     for state in states.values():
         if "head.weight" in state:
             args.setdefault("num_classes", len(state["head.weight"]))
-    template = create_model(
-        entry.name if entry else model_name,
-        pretrained=False,
-        device="meta",
-        weight_init="skip",
-        **args,
-    )
+    if networks.is_other_vit:
+        template = create_encoder(model_name, device="meta", weight_init="skip", **args)
+    else:
+        name = entry.name if entry else model_name
+        template = create_model(name, pretrained=False, device="meta", weight_init="skip", **args)
     for key, state in states.items():
         if key != "predictor":
             load.check(template, state, networks.origin)
@@ -263,25 +263,24 @@ def _predictor_args(state: State, known: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe(encoder: IJepaEncoder, origin: str) -> Networks:
+def _describe(encoder: VisionTransformer, origin: str) -> Networks:
     """What an export says of an encoder, without tensors."""
-    _check_plain(encoder)
-    args, cfg = encoder_args(encoder), getattr(encoder, "pretrained_cfg", None) or {}
+    cfg = getattr(encoder, "pretrained_cfg", None) or {}
+    if is_ours := isinstance(encoder, IJepaEncoder):
+        _check_plain(encoder)
+        args = encoder_args(encoder)
+        model = registry.model_name(args, cfg.get("architecture"))
+    else:
+        args, model = timm_args(encoder), str(cfg.get("architecture"))
+        _check_timm(encoder, model, args)
     config = resolve_model_data_config(encoder)
     config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
     preprocessing = {
         key: list(config[key]) if isinstance(config[key], tuple) else config[key]
         for key in _PREPROCESSING
     }
-    return Networks(
-        origin,
-        {},
-        "memory",
-        registry.model_name(args, cfg.get("architecture")),
-        args,
-        encoder.norm.eps,
-        pretrained_cfg=preprocessing,
-    )
+    norm_eps = encoder.norm.eps if is_ours else 1e-6  # timm's name stands for its own
+    return Networks(origin, {}, "memory", model, args, norm_eps, pretrained_cfg=preprocessing)
 
 
 def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
@@ -301,6 +300,43 @@ def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
         "global_pool": encoder.global_pool,
         "fc_norm": False,
     }
+
+
+def timm_args(encoder: VisionTransformer) -> dict[str, Any]:
+    """timm arguments that build another ViT again, beside its name."""
+    block = encoder.blocks[0]
+    args = {
+        "img_size": list(encoder.patch_embed.img_size),
+        "patch_size": list(encoder.patch_embed.patch_size),
+        "in_chans": encoder.patch_embed.proj.in_channels,
+        "num_classes": encoder.num_classes,
+        "embed_dim": encoder.embed_dim,
+        "depth": len(encoder.blocks),
+        "num_heads": load.num_heads(encoder),
+        "class_token": encoder.cls_token is not None,
+        "reg_tokens": encoder.num_reg_tokens,
+        "no_embed_class": encoder.no_embed_class,
+        "global_pool": encoder.global_pool,
+        "fc_norm": not isinstance(encoder.fc_norm, nn.Identity),
+    }
+    if hasattr(block, "mlp") and hasattr(block.mlp, "fc1"):
+        args["mlp_ratio"] = configs.mlp_ratio(block.mlp.fc1.out_features, encoder.embed_dim)
+    return args
+
+
+def _check_timm(encoder: VisionTransformer, name: str, args: Mapping[str, Any]) -> None:
+    """Refuse a ViT that timm does not build again from its name and :func:`timm_args`."""
+    if not timm.is_model(name):
+        raise CheckpointError(
+            f"timm has no model {name!r}: export one that timm creates by its name"
+        )
+    twin = timm.create_model(name, device="meta", weight_init="skip", **args)
+    shapes = [{k: v.shape for k, v in vit.state_dict().items()} for vit in (encoder, twin)]
+    if differences := dict(shapes[0].items() ^ shapes[1].items()):
+        raise CheckpointError(
+            f"timm's {name} of this size differs from the model by {some(differences)}: export a "
+            "model that timm creates by its name"
+        )
 
 
 def _check_plain(encoder: IJepaEncoder) -> None:

@@ -102,7 +102,7 @@ def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weig
         arguments.setdefault("norm_layer", partial(LayerNorm, eps=networks.norm_eps))
     model: Any = cls(**arguments, device="meta", weight_init="skip")
     model.weight_init_mode = arguments.get("weight_init", "")
-    _check_architecture(model, networks.args, networks.origin)
+    check_architecture(model, networks.args, networks.origin)
     state = fit(weights.read(), model, networks.origin, networks.grid_size)
     assign(model, state, networks.origin, device)
     # for the records of features and probes, and for exports
@@ -110,12 +110,26 @@ def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weig
     return model
 
 
-def _check_architecture(model: Any, known: Mapping[str, Any], origin: str) -> None:
-    """Compare what shapes alone cannot tell (the number of heads) with the checkpoint's config."""
+def num_heads(vit: Any) -> int:
+    """Attention heads of each block of a timm ViT."""
+    return next(int(part.num_heads) for part in vit.blocks.modules() if hasattr(part, "num_heads"))
+
+
+def check_architecture(model: Any, known: Mapping[str, Any], origin: str) -> None:
+    """Compare what shapes alone cannot tell (the number of heads) with the checkpoint's config.
+
+    Args:
+        model: The encoder, may be on meta.
+        known: timm arguments of the checkpoint's encoder, as far as they are known.
+        origin: The checkpoint, for messages.
+
+    Raises:
+        CheckpointError: They differ.
+    """
     actual = {
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
-        "num_heads": model.blocks[0].attn.num_heads,
+        "num_heads": num_heads(model),
     }
     wrong = {key: known[key] for key in actual if key in known and known[key] != actual[key]}
     if wrong:
@@ -140,7 +154,7 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
     Raises:
         CheckpointError: positions cannot be resampled or channels cannot be adapted.
     """
-    if "cls_token" in state:
+    if "cls_token" in state and getattr(model, "cls_token", None) is None:
         raise CheckpointError(
             f"{origin} has a class token (cls_token), I-JEPA encoders have none: load it with "
             "timm.create_model"
@@ -161,7 +175,9 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
     positions = state.get("pos_embed")
     if _has_positions(positions) and model.pos_embed is not None:
         grid = tuple(model.patch_embed.grid_size)
-        state["pos_embed"] = _fit_positions(positions, grid, origin, old_grid)
+        first = 0 if model.no_embed_class else model.num_prefix_tokens  # of class and registers
+        patches = _fit_positions(positions[:, first:], grid, origin, old_grid)
+        state["pos_embed"] = torch.cat([positions[:, :first], patches], 1) if first else patches
     if "head.weight" in state and len(state["head.weight"]) != model.num_classes:
         classes = len(state["head.weight"])
         _log.warning("%s: its classifier is dropped; num_classes=%d loads it", origin, classes)

@@ -39,7 +39,7 @@ class Networks:
         states: A reader of each network; files are opened, or fetched, when it is called. The key
             is 'unlabeled' if the checkpoint has one network and does not say which.
         format: 'official', 'timm', 'transformers' or 'native'; 'memory' for modules.
-        model: Registered name of the model, if known.
+        model: Registered name of the model, if known; timm's name of another ViT.
         args: timm arguments of the encoder, as far as they are known.
         norm_eps: Epsilon of its LayerNorms.
         predictor: ``embed_dim``, ``depth`` and ``context`` of the predictor, as far as known.
@@ -67,6 +67,11 @@ class Networks:
             (size, size) if isinstance(size, int) else tuple(size) for size in sizes
         )
         return rows // height, columns // width
+
+    @property
+    def is_other_vit(self) -> bool:
+        """Whether the encoders are a ViT of timm, not I-JEPA's."""
+        return self.model is not None and not registry.is_ijepa(self.model)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -112,11 +117,9 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
     """
     text = str(location)
     if text.startswith(HUB_PREFIX):
-        repository, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
-        fetch = partial(
-            download.fetch_hub, repository, revision=revision or None, cache_dir=cache_dir
-        )
-        return _open_folder(fetch, text, registry.find_repository(repository))
+        repository = text.removeprefix(HUB_PREFIX).partition("@")[0]
+        locate = _hub_files(text, cache_dir)
+        return _open_folder(locate, text, registry.find_repository(repository))
     path = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
     if not text.removeprefix(FOLDER_PREFIX) or not path.exists():
         hint = ""
@@ -170,6 +173,34 @@ def open_entry(entry: registry.Checkpoint, cache_dir: str | Path | None = None) 
 def packaged_folder(name: str) -> Path:
     """Path of a folder of weights inside this package."""
     return Path(__file__).resolve().parent / name
+
+
+def find_timm_config(
+    location: str | Path, cache_dir: str | Path | None = None
+) -> dict[str, Any] | None:
+    """config.json of a network of timm that is not an I-JEPA encoder.
+
+    Args:
+        location: Anything, see :func:`open_checkpoint`.
+        cache_dir: Cache of the Hub's files.
+
+    Returns:
+        The configuration, also of an export of this package; None for everything else.
+    """
+    text = str(location)
+    if text.startswith(HUB_PREFIX):
+        locate = _hub_files(text, cache_dir)
+    else:
+        folder = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
+        if not (folder / "config.json").is_file():
+            folder /= "export"  # of a pretraining run
+        if not (folder / "config.json").is_file():
+            return None
+        locate = partial(_locate_in, folder)
+    config = _read_json(locate, "config.json", text)
+    name = config.get("architecture")
+    is_other = isinstance(name, str) and registry.registered_name(name) is None
+    return config if is_other else None
 
 
 def _find_export(folder: Path) -> Path:
@@ -297,6 +328,7 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         predictor, license = ours["predictor"], ours.get("license")
         args = {**config["model_args"], "norm_eps": ours.get("norm_eps", 1e-6)}
         model = str(ours["model"])
+        is_other = config.get("architecture") == model and registry.registered_name(model) is None
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{origin}/config.json is damaged: {error}") from error
     if not files:
@@ -311,7 +343,7 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         origin,
         {network: partial(read, file) for network, file in files.items()},
         "native",
-        registry.model_name(args, model),
+        model if is_other else registry.model_name(args, model),
         args,
         norm_eps,
         configs.check_predictor(predictor, origin),
@@ -342,6 +374,11 @@ def _read_folder(locate: Locate, origin: str) -> State:
             raise CheckpointError(f"{origin} has {', '.join(found)} in one file: load that file")
         return next(iter(found.values()))[0]
     raise CheckpointError(f"{origin} has neither model.safetensors nor pytorch_model.bin")
+
+
+def _hub_files(location: str, cache_dir: str | Path | None) -> Locate:
+    repository, _, revision = location.removeprefix(HUB_PREFIX).partition("@")
+    return partial(download.fetch_hub, repository, revision=revision or None, cache_dir=cache_dir)
 
 
 def _locate_in(folder: Path, name: str) -> Path:

@@ -175,6 +175,11 @@ def registered_name(architecture: str) -> str | None:
     return name if name in (*ARCHITECTURES, CUSTOM) else None
 
 
+def is_ijepa(name: str) -> bool:
+    """Whether a registered name, with or without a tag, is that of an I-JEPA encoder."""
+    return name.partition(".")[0] in (*ARCHITECTURES, CUSTOM)
+
+
 def model_name(args: Mapping[str, Any], architecture: str | None = None) -> str:
     """The registered name of an encoder by its sizes.
 

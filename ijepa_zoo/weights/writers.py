@@ -45,7 +45,9 @@ def _timm_config(networks: Networks) -> dict[str, Any]:
     classes = networks.args["num_classes"]
     license = {"license": networks.license.lower()} if networks.license else {}
     return {
-        "architecture": registry.timm_name(networks.model),
+        "architecture": networks.model
+        if networks.is_other_vit
+        else registry.timm_name(networks.model),
         "num_classes": classes,
         "num_features": networks.args["embed_dim"],
         "global_pool": networks.args["global_pool"],
@@ -115,6 +117,7 @@ def _write_transformers(
     networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
     """One encoder as transformers' ``IJepaModel`` loads it, with its preprocessing."""
+    _refuse_other_vit(networks)
     chosen = networks.choose(network)
     state = formats.to_transformers(networks.states[chosen](), networks.origin)
     args, classes = networks.args, networks.args["num_classes"]
@@ -150,6 +153,14 @@ def _write_transformers(
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", _image_processor(networks.pretrained_cfg))
     _write_card(networks, folder, "transformers", chosen)
+
+
+def _refuse_other_vit(networks: Networks) -> None:
+    if networks.is_other_vit:
+        raise CheckpointError(
+            f"the encoders are timm's {networks.model}, which only the formats native and timm "
+            "express: use one of them"
+        )
 
 
 def _square(size: list[int]) -> int | list[int]:
@@ -195,6 +206,7 @@ def _write_official(
     networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
     """The official repository's checkpoint of all three networks, at epoch 0."""
+    _refuse_other_vit(networks)
     absent = [name for name in registry.NETWORKS if name not in networks.states]
     if network is not None or absent:
         raise CheckpointError(

@@ -55,7 +55,7 @@ def test_timm_creates_the_same_model(official, tiny, expected):
 
 @pytest.mark.parametrize("create", [ijepa_zoo.create_model, ijepa_zoo.create_ijepa])
 def test_unknown_names_and_names_without_weights_are_refused(create):
-    with pytest.raises(SettingsError, match=r"resnet50.*vit_huge14_ijepa,"):
+    with pytest.raises(SettingsError, match=r"resnet50.*_ijepa"):
         create("resnet50", pretrained=False)
     with pytest.raises(CheckpointError, match=r"vit_small16_ijepa.*pretrained=False.*checkpoint="):
         create("vit_small16_ijepa")

@@ -1,0 +1,307 @@
+"""Pretraining of timm's ViTs that are not I-JEPA's: class token, registers, learned positions."""
+
+import copy
+import shutil
+
+import pytest
+import several_processes
+import timm
+import torch
+from small_run import CONFIG, after_updates, change, pictures, same_state, state
+from torch.testing import assert_close
+
+import ijepa_zoo
+from ijepa_zoo.errors import CheckpointError, SettingsError
+from ijepa_zoo.train import export_run, plot_run, pretrain
+from ijepa_zoo.train.networks import build_networks
+from ijepa_zoo.train.optim import make_optimizer
+
+DINOV2 = "vit_small_patch14_reg4_dinov2"  # class token and registers without positions, LayerScale
+MAE = "vit_tiny_patch16_224"  # class token with a position
+PARALLEL = "vit_small_patch16_18x2_224"  # other blocks
+SIZES = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+CONFIG = change(CONFIG, model={"name": DINOV2, **SIZES})
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def make(name, stir=0.3, **kwargs):
+    model = timm.create_model(name, **{**SIZES, "num_classes": 0, **kwargs}).eval()
+    with torch.no_grad():  # tokens of std 1e-6 and LayerScale of 1e-5 would hide everything
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * stir)
+    return model
+
+
+# --- tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(DINOV2, {}), (MAE, {}), (PARALLEL, {}), (MAE, {"pre_norm": True, "final_norm": False})],
+)
+@torch.no_grad()
+def test_all_patches_are_the_patch_tokens_of_timm(name, options):
+    vit = make(name, **options)
+    tokens = vit.forward_features(IMAGES)[:, vit.num_prefix_tokens :]
+    assert torch.equal(ijepa_zoo.encode_visible(vit, IMAGES), tokens)
+    order = torch.randperm(64)
+    shuffled = ijepa_zoo.encode_visible(vit, IMAGES, order.expand(2, -1))
+    assert_close(shuffled, tokens[:, order])
+
+
+@pytest.mark.parametrize("name", [DINOV2, MAE])
+@torch.no_grad()
+def test_some_patches_equal_a_forward_pass_that_does_not_attend_to_the_others(name):
+    vit = make(name)
+    keep = torch.stack([torch.randperm(64)[:9] for _ in range(4)])  # two contexts of each image
+    tokens = ijepa_zoo.encode_visible(vit, IMAGES, keep)
+    for row, visible in enumerate(keep):
+        prefix = vit.num_prefix_tokens
+        mask = torch.zeros(64 + prefix, dtype=torch.bool)
+        mask[:prefix] = mask[prefix + visible] = True
+        image = IMAGES[row // 2 : row // 2 + 1]
+        masked = vit.forward_features(image, attn_mask=mask.expand(1, 1, len(mask), -1))
+        assert_close(tokens[row], masked[0, prefix + visible])
+
+
+@torch.no_grad()
+def test_masked_pixels_do_not_matter_and_others_do():
+    vit, keep = make(DINOV2), torch.tensor([[0, 1, 9], [0, 1, 9]])
+    tokens = ijepa_zoo.encode_visible(vit, IMAGES, keep)
+    changed = IMAGES.clone()
+    changed[:, :, 16:] += 1
+    assert torch.equal(ijepa_zoo.encode_visible(vit, changed, keep), tokens)
+    changed[:, :, :8] += 1
+    assert not torch.equal(ijepa_zoo.encode_visible(vit, changed, keep), tokens)
+
+
+def test_a_copy_encodes_with_its_own_weights():
+    model = build_networks(CONFIG)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for encoder in (copied.encoder, copied.target_encoder):
+        assert encoder.encode(IMAGES).any()
+    (last,) = copied.target_encoder.encode_layers(IMAGES)
+    assert torch.equal(copied.target_encoder.encode_layers(IMAGES, 2)[-1], last)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("swin_tiny_patch4_window7_224", "VisionTransformer"),
+        ("convnext_atto", "VisionTransformer"),
+        ("deit_tiny_distilled_patch16_224", "VisionTransformer"),
+        ("vit_small_patch16_dinov3", "rotary"),
+        ("eva02_tiny_patch14_224", "rotary"),
+        ("vit_tiny_r_s16_p8_224", "grid"),
+    ],
+)
+def test_other_networks_are_refused_by_name(name, reason):
+    with pytest.raises(SettingsError, match=rf"{name}.*{reason}"):
+        build_networks(change(CONFIG, model={"name": name}))
+    with pytest.raises(SettingsError, match=rf"{name}.*{reason}"), torch.device("meta"):
+        ijepa_zoo.encode_visible(timm.create_model(name), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"patch_drop_rate": 0.5}, "patch_drop"), ({"pos_embed": ""}, "posit")]
+)
+def test_vits_without_a_position_for_every_patch_are_refused(options, reason):
+    with pytest.raises(SettingsError, match=rf"{MAE}.*{reason}"):
+        ijepa_zoo.encode_visible(make(MAE, **options), IMAGES)
+
+
+def test_sizes_that_timm_cannot_build_are_refused():
+    with pytest.raises(SettingsError, match=DINOV2):
+        build_networks(change(CONFIG, model={"num_heads": None, "embed_dim": 25}))
+
+
+def test_learned_positions_and_tokens_have_no_weight_decay():
+    model = build_networks(CONFIG)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model.encoder, model.predictor)
+    encoder, predictor, *exempt = (
+        {names[parameter] for parameter in group["params"]} for group in optimizer.param_groups
+    )
+    tokens = {f"encoder.{name}" for name in ("pos_embed", "cls_token", "reg_token")}
+    assert tokens <= exempt[0]
+    assert not tokens & encoder
+    assert "predictor.mask_token" in predictor
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("other") / "run"
+    pretrain(CONFIG, pictures(), folder, progress=False)
+    return folder
+
+
+def test_a_run_stopped_and_resumed_equals_an_uninterrupted_one(run, tmp_path, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        after_updates(patch, 6, stop)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(CONFIG, pictures(), tmp_path / "run", progress=False)
+    pretrain(CONFIG, pictures(), tmp_path / "run", progress=False)
+    assert same_state(run, tmp_path / "run")
+    first = build_networks(CONFIG).encoder.state_dict()
+    trained = state(run)[0]
+    for name in ("pos_embed", "cls_token", "reg_token", "blocks.1.ls1.gamma", "norm.weight"):
+        assert not torch.equal(trained[f"encoder.{name}"], first[name])
+        assert not torch.equal(trained[f"target_encoder.{name}"], first[name])
+
+
+@torch.no_grad()
+def test_stock_timm_opens_the_export(run):
+    stock = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True).eval()
+    assert stock.pretrained_cfg["architecture"] == DINOV2
+    assert stock.pretrained_cfg["mean"] == list(CONFIG.data.mean)
+    assert stock.patch_embed.img_size == (64, 64)
+    trained = state(run)[0]
+    assert stock.state_dict().keys() == {
+        name.removeprefix("target_encoder.") for name in trained if name.startswith("target")
+    }
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(tensor, trained[f"target_encoder.{name}"]), name
+    tokens = stock.forward_features(IMAGES)[:, 5:]
+    assert_close(stock(IMAGES), tokens.mean(1))
+    for location in (run, run / "export"):
+        ours = ijepa_zoo.create_model(f"local-dir:{location}").eval()
+        assert torch.equal(ours.encode(IMAGES), tokens)
+        assert_close(ijepa_zoo.FeatureExtractor(ours)(IMAGES), tokens.mean(1))
+    context = ijepa_zoo.create_model(f"local-dir:{run}", network="encoder")
+    assert torch.equal(context.cls_token, trained["encoder.cls_token"])
+    assert "context" not in ours.weights_origin
+    larger = ijepa_zoo.create_model(f"local-dir:{run}", img_size=96)
+    assert larger.pos_embed.shape == (1, 144, 24)
+
+
+def test_the_export_brings_all_three_networks_to_a_new_run(run, tmp_path, caplog):
+    trained = state(run)[0]
+    for init in (run, run / "export", f"local-dir:{run / 'export'}"):
+        model = build_networks(CONFIG, init)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, trained[name]), name
+    assert "predictor is new" not in caplog.text
+    named = change(CONFIG, model={"name": f"local-dir:{run / 'export'}"})
+    assert build_networks(named).encoder.reg_token.shape == (1, 4, 24)
+    short = change(CONFIG, optim={"duration": "1 steps", "warmup": "0 steps"})
+    pretrain(short, pictures(), tmp_path, init=run / "export", progress=False)
+    larger = build_networks(change(CONFIG, model={"img_size": 96}), run / "export")
+    assert larger.encoder.pos_embed.shape == (1, 144, 24)
+    with pytest.raises(CheckpointError, match="num_heads"):
+        build_networks(change(CONFIG, model={"num_heads": 4}), run)
+    with pytest.raises(CheckpointError, match="cls_token"):
+        build_networks(change(CONFIG, model={"name": "vit_nano8_64_ijepa"}), run / "export")
+
+
+def test_exports_are_copied_and_other_formats_are_refused(run, tmp_path):
+    export_run(run, tmp_path / "encoder", to="timm", network="encoder")
+    stock = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
+    assert torch.equal(stock.reg_token, state(run)[0]["encoder.reg_token"])
+    ijepa_zoo.export(run / "export", tmp_path / "again")
+    for file in ("model.safetensors", "networks/predictor.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (run / "export" / file).read_bytes()
+    for to in ("transformers", "official"):
+        with pytest.raises(CheckpointError, match=DINOV2):
+            export_run(run, tmp_path / to, to=to)
+    with pytest.raises(CheckpointError, match="ls1"):
+        ijepa_zoo.export(make(MAE, init_values=0.1), tmp_path / "other")
+
+
+def test_the_mask_picture_knows_the_grid(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(run, tmp_path / "run")
+    assert plot_run(tmp_path / "run")
+
+
+# --- weights of timm
+
+
+def test_a_vit_of_timm_starts_both_encoders_with_its_class_token(tmp_path, monkeypatch, caplog):
+    vit, create = make(DINOV2, img_size=48, num_classes=5), timm.create_model
+    timm.models.save_for_hf(vit, tmp_path, model_args={**SIZES, "img_size": 48, "num_classes": 5})
+
+    def create_model(name, **options):  # the released weights, without a connection
+        name = f"local-dir:{tmp_path}" if name == f"{DINOV2}.lvd142m" else name
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    torch.save(vit.state_dict(), tmp_path / "own.pth")
+    for init in (tmp_path, f"local-dir:{tmp_path}", f"{DINOV2}.lvd142m", tmp_path / "own.pth"):
+        model = build_networks(CONFIG, init)
+        for encoder in (model.encoder, model.target_encoder):
+            assert torch.equal(encoder.cls_token, vit.cls_token)
+            assert torch.equal(encoder.norm.weight, vit.norm.weight)
+            assert encoder.pos_embed.shape == (1, 64, 24)
+    assert caplog.text.count("predictor is new") == 4
+    assert "class token" not in caplog.text
+    with pytest.raises(CheckpointError, match="num_heads"):
+        build_networks(change(CONFIG, model={"num_heads": 4}), tmp_path)
+
+
+# --- several processes
+
+TRAIN = """
+import sys
+import torch
+import ijepa_zoo
+from ijepa_zoo.distributed import Distributed, init_distributed
+from ijepa_zoo.masks import MultiBlockMasks
+from ijepa_zoo.train.config import RuntimeConfig
+from ijepa_zoo.train.optim import make_optimizer, set_rates
+from ijepa_zoo.train.parallel import parallelize
+
+# widths that fill vector registers: the CPU's kernels round odd elements differently
+SIZES = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4)
+
+def train(distributed, **runtime):
+    torch.manual_seed(0)
+    model = ijepa_zoo.create_ijepa("vit_small_patch14_reg4_dinov2", pretrained=False,
+                                   predictor_embed_dim=32, predictor_depth=2, **SIZES).train()
+    module = parallelize(model, RuntimeConfig(**runtime), distributed, "fp32")
+    optimizer = make_optimizer(model.encoder, model.predictor)
+    masks = MultiBlockMasks(model.predictor.grid_size, min_keep=3)
+    share = 8 // distributed.world_size
+    part = slice(distributed.rank * share, (distributed.rank + 1) * share)
+    for step in range(3):
+        images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        context, targets = masks.sample(8, seed=0, step=step, part=part, group_size="global")
+        optimizer.zero_grad()
+        module(images[part], context, targets).backward()
+        set_rates(optimizer, lr=1e-3, weight_decay=0.1)
+        optimizer.step()
+        model.update_target(0.9)
+    with torch.no_grad():  # as a monitor does
+        tokens = model.target_encoder.encode(images)
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p
+             for n, p in model.named_parameters()}
+    return {"tokens": tokens, **{n: p.detach().clone() for n, p in whole.items()}}
+"""
+TRAIN_TWO = (
+    TRAIN
+    + """
+with init_distributed("cpu", 60) as distributed:
+    results = {parallel: train(distributed, parallel=parallel) for parallel in ("ddp", "fsdp2")}
+    if distributed.rank == 0:
+        torch.save(results, sys.argv[1])
+"""
+)
+
+
+def test_two_processes_equal_one(tmp_path):
+    several_processes.run(TRAIN_TWO, 2, tmp_path / "results.pt")
+    space = {}
+    exec(TRAIN, space)
+    one = space["train"](space["Distributed"]())
+    for parallel, two in torch.load(tmp_path / "results.pt").items():
+        assert one.keys() == two.keys()
+        for name in one:
+            assert_close(two[name], one[name], rtol=0, atol=1e-6, msg=f"{parallel} {name}")
