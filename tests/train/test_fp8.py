@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import several_processes
 import torch
-from small_run import CONFIG, after_updates, change, pictures, rows
+from small_run import CONFIG, after_updates, change, pictures, rows, state
 from test_parallel import TRAIN_MANY, alone, largest_difference
 
 import ijepa_zoo
@@ -15,7 +15,6 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import MissingPackageError, SettingsError
 from ijepa_zoo.train import Interrupted, Trainer, dry_run, pretrain
-from ijepa_zoo.train.checkpoint import read_checkpoint
 from ijepa_zoo.train.config import RuntimeConfig
 from ijepa_zoo.train.monitor import Monitor
 from ijepa_zoo.train.parallel import parallelize
