@@ -30,7 +30,7 @@ from .data import Batch, open_training_images
 from .export import export_run, exported_step
 from .flops import peak_flops, training_flops
 from .folder import open_folder, reconcile_settings, run_precision
-from .logger import Meter, RunLogger, read_log
+from .logger import Meter, RunLogger, check_log_targets, read_log
 from .monitor import CollapseWatch, Monitor, total_norm, update_norms
 from .trainer import NonFiniteLossError, StepResult, Trainer
 
@@ -94,6 +94,7 @@ def pretrain(
         NonFiniteLossError: Loss or gradient is not finite, more often than `skip_nonfinite`.
         Interrupted: The run was stopped and saved.
     """
+    check_log_targets(config.log)
     source = _branched_run(init) if resume_optimizer is not None else None
     with stop_signals() as received, ExitStack() as stack:
         if config.runtime.threads:
@@ -309,14 +310,10 @@ class Loop:
         return steps_of(text, batch_size=self.config.optim.batch_size, images=images)
 
     def _meter(self) -> Meter:
-        device, optim = self.distributed.device, self.config.optim
-        return Meter(
-            optim.batch_size,
-            self.trainer.schedule.epoch_steps,
-            training_flops(self.config),
-            peak_flops(device, optim.precision),
-            self.distributed.world_size,
-        )
+        optim, epoch_steps = self.config.optim, self.trainer.schedule.epoch_steps
+        peak = peak_flops(self.distributed.device, optim.precision)
+        flops = training_flops(self.config) if peak else 0.0
+        return Meter(optim.batch_size, epoch_steps, flops, peak, self.distributed.world_size)
 
     def _check_broken(self, broken: int) -> None:
         """Stop when too many images cannot be decoded; the first epoch counts as a whole."""
