@@ -319,7 +319,7 @@ def _wandb_run(folder: Path, config: PretrainConfig) -> Any:
             id=id_file.read_text(encoding="ascii"),
             resume="allow",
             config=config.model_dump(mode="json"),
-            dir=folder,
+            dir=str(folder),
         )
     except wandb.Error as error:
         raise SettingsError(

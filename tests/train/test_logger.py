@@ -191,14 +191,21 @@ def test_wandb_has_settings_and_rows_and_keeps_its_id(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     runs, logged = [], []
-    start, log = wandb.init, wandb.Run.log
+    init = wandb.init
 
-    def recorded(self, data, step=None):
-        logged.append((step, data["loss"]))
-        return log(self, data, step=step)
+    def recorded(**options):
+        run = init(**options)
+        log = run.log
 
-    monkeypatch.setattr(wandb, "init", lambda **kw: runs.append(start(**kw)) or runs[-1])
-    monkeypatch.setattr(wandb.Run, "log", recorded)
+        def log_both(data, step):
+            logged.append((step, data["loss"]))
+            log(data, step=step)
+
+        run.log = log_both
+        runs.append(run)
+        return run
+
+    monkeypatch.setattr(wandb, "init", recorded)
     folder = tmp_path / "first"
     folder.mkdir()
     write(folder, range(3), to=("csv", "wandb"))

@@ -12,6 +12,7 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError, ImageError, RunError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import Interrupted, NonFiniteLossError, Trainer, export_run, plot_run, pretrain
+from ijepa_zoo.train.logger import read_log
 
 IMAGES = pictures()
 
@@ -308,6 +309,15 @@ def test_signal_before_the_first_step_stops_there(tmp_path, monkeypatch):
 def test_patches_must_fill_the_image():
     with pytest.raises(ValueError, match=r"img_size \(50, 50\)"):
         Trainer(change(CONFIG, model={"img_size": 50}), open_images(IMAGES))
+
+
+def test_rows_are_means_over_their_steps(whole, tmp_path):
+    train(tmp_path, change(CONFIG, log={"log_every": 3, "monitor_every": 100}))
+    for name in ("loss", "regularizer", "mask-A"):
+        single = np.array([float(row[name]) for row in rows(whole)])
+        means = [float(row[name]) for row in rows(tmp_path)]
+        assert means == pytest.approx(single.reshape(3, 3).mean(1), rel=1e-6)
+    assert all(0 < row["data_wait"] < 1 for row in read_log(tmp_path))
 
 
 def test_the_regularizers_part_of_the_loss_is_logged(whole, tmp_path):
