@@ -29,7 +29,8 @@ def rankme(features: Tensor) -> float:
         SettingsError: `features` is not two-dimensional, or has fewer than two rows.
     """
     singular = torch.linalg.svdvals(_checked(features))
-    p = singular / singular.sum() + 1e-7
+    total = singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)  # constant features
+    p = singular / total + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
 
 
@@ -121,4 +122,6 @@ def _checked(features: Tensor) -> Tensor:
         raise SettingsError(
             f"features have shape {tuple(features.shape)}; they must be [n, D] with n >= 2"
         )
+    if features.device.type == "mps":  # has no float64
+        features = features.cpu()
     return features.detach().double()

@@ -30,7 +30,7 @@ from .parallel import own_part
 
 ResumeFrom = int | Literal["latest", "previous"]
 
-LAST_SAVED = "last_checkpoint.txt"  # beside the folder, so that a folder that is moved is missed
+LAST_SAVED = "last_checkpoint.txt"  # beside the folder, so that moved checkpoints are detected
 _NAME = re.compile(r"step-(\d{9,})")
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _WRITE_TIMEOUT = timedelta(minutes=30)  # until the slowest disk has written
@@ -99,6 +99,16 @@ class CheckpointManager:
 
         return self._distributed.run_on_main(select)
 
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, which a resumed run does again."""
+
+        def delete() -> None:
+            for saved in checkpoint_steps(self.folder):
+                if saved > step:
+                    _delete(checkpoint_path(self.folder, saved))
+
+        self._distributed.run_on_main(delete)
+
     def load(
         self, step: int, tensors: Mapping[str, Tensor], folder: Path | None = None
     ) -> dict[str, Any]:
@@ -133,7 +143,7 @@ class CheckpointManager:
                 manifest[_STATE] = _entry(partial / _STATE)
                 _finish(partial, target, manifest)
                 (self.folder.parent / LAST_SAVED).write_text(str(step), encoding="utf-8")
-                _delete_old(self.folder, step, self.keep, self.keep_every)
+                _delete_old(self.folder, self.keep, self.keep_every)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)  # make room
             reason = error.strerror or str(error).splitlines()[0]
@@ -237,7 +247,10 @@ def verify(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             return f"{file} is missing"
-        matches = _entry(file) == manifest[name]
+        try:
+            matches = _entry(file) == manifest[name]
+        except OSError as error:  # a disk that cannot read it
+            return f"{file} cannot be read: {error.strerror}"
         return None if matches else f"{file} is damaged: it does not match {_MANIFEST}"
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -293,8 +306,8 @@ def _check_shapes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     if names:
         differences = [f"{name} {stored.get(name)} instead of {wanted.get(name)}" for name in names]
         raise CheckpointError(
-            f"{folder} has other networks than the settings: {some(differences)}; use the settings "
-            "of its run, or another folder"
+            f"{folder} does not match the networks of the settings: {some(differences)}; use the "
+            "settings of its run, or another folder"
         )
 
 
@@ -327,11 +340,9 @@ def _finish(partial: Path, target: Path, manifest: dict[str, Any]) -> None:
     _sync(target.parent)
 
 
-def _delete_old(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
-    """Delete checkpoints that are not kept, and those after `step`: the run resumed before them."""
+def _delete_old(folder: Path, keep: int, keep_every: int | None) -> None:
     steps = checkpoint_steps(folder)
-    past = [saved for saved in steps if saved <= step]
-    kept = {*past[-keep:], *(saved for saved in past if keep_every and saved % keep_every == 0)}
+    kept = {*steps[-keep:], *(saved for saved in steps if keep_every and saved % keep_every == 0)}
     for saved in steps:
         if saved not in kept:
             _delete(checkpoint_path(folder, saved))

@@ -24,7 +24,7 @@ from ..errors import SettingsError
 from ..models.predictor import PREDICTORS
 from . import official
 
-_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(step|epoch|image)s?")
+_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(step|epoch|image)s?", re.ASCII)
 _RECIPES = Path(__file__).with_name("recipes")
 _FREE = ("log.", "runtime.", "data.max_broken")  # the weights do not depend on these
 _RENAMED = {"machine.": "runtime.", "mask.cut": "mask.group_size"}  # names in version 0.1

@@ -113,9 +113,7 @@ def dry_run(
     with init_distributed(config.runtime.device, config.runtime.timeout) as distributed:
         images = open_training_images(config, data)
         trainer = Trainer(config, images, distributed, init=init)
-        started = time.perf_counter()
-        batch = trainer.data[0]
-        reading = time.perf_counter() - started
+        batch, reading = trainer.data[0], _reading_seconds(trainer)
         group = config.group_size * config.mask.per_image
         largest = largest_masks(trainer.masks, group, config.seed)
         typical = typical_masks(trainer.masks, group, config.seed)
@@ -164,6 +162,17 @@ def _update_seconds(trainer: Trainer, batch: Batch, masks: Masks) -> float:
     one, parts = measure(1), trainer.data.per_step
     further = max(0.0, measure(2) - one) if parts > 1 else 0.0
     return one + (parts - 1) * further
+
+
+def _reading_seconds(trainer: Trainer) -> float:
+    """Seconds in which a loader process reads a micro-batch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader process
+    started = time.perf_counter()
+    for number in range(_TIMED):
+        trainer.data[number]
+    torch.set_num_threads(threads)
+    return (time.perf_counter() - started) / _TIMED
 
 
 def _timed_update(trainer: Trainer, batch: Batch, masks: Masks, parts: int) -> float:

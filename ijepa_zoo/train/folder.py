@@ -71,7 +71,7 @@ def open_folder(out: str | Path, data: Any, distributed: Distributed, stack: Exi
 def reconcile_settings(
     out: Path, config: PretrainConfig, images: ImageDataset, source: Path | None
 ) -> PretrainConfig:
-    """Write settings and images into the folder, or compare them with those of its checkpoints.
+    """Compare settings and images with those of the checkpoints in the folder, if there are any.
 
     Args:
         out: The run's folder.
@@ -86,18 +86,34 @@ def reconcile_settings(
         RunError: The folder has a run with other settings or images, or lost its checkpoints.
     """
     check_destination(out / "export", WRITTEN, overwrite=True)
-    data = {"images": len(images), "fingerprint": images.fingerprint()}
     if checkpoint_steps(out / "checkpoints"):
         before = read_settings(out)
-        config = _extended(config, before, images)
-        _check_settings(out, config, before, images)
-        _check_images(out, data)
+        _check_images(out, _identity(images))
+        before_steps = _steps(before, len(images))
+        config = _extended(config, before, before_steps, len(images))
+        _check_settings(out, config, before, before_steps, len(images))
     else:
         _check_not_lost(out)
-        config = _extended(config, read_settings(source) if source else config, images)
-    write_text(out / _SETTINGS, dump_config(config))
-    write_text(out / _DATA, json.dumps(data))
+        before, count = config, len(images)
+        if source is not None:
+            before = read_settings(source)
+            count = _read_identity(source)["images"] if config.optim.extend else count
+        config = _extended(config, before, _steps(before, count), len(images))
     return config
+
+
+def write_settings(out: Path, config: PretrainConfig, images: ImageDataset) -> None:
+    """Write the settings and what identifies the images into a run's folder."""
+    _write(out / _SETTINGS, dump_config(config))
+    _write(out / _DATA, json.dumps(_identity(images)))
+
+
+def same_images(one: Path, other: Path) -> bool:
+    """Whether two runs have the same images."""
+    try:
+        return (one / _DATA).read_bytes() == (other / _DATA).read_bytes()
+    except OSError:  # lost
+        return False
 
 
 def run_precision(out: Path, config: PretrainConfig, distributed: Distributed) -> PretrainConfig:
@@ -129,7 +145,7 @@ def read_settings(run: Path) -> PretrainConfig:
         raise RunError(f"{path} is damaged: {error}") from error
 
 
-def write_text(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -142,9 +158,12 @@ def write_text(path: Path, text: str) -> None:
 
 def _check_not_lost(out: Path) -> None:
     """Refuse to start over in the folder of a run whose checkpoints were moved away."""
+    if (out / _SETTINGS).exists():
+        read_settings(out)  # runs of 0.1 are refused
     found = "an export" if (out / "export").exists() else None
     if (out / LAST_SAVED).exists():
-        found = f"a checkpoint of step {(out / LAST_SAVED).read_text(encoding='utf-8')}"
+        step = (out / LAST_SAVED).read_text(encoding="utf-8", errors="replace")
+        found = f"a checkpoint of step {step}"
     if found is not None:
         raise RunError(
             f"{out} had {found} but has no checkpoints: move them back to {out / 'checkpoints'}, "
@@ -153,11 +172,11 @@ def _check_not_lost(out: Path) -> None:
 
 
 def _check_settings(
-    out: Path, config: PretrainConfig, before: PretrainConfig, images: ImageDataset
+    out: Path, config: PretrainConfig, before: PretrainConfig, before_steps: int, images: int
 ) -> None:
     """Refuse changes of what the result depends on, except a longer run with `optim.extend`."""
-    longer, advice = _steps(config, images) > _steps(before, images), ""
-    if longer and config.optim.extended_from == _extended_from(before.optim):
+    longer, advice = _steps(config, images) > before_steps, ""
+    if longer and config.optim.extended_from == _extended_from(before.optim, before_steps):
         length = ("duration", "extend", "extended_from")
         before = override(before, **{f"optim.{n}": getattr(config.optim, n) for n in length})
     elif longer and config.optim.extend is None:
@@ -169,40 +188,50 @@ def _check_settings(
         )
 
 
-def _check_images(out: Path, data: dict[str, Any]) -> None:
+def _identity(images: ImageDataset) -> dict[str, Any]:
+    return {"images": len(images), "fingerprint": images.fingerprint()}
+
+
+def _read_identity(run: Path) -> dict[str, Any]:
+    path = run / _DATA
     try:
-        before = json.loads((out / _DATA).read_text(encoding="utf-8"))
-        count, fingerprint = before["images"], before["fingerprint"]
+        identity = json.loads(path.read_text(encoding="utf-8"))
+        return {"images": int(identity["images"]), "fingerprint": str(identity["fingerprint"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{out / _DATA}, which names the images of the run, is missing or damaged: use another "
-            "folder for a new run"
+            f"{path}, which identifies the images of the run, is missing or damaged: restore it, "
+            f"or continue the run in another folder with --init {run} --resume-optimizer"
         ) from error
-    if fingerprint != data["fingerprint"]:
+
+
+def _check_images(out: Path, identity: dict[str, Any]) -> None:
+    before = _read_identity(out)
+    if before["fingerprint"] != identity["fingerprint"]:
         raise RunError(
-            f"{out} was trained on other images ({count} then, {data['images']} now, or other "
-            "names): use the same images to resume it, or another folder for a new run"
+            f"{out} was trained on other images ({before['images']} then, {identity['images']} "
+            "now, or other names): use the same images to resume it, or another folder for a new "
+            "run"
         )
 
 
-def _steps(config: PretrainConfig, images: ImageDataset) -> int:
-    count = len(images) - config.data.held_out
+def _steps(config: PretrainConfig, images: int) -> int:
+    count = images - config.data.held_out
     return steps_of(config.optim.duration, batch_size=config.optim.batch_size, images=count)
 
 
-def _extended_from(optim: OptimConfig) -> tuple[str, ...]:
-    """`optim.extended_from` of a run that is extended from these settings."""
-    last = f"{optim.duration} {optim.extend}" if optim.extended_from else optim.duration
+def _extended_from(optim: OptimConfig, steps: int) -> tuple[str, ...]:
+    """`optim.extended_from` of a run that is extended from these settings, after `steps` steps."""
+    last = f"{steps} steps {optim.extend}" if optim.extended_from else f"{steps} steps"
     return (*optim.extended_from, last)
 
 
 def _extended(
-    config: PretrainConfig, before: PretrainConfig, images: ImageDataset
+    config: PretrainConfig, before: PretrainConfig, before_steps: int, images: int
 ) -> PretrainConfig:
     """Complete `optim.extended_from`; `optim.extend` is dropped where nothing is extended."""
     extend, ends = config.optim.extend, config.optim.extended_from
     if extend and ends in ((), before.optim.extended_from):
-        longer = _steps(config, images) > _steps(before, images)
-        ends = _extended_from(before.optim) if longer else before.optim.extended_from
+        longer = _steps(config, images) > before_steps
+        ends = _extended_from(before.optim, before_steps) if longer else before.optim.extended_from
     changes = {"optim.extended_from": ends, "optim.extend": extend if ends else None}
     return override(config, **changes)

@@ -173,8 +173,10 @@ class Meter:
 
         Loss, regularizer, numbers of tokens and times are means, other values those of the last
         step. `data_wait` is the share of the time spent waiting for data, `mfu` the achieved share
-        of the devices' peak FLOP/s.
+        of the devices' peak FLOP/s. Empty if all steps were skipped.
         """
+        if not self._steps:
+            return {}
         values = dict(self._steps[-1])
         for name in _MEANS:
             if name in values:
@@ -201,7 +203,10 @@ def check_log_targets(log: LogConfig) -> None:
         MissingPackageError: One of them is not.
     """
     for name in log.to:
-        if name != "csv" and importlib.util.find_spec(name) is None:
+        if name == "csv":
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a folder of that name is no package
             raise MissingPackageError(f"log.to={name} needs {name}: pip install {name}")
 
 
@@ -250,7 +255,7 @@ def _read_events(path: Path) -> list[dict[str, Any]]:
             event["step"], event["kind"] = int(event["step"]), str(event["kind"])
             if event["kind"] == "initial":
                 event["metrics"] = {k: float(v) for k, v in event["metrics"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise _damaged(path, number, line) from error
         events.append(event)
     return events

@@ -65,6 +65,7 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
             ) from error
     if encoder is not None:
         _start_from(model, *encoder)
+        _compare_normalization(config, encoder[1])
     channels = model.encoder.patch_embed.proj.in_channels
     for key in ("mean", "std"):
         values = getattr(config.data, key)
@@ -79,6 +80,17 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
         )
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
     return model
+
+
+def _compare_normalization(config: PretrainConfig, networks: Networks) -> None:
+    """Warn when weights were trained with pixels of another normalization."""
+    theirs = {key: networks.preprocessing.get(key) for key in ("mean", "std")}
+    ours = {"mean": config.data.mean, "std": config.data.std}
+    if any(value is not None and tuple(value) != ours[key] for key, value in theirs.items()):
+        changes = " ".join(
+            f"data.{key}={','.join(map(str, value))}" for key, value in theirs.items() if value
+        )
+        _log.warning("%s had another normalization of pixels: use %s", networks.origin, changes)
 
 
 def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | None]:
@@ -111,7 +123,13 @@ def _encoder_alone(
         source = f"{FOLDER_PREFIX}{init}" if Path(init).is_dir() else str(init)
         vit = timm.create_model(source, pretrained=True, num_classes=0)
         check_encoder(vit)
-        networks = Networks(f"timm's {init}", {}, "timm", args={"num_heads": load.num_heads(vit)})
+        networks = Networks(
+            f"timm's {init}",
+            {},
+            "timm",
+            args={"num_heads": load.num_heads(vit)},
+            pretrained_cfg=vit.pretrained_cfg,
+        )
         state = _without_pooling(vit.state_dict())
     else:
         model, _, tag = name.partition(".")

@@ -134,7 +134,7 @@ def _linear(first: float, final: float, progress: float) -> float:
 def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.AdamW:
     """AdamW (betas 0.9 and 0.999, eps 1e-8) over context encoder and predictor.
 
-    The four groups stand in the official order (encoder, predictor; then biases and 1-D
+    The four groups are in the official order (encoder, predictor; then biases and 1-D
     parameters of both, which have no weight decay), so optimizer states keep their indices. Neither
     have learned positions, class and register tokens; I-JEPA encoders have none of these.
     Learning rate and weight decay are set before every update by `set_rates`. The state is made

@@ -25,7 +25,7 @@ class Regularizer(nn.Module, ABC):
             what varies within images counts.
 
     Attributes:
-        step: Number of the update, set by the trainer; for terms that draw random numbers.
+        seed: Set by the trainer for every step; for terms that draw random numbers.
         value: The weighted term of the last forward pass, a scalar, for the log.
 
     Raises:
@@ -37,7 +37,7 @@ class Regularizer(nn.Module, ABC):
         if over not in get_args(Over):
             raise SettingsError(f"over is {over!r}; it must be one of {', '.join(get_args(Over))}")
         self.weight, self.over = weight, over
-        self.step = 0
+        self.seed = 0
         self.value = torch.zeros(())
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class IsotropicGaussian(Regularizer):
 
     def term(self, samples: Tensor) -> Tensor:
         """See the class."""
-        directions = standard_normal((samples.shape[1], self.directions), self.step, samples.device)
+        directions = standard_normal((samples.shape[1], self.directions), self.seed, samples.device)
         directions = directions / directions.norm(dim=0)
         points = torch.linspace(-5, 5, 17, device=samples.device)
         normal = torch.exp(-0.5 * points.square())

@@ -22,15 +22,21 @@ import torch
 from tqdm import tqdm
 
 from ..distributed import init_distributed
-from ..errors import CheckpointError, ImageError, SettingsError
+from ..errors import CheckpointError, DataError, SettingsError
 from ..progress import progress_bar
 from .checkpoint import CheckpointManager, ResumeFrom, checkpoint_steps, select_checkpoint
 from .config import PretrainConfig, steps_of
 from .data import Batch, open_training_images
 from .export import export_run, exported_step
 from .flops import peak_flops, training_flops
-from .folder import open_folder, reconcile_settings, run_precision
-from .logger import Meter, RunLogger, check_log_targets, read_log
+from .folder import (
+    open_folder,
+    reconcile_settings,
+    run_precision,
+    same_images,
+    write_settings,
+)
+from .logger import Meter, RunLogger, check_log_targets, read_initial, read_log
 from .monitor import CollapseWatch, Monitor, total_norm, update_norms
 from .trainer import NonFiniteLossError, StepResult, Trainer
 
@@ -109,11 +115,12 @@ def pretrain(
             resolved = run_precision(out, config, distributed)
             return reconcile_settings(out, resolved, images, source)
 
-        config = distributed.run_on_main(reconcile)
+        config = distributed.run_on_main(reconcile)  # written when everything else fits
         checkpoints = _checkpoint_manager(out, config, len(images), distributed)
         step = checkpoints.select(resume_from)
         fresh = step is None and source is None
         trainer = Trainer(config, images, distributed, init=init if fresh else None)
+        distributed.run_on_main(lambda: write_settings(out, config, images))
         loop = Loop(trainer, checkpoints, out, skip_nonfinite, progress)
         if step is not None:
             loop.resume(step)
@@ -167,6 +174,7 @@ class Loop:
     def resume(self, step: int) -> None:
         """Load a checkpoint of this run that was verified."""
         self.extra = self.checkpoints.load(step, self.trainer.tensors())
+        self.checkpoints.delete_after(step)
         self.trainer.step = self.saved = step
         finished = step >= self.trainer.schedule.steps
         self._print(f"{self.out} is finished" if finished else f"resuming after step {step}")
@@ -195,6 +203,8 @@ class Loop:
                 f"which {source} is continued: use a longer one, or an earlier checkpoint"
             )
         self.extra = self.checkpoints.load(step, self.trainer.tensors(), folder)
+        if not same_images(source, self.out):
+            self.extra["initial"] = {}  # metrics of other images
         self.trainer.step = step
         self._save()
         self.checkpoints.wait()
@@ -214,14 +224,14 @@ class Loop:
         monitor, broken = trainer.monitor()
         if self.distributed.is_main:
             self.broken_images.write(broken)
-        with ExitStack() as stack:
+        with self._finished_saves(), ExitStack() as stack:
             logger = None
             if self.distributed.is_main:
                 logger = stack.enter_context(RunLogger(self.out, trainer.step, self.config))
             if trainer.step == 0:
                 self.extra["initial"] = monitor.measure(trainer.model, self.distributed)
-                if logger is not None:
-                    logger.initial(self.extra["initial"])
+            if logger is not None and self.extra["initial"] and not read_initial(self.out):
+                logger.initial(self.extra["initial"])
             bar = progress_bar(self.progress, steps, self.out.name, "step", trainer.step)
             metrics = self._steps(received, monitor, logger, stack.enter_context(bar))
             if logger is not None and trainer.step == steps:
@@ -230,12 +240,22 @@ class Loop:
             self._save()
         self.checkpoints.wait()
 
+    @contextmanager
+    def _finished_saves(self) -> Iterator[None]:
+        """After an error wait for the save that is being written, unless for lost processes."""
+        try:
+            yield
+        except BaseException:
+            if self.distributed.world_size == 1:
+                self.checkpoints.wait()
+            raise
+
     def _steps(
         self, received: list[int], monitor: Monitor, logger: RunLogger | None, bar: Any
     ) -> dict[str, float]:
         """Do the steps that are left; return the last metrics of the monitor."""
         trainer, every = self.trainer, self.config.log
-        save_every = max(1, self._duration(every.save_every))
+        save_every, keep_every = self._duration(every.save_every), self.checkpoints.keep_every
         watch = CollapseWatch(self.extra["initial"])
         if logger is not None:
             watch.replay(read_log(self.out))
@@ -249,26 +269,27 @@ class Loop:
             self.broken_images.note(micro_batches)
             result = self._train_step(micro_batches, bool(received), logger)
             bar.update()
-            if result is None:
-                continue
-            meter.update(result.metrics, time.perf_counter() - started, waited)
-            self._check_broken(result.broken)
+            if result is not None:
+                meter.update(result.metrics, time.perf_counter() - started, waited)
+                self._check_broken(result.broken)
             step, last = trainer.step, trainer.step == trainer.schedule.steps
             row = {}
             if step % every.log_every == 0 or last:
-                row = meter.row(step) | update_norms(trainer.model, trainer.optimizer)
+                row = meter.row(step)
+                if row:
+                    row |= update_norms(trainer.model, trainer.optimizer)
             if step % every.monitor_every == 0 or last:
                 measured = monitor.measure(trainer.model, self.distributed)
-                row = (row or meter.row(step)) | measured
+                row = {"step": step - 1.0, **(row or meter.row(step)), **measured}
             if row and logger is not None:
                 logger.write(row)
-                for warning in watch.update(step - 1, row):
+                for warning in watch.update(step, row):
                     logger.event(step - 1, "warning", warning)
                 shown |= {name: f"{row[key]:.4g}" for name, key in _BAR.items() if key in row}
                 bar.set_postfix(shown, refresh=False)
-            if step % save_every == 0:
+            if step % save_every == 0 or (keep_every and step % keep_every == 0):
                 self._save()
-            if result.stop:
+            if result is not None and result.stop:
                 break
         return measured
 
@@ -307,7 +328,7 @@ class Loop:
 
     def _duration(self, text: str) -> int:
         images = len(self.trainer.train_indices)
-        return steps_of(text, batch_size=self.config.optim.batch_size, images=images)
+        return max(1, steps_of(text, batch_size=self.config.optim.batch_size, images=images))
 
     def _meter(self) -> Meter:
         optim, epoch_steps = self.config.optim, self.trainer.schedule.epoch_steps
@@ -321,7 +342,7 @@ class Loop:
         trainer, total = self.trainer, self.extra["broken"]
         read = max(trainer.step * self.config.optim.batch_size, len(trainer.train_indices))
         if broken and total > self.config.data.max_broken * read:
-            raise ImageError(
+            raise DataError(
                 f"{total} images could not be decoded until step {trainer.step}, more than "
                 f"data.max_broken={self.config.data.max_broken:g} of {read}: repair or remove "
                 f"those in {self.out}/broken-*.jsonl, or allow more with data.max_broken="
@@ -338,8 +359,11 @@ class _BrokenImages:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        lines = file.read_text(encoding="ascii").splitlines() if file.exists() else []
-        self.named = {json.loads(line)["image"] for line in lines if line.endswith("}")}
+        text = file.read_text(encoding="ascii") if file.exists() else ""
+        if text and not text.endswith("\n"):  # cut off by a crash
+            text = text[: text.rfind("\n") + 1]
+            file.write_text(text, encoding="ascii")
+        self.named = {json.loads(line)["image"] for line in text.splitlines()}
 
     def note(self, micro_batches: list[Batch]) -> None:
         self.write([broken for batch in micro_batches for broken in batch.broken])

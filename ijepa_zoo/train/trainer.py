@@ -217,7 +217,7 @@ class Trainer:
     def _seed_random_terms(self) -> None:
         self.model.noise_seed = fold(self.config.seed, Stream.POSITIONS, self.step)
         if isinstance(self.model.regularizer, Regularizer):
-            self.model.regularizer.step = self.step
+            self.model.regularizer.seed = fold(self.config.seed, Stream.DIRECTIONS, self.step)
 
     def _regularizer_value(self) -> list[Tensor]:
         regularizer = self.model.regularizer
@@ -331,6 +331,7 @@ class Trainer:
 
 def _advice(lr: float) -> str:
     return (
-        f"; the step was not done: lower optim.lr (now {lr:.2g}), use optim.precision=fp32, or "
+        f"; the step was not done: lower optim.lr ({lr:.2g} in this step), use "
+        "optim.precision=fp32, or "
         "leave out up to N such steps with --skip-nonfinite N"
     )

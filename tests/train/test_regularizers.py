@@ -54,7 +54,7 @@ def test_errors():
 def test_isotropic_gaussian_is_the_epps_pulley_statistic_of_projections():
     samples = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).double() * 1.5
     term = IsotropicGaussian(0.5, "tokens", directions=3)
-    term.step = 4
+    term.seed = 4
     draw = torch.Generator().manual_seed(4)
     directions = torch.randn(5, 3, generator=draw).double().numpy()
     points = np.linspace(-5, 5, 17)
@@ -75,5 +75,5 @@ def test_isotropic_gaussian_prefers_a_standard_normal_and_draws_anew():
     for worse in (0.2 * normal, 3 * normal, normal + 1, normal[..., :1].expand(-1, -1, 8)):
         assert term(worse).item() > 20
     first = term(normal).item()
-    term.step = 1
+    term.seed = 1
     assert term(normal).item() != first

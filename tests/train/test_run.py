@@ -1,5 +1,6 @@
 import json
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from small_run import CONFIG, after_updates, change, pictures, rows, same_state,
 
 import ijepa_zoo
 from ijepa_zoo.data import open_images
-from ijepa_zoo.errors import CheckpointError, ImageError, RunError
+from ijepa_zoo.errors import CheckpointError, DataError, RunError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import Interrupted, NonFiniteLossError, Trainer, export_run, plot_run, pretrain
 from ijepa_zoo.train.logger import read_log
@@ -186,7 +187,7 @@ def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path):
     text = (tmp_path / "goes_on" / "broken-0.jsonl").read_text()
     named = [Path(json.loads(line)["image"]).name for line in text.splitlines()]
     assert sorted(named) == ["07.png", "19.png"]
-    with pytest.raises(ImageError, match=r"broken-\*\.jsonl"):
+    with pytest.raises(DataError, match=r"broken-\*\.jsonl"):
         train(tmp_path / "stops", change(CONFIG, data={"max_broken": 0.0}), str(folder))
 
 
@@ -359,3 +360,95 @@ def test_settings_for_small_data_resume_exactly_and_accumulate(tmp_path, monkeyp
     (batch, *_), *_ = Trainer(config, images).batches()
     assert len(batch.images) * 2 == len(batch.context) == len(batch.targets)
     assert not torch.equal(batch.context[0], batch.context[1])
+
+
+def test_a_broken_image_whose_line_was_cut_off_is_named_again(tmp_path, monkeypatch):
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, picture in enumerate(IMAGES):
+        Image.fromarray(picture).save(images / f"{i:02}.png")
+    (images / "07.png").write_bytes(b"no image")
+    config = change(CONFIG, data={"max_broken": 1.0}, log={"keep": 9})
+    stop_after(monkeypatch, 6, tmp_path / "run", config, images=str(images))
+    file = tmp_path / "run" / "broken-0.jsonl"
+    whole = file.read_bytes()
+    for _ in range(2):
+        file.write_bytes(whole[:-9])
+        train(tmp_path / "run", config, images=str(images), resume_from=4)
+        assert [Path(json.loads(line)["image"]).name for line in file.open()] == ["07.png"]
+
+
+def test_an_error_leaves_no_save_behind(tmp_path, monkeypatch, whole):
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    def slow(*args):
+        time.sleep(1)
+        return write(*args)
+
+    write = FileSystemWriter.write_data
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", slow)
+        after_updates(patch, 5, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000004"]
+    train(tmp_path)
+    assert same_state(tmp_path, whole)
+
+
+def test_after_going_back_and_a_crash_the_log_has_no_gap(tmp_path, monkeypatch, whole):
+    train(tmp_path, change(CONFIG, log={"keep": 9}))
+    with monkeypatch.context() as patch:
+        after_updates(patch, 2, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, resume_from=4)
+    train(tmp_path)
+    assert rows(tmp_path) == rows(whole)
+    assert same_state(tmp_path, whole)
+
+
+def test_checkpoints_are_kept_at_their_own_interval(tmp_path):
+    train(tmp_path, change(CONFIG, log={"keep": 1, "keep_every": "3 steps"}))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000000003", "step-000000006", "step-000000009"]
+
+
+def test_a_skipped_step_is_saved_and_monitored(tmp_path, monkeypatch):
+    original, calls = IJepa.forward, []
+
+    def forward(self, images, context, targets):
+        calls.append(1)
+        loss = original(self, images, context, targets)
+        return loss * float("nan") if len(calls) in (15, 17) else loss  # steps 7 and 8
+
+    monkeypatch.setattr(IJepa, "forward", forward)
+    with pytest.raises(NonFiniteLossError, match="step 8"):  # two in a row
+        train(tmp_path, skip_nonfinite=9)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000000004",
+        "step-000000008",
+    ]
+    assert [row["rankme"] != "" for row in rows(tmp_path)][-1]
+
+
+def test_settings_of_a_damaged_checkpoint_are_not_extended(tmp_path, monkeypatch, whole):
+    train(tmp_path)
+    file = tmp_path / "checkpoints" / "step-000000009" / "__0_0.distcp"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    longer = change(CONFIG, optim={"duration": "12 steps", "extend": "constant"})
+    with pytest.raises(CheckpointError, match="step-000000009"):
+        train(tmp_path, longer)
+    file.write_bytes(content)
+    train(tmp_path)
+    assert same_state(tmp_path, whole)
+
+
+def test_a_log_of_version_0_1_is_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("machine:\n  workers: 2\n")
+    (tmp_path / "log.csv").write_text("epoch,itr,loss\n1,0,0.5\n")
+    with pytest.raises(RunError, match=r"0\.1"):
+        train(tmp_path)
+    assert "0.5" in (tmp_path / "log.csv").read_text()
