@@ -7,6 +7,7 @@ import os
 
 from ..errors import SettingsError
 from ..eval import (
+    evaluate_attentive,
     evaluate_dense_depth,
     evaluate_finetune,
     evaluate_knn,
@@ -32,6 +33,11 @@ _PAIRS = (
 )
 _PROBES = {  # help, layout of the data, options of an example
     "linear": ("linear classifiers on frozen features", _CLASSES, "--data photos --cached"),
+    "attentive": (
+        "attention pooling of patch tokens, then a linear classifier",
+        _CLASSES,
+        "--data photos",
+    ),
     "count": ("number of objects in CLEVR's scenes", _SCENES, "--data scenes:5000,1000 --cached"),
     "depth": (
         "distance of the nearest object; dense depth maps",
@@ -47,6 +53,7 @@ _PROBES = {  # help, layout of the data, options of an example
     ),
 }
 _LINEAR, _TRAINING = ("linear", "count", "depth"), ("finetune",)
+_HEADS = (*_LINEAR, "attentive")
 # Every other option is an argument of the probe's function, with the same name.
 _OWN = {"run", "probe", "interrupted", "memory", "debug", "quiet"}
 _POSITIONAL = ("task", "model", "data", "list", "out")
@@ -98,14 +105,15 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     if name in _LINEAR:
         own.add_argument("--cached", action="store_true",
             help="encode each image once, then train on the features")  # fmt: skip
+    if name in _HEADS:
         own.add_argument("--lrs", type=options.numbers, metavar="LR,LR",
             help="learning rates per 256 images (default: those of the protocol)")  # fmt: skip
         own.add_argument("--wds", type=options.numbers, metavar="WD,WD",
             help="weight decays (default: those of the protocol)")  # fmt: skip
-    if name in (*_LINEAR, "logreg"):
+    if name in (*_HEADS, "logreg"):
         own.add_argument("--with-encoder", action="store_true",
             help="save the encoder beside the chosen head (default: a reference)")  # fmt: skip
-    if name in (*_LINEAR, *_TRAINING):
+    if name in (*_HEADS, *_TRAINING):
         own.add_argument("--epochs", type=positive, metavar="N",
             help="default: those of the paper's protocol")  # fmt: skip
     if name in _TRAINING:
@@ -114,7 +122,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         own.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower")
     model = options.add_model_options(parser)
     model.add_argument("--random", action="store_true", help="random weights, drawn by --seed")
-    if name not in _TRAINING:
+    if name not in (*_TRAINING, "attentive"):
         model.add_argument("--pool", choices=("auto", "avg", "cls", "cls_avg"), default="auto",
             help="pooling of patches and class token (default: auto, the class token if the model "
             "uses it, else the mean over patches)")  # fmt: skip
@@ -133,7 +141,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     run = options.add_run_options(parser, batch)
     run.add_argument("--seed", type=count, default=0, metavar="N", help="default: 0")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
-    smaller = {"knn": "", "logreg": ""} | dict.fromkeys(_LINEAR, "a smaller --batch-size, ")
+    smaller = {"knn": "", "logreg": ""} | dict.fromkeys(_HEADS, "a smaller --batch-size, ")
     smaller |= dict.fromkeys(_TRAINING, "a smaller --micro, --grad-checkpointing, ")
     memory = f"{smaller[name]}a smaller --img-size, --precision bfloat16 or fewer --workers"
     parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME, memory=memory)
@@ -171,6 +179,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         result = evaluate_dense_depth(args.model, args.data, args.out, **given)
     elif args.probe == "logreg":
         result = evaluate_logreg(task, args.model, args.data, args.out, list=args.list, **given)
+    elif args.probe == "attentive":
+        result = evaluate_attentive(task, args.model, args.data, args.out, **given)
     elif args.probe == "finetune":
         result = evaluate_finetune(task, args.model, args.data, args.out, **given)
     elif args.probe == "knn":

@@ -1,6 +1,7 @@
 """The paper's probes: metrics of encoders on labeled data, beside the paper's own."""
 
 from ..errors import DataError, RunError
+from .attentive import evaluate_attentive
 from .dense_depth import evaluate_dense_depth
 from .finetune import evaluate_finetune
 from .knn import evaluate_knn
@@ -22,6 +23,7 @@ __all__ = [
     "RunError",
     "Subject",
     "Task",
+    "evaluate_attentive",
     "evaluate_dense_depth",
     "evaluate_finetune",
     "evaluate_knn",

@@ -199,6 +199,7 @@ class Grid:
     Args:
         heads: The heads by their specs.
         optimizer: Of all their parameters; groups have `base_lr`.
+        autocast: Dtype of the computation; None for float32.
 
     Attributes:
         specs: The specs, in the order of all results.
@@ -206,11 +207,14 @@ class Grid:
     """
 
     def __init__(
-        self, heads: Mapping[HeadSpec, nn.Module], optimizer: torch.optim.Optimizer
+        self,
+        heads: Mapping[HeadSpec, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.specs = list(heads)
         self.modules = nn.ModuleList(heads.values())
-        self.optimizer = optimizer
+        self.optimizer, self.autocast = optimizer, autocast
 
     @property
     def names(self) -> list[str]:
@@ -218,9 +222,15 @@ class Grid:
         return [spec.name for spec in self.specs]
 
     def logits(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """Logits `[B, C]` of each head."""
-        pairs = zip(self.specs, self.modules)
-        return [head(features[spec.representation]) for spec, head in pairs]
+        """Logits `[B, C]` of each head, in float32."""
+        return [self.logits_of(index, features) for index in range(len(self.specs))]
+
+    def logits_of(self, index: int, features: dict[str, Tensor]) -> Tensor:
+        """Logits `[B, C]` of one head, in float32."""
+        rows = features[self.specs[index].representation]
+        with torch.autocast(rows.device.type, self.autocast, enabled=self.autocast is not None):
+            logits: Tensor = self.modules[index](rows)
+        return logits.float()
 
     def step(
         self,
@@ -242,7 +252,7 @@ class Grid:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
-        losses = torch.stack([F.cross_entropy(x.float(), labels) for x in self.logits(features)])
+        losses = torch.stack([F.cross_entropy(x, labels) for x in self.logits(features)])
         self.optimizer.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]
         if distributed is not None and distributed.world_size > 1:
@@ -253,7 +263,7 @@ class Grid:
 
     def predict(self, features: dict[str, Tensor]) -> Tensor:
         """The likeliest classes `[H, B, top]`."""
-        return torch.stack([likeliest(logits.float()) for logits in self.logits(features)])
+        return torch.stack([likeliest(logits) for logits in self.logits(features)])
 
 
 def _average_gradients(head: nn.Module, distributed: Distributed) -> None:
@@ -431,10 +441,9 @@ def choose_and_test(
     val = count_correct(probe, source, feed.validation(), grid.predict, len(grid.specs))
     refuse_undecoded("validation", probe.train, probe.choose, val.total, feed.broken)
     chosen = best_head(val)
-    spec, head = grid.specs[chosen], grid.modules[chosen]
 
     def predict(features: dict[str, Tensor]) -> Tensor:
-        return likeliest(head(features[spec.representation]).float())[None]
+        return likeliest(grid.logits_of(chosen, features))[None]
 
     test = count_correct(probe, source, feed.testing(), predict, 1)
     refuse_undecoded(*tests, test.total, feed.broken)

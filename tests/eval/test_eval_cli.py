@@ -18,6 +18,7 @@ PROBES = {  # the functions of the package, what is passed by position, and furt
     "dense": ("evaluate_dense_depth", ("m", "d", "o"), ["--task", "dense", "--max-depth", "5"]),
     "knn": ("evaluate_knn", ("classes", "m", "d", "o"), []),
     "finetune": ("evaluate_finetune", ("classes", "m", "d", "o"), ["--micro", "4"]),
+    "attentive": ("evaluate_attentive", ("classes", "m", "d", "o"), HEADS),
     "logreg": ("evaluate_logreg", ("classes", "m", "d", "o"), ["--list", "l"]),
 }  # fmt: skip
 
@@ -57,13 +58,12 @@ def test_options_are_arguments_of_the_function(monkeypatch, capsys, probe):
     given |= {"max_depth": 5.0, "depth_scale": None} if probe == "dense" else {}
     given |= {"micro": 4} if probe == "finetune" else {}
     given |= {"list": "l", "per_class": None} if probe == "logreg" else {}
-    if probe in ("linear", "count", "depth"):
+    if own is HEADS:
         given |= {"lrs": (0.1, 0.01), "wds": None, "with_encoder": True}
     assert kwargs.items() >= given.items()
     signature.bind(*args, **kwargs)
-    if name in ("evaluate_linear", "evaluate_knn", "evaluate_logreg"):
-        own = signature.parameters
-        shared = {key: value for key, value in kwargs.items() if key not in own}
+    if name in ("evaluate_linear", "evaluate_attentive", "evaluate_knn", "evaluate_logreg"):
+        shared = {k: v for k, v in kwargs.items() if k not in signature.parameters}
         probes.EvalConfig(model="m", data="d", **shared)
 
 
@@ -154,7 +154,9 @@ def test_another_process_in_the_folder_is_an_error(pictures, tmp_path, capsys):
     assert str(file.parent) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("probe", ["linear", "knn", "finetune", "logreg", "count", "depth"])
+@pytest.mark.parametrize(
+    "probe", ["linear", "attentive", "knn", "finetune", "logreg", "count", "depth"]
+)
 def test_help_shows_layout_and_an_example_that_is_a_command(tmp_path, monkeypatch, capsys, probe):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="0"):
