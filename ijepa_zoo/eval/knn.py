@@ -53,6 +53,8 @@ def evaluate_knn(
 def _run(probe: Probe, source: Source) -> tuple[Result, Path]:
     transform = probe.protocol.view.describe(source.size, train=False)
     protocol = {"ks": list(KS), "temperatures": list(TEMPERATURES), "test_transform": transform}
+    if "layers" in source.settings:
+        protocol["layers"] = source.settings["layers"][-1:]  # `last`
 
     def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
         with probe.bar(0, "neighbors") as bar:

@@ -399,7 +399,7 @@ def make_result(
         chosen=heads[chosen],
         selection=probe.selection,
         heads=[Head(*columns) for columns in zip(heads, on_val, on_test, losses)],
-        protocol={**protocol, **pooling, **probe.few},
+        protocol={**pooling, **protocol, **probe.few},
         data=data_record(probe.train, probe.test),
         images=images,
         seed=probe.seed,

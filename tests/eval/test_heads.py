@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import Lars
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_zoo.eval.linear import HeadSpec, make_grid
 from ijepa_zoo.eval.tasks import Protocol, View
@@ -163,6 +164,23 @@ def test_a_head_that_diverged_has_no_right_answers_and_spoils_no_other():
         one.step(features, labels, 1.0)
     assert (both.predict(features)[1] == -1).all()
     assert_same_head(both.modules[0], one.modules[0])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_a_step_waits_for_no_device(optimizer):
+    """Nothing is read back: on a GPU each such read would wait for all work before it."""
+    grid, seen = grid_of(specs_of(), optimizer), []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.name())
+            return function(*args, **kwargs or {})
+
+    with Reads():
+        for features, labels in batches(2):
+            grid.step(features, labels, 1.0)
+    assert "aten::native_batch_norm" in seen
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"} & {*seen}
 
 
 def test_averaged_gradients_are_those_of_the_whole_batch(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import several_processes
+import timm
 import torch
 import torch.nn.functional as F
 from small_probe import TASK, encoder, features_of, pixels_of, write_pictures
@@ -86,9 +87,23 @@ def test_probe_equals_a_plain_computation(tmp_path):
         assert head.held_out == pytest.approx(expected)
     setting = [float(part.split("=")[1]) for part in result.chosen.split()]
     assert result.figure == pytest.approx(accuracy(x, labels, z, answers, *setting))
-    about = {"pool": "avg", "layers": [0, 1, 2, 3], "precision": "float32"}
+    about = {"pool": "avg", "layers": [3], "precision": "float32"}
     assert result.protocol.items() >= about.items()
     assert result.others["mean per-class accuracy"] == pytest.approx(result.figure)
+
+
+def test_a_model_that_uses_its_class_token_is_evaluated_on_it(tmp_path):
+    pictures = write_pictures(tmp_path / "pictures")
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", **sizes)
+    common = (TASK, model, pictures, tmp_path / "out")
+    results = [
+        evaluate_knn(*common, device="cpu", workers=0, pool=pool)
+        for pool in ("auto", "avg", "cls_avg")
+    ]
+    assert [result.protocol["pool"] for result in results] == ["cls", "avg", "cls_avg"]
+    assert len([*tmp_path.glob("out/*/result.json")]) == 3
 
 
 def test_only_the_columns_in_use_are_gathered(tmp_path, monkeypatch):

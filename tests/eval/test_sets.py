@@ -518,3 +518,17 @@ def test_one_changed_image_of_an_array_is_other_data():
     before = files_state(ArrayDataset([images], Decoder()))
     images[77, 1, 1, 1] = 1
     assert files_state(ArrayDataset([images], Decoder())) != before
+
+
+def test_tensors_of_a_fast_decoder_become_the_pixels_of_pillow():
+    import torch
+
+    class Fast(ArrayDataset):
+        def read(self, index: int) -> Any:
+            return torch.from_numpy(np.array(super().read(index))).permute(2, 0, 1)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 7, 5, 3), np.uint8)
+    images = Fast([pixels], Decoder(as_tensor=True))
+    found = EvalSet(images, np.arange(2), ("a", "b"), "train").read(1)
+    assert isinstance(found, Image.Image)
+    assert (np.asarray(found) == pixels[1]).all()
