@@ -2,7 +2,7 @@
 
 from ..errors import DataError, RunError
 from .attentive import evaluate_attentive
-from .dense_depth import evaluate_dense_depth
+from .dense import evaluate_dense_depth, evaluate_segmentation
 from .finetune import evaluate_finetune
 from .knn import evaluate_knn
 from .linear import evaluate_linear
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate_knn",
     "evaluate_linear",
     "evaluate_logreg",
+    "evaluate_segmentation",
     "find_task",
     "open_model",
     "read_result",
