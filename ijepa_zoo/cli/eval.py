@@ -13,6 +13,7 @@ from ..eval import (
     evaluate_knn,
     evaluate_linear,
     evaluate_logreg,
+    evaluate_segmentation,
     write_report,
 )
 from . import options
@@ -31,6 +32,12 @@ _PAIRS = (
     "  copy with nyu_train.txt; or pairs of the same name, DIR/train/rgb/1.jpg and\n"
     "  DIR/train/depth/1.png, and DIR/test; or scenes:TRAIN,TEST"
 )
+_MASKS = (
+    "  ADE20K: DIR/images/{training,validation} and DIR/annotations/{training,validation};\n"
+    "  VOC: DIR/JPEGImages, DIR/SegmentationClass, DIR/ImageSets/Segmentation/{train,val}.txt;\n"
+    "  others: DIR/images/train/1.jpg and DIR/masks/train/1.png (class ids, 255 is ignored), and\n"
+    "  DIR/images/val, DIR/masks/val, or without train and val; or scenes:TRAIN,TEST"
+)
 _PROBES = {  # help, layout of the data, options of an example
     "linear": ("linear classifiers on frozen features", _CLASSES, "--data photos --cached"),
     "attentive": (
@@ -44,6 +51,11 @@ _PROBES = {  # help, layout of the data, options of an example
         f"{_SCENES}\n{_PAIRS}",
         "--task dense --data nyu",
     ),
+    "segmentation": (
+        "mean IoU of linear heads on patch features",
+        _MASKS,
+        "--data scenes:2000,500 --cached",
+    ),
     "knn": ("nearest neighbors among frozen features", _CLASSES, "--data photos --baseline"),
     "finetune": ("train all weights, the paper's full recipe", _CLASSES, "--data photos"),
     "logreg": (
@@ -54,6 +66,7 @@ _PROBES = {  # help, layout of the data, options of an example
 }
 _LINEAR, _TRAINING = ("linear", "count", "depth"), ("finetune",)
 _HEADS = (*_LINEAR, "attentive")
+_DENSE = ("segmentation",)
 # Every other option is an argument of the probe's function, with the same name.
 _OWN = {"run", "probe", "interrupted", "memory", "debug", "quiet"}
 _POSITIONAL = ("task", "model", "data", "list", "out")
@@ -102,7 +115,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         own.add_argument("--select-on-test", action="store_true",
             help="choose the best setting on the test set, as much of the literature does",
         )  # fmt: skip
-    if name in _LINEAR:
+    if name in (*_LINEAR, *_DENSE):
         own.add_argument("--cached", action="store_true",
             help="encode each image once, then train on the features")  # fmt: skip
     if name in _HEADS:
@@ -110,10 +123,10 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
             help="learning rates per 256 images (default: those of the protocol)")  # fmt: skip
         own.add_argument("--wds", type=options.numbers, metavar="WD,WD",
             help="weight decays (default: those of the protocol)")  # fmt: skip
-    if name in (*_HEADS, "logreg"):
+    if name in (*_HEADS, *_DENSE, "logreg"):
         own.add_argument("--with-encoder", action="store_true",
             help="save the encoder beside the chosen head (default: a reference)")  # fmt: skip
-    if name in (*_HEADS, *_TRAINING):
+    if name in (*_HEADS, *_DENSE, *_TRAINING):
         own.add_argument("--epochs", type=positive, metavar="N",
             help="default: those of the paper's protocol")  # fmt: skip
     if name in _TRAINING:
@@ -122,14 +135,15 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         own.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower")
     model = options.add_model_options(parser)
     model.add_argument("--random", action="store_true", help="random weights, drawn by --seed")
-    if name not in (*_TRAINING, "attentive"):
+    if name not in (*_TRAINING, *_DENSE, "attentive"):
         model.add_argument("--pool", choices=("auto", "avg", "cls", "cls_avg"), default="auto",
             help="pooling of patches and class token (default: auto, the class token if the model "
             "uses it, else the mean over patches)")  # fmt: skip
     data = parser.add_argument_group("data options")
     data.add_argument("--data", required=True, metavar="DATA",
         help="required: folder, hfds/NAME, ..., for scenes also scenes:TRAIN,TEST")  # fmt: skip
-    data.add_argument("--test", metavar="DATA", help="test images, if they are not in --data")
+    if name not in _DENSE:
+        data.add_argument("--test", metavar="DATA", help="test images, if they are not in --data")
     options.add_pixel_options(data)
     data.add_argument("--skip-broken", action="store_true",
         help="leave out and count images that cannot be decoded (default: stop)")  # fmt: skip
@@ -142,6 +156,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     run.add_argument("--seed", type=count, default=0, metavar="N", help="default: 0")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     smaller = {"knn": "", "logreg": ""} | dict.fromkeys(_HEADS, "a smaller --batch-size, ")
+    smaller |= dict.fromkeys(_DENSE, "a smaller --batch-size, ")
     smaller |= dict.fromkeys(_TRAINING, "a smaller --micro, --grad-checkpointing, ")
     memory = f"{smaller[name]}a smaller --img-size, --precision bfloat16 or fewer --workers"
     parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME, memory=memory)
@@ -159,6 +174,10 @@ def _add_task(own: argparse._ArgumentGroup, probe: str) -> None:
             help="dense: largest depth that counts")  # fmt: skip
         own.add_argument("--depth-scale", type=float, metavar="N",
             help="dense: units of the files per meter")  # fmt: skip
+    elif probe == "segmentation":
+        own.set_defaults(task="segmentation")
+        own.add_argument("--reduce-zero-label", action=argparse.BooleanOptionalAction,
+            help="ignore class 0 and count classes from 1 (default: for ADE20K only)")  # fmt: skip
     else:
         scenes = "" if probe in _TRAINING else "; count, depth: scenes"
         own.add_argument("--task", default="classes", metavar="NAME",
@@ -173,10 +192,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.probe == "depth" and task == "dense":
         if given.pop("test") is not None:
             raise SettingsError("--test is for classes: DATA holds training and test pairs")
-        for name in ("pool", "lrs", "wds", "with_encoder"):
-            if given.pop(name) not in (None, False, "auto"):
+        for name in ("pool", "lrs", "wds"):
+            if given.pop(name) not in (None, "auto"):
                 raise SettingsError(f"--{name.replace('_', '-')} is not for --task dense")
         result = evaluate_dense_depth(args.model, args.data, args.out, **given)
+    elif args.probe == "segmentation":
+        result = evaluate_segmentation(args.model, args.data, args.out, **given)
     elif args.probe == "logreg":
         result = evaluate_logreg(task, args.model, args.data, args.out, list=args.list, **given)
     elif args.probe == "attentive":
