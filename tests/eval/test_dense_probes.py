@@ -19,17 +19,17 @@ from ijepa_zoo import cli, create_model
 from ijepa_zoo.data.dense import open_depth, open_segmentation
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import dense
-from ijepa_zoo.eval.dense import (
-    DenseFeed,
+from ijepa_zoo.eval.dense import evaluate_dense_depth, evaluate_segmentation
+from ijepa_zoo.eval.dense_features import DenseFeed
+from ijepa_zoo.eval.dense_tasks import DEPTH_METRICS, Depth, Segmentation, depth_metrics
+from ijepa_zoo.eval.dense_training import (
     DenseProtocol,
+    DenseTraining,
     DepthProtocol,
     HeadSpec,
-    evaluate_dense_depth,
-    evaluate_segmentation,
     make_heads,
     make_optimizer,
 )
-from ijepa_zoo.eval.dense_tasks import DEPTH_METRICS, Depth, Segmentation, depth_metrics
 from ijepa_zoo.eval.models import Subject, open_model
 from ijepa_zoo.eval.result_files import read_result
 
@@ -306,7 +306,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(finished, subject, tmp_path,
 
 def test_a_finished_run_is_not_done_again(finished, subject, monkeypatch):
     folder, result = finished
-    monkeypatch.setattr(dense._Training, "train", None)
+    monkeypatch.setattr(DenseTraining, "train", None)
     again = evaluate_dense_depth(subject, "scenes:24,6", folder.parent, protocol=PROTOCOL)
     assert (again.heads, again.date) == (result.heads, result.date)
 
@@ -420,7 +420,8 @@ def test_pairs_of_which_none_can_be_read_are_refused_before_the_work(subject, tm
 
 TWO = """
     import sys
-    from ijepa_zoo.eval.dense import DepthProtocol, evaluate_dense_depth
+    from ijepa_zoo.eval.dense import evaluate_dense_depth
+    from ijepa_zoo.eval.dense_training import DepthProtocol
     from ijepa_zoo.eval.models import open_model
     evaluate_dense_depth(
         open_model("vit_nano8_64_ijepa", random=True), sys.argv[1], sys.argv[2], device="cpu",
