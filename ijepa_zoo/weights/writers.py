@@ -23,7 +23,9 @@ WRITTEN = frozenset(
 )
 
 
-def _save(state: State, path: Path, dtype: torch.dtype | None) -> None:
+def save_tensors(state: State, path: Path, dtype: torch.dtype | None) -> None:
+    """Write tensors as a safetensors file, floating-point ones in `dtype`, or in their own."""
+
     def ready(tensor: torch.Tensor) -> torch.Tensor:
         cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to("cpu", cast).contiguous()
@@ -36,7 +38,8 @@ def _save(state: State, path: Path, dtype: torch.dtype | None) -> None:
         raise RunError(f"{path.name} cannot be written: {error}") from error
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that people may read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -79,8 +82,8 @@ def _write_timm(
     config = _timm_config(networks)
     if chosen != UNLABELED:
         config[LABEL_KEY] = chosen
-    _save(networks.states[chosen](), folder / "model.safetensors", dtype)
-    _write_json(folder / "config.json", config)
+    save_tensors(networks.states[chosen](), folder / "model.safetensors", dtype)
+    write_json(folder / "config.json", config)
     _write_card(networks, folder, "timm", chosen)
 
 
@@ -96,7 +99,7 @@ def _write_native(
     if len(files) > 1:
         (folder / _OTHERS).mkdir()
     for name, file in files.items():
-        _save(networks.states[name](), folder / file, dtype)
+        save_tensors(networks.states[name](), folder / file, dtype)
     ours = {
         "format": 1,
         "model": networks.model,
@@ -109,7 +112,7 @@ def _write_native(
     config = _timm_config(networks)
     if networks.norm_eps != 1e-6:  # timm would build it with 1e-6 silently
         config = {key: config[key] for key in ("model_args", "pretrained_cfg")}
-    _write_json(folder / "config.json", {**config, "ijepa_zoo": ours})
+    write_json(folder / "config.json", {**config, "ijepa_zoo": ours})
     _write_card(networks, folder, "native", chosen)
 
 
@@ -149,9 +152,9 @@ def _write_transformers(
     if classes:
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
-    _save(state, folder / "model.safetensors", dtype)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", _image_processor(networks.pretrained_cfg))
+    save_tensors(state, folder / "model.safetensors", dtype)
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", _image_processor(networks.pretrained_cfg))
     _write_card(networks, folder, "transformers", chosen)
 
 
