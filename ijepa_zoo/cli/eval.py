@@ -7,11 +7,12 @@ import os
 
 from ..errors import SettingsError
 from ..eval import (
+    evaluate_attentive,
     evaluate_dense_depth,
     evaluate_finetune,
     evaluate_knn,
     evaluate_linear,
-    evaluate_lowshot,
+    evaluate_logreg,
     write_report,
 )
 from . import options
@@ -32,6 +33,11 @@ _PAIRS = (
 )
 _PROBES = {  # help, layout of the data, options of an example
     "linear": ("linear classifiers on frozen features", _CLASSES, "--data photos --cached"),
+    "attentive": (
+        "attention pooling of patch tokens, then a linear classifier",
+        _CLASSES,
+        "--data photos",
+    ),
     "count": ("number of objects in CLEVR's scenes", _SCENES, "--data scenes:5000,1000 --cached"),
     "depth": (
         "distance of the nearest object; dense depth maps",
@@ -40,13 +46,14 @@ _PROBES = {  # help, layout of the data, options of an example
     ),
     "knn": ("nearest neighbors among frozen features", _CLASSES, "--data photos --baseline"),
     "finetune": ("train all weights, the paper's full recipe", _CLASSES, "--data photos"),
-    "lowshot": (
-        "few labels: frozen features, or --finetune",
+    "logreg": (
+        "logistic regression on frozen features; few labels",
         _CLASSES,
-        "--data photos --list FILE",
+        "--data photos --per-class 10",
     ),
 }
-_LINEAR, _TRAINING = ("linear", "count", "depth"), ("finetune", "lowshot")
+_LINEAR, _TRAINING = ("linear", "count", "depth"), ("finetune",)
+_HEADS = (*_LINEAR, "attentive")
 # Every other option is an argument of the probe's function, with the same name.
 _OWN = {"run", "probe", "interrupted", "memory", "debug", "quiet"}
 _POSITIONAL = ("task", "model", "data", "list", "out")
@@ -84,11 +91,11 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     _add_task(own, name)
     own.add_argument("--out", default="results", metavar="DIR",
         help="folder of all evaluations (default: results)")  # fmt: skip
-    if name == "lowshot":
-        own.add_argument("--list", required=True, metavar="FILE",
-            help="required: names of the training images, one a line")  # fmt: skip
-        own.add_argument("--finetune", action="store_true",
-            help="train all weights (default: logistic regression)")  # fmt: skip
+    if name == "logreg":
+        own.add_argument("--list", metavar="FILE",
+            help="names of the training images to use, one a line (ImageNet's 1 %%)")  # fmt: skip
+        own.add_argument("--per-class", type=positive, metavar="K",
+            help="use K training images per class")  # fmt: skip
     if name not in _TRAINING:
         own.add_argument("--baseline", action="store_true",
             help="also evaluate random weights and raw pixels")  # fmt: skip
@@ -98,7 +105,15 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     if name in _LINEAR:
         own.add_argument("--cached", action="store_true",
             help="encode each image once, then train on the features")  # fmt: skip
-    if name != "knn":
+    if name in _HEADS:
+        own.add_argument("--lrs", type=options.numbers, metavar="LR,LR",
+            help="learning rates per 256 images (default: those of the protocol)")  # fmt: skip
+        own.add_argument("--wds", type=options.numbers, metavar="WD,WD",
+            help="weight decays (default: those of the protocol)")  # fmt: skip
+    if name in (*_HEADS, "logreg"):
+        own.add_argument("--with-encoder", action="store_true",
+            help="save the encoder beside the chosen head (default: a reference)")  # fmt: skip
+    if name in (*_HEADS, *_TRAINING):
         own.add_argument("--epochs", type=positive, metavar="N",
             help="default: those of the paper's protocol")  # fmt: skip
     if name in _TRAINING:
@@ -107,6 +122,10 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         own.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower")
     model = options.add_model_options(parser)
     model.add_argument("--random", action="store_true", help="random weights, drawn by --seed")
+    if name not in (*_TRAINING, "attentive"):
+        model.add_argument("--pool", choices=("auto", "avg", "cls", "cls_avg"), default="auto",
+            help="pooling of patches and class token (default: auto, the class token if the model "
+            "uses it, else the mean over patches)")  # fmt: skip
     data = parser.add_argument_group("data options")
     data.add_argument("--data", required=True, metavar="DATA",
         help="required: folder, hfds/NAME, ..., for scenes also scenes:TRAIN,TEST")  # fmt: skip
@@ -114,11 +133,15 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     options.add_pixel_options(data)
     data.add_argument("--skip-broken", action="store_true",
         help="leave out and count images that cannot be decoded (default: stop)")  # fmt: skip
-    batch = None if name == "knn" else "that of the paper's protocol; learning rates grow with it"
+    batch = (
+        None
+        if name in ("knn", "logreg")
+        else "that of the paper's protocol; learning rates grow with it"
+    )
     run = options.add_run_options(parser, batch)
     run.add_argument("--seed", type=count, default=0, metavar="N", help="default: 0")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
-    smaller = {"knn": ""} | dict.fromkeys(_LINEAR, "a smaller --batch-size, ")
+    smaller = {"knn": "", "logreg": ""} | dict.fromkeys(_HEADS, "a smaller --batch-size, ")
     smaller |= dict.fromkeys(_TRAINING, "a smaller --micro, --grad-checkpointing, ")
     memory = f"{smaller[name]}a smaller --img-size, --precision bfloat16 or fewer --workers"
     parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME, memory=memory)
@@ -137,7 +160,7 @@ def _add_task(own: argparse._ArgumentGroup, probe: str) -> None:
         own.add_argument("--depth-scale", type=float, metavar="N",
             help="dense: units of the files per meter")  # fmt: skip
     else:
-        scenes = "; count, depth: scenes" if probe in ("linear", "knn") else ""
+        scenes = "" if probe in _TRAINING else "; count, depth: scenes"
         own.add_argument("--task", default="classes", metavar="NAME",
             help="imagenet1k, cifar100, cifar10, places205, inat18, or classes (default): any "
             f"labels{scenes}")  # fmt: skip
@@ -150,9 +173,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.probe == "depth" and task == "dense":
         if given.pop("test") is not None:
             raise SettingsError("--test is for classes: DATA holds training and test pairs")
+        for name in ("pool", "lrs", "wds", "with_encoder"):
+            if given.pop(name) not in (None, False, "auto"):
+                raise SettingsError(f"--{name.replace('_', '-')} is not for --task dense")
         result = evaluate_dense_depth(args.model, args.data, args.out, **given)
-    elif args.probe == "lowshot":
-        result = evaluate_lowshot(task, args.model, args.data, args.list, args.out, **given)
+    elif args.probe == "logreg":
+        result = evaluate_logreg(task, args.model, args.data, args.out, list=args.list, **given)
+    elif args.probe == "attentive":
+        result = evaluate_attentive(task, args.model, args.data, args.out, **given)
     elif args.probe == "finetune":
         result = evaluate_finetune(task, args.model, args.data, args.out, **given)
     elif args.probe == "knn":

@@ -171,3 +171,11 @@ def layers(text: str) -> str | list[int]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither last, last4 nor block indices such as 3,7,11"
         ) from None
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0.1,0.01") from None

@@ -15,9 +15,8 @@ from ..data.loading import usable_cpus
 from ..distributed import Distributed, init_distributed
 from ..errors import DataError, SettingsError
 from ..progress import progress_bar
-from .cache import files_state
 from .epoch_state import EpochState
-from .feeds import decoded, refuse_undecoded
+from .features import decoded, files_state, refuse_undecoded
 from .finetune_training import FineTuning
 from .intervals import wilson_interval
 from .models import Subject, as_subject, check_model
@@ -104,7 +103,7 @@ def evaluate_finetune(
     decoder = Decoder(check_model(model, random=random, **options), value_range, bands)
     with init_distributed(device) as distributed:
         sets = open_task(
-            chosen, data, seed, test=test, workers=workers, decoder=decoder, skip_broken=skip_broken
+            chosen, data, test=test, workers=workers, decoder=decoder, skip_broken=skip_broken
         )
         subject = as_subject(model, random=random, seed=seed, **options)
         training = prepare(

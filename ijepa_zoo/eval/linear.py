@@ -2,33 +2,62 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ..data.decode import Decoder
-from ..distributed import init_distributed
-from .check import convex_check
-from .epoch_state import EpochState
-from .feeds import CachedFeed, Feed, OnlineFeed, refuse_undecoded
-from .intervals import wilson_interval
-from .models import Subject, as_subject, check_model
-from .notes import CACHED_AS_IS
-from .probe import Probe, notes_of, open_probe, protocol_record, refuse_no_choice
-from .representations import BlockFeatures, RawPixels, Representations
-from .result import Head, Result
-from .runs import once, run_folder
-from .tasks import Task, find_task
-from .training import Trained, count_right, train
-
-_CROPS_STAND = (
-    "cached: each image and its mirror image are encoded once, in the fixed view of tests, which "
-    "stands for the protocol's random crops"
+from ..distributed import Distributed
+from ..models.classifier import LinearHead
+from ..progress import skip
+from ..seeds import Stream, torch_generator
+from .epoch_state import EpochState, load_optimizer
+from .features import (
+    BlockFeatures,
+    CachedFeed,
+    Feed,
+    OnlineFeed,
+    Source,
+    not_finite,
+    refuse_undecoded,
 )
+from .logreg import fit_logistic
+from .models import Subject
+from .notes import CACHED_AS_IS, of_all_processes
+from .probe import (
+    Counts,
+    EvalConfig,
+    Probe,
+    best_head,
+    count_correct,
+    describe_protocol,
+    evaluate,
+    likeliest,
+    make_result,
+    paper_figure,
+    run_once,
+    save_head,
+    with_protocol,
+)
+from .result import Result
+from .tasks import Protocol, Task
+
+_TRUST = 0.001  # VISSL's eta
+_CROPS = (
+    "cached: each image and its mirror image are encoded once, in the test view instead of the "
+    "protocol's random crops"
+)
+_CHECK_WORK = 4e8  # images x features x classes of the check, about 10 s on one CPU core
+_CHECK_CS = (0.01, 1.0, 100.0)
+_FAR = 1.0  # points of accuracy
 
 
 def evaluate_linear(
@@ -37,181 +66,461 @@ def evaluate_linear(
     data: Any,
     out: str | Path = "results",
     *,
-    test: Any = None,
     cached: bool = False,
-    baseline: bool = False,
-    select_on_test: bool = False,
-    seed: int = 0,
     epochs: int | None = None,
     batch_size: int | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    precision: str = "auto",
-    checkpoint: str | None = None,
-    network: str | None = None,
-    img_size: int | tuple[int, int] | None = None,
-    random: bool = False,
-    value_range: tuple[float, float] | None = None,
-    bands: tuple[int, ...] | None = None,
-    skip_broken: bool = False,
-    progress: bool = False,
+    lrs: Sequence[float] | None = None,
+    wds: Sequence[float] | None = None,
+    **options: Any,
 ) -> Result:
     """Train linear heads on a frozen encoder with the protocol of the task, and test the best one.
 
     Heads with and without BatchNorm, on `last` and `last4`, for every learning rate and weight
     decay of the protocol, are trained at once on one pass of the encoder. The best one on a seeded
-    10 % of the training images, which no head is fitted to, reads the test set, once.
+    10 % of the training images, which no head is fitted to, is tested on the test set once, and
+    saved as a classifier in the folder of the result (`model`).
 
-    The same call goes on after an interruption, at the last finished epoch, and returns the result
-    at once where it is there already. torchrun starts several processes, which share each batch.
+    The same call resumes after an interruption, at the last finished epoch, and returns the result
+    at once if it is finished. Processes started by torchrun share the images of each batch and
+    exchange their features, so heads and BatchNorm see whole batches.
 
     Args:
-        task: A task or its name; see `find_task`.
-        model: A name (see `open_model`) or any timm ViT of at least four blocks.
-        data: See `open_task`.
-        out: Folder of all evaluations: each has a folder of its own in it with `result.json`, and a
-            row in `results.csv`; cached features are in `cache`.
-        test: The test data, if `data` does not hold them.
+        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
+        model: See there.
+        data: See there.
+        out: See there.
         cached: Encode each image and its mirror image once, and train on these features.
-        baseline: Also measure the same architecture with random weights, and raw pixels.
-        select_on_test: Fit to all training images and choose the head on the test set, as much of
-            the literature does; the figure is then too high.
-        seed: Decides split, order, augmentation and heads at the start.
-        epochs: In the place of the protocol's.
-        batch_size: In the place of the protocol's; learning rates grow linearly with it.
-        device: 'auto', or torch's name of a device.
-        workers: Processes that decode; default: one for each CPU.
-        precision: Of the encoder, see `extract_features`; 'auto': bfloat16 on a GPU, else float32.
-        checkpoint: Weights for a model that is named; see `create_model`.
-        network: Which network of them; see there.
-        img_size: Image size in pixels, or height and width, for a model that is named; default:
-            its own.
-        random: Random weights, by the seed, in the place of those of a model that is named.
-        value_range: Values of 16-bit images that become black and white, see `Decoder`.
-        bands: Bands or pages of image files that become channels, see `Decoder`.
-        skip_broken: Leave out images that cannot be decoded; otherwise they stop the evaluation.
-        progress: Show progress: bars in a terminal, a line every 30 s elsewhere.
-
-    Returns:
-        The result, which is also in the folder.
+        epochs: Default: those of the protocol.
+        batch_size: Default: that of the protocol; learning rates grow linearly with it.
+        lrs: Learning rates per 256 images; default: those of the protocol.
+        wds: Weight decays; default: those of the protocol.
+        options: Further fields of `EvalConfig`.
 
     Raises:
         DataError: The data cannot be used, or do not fit the task.
-        ValueError: An argument or the model does not fit, or features are not finite.
-        RunError: Another process works on the same evaluation.
+        SettingsError: An option or the model does not fit.
+        RunError: Another process works on the same evaluation, or features are not finite.
     """
-    chosen = find_task(task) if isinstance(task, str) else task
-    options = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    decoder = Decoder(
-        check_model(model, baseline=baseline, random=random, **options), value_range, bands
-    )
-    with init_distributed(device) as distributed:
-        probe = open_probe(
-            *(chosen, data, out, distributed),
-            test=test,
-            select_on_test=select_on_test,
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            decoder=decoder,
-            skip_broken=skip_broken,
-            progress=progress,
+
+    def prepare(probe: Probe) -> Probe:
+        return with_protocol(probe, probe.task.protocol, epochs, batch_size, lrs, wds)
+
+    def run(probe: Probe, source: Source) -> tuple[Result, Path]:
+        fed = CachedFeed if cached else OnlineFeed
+        protocol = describe_protocol(probe, fed.name, source.size)
+
+        def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
+            started = time.perf_counter()
+            with probe.bar(_images(probe), f"{probe.task.name}, {source.about['name']}") as bar:
+                feed = fed(probe, source, bar)
+                grid = linear_grid(probe, source)
+                state = EpochState(folder / "state.pt", settings, probe.distributed)
+                trained = train(probe, source, feed, grid, state)
+                result = _finish(probe, source, feed, grid, trained, protocol, folder)
+            if probe.distributed.is_main:
+                state.remove()
+            return result, feed.rate(time.perf_counter() - started)
+
+        return run_once(probe, source, f"linear-{fed.name}", protocol, work)
+
+    config = EvalConfig(task=task, model=model, data=data, out=out, **options)
+    return evaluate(config, run, prepare=prepare)
+
+
+def _images(probe: Probe) -> int:
+    return probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """One head of a grid.
+
+    Attributes:
+        representation: The features it reads, e.g. 'last' or 'last4'.
+        kind: 'linear', 'bn' with a BatchNorm before the linear layer, or another module.
+        lr: Learning rate per 256 images.
+        weight_decay: Weight decay; not of BatchNorm.
+    """
+
+    representation: str
+    kind: str
+    lr: float
+    weight_decay: float
+
+    @property
+    def name(self) -> str:
+        """Such as 'last4 bn lr=0.01 wd=0.0005'."""
+        return f"{self.representation} {self.kind} lr={self.lr:g} wd={self.weight_decay:g}"
+
+
+class Head(nn.Module):
+    """A linear layer, with a BatchNorm before it or without.
+
+    It starts as `torch.nn.Linear` does.
+
+    Args:
+        width: Number of features.
+        num_classes: Number of classes.
+        batch_norm: Whether to normalize.
+        seed: Of the first weights.
+    """
+
+    def __init__(self, width: int, num_classes: int, batch_norm: bool, seed: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width) if batch_norm else None
+        self.linear = nn.Linear(width, num_classes, device="meta").to_empty(device="cpu")
+        bound, generator = 1 / math.sqrt(width), torch_generator(seed, Stream.EVAL_INIT)
+        for parameter in (self.linear.weight, self.linear.bias):
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `[B, C]` of features `[B, D]`."""
+        logits: Tensor = self.linear(features if self.norm is None else self.norm(features))
+        return logits
+
+    @torch.no_grad()
+    def fold(self) -> LinearHead:
+        """The same head in evaluation mode; the affine part of BatchNorm goes into the weights."""
+        folded = LinearHead(
+            self.linear.in_features, self.linear.out_features, batch_norm=self.norm is not None
         )
-        refuse_no_choice(probe, select_on_test)
-        subject = as_subject(model, random=random, seed=seed, **options)
-        source = BlockFeatures(subject, device=str(distributed.device), precision=precision)
-        result, folder = _evaluate(probe, source, cached)
-        if baseline and not result.baselines:
-            settings = {"device": str(distributed.device), "precision": precision}
-            others: list[Representations] = [
-                BlockFeatures(subject.untrained(seed), **settings),
-                RawPixels(source.size, source.device),
-            ]
-            figures = {o.about["name"]: _evaluate(probe, o, cached)[0].figure for o in others}
-            result = replace(result, baselines=figures)
-            if distributed.rank == 0:
-                result.write(folder)
-        distributed.barrier()
-    return result
+        weight, bias = self.linear.weight.detach(), self.linear.bias.detach()
+        if self.norm is not None:
+            bias = bias + weight @ self.norm.bias
+            weight = weight * self.norm.weight
+            folded.norm.load_state_dict(dict(self.norm.named_buffers()))
+        folded.linear.load_state_dict({"weight": weight, "bias": bias})
+        return folded.eval()
 
 
-def _evaluate(probe: Probe, source: Representations, cached: bool) -> tuple[Result, Path]:
-    """One model through the probe; from its folder where it is there already."""
-    kind: type[OnlineFeed] | type[CachedFeed] = CachedFeed if cached else OnlineFeed
-    identity = {key: value for key, value in source.settings.items() if key != "versions"}
-    protocol = protocol_record(probe, kind.name, source.size)
-    settings = {**probe.settings(), **identity, **protocol}
-    name = source.about["name"]
-    folder = run_folder(probe.out, probe.task.name, f"linear-{kind.name}", name, settings)
+class Grid:
+    """Heads that are trained together, each as if it were alone.
 
-    def work() -> Result:
-        started = time.perf_counter()
-        images = probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
-        with probe.bar(images, f"{probe.task.name}, {name}") as bar:
-            feed: Feed = kind(probe, source, bar)
-            trained = train(probe, source, feed, EpochState(folder / "state.pt", settings))
-            result = _measure(probe, source, feed, trained, protocol)
-        spent = time.perf_counter() - started
-        seconds = trained.earlier + spent
-        return replace(result, seconds=seconds, images_per_second=feed.rate(spent))
+    Args:
+        heads: The heads by their specs.
+        optimizer: Of all their parameters; groups have `base_lr`.
+        autocast: Dtype of the computation; None for float32.
 
-    precision = str(source.settings.get("precision", "float32"))
-    result = once(folder, probe.distributed, precision, work)
-    if probe.distributed.rank == 0:
-        EpochState(folder / "state.pt", settings).remove()
-    return result, folder
+    Attributes:
+        specs: The specs, in the order of all results.
+        modules: The heads.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[HeadSpec, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.specs = list(heads)
+        self.modules = nn.ModuleList(heads.values())
+        self.optimizer, self.autocast = optimizer, autocast
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the heads."""
+        return [spec.name for spec in self.specs]
+
+    def logits(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """Logits `[B, C]` of each head, in float32."""
+        return [self.logits_of(index, features) for index in range(len(self.specs))]
+
+    def logits_of(self, index: int, features: dict[str, Tensor]) -> Tensor:
+        """Logits `[B, C]` of one head, in float32."""
+        rows = features[self.specs[index].representation]
+        with torch.autocast(rows.device.type, self.autocast, enabled=self.autocast is not None):
+            logits: Tensor = self.modules[index](rows)
+        return logits.float()
+
+    def step(
+        self,
+        features: dict[str, Tensor],
+        labels: Tensor,
+        lr_scale: float,
+        distributed: Distributed | None = None,
+    ) -> Tensor:
+        """One step of every head.
+
+        Args:
+            features: `[B, ...]` by representation.
+            labels: Classes `[B]`, int64.
+            lr_scale: Factor of the learning rates.
+            distributed: The processes whose gradients are averaged, if each has its own images.
+
+        Returns:
+            Cross-entropy of each head before the step, `[H]`.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        losses = torch.stack([F.cross_entropy(x, labels) for x in self.logits(features)])
+        self.optimizer.zero_grad()
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        if distributed is not None and distributed.world_size > 1:
+            for head in self.modules:
+                _average_gradients(head, distributed)
+        self.optimizer.step()
+        return losses.detach()
+
+    def predict(self, features: dict[str, Tensor]) -> Tensor:
+        """The likeliest classes `[H, B, top]`."""
+        return torch.stack([likeliest(logits) for logits in self.logits(features)])
 
 
-def _measure(
+def _average_gradients(head: nn.Module, distributed: Distributed) -> None:
+    gradients = [p.grad for p in head.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    mean = distributed.all_reduce(flat) / distributed.world_size
+    for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def linear_grid(probe: Probe, source: Source) -> Grid:
+    """Heads of every representation, with and without BatchNorm, for each rate and decay."""
+    protocol = probe.protocol
+    rates = protocol.lrs, protocol.weight_decays
+    specs = [HeadSpec(*values) for values in product(source.widths, ("linear", "bn"), *rates)]
+    return make_grid(specs, source.widths, probe.num_classes, protocol, probe.seed, source.device)
+
+
+def make_grid(
+    specs: Sequence[HeadSpec],
+    widths: dict[str, int],
+    num_classes: int,
+    protocol: Protocol,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Grid:
+    """Linear and BatchNorm + linear heads, as VISSL's `mlp` and `eval_mlp`.
+
+    Heads of equal width start from the same weights. BatchNorm has eps 1e-5 and momentum 0.1, and
+    no weight decay.
+
+    Args:
+        specs: The heads.
+        widths: Width of each representation.
+        num_classes: Number of classes.
+        protocol: Optimizer and momentum.
+        seed: Of the first weights.
+        device: Device of the heads.
+    """
+    heads, groups = {}, []
+    for spec in specs:
+        width = widths[spec.representation]
+        heads[spec] = head = Head(width, num_classes, spec.kind == "bn", seed).to(device)
+        rates = {"lr": spec.lr, "base_lr": spec.lr}
+        decay = {"weight_decay": spec.weight_decay}
+        groups.append({"params": [*head.linear.parameters()], **rates, **decay})
+        if head.norm is not None:
+            groups.append({"params": [*head.norm.parameters()], **rates, "weight_decay": 0.0})
+    optimizer: torch.optim.Optimizer
+    if protocol.optimizer == "lars":
+        optimizer = LARS(groups, momentum=protocol.momentum)
+    else:
+        momentum, nesterov = protocol.momentum, protocol.nesterov
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=nesterov)
+    return Grid(heads, optimizer)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose steps of matrices are as long as the matrices, times 0.001.
+
+    LARS (arXiv 1708.03888) by VISSL's rule (`vissl/optimizers/lars.py`): the length is that of the
+    gradient *with* weight decay, and the factor is 1 where a length is 0. NVIDIA's and timm's
+    versions divide by the sum of the lengths of gradient and weight decay. Biases and BatchNorm
+    take plain steps (`exclude_bias_and_norm`).
+
+    Args:
+        params: Parameters or groups with `lr` and `weight_decay`.
+        lr: Learning rate of groups without one.
+        momentum: Momentum.
+        weight_decay: Weight decay of groups without one.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Change the parameters."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
+                if parameter.ndim > 1:
+                    length, change = parameter.norm(), update.norm()
+                    usable = (length > 0) & (change > 0)
+                    update.mul_(torch.where(usable, _TRUST * length / change, 1.0))
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                parameter.sub_(momentum, alpha=group["lr"])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training left beside the heads.
+
+    Attributes:
+        losses: Mean training loss of each head in the last epoch.
+        earlier: Seconds that earlier sessions took.
+    """
+
+    losses: list[float]
+    earlier: float
+
+
+def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochState) -> Trained:
+    """Train all heads; the state is written after every epoch.
+
+    Args:
+        probe: Data and protocol.
+        source: The frozen encoder.
+        feed: Its features.
+        grid: The heads.
+        state: Where the state of an unfinished run is read from and written to.
+
+    Raises:
+        RunError: Features are not finite, or the state is damaged.
+    """
+    protocol, distributed = probe.protocol, probe.distributed
+    losses, earlier, done = [0.0] * len(grid.specs), 0.0, 0
+    started = time.perf_counter()
+    if (found := state.load(protocol.epochs)) is not None:
+        with state.restoring():
+            grid.modules.load_state_dict(found["heads"])
+            load_optimizer(grid.optimizer, found["optimizer"])
+            done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
+        feed.restore(found["broken"])
+    skip(feed.bar, done * feed.steps * feed.batch_size)
+    steps = feed.training(done, protocol.epochs)
+    mine = None if feed.gathered else distributed
+    grid.modules.train()
+    for epoch in range(done, protocol.epochs):
+        # the last number counts batches that are not finite; nothing waits for the device
+        total = torch.zeros(len(grid.specs) + 1, device=source.device)
+        for step, (rows, labels) in enumerate(islice(steps, feed.steps)):
+            at = epoch + step / feed.steps if protocol.per_step else epoch
+            scale = protocol.lr_scale(at, feed.batch_size)
+            total[:-1] += grid.step(source.split(rows), labels, scale, mine)
+            total[-1] += ~rows.isfinite().all()
+        if mine is not None:
+            total = distributed.all_reduce(total) / distributed.world_size
+        *losses, bad = (total / feed.steps).tolist()
+        if bad:
+            raise not_finite(source)
+        feed.bar.set_postfix(
+            epoch=f"{epoch + 1}/{protocol.epochs}", loss=f"{min(losses):.3g}", refresh=False
+        )
+        broken = of_all_processes(feed.broken, distributed)
+        if distributed.is_main:
+            seconds = earlier + time.perf_counter() - started
+            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
+            heads, optimizer = grid.modules.state_dict(), grid.optimizer.state_dict()
+            state.save({**kept, "heads": heads, "optimizer": optimizer})
+    grid.modules.eval()
+    return Trained(losses, earlier)
+
+
+def choose_and_test(
+    probe: Probe, source: Source, feed: Feed, grid: Grid
+) -> tuple[int, Counts | None, Counts, int]:
+    """Choose a head on validation images and test it alone; all are tested if there are none.
+
+    Returns:
+        Its index, answers on the validation images (None without) and on the test images, and the
+        number of images that heads were fitted to.
+    """
+    fitted = feed.fitted()
+    tests = ("test", probe.test, np.arange(len(probe.test)))
+    if not len(probe.choose):
+        test = count_correct(probe, source, feed.testing(), grid.predict, len(grid.specs))
+        refuse_undecoded(*tests, test.total, feed.broken)
+        return best_head(test), None, test, fitted
+    val = count_correct(probe, source, feed.validation(), grid.predict, len(grid.specs))
+    refuse_undecoded("validation", probe.train, probe.choose, val.total, feed.broken)
+    chosen = best_head(val)
+
+    def predict(features: dict[str, Tensor]) -> Tensor:
+        return likeliest(grid.logits_of(chosen, features))[None]
+
+    test = count_correct(probe, source, feed.testing(), predict, 1)
+    refuse_undecoded(*tests, test.total, feed.broken)
+    return chosen, val, test, fitted
+
+
+def _finish(
     probe: Probe,
-    source: Representations,
+    source: Source,
     feed: Feed,
+    grid: Grid,
     trained: Trained,
     protocol: dict[str, Any],
+    folder: Path,
 ) -> Result:
-    """Choose a head on held-out training images; it reads the test set, once."""
-    grid, on_test = trained.grid, not len(probe.choose)
-    held_out: list[float | None] = [None] * len(grid.specs)
-    test: list[float | None] = [None] * len(grid.specs)
-    images = {"fit": feed.fitted(), "choose": 0}
-    tests = ("test", probe.test, np.arange(len(probe.test)))
-    if on_test:
-        right, total = count_right(probe, source, feed.testing(), grid)
-        refuse_undecoded(*tests, total, feed.broken)
-        test = [100 * n / total for n in right]
-        chosen = max(range(len(right)), key=right.__getitem__)
-        best = right[chosen]
-    else:
-        right, images["choose"] = count_right(probe, source, feed.held_out(), grid)
-        kept_back = ("held-out training", probe.train, probe.choose)
-        refuse_undecoded(*kept_back, images["choose"], feed.broken)
-        held_out = [100 * n / images["choose"] for n in right]
-        chosen = max(range(len(right)), key=right.__getitem__)
-        (best,), total = count_right(probe, source, feed.testing(), grid, only=chosen)
-        refuse_undecoded(*tests, total, feed.broken)
-        test[chosen] = 100 * best / total
-    notes = notes_of(probe, feed.broken)
+    chosen, val, test, fitted = choose_and_test(probe, source, feed, grid)
+    cached = isinstance(feed, CachedFeed)
+    paper, notes = paper_figure(probe, source, probe.task.protocol, cached)
     check = None
     if isinstance(feed, CachedFeed):
-        notes.insert(0, CACHED_AS_IS if probe.protocol.view.shape == "square" else _CROPS_STAND)
-        check = convex_check(feed, source, grid, chosen, held_out[chosen])
-        notes += [check["warning"]] if check and check.get("warning") else []
-    columns = zip(grid.specs, held_out, test, trained.losses)
-    return Result(
-        task=probe.task.name,
-        method="linear",
-        model=source.about,
-        figure=100 * best / total,
-        chosen=grid.specs[chosen].name,
-        selection=probe.selection,
-        heads=[Head(spec.name, kept, tested, loss) for spec, kept, tested, loss in columns],
-        protocol={**protocol, "batch_size": feed.batch_size},
-        data=probe.data(),
-        images={**images, "test": total},
-        seed=probe.seed,
-        interval=wilson_interval(best, total),
-        paper=probe.task.paper.get(source.paper_name or ""),
+        notes.insert(0, CACHED_AS_IS if probe.protocol.view.shape == "square" else _CROPS)
+        if val is not None:
+            name = grid.specs[chosen].representation
+            check = _convex_check(probe, source, feed, name, val.accuracies()[chosen])
+            notes += [check["warning"]] if check.get("warning") else []
+    spec, head = grid.specs[chosen], grid.modules[chosen]
+    if isinstance(source, BlockFeatures) and isinstance(head, Head):
+        save_head(probe, source, head.fold(), spec.representation, folder, chosen=spec.name)
+    result = make_result(
+        *(probe, source, "linear", {**protocol, "batch_size": feed.batch_size}, grid.names),
+        *(chosen, val, test, feed.broken, fitted),
+        losses=trained.losses,
+        paper=paper,
         check=check,
         notes=notes,
     )
+    return replace(result, seconds=trained.earlier)
+
+
+def _convex_check(
+    probe: Probe, source: Source, feed: CachedFeed, name: str, sgd: float
+) -> dict[str, Any]:
+    """Is SGD far from its goal? Logistic regression on the features of the chosen head.
+
+    It sees the same images without their mirror images, at most as many as take some seconds, and
+    is measured on the same validation images. `warning` is there where SGD is more than one point
+    and two standard errors behind.
+    """
+    classes = probe.num_classes
+    most = max(int(_CHECK_WORK / (source.widths[name] * classes)), 2 * classes)
+    places = np.linspace(0, len(feed.fit), min(most, len(feed.fit)), endpoint=False).astype(int)
+    (x, y), (val, answers) = (
+        (
+            source.split(feed.train.rows)[name][of].to(feed.device),
+            feed.labels(probe.train, feed.train, of),
+        )
+        for of in (feed.fit[places], feed.choose)
+    )
+    found, best, correct = None, 0.0, -1
+    for c in _CHECK_CS:
+        found = fit_logistic(x, y, c, classes, start=found, max_iterations=100)
+        right = int((found.logits(val).argmax(dim=1) == answers).sum())
+        if right > correct:
+            best, correct = c, right
+    convex = 100 * correct / len(answers)
+    error = 100 * math.sqrt(convex / 100 * (1 - convex / 100) / len(answers))
+    check: dict[str, Any] = {
+        "method": "logistic regression, L-BFGS",
+        "representation": name,
+        "C": best,
+        "fit_images": len(places),
+        "held_out": convex,
+        "held_out_sgd": sgd,
+    }
+    if convex - sgd > max(_FAR, 2 * error):
+        check["warning"] = (
+            f"SGD is far from converged: its best head has {sgd:.1f} % on the validation images, "
+            f"logistic regression {convex:.1f} % on the same features ({name})"
+        )
+    return check

@@ -61,7 +61,7 @@ class Protocol:
 
     Attributes:
         epochs: Passes over the training images.
-        optimizer: 'sgd' (Nesterov) or 'lars' (no Nesterov), both with momentum 0.9.
+        optimizer: 'sgd' (Nesterov) or 'lars' (no Nesterov), both with momentum 0.9, or 'adamw'.
         lrs: Learning rates of the grid, per global batch of 256 images.
         weight_decays: Weight decays of the grid.
         batch_size: Images of a step, of all processes together.
@@ -70,11 +70,12 @@ class Protocol:
         floor: What 'cosine' ends at, as a share of the first rate.
         view: The transforms.
         momentum: Of the optimizer.
+        per_step: Whether the rate changes with every step, not every epoch.
     """
 
     epochs: int
     view: View
-    optimizer: Literal["sgd", "lars"] = "sgd"
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     lrs: tuple[float, ...] = (0.01,)
     weight_decays: tuple[float, ...] = (5e-4,)
     batch_size: int = 256
@@ -82,20 +83,21 @@ class Protocol:
     milestones: tuple[int, ...] = ()
     floor: float = 0.01
     momentum: float = 0.9
+    per_step: bool = False
 
     @property
     def nesterov(self) -> bool:
         """Whether the momentum is Nesterov's."""
         return self.optimizer == "sgd"
 
-    def scale(self, epoch: int) -> float:
-        """Share of the first learning rate that `epoch`, counted from 0, is trained with."""
+    def scale(self, epoch: float) -> float:
+        """Share of the first learning rate at `epoch`, counted from 0, with parts of epochs."""
         if self.schedule == "step":
             return 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
         cosine = 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         return self.floor + (1 - self.floor) * cosine
 
-    def lr_scale(self, epoch: int, batch_size: int | None = None) -> float:
+    def lr_scale(self, epoch: float, batch_size: int | None = None) -> float:
         """What each learning rate of `lrs` is multiplied with in `epoch`, counted from 0.
 
         Args:
