@@ -150,7 +150,7 @@ def check_predictor(predictor: Any, origin: str) -> dict[str, Any]:
 
 
 def pretrained_cfg(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Pretrained cfg of a timm folder with the names of the classes, which timm writes beside it."""
+    """Pretrained cfg of a timm folder, with the class names that timm writes beside it."""
     cfg = check_preprocessing(config.get("pretrained_cfg", {}), origin)
     return cfg | ({"label_names": names} if (names := config.get("label_names")) else {})
 
