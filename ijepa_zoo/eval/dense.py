@@ -407,8 +407,7 @@ def _predict(training: DenseTraining, maps: Tensor, asked: Sequence[int]) -> lis
     training.heads.eval()
     features, task, predictions = training.feed.split(maps), training.probe.task, []
     for place in asked if len(maps) else []:
-        scores = training.heads[place](features[training.specs[place].representation])
-        prediction = task.maps(scores)
+        prediction = training.heads[place](features[training.specs[place].representation])
         if task.mirrored:
             plain, mirror = prediction.chunk(2)
             prediction = (plain + mirror.flip(-1)) / 2

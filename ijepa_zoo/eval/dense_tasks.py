@@ -1,8 +1,7 @@
 """Depth and segmentation: what heads on patch features predict, their losses and metrics.
 
-Depth follows DINOv2 (arXiv 2304.07193, section 7.4; facebookresearch/dinov2 `BNHead`, `SigLoss`):
-scores of bins of uniform depth, normalized after `relu(score) + 0.1` as in AdaBins
-(arXiv 2011.14141), and the scale-invariant loss of Eigen et al. (arXiv 1406.2283). Segmentation is
+Depth follows DINOv2 (arXiv 2304.07193, section 7.4; facebookresearch/dinov2 `SigLoss`): the
+scale-invariant loss of Eigen et al. (arXiv 1406.2283) in the form of AdaBins. Segmentation is
 cross-entropy of classes; mean IoU as in mmsegmentation.
 """
 
@@ -19,13 +18,13 @@ from torch import Tensor
 
 from ..data.dense import IGNORE_INDEX
 from ..errors import ImageError
+from ..models.classifier import DenseHead
 
 DEPTH_METRICS = ("rmse", "rmse_log", "abs_rel", "sq_rel", "log10", "delta_1", "delta_2", "delta_3")
 SEGMENTATION_METRICS = ("mean IoU", "pixel accuracy", "mean class accuracy")
 MIN_DEPTH = 1e-3  # in meters; nearer pixels do not count, predictions are at least that
 # Rows and columns of a 480 x 640 image that count (Eigen et al.).
 _EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)
-_FLOOR = 0.1  # added to every bin before the normalization
 _EPS = 1e-3  # under the logarithms of the loss
 _SCALE_WEIGHT = 0.15  # of the squared mean: 1 - 0.85
 _GAP = 8
@@ -42,8 +41,7 @@ class Depth:
     Args:
         max_depth: Depth of the last bin; farther pixels do not count.
         bins: Number of bins.
-        upsample: Factor by which scores are upsampled bilinearly. DINOv2 upsamples the features;
-            the order makes no difference to a linear layer.
+        upsample: See `DenseHead`.
         crop: 'eigen' for metrics in Eigen's crop, or None.
         unit: Unit of depths.
     """
@@ -57,9 +55,8 @@ class Depth:
     def __init__(
         self, max_depth: float, bins: int, upsample: int, crop: str | None = None, unit: str = "m"
     ) -> None:
-        self.max_depth, self.outputs, self.upsample = max_depth, bins, upsample
+        self.max_depth, self.bins, self.upsample = max_depth, bins, upsample
         self.crop, self.unit = crop, unit
-        self.bins = torch.linspace(MIN_DEPTH, max_depth, bins)
         self.settings: dict[str, Any] = {"max_depth": max_depth, "crop": crop}
 
     def valid(self, targets: Tensor, *, test: bool = False) -> Tensor:
@@ -77,18 +74,16 @@ class Depth:
     def check(self, target: Tensor) -> None:
         """Raise an `ImageError` if a target `[H, W]` does not belong to the data."""
 
-    def maps(self, scores: Tensor) -> Tensor:
-        """Predictions `[B, 1, h', w']`, above 0, of a head's output `[B, bins, h, w]`."""
-        scores = F.interpolate(scores, scale_factor=self.upsample, mode="bilinear")
-        weights = scores.relu() + _FLOOR
-        bins = self.bins.to(scores.device)
-        return (torch.einsum("bkhw,k->bhw", weights, bins) / weights.sum(1))[:, None]
+    def head(self, in_features: int, batch_norm: bool) -> DenseHead:
+        """A head, whose output is `[B, C, h', w']`; C is 1 for depth."""
+        depth_range = (MIN_DEPTH, self.max_depth)
+        return DenseHead(in_features, self.bins, batch_norm, depth_range, self.upsample)
 
     def loss(self, maps: Tensor, targets: Tensor) -> Tensor:
         """`sqrt(var(g) + 0.15 mean(g)^2)`, g the differences of logarithms.
 
         Args:
-            maps: See `maps`.
+            maps: Output of a head.
             targets: `[B, H, W]` on the CPU, with at least two pixels that count.
         """
         valid, targets = (t.to(maps.device) for t in (self.valid(targets), targets))
@@ -138,9 +133,8 @@ class Depth:
         return maps[0].cpu()
 
     def record(self) -> dict[str, Any]:
-        """What turns a saved head's maps into predictions, as plain values."""
-        bins = {"min": MIN_DEPTH, "max": self.max_depth, "count": self.outputs, "floor": _FLOOR}
-        return {"task": "depth", "bins": bins, "unit": self.unit}
+        """What a saved head predicts, as plain values."""
+        return {"task": "depth", "unit": self.unit}
 
     def colors(self, target: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
         """RGB `[H, W, 3]` of a target and predictions; colors span its logarithms, near is yellow.
@@ -201,7 +195,7 @@ class Segmentation:
     blind, shown = ("the most frequent class",), (0, 1)
 
     def __init__(self, num_classes: int) -> None:
-        self.outputs = num_classes
+        self.num_classes = num_classes
         self.settings: dict[str, Any] = {"num_classes": num_classes}
 
     def valid(self, targets: Tensor, *, test: bool = False) -> Tensor:
@@ -211,14 +205,14 @@ class Segmentation:
     def check(self, target: Tensor) -> None:
         """Refuse a mask of other classes."""
         largest = float(torch.where(self.valid(target), target, 0).max())
-        if largest >= self.outputs:
+        if largest >= self.num_classes:
             raise ImageError(
-                f"its mask has class {largest:g}, the data have classes 0 to {self.outputs - 1}"
+                f"its mask has class {largest:g}, the data have classes 0 to {self.num_classes - 1}"
             )
 
-    def maps(self, scores: Tensor) -> Tensor:
-        """Logits, as they are."""
-        return scores
+    def head(self, in_features: int, batch_norm: bool) -> DenseHead:
+        """A head, whose output is logits."""
+        return DenseHead(in_features, self.num_classes, batch_norm)
 
     def loss(self, maps: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of the logits upsampled to the targets, mean over pixels."""
@@ -228,16 +222,16 @@ class Segmentation:
 
     def new_sums(self, size: tuple[int, int]) -> Tensor:
         """Pixels of each class."""
-        return torch.zeros(self.outputs, dtype=torch.float64)
+        return torch.zeros(self.num_classes, dtype=torch.float64)
 
     def add(self, sums: Tensor, targets: Tensor) -> None:
         """Count pixels."""
         classes = targets[self.valid(targets)].long()
-        sums += torch.bincount(classes, minlength=self.outputs)
+        sums += torch.bincount(classes, minlength=self.num_classes)
 
     def zeros(self, heads: int) -> Tensor:
         """Empty confusion matrices."""
-        return torch.zeros(heads + 1, self.outputs, self.outputs, dtype=torch.float64)
+        return torch.zeros(heads + 1, self.num_classes, self.num_classes, dtype=torch.float64)
 
     def figures(self, maps: Sequence[Tensor], sums: Tensor, target: Tensor) -> Tensor:
         """Confusion matrices `[H + 1, C, C]`: rows are true classes."""
@@ -245,7 +239,7 @@ class Segmentation:
         truth = target[valid].long()
         guesses = [self.drawn(part, target)[valid].long() for part in maps]
         guesses.append(torch.full_like(truth, int(sums.argmax())))
-        size = self.outputs
+        size = self.num_classes
         counts = [torch.bincount(truth * size + guess, minlength=size**2) for guess in guesses]
         return torch.stack(counts).view(-1, size, size).double()
 
@@ -263,7 +257,7 @@ class Segmentation:
         return full.argmax(0).cpu()
 
     def record(self) -> dict[str, Any]:
-        """Plain values for the saved head."""
+        """What a saved head predicts."""
         return {"task": "segmentation"}
 
     def colors(self, target: Tensor, others: Sequence[Tensor]) -> list[Tensor]:

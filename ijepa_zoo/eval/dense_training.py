@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..data.dense import DenseData, DenseDataset
 from ..distributed import Distributed
-from ..models.classifier import DenseHead
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator, torch_generator
 from .dense_features import DenseFeed
@@ -133,17 +132,17 @@ class HeadSpec:
 
 
 def make_heads(
-    specs: Sequence[HeadSpec], widths: dict[str, int], outputs: int, seed: int
+    specs: Sequence[HeadSpec], widths: dict[str, int], task: DenseTask, seed: int
 ) -> nn.ModuleList:
     """The heads of a grid; those that differ in the learning rate have the same initial weights."""
     heads = nn.ModuleList()
     for spec in specs:
         width = widths[spec.representation]
-        head = DenseHead(width, outputs, spec.batch_norm)
+        head = task.head(width, spec.batch_norm)
         generator = torch_generator(seed, Stream.EVAL_INIT, width, int(spec.batch_norm))
         with torch.no_grad():
-            weight = torch.randn(outputs, width, generator=generator) * _STD
-            head.conv.weight.copy_(weight[:, :, None, None])
+            shape = head.conv.weight.shape
+            head.conv.weight.copy_(torch.randn(shape, generator=generator) * _STD)
             head.conv.bias.zero_()  # type: ignore[union-attr]
         heads.append(head)
     return heads
@@ -190,9 +189,8 @@ class DenseTraining:
         self.choose, self.fit = np.sort(order[:held_out]), np.sort(order[held_out:])
         grid = product(("last", "last4"), protocol.batch_norm, protocol.lrs)
         self.specs = [HeadSpec(*settings) for settings in grid]
-        device, outputs = probe.distributed.device, probe.task.outputs
-        self.heads: Any = make_heads(self.specs, self.feed.widths, outputs, probe.config.seed)
-        self.heads.to(device)
+        self.heads: Any = make_heads(self.specs, self.feed.widths, probe.task, probe.config.seed)
+        self.heads.to(probe.distributed.device)
         self.optimizer = make_optimizer(self.specs, self.heads, protocol.weight_decay)
         self.sums = probe.task.new_sums(self.feed.encoder.size)
         self.steps = max(1, len(self.fit) // protocol.batch_size)
@@ -272,7 +270,7 @@ class DenseTraining:
         losses = []
         for spec, head in zip(self.specs, self.heads):  # one graph at a time: less memory
             features = self.feed.split(maps)[spec.representation]
-            loss = self.probe.task.loss(self.probe.task.maps(head(features)), targets)
+            loss = self.probe.task.loss(head(features), targets)
             torch.autograd.backward(loss)
             losses.append(loss.detach())
         self.optimizer.step()

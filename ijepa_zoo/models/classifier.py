@@ -25,6 +25,7 @@ from .factory import create_model
 KIND = "classifier"  # the value of "ijepa_zoo" in config.json of these folders
 CONFIG, HEAD, ENCODER = "config.json", "head.safetensors", "encoder"
 _TIMM = "timm:"
+_FLOOR = 0.1  # added to every depth bin
 
 
 class LinearHead(nn.Module):
@@ -111,24 +112,48 @@ class DenseHead(nn.Module):
 
     Args:
         in_features: Width of the patch features.
-        num_outputs: Output channels: classes, depth bins, or 1.
+        num_outputs: Channels of the convolution: classes, depth bins, or 1.
         batch_norm: Normalize the features by running statistics first.
+        depth_range: The channels score bins of uniform depth from the first to the second number,
+            and the output is depth: the mean of the bins weighted by `relu(score) + 0.1`, as in
+            DINOv2 (facebookresearch/dinov2 `BNHead`) and AdaBins (arXiv 2011.14141).
+        upsample: Factor by which the scores of bins are upsampled bilinearly first. DINOv2
+            upsamples the features, which makes no difference to a linear layer.
     """
 
-    def __init__(self, in_features: int, num_outputs: int, batch_norm: bool = False) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_outputs: int,
+        batch_norm: bool = False,
+        depth_range: Sequence[float] | None = None,
+        upsample: int = 1,
+    ) -> None:
         super().__init__()
-        self.args = {
+        self.args: dict[str, Any] = {
             "in_features": in_features,
             "num_outputs": num_outputs,
             "batch_norm": batch_norm,
         }
+        self.depth_range, self.upsample = depth_range, upsample
+        if depth_range is not None:
+            self.args |= {"depth_range": list(depth_range), "upsample": upsample}
         self.norm = nn.BatchNorm2d(in_features) if batch_norm else nn.Identity()
         self.conv = nn.Conv2d(in_features, num_outputs, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps `[B, num_outputs, h, w]` of patch features `[B, in_features, h, w]`."""
+        """Maps `[B, num_outputs, h, w]` of patch features `[B, in_features, h, w]`.
+
+        Depth is `[B, 1, upsample * h, upsample * w]`.
+        """
         maps: Tensor = self.conv(self.norm(features))
-        return maps
+        if self.depth_range is None:
+            return maps
+        maps = F.interpolate(maps, scale_factor=self.upsample, mode="bilinear")
+        weights = maps.relu() + _FLOOR
+        near, far = self.depth_range
+        bins = torch.linspace(near, far, maps.shape[1], device=maps.device, dtype=maps.dtype)
+        return torch.einsum("bkhw,k->bhw", weights, bins)[:, None] / weights.sum(1, keepdim=True)
 
 
 HEADS: dict[str, type[nn.Module]] = {
@@ -183,6 +208,8 @@ class Classifier(nn.Module):
     def num_classes(self) -> int:
         """Number of logits, or channels of the maps."""
         args = self.head.args
+        if "depth_range" in args:
+            return 1
         return int(args["num_outputs"] if self.is_dense else args["num_classes"])
 
     @property

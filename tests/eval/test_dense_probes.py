@@ -64,7 +64,7 @@ def _sig_loss(predicted, depth):
 def test_heads_of_the_grid_equal_dinov2s_head_trained_alone():
     specs = [HeadSpec("last4", bn, lr) for bn in (False, True) for lr in (0.01, 0.1)]
     task, alone = Depth(10, bins=7, upsample=2), []
-    heads = make_heads(specs, {"last4": 24}, 7, seed=3)
+    heads = make_heads(specs, {"last4": 24}, task, seed=3)
     for spec, head in zip(specs, heads):
         plain = PlainHead(24, 7, 10, 2, spec.batch_norm)
         plain.load_state_dict(head.state_dict())
@@ -75,7 +75,7 @@ def test_heads_of_the_grid_equal_dinov2s_head_trained_alone():
         depth[torch.rand(4, 6, 10) < 0.2] = 0
         optimizer.zero_grad()
         for head, (plain, own) in zip(heads, alone):
-            task.loss(task.maps(head(maps)), depth).backward()
+            task.loss(head(maps), depth).backward()
             own.zero_grad()
             g = (plain(maps)[depth > 0] + 1e-3).log() - (depth[depth > 0] + 1e-3).log()
             (g.var() + 0.15 * g.mean() ** 2).sqrt().backward()
@@ -84,8 +84,7 @@ def test_heads_of_the_grid_equal_dinov2s_head_trained_alone():
     for head, (plain, _) in zip(heads.eval(), alone):
         for name, tensor in plain.state_dict().items():
             torch.testing.assert_close(head.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
-        predicted = task.maps(head(maps))[:, 0]
-        torch.testing.assert_close(predicted, plain.eval()(maps), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(head(maps)[:, 0], plain.eval()(maps), atol=1e-4, rtol=1e-4)
 
 
 def test_depth_loss_is_dinov2s():
@@ -222,17 +221,15 @@ def test_the_test_figure_is_that_of_the_saved_head_on_whole_maps(tmp_path, opene
     result = evaluate(name, "scenes:24,6", tmp_path, protocol=protocol, pictures=0)
     (folder,) = tmp_path.glob("*/model")
     saved = create_model(f"local-dir:{folder}").eval()
-    config = json.loads((folder / "config.json").read_text())
     assert (saved.class_names is not None) == classes
     model, cfg, data = create_model(name).eval(), saved.pretrained_cfg, opened("scenes:24,6")
     plain = saved.head
     if not classes:
-        bins = config["bins"]
-        plain = PlainHead(
-            saved.head.conv.in_channels, 16, bins["max"], 2, saved.head.args["batch_norm"]
-        )
+        args = saved.head.args
+        limit = args["depth_range"][1]
+        plain = PlainHead(args["in_features"], 16, limit, 2, args["batch_norm"])
         plain.load_state_dict(saved.head.state_dict())
-        assert (bins["count"], config["unit"]) == (16, "scene units")
+        assert json.loads((folder / "config.json").read_text())["unit"] == "scene units"
     errors, right, union = [], 0, 0
     for image, target, _ in data.test:
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
@@ -250,6 +247,8 @@ def test_the_test_figure_is_that_of_the_saved_head_on_whole_maps(tmp_path, opene
             right = right + (guess & truth).sum((0, 1))
             union = union + (guess | truth).sum((0, 1))
             continue
+        depth = F.interpolate(sides[0][None], (64, 64), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(saved(x), depth, atol=1e-3, rtol=1e-4)
         mean = (sides[0] + sides[1].flip(-1)) / 2
         full = F.interpolate(mean[None], (64, 64), mode="bilinear", align_corners=False)[0, 0]
         known = (target > 0) & (target <= data.max_depth)
