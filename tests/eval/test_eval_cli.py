@@ -17,7 +17,9 @@ PROBES = {  # the functions of the package, what is passed by position, and furt
     "depth": ("evaluate_linear", ("depth", "m", "d", "o"), HEADS),
     "dense": ("evaluate_dense_depth", ("m", "d", "o"), ["--task", "dense", "--max-depth", "5"]),
     "knn": ("evaluate_knn", ("classes", "m", "d", "o"), []),
-    "finetune": ("evaluate_finetune", ("classes", "m", "d", "o"), ["--micro-batch-size", "4", "--list", "l"]),
+    "finetune": (
+        "evaluate_finetune", ("classes", "m", "d", "o"), ["--micro-batch-size", "4", "--list", "l"]
+    ),
     "attentive": ("evaluate_attentive", ("classes", "m", "d", "o"), HEADS),
     "logreg": ("evaluate_logreg", ("classes", "m", "d", "o"), ["--list", "l"]),
 }  # fmt: skip
