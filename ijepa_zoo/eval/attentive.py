@@ -24,7 +24,7 @@ from ..models.classifier import AttentiveHead
 from ..seeds import Stream, fold
 from .epoch_state import EpochState
 from .features import BlockFeatures, OnlineFeed, Source
-from .linear import Grid, HeadSpec, choose_and_test, train
+from .heads import Grid, HeadSpec, choose_and_test, train
 from .models import Subject
 from .probe import (
     EvalConfig,

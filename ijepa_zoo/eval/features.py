@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..errors import DataError, RunError, SettingsError
 from ..extract import Parts, whole_file
 from ..progress import skip
 from ..seeds import Stream, numpy_generator
-from .batches import EvalBatch, TrainBatches
+from .batches import TrainBatches
 from .models import Subject
 from .sets import EvalSet
 
@@ -444,24 +444,39 @@ class OnlineFeed:
 
     def _in_order(self, part: EvalSet, rows: Targets) -> Iterator[Labelled]:
         batches = self.probe.in_order(part, rows, self.source.size)
-        return self._encode(batches, range(len(batches)), {})
+        return self._encode(batches, range(len(batches)), self.broken)
 
     def _encode(self, batches: Any, numbers: Any, broken: dict[str, str]) -> Iterator[Labelled]:
-        waiting: deque[Tensor] = deque()
-
-        def pixels(loaded: Iterable[EvalBatch]) -> Iterator[Batch]:
-            for batch in loaded:
-                broken.update(batch.broken)
-                waiting.append(batch.labels[batch.valid])
-                yield batch.images, batch.reasons
-
-        for rows, _ in self.source.encode(pixels(self.probe.loaded(batches, numbers))):
-            labels = waiting.popleft().to(rows.device, non_blocking=True)
-            self.broken.update(broken)
+        for rows, labels in encoded(self.probe, self.source, batches, numbers, broken):
+            self.broken.update(self._broken_to_fit)
             images = len(labels) * self.probe.distributed.world_size
             self.encoded += images
             self.bar.update(images)
             yield rows, labels
+
+
+def encoded(
+    probe: Probe, source: Source, batches: Any, numbers: Sequence[int], broken: dict[str, str]
+) -> Iterator[Labelled]:
+    """Rows and classes of the images of each batch that could be decoded.
+
+    Args:
+        probe: How images are loaded.
+        source: Makes the rows.
+        batches: Images.
+        numbers: Which batches.
+        broken: Gets name and reason of the others.
+    """
+    waiting: deque[Tensor] = deque()
+
+    def pixels() -> Iterator[Batch]:
+        for batch in probe.loaded(batches, numbers):
+            broken.update(batch.broken)
+            waiting.append(batch.labels[batch.valid])
+            yield batch.images, batch.reasons
+
+    for rows, _ in source.encode(pixels()):
+        yield rows, waiting.popleft().to(rows.device, non_blocking=True)
 
 
 class CachedFeed:

@@ -168,6 +168,7 @@ def _sweep(
         counts[0].images,
     )
     chosen = best_head(val)
+    names = [f"{name} C={c:.3g}" for name, c in heads]
     name, c = heads[chosen]
     features, labels = share(np.concatenate([feed.fit, feed.choose]))
     best = fit_logistic(
@@ -175,10 +176,10 @@ def _sweep(
     )
     test = count_correct(probe, source, feed.testing(), _predictor(best, name), 1)
     if isinstance(source, BlockFeatures):
-        save_head(probe, source, best.head(), name, folder, C=c)
+        save_head(probe, source, best.head(), name, folder, chosen=names[chosen])
     notes = [] if best.converged else ["the last fit did not converge: its gradient is not small"]
     return make_result(
-        *(probe, source, "logreg", protocol, [f"{name} C={c:.3g}" for name, c in heads], chosen),
+        *(probe, source, "logreg", protocol, names, chosen),
         *(None if on_test else val, val if on_test else test, feed.broken, feed.fitted()),
         notes=notes,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from ..data.decode import Decoder
 from ..data.loading import load_in_order, usable_cpus
 from ..distributed import Distributed, init_distributed
 from ..errors import DataError, SettingsError
+from ..features import Layers
+from ..models.classifier import Classifier, save_classifier
 from ..progress import progress_bar
 from .batches import EvalBatch, OrderedBatches
 from .features import BlockFeatures, RawPixels, Source, files_state
@@ -479,7 +482,44 @@ def paper_figure(
 
 
 def save_head(
-    probe: Probe, source: BlockFeatures, head: nn.Module, representation: str, folder: Path,
+    probe: Probe,
+    source: BlockFeatures,
+    head: nn.Module,
+    layers: str,
+    folder: Path,
     **record: Any,
-) -> None:  # fmt: skip
-    """Save the chosen head as a classifier folder, `model` beside the result."""
+) -> None:
+    """Save the chosen head as a classifier folder, `model` beside the result; rank 0 does.
+
+    The encoder is saved too if the user wants that, or if no name opens it again.
+
+    Args:
+        probe: The task.
+        source: The encoder.
+        head: A `LinearHead` or an `AttentiveHead`.
+        layers: 'last' or 'last4'.
+        folder: Folder of the result.
+        record: Further entries of its `config.json`.
+    """
+    if not probe.distributed.is_main:
+        return
+    subject, config = source.subject, probe.config
+    opened = None if config.random else subject.given
+    if opened is not None and os.path.isdir(opened):
+        opened = f"local-dir:{opened}"
+    given = {"checkpoint": config.checkpoint, "network": config.network}
+    if config.checkpoint and os.path.exists(config.checkpoint):
+        given["checkpoint"] = os.path.abspath(config.checkpoint)
+    pool, which = source.settings["pool"], cast("Layers", layers)
+    save_classifier(
+        folder / "model",
+        Classifier(subject.model, head, which, pool, probe.train.classes),
+        encoder=opened,
+        encoder_args={name: value for name, value in given.items() if value is not None},
+        with_encoder=config.with_encoder or opened is None,
+        overwrite=True,
+        task=probe.task.name,
+        model=subject.name,
+        view=asdict(probe.protocol.view),
+        **record,
+    )
