@@ -155,7 +155,7 @@ class Classifier(nn.Module):
     def __init__(
         self,
         encoder: nn.Module,
-        head: nn.Module,
+        head: Any,
         layers: Layers = "last",
         pool: str | None = "auto",
         class_names: Sequence[str] | None = None,
@@ -163,7 +163,7 @@ class Classifier(nn.Module):
         super().__init__()
         pool = pool if isinstance(head, LinearHead) else None
         self.extractor = FeatureExtractor(encoder, layers, pool)
-        self.head: Any = head
+        self.head = head
         width, taken = self.extractor.num_features, next(iter(self.head.args.values()))
         if width != taken:
             raise SettingsError(f"the head takes {taken} features, the encoder has {width}")
