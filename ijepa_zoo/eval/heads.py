@@ -18,10 +18,12 @@ from ..distributed import Distributed
 from ..models.classifier import LinearHead
 from ..progress import skip
 from ..seeds import Stream, torch_generator
+from .accuracy import Counts, best_head, count_correct, likeliest
 from .epoch_state import EpochState, load_optimizer
-from .features import Feed, Source, not_finite, refuse_undecoded
+from .features import Source, not_finite, refuse_undecoded
+from .feeds import Feed
 from .notes import of_all_processes
-from .probe import Counts, Probe, best_head, count_correct, likeliest
+from .probe import Probe
 from .tasks import Protocol
 
 _TRUST = 0.001  # VISSL's eta

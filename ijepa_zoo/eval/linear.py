@@ -14,7 +14,8 @@ import numpy as np
 from torch import nn
 
 from .epoch_state import EpochState
-from .features import BlockFeatures, CachedFeed, Feed, OnlineFeed, Source
+from .features import BlockFeatures, Source
+from .feeds import CachedFeed, Feed, OnlineFeed
 from .heads import Grid, Head, HeadSpec, Trained, choose_and_test, make_grid, train
 from .logreg import fit_logistic
 from .models import Subject

@@ -16,16 +16,14 @@ from ..data.datasets import Subset, Targets
 from ..errors import DataError, SettingsError
 from ..models.classifier import LinearHead
 from ..seeds import Stream, numpy_generator
-from .features import BlockFeatures, CachedFeed, Source
+from .accuracy import Counts, best_head, count_correct, likeliest
+from .features import BlockFeatures, Source
+from .feeds import CachedFeed
 from .models import Subject
 from .probe import (
-    Counts,
     EvalConfig,
     Probe,
-    best_head,
-    count_correct,
     evaluate,
-    likeliest,
     make_result,
     run_once,
     save_head,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.datasets import Targets
 from ..data.decode import Decoder
@@ -22,6 +21,7 @@ from ..errors import DataError, SettingsError
 from ..features import Layers
 from ..models.classifier import Classifier, save_classifier
 from ..progress import progress_bar
+from .accuracy import Counts
 from .batches import EvalBatch, OrderedBatches
 from .features import BlockFeatures, RawPixels, Source, files_state
 from .intervals import wilson_interval
@@ -35,7 +35,6 @@ from .words import option, other_epochs
 
 MICRO = 128  # images of a forward pass
 _POOLING = ("pool", "layers", "precision")  # settings of an encoder that results show
-TOP = 5  # classes of an answer that count for top-5 accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,76 +253,6 @@ def _nothing_to_choose_by(probe: Probe) -> DataError:
     )
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Correct answers of K heads.
-
-    Attributes:
-        correct: By class, `[K, C]`.
-        top: With the class among the five most likely, `[K]`.
-        images: By class, `[C]`.
-    """
-
-    correct: Tensor
-    top: Tensor
-    images: Tensor
-
-    @property
-    def total(self) -> int:
-        """Number of images."""
-        return int(self.images.sum())
-
-    def accuracies(self) -> list[float]:
-        """Top-1 accuracy of each head in percent."""
-        return [100 * int(n) / self.total for n in self.correct.sum(dim=1)]
-
-    def others(self) -> dict[str, float]:
-        """Further metrics of the first head, in percent."""
-        seen = self.images > 0
-        per_class = self.correct[0, seen].double() / self.images[seen]
-        found = {"mean per-class accuracy": 100 * float(per_class.mean())}
-        if len(self.images) > TOP:
-            found["top-5 accuracy"] = 100 * int(self.top[0]) / self.total
-        return found
-
-
-@torch.inference_mode()
-def count_correct(
-    probe: Probe,
-    source: Source,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    predict: Callable[[dict[str, Tensor]], Tensor],
-    heads: int,
-) -> Counts:
-    """Count the correct answers of all processes; waits for the device only at the end.
-
-    Args:
-        probe: The task.
-        source: Made the rows.
-        batches: Rows and classes, the share of this process.
-        predict: The likeliest classes `[K, B, top]` by features.
-        heads: K.
-    """
-    classes, device = probe.num_classes, source.device
-    correct = torch.zeros(heads, classes, dtype=torch.int64, device=device)
-    top = torch.zeros(heads, dtype=torch.int64, device=device)
-    images = torch.zeros(classes, dtype=torch.int64, device=device)
-    for rows, labels in batches:
-        right = predict(source.split(rows)) == labels[:, None]
-        correct.index_add_(1, labels, right[..., 0].long())
-        top += right.any(dim=2).sum(dim=1)
-        images.index_add_(0, labels, torch.ones_like(labels))
-    flat = torch.cat([correct.flatten(), top, images]).cpu()
-    parts = torch.split(probe.distributed.all_reduce(flat), [heads * classes, heads, classes])
-    return Counts(parts[0].view(heads, classes), parts[1], parts[2])
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    """The likeliest classes of logits `[..., C]`; -1 where a head has diverged."""
-    best = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
-    return best.indices.masked_fill(logits.isnan().any(dim=-1, keepdim=True), -1)
-
-
 def run_once(
     probe: Probe,
     source: Source,
@@ -411,11 +340,6 @@ def make_result(
         notes=notes,
         **more,
     )
-
-
-def best_head(counts: Counts) -> int:
-    """Index of the head with the most correct answers, the first of equal ones."""
-    return int(counts.correct.sum(dim=1).argmax())
 
 
 def _notes(probe: Probe, broken: dict[str, str]) -> list[str]:

@@ -17,11 +17,13 @@ from ..distributed import init_distributed
 from ..encode import model_name
 from ..errors import CheckpointError, DataError
 from ..models.classifier import AttentiveHead, Classifier, load_classifier, read_classifier_config
-from .features import BlockFeatures, Source, encoded, refuse_undecoded
+from .accuracy import count_correct, likeliest
+from .features import BlockFeatures, Source, refuse_undecoded
+from .feeds import encoded
 from .intervals import wilson_interval
 from .models import Subject
 from .notes import of_all_processes, undecoded
-from .probe import EvalConfig, Probe, count_correct, likeliest, run_once
+from .probe import EvalConfig, Probe, run_once
 from .result import Head, Result
 from .sets import EvalSet, data_record
 from .tasks import TASKS, View
