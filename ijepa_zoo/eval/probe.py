@@ -183,6 +183,8 @@ def open_probe(config: EvalConfig, distributed: Distributed, decoder: Decoder) -
         DataError: The data cannot be used, or do not fit the task.
     """
     task = find_task(config.task) if isinstance(config.task, str) else config.task
+    if isinstance(config.model, str):
+        task = task.of_model(config.model)
     train, test = open_task(
         task,
         config.data,
