@@ -152,8 +152,8 @@ _CROP_BILINEAR = View("crop", "bilinear")  # VISSL names no filter here: torchvi
 _OF_G16 = {"vit_giant16_ijepa": _CROP}  # the filter of its files
 _SQUARE = View("square", "bilinear")
 _TRANSFER = Protocol(28, _CROP, milestones=(8, 16, 24))
-# VISSL's file for H/14. Its file for 448 px has SGD, 28 epochs, batches of 256 and learning rates 0.01
-# and 0.001; the paper's text has LARS for all models, as here.
+# VISSL's file for H/14. Its file for 448 px has SGD, 28 epochs, batches of 256 and learning rates
+# 0.01 and 0.001; the paper's text has LARS for all models, as here.
 _IMAGENET = Protocol(
     50,
     _CROP,
