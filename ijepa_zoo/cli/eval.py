@@ -16,6 +16,7 @@ from ..eval import (
     evaluate_logreg,
     write_report,
 )
+from ..eval.finetune import MICRO_BATCH
 from . import options
 from .options import count, positive
 
@@ -46,7 +47,7 @@ _PROBES = {  # help, layout of the data, options of an example
         "--task dense --data nyu",
     ),
     "knn": ("nearest neighbors among frozen features", _CLASSES, "--data photos --baseline"),
-    "finetune": ("train all weights, the paper's full recipe", _CLASSES, "--data photos"),
+    "finetune": ("train all weights with the paper's recipes", _CLASSES, "--data photos"),
     "logreg": (
         "logistic regression on frozen features; few labels",
         _CLASSES,
@@ -118,8 +119,11 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         own.add_argument("--epochs", type=positive, metavar="N",
             help="default: those of the paper's protocol")  # fmt: skip
     if name in _TRAINING:
-        own.add_argument("--micro", type=positive, metavar="N",
-            help="images per forward pass of a process")  # fmt: skip
+        own.add_argument("--list", metavar="FILE",
+            help="names of the training images to use, one a line: the paper's recipe for 1 %% of "
+            "ImageNet")  # fmt: skip
+        own.add_argument("--micro-batch-size", type=positive, default=MICRO_BATCH, metavar="N",
+            help=f"images per forward pass of a process (default: {MICRO_BATCH})")  # fmt: skip
         own.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower")
     if name == "linear":
         own.add_argument("--head", metavar="DIR",
@@ -146,7 +150,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     run.add_argument("--seed", type=count, default=0, metavar="N", help="default: 0")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     smaller = {"knn": "", "logreg": ""} | dict.fromkeys(_HEADS, "a smaller --batch-size, ")
-    smaller |= dict.fromkeys(_TRAINING, "a smaller --micro, --grad-checkpointing, ")
+    smaller |= dict.fromkeys(_TRAINING, "a smaller --micro-batch-size, --grad-checkpointing, ")
     memory = f"{smaller[name]}a smaller --img-size, --precision bfloat16 or fewer --workers"
     parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME, memory=memory)
     return parser
@@ -192,7 +196,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     elif args.probe == "attentive":
         result = evaluate_attentive(task, args.model, args.data, args.out, **given)
     elif args.probe == "finetune":
-        result = evaluate_finetune(task, args.model, args.data, args.out, **given)
+        result = evaluate_finetune(task, args.model, args.data, args.out, list=args.list, **given)
     elif args.probe == "knn":
         result = evaluate_knn(task, args.model, args.data, args.out, **given)
     else:

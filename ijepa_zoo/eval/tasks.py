@@ -29,10 +29,12 @@ class View:
             and tests on the middle: short side resized to 8/7 of the model's size, then cut.
             'square' resizes the whole image to the model's size. Training flips at random.
         filter: Filter of the resize.
+        whole: Of a 'crop', test on the largest middle part: short side resized to the model's size.
     """
 
     shape: Literal["crop", "square"]
     filter: Literal["bicubic", "bilinear"]
+    whole: bool = False
 
     def describe(self, size: tuple[int, int], *, train: bool) -> str:
         """The view in words, for results and as a key of cached features.
@@ -49,10 +51,9 @@ class View:
         height, width = self.resize_to(size)
         return f"{self.filter} resize to {height}x{width}, centre crop {shown}"
 
-    @staticmethod
-    def resize_to(size: tuple[int, int]) -> tuple[int, int]:
+    def resize_to(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that an image covers before the middle is cut: 224 -> 256."""
-        return size[0] * 8 // 7, size[1] * 8 // 7
+        return size if self.whole else (size[0] * 8 // 7, size[1] * 8 // 7)
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,7 @@ class Classifier(nn.Module):
             raise SettingsError(
                 f"{len(class_names)} class_names for {self.num_classes} classes: give one for each"
             )
+        self.weights_origin = "a classifier in memory"
         self.class_names = None if class_names is None else list(class_names)
 
     @property
@@ -312,7 +313,7 @@ def load_classifier(folder: str | Path) -> Classifier:
         head.load_state_dict(load_file(folder / HEAD))
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder / HEAD} is missing or damaged: {error}") from error
-    encoder.weights_origin = getattr(encoder, "weights_origin", source)
+    classifier.weights_origin = str(folder)
     return classifier
 
 

@@ -352,7 +352,7 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         args,
         norm_eps,
         configs.check_predictor(predictor, origin),
-        configs.check_preprocessing(config.get("pretrained_cfg", {}), origin),
+        configs.pretrained_cfg(config, origin),
         license,
     )
 

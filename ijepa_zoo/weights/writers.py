@@ -47,11 +47,14 @@ def _timm_config(networks: Networks) -> dict[str, Any]:
     """config.json of a timm folder: a network of stock timm and all arguments that matter."""
     classes = networks.args["num_classes"]
     license = {"license": networks.license.lower()} if networks.license else {}
+    cfg = dict(networks.pretrained_cfg)
+    label_names = {"label_names": cfg.pop("label_names")} if "label_names" in cfg else {}
     return {
         "architecture": networks.model
         if networks.is_other_vit
         else registry.timm_name(networks.model),
         "num_classes": classes,
+        **label_names,
         "num_features": networks.args["embed_dim"],
         "global_pool": networks.args["global_pool"],
         "model_args": dict(networks.args),
@@ -63,7 +66,7 @@ def _timm_config(networks: Networks) -> dict[str, Any]:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
             "pool_size": None,
-            **networks.pretrained_cfg,
+            **cfg,
             **license,
         },
     }
@@ -150,8 +153,9 @@ def _write_transformers(
         **({"license": networks.license} if networks.license else {}),
     }
     if classes:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
+        names = networks.pretrained_cfg.get("label_names") or [f"LABEL_{i}" for i in range(classes)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
     save_tensors(state, folder / "model.safetensors", dtype)
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", _image_processor(networks.pretrained_cfg))
