@@ -17,7 +17,7 @@ PROBES = {  # the functions of the package, what is passed by position, and furt
     "depth": ("evaluate_linear", ("depth", "m", "d", "o"), HEADS),
     "dense": ("evaluate_dense_depth", ("m", "d", "o"), ["--task", "dense", "--max-depth", "5"]),
     "knn": ("evaluate_knn", ("classes", "m", "d", "o"), []),
-    "finetune": ("evaluate_finetune", ("classes", "m", "d", "o"), ["--micro", "4"]),
+    "finetune": ("evaluate_finetune", ("classes", "m", "d", "o"), ["--micro-batch-size", "4"]),
     "attentive": ("evaluate_attentive", ("classes", "m", "d", "o"), HEADS),
     "logreg": ("evaluate_logreg", ("classes", "m", "d", "o"), ["--list", "l"]),
 }  # fmt: skip
@@ -56,7 +56,7 @@ def test_options_are_arguments_of_the_function(monkeypatch, capsys, probe):
     given = {"value_range": (0.0, 4095.0), "bands": (2, 1, 0), "skip_broken": True, "seed": 3}
     given |= {"img_size": (64, 32), "progress": True, "precision": "auto", "device": "auto"}
     given |= {"max_depth": 5.0, "depth_scale": None} if probe == "dense" else {}
-    given |= {"micro": 4} if probe == "finetune" else {}
+    given |= {"micro_batch_size": 4} if probe == "finetune" else {}
     given |= {"list": "l", "per_class": None} if probe == "logreg" else {}
     if own is HEADS:
         given |= {"lrs": (0.1, 0.01), "wds": None, "with_encoder": True}
