@@ -40,6 +40,7 @@ from ..errors import DataError, RunError, SettingsError
 from ..progress import skip
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
+from .accuracy import count_correct, likeliest
 from .batches import EvalBatch, OrderedBatches, TrainBatches
 from .epoch_state import EpochState, load_optimizer
 from .features import decoded, refuse_undecoded
@@ -47,7 +48,7 @@ from .intervals import wilson_interval
 from .logreg import with_rows
 from .models import Subject, as_subject, check_model
 from .notes import lost_classes, of_all_processes, undecoded
-from .probe import EvalConfig, Probe, count_correct, likeliest, open_probe
+from .probe import EvalConfig, Probe, open_probe
 from .result import NOTHING_CHOSEN, Head, Result
 from .runs import once, run_folder
 from .sets import data_record, listed_rows

@@ -98,6 +98,18 @@ def test_linear_knn_and_report(pictures, tmp_path, capsys):
     assert f"| {result['figure']:.1f} (" in report.read_text()
 
 
+def test_a_saved_head_on_other_data(pictures, tmp_path, capsys):
+    data = ("--data", str(pictures), "--out", str(tmp_path))
+    assert main(["eval", "linear", *NANO, *data, "--cached", "--epochs", "1"]) == 0
+    (model,) = tmp_path.glob("*/model")
+    assert main(["eval", "linear", "--head", str(model), *data, "--device", "cpu", "--quiet"]) == 0
+    figures = {json.loads(file.read_bytes())["figure"] for file in tmp_path.glob("*/result.json")}
+    assert len(figures) == 1
+    capsys.readouterr()
+    assert main(["eval", "linear", *data]) == 2
+    assert "--head" in capsys.readouterr().err
+
+
 def test_random_weights_at_another_size(pictures, tmp_path, capsys):
     command = ["eval", "knn", *NANO, "--data", str(pictures), "--out", str(tmp_path)]
     assert main([*command, "--random", "--img-size", "32,64"]) == 0
