@@ -10,6 +10,7 @@ from ..eval import (
     evaluate_attentive,
     evaluate_dense_depth,
     evaluate_finetune,
+    evaluate_head,
     evaluate_knn,
     evaluate_linear,
     evaluate_logreg,
@@ -137,7 +138,10 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         own.add_argument("--micro-batch-size", type=positive, default=MICRO_BATCH, metavar="N",
             help=f"images per forward pass of a process (default: {MICRO_BATCH})")  # fmt: skip
         own.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower")
-    model = options.add_model_options(parser)
+    if name == "linear":
+        own.add_argument("--head", metavar="DIR",
+            help="test a saved head (RUN/model) on --data instead of training one")  # fmt: skip
+    model = options.add_model_options(parser, required=name != "linear")
     model.add_argument("--random", action="store_true", help="random weights, drawn by --seed")
     if name not in (*_TRAINING, *_DENSE, "attentive"):
         model.add_argument("--pool", choices=("auto", "avg", "cls", "cls_avg"), default="auto",
@@ -193,7 +197,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k not in (*_OWN, *_POSITIONAL)}
     given["progress"] = not args.quiet
     task = args.task
-    if args.probe == "depth" and task == "dense":
+    head = given.pop("head", None)
+    if head is not None:
+        own = ("device", "workers", "precision", "value_range", "bands", "skip_broken", "progress")
+        result = evaluate_head(head, args.data, args.out, **{name: given[name] for name in own})
+    elif args.model is None:
+        raise SettingsError("give --model, or --head for a head that is trained already")
+    elif args.probe == "depth" and task == "dense":
         if given.pop("test") is not None:
             raise SettingsError("--test is for classes: DATA holds training and test pairs")
         for name in ("pool", "lrs", "wds"):

@@ -12,6 +12,7 @@ from .probe import EvalConfig
 from .report import write_report
 from .result import Result
 from .result_files import read_result
+from .saved_head import evaluate_head
 from .tasks import TASKS, Protocol, Task, find_task
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate_attentive",
     "evaluate_dense_depth",
     "evaluate_finetune",
+    "evaluate_head",
     "evaluate_knn",
     "evaluate_linear",
     "evaluate_logreg",

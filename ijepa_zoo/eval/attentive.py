@@ -23,8 +23,9 @@ from torch import nn
 from ..models.classifier import AttentiveHead
 from ..seeds import Stream, fold
 from .epoch_state import EpochState
-from .features import BlockFeatures, OnlineFeed, Source
-from .linear import Grid, HeadSpec, choose_and_test, train
+from .features import BlockFeatures, Source
+from .feeds import OnlineFeed
+from .heads import Grid, HeadSpec, choose_and_test, train
 from .models import Subject
 from .probe import (
     EvalConfig,

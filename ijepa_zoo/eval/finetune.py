@@ -40,6 +40,7 @@ from ..errors import DataError, RunError, SettingsError
 from ..progress import skip
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
+from .accuracy import count_correct, likeliest
 from .batches import EvalBatch, OrderedBatches, TrainBatches
 from .epoch_state import EpochState, load_optimizer
 from .features import decoded, refuse_undecoded
@@ -47,7 +48,7 @@ from .intervals import wilson_interval
 from .logreg import with_rows
 from .models import Subject, as_subject, check_model
 from .notes import lost_classes, of_all_processes, undecoded
-from .probe import EvalConfig, Probe, count_correct, likeliest, open_probe
+from .probe import EvalConfig, Probe, open_probe
 from .result import NOTHING_CHOSEN, Head, Result
 from .runs import once, run_folder
 from .sets import data_record, listed_rows
@@ -211,17 +212,9 @@ def _run(subject: Subject, training: FineTuning, usual: FineTuneRecipe) -> Resul
         images = recipe.epochs * training.batches.steps * training.batches.batch_size
         with probe.bar(images, folder.name) as bar:
             training.run(state, bar)
-        result = _test(training)
-        paper, notes = _paper_figure(subject, training, usual)
+        result = _test(training, subject, usual, method=method, model=about, protocol=settings)
         probe.distributed.run_on_main(lambda: _save(training, subject, folder / MODEL))
-        return replace(
-            result,
-            method=method,
-            model=about,
-            protocol=settings,
-            paper=paper,
-            notes=[*notes, *result.notes],
-        )
+        return result
 
     result = once(folder, probe.distributed, training.precision, work)
     if probe.distributed.is_main:
@@ -229,32 +222,32 @@ def _run(subject: Subject, training: FineTuning, usual: FineTuneRecipe) -> Resul
     return result
 
 
-def _test(training: FineTuning) -> Result:
-    """The result without what does not depend on the test; every process must call this."""
+def _test(training: FineTuning, subject: Subject, usual: FineTuneRecipe, **known: Any) -> Result:
+    """The result, with the fields that are known before; every process must call this."""
     probe, rows = training.probe, np.arange(len(training.probe.train))
     fitted = decoded(probe.train, rows, training.broken, probe.distributed)
     source: Any = training  # whose features are the images themselves
     counts = count_correct(probe, source, training.testing(), training.predict, heads=1)
     refuse_undecoded("test", probe.test, np.arange(len(probe.test)), counts.total, training.broken)
-    accuracy = counts.accuracies()[0]
     broken = of_all_processes(training.broken, probe.distributed)
     lost = lost_classes(probe.train, rows, broken)
+    paper, notes = _paper_figure(subject, training, usual)
+    (accuracy,) = counts.accuracies()
     return Result(
         task=probe.task.name,
-        method="",
-        model={},
         figure=accuracy,
         chosen="last epoch",
         selection=NOTHING_CHOSEN,
         heads=[Head("last epoch", None, accuracy, training.loss)],
-        protocol={},
         data=data_record(probe.train, probe.test),
         images={"fit": fitted, "test": counts.total},
         seed=probe.seed,
         interval=wilson_interval(int(counts.correct.sum()), counts.total),
         others=counts.others(),
-        notes=[*probe.train.notes, *probe.test.notes, *undecoded(broken), *lost],
+        paper=paper,
+        notes=[*notes, *probe.train.notes, *probe.test.notes, *undecoded(broken), *lost],
         seconds=training.seconds,
+        **known,
     )
 
 

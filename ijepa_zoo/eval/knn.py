@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from ..data.datasets import Targets
 from ..metrics import knn_predict
-from .features import CachedFeed, Source
+from .accuracy import TOP, best_head, count_correct
+from .features import Source
+from .feeds import CachedFeed
 from .models import Subject
-from .probe import TOP, EvalConfig, Probe, best_head, count_correct, evaluate, make_result, run_once
+from .probe import EvalConfig, Probe, evaluate, make_result, run_once
 from .result import Result
 from .tasks import Task
 

@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice, product
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..distributed import Distributed
-from ..models.classifier import LinearHead
-from ..progress import skip
-from ..seeds import Stream, torch_generator
-from .epoch_state import EpochState, load_optimizer
-from .features import (
-    BlockFeatures,
-    CachedFeed,
-    Feed,
-    OnlineFeed,
-    Source,
-    not_finite,
-    refuse_undecoded,
-)
+from .epoch_state import EpochState
+from .features import BlockFeatures, Source
+from .feeds import CachedFeed, Feed, OnlineFeed
+from .heads import Grid, Head, HeadSpec, Trained, choose_and_test, make_grid, train
 from .logreg import fit_logistic
 from .models import Subject
-from .notes import CACHED_AS_IS, of_all_processes
+from .notes import CACHED_AS_IS
 from .probe import (
-    Counts,
     EvalConfig,
     Probe,
-    best_head,
-    count_correct,
     describe_protocol,
     evaluate,
-    likeliest,
     make_result,
     paper_figure,
     run_once,
@@ -48,9 +32,8 @@ from .probe import (
     with_protocol,
 )
 from .result import Result
-from .tasks import Protocol, Task
+from .tasks import Task
 
-_TRUST = 0.001  # VISSL's eta
 _CROPS = (
     "cached: each image and its mirror image are encoded once, in the test view instead of the "
     "protocol's random crops"
@@ -131,323 +114,12 @@ def _images(probe: Probe) -> int:
     return probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
 
 
-@dataclass(frozen=True)
-class HeadSpec:
-    """One head of a grid.
-
-    Attributes:
-        representation: The features it reads, e.g. 'last' or 'last4'.
-        kind: 'linear', 'bn' with a BatchNorm before the linear layer, or another module.
-        lr: Learning rate per 256 images.
-        weight_decay: Weight decay; not of BatchNorm.
-    """
-
-    representation: str
-    kind: str
-    lr: float
-    weight_decay: float
-
-    @property
-    def name(self) -> str:
-        """Such as 'last4 bn lr=0.01 wd=0.0005'."""
-        return f"{self.representation} {self.kind} lr={self.lr:g} wd={self.weight_decay:g}"
-
-
-class Head(nn.Module):
-    """A linear layer, with a BatchNorm before it or without.
-
-    It starts as `torch.nn.Linear` does.
-
-    Args:
-        width: Number of features.
-        num_classes: Number of classes.
-        batch_norm: Whether to normalize.
-        seed: Of the first weights.
-    """
-
-    def __init__(self, width: int, num_classes: int, batch_norm: bool, seed: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width) if batch_norm else None
-        self.linear = nn.Linear(width, num_classes, device="meta").to_empty(device="cpu")
-        bound, generator = 1 / math.sqrt(width), torch_generator(seed, Stream.EVAL_INIT)
-        for parameter in (self.linear.weight, self.linear.bias):
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits `[B, C]` of features `[B, D]`."""
-        logits: Tensor = self.linear(features if self.norm is None else self.norm(features))
-        return logits
-
-    @torch.no_grad()
-    def fold(self) -> LinearHead:
-        """The same head in evaluation mode; the affine part of BatchNorm goes into the weights."""
-        folded = LinearHead(
-            self.linear.in_features, self.linear.out_features, batch_norm=self.norm is not None
-        )
-        weight, bias = self.linear.weight.detach(), self.linear.bias.detach()
-        if self.norm is not None:
-            bias = bias + weight @ self.norm.bias
-            weight = weight * self.norm.weight
-            folded.norm.load_state_dict(dict(self.norm.named_buffers()))
-        folded.linear.load_state_dict({"weight": weight, "bias": bias})
-        return folded.eval()
-
-
-class Grid:
-    """Heads that are trained together, each as if it were alone.
-
-    Args:
-        heads: The heads by their specs.
-        optimizer: Of all their parameters; groups have `base_lr`.
-        autocast: Dtype of the computation; None for float32.
-
-    Attributes:
-        specs: The specs, in the order of all results.
-        modules: The heads.
-    """
-
-    def __init__(
-        self,
-        heads: Mapping[HeadSpec, nn.Module],
-        optimizer: torch.optim.Optimizer,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        self.specs = list(heads)
-        self.modules = nn.ModuleList(heads.values())
-        self.optimizer, self.autocast = optimizer, autocast
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the heads."""
-        return [spec.name for spec in self.specs]
-
-    def logits(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """Logits `[B, C]` of each head, in float32."""
-        return [self.logits_of(index, features) for index in range(len(self.specs))]
-
-    def logits_of(self, index: int, features: dict[str, Tensor]) -> Tensor:
-        """Logits `[B, C]` of one head, in float32."""
-        rows = features[self.specs[index].representation]
-        with torch.autocast(rows.device.type, self.autocast, enabled=self.autocast is not None):
-            logits: Tensor = self.modules[index](rows)
-        return logits.float()
-
-    def step(
-        self,
-        features: dict[str, Tensor],
-        labels: Tensor,
-        lr_scale: float,
-        distributed: Distributed | None = None,
-    ) -> Tensor:
-        """One step of every head.
-
-        Args:
-            features: `[B, ...]` by representation.
-            labels: Classes `[B]`, int64.
-            lr_scale: Factor of the learning rates.
-            distributed: The processes whose gradients are averaged, if each has its own images.
-
-        Returns:
-            Cross-entropy of each head before the step, `[H]`.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_scale
-        losses = torch.stack([F.cross_entropy(x, labels) for x in self.logits(features)])
-        self.optimizer.zero_grad()
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        if distributed is not None and distributed.world_size > 1:
-            for head in self.modules:
-                _average_gradients(head, distributed)
-        self.optimizer.step()
-        return losses.detach()
-
-    def predict(self, features: dict[str, Tensor]) -> Tensor:
-        """The likeliest classes `[H, B, top]`."""
-        return torch.stack([likeliest(logits) for logits in self.logits(features)])
-
-
-def _average_gradients(head: nn.Module, distributed: Distributed) -> None:
-    gradients = [p.grad for p in head.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    mean = distributed.all_reduce(flat) / distributed.world_size
-    for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients])):
-        gradient.copy_(part.view_as(gradient))
-
-
 def linear_grid(probe: Probe, source: Source) -> Grid:
     """Heads of every representation, with and without BatchNorm, for each rate and decay."""
     protocol = probe.protocol
     rates = protocol.lrs, protocol.weight_decays
     specs = [HeadSpec(*values) for values in product(source.widths, ("linear", "bn"), *rates)]
     return make_grid(specs, source.widths, probe.num_classes, protocol, probe.seed, source.device)
-
-
-def make_grid(
-    specs: Sequence[HeadSpec],
-    widths: dict[str, int],
-    num_classes: int,
-    protocol: Protocol,
-    seed: int,
-    device: torch.device | str = "cpu",
-) -> Grid:
-    """Linear and BatchNorm + linear heads, as VISSL's `mlp` and `eval_mlp`.
-
-    Heads of equal width start from the same weights. BatchNorm has eps 1e-5 and momentum 0.1, and
-    no weight decay.
-
-    Args:
-        specs: The heads.
-        widths: Width of each representation.
-        num_classes: Number of classes.
-        protocol: Optimizer and momentum.
-        seed: Of the first weights.
-        device: Device of the heads.
-    """
-    heads, groups = {}, []
-    for spec in specs:
-        width = widths[spec.representation]
-        heads[spec] = head = Head(width, num_classes, spec.kind == "bn", seed).to(device)
-        rates = {"lr": spec.lr, "base_lr": spec.lr}
-        decay = {"weight_decay": spec.weight_decay}
-        groups.append({"params": [*head.linear.parameters()], **rates, **decay})
-        if head.norm is not None:
-            groups.append({"params": [*head.norm.parameters()], **rates, "weight_decay": 0.0})
-    optimizer: torch.optim.Optimizer
-    if protocol.optimizer == "lars":
-        optimizer = LARS(groups, momentum=protocol.momentum)
-    else:
-        momentum, nesterov = protocol.momentum, protocol.nesterov
-        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=nesterov)
-    return Grid(heads, optimizer)
-
-
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose steps of matrices are as long as the matrices, times 0.001.
-
-    LARS (arXiv 1708.03888) by VISSL's rule (`vissl/optimizers/lars.py`): the length is that of the
-    gradient *with* weight decay, and the factor is 1 where a length is 0. NVIDIA's and timm's
-    versions divide by the sum of the lengths of gradient and weight decay. Biases and BatchNorm
-    take plain steps (`exclude_bias_and_norm`).
-
-    Args:
-        params: Parameters or groups with `lr` and `weight_decay`.
-        lr: Learning rate of groups without one.
-        momentum: Momentum.
-        weight_decay: Weight decay of groups without one.
-    """
-
-    def __init__(
-        self, params: Any, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Change the parameters."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
-                if parameter.ndim > 1:
-                    length, change = parameter.norm(), update.norm()
-                    usable = (length > 0) & (change > 0)
-                    update.mul_(torch.where(usable, _TRUST * length / change, 1.0))
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                parameter.sub_(momentum, alpha=group["lr"])
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What training left beside the heads.
-
-    Attributes:
-        losses: Mean training loss of each head in the last epoch.
-        earlier: Seconds that earlier sessions took.
-    """
-
-    losses: list[float]
-    earlier: float
-
-
-def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochState) -> Trained:
-    """Train all heads; the state is written after every epoch.
-
-    Args:
-        probe: Data and protocol.
-        source: The frozen encoder.
-        feed: Its features.
-        grid: The heads.
-        state: Where the state of an unfinished run is read from and written to.
-
-    Raises:
-        RunError: Features are not finite, or the state is damaged.
-    """
-    protocol, distributed = probe.protocol, probe.distributed
-    losses, earlier, done = [0.0] * len(grid.specs), 0.0, 0
-    started = time.perf_counter()
-    if (found := state.load(protocol.epochs)) is not None:
-        with state.restoring():
-            grid.modules.load_state_dict(found["heads"])
-            load_optimizer(grid.optimizer, found["optimizer"])
-            done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
-        feed.restore(found["broken"])
-    skip(feed.bar, done * feed.steps * feed.batch_size)
-    steps = feed.training(done, protocol.epochs)
-    mine = None if feed.gathered else distributed
-    grid.modules.train()
-    for epoch in range(done, protocol.epochs):
-        # the last number counts batches that are not finite; nothing waits for the device
-        total = torch.zeros(len(grid.specs) + 1, device=source.device)
-        for step, (rows, labels) in enumerate(islice(steps, feed.steps)):
-            at = epoch + step / feed.steps if protocol.per_step else epoch
-            scale = protocol.lr_scale(at, feed.batch_size)
-            total[:-1] += grid.step(source.split(rows), labels, scale, mine)
-            total[-1] += ~rows.isfinite().all()
-        if mine is not None:
-            total = distributed.all_reduce(total) / distributed.world_size
-        *losses, bad = (total / feed.steps).tolist()
-        if bad:
-            raise not_finite(source)
-        feed.bar.set_postfix(
-            epoch=f"{epoch + 1}/{protocol.epochs}", loss=f"{min(losses):.3g}", refresh=False
-        )
-        broken = of_all_processes(feed.broken, distributed)
-        if distributed.is_main:
-            seconds = earlier + time.perf_counter() - started
-            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
-            heads, optimizer = grid.modules.state_dict(), grid.optimizer.state_dict()
-            state.save({**kept, "heads": heads, "optimizer": optimizer})
-    grid.modules.eval()
-    return Trained(losses, earlier)
-
-
-def choose_and_test(
-    probe: Probe, source: Source, feed: Feed, grid: Grid
-) -> tuple[int, Counts | None, Counts, int]:
-    """Choose a head on validation images and test it alone; all are tested if there are none.
-
-    Returns:
-        Its index, answers on the validation images (None without) and on the test images, and the
-        number of images that heads were fitted to.
-    """
-    fitted = feed.fitted()
-    tests = ("test", probe.test, np.arange(len(probe.test)))
-    if not len(probe.choose):
-        test = count_correct(probe, source, feed.testing(), grid.predict, len(grid.specs))
-        refuse_undecoded(*tests, test.total, feed.broken)
-        return best_head(test), None, test, fitted
-    val = count_correct(probe, source, feed.validation(), grid.predict, len(grid.specs))
-    refuse_undecoded("validation", probe.train, probe.choose, val.total, feed.broken)
-    chosen = best_head(val)
-
-    def predict(features: dict[str, Tensor]) -> Tensor:
-        return likeliest(grid.logits_of(chosen, features))[None]
-
-    test = count_correct(probe, source, feed.testing(), predict, 1)
-    refuse_undecoded(*tests, test.total, feed.broken)
-    return chosen, val, test, fitted
 
 
 def _finish(

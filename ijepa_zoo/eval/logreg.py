@@ -16,16 +16,14 @@ from ..data.datasets import Subset, Targets
 from ..errors import DataError, SettingsError
 from ..models.classifier import LinearHead
 from ..seeds import Stream, numpy_generator
-from .features import BlockFeatures, CachedFeed, Source
+from .accuracy import Counts, best_head, count_correct, likeliest
+from .features import BlockFeatures, Source
+from .feeds import CachedFeed
 from .models import Subject
 from .probe import (
-    Counts,
     EvalConfig,
     Probe,
-    best_head,
-    count_correct,
     evaluate,
-    likeliest,
     make_result,
     run_once,
     save_head,
@@ -168,6 +166,7 @@ def _sweep(
         counts[0].images,
     )
     chosen = best_head(val)
+    names = [f"{name} C={c:.3g}" for name, c in heads]
     name, c = heads[chosen]
     features, labels = share(np.concatenate([feed.fit, feed.choose]))
     best = fit_logistic(
@@ -175,10 +174,10 @@ def _sweep(
     )
     test = count_correct(probe, source, feed.testing(), _predictor(best, name), 1)
     if isinstance(source, BlockFeatures):
-        save_head(probe, source, best.head(), name, folder, C=c)
-    notes = [] if best.converged else ["the last fit did not converge: its gradient is not small"]
+        save_head(probe, source, best.head(), name, folder, chosen=names[chosen])
+    notes = [] if best.converged else ["the last fit did not converge"]
     return make_result(
-        *(probe, source, "logreg", protocol, [f"{name} C={c:.3g}" for name, c in heads], chosen),
+        *(probe, source, "logreg", protocol, names, chosen),
         *(None if on_test else val, val if on_test else test, feed.broken, feed.fitted()),
         notes=notes,
     )
@@ -196,7 +195,7 @@ class Logistic:
         weight: `[C, D]`.
         bias: `[C]`.
         objective: What was minimized, divided by C and the number of images.
-        converged: Whether its gradient is below the tolerance.
+        converged: Whether it ended before the most steps that it may take.
     """
 
     weight: Tensor
@@ -241,7 +240,7 @@ def fit_logistic(
         start: Classifier to start from.
         max_iterations: Most steps.
         tolerance: Largest absolute entry of the gradient, of the objective divided by C and the
-            number of images, at which the minimum counts as found.
+            number of images, at which to stop; in float32 steps may become too small before.
         all_reduce: Sum of a tensor over the processes.
     """
     x = features if features.dtype == torch.float64 else features.float()
@@ -273,12 +272,10 @@ def fit_logistic(
         line_search_fn="strong_wolfe",
     )
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    objective = closure()
-    assert weight.grad is not None
-    assert bias.grad is not None
-    converged = bool(max(weight.grad.abs().max(), bias.grad.abs().max()) <= tolerance)
+    done = optimizer.state[weight]
+    converged = done["n_iter"] < max_iterations and done["func_evals"] < 2 * max_iterations
     outside = weight / scale
-    return Logistic(outside, bias - outside @ mean, objective, converged)
+    return Logistic(outside, bias - outside @ mean, closure(), converged)
 
 
 def _cross_entropy(

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.datasets import Targets
 from ..data.decode import Decoder
 from ..data.loading import load_in_order, usable_cpus
 from ..distributed import Distributed, init_distributed
 from ..errors import DataError, SettingsError
+from ..features import Layers
+from ..models.classifier import Classifier, save_classifier
 from ..progress import progress_bar
+from .accuracy import Counts
 from .batches import EvalBatch, OrderedBatches
 from .features import BlockFeatures, RawPixels, Source, files_state
 from .intervals import wilson_interval
@@ -32,7 +35,6 @@ from .words import option, other_epochs
 
 MICRO = 128  # images of a forward pass
 _POOLING = ("pool", "layers", "precision")  # settings of an encoder that results show
-TOP = 5  # classes of an answer that count for top-5 accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,8 @@ def open_probe(config: EvalConfig, distributed: Distributed, decoder: Decoder) -
         DataError: The data cannot be used, or do not fit the task.
     """
     task = find_task(config.task) if isinstance(config.task, str) else config.task
+    if isinstance(config.model, str):
+        task = task.of_model(config.model)
     train, test = open_task(
         task,
         config.data,
@@ -249,76 +253,6 @@ def _nothing_to_choose_by(probe: Probe) -> DataError:
         f"choose the best head by: use at least {round(1 / CHOOSE_SHARE)}, and two of a class, or "
         f"choose on the test set, {option('select_on_test')}"
     )
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Correct answers of K heads.
-
-    Attributes:
-        correct: By class, `[K, C]`.
-        top: With the class among the five most likely, `[K]`.
-        images: By class, `[C]`.
-    """
-
-    correct: Tensor
-    top: Tensor
-    images: Tensor
-
-    @property
-    def total(self) -> int:
-        """Number of images."""
-        return int(self.images.sum())
-
-    def accuracies(self) -> list[float]:
-        """Top-1 accuracy of each head in percent."""
-        return [100 * int(n) / self.total for n in self.correct.sum(dim=1)]
-
-    def others(self) -> dict[str, float]:
-        """Further metrics of the first head, in percent."""
-        seen = self.images > 0
-        per_class = self.correct[0, seen].double() / self.images[seen]
-        found = {"mean per-class accuracy": 100 * float(per_class.mean())}
-        if len(self.images) > TOP:
-            found["top-5 accuracy"] = 100 * int(self.top[0]) / self.total
-        return found
-
-
-@torch.inference_mode()
-def count_correct(
-    probe: Probe,
-    source: Source,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    predict: Callable[[dict[str, Tensor]], Tensor],
-    heads: int,
-) -> Counts:
-    """Count the correct answers of all processes; waits for the device only at the end.
-
-    Args:
-        probe: The task.
-        source: Made the rows.
-        batches: Rows and classes, the share of this process.
-        predict: The likeliest classes `[K, B, top]` by features.
-        heads: K.
-    """
-    classes, device = probe.num_classes, source.device
-    correct = torch.zeros(heads, classes, dtype=torch.int64, device=device)
-    top = torch.zeros(heads, dtype=torch.int64, device=device)
-    images = torch.zeros(classes, dtype=torch.int64, device=device)
-    for rows, labels in batches:
-        right = predict(source.split(rows)) == labels[:, None]
-        correct.index_add_(1, labels, right[..., 0].long())
-        top += right.any(dim=2).sum(dim=1)
-        images.index_add_(0, labels, torch.ones_like(labels))
-    flat = torch.cat([correct.flatten(), top, images]).cpu()
-    parts = torch.split(probe.distributed.all_reduce(flat), [heads * classes, heads, classes])
-    return Counts(parts[0].view(heads, classes), parts[1], parts[2])
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    """The likeliest classes of logits `[..., C]`; -1 where a head has diverged."""
-    best = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
-    return best.indices.masked_fill(logits.isnan().any(dim=-1, keepdim=True), -1)
 
 
 def run_once(
@@ -410,11 +344,6 @@ def make_result(
     )
 
 
-def best_head(counts: Counts) -> int:
-    """Index of the head with the most correct answers, the first of equal ones."""
-    return int(counts.correct.sum(dim=1).argmax())
-
-
 def _notes(probe: Probe, broken: dict[str, str]) -> list[str]:
     """What a reader must know of data and protocol; every process must call this."""
     notes = [*probe.train.notes, *probe.test.notes, *few_to_choose(len(probe.choose))]
@@ -479,7 +408,44 @@ def paper_figure(
 
 
 def save_head(
-    probe: Probe, source: BlockFeatures, head: nn.Module, representation: str, folder: Path,
+    probe: Probe,
+    source: BlockFeatures,
+    head: nn.Module,
+    layers: str,
+    folder: Path,
     **record: Any,
-) -> None:  # fmt: skip
-    """Save the chosen head as a classifier folder, `model` beside the result."""
+) -> None:
+    """Save the chosen head as a classifier folder, `model` beside the result; rank 0 does.
+
+    The encoder is saved too if the user wants that, or if no name opens it again.
+
+    Args:
+        probe: The task.
+        source: The encoder.
+        head: A `LinearHead` or an `AttentiveHead`.
+        layers: 'last' or 'last4'.
+        folder: Folder of the result.
+        record: Further entries of its `config.json`.
+    """
+    if not probe.distributed.is_main:
+        return
+    subject, config = source.subject, probe.config
+    opened = None if config.random else subject.given
+    if opened is not None and os.path.isdir(opened):
+        opened = f"local-dir:{opened}"
+    given = {"checkpoint": config.checkpoint, "network": config.network}
+    if config.checkpoint and os.path.exists(config.checkpoint):
+        given["checkpoint"] = os.path.abspath(config.checkpoint)
+    pool, which = source.settings["pool"], cast("Layers", layers)
+    save_classifier(
+        folder / "model",
+        Classifier(subject.model, head, which, pool, probe.train.classes),
+        encoder=opened,
+        encoder_args={name: value for name, value in given.items() if value is not None},
+        with_encoder=config.with_encoder or opened is None,
+        overwrite=True,
+        task=probe.task.name,
+        model=subject.name,
+        view=asdict(probe.protocol.view),
+        **record,
+    )

@@ -131,6 +131,7 @@ class Task:
         num_classes: Classes of the data set; None for any number.
         protocol: How its heads are trained.
         paper: The paper's accuracies in percent, by the name of the weights.
+        views: Transforms that VISSL's file of an architecture has instead, by its name.
     """
 
     name: str
@@ -139,12 +140,21 @@ class Task:
     num_classes: int | None
     protocol: Protocol
     paper: Mapping[str, float] = field(default_factory=dict, hash=False)
+    views: Mapping[str, View] = field(default_factory=dict, hash=False)
+
+    def of_model(self, name: str) -> Task:
+        """The task with the transforms of a model that is named."""
+        view = self.views.get(name.partition(".")[0], self.protocol.view)
+        return replace(self, protocol=replace(self.protocol, view=view))
 
 
 _CROP = View("crop", "bicubic")
 _CROP_BILINEAR = View("crop", "bilinear")  # VISSL names no filter here: torchvision's default
+_OF_G16 = {"vit_giant16_ijepa": _CROP}  # the filter of its files
 _SQUARE = View("square", "bilinear")
 _TRANSFER = Protocol(28, _CROP, milestones=(8, 16, 24))
+# VISSL's file for H/14. Its file for 448 px has SGD, 28 epochs, batches of 256 and learning rates
+# 0.01 and 0.001; the paper's text has LARS for all models, as here.
 _IMAGENET = Protocol(
     50,
     _CROP,
@@ -177,11 +187,13 @@ _ALL = (
         *("places205", "Places205", "classes", 205),
         protocol=Protocol(14, _CROP_BILINEAR, milestones=(4, 8, 12)),
         paper=_paper(h14=58.4, h14_22k=57.8, g16_22k=59.1),
+        views=_OF_G16,
     ),
     Task(
         *("inat18", "iNaturalist 2018", "classes", 8142),
         protocol=Protocol(84, _CROP_BILINEAR, milestones=(24, 48, 72)),
         paper=_paper(h14=47.6, h14_22k=50.5, g16_22k=55.3),
+        views=_OF_G16,
     ),
     Task("classes", "classes", "classes", None, _TRANSFER),
     Task(

@@ -13,7 +13,7 @@ from small_probe import TASK, encoder, pixels_of, write_pictures
 from ijepa_zoo import FeatureExtractor
 from ijepa_zoo.eval import evaluate_attentive
 from ijepa_zoo.eval.attentive import ATTENTIVE
-from ijepa_zoo.eval.linear import Grid
+from ijepa_zoo.eval.heads import Grid
 from ijepa_zoo.eval.sets import open_task, split_to_choose
 from ijepa_zoo.models.classifier import AttentiveHead
 from ijepa_zoo.seeds import Stream, fold

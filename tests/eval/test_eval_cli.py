@@ -17,7 +17,9 @@ PROBES = {  # the functions of the package, what is passed by position, and furt
     "depth": ("evaluate_linear", ("depth", "m", "d", "o"), HEADS),
     "dense": ("evaluate_dense_depth", ("m", "d", "o"), ["--task", "dense", "--max-depth", "5"]),
     "knn": ("evaluate_knn", ("classes", "m", "d", "o"), []),
-    "finetune": ("evaluate_finetune", ("classes", "m", "d", "o"), ["--micro", "4"]),
+    "finetune": (
+        "evaluate_finetune", ("classes", "m", "d", "o"), ["--micro-batch-size", "4", "--list", "l"]
+    ),
     "attentive": ("evaluate_attentive", ("classes", "m", "d", "o"), HEADS),
     "logreg": ("evaluate_logreg", ("classes", "m", "d", "o"), ["--list", "l"]),
 }  # fmt: skip
@@ -56,7 +58,7 @@ def test_options_are_arguments_of_the_function(monkeypatch, capsys, probe):
     given = {"value_range": (0.0, 4095.0), "bands": (2, 1, 0), "skip_broken": True, "seed": 3}
     given |= {"img_size": (64, 32), "progress": True, "precision": "auto", "device": "auto"}
     given |= {"max_depth": 5.0, "depth_scale": None} if probe == "dense" else {}
-    given |= {"micro": 4} if probe == "finetune" else {}
+    given |= {"micro_batch_size": 4, "list": "l"} if probe == "finetune" else {}
     given |= {"list": "l", "per_class": None} if probe == "logreg" else {}
     if own is HEADS:
         given |= {"lrs": (0.1, 0.01), "wds": None, "with_encoder": True}
@@ -94,6 +96,18 @@ def test_linear_knn_and_report(pictures, tmp_path, capsys):
     assert main(["eval", "report", str(out), "--out", str(report), "--no-picture"]) == 0
     assert capsys.readouterr().out == f"{report}\n"
     assert f"| {result['figure']:.1f} (" in report.read_text()
+
+
+def test_a_saved_head_on_other_data(pictures, tmp_path, capsys):
+    data = ("--data", str(pictures), "--out", str(tmp_path))
+    assert main(["eval", "linear", *NANO, *data, "--cached", "--epochs", "1"]) == 0
+    (model,) = tmp_path.glob("*/model")
+    assert main(["eval", "linear", "--head", str(model), *data, "--device", "cpu", "--quiet"]) == 0
+    figures = {json.loads(file.read_bytes())["figure"] for file in tmp_path.glob("*/result.json")}
+    assert len(figures) == 1
+    capsys.readouterr()
+    assert main(["eval", "linear", *data]) == 2
+    assert "--head" in capsys.readouterr().err
 
 
 def test_random_weights_at_another_size(pictures, tmp_path, capsys):

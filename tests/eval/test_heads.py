@@ -11,7 +11,7 @@ from timm.optim import Lars
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ijepa_zoo.eval.linear import HeadSpec, make_grid
+from ijepa_zoo.eval.heads import HeadSpec, make_grid
 from ijepa_zoo.eval.tasks import Protocol, View
 
 WIDTHS = {"last": 12, "last4": 48}

@@ -125,17 +125,16 @@ def test_only_the_columns_in_use_are_gathered(tmp_path, monkeypatch):
     assert all(bank.untyped_storage().nbytes() == 4 * bank.numel() for bank in banks)
 
 
-@pytest.mark.parametrize("world", [3, 5])
+@pytest.mark.parametrize("world", [3, 7])
 def test_any_number_of_processes_gives_the_accuracy_of_one(tmp_path, world):
     pictures = write_pictures(tmp_path / "pictures")
     script = """
         import sys
         sys.path.insert(0, sys.argv[3])
         import small_probe
-        from ijepa_zoo.eval import evaluate_knn, evaluate_logreg
-
-        for probe in (evaluate_knn, evaluate_logreg):
-            probe(small_probe.TASK, small_probe.encoder(), *sys.argv[1:3], device="cpu", workers=0)
+        from ijepa_zoo.eval import evaluate_knn
+        evaluate_knn(small_probe.TASK, small_probe.encoder(), *sys.argv[1:3], device="cpu",
+                     workers=0)
     """
     several_processes.run(script, world, pictures, tmp_path / "many", Path(__file__).parent)
     one = evaluate_knn(TASK, encoder(), pictures, tmp_path / "one", device="cpu", workers=0)
@@ -143,4 +142,3 @@ def test_any_number_of_processes_gives_the_accuracy_of_one(tmp_path, world):
     many = json.loads(file.read_bytes())
     assert many["figure"] == one.figure
     assert [h["held_out"] for h in many["heads"]] == [h.held_out for h in one.heads]
-    assert len([*tmp_path.glob("many/small-logreg-*/result.json")]) == 1

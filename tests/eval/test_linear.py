@@ -19,8 +19,8 @@ from small_probe import PROTOCOL, TASK, encoder, features_of, pixels_of, write_p
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import Subject, evaluate_knn, evaluate_linear, linear
 from ijepa_zoo.eval.epoch_state import EpochState
-from ijepa_zoo.eval.features import OnlineFeed
-from ijepa_zoo.eval.linear import Grid, HeadSpec, make_grid
+from ijepa_zoo.eval.feeds import OnlineFeed
+from ijepa_zoo.eval.heads import Grid, HeadSpec, make_grid
 from ijepa_zoo.eval.sets import open_task, split_to_choose
 
 

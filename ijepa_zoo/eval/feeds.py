@@ -1,0 +1,237 @@
+"""Rows and classes for the heads of a probe: encoded in every epoch, or from the cache."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.datasets import Targets
+from ..data.transforms import DRAWS
+from ..encode import Batch
+from ..seeds import Stream, numpy_generator
+from .batches import TrainBatches
+from .features import CachedFeatures, Source, cached_features, decoded, refuse_undecoded
+from .probe import Probe
+from .sets import EvalSet
+
+_ROWS = 4096  # cached rows that are read at a time
+_PIECE = 128  # images of a forward pass in training
+
+Labelled = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
+
+
+class OnlineFeed:
+    """Every epoch encodes every image in another random view, as the protocols say.
+
+    Args:
+        probe: Data and protocol.
+        source: The frozen encoder.
+        bar: Progress bar, in images.
+        gather: Give every process the rows of the whole batch, not only of its own images.
+
+    Attributes:
+        batch_size: Images of a step, of all processes together.
+        steps: Steps of an epoch.
+        broken: Name and reason of every image that this process could not decode.
+        gathered: Whether every process gets the whole batch.
+        encoded: Images that went through the encoder.
+    """
+
+    name = "online"
+
+    def __init__(self, probe: Probe, source: Source, bar: Any, *, gather: bool = True) -> None:
+        self.probe, self.source, self.bar, self.gathered = probe, source, bar, gather
+        protocol = probe.protocol
+        self.batches = TrainBatches(
+            *(probe.train, probe.fit, protocol.view, source.size, protocol.batch_size),
+            seed=probe.seed,
+            rank=probe.distributed.rank,
+            world=probe.distributed.world_size,
+            micro=_PIECE,
+        )
+        self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
+        self.broken: dict[str, str] = {}
+        self._broken_to_fit: dict[str, str] = {}
+        self.encoded = 0
+
+    def training(self, first: int, last: int) -> Iterator[Labelled]:
+        """The steps of the epochs from `first` to before `last`."""
+        numbers = self.batches.numbers(first, last)
+        pieces: list[Labelled] = []
+        for piece in self._encode(self.batches, numbers, self._broken_to_fit):
+            pieces.append(piece)
+            if len(pieces) == self.batches.parts:
+                rows, labels = (torch.cat(column) for column in zip(*pieces))
+                if self.gathered:
+                    rows, labels = map(self.probe.distributed.all_gather, (rows, labels))
+                yield rows, labels
+                pieces = []
+
+    def validation(self) -> Iterator[Labelled]:
+        """The images that choose the head, the share of this process."""
+        return self._in_order(self.probe.train, self.probe.choose)
+
+    def testing(self) -> Iterator[Labelled]:
+        """The test images, the share of this process."""
+        return self._in_order(self.probe.test, np.arange(len(self.probe.test)))
+
+    def fitted(self) -> int:
+        """Number of images that heads were fitted to; every process must call this."""
+        probe = self.probe
+        return decoded(probe.train, probe.fit, self._broken_to_fit, probe.distributed)
+
+    def restore(self, broken: Mapping[str, str]) -> None:
+        """Take over `broken` of an earlier session, which read only images to fit to."""
+        self._broken_to_fit.update(broken)
+        self.broken.update(broken)
+
+    def rate(self, seconds: float) -> float | None:
+        """Images per second of the encoder; heads are trained at the same time."""
+        return self.encoded / seconds if self.encoded else None
+
+    def _in_order(self, part: EvalSet, rows: Targets) -> Iterator[Labelled]:
+        batches = self.probe.in_order(part, rows, self.source.size)
+        return self._encode(batches, range(len(batches)), self.broken)
+
+    def _encode(self, batches: Any, numbers: Any, broken: dict[str, str]) -> Iterator[Labelled]:
+        for rows, labels in encoded(self.probe, self.source, batches, numbers, broken):
+            self.broken.update(self._broken_to_fit)
+            images = len(labels) * self.probe.distributed.world_size
+            self.encoded += images
+            self.bar.update(images)
+            yield rows, labels
+
+
+def encoded(
+    probe: Probe, source: Source, batches: Any, numbers: Sequence[int], broken: dict[str, str]
+) -> Iterator[Labelled]:
+    """Rows and classes of the images of each batch that could be decoded.
+
+    Args:
+        probe: How images are loaded.
+        source: Makes the rows.
+        batches: Images.
+        numbers: Which batches.
+        broken: Gets name and reason of the others.
+    """
+    waiting: deque[Tensor] = deque()
+
+    def pixels() -> Iterator[Batch]:
+        for batch in probe.loaded(batches, numbers):
+            broken.update(batch.broken)
+            waiting.append(batch.labels[batch.valid])
+            yield batch.images, batch.reasons
+
+    for rows, _ in source.encode(pixels()):
+        yield rows, waiting.popleft().to(rows.device, non_blocking=True)
+
+
+class CachedFeed:
+    """Features computed once, of every image and its mirror image.
+
+    Where the protocol's only random view is the flip, the features are those of the protocol;
+    otherwise the test view stands in for the random crops.
+
+    Args:
+        probe: Data and protocol.
+        source: The frozen encoder.
+        bar: Progress bar, in images.
+        flips: False without mirror images, for classifiers that are not trained in epochs.
+
+    Attributes:
+        batch_size: Images of a step, all of which every process reads.
+        steps: Steps of an epoch.
+        broken: Name and reason of every image that could not be decoded.
+        fit: Indices into the cached rows that heads are fitted to.
+        choose: Those that choose the head.
+    """
+
+    name, gathered = "cached", True
+
+    def __init__(self, probe: Probe, source: Source, bar: Any, *, flips: bool = True) -> None:
+        self.probe, self.bar, self.device = probe, bar, source.device
+        started = time.perf_counter()
+        self.train = cached_features(probe, probe.train, source)
+        self.mirrored = (
+            cached_features(probe, probe.train, source, mirrored=True) if flips else None
+        )
+        self.test = cached_features(probe, probe.test, source)
+        made = (self.train, self.mirrored, self.test)
+        self.encoded = sum(found.computed for found in made if found)
+        self.seconds = time.perf_counter() - started
+        self.broken = {
+            part.images.name(index): reason
+            for part, found in ((probe.train, self.train), (probe.test, self.test))
+            for index, reason in found.broken.items()
+        }
+        self.fit = np.flatnonzero(np.isin(self.train.indices, probe.fit))
+        self.choose = np.flatnonzero(np.isin(self.train.indices, probe.choose))
+        self.batch_size = min(probe.protocol.batch_size, len(self.fit))
+        self.steps = len(self.fit) // max(self.batch_size, 1)
+        for what, part, rows, count in (
+            ("training", probe.train, probe.fit, len(self.fit)),
+            ("validation", probe.train, probe.choose, len(self.choose)),
+            ("test", probe.test, np.arange(len(probe.test)), len(self.test.indices)),
+        ):
+            if len(rows):
+                refuse_undecoded(what, part, rows, count, self.broken)
+
+    def labels(self, part: EvalSet, found: CachedFeatures, indices: Targets) -> Tensor:
+        """Classes of cached rows."""
+        return torch.from_numpy(part.labels[found.indices[indices]]).to(self.device)
+
+    def share(self, indices: Targets) -> Targets:
+        """Those of the indices that belong to this process."""
+        return indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
+
+    def training(self, first: int, last: int) -> Iterator[Labelled]:
+        """The steps of the epochs: the images and flips of `OnlineFeed`, if all can be decoded."""
+        seed, batch = self.probe.seed, self.batch_size
+        for epoch in range(first, last):
+            order = numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(len(self.fit))
+            for step in range(self.steps):
+                chosen = self.fit[order[step * batch : (step + 1) * batch]]
+                draws = numpy_generator(seed, Stream.EVAL_AUGMENT, epoch, step)
+                flips = draws.random((batch, DRAWS))[:, -1] < 0.5
+                rows = self.train.rows[chosen]
+                if self.mirrored is not None:
+                    rows[flips] = self.mirrored.rows[chosen[flips]]
+                yield rows.to(self.device), self.labels(self.probe.train, self.train, chosen)
+                self.bar.update(batch)
+
+    def validation(self) -> Iterator[Labelled]:
+        """See :class:`OnlineFeed`."""
+        return self._in_order(self.probe.train, self.train, self.choose)
+
+    def testing(self) -> Iterator[Labelled]:
+        """See :class:`OnlineFeed`."""
+        return self._in_order(self.probe.test, self.test, np.arange(len(self.test.indices)))
+
+    def fitted(self) -> int:
+        """See :class:`OnlineFeed`."""
+        return len(self.fit)
+
+    def restore(self, broken: Mapping[str, str]) -> None:
+        """See :class:`OnlineFeed`; the cache knows them."""
+
+    def rate(self, seconds: float) -> float | None:
+        """See :class:`OnlineFeed`."""
+        return self.encoded / self.seconds if self.encoded else None
+
+    def _in_order(
+        self, part: EvalSet, found: CachedFeatures, indices: Targets
+    ) -> Iterator[Labelled]:
+        mine = self.share(indices)
+        for start in range(0, len(mine), _ROWS):
+            chosen = mine[start : start + _ROWS]
+            yield found.rows[chosen].to(self.device), self.labels(part, found, chosen)
+            self.bar.update(len(chosen) * self.probe.distributed.world_size)
+
+
+Feed = OnlineFeed | CachedFeed
