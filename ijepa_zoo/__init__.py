@@ -8,6 +8,7 @@ from .features import FeatureExtractor
 from .models.encoder import encode_visible
 from .models.factory import create_ijepa, create_model, list_models
 from .models.jepa import IJepa
+from .predictions import predict
 from .weights.export import export
 
 __version__ = "0.2.0"
@@ -24,4 +25,5 @@ __all__ = [
     "extract_features",
     "list_models",
     "open_images",
+    "predict",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from math import floor, inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .data.scenes import SPLIT_STARTS, render_scenes
 from .data.transforms import transform_config
-from .encode import DTYPES, model_name, weights_fingerprint
+from .encode import DTYPES, class_names, model_name, weights_fingerprint
 from .errors import MissingPackageError, RunError, SettingsError
 from .features import FeatureExtractor, Layers
 from .progress import progress_bar
@@ -45,6 +45,7 @@ def export_graph(
     *,
     layers: Layers = "last",
     pool: str | None = "auto",
+    output: Literal["auto", "features", "logits"] = "auto",
     dtype: str = "float32",
     quantize: str | None = None,
     dynamic_size: bool = False,
@@ -55,7 +56,8 @@ def export_graph(
     """Export a model as a file that a server runs without this package.
 
     The graph takes uint8 RGB pixels ``images [B, 3, H, W]`` for any ``B``, normalizes them and
-    returns float32 ``features``: ``[B, nD]`` for n blocks, or maps ``[B, nD, h, w]``.
+    returns float32 ``features``: ``[B, nD]`` for n blocks, or maps ``[B, nD, h, w]``. Of a
+    classifier it returns ``logits``: ``[B, classes]``, or maps ``[B, classes, H, W]``.
     ``serving.json`` beside it has the resize and crop that come before, the shapes, the model, its
     license and the error of the file: it is compared with the model in float32 on rendered scenes,
     and only kept if it agrees.
@@ -68,6 +70,7 @@ def export_graph(
         layers: 'last', 'last4' or block indices, see :class:`ijepa_zoo.FeatureExtractor`.
         pool: 'auto', 'avg', 'cls', 'cls_avg' or None for maps, see
             :class:`ijepa_zoo.FeatureExtractor`.
+        output: 'features', 'logits' of a classifier, or 'auto': logits if the model has them.
         dtype: 'float32', 'float16' or, for 'torch-export', 'bfloat16': of weights and computation.
         quantize: 'int8' for linear layers in 8 bits, for 'onnx' on CPUs. Activations are scaled by
             the range of each batch, so features depend a little on the other images of the batch.
@@ -93,8 +96,14 @@ def export_graph(
             f"dynamic_size with torch-export needs a newer timm than {timm.__version__}, which "
             "resamples positions at every size: pip install -U timm, or use onnx"
         )
-    reference = _Graph(model, layers, pool, torch.float32, dynamic_size)
-    graph = _Graph(model, layers, pool, DTYPES[dtype], dynamic_size)
+    names = class_names(model)
+    if output == "auto":
+        output = "features" if names is None else "logits"
+    if output == "logits" and names is None:
+        raise SettingsError("the model has no classifier: export its features")
+    computed = None if output == "logits" else (layers, pool)
+    reference = _Graph(model, computed, torch.float32, dynamic_size)
+    graph = _Graph(model, computed, DTYPES[dtype], dynamic_size)
     precision = quantize or dtype
     packages = ("torch", "timm", *(_ONNX_PACKAGES if to == "onnx" else ()))
     record: dict[str, Any] = {
@@ -102,8 +111,11 @@ def export_graph(
         "file": FILES[to],
         "preprocessing": _preprocessing(model),
         **_description(model, license),
-        "layers": graph.extractor.layers,
-        "pool": graph.extractor.pool,
+        **(
+            {"classes": names}
+            if computed is None
+            else {"layers": graph.computed.layers, "pool": graph.computed.pool}
+        ),
         "precision": precision,
         "versions": {name: version(name) for name in packages},
     }
@@ -114,7 +126,7 @@ def export_graph(
     ):
         program = _trace(graph)
         bar.update()
-        _write(program, part, to, quantize)
+        _write(program, part, to, quantize, output)
         bar.update()
         record |= _shapes(graph, expected[0][1]) | _check(_load(part, to), expected, precision)
         bar.update()
@@ -162,7 +174,10 @@ def check_request(
 
 
 class _Graph(nn.Module):
-    """From uint8 pixels ``[B, C, H, W]`` to float32 features, on the CPU in the given data type."""
+    """From uint8 pixels ``[B, C, H, W]`` to float32 outputs, on the CPU in the given data type.
+
+    Without ``features``, layers and pool, the outputs are the model's own logits.
+    """
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -170,8 +185,7 @@ class _Graph(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        layers: Layers,
-        pool: str | None,
+        features: tuple[Layers, str | None] | None,
         dtype: torch.dtype,
         dynamic_size: bool,
     ) -> None:
@@ -181,14 +195,17 @@ class _Graph(nn.Module):
         self.dtype = dtype
         self.register_buffer("pixel_mean", torch.tensor(config["mean"]).view(-1, 1, 1))
         self.register_buffer("pixel_std", torch.tensor(config["std"]).view(-1, 1, 1))
-        own = _copy(model, dtype)
-        self.patch_size = _accept_other_sizes(own) if dynamic_size else None
-        self.extractor = FeatureExtractor(own, layers, pool).eval()
+        own: Any = _copy(model, dtype)
+        encoder = getattr(own, "encoder", own)  # of a classifier
+        self.patch_size = _accept_other_sizes(encoder) if dynamic_size else None
+        self.output = "features" if features else "logits"
+        self.computed: Any = FeatureExtractor(encoder, *features) if features else own
+        self.computed.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         normalized = images.float().div(255).sub(self.pixel_mean).div(self.pixel_std)
-        features: Tensor = self.extractor(normalized.to(self.dtype))
-        return features.float()
+        outputs: Tensor = self.computed(normalized.to(self.dtype))
+        return outputs.float()
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -232,7 +249,9 @@ def _trace(graph: _Graph) -> ExportedProgram:
     return program
 
 
-def _write(program: ExportedProgram, folder: Path, to: str, quantize: str | None) -> None:
+def _write(
+    program: ExportedProgram, folder: Path, to: str, quantize: str | None, output: str
+) -> None:
     path = folder / FILES[to]
     if to == "torch-export":
         content = io.BytesIO()  # given a path, torch aborts the process where it cannot write
@@ -244,7 +263,7 @@ def _write(program: ExportedProgram, folder: Path, to: str, quantize: str | None
         dynamo=True,
         opset_version=_OPSET,
         input_names=["images"],
-        output_names=["features"],
+        output_names=[output],
         dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
         optimize=True,  # folds the transposes of weights, which int8 needs; default since torch 2.7
         verbose=False,
@@ -333,12 +352,13 @@ def _shapes(graph: _Graph, features: Tensor) -> dict[str, Any]:
     maps: list[Any] = list(features.shape[2:])
     multiple = {}
     if graph.patch_size is not None:
-        size, maps = ["height", "width"], ["rows", "columns"][: len(maps)]
+        size = ["height", "width"]
+        maps = (size if graph.output == "logits" else ["rows", "columns"])[: len(maps)]
         multiple = {"multiple_of": list(graph.patch_size)}
     source, result = ["batch", len(graph.pixel_mean), *size], ["batch", features.shape[1], *maps]
     return {
         "input": {"name": "images", "dtype": "uint8", "shape": source, **multiple},
-        "output": {"name": "features", "dtype": "float32", "shape": result},
+        "output": {"name": graph.output, "dtype": "float32", "shape": result},
     }
 
 

@@ -66,6 +66,12 @@ class Distributed:
         dist.all_gather(rows, own)
         return torch.cat(rows)
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values of a tensor of equal shape, in place on the other processes."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value, any picklable object, on every process."""
         if self.world_size == 1:

@@ -36,8 +36,9 @@ class Encoder:
     batch is computed by one thread, and several pieces at a time: the features are the same to the
     last bit for any number of threads.
 
-    Args are those of :func:`ijepa_zoo.extract_features`, and `host`: False leaves the features on
-    the device.
+    Args are those of :func:`ijepa_zoo.extract_features`, and:
+        host: False leaves the features on the device.
+        extractor: Computes something else of the model, see `ijepa_zoo.predictions`.
 
     Attributes:
         settings: Everything that decides the numbers.
@@ -55,6 +56,7 @@ class Encoder:
         device: str | torch.device = "auto",
         threads: int | None = None,
         host: bool = True,
+        extractor: Any = None,
     ) -> None:
         self.device = choose_device(device) if isinstance(device, str) else device
         on_cpu = self.device.type == "cpu"
@@ -65,7 +67,7 @@ class Encoder:
             precision = _fast_precision(self.device)
         if precision == "float16" and on_cpu:
             raise SettingsError("float16 computation needs a GPU; use bfloat16 on a CPU")
-        extractor = FeatureExtractor(model, layers, pool)
+        extractor = extractor or FeatureExtractor(model, layers, pool)
         config = transform_config(model)
         self.in_chans: int = config["input_size"][0]
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
@@ -105,8 +107,8 @@ class Encoder:
     @property
     def row_shape(self) -> tuple[int, ...]:
         """Shape of the features of one image."""
-        width = self.extractor.num_features
-        return (width, *self.grid) if self.extractor.pool is None else (width,)
+        shape: tuple[int, ...] = self.extractor.row_shape(self.size)
+        return shape
 
     def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
         """Encode batches; several are in flight, and results are yielded in order.
@@ -175,6 +177,17 @@ def model_name(model: nn.Module) -> str:
     """The timm name of a model's architecture, or the name of its class."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return str(cfg.get("architecture") or type(model).__name__)
+
+
+def class_names(model: Any) -> list[str] | None:
+    """Names of the classes of a classifier, their numbers if it has none; None of an encoder."""
+    count = getattr(model, "num_classes", 0)
+    if not count:
+        return None
+    names = getattr(model, "class_names", None) or model.pretrained_cfg.get("label_names") or ()
+    if isinstance(names, dict):  # timm's form for names with gaps
+        names = [names.get(i, names.get(str(i), i)) for i in range(count)]
+    return [str(name) for name in names] if len(names) == count else [*map(str, range(count))]
 
 
 def weights_fingerprint(model: nn.Module) -> str:

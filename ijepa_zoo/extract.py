@@ -13,12 +13,12 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ FORMATS = {".safetensors": "safetensors", ".npy": "npy", ".parquet": "parquet"}
 _MOST_PARTS = 4096
 _IMAGES = {"inputs", "paths"}  # settings that are hashes of the list of images
 _WEEK = 604_800.0  # seconds; ranks wait for the slowest one
+# File, parts, all outputs, shape of the rows, settings.
+Writer: TypeAlias = "Callable[[BinaryIO, Parts, Outputs, tuple[int, ...], dict[str, Any]], None]"
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,62 @@ def extract_features(
     if min(1 if batch_size is None else batch_size, threads or 1) < 1 or (workers or 0) < 0:
         raise SettingsError("batch_size and threads must be at least 1, workers at least 0")
     outputs = _outputs(Path(out), format, dtype, pool)
+
+    def make_encoder(device: torch.device) -> Encoder:
+        computed: dict[str, Any] = {"layers": layers, "pool": pool, "dtype": dtype}
+        return Encoder(model, **computed, precision=precision, device=device, threads=threads)
+
+    return run_extraction(
+        *(inputs, model, make_encoder, outputs, _write_rows),
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        strict=strict,
+        value_range=value_range,
+        bands=bands,
+        max_pixels=max_pixels,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def run_extraction(
+    inputs: Any,
+    model: nn.Module,
+    make_encoder: Callable[[torch.device], Encoder],
+    outputs: Outputs,
+    write: Writer,
+    *,
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    strict: bool = False,
+    value_range: tuple[float, float] | None = None,
+    bands: tuple[int, ...] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> ExtractionReport | None:
+    """Turn images into one file, resumable; the engine of features and predictions.
+
+    Args:
+        inputs: See :func:`extract_features`, as the options.
+        model: The model whose transform is applied.
+        make_encoder: Makes what turns pixels into rows, on a device.
+        outputs: The files to write.
+        write: Writes the file of all rows.
+        device: See :func:`extract_features`.
+        batch_size: See there.
+        workers: See there.
+        strict: See there.
+        value_range: See there.
+        bands: See there.
+        max_pixels: See there.
+        overwrite: See there.
+        progress: See there.
+    """
     with init_distributed(device, timeout=_WEEK) as distributed:
-        encoder = Encoder(
-            model,
-            layers=layers,
-            pool=pool,
-            dtype=dtype,
-            precision=precision,
-            device=distributed.device,
-            threads=threads,
-        )
+        encoder = make_encoder(distributed.device)
         decoder = Decoder(encoder.in_chans, value_range, bands, max_pixels)
         images = open_images(inputs, decoder=decoder, exclude=outputs.own)
         outputs.refuse_inputs(images)
@@ -172,7 +220,7 @@ def extract_features(
                 batches = ImageBatches(images, model, batch_size, strict)
                 rate = _work(parts, batches, encoder, distributed, workers, progress)
                 if distributed.is_main:
-                    _merge(outputs, parts, images, encoder.row_shape, settings)
+                    _merge(outputs, parts, images, encoder.row_shape, settings, write)
         return _report(outputs, rate, finished) if distributed.is_main else None
 
 
@@ -261,7 +309,7 @@ class ImageBatches:
 
 
 @dataclass(frozen=True)
-class _Outputs:
+class Outputs:
     """The files of a run.
 
     Attributes:
@@ -277,6 +325,12 @@ class _Outputs:
     record: Path
     parts: Path
     format: str
+
+    @classmethod
+    def beside(cls, path: Path, stem: str, format: str) -> Outputs:
+        """The files of a run whose features are `path`."""
+        index, record = path.with_name(f"{stem}.index.jsonl"), path.with_name(f"{stem}.run.json")
+        return cls(path, index, record, path.with_name(f"{path.name}.parts"), format)
 
     def own(self, path: str) -> bool:
         """Whether a run wrote this file; without the traces of a run, a file is the user's."""
@@ -299,7 +353,7 @@ class _Outputs:
         return [path.stat().st_size for path in (self.features, self.index)]
 
 
-def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> _Outputs:
+def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> Outputs:
     by_suffix = FORMATS.get(path.suffix.lower())
     chosen = format or by_suffix
     if chosen is None or chosen not in FORMATS.values():
@@ -317,15 +371,12 @@ def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> _O
         raise SettingsError("parquet holds one vector per image; use safetensors or npy for maps")
     if chosen == "parquet" and find_spec("pyarrow") is None:
         raise MissingPackageError("parquet needs pyarrow: pip install pyarrow")
-    stem = path.stem if by_suffix else path.name
-    endings = (f"{stem}.index.jsonl", f"{stem}.run.json", f"{path.name}.parts")
-    index, record, parts = (path.with_name(ending) for ending in endings)
-    return _Outputs(path, index, record, parts, chosen)
+    return Outputs.beside(path, path.stem if by_suffix else path.name, chosen)
 
 
 @contextmanager
 def _lock_outputs(
-    outputs: _Outputs, settings: dict[str, Any], overwrite: bool, distributed: Distributed
+    outputs: Outputs, settings: dict[str, Any], overwrite: bool, distributed: Distributed
 ) -> Iterator[bool]:
     """Lock and prepare the outputs, as rank 0; yields whether such a run is finished already.
 
@@ -359,7 +410,7 @@ def _lock_outputs(
             _remove_parts(outputs)
 
 
-def _is_finished(outputs: _Outputs, settings: dict[str, Any]) -> bool:
+def _is_finished(outputs: Outputs, settings: dict[str, Any]) -> bool:
     """Whether the files are those of such a run; other files are refused."""
     files = (outputs.features, outputs.index, outputs.record)
     found = [path for path in files if path.exists()]
@@ -381,7 +432,7 @@ def _is_finished(outputs: _Outputs, settings: dict[str, Any]) -> bool:
     )
 
 
-def _prepare(outputs: _Outputs, settings: dict[str, Any], overwrite: bool) -> None:
+def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool) -> None:
     """Keep the parts of a run with these settings, or start a new one."""
     before = _read(outputs.parts / "settings.json")
     if before != settings:
@@ -398,13 +449,13 @@ def _prepare(outputs: _Outputs, settings: dict[str, Any], overwrite: bool) -> No
     outputs.record.unlink(missing_ok=True)  # from here on the old files are no finished run
 
 
-def _remove_part_files(outputs: _Outputs) -> None:
+def _remove_part_files(outputs: Outputs) -> None:
     for pattern in ("[0-9]*.rows*", "[0-9]*.json*", "merged.tmp"):
         for file in outputs.parts.glob(pattern):
             file.unlink(missing_ok=True)
 
 
-def _remove_parts(outputs: _Outputs) -> None:
+def _remove_parts(outputs: Outputs) -> None:
     """Remove the parts of a finished run, then the settings that say whose they are."""
     _remove_part_files(outputs)
     for pattern in ("settings.json*", "*lock"):
@@ -516,11 +567,12 @@ def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def _merge(
-    outputs: _Outputs,
+    outputs: Outputs,
     parts: Parts,
     images: ImageDataset,
     row_shape: tuple[int, ...],
     settings: dict[str, Any],
+    write: Writer,
 ) -> None:
     """Join the parts into the final files; each appears when it is complete, the record last."""
     counts = {"rows": 0, "failed": 0, "skipped": 0}
@@ -532,13 +584,7 @@ def _merge(
             file.write(json.dumps(line).encode() + b"\n")
     shape, dtype = (counts["rows"], *row_shape), settings["dtype"]
     with whole_file(outputs.features, temporary) as file:
-        if outputs.format == "parquet":
-            _write_parquet(file, parts, outputs.index, shape, dtype)
-        else:
-            file.write(_header(outputs.format, shape, dtype, settings))
-            for part in range(len(parts)):
-                with parts.rows_file(part).open("rb") as rows:
-                    shutil.copyfileobj(rows, file, 1 << 20)
+        write(file, parts, outputs, shape, settings)
     about = {"shape": list(shape), "dtype": dtype, "bytes": outputs.sizes(), "settings": settings}
     with whole_file(outputs.record, temporary) as file:
         file.write(json.dumps({**counts, **about}, indent=1).encode() + b"\n")
@@ -566,6 +612,24 @@ def _index_lines(images: ImageDataset, parts: Parts) -> Iterator[dict[str, Any]]
         else:
             yield {"row": row, **about}
             row += 1
+
+
+def _write_rows(
+    file: BinaryIO,
+    parts: Parts,
+    outputs: Outputs,
+    shape: tuple[int, ...],
+    settings: dict[str, Any],
+) -> None:
+    """The features in one of `FORMATS`."""
+    dtype = settings["dtype"]
+    if outputs.format == "parquet":
+        return _write_parquet(file, parts, outputs.index, shape, dtype)
+    file.write(_header(outputs.format, shape, dtype, settings))
+    for part in range(len(parts)):
+        with parts.rows_file(part).open("rb") as rows:
+            shutil.copyfileobj(rows, file, 1 << 20)
+    return None
 
 
 def _header(format: str, shape: tuple[int, ...], dtype: str, settings: dict[str, Any]) -> bytes:
@@ -610,7 +674,7 @@ def _utf8(text: str | None) -> str | None:
     return text and text.encode("utf-8", "backslashreplace").decode()
 
 
-def _report(outputs: _Outputs, rate: float, finished: bool) -> ExtractionReport:
+def _report(outputs: Outputs, rate: float, finished: bool) -> ExtractionReport:
     record = json.loads(outputs.record.read_bytes())
     with outputs.index.open("rb") as file:
         lines = map(json.loads, file if record["failed"] else ())

@@ -112,6 +112,11 @@ class FeatureExtractor(nn.Module):
             height, width = _map_of_zeros(self.model, size).shape[-2:]
         return height, width
 
+    def row_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of the features of one image of `size` pixels."""
+        width = self.num_features
+        return (width, *self.grid(size)) if self.pool is None else (width,)
+
     def forward(self, images: Tensor) -> Tensor:
         """Compute the features.
 

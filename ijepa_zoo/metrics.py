@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,6 +74,71 @@ def knn_accuracy(features: Tensor, labels: Tensor) -> float:
     votes = unit.new_zeros(len(unit), int(classes.max()) + 1)
     votes.scatter_add_(1, classes[indices], torch.exp((nearest - 1) / _TEMPERATURE))
     return _percent(votes.argmax(dim=1) == classes)
+
+
+def knn_predict(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    *,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    num_classes: int,
+    top: int = 1,
+    query_block: int = 1024,
+    bank_block: int = 16384,
+) -> Tensor:
+    """Classes by a weighted vote of the nearest images, for every k and temperature.
+
+    The k images of largest cosine similarity vote for their classes with
+    `exp(similarity / temperature)`, as in VISSL (k 200, temperature 0.1) and DINO
+    (arXiv 2104.14294: temperature 0.07), after Wu et al. (arXiv 1805.01978). One pass over the
+    similarities, in blocks, serves all settings.
+
+    Args:
+        bank: Rows of unit length (`F.normalize`), `[n, D]`; no query may be among them.
+        bank_labels: Classes `[n]`, int64.
+        queries: One row per image, `[m, D]`, on the device of the bank.
+        ks: Numbers of neighbors, from 1 to n.
+        temperatures: Temperatures of the votes, above 0.
+        num_classes: Number of classes.
+        top: Number of classes to return.
+        query_block: Queries at a time.
+        bank_block: Rows of the bank at a time.
+
+    Returns:
+        The classes with most votes, the first one first, int64
+        `[len(ks) * len(temperatures), m, top]`; temperatures vary fastest.
+    """
+    blocks = []
+    for block in torch.split(queries, query_block):
+        near, indices = _neighbors(F.normalize(block.float(), dim=1), bank, max(ks), bank_block)
+        classes = bank_labels[indices]
+        # Relative to the nearest, or all votes could underflow; in float64, so that the order in
+        # which a GPU adds them does not matter.
+        similarity = (near - near[:, :1]).double()
+        found: dict[tuple[int, float], Tensor] = {}
+        for temperature in temperatures:
+            votes, counted = (similarity / temperature).exp(), 0
+            tally = votes.new_zeros(len(votes), num_classes)
+            for k in sorted(ks):
+                tally.scatter_add_(1, classes[:, counted:k], votes[:, counted:k])
+                found[k, temperature], counted = tally.topk(top, dim=1).indices, k
+        blocks.append(torch.stack([found[k, t] for k in ks for t in temperatures]))
+    return torch.cat(blocks, dim=1)
+
+
+def _neighbors(queries: Tensor, bank: Tensor, k: int, block: int) -> tuple[Tensor, Tensor]:
+    """Similarities and indices of the k nearest rows of the bank, nearest first, `[B, k]`."""
+    near = queries.new_empty(len(queries), 0)
+    indices = torch.empty_like(near, dtype=torch.int64)
+    for start in range(0, len(bank), block):
+        similarity = queries @ bank[start : start + block].T
+        found = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        near = torch.cat([near, found.values], dim=1)
+        near, order = near.topk(min(k, near.shape[1]), dim=1)
+        indices = torch.cat([indices, found.indices + start], dim=1).gather(1, order)
+    return near, indices
 
 
 def linear_accuracy(features: Tensor, labels: Tensor) -> float:

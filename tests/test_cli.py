@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,7 +163,7 @@ def test_errors_of_the_system_name_the_file(failing, capsys, number, name):
         ("pretrain", ["runtime.micro_batch_size", "runtime.activation_checkpointing"]),
         ("linear", ["--batch-size", "--img-size", "--precision"]),
         ("knn", ["--img-size", "--precision"]),
-        ("finetune", ["--micro", "--grad-checkpointing"]),
+        ("finetune", ["--micro-batch-size", "--grad-checkpointing"]),
     ],
 )
 def test_lack_of_memory_names_options_of_the_command(photos, failing, capsys, work, options):
@@ -171,6 +172,7 @@ def test_lack_of_memory_names_options_of_the_command(photos, failing, capsys, wo
     command, _ = WORKS[work]
     with pytest.raises(SystemExit):
         main([*command[: 1 + (command[0] == "eval")], "--help"])
+    usage = capsys.readouterr().out
     for error in (
         *(real.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nMore")),
         OSError(errno.ENOMEM, "Cannot allocate memory"),  # to start workers
@@ -182,6 +184,7 @@ def test_lack_of_memory_names_options_of_the_command(photos, failing, capsys, wo
         err = capsys.readouterr().err
         assert err.count("\n") == 1
         assert [option for option in options if option not in err] == []
+        assert set(re.findall(r"--[a-z-]+", err)) <= set(re.findall(r"--[a-z-]+", usage))
     if work == "knn":
         assert "--batch-size" not in err  # it has none
 

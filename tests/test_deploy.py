@@ -148,7 +148,7 @@ def test_other_sizes_need_absolute_positions(tmp_path):
 @pytest.mark.parametrize("to", FREE_FORMATS)
 def test_class_token_of_a_timm_model(tmp_path, to):
     vit = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=48).eval()
-    folder = export_graph(vit, tmp_path / "served", to, dynamic_size=True)
+    folder = export_graph(vit, tmp_path / "served", to, output="features", dynamic_size=True)
     pixels = some_pixels(2)
     with torch.no_grad():
         wanted = vit.forward_features((pixels / 255 - 0.5) / 0.5)[:, 0]

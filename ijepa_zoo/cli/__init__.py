@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..errors import UserError
 from .eval import add_eval
-from .images import add_features
+from .images import add_features, add_predict
 from .models import add_export, add_list
 from .pretrain import INTERRUPTED, add_plot, add_pretrain
 
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help=help_debug)
     parser.set_defaults(interrupted="interrupted", memory=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_list, add_features, add_pretrain, add_export, add_plot, add_eval):
+    for add in (add_list, add_features, add_predict, add_pretrain, add_export, add_plot, add_eval):
         for command in add(commands):
             command.add_argument(
                 "--debug", action="store_true", default=argparse.SUPPRESS, help=help_debug

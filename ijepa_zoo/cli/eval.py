@@ -7,13 +7,17 @@ import os
 
 from ..errors import SettingsError
 from ..eval import (
+    evaluate_attentive,
     evaluate_dense_depth,
     evaluate_finetune,
+    evaluate_head,
     evaluate_knn,
     evaluate_linear,
-    evaluate_lowshot,
+    evaluate_logreg,
+    evaluate_segmentation,
     write_report,
 )
+from ..eval.finetune import MICRO_BATCH
 from . import options
 from .options import count, positive
 
@@ -30,23 +34,41 @@ _PAIRS = (
     "  copy with nyu_train.txt; or pairs of the same name, DIR/train/rgb/1.jpg and\n"
     "  DIR/train/depth/1.png, and DIR/test; or scenes:TRAIN,TEST"
 )
+_MASKS = (
+    "  ADE20K: DIR/images/{training,validation} and DIR/annotations/{training,validation};\n"
+    "  VOC: DIR/JPEGImages, DIR/SegmentationClass, DIR/ImageSets/Segmentation/{train,val}.txt;\n"
+    "  others: DIR/images/train/1.jpg and DIR/masks/train/1.png (class ids, 255 is ignored), and\n"
+    "  DIR/images/val, DIR/masks/val, or without train and val; or scenes:TRAIN,TEST"
+)
 _PROBES = {  # help, layout of the data, options of an example
     "linear": ("linear classifiers on frozen features", _CLASSES, "--data photos --cached"),
+    "attentive": (
+        "attention pooling of patch tokens, then a linear classifier",
+        _CLASSES,
+        "--data photos",
+    ),
     "count": ("number of objects in CLEVR's scenes", _SCENES, "--data scenes:5000,1000 --cached"),
     "depth": (
         "distance of the nearest object; dense depth maps",
         f"{_SCENES}\n{_PAIRS}",
         "--task dense --data nyu",
     ),
+    "segmentation": (
+        "mean IoU of linear heads on patch features",
+        _MASKS,
+        "--data scenes:2000,500 --cached",
+    ),
     "knn": ("nearest neighbors among frozen features", _CLASSES, "--data photos --baseline"),
-    "finetune": ("train all weights, the paper's full recipe", _CLASSES, "--data photos"),
-    "lowshot": (
-        "few labels: frozen features, or --finetune",
+    "finetune": ("train all weights with the paper's recipes", _CLASSES, "--data photos"),
+    "logreg": (
+        "logistic regression on frozen features; few labels",
         _CLASSES,
-        "--data photos --list FILE",
+        "--data photos --per-class 10",
     ),
 }
-_LINEAR, _TRAINING = ("linear", "count", "depth"), ("finetune", "lowshot")
+_LINEAR, _TRAINING = ("linear", "count", "depth"), ("finetune",)
+_HEADS = (*_LINEAR, "attentive")
+_DENSE = ("segmentation",)
 # Every other option is an argument of the probe's function, with the same name.
 _OWN = {"run", "probe", "interrupted", "memory", "debug", "quiet"}
 _POSITIONAL = ("task", "model", "data", "list", "out")
@@ -84,42 +106,66 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     _add_task(own, name)
     own.add_argument("--out", default="results", metavar="DIR",
         help="folder of all evaluations (default: results)")  # fmt: skip
-    if name == "lowshot":
-        own.add_argument("--list", required=True, metavar="FILE",
-            help="required: names of the training images, one a line")  # fmt: skip
-        own.add_argument("--finetune", action="store_true",
-            help="train all weights (default: logistic regression)")  # fmt: skip
+    if name == "logreg":
+        own.add_argument("--list", metavar="FILE",
+            help="names of the training images to use, one a line (ImageNet's 1 %%)")  # fmt: skip
+        own.add_argument("--per-class", type=positive, metavar="K",
+            help="use K training images per class")  # fmt: skip
     if name not in _TRAINING:
         own.add_argument("--baseline", action="store_true",
             help="also evaluate random weights and raw pixels")  # fmt: skip
         own.add_argument("--select-on-test", action="store_true",
             help="choose the best setting on the test set, as much of the literature does",
         )  # fmt: skip
-    if name in _LINEAR:
+    if name in (*_LINEAR, *_DENSE):
         own.add_argument("--cached", action="store_true",
             help="encode each image once, then train on the features")  # fmt: skip
-    if name != "knn":
+    if name in _HEADS:
+        own.add_argument("--lrs", type=options.numbers, metavar="LR,LR",
+            help="learning rates per 256 images (default: those of the protocol)")  # fmt: skip
+        own.add_argument("--wds", type=options.numbers, metavar="WD,WD",
+            help="weight decays (default: those of the protocol)")  # fmt: skip
+    if name in (*_HEADS, *_DENSE, "logreg"):
+        own.add_argument("--with-encoder", action="store_true",
+            help="save the encoder beside the chosen head (default: a reference)")  # fmt: skip
+    if name in (*_HEADS, *_DENSE, *_TRAINING):
         own.add_argument("--epochs", type=positive, metavar="N",
             help="default: those of the paper's protocol")  # fmt: skip
     if name in _TRAINING:
-        own.add_argument("--micro", type=positive, metavar="N",
-            help="images per forward pass of a process")  # fmt: skip
+        own.add_argument("--list", metavar="FILE",
+            help="names of the training images to use, one a line: the paper's recipe for 1 %% of "
+            "ImageNet")  # fmt: skip
+        own.add_argument("--micro-batch-size", type=positive, default=MICRO_BATCH, metavar="N",
+            help=f"images per forward pass of a process (default: {MICRO_BATCH})")  # fmt: skip
         own.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower")
-    model = options.add_model_options(parser)
+    if name == "linear":
+        own.add_argument("--head", metavar="DIR",
+            help="test a saved head (RUN/model) on --data instead of training one")  # fmt: skip
+    model = options.add_model_options(parser, required=name != "linear")
     model.add_argument("--random", action="store_true", help="random weights, drawn by --seed")
+    if name not in (*_TRAINING, *_DENSE, "attentive"):
+        model.add_argument("--pool", choices=("auto", "avg", "cls", "cls_avg"), default="auto",
+            help="pooling of patches and class token (default: auto, the class token if the model "
+            "uses it, else the mean over patches)")  # fmt: skip
     data = parser.add_argument_group("data options")
     data.add_argument("--data", required=True, metavar="DATA",
         help="required: folder, hfds/NAME, ..., for scenes also scenes:TRAIN,TEST")  # fmt: skip
-    data.add_argument("--test", metavar="DATA", help="test images, if they are not in --data")
+    if name not in _DENSE:
+        data.add_argument("--test", metavar="DATA", help="test images, if they are not in --data")
     options.add_pixel_options(data)
     data.add_argument("--skip-broken", action="store_true",
         help="leave out and count images that cannot be decoded (default: stop)")  # fmt: skip
-    batch = None if name == "knn" else "that of the paper's protocol; learning rates grow with it"
+    batch = (
+        None
+        if name in ("knn", "logreg")
+        else "that of the paper's protocol; learning rates grow with it"
+    )
     run = options.add_run_options(parser, batch)
     run.add_argument("--seed", type=count, default=0, metavar="N", help="default: 0")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
-    smaller = {"knn": ""} | dict.fromkeys(_LINEAR, "a smaller --batch-size, ")
-    smaller |= dict.fromkeys(_TRAINING, "a smaller --micro, --grad-checkpointing, ")
+    smaller = {"knn": "", "logreg": ""} | dict.fromkeys(_HEADS, "a smaller --batch-size, ")
+    smaller |= dict.fromkeys(_DENSE, "a smaller --batch-size, ")
+    smaller |= dict.fromkeys(_TRAINING, "a smaller --micro-batch-size, --grad-checkpointing, ")
     memory = f"{smaller[name]}a smaller --img-size, --precision bfloat16 or fewer --workers"
     parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME, memory=memory)
     return parser
@@ -136,8 +182,12 @@ def _add_task(own: argparse._ArgumentGroup, probe: str) -> None:
             help="dense: largest depth that counts")  # fmt: skip
         own.add_argument("--depth-scale", type=float, metavar="N",
             help="dense: units of the files per meter")  # fmt: skip
+    elif probe == "segmentation":
+        own.set_defaults(task="segmentation")
+        own.add_argument("--reduce-zero-label", action=argparse.BooleanOptionalAction,
+            help="ignore class 0 and count classes from 1 (default: for ADE20K only)")  # fmt: skip
     else:
-        scenes = "; count, depth: scenes" if probe in ("linear", "knn") else ""
+        scenes = "" if probe in _TRAINING else "; count, depth: scenes"
         own.add_argument("--task", default="classes", metavar="NAME",
             help="imagenet1k, cifar100, cifar10, places205, inat18, or classes (default): any "
             f"labels{scenes}")  # fmt: skip
@@ -147,14 +197,27 @@ def _evaluate(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k not in (*_OWN, *_POSITIONAL)}
     given["progress"] = not args.quiet
     task = args.task
-    if args.probe == "depth" and task == "dense":
+    head = given.pop("head", None)
+    if head is not None:
+        own = ("device", "workers", "precision", "value_range", "bands", "skip_broken", "progress")
+        result = evaluate_head(head, args.data, args.out, **{name: given[name] for name in own})
+    elif args.model is None:
+        raise SettingsError("give --model, or --head for a head that is trained already")
+    elif args.probe == "depth" and task == "dense":
         if given.pop("test") is not None:
             raise SettingsError("--test is for classes: DATA holds training and test pairs")
+        for name in ("pool", "lrs", "wds"):
+            if given.pop(name) not in (None, "auto"):
+                raise SettingsError(f"--{name.replace('_', '-')} is not for --task dense")
         result = evaluate_dense_depth(args.model, args.data, args.out, **given)
-    elif args.probe == "lowshot":
-        result = evaluate_lowshot(task, args.model, args.data, args.list, args.out, **given)
+    elif args.probe == "segmentation":
+        result = evaluate_segmentation(args.model, args.data, args.out, **given)
+    elif args.probe == "logreg":
+        result = evaluate_logreg(task, args.model, args.data, args.out, list=args.list, **given)
+    elif args.probe == "attentive":
+        result = evaluate_attentive(task, args.model, args.data, args.out, **given)
     elif args.probe == "finetune":
-        result = evaluate_finetune(task, args.model, args.data, args.out, **given)
+        result = evaluate_finetune(task, args.model, args.data, args.out, list=args.list, **given)
     elif args.probe == "knn":
         result = evaluate_knn(task, args.model, args.data, args.out, **given)
     else:

@@ -1,4 +1,4 @@
-"""`ijepa-zoo features`."""
+"""`ijepa-zoo features` and `ijepa-zoo predict`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from PIL import Image
 
@@ -16,6 +17,7 @@ from ..data.transforms import transform_config
 from ..distributed import read_environment
 from ..errors import DataError, SettingsError
 from ..extract import ExtractionReport, extract_features
+from ..predictions import predict
 from ..visualize import save_pca_picture
 from .options import (
     DTYPES,
@@ -51,14 +53,7 @@ def add_features(commands: Commands) -> list[argparse.ArgumentParser]:
         "command resumes after an interruption. Several processes: torchrun --nproc-per-node N "
         "-m ijepa_zoo features ... Exit status 3: done, but some images failed (one process only).",
     )
-    data = parser.add_argument_group("data options")
-    data.add_argument("inputs", nargs="+", metavar="INPUT",
-        help="folders, images, globs, tar shards, .txt lists of paths, .npy, hfds/NAME, ...",
-    )  # fmt: skip
-    add_pixel_options(data)
-    data.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N",
-        help=f"images of more pixels fail (default: {MAX_PIXELS})")  # fmt: skip
-    data.add_argument("--strict", action="store_true", help="stop at the first image that fails")
+    _add_inputs(parser)
     add_model_options(parser)
     out = parser.add_argument_group("output options")
     add = out.add_argument
@@ -71,11 +66,72 @@ def add_features(commands: Commands) -> list[argparse.ArgumentParser]:
     add("--picture", metavar="FILE", help="draw principal components of patch features, a PNG")
     add("--picture-images", type=positive, default=12, metavar="N",
         help="images in the picture (default: 12)")  # fmt: skip
+    _add_run(parser)
+    parser.set_defaults(run=_features, interrupted=RESUME, memory=_MEMORY)
+    return [parser]
+
+
+def add_predict(commands: Commands) -> list[argparse.ArgumentParser]:
+    """`predict`."""
+    parser = commands.add_parser(
+        "predict",
+        help="classes of images into a table",
+        description="Classify images with a fine-tuned model or a saved probe. Writes path, label "
+        "and probability of each image to FILE, or maps of a dense head to a folder. The same "
+        "command resumes after an interruption. Exit status 3: done, but some images failed.",
+    )
+    _add_inputs(parser)
+    add_model_options(parser)
+    out = parser.add_argument_group("output options")
+    out.add_argument("--out", required=True, metavar="FILE",
+        help="required: file to write, .csv or .parquet; a folder for a dense head")  # fmt: skip
+    out.add_argument("--topk", type=positive, default=1, metavar="K",
+        help="classes per image, the likeliest first (default: 1)")  # fmt: skip
+    out.add_argument("--overwrite", action="store_true", help="replace files of other settings")
+    _add_run(parser)
+    parser.set_defaults(run=_predict, interrupted=RESUME, memory=_MEMORY)
+    return [parser]
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data options")
+    data.add_argument("inputs", nargs="+", metavar="INPUT",
+        help="folders, images, globs, tar shards, .txt lists of paths, .npy, hfds/NAME, ...",
+    )  # fmt: skip
+    add_pixel_options(data)
+    data.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N",
+        help=f"images of more pixels fail (default: {MAX_PIXELS})")  # fmt: skip
+    data.add_argument("--strict", action="store_true", help="stop at the first image that fails")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
     run = add_run_options(parser, batch_size="32, more on a CUDA GPU")
     run.add_argument("--threads", type=positive, metavar="N",
         help="threads of the computation on a CPU (default: one per CPU)")  # fmt: skip
-    parser.set_defaults(run=_features, interrupted=RESUME, memory=_MEMORY)
-    return [parser]
+
+
+def _run_options(args: argparse.Namespace) -> dict[str, Any]:
+    names = (
+        *("batch_size", "device", "workers", "threads", "precision", "strict", "value_range"),
+        *("bands", "max_pixels", "overwrite"),
+    )
+    return {name: getattr(args, name) for name in names} | {"progress": True}
+
+
+def _predict(args: argparse.Namespace) -> int:
+    _check_paths(args.inputs)
+    model = open_model(args)
+    report = predict(args.inputs, model, args.out, topk=args.topk, **_run_options(args))
+    if report is None:  # rank 0 reports
+        return 0
+    settings = report.settings
+    _print_summary(report, [
+        ("model", f"{settings['model']}, {settings['weights']}"),
+        ("classes", str(len(settings["classes"]))),
+        *_counts(report),
+        ("written", str(report.features)),
+    ])  # fmt: skip
+    return _status(report)
 
 
 def _features(args: argparse.Namespace) -> int:
@@ -89,18 +145,8 @@ def _features(args: argparse.Namespace) -> int:
         args.out,
         **feature_options(args),
         dtype=args.dtype,
-        batch_size=args.batch_size,
-        device=args.device,
-        workers=args.workers,
-        threads=args.threads,
-        precision=args.precision,
         format=args.format,
-        strict=args.strict,
-        value_range=args.value_range,
-        bands=args.bands,
-        max_pixels=args.max_pixels,
-        overwrite=args.overwrite,
-        progress=True,
+        **_run_options(args),
     )
     if report is None:  # rank 0 reports
         return 0
@@ -110,6 +156,10 @@ def _features(args: argparse.Namespace) -> int:
         images = open_images(args.inputs, decoder=decoder)
         save_pca_picture(images, model, args.picture, count=args.picture_images, device=args.device)
     _print_report(report, args.picture)
+    return _status(report)
+
+
+def _status(report: ExtractionReport) -> int:
     is_alone = read_environment(os.environ) is None  # torchrun calls any other status a failure
     return SOME_IMAGES_FAILED if report.failed and is_alone else 0
 
@@ -147,19 +197,27 @@ def _print_report(report: ExtractionReport, picture: str | None) -> None:
     layers = (
         "last map" if settings["layers"] == [-1] else f"after block {blocks} and the final norm"
     )
-    done = f"{report.shape[0]} done, {len(report.failed)} failed, {report.skipped} skipped"
-    rate = f"{report.images_per_second:.1f} images/s on {settings['device']}"
     lines = [
         ("model", f"{settings['model']}, {settings['weights']}"),
         ("input", settings["transform"]),
         ("features", f"{layers}, {_POOLS[settings['pool']]}"),
-        ("images", f"{done} ({'all done before' if report.already_done else rate})"),
+        *_counts(report),
         ("written", f"{report.features}  [{shape}] {report.dtype}"),
         ("", f"{report.index}  which row is which image"),
         ("", f"{report.record}  settings and counts"),
     ]
     if picture and report.shape[0]:
         lines.append(("", f"{picture}  principal components of the patch features"))
+    _print_summary(report, lines)
+
+
+def _counts(report: ExtractionReport) -> list[tuple[str, str]]:
+    done = f"{report.shape[0]} done, {len(report.failed)} failed, {report.skipped} skipped"
+    rate = f"{report.images_per_second:.1f} images/s on {report.settings['device']}"
+    return [("images", f"{done} ({'all done before' if report.already_done else rate})")]
+
+
+def _print_summary(report: ExtractionReport, lines: list[tuple[str, str]]) -> None:
     for name, text in lines:
         print(f"{name:9} {text}")
     for path, reason in report.failed[:_SHOWN]:

@@ -52,7 +52,7 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
         help="weights for other libraries, or a model for servers",
         description="Export weights to a folder that another library loads without this package "
         "(native, timm, transformers, official), or a model that a server runs, from uint8 pixels "
-        "to features (onnx, torch-export).",
+        "to features or, of a classifier without --layers and --pool, logits (onnx, torch-export).",
     )
     add = parser.add_argument
     add("source", metavar="SOURCE",
@@ -171,6 +171,7 @@ def _export_graph(args: argparse.Namespace, is_run: bool) -> int:
         args.folder,
         args.to,
         **feature_options(args),
+        output="features" if args.layers or args.pool else "auto",
         dynamic_size=args.dynamic_size,
         license=args.license,
         overwrite=args.overwrite,

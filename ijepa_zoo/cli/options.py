@@ -19,18 +19,22 @@ LAYERS = "last (default), last4, or block indices such as 3,7,11 (from the end: 
 RESUME = "interrupted: run the same command again to resume"
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_model_options(
+    parser: argparse.ArgumentParser, required: bool = True
+) -> argparse._ArgumentGroup:
     """The model that computes features, and its weights.
 
     Args:
         parser: Of the command.
+        required: Whether there is no other way to name a model.
 
     Returns:
         The group, for the command's own options.
     """
     group = parser.add_argument_group("model options")
-    group.add_argument("--model", required=True, metavar="NAME[.TAG]",
-        help="required: a name of `ijepa-zoo list` or of timm, local-dir:FOLDER or hf-hub:REPO",
+    names = "a name of `ijepa-zoo list` or of timm, local-dir:FOLDER or hf-hub:REPO"
+    group.add_argument("--model", required=required, metavar="NAME[.TAG]",
+        help=f"required: {names}" if required else names,
     )  # fmt: skip
     add_checkpoint(group)
     add_network(group)
@@ -171,3 +175,11 @@ def layers(text: str) -> str | list[int]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither last, last4 nor block indices such as 3,7,11"
         ) from None
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0.1,0.01") from None

@@ -21,9 +21,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import DataError, ImageError, MissingPackageError
+from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator
 from .decode import Decoder, Pixels, Raw
 from .files import IMAGE_SUFFIXES
+from .loading import load_in_order
 from .scenes import SEGMENTATION_CLASSES, render_splits
 from .transforms import pixel_size
 
@@ -32,6 +34,11 @@ Pair = tuple[str, str]  # paths of an image and of its target
 
 NYU_FILE, NYU_SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
 IGNORE_INDEX = 255  # class id of pixels that do not count
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
+    *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
+)
 
 _UNPACKED_FOLDERS = ("ADEChallengeData2016", "VOCdevkit", "VOC2012")  # of the official archives
 _NYU_LIST_ROOTS = ("", "sync", "train", "official_splits/test", "test")
@@ -41,6 +48,7 @@ _MASK_WORDS = {"mask", "masks", "annotation", "annotations", "label", "labels", 
 _TRAIN_WORDS = {"train", "training", "nyu2_train"}
 _TEST_WORDS = {"test", "testing", "val", "validation", "nyu2_test"}
 _TEST_SHARE = 0.2
+_SPLIT_SEED = 0  # a run's seed must not change what it is tested on
 _MAX_ASPECT_DIFFERENCE = 0.02  # relative; beyond it a target belongs to another image
 _DAMAGED_FILE = (ValueError, EOFError, MemoryError, SyntaxError, OSError)  # np.load and Pillow
 
@@ -94,7 +102,8 @@ class DenseData:
         max_depth: The largest depth that counts: 10 m for NYU, the largest training depth for
             rendered scenes, else None.
         crop: 'eigen' where metrics are customarily computed in Eigen's crop, else None.
-        num_classes: Number of classes of masks; None for depths, and where only the masks tell.
+        num_classes: Number of classes of masks; None for depths.
+        class_names: Their names, if known.
     """
 
     train: DenseDataset
@@ -105,12 +114,12 @@ class DenseData:
     max_depth: float | None = None
     crop: str | None = None
     num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def open_depth(
     source: str | os.PathLike[str],
     *,
-    seed: int = 0,
     depth_scale: float | None = None,
     workers: int = 0,
     progress: bool = False,
@@ -127,9 +136,8 @@ def open_depth(
               or a folder's name. An image has the same name except for such words and `rgb`,
               `image`, `color` or `sync`: `rgb/a/1.jpg` and `depth/a/1.png`, or `1_colors.png` and
               `1_depth.png`. Folders `train` and `test` (or `val`) anywhere in the paths are the
-              split; without them the seed draws 20 % for the test set;
+              split; without them a fixed 20 % are the test set;
             - `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`.
-        seed: Draws the test set of a folder without a split.
         depth_scale: Stored units per meter in the depth files of a folder; by default 1000
             (millimeters) in integer files of 16 bits or more, 1 in floating-point arrays.
         workers: Processes that render scenes.
@@ -164,13 +172,12 @@ def open_depth(
         train, test = (_files(_nyu_list(path), read) for path in lists)
         split = "nyu_train.txt and nyu_test.txt"
         return DenseData(train, test, "NYU Depth v2", split, "m", 10.0, "eigen")
-    return _folder(source, _DEPTH_WORDS, read, seed)
+    return _folder(source, _DEPTH_WORDS, read)
 
 
 def open_segmentation(
     source: str | os.PathLike[str],
     *,
-    seed: int = 0,
     reduce_zero_label: bool | None = None,
     workers: int = 0,
     progress: bool = False,
@@ -188,7 +195,6 @@ def open_segmentation(
               `segmentation` (or its plural) instead of `depth`: `images/train/1.jpg` and
               `masks/train/1.png`;
             - `scenes:TRAIN,TEST[,SIZE]` (4 classes), see `render_splits`.
-        seed: Draws the test set of a folder without a split.
         reduce_zero_label: Ignore class 0 and subtract 1 from the others; by default for ADE20K
             alone, whose class 0 is everything else.
         workers: Processes that render scenes.
@@ -200,8 +206,10 @@ def open_segmentation(
     source = os.fspath(source)
     if source.startswith("scenes:"):
         train, test = _rendered(source, "segmentation", workers, progress)
-        classes = len(SEGMENTATION_CLASSES)
-        return DenseData(train, test, "rendered scenes", "rendered", num_classes=classes)
+        names = SEGMENTATION_CLASSES
+        return DenseData(
+            train, test, "rendered scenes", "rendered", num_classes=len(names), class_names=names
+        )
     root = Path(source)
     for folder in _UNPACKED_FOLDERS:
         root = root / folder if (root / folder).is_dir() else root
@@ -211,9 +219,14 @@ def open_segmentation(
     read = partial(read_mask, reduce_zero_label=reduce)
     if lists.is_dir():
         train, test = (_files(_voc_list(lists / f"{s}.txt"), read) for s in ("train", "val"))
-        return DenseData(train, test, "PASCAL VOC", "train.txt and val.txt", num_classes=21)
-    data = _folder(str(root), _MASK_WORDS, read, seed)
-    return replace(data, name="ADE20K", num_classes=150 if reduce else 151) if ade20k else data
+        return DenseData(
+            train, test, "PASCAL VOC", "train.txt and val.txt", num_classes=21,
+            class_names=VOC_CLASSES,
+        )  # fmt: skip
+    data = _folder(str(root), _MASK_WORDS, read)
+    if ade20k:
+        return replace(data, name="ADE20K", num_classes=150 if reduce else 151)
+    return replace(data, num_classes=_count_classes(data, workers, progress))
 
 
 def read_depth(path: str, depth_scale: float | None = None) -> npt.NDArray[np.float32]:
@@ -259,6 +272,33 @@ def read_mask(path: str, reduce_zero_label: bool = False) -> Target:
         ignored = (mask == 0) | (mask == IGNORE_INDEX)
         mask = np.where(ignored, mask.dtype.type(IGNORE_INDEX), mask - 1)
     return mask
+
+
+@dataclass(frozen=True)
+class _LargestClass:
+    """The largest class id of each mask, 0 where it cannot be read."""
+
+    data: DenseDataset
+
+    def __getitem__(self, index: int) -> int:
+        try:
+            mask = self.data.load(index)[1]
+        except ImageError:
+            return 0
+        return int(mask.max(where=mask != IGNORE_INDEX, initial=0))
+
+
+def _count_classes(data: DenseData, workers: int, progress: bool) -> int:
+    """Number of classes, from all masks."""
+    largest = 0
+    for part in (data.train, data.test):
+        with progress_bar(progress, len(part), "classes of masks") as bar:
+            for found in load_in_order(_LargestClass(part), range(len(part)), workers):
+                largest = max(largest, found)
+                bar.update()
+    if not largest:
+        raise DataError(f"the masks of '{data.train.names[0]}' and the others have class 0 only")
+    return largest + 1
 
 
 def _known_depth(depth: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
@@ -413,19 +453,17 @@ def _voc_list(path: Path) -> list[Pair]:
     ]
 
 
-def _folder(
-    source: str, target_words: set[str], read_target: Callable[[str], Target], seed: int
-) -> DenseData:
+def _folder(source: str, target_words: set[str], read_target: Callable[[str], Target]) -> DenseData:
     """A folder of pairs."""
     splits = _pairs_by_name(source, target_words)
     split = "folders named train and test (or val)"
     if splits.keys() == {""}:
         pairs = splits[""]
-        order = numpy_generator(seed, Stream.EVAL_SPLIT).permutation(len(pairs))
+        order = numpy_generator(_SPLIT_SEED, Stream.EVAL_SPLIT).permutation(len(pairs))
         held_out = set(order[: max(1, round(_TEST_SHARE * len(pairs)))].tolist())
         splits["test"] = [pair for i, pair in enumerate(pairs) if i in held_out]
         splits["train"] = [pair for i, pair in enumerate(pairs) if i not in held_out]
-        split = f"{len(held_out)} of {len(pairs)} pairs drawn by seed {seed}"
+        split = f"{len(held_out)} of {len(pairs)} pairs drawn by the fixed seed {_SPLIT_SEED}"
     for part in ("train", "test"):
         if not splits.get(part):
             raise DataError(

@@ -1,30 +1,37 @@
-"""The paper's probes: figures of frozen encoders on labelled data, beside the paper's own."""
+"""The paper's probes: metrics of encoders on labeled data, beside the paper's own."""
 
 from ..errors import DataError, RunError
-from .dense_depth import evaluate_dense_depth
+from .attentive import evaluate_attentive
+from .dense import evaluate_dense_depth, evaluate_segmentation
 from .finetune import evaluate_finetune
+from .knn import evaluate_knn
 from .linear import evaluate_linear
-from .lowshot import evaluate_lowshot
+from .logreg import evaluate_logreg
 from .models import Subject, open_model
-from .nearest import evaluate_knn
+from .probe import EvalConfig
 from .report import write_report
 from .result import Result
 from .result_files import read_result
+from .saved_head import evaluate_head
 from .tasks import TASKS, Protocol, Task, find_task
 
 __all__ = [
     "TASKS",
     "DataError",
+    "EvalConfig",
     "Protocol",
     "Result",
     "RunError",
     "Subject",
     "Task",
+    "evaluate_attentive",
     "evaluate_dense_depth",
     "evaluate_finetune",
+    "evaluate_head",
     "evaluate_knn",
     "evaluate_linear",
-    "evaluate_lowshot",
+    "evaluate_logreg",
+    "evaluate_segmentation",
     "find_task",
     "open_model",
     "read_result",

@@ -1,33 +1,131 @@
-"""Fine-tuning: all weights of a model trained with labels, by the paper's recipe."""
+"""Fine-tuning: all weights of a model trained with labels, by the paper's recipes.
+
+Sources: the I-JEPA paper (arXiv 2301.08243, section 5 and appendix A.1) and MAE's fine-tuning
+(facebookresearch/mae), whose recipe it follows. From MAE: learning rates per 256 images, warm-up of
+5 epochs from 0, smallest learning rate 1e-6, first head weights of std 2e-5, a test crop of 7/8 up
+to 224 pixels and of the whole image above; for full fine-tuning also label smoothing 0.1,
+RandAugment and random erasing 0.25.
+"""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from PIL import Image, ImageOps
+from timm.data.auto_augment import posterize, rand_augment_transform
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.layers import DropPath
+from timm.optim import param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as tv
 
 from ..data.decode import Decoder
-from ..data.loading import usable_cpus
-from ..distributed import Distributed, init_distributed
-from ..errors import DataError, SettingsError
-from ..progress import progress_bar
-from .cache import files_state
-from .epoch_state import EpochState
-from .feeds import decoded, refuse_undecoded
-from .finetune_training import FineTuning
+from ..data.transforms import transform_config
+from ..distributed import init_distributed
+from ..errors import DataError, RunError, SettingsError
+from ..progress import skip
+from ..seeds import Stream, fold, torch_generator
+from ..weights.export import check_exportable, export
+from .accuracy import count_correct, likeliest
+from .batches import EvalBatch, OrderedBatches, TrainBatches
+from .epoch_state import EpochState, load_optimizer
+from .features import decoded, refuse_undecoded
 from .intervals import wilson_interval
+from .logreg import with_rows
 from .models import Subject, as_subject, check_model
 from .notes import lost_classes, of_all_processes, undecoded
-from .recipes import FULL, FineTuneRecipe
+from .probe import EvalConfig, Probe, open_probe
 from .result import NOTHING_CHOSEN, Head, Result
 from .runs import once, run_folder
-from .sets import EvalSet, data_record, open_task
-from .tasks import Task, find_task
-from .words import other_epochs
+from .sets import data_record, listed_rows
+from .tasks import Task, View, find_task
+from .words import option, other_epochs
+
+MODEL = "model"  # folder of the trained weights, beside the result
+MICRO_BATCH = 32
+_HEAD_STD = 2e-5
+_TRANSLATE = 0.45  # of the image's side, the most that RandAugment moves it: timm's
+_LARGE = 1024  # width of a ViT-L
+_ONE_PERCENT = 12_811  # images of the list of 1 % of ImageNet
+
+
+@dataclass(frozen=True)
+class FineTuneRecipe:
+    """How all weights of a model are trained with labels.
+
+    Attributes:
+        epochs: Passes over the training images.
+        lr: Learning rate of the last layer per 256 images of a batch.
+        batch_size: Images of a step, of all processes together.
+        weight_decay: Of AdamW; none on biases and norms.
+        layer_decay: Factor of the learning rate from each layer to the one below: the head, the
+            blocks (the final norm with the last one, as in timm), the patch embedding.
+        drop_path: Rate of stochastic depth in the last block, growing linearly from 0.
+        mixup: Parameter of mixup's beta distribution; 0 for none.
+        cutmix: The same of cutmix; a micro-batch gets one of the two.
+        label_smoothing: Probability that is spread over all classes.
+        auto_augment: timm's name of the augmentation.
+        random_erasing: Probability that a rectangle of an image is replaced by noise.
+        warmup_epochs: Epochs of the linear warm-up; a cosine follows.
+        min_lr: What the cosine ends at.
+        paper: The paper's accuracies on ImageNet in percent, by the name of the weights.
+    """
+
+    epochs: int = 50
+    lr: float = 1e-4
+    batch_size: int = 528
+    weight_decay: float = 0.04
+    layer_decay: float = 0.75
+    drop_path: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    random_erasing: float = 0.25
+    warmup_epochs: float = 5.0
+    min_lr: float = 1e-6
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+    def change(self, epochs: int | None, batch_size: int | None) -> FineTuneRecipe:
+        """The recipe for other epochs, with the warm-up in proportion, or another batch."""
+        epochs = self.epochs if epochs is None else epochs
+        if epochs < 1:
+            raise SettingsError(f"epochs is {epochs}; fine-tuning needs at least 1")
+        warmup = self.warmup_epochs * epochs / self.epochs
+        size = batch_size or self.batch_size
+        return replace(self, epochs=epochs, warmup_epochs=warmup, batch_size=size)
+
+
+FULL = FineTuneRecipe(paper={"vit_huge16_448_ijepa.in1k": 87.1})
+FEW_LABELS = FineTuneRecipe(
+    lr=1.5e-5,  # the paper's 3e-5 for its batch of 512
+    batch_size=512,
+    weight_decay=0.4,
+    drop_path=0.0,
+    mixup=0.0,
+    cutmix=0.0,
+    random_erasing=0.0,
+    paper={"vit_huge14_ijepa.in1k": 73.3, "vit_huge16_448_ijepa.in1k": 77.3},
+)
+
+
+def few_labels_recipe(model: Any) -> FineTuneRecipe:
+    """The recipe for 1 % of ImageNet: weight decay 0.4 for ViT-H, 0.05 up to ViT-L."""
+    return replace(FEW_LABELS, weight_decay=0.05) if model.embed_dim <= _LARGE else FEW_LABELS
 
 
 def evaluate_finetune(
@@ -36,226 +134,448 @@ def evaluate_finetune(
     data: Any,
     out: str | Path = "results",
     *,
-    test: Any = None,
-    recipe: FineTuneRecipe = FULL,
-    seed: int = 0,
+    list: str | Path | None = None,
+    recipe: FineTuneRecipe | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
-    micro: int | None = None,
+    micro_batch_size: int = MICRO_BATCH,
     grad_checkpointing: bool = False,
-    device: str = "auto",
-    workers: int | None = None,
-    precision: str = "auto",
-    checkpoint: str | None = None,
-    network: str | None = None,
-    img_size: int | tuple[int, int] | None = None,
-    random: bool = False,
-    value_range: tuple[float, float] | None = None,
-    bands: tuple[int, ...] | None = None,
-    skip_broken: bool = False,
-    progress: bool = False,
+    **options: Any,
 ) -> Result:
-    """Fine-tune a copy of a model on all training images, and test it after the last epoch.
+    """Fine-tune a copy of a model, test it after the last epoch, and save it.
 
-    The same call goes on after an interruption, at the last finished epoch, and returns the result
-    at once where it is there already. torchrun starts several processes, which share each batch.
+    The folder of the result has the trained classifier as ``model``, which
+    ``timm.create_model("local-dir:.../model", pretrained=True)`` opens. The same call resumes after
+    an interruption, at the last finished epoch, and returns the result at once if it is finished.
+    Processes started by torchrun share each batch.
 
     Args:
-        task: A task of classes or its name; see `find_task`.
-        model: A name (see `open_model`) or any timm ViT.
-        data: See `open_task`.
-        out: Folder of all evaluations: each has a folder of its own in it with `result.json`, and a
-            row in `results.csv`.
-        test: The test data, if `data` does not hold them.
-        recipe: Settings.
-        seed: Decides order, augmentation, dropped branches and the head at the start.
-        epochs: In the place of the recipe's; the warm-up is shortened with it.
-        batch_size: In the place of the recipe's; the learning rate grows linearly with it.
-        micro: Images of a forward and backward pass of a process; None for its share of a batch.
-        grad_checkpointing: Compute activations twice rather than keep them.
-        device: 'auto', or torch's name of a device.
-        workers: Processes that decode; default: one for each CPU.
-        precision: 'bfloat16' or 'float32'; 'auto': the first on a GPU.
-        checkpoint: See `open_model`; for a model that is named.
-        network: See there.
-        img_size: See there.
-        random: See there; then it is a training from scratch.
-        value_range: Values of 16-bit images that become black and white, see `Decoder`.
-        bands: Bands or pages of image files that become channels, see `Decoder`.
-        skip_broken: Leave out images that cannot be decoded; otherwise they stop the evaluation.
-        progress: Show a progress bar.
-
-    Returns:
-        The result, which is also in the folder.
+        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`; a task of classes.
+        model: See there.
+        data: See there.
+        out: See there.
+        list: Text file with the names of the training images to use, one a line, such as
+            ImageNet's 1 %; see `listed_rows`. The default recipe is then the paper's for few
+            labels.
+        recipe: Default: the paper's.
+        epochs: Default: those of the recipe; the warm-up changes in proportion.
+        batch_size: Default: that of the recipe; the learning rate grows linearly with it.
+        micro_batch_size: Images of a forward and backward pass of a process.
+        grad_checkpointing: Compute activations twice instead of keeping them.
+        options: Further fields of `EvalConfig`.
 
     Raises:
-        DataError: The data cannot be used, or do not fit the task.
-        ValueError: An argument or the model does not fit.
-        FloatingPointError: The loss is not finite.
-        RunError: Another process works on the same evaluation.
+        DataError: The data or the list cannot be used, or do not fit the task.
+        SettingsError: An option or the model does not fit.
+        RunError: Another process works on the same evaluation, or the loss is not finite.
     """
     chosen = find_task(task) if isinstance(task, str) else task
-    refuse_scenes(chosen)
-    shown = recipe if epochs is None else recipe.with_epochs(epochs)
-    notes = other_epochs(shown.epochs, recipe.epochs, "recipe")
-    recipe = with_batch(shown, batch_size)
-    workers = usable_cpus() if workers is None else workers
-    options: dict[str, Any] = {"checkpoint": checkpoint, "network": network, "img_size": img_size}
-    decoder = Decoder(check_model(model, random=random, **options), value_range, bands)
-    with init_distributed(device) as distributed:
-        sets = open_task(
-            chosen, data, seed, test=test, workers=workers, decoder=decoder, skip_broken=skip_broken
+    if chosen.kind != "classes":
+        raise DataError(
+            f"fine-tuning crops images at random, which changes the labels of {chosen.title}: use "
+            "a task of classes, or `eval count` or `eval depth`, which crop nothing"
         )
-        subject = as_subject(model, random=random, seed=seed, **options)
-        training = prepare(
-            subject,
-            sets[0],
-            recipe,
-            seed,
-            distributed,
-            micro,
-            grad_checkpointing,
-            workers,
-            precision,
-        )
-        result = run(chosen, subject, training, sets, Path(out), "finetune", notes, progress)
+    config = EvalConfig(task=chosen, model=model, data=data, out=out, **options)
+    channels = check_model(model, random=config.random, **config.weights)
+    decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
+    with init_distributed(config.device) as distributed:
+        probe = open_probe(config, distributed, decoder)
+        if list is not None:
+            rows = listed_rows(probe.train, list)
+            probe = with_rows(probe, rows, {"list": Path(list).name})
+        subject = as_subject(model, random=config.random, seed=config.seed, **config.weights)
+        usual = recipe or (FULL if list is None else few_labels_recipe(subject.model))
+        check_exportable(subject.model)
+        network: Any = copy.deepcopy(subject.model)
+        network.set_grad_checkpointing(grad_checkpointing)
+        changed = usual.change(epochs, batch_size)
+        training = FineTuning(network, probe, changed, micro_batch_size=micro_batch_size)
+        result = _run(subject, training, usual)
         distributed.barrier()
     return result
 
 
-def refuse_scenes(task: Task) -> None:
-    """Refuse a task whose answers random crops would change.
-
-    Raises:
-        DataError: It counts or measures what is in a scene.
-    """
-    if task.kind != "classes":
-        raise DataError(
-            f"fine-tuning crops images at random, which changes the answers of {task.title}: use a "
-            "task of classes, or `eval count` or `eval depth`, which crop nothing"
-        )
-
-
-def with_batch(recipe: FineTuneRecipe, batch_size: int | None) -> FineTuneRecipe:
-    """The recipe for another batch: the learning rate grows linearly with it."""
-    if batch_size is None:
-        return recipe
-    scale = batch_size / recipe.batch_size
-    return replace(recipe, batch_size=batch_size, lr=recipe.lr * scale)
-
-
-def prepare(
-    subject: Subject,
-    train: EvalSet,
-    recipe: FineTuneRecipe,
-    seed: int,
-    distributed: Distributed,
-    micro: int | None,
-    grad_checkpointing: bool,
-    workers: int,
-    precision: str,
-) -> FineTuning:
-    """A copy of the model, ready to be trained.
-
-    Raises:
-        ValueError: An argument or the model does not fit.
-    """
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise SettingsError(
-            f"precision is {precision!r}; fine-tune in 'float32', 'bfloat16' or 'auto'"
-        )
-    if not hasattr(subject.model, "blocks") or not hasattr(subject.model, "group_matcher"):
-        raise SettingsError(
-            f"{type(subject.model).__name__} is no timm ViT, whose layers are known"
-        )
-    half = precision == "bfloat16" or (precision == "auto" and distributed.device.type == "cuda")
-    network: Any = copy.deepcopy(subject.model)
-    network.set_grad_checkpointing(grad_checkpointing)
-    return FineTuning(network, train, recipe, seed, distributed, half, micro, workers)
-
-
-def run(
-    task: Task,
-    subject: Subject,
-    training: FineTuning,
-    sets: tuple[EvalSet, EvalSet],
-    out: Path,
-    method: str,
-    notes: list[str],
-    progress: bool,
-) -> Result:
-    """Train and test; from the folder where the result is there already.
-
-    Args:
-        task: What is measured.
-        subject: The model that `training` has a copy of.
-        training: Ready to run.
-        sets: Training and test set.
-        out: Folder of all evaluations.
-        method: What results call it.
-        notes: What a reader must know of the recipe.
-        progress: Show a progress bar.
-    """
-    train, test = sets
-    distributed, recipe = training.distributed, training.recipe
-    about = subject.describe()
+def _run(subject: Subject, training: FineTuning, usual: FineTuneRecipe) -> Result:
+    """Train, test and save; from the folder if the result is there already."""
+    probe, recipe, about = training.probe, training.recipe, subject.describe()
+    method = "finetune-list" if probe.few else "finetune"
     settings: dict[str, Any] = {
-        "task": task.name,
-        "model": about,
-        "train": train.fingerprint(),
-        "test": test.fingerprint(),
-        "files": [files_state(part.images) for part in sets],
-        "seed": training.seed,
         **{key: value for key, value in vars(recipe).items() if key != "paper"},
         **training.settings(),
+        **probe.few,
     }
-    folder = run_folder(out, task.name, method, about["name"], settings)
-    state = EpochState(folder / "state.pt", settings)
+    everything = {**probe.settings(), "model": about, **settings}
+    folder = run_folder(probe.out, probe.task.name, method, about["name"], everything)
+    state = EpochState(folder / "state.pt", everything, probe.distributed)
 
     def work() -> Result:
         images = recipe.epochs * training.batches.steps * training.batches.batch_size
-        with progress_bar(progress and distributed.rank == 0, images, folder.name) as bar:
+        with probe.bar(images, folder.name) as bar:
             training.run(state, bar)
-        result = _result(task, subject, training, sets, method, settings)
-        return replace(result, notes=[*notes, *result.notes])
+        result = _test(training, subject, usual, method=method, model=about, protocol=settings)
+        probe.distributed.run_on_main(lambda: _save(training, subject, folder / MODEL))
+        return result
 
-    result = once(folder, distributed, training.settings()["precision"], work)
-    if distributed.rank == 0:
+    result = once(folder, probe.distributed, training.precision, work)
+    if probe.distributed.is_main:
         state.remove()
     return result
 
 
-def _result(
-    task: Task,
-    subject: Subject,
-    training: FineTuning,
-    sets: tuple[EvalSet, EvalSet],
-    method: str,
-    protocol: dict[str, Any],
-) -> Result:
-    train, test = sets
-    everything = np.arange(len(train))
-    fitted = decoded(train, everything, training.broken, training.distributed)
-    right, total = training.right_answers(test)
-    refuse_undecoded("test", test, np.arange(len(test)), total, training.broken)
-    figure = 100 * right / total
-    broken = of_all_processes(training.broken, training.distributed)
-    lost = lost_classes(train, everything, broken)
-    published = training.recipe.paper if task.name == "imagenet1k" else {}
+def _test(training: FineTuning, subject: Subject, usual: FineTuneRecipe, **known: Any) -> Result:
+    """The result, with the fields that are known before; every process must call this."""
+    probe, rows = training.probe, np.arange(len(training.probe.train))
+    fitted = decoded(probe.train, rows, training.broken, probe.distributed)
+    source: Any = training  # whose features are the images themselves
+    counts = count_correct(probe, source, training.testing(), training.predict, heads=1)
+    refuse_undecoded("test", probe.test, np.arange(len(probe.test)), counts.total, training.broken)
+    broken = of_all_processes(training.broken, probe.distributed)
+    lost = lost_classes(probe.train, rows, broken)
+    paper, notes = _paper_figure(subject, training, usual)
+    (accuracy,) = counts.accuracies()
     return Result(
-        task=task.name,
-        method=method,
-        model=subject.describe(),
-        figure=figure,
+        task=probe.task.name,
+        figure=accuracy,
         chosen="last epoch",
         selection=NOTHING_CHOSEN,
-        heads=[Head("last epoch", None, figure, training.loss)],
-        protocol=protocol,
-        data=data_record(train, test),
-        images={"fit": fitted, "test": total},
-        seed=training.seed,
-        interval=wilson_interval(right, total),
-        paper=published.get(subject.paper_name or ""),
-        notes=[*train.notes, *test.notes, *undecoded(broken), *lost],
+        heads=[Head("last epoch", None, accuracy, training.loss)],
+        data=data_record(probe.train, probe.test),
+        images={"fit": fitted, "test": counts.total},
+        seed=probe.seed,
+        interval=wilson_interval(int(counts.correct.sum()), counts.total),
+        others=counts.others(),
+        paper=paper,
+        notes=[*notes, *probe.train.notes, *probe.test.notes, *undecoded(broken), *lost],
         seconds=training.seconds,
+        **known,
     )
+
+
+def _save(training: FineTuning, subject: Subject, folder: Path) -> None:
+    """The trained classifier as a timm folder, with the transform that it was tested with."""
+    network, view, classes = training.model, training.view, training.probe.train.classes
+    network.set_grad_checkpointing(False)
+    cfg = network.pretrained_cfg = {
+        **network.pretrained_cfg,
+        "label_names": [*classes],
+        "num_classes": len(classes),
+        "crop_pct": 1.0 if view.whole else 0.875,
+        "crop_mode": "center",
+        "interpolation": view.filter,
+    }
+    origin, license = f"fine-tuned from {subject.name}", cfg.get("license")
+    export(network, folder, license=license, overwrite=True, origin=origin)
+
+
+def _paper_figure(
+    subject: Subject, training: FineTuning, usual: FineTuneRecipe
+) -> tuple[float | None, list[str]]:
+    """The paper's accuracy if this run follows its recipe, and notes on what differs."""
+    probe, recipe, model = training.probe, training.recipe, training.model
+    notes = other_epochs(recipe.epochs, usual.epochs, "recipe")
+    published = few_labels_recipe(model) if probe.few else FULL
+    paper = published.paper.get(subject.paper_name or "")
+    if paper is None or probe.task.name != "imagenet1k":
+        return None, notes
+    follows = recipe == published and training.batches.batch_size == published.batch_size
+    follows &= training.size == tuple(model.pretrained_cfg["input_size"][1:])
+    follows &= not probe.few or len(probe.train) == _ONE_PERCENT
+    if not follows:
+        notes.append(f"the paper has {paper:g} % with another protocol: not comparable")
+    return paper if follows else None, notes
+
+
+class FineTuning:
+    """A model, its optimizer and its training data; every process makes one.
+
+    Args:
+        model: A timm ViT; it gets a classifier, and its weights change.
+        probe: The task.
+        recipe: Settings.
+        micro_batch_size: Images of a forward and backward pass, at most.
+
+    Attributes:
+        epoch: Epochs done.
+        loss: Mean loss of the last one.
+        seconds: Time that they took, over all sessions.
+        broken: Why an image could not be decoded, by its name.
+    """
+
+    def __init__(
+        self, model: Any, probe: Probe, recipe: FineTuneRecipe, micro_batch_size: int = MICRO_BATCH
+    ) -> None:
+        self.model, self.probe, self.recipe = model, probe, recipe
+        self.distributed, self.seed = probe.distributed, probe.seed
+        self.device = probe.distributed.device
+        self.precision = _resolve_precision(probe.config.precision, self.device)
+        self.epoch, self.loss, self.seconds = 0, 0.0, 0.0
+        self.broken: dict[str, str] = {}
+        add_head(model, probe.num_classes, self.seed)
+        set_drop_path(model, recipe.drop_path)
+        model.to(self.device).requires_grad_(True)
+        config = transform_config(model)
+        self.size: tuple[int, int] = tuple(config["input_size"][1:])
+        self.view = View("crop", "bicubic", whole=max(self.size) > 224)
+        self.mean, self.std = (
+            torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
+        )
+        self.batches = self._batches(micro_batch_size, config["mean"])
+        self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device=self.device)
+        self.mixup: Any = None
+        if recipe.mixup or recipe.cutmix:
+            classes = probe.num_classes
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0, num_classes=classes)
+        self.optimizer, self.scheduler = self._optimizer()
+        self.module: Any = model
+        if self.distributed.world_size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self.module = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+
+    def _batches(self, micro_batch_size: int, mean: tuple[float, ...]) -> AugmentedBatches:
+        """Mixup takes pairs, so every process and every micro-batch has an even number."""
+        train, world = self.probe.train, self.distributed.world_size
+        batch = min(self.recipe.batch_size, len(train)) // (2 * world) * (2 * world)
+        if not batch or micro_batch_size < 2:
+            raise SettingsError(
+                f"{len(train)} training images, {option('batch_size')} {self.recipe.batch_size} "
+                f"and {option('micro_batch_size')} {micro_batch_size} for {world} processes: each "
+                "process needs at least two images"
+            )
+        return AugmentedBatches(
+            *(train, np.arange(len(train)), self.view, self.size, batch),
+            seed=self.seed,
+            rank=self.distributed.rank,
+            world=world,
+            micro=micro_batch_size // 2 * 2,
+            auto_augment=self.recipe.auto_augment,
+            mean=mean,
+        )
+
+    def _optimizer(self) -> tuple[torch.optim.AdamW, Any]:
+        """AdamW with a learning rate for each layer, and timm's schedule of steps."""
+        recipe, steps = self.recipe, self.batches.steps
+        groups = param_groups_layer_decay(
+            self.model,
+            weight_decay=recipe.weight_decay,
+            no_weight_decay_list=self.model.no_weight_decay(),
+            layer_decay=recipe.layer_decay,
+        )
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr * self.batches.batch_size / 256)
+        warmup = round(recipe.warmup_epochs * steps)
+        scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, recipe.epochs * steps - warmup),
+            lr_min=recipe.min_lr,
+            warmup_t=warmup,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        return optimizer, scheduler
+
+    def run(self, state: EpochState, bar: Any) -> None:
+        """Train from the last finished epoch to the end; the state is saved after each.
+
+        Args:
+            state: The file of an unfinished run.
+            bar: Progress bar of images.
+
+        Raises:
+            RunError: The loss is not finite; or the state is damaged, or of other settings.
+        """
+        self._resume(state)
+        epochs = self.recipe.epochs
+        skip(bar, self.epoch * self.batches.steps * self.batches.batch_size)
+        pieces = self.probe.loaded(self.batches, self.batches.numbers(self.epoch, epochs))
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            while self.epoch < epochs:
+                started = time.perf_counter()
+                self.model.train()
+                self.loss = self._epoch(pieces, bar)
+                self.epoch += 1
+                self.seconds += time.perf_counter() - started
+                shown = {"epoch": f"{self.epoch}/{epochs}", "loss": f"{self.loss:.3g}"}
+                bar.set_postfix(**shown, refresh=False)
+                self.broken = of_all_processes(self.broken, self.distributed)
+                if self.distributed.is_main:
+                    state.save(self._state())
+
+    def _epoch(self, pieces: Iterator[EvalBatch], bar: Any) -> float:
+        steps, parts = self.batches.steps, self.batches.parts
+        total = torch.zeros((), device=self.device)
+        for step in range(steps):
+            self.scheduler.step_update(self.epoch * steps + step)
+            self.optimizer.zero_grad()
+            for part, batch in enumerate(islice(pieces, parts)):
+                total += self._backward(batch, step, part, last=part == parts - 1)
+            self.optimizer.step()
+            bar.update(self.batches.batch_size)
+        loss = float(self.distributed.all_reduce(total)) / (steps * self.distributed.world_size)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss of epoch {self.epoch + 1} is {loss}: use a smaller "
+                f"{option('batch_size')}, to which the learning rate belongs, or "
+                f"{option('precision')} float32"
+            )
+        return loss
+
+    def _backward(self, batch: EvalBatch, step: int, part: int, *, last: bool) -> Tensor:
+        """Add the gradients of a micro-batch, weighted by its share; returns its loss."""
+        self.broken.update(batch.broken)
+        keys = (self.seed, Stream.EVAL_AUGMENT, self.epoch, step, part, self.distributed.rank)
+        images, labels = self._normalize(batch.images), batch.labels.to(self.device)
+        torch.manual_seed(fold(*keys))  # of erased pixels and stochastic depth
+        with library_seeds(*keys):
+            images = self.erase(images)
+            if self.mixup is not None:
+                images, labels = self.mixup(images, labels)
+        smoothing = self.recipe.label_smoothing
+        waits = self.distributed.world_size > 1 and not last
+        with self.module.no_sync() if waits else nullcontext():
+            with self._autocast():
+                loss = F.cross_entropy(self.module(images), labels, label_smoothing=smoothing)
+            loss = loss.float() * len(images) / self.batches.share
+            torch.autograd.backward(loss)
+        return loss.detach()
+
+    def testing(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of this process's share of the test set, uint8, and their classes."""
+        test, world = self.probe.test, self.distributed.world_size
+        size = min(self.batches.micro, -(-len(test) // world))
+        batches = OrderedBatches(
+            *(test, np.arange(len(test)), self.view, self.size, size),
+            rank=self.distributed.rank,
+            world=world,
+        )
+        self.model.eval()
+        for batch in self.probe.loaded(batches, range(len(batches))):
+            self.broken.update(batch.broken)
+            yield batch.images[batch.valid], batch.labels[batch.valid].to(self.device)
+
+    def split(self, images: Tensor) -> Any:
+        """The images, where `count_correct` asks for features."""
+        return images
+
+    def predict(self, images: Any) -> Tensor:
+        """Likeliest classes `[1, B, top]` of images, uint8 `[B, 3, H, W]`."""
+        with self._autocast():
+            return likeliest(self.model(self._normalize(images)))[None]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers beside the recipe, as plain values."""
+        return {
+            "batch_size": self.batches.batch_size,
+            "micro_batch_size": self.batches.micro,
+            "processes": self.distributed.world_size,
+            "precision": self.precision,
+            "test_transform": self.view.describe(self.size, train=False),
+        }
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        images = pixels.to(self.device, non_blocking=True).float().div_(255)
+        return images.sub_(self.mean).div_(self.std)
+
+    def _autocast(self) -> Any:
+        half = self.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+    def _state(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in ("epoch", "loss", "seconds", "broken")}
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return plain | tensors
+
+    def _resume(self, state: EpochState) -> None:
+        found = state.load(self.recipe.epochs)
+        if found is None:
+            return
+        with state.restoring():
+            self.model.load_state_dict(found["model"])
+            load_optimizer(self.optimizer, found["optimizer"])
+            for name in ("epoch", "loss", "seconds", "broken"):
+                setattr(self, name, found[name])
+
+
+def _resolve_precision(precision: str, device: torch.device) -> str:
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise SettingsError(f"precision is {precision!r}: use float32, bfloat16 or auto")
+    fast = "bfloat16" if device.type == "cuda" else "float32"
+    return fast if precision == "auto" else precision
+
+
+class AugmentedBatches(TrainBatches):
+    """Training batches of random crops and flips, then timm's augmentation of each image.
+
+    Args:
+        args: Of `TrainBatches`.
+        auto_augment: timm's name of the augmentation.
+        mean: Of the model's input, 0 to 1; fills what an augmentation leaves empty.
+        kwargs: Of `TrainBatches`.
+    """
+
+    def __init__(
+        self, *args: Any, auto_augment: str, mean: tuple[float, ...], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        settings = {
+            "translate_const": int(min(self.size) * _TRANSLATE),
+            "img_mean": tuple(min(255, round(255 * value)) for value in mean),
+            "interpolation": Image.Resampling.BICUBIC,
+        }
+        self.augment = rand_augment_transform(auto_augment, settings)
+        for operation in self.augment.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+
+    def __getitem__(self, number: int) -> EvalBatch:
+        """See :class:`TrainBatches`."""
+        batch = super().__getitem__(number)
+        step, part = divmod(number, self.parts)
+        first = self.rank * self.share + part * self.micro
+        keys = (self.seed, Stream.EVAL_AUGMENT, *divmod(step, self.steps))
+        images = []
+        for place, image in enumerate(batch.images):
+            with library_seeds(*keys, first + place):
+                images.append(tv.pil_to_tensor(self.augment(tv.to_pil_image(image))))
+        return replace(batch, images=torch.stack(images))
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """timm's operation; it asks for 0 bits at the top, which newer versions of Pillow refuse."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+def add_head(model: Any, num_classes: int, seed: int) -> None:
+    """Give a timm model a classifier for `num_classes`, with small weights."""
+    model.reset_classifier(num_classes)
+    head = model.get_classifier()
+    generator = torch_generator(seed, Stream.EVAL_INIT)
+    with torch.no_grad():
+        nn.init.trunc_normal_(head.weight, std=_HEAD_STD, generator=generator)
+        nn.init.zeros_(head.bias)
+
+
+def set_drop_path(model: Any, rate: float) -> None:
+    """Set stochastic depth, from none in the first block to `rate` in the last."""
+    blocks = [*model.blocks]
+    for block, share in zip(blocks, np.linspace(0, rate, len(blocks)).tolist()):
+        names = [name for name, _ in block.named_children() if name.startswith("drop_path")]
+        if rate and not names:
+            raise SettingsError(
+                f"{type(block).__name__} has no drop path: use a recipe with drop_path=0"
+            )
+        for name in names:
+            setattr(block, name, DropPath(share) if share else nn.Identity())
+
+
+@contextmanager
+def library_seeds(*keys: int) -> Iterator[None]:
+    """Seed the generators of `random` and NumPy, which timm draws from, and restore them."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(fold(*keys))
+    np.random.seed(fold(*keys) % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -1,298 +1,340 @@
-"""All heads of a linear probe, trained at once on the same frozen features.
-
-The features get no gradient, so the gradients of a head follow from a few products of matrices;
-those of all heads that read the same features are one product.
-"""
+"""Heads on frozen features: trained together, each as if it were alone, and resumable."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import SettingsError
-from .head_group import HeadGroup, HeadSpec, Rule
+from ..distributed import Distributed
+from ..models.classifier import LinearHead
+from ..progress import skip
+from ..seeds import Stream, torch_generator
+from .accuracy import Counts, best_head, count_correct, likeliest
+from .epoch_state import EpochState, load_optimizer
+from .features import Source, not_finite, refuse_undecoded
+from .feeds import Feed
+from .notes import of_all_processes
+from .probe import Probe
+from .tasks import Protocol
 
-__all__ = ["HeadGrid", "HeadSpec"]
-
-BN_EPS = 1e-5
-BN_MOMENTUM = 0.1  # share of the new batch in the running statistics
+_TRUST = 0.001  # VISSL's eta
 
 
-class HeadGrid:
-    """Linear and BatchNorm + linear heads, each trained as if it were alone.
-
-    As VISSL's ``mlp`` and ``eval_mlp`` heads with which I-JEPA was evaluated: the linear layer
-    starts as `torch.nn.Linear` does, uniform in +-1 / sqrt(width) (its ``PARAMS_MULTIPLIER`` is 1);
-    BatchNorm has eps 1e-5 and momentum 0.1. Heads of equal width start from the same weights, and
-    no head depends on which others are trained. Computation is in float32.
-
-    Several processes: give `total`; the gradients and the statistics of BatchNorm are those of the
-    whole batch (as with SyncBN), so the weights do not depend on the number of processes or on how
-    the batch is shared out. Every process must call `update`, also one without an image.
-
-    Args:
-        specs: The heads.
-        widths: Number of features of each representation.
-        num_classes: Number of classes.
-        optimizer: 'sgd' as `torch.optim.SGD`, or 'lars' as VISSL's with ``exclude_bias_and_norm``.
-        momentum: Momentum of the optimizer.
-        nesterov: Nesterov's momentum, of 'sgd' alone.
-        seed: Decides the first weights.
-        device: Where the heads live.
-        total: Sum of a tensor over the processes, such as `Distributed.sum`; None for one process.
+@dataclass(frozen=True)
+class HeadSpec:
+    """One head of a grid.
 
     Attributes:
-        specs: The heads; every result with one entry per head is in their order.
-        num_classes: Number of classes.
+        representation: The features it reads, e.g. 'last' or 'last4'.
+        kind: 'linear', 'bn' with a BatchNorm before the linear layer, or another module.
+        lr: Learning rate per 256 images.
+        weight_decay: Weight decay; not of BatchNorm.
+    """
 
-    Raises:
-        ValueError: No head, a head twice, numbers out of range or representations without a width.
+    representation: str
+    kind: str
+    lr: float
+    weight_decay: float
+
+    @property
+    def name(self) -> str:
+        """Such as 'last4 bn lr=0.01 wd=0.0005'."""
+        return f"{self.representation} {self.kind} lr={self.lr:g} wd={self.weight_decay:g}"
+
+
+class Head(nn.Module):
+    """A linear layer, with a BatchNorm before it or without.
+
+    It starts as `torch.nn.Linear` does.
+
+    Args:
+        width: Number of features.
+        num_classes: Number of classes.
+        batch_norm: Whether to normalize.
+        seed: Of the first weights.
+    """
+
+    def __init__(self, width: int, num_classes: int, batch_norm: bool, seed: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width) if batch_norm else None
+        self.linear = nn.Linear(width, num_classes, device="meta").to_empty(device="cpu")
+        bound, generator = 1 / math.sqrt(width), torch_generator(seed, Stream.EVAL_INIT)
+        for parameter in (self.linear.weight, self.linear.bias):
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `[B, C]` of features `[B, D]`."""
+        logits: Tensor = self.linear(features if self.norm is None else self.norm(features))
+        return logits
+
+    @torch.no_grad()
+    def fold(self) -> LinearHead:
+        """The same head in evaluation mode; the affine part of BatchNorm goes into the weights."""
+        folded = LinearHead(
+            self.linear.in_features, self.linear.out_features, batch_norm=self.norm is not None
+        )
+        weight, bias = self.linear.weight.detach(), self.linear.bias.detach()
+        if self.norm is not None:
+            bias = bias + weight @ self.norm.bias
+            weight = weight * self.norm.weight
+            folded.norm.load_state_dict(dict(self.norm.named_buffers()))
+        folded.linear.load_state_dict({"weight": weight, "bias": bias})
+        return folded.eval()
+
+
+class Grid:
+    """Heads that are trained together, each as if it were alone.
+
+    Args:
+        heads: The heads by their specs.
+        optimizer: Of all their parameters; groups have `base_lr`.
+        autocast: Dtype of the computation; None for float32.
+
+    Attributes:
+        specs: The specs, in the order of all results.
+        modules: The heads.
     """
 
     def __init__(
         self,
-        specs: Sequence[HeadSpec],
-        widths: Mapping[str, int],
-        num_classes: int,
-        *,
-        optimizer: Literal["sgd", "lars"] = "sgd",
-        momentum: float = 0.9,
-        nesterov: bool = False,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-        total: Callable[[Tensor], Tensor] | None = None,
+        heads: Mapping[HeadSpec, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        autocast: torch.dtype | None = None,
     ) -> None:
-        self._rule = Rule(optimizer, momentum, nesterov)
-        _check(specs, widths, num_classes, self._rule)
-        self.specs = tuple(specs)
-        self.num_classes = num_classes
-        self._widths = {r: widths[r] for r in dict.fromkeys(s.representation for s in specs)}
-        self._device = torch.device(device)
-        self._total = total
-        members: dict[tuple[str, bool], list[int]] = {}
-        for i, spec in enumerate(specs):
-            members.setdefault((spec.representation, spec.batch_norm), []).append(i)
-        self._groups = {
-            (r, bn): HeadGroup([self.specs[i] for i in indices], widths[r], num_classes, seed)
-            for (r, bn), indices in members.items()
-        }
-        self._running = {
-            r: {"mean": torch.zeros(widths[r]), "var": torch.ones(widths[r])}
-            for r, bn in members
-            if bn
-        }
-        for tensors in (*(g.tensors for g in self._groups.values()), *self._running.values()):
-            tensors.update({name: tensor.to(self._device) for name, tensor in tensors.items()})
-        listed = torch.tensor([i for indices in members.values() for i in indices])
-        self._order = listed.argsort().to(self._device)
+        self.specs = list(heads)
+        self.modules = nn.ModuleList(heads.values())
+        self.optimizer, self.autocast = optimizer, autocast
 
-    @torch.no_grad()
-    def update(self, features: Mapping[str, Tensor], labels: Tensor, lr_scale: float) -> Tensor:
-        """One step of every head on a batch.
+    @property
+    def names(self) -> list[str]:
+        """Names of the heads."""
+        return [spec.name for spec in self.specs]
+
+    def logits(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """Logits `[B, C]` of each head, in float32."""
+        return [self.logits_of(index, features) for index in range(len(self.specs))]
+
+    def logits_of(self, index: int, features: dict[str, Tensor]) -> Tensor:
+        """Logits `[B, C]` of one head, in float32."""
+        rows = features[self.specs[index].representation]
+        with torch.autocast(rows.device.type, self.autocast, enabled=self.autocast is not None):
+            logits: Tensor = self.modules[index](rows)
+        return logits.float()
+
+    def step(
+        self,
+        features: dict[str, Tensor],
+        labels: Tensor,
+        lr_scale: float,
+        distributed: Distributed | None = None,
+    ) -> Tensor:
+        """One step of every head.
 
         Args:
-            features: ``[B, D]`` for each representation.
-            labels: Class numbers ``[B]``, int64.
-            lr_scale: Factor of all learning rates.
+            features: `[B, ...]` by representation.
+            labels: Classes `[B]`, int64.
+            lr_scale: Factor of the learning rates.
+            distributed: The processes whose gradients are averaged, if each has its own images.
 
         Returns:
-            Mean cross-entropy of every head before the step, ``[H]``.
-
-        Raises:
-            ValueError: Features that are not finite or of another shape, labels that are no class
-                numbers, or fewer than two images for a BatchNorm. No head was changed.
+            Cross-entropy of each head before the step, `[H]`.
         """
-        labels = labels.to(self._device)
-        rows = self._rows(features, labels)
-        count, means = self._survey(rows, labels)
-        normed = self._normalise(rows, means, count)
-        gradients = [
-            group.gradients((normed if bn else rows)[r], labels, count)
-            for (r, bn), group in self._groups.items()
-        ]
-        flat = iter(self._sum([tensor for found in gradients for tensor in found.values()]))
-        losses = []
-        for group, found in zip(self._groups.values(), gradients):
-            summed = {name: next(flat) for name in found}
-            losses.append(summed.pop("loss"))
-            group.step(summed, self._rule, lr_scale)
-        return torch.cat(losses)[self._order]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+        losses = torch.stack([F.cross_entropy(x, labels) for x in self.logits(features)])
+        self.optimizer.zero_grad()
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        if distributed is not None and distributed.world_size > 1:
+            for head in self.modules:
+                _average_gradients(head, distributed)
+        self.optimizer.step()
+        return losses.detach()
+
+    def predict(self, features: dict[str, Tensor]) -> Tensor:
+        """The likeliest classes `[H, B, top]`."""
+        return torch.stack([likeliest(logits) for logits in self.logits(features)])
+
+
+def _average_gradients(head: nn.Module, distributed: Distributed) -> None:
+    gradients = [p.grad for p in head.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    mean = distributed.all_reduce(flat) / distributed.world_size
+    for gradient, part in zip(gradients, torch.split(mean, [g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def make_grid(
+    specs: Sequence[HeadSpec],
+    widths: dict[str, int],
+    num_classes: int,
+    protocol: Protocol,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Grid:
+    """Linear and BatchNorm + linear heads, as VISSL's `mlp` and `eval_mlp`.
+
+    Heads of equal width start from the same weights. BatchNorm has eps 1e-5 and momentum 0.1, and
+    no weight decay.
+
+    Args:
+        specs: The heads.
+        widths: Width of each representation.
+        num_classes: Number of classes.
+        protocol: Optimizer and momentum.
+        seed: Of the first weights.
+        device: Device of the heads.
+    """
+    heads, groups = {}, []
+    for spec in specs:
+        width = widths[spec.representation]
+        heads[spec] = head = Head(width, num_classes, spec.kind == "bn", seed).to(device)
+        rates = {"lr": spec.lr, "base_lr": spec.lr}
+        decay = {"weight_decay": spec.weight_decay}
+        groups.append({"params": [*head.linear.parameters()], **rates, **decay})
+        if head.norm is not None:
+            groups.append({"params": [*head.norm.parameters()], **rates, "weight_decay": 0.0})
+    optimizer: torch.optim.Optimizer
+    if protocol.optimizer == "lars":
+        optimizer = LARS(groups, momentum=protocol.momentum)
+    else:
+        momentum, nesterov = protocol.momentum, protocol.nesterov
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=nesterov)
+    return Grid(heads, optimizer)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose steps of matrices are as long as the matrices, times 0.001.
+
+    LARS (arXiv 1708.03888) by VISSL's rule (`vissl/optimizers/lars.py`): the length is that of the
+    gradient *with* weight decay, and the factor is 1 where a length is 0. NVIDIA's and timm's
+    versions divide by the sum of the lengths of gradient and weight decay. Biases and BatchNorm
+    take plain steps (`exclude_bias_and_norm`).
+
+    Args:
+        params: Parameters or groups with `lr` and `weight_decay`.
+        lr: Learning rate of groups without one.
+        momentum: Momentum.
+        weight_decay: Weight decay of groups without one.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def logits(self, features: Mapping[str, Tensor]) -> Tensor:
-        """Logits of every head in evaluation mode, ``[H, B, C]``."""
-        rows = self._rows(features)
-        normed = {
-            r: (rows[r] - running["mean"]) * (running["var"] + BN_EPS).rsqrt()
-            for r, running in self._running.items()
-        }
-        logits = [g.logits((normed if bn else rows)[r]) for (r, bn), g in self._groups.items()]
-        return torch.cat(logits, dim=1).index_select(1, self._order).transpose(0, 1)
-
-    def correct(self, features: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """Numbers of right answers in evaluation mode, int64 ``[H]``.
-
-        A label of -1 (padding) is never right, nor are a head's logits that are not a number.
-
-        Raises:
-            ValueError: Features that are not finite, or not as many as labels.
-        """
-        labels = labels.to(self._device)
-        rows = self._rows(features, labels)
-        self._refuse(_spoiled(rows, labels >= 0).tolist(), len(labels))
-        best = self.logits(rows).max(dim=2)
-        right = (best.indices == labels) & ~best.values.isnan()
-        return right.sum(dim=1)
-
-    def head(self, index: int) -> nn.Module:
-        """Head number `index` on its own, in evaluation mode, with copies of its weights."""
-        spec = self.specs[index]
-        group = self._groups[spec.representation, spec.batch_norm]
-        mine = {name: tensor[group.specs.index(spec)] for name, tensor in group.tensors.items()}
-        width = self._widths[spec.representation]
-        linear = nn.Linear(width, self.num_classes)
-        linear.load_state_dict({"weight": mine["weight"], "bias": mine["bias"]})
-        if not spec.batch_norm:
-            return linear.to(self._device).eval()
-        norm = nn.BatchNorm1d(width, eps=BN_EPS, momentum=BN_MOMENTUM)
-        running = self._running[spec.representation]
-        state = {"weight": mine["gamma"], "bias": mine["beta"]}
-        state |= {f"running_{name}": tensor for name, tensor in running.items()}
-        norm.load_state_dict(norm.state_dict() | state)  # the number of batches stays 0
-        return nn.Sequential(norm, linear).to(self._device).eval()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Weights, momenta and running statistics by name: the grid's own tensors, no copies."""
-        found: dict[str, Tensor] = {}
-        for (representation, bn), group in self._groups.items():
-            prefix = f"{representation}.{'bn' if bn else 'linear'}"
-            found |= {f"{prefix}.{name}": tensor for name, tensor in group.tensors.items()}
-        for representation, running in self._running.items():
-            found |= {f"{representation}.running_{name}": t for name, t in running.items()}
-        return found
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where a grid of the same heads was.
-
-        Raises:
-            ValueError: The state is that of other heads. Nothing was changed.
-        """
-        mine = self.state_dict()
-
-        def differ(name: str) -> bool:
-            fixed = name.endswith((".lr", ".weight_decay"))
-            old, new = mine[name].cpu(), state[name].cpu()
-            return old.shape != new.shape or (fixed and not old.equal(new))
-
-        names = sorted(mine.keys() | state.keys())
-        wrong = [n for n in names if n not in mine or n not in state or differ(n)]
-        if wrong:
-            raise SettingsError(
-                f"the saved state is of other heads: {', '.join(wrong)} differ; start anew, or "
-                "with the heads, classes and model that it was saved with"
-            )
-        for name, tensor in mine.items():
-            tensor.copy_(state[name])
-
-    def _rows(
-        self, features: Mapping[str, Tensor], labels: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The features on the device in float32; refuses those of another shape."""
-        for representation, width in self._widths.items():
-            shape = tuple(features[representation].shape) if representation in features else None
-            if shape is None or len(shape) != 2 or shape[1] != width:
-                raise SettingsError(
-                    f"features {representation!r} have shape {shape}; the heads need [B, {width}]"
-                )
-            if labels is not None and labels.shape != shape[:1]:
-                raise SettingsError(
-                    f"labels have shape {tuple(labels.shape)} and features {representation!r} "
-                    f"{shape}; there must be one label for each row"
-                )
-        return {r: features[r].to(self._device, torch.float32) for r in self._widths}
-
-    def _survey(self, rows: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Number of images of all processes and mean features; refuses what would spoil a head.
-
-        The numbers of bad rows are exchanged first, so that all processes refuse a batch together.
-        """
-        no_class = (labels < 0) | (labels >= self.num_classes)
-        size = torch.tensor([len(labels)], device=self._device)
-        spoiled = _spoiled(rows, torch.ones_like(no_class))
-        figures = torch.cat([size, no_class.sum().view(1), spoiled]).float()
-        figures, *sums = self._sum([figures, *(rows[r].sum(dim=0) for r in self._running)])
-        count, strangers, *spoiled_rows = (int(n) for n in figures.tolist())
-        self._refuse(spoiled_rows, count)
-        if strangers:
-            raise SettingsError(
-                f"{strangers} of {count} labels are not from 0 to {self.num_classes - 1}"
-            )
-        if count < (2 if self._running else 1):
-            raise SettingsError(
-                f"a batch of {count} images; BatchNorm needs 2: use a larger batch, or leave out a "
-                "last batch that is smaller than the others"
-            )
-        return figures[0], {r: total / count for r, total in zip(self._running, sums)}
-
-    def _refuse(self, spoiled: list[int], count: int) -> None:
-        for representation, number in zip(self._widths, spoiled):
-            if number:
-                raise SettingsError(
-                    f"features {representation!r} of {number} of {count} images are NaN or "
-                    "infinite; check the model's weights, or compute in float32 or bfloat16"
-                )
-
-    def _normalise(
-        self, rows: dict[str, Tensor], means: dict[str, Tensor], count: Tensor
-    ) -> dict[str, Tensor]:
-        centred = {r: rows[r] - mean for r, mean in means.items()}
-        squares = self._sum([x.square().sum(dim=0) for x in centred.values()])
-        for total, (r, x) in zip(squares, centred.items()):
-            self._running[r]["mean"].lerp_(means[r], BN_MOMENTUM)
-            self._running[r]["var"].lerp_(total / (count - 1), BN_MOMENTUM)
-            x.mul_((total / count + BN_EPS).rsqrt())
-        return centred
-
-    def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Sums over the processes, in one exchange."""
-        if self._total is None or not tensors:
-            return tensors
-        flat = self._total(torch.cat([tensor.flatten() for tensor in tensors]))
-        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-        return [part.view_as(tensor) for part, tensor in zip(parts, tensors)]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Change the parameters."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
+                if parameter.ndim > 1:
+                    length, change = parameter.norm(), update.norm()
+                    usable = (length > 0) & (change > 0)
+                    update.mul_(torch.where(usable, _TRUST * length / change, 1.0))
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                parameter.sub_(momentum, alpha=group["lr"])
 
 
-def _spoiled(rows: dict[str, Tensor], counts: Tensor) -> Tensor:
-    """Number of rows of each representation that are not finite, of those that count."""
-    return torch.stack([(~x.isfinite().all(dim=1) & counts).sum() for x in rows.values()])
+@dataclass(frozen=True)
+class Trained:
+    """What training left beside the heads.
+
+    Attributes:
+        losses: Mean training loss of each head in the last epoch.
+        earlier: Seconds that earlier sessions took.
+    """
+
+    losses: list[float]
+    earlier: float
 
 
-def _check(
-    specs: Sequence[HeadSpec], widths: Mapping[str, int], num_classes: int, rule: Rule
-) -> None:
-    if not specs:
-        raise SettingsError("no head to train; give at least one HeadSpec")
-    if num_classes < 2:
-        raise SettingsError(f"{num_classes} classes; a probe needs 2 or more")
-    if rule.optimizer not in ("sgd", "lars"):
-        raise SettingsError(f"optimizer is {rule.optimizer!r}; use 'sgd' or 'lars'")
-    if not 0 <= rule.momentum < 1:
-        raise SettingsError(
-            f"momentum is {rule.momentum}; use a number from 0 to below 1, e.g. 0.9"
+def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochState) -> Trained:
+    """Train all heads; the state is written after every epoch.
+
+    Args:
+        probe: Data and protocol.
+        source: The frozen encoder.
+        feed: Its features.
+        grid: The heads.
+        state: Where the state of an unfinished run is read from and written to.
+
+    Raises:
+        RunError: Features are not finite, or the state is damaged.
+    """
+    protocol, distributed = probe.protocol, probe.distributed
+    losses, earlier, done = [0.0] * len(grid.specs), 0.0, 0
+    started = time.perf_counter()
+    if (found := state.load(protocol.epochs)) is not None:
+        with state.restoring():
+            grid.modules.load_state_dict(found["heads"])
+            load_optimizer(grid.optimizer, found["optimizer"])
+            done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
+        feed.restore(found["broken"])
+    skip(feed.bar, done * feed.steps * feed.batch_size)
+    steps = feed.training(done, protocol.epochs)
+    mine = None if feed.gathered else distributed
+    grid.modules.train()
+    for epoch in range(done, protocol.epochs):
+        # the last number counts batches that are not finite; nothing waits for the device
+        total = torch.zeros(len(grid.specs) + 1, device=source.device)
+        for step, (rows, labels) in enumerate(islice(steps, feed.steps)):
+            at = epoch + step / feed.steps if protocol.per_step else epoch
+            scale = protocol.lr_scale(at, feed.batch_size)
+            total[:-1] += grid.step(source.split(rows), labels, scale, mine)
+            total[-1] += ~rows.isfinite().all()
+        if mine is not None:
+            total = distributed.all_reduce(total) / distributed.world_size
+        *losses, bad = (total / feed.steps).tolist()
+        if bad:
+            raise not_finite(source)
+        feed.bar.set_postfix(
+            epoch=f"{epoch + 1}/{protocol.epochs}", loss=f"{min(losses):.3g}", refresh=False
         )
-    if rule.nesterov and (rule.optimizer == "lars" or not rule.momentum):
-        raise SettingsError("Nesterov's momentum is of optimizer 'sgd' with a momentum above 0")
-    for spec in specs:
-        if specs.count(spec) > 1:
-            raise SettingsError(f"head '{spec.name}' is in the grid twice; leave one out")
-        if spec.representation not in widths:
-            raise SettingsError(
-                f"head '{spec.name}' reads {spec.representation!r}, of which no width is given; "
-                f"there are {', '.join(widths) or 'none'}"
-            )
-        if not (0 < spec.lr < math.inf and 0 <= spec.weight_decay < math.inf):
-            raise SettingsError(f"head '{spec.name}': lr must be above 0 and wd 0 or more")
+        broken = of_all_processes(feed.broken, distributed)
+        if distributed.is_main:
+            seconds = earlier + time.perf_counter() - started
+            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
+            heads, optimizer = grid.modules.state_dict(), grid.optimizer.state_dict()
+            state.save({**kept, "heads": heads, "optimizer": optimizer})
+    grid.modules.eval()
+    return Trained(losses, earlier)
+
+
+def choose_and_test(
+    probe: Probe, source: Source, feed: Feed, grid: Grid
+) -> tuple[int, Counts | None, Counts, int]:
+    """Choose a head on validation images and test it alone; all are tested if there are none.
+
+    Returns:
+        Its index, answers on the validation images (None without) and on the test images, and the
+        number of images that heads were fitted to.
+    """
+    fitted = feed.fitted()
+    tests = ("test", probe.test, np.arange(len(probe.test)))
+    if not len(probe.choose):
+        test = count_correct(probe, source, feed.testing(), grid.predict, len(grid.specs))
+        refuse_undecoded(*tests, test.total, feed.broken)
+        return best_head(test), None, test, fitted
+    val = count_correct(probe, source, feed.validation(), grid.predict, len(grid.specs))
+    refuse_undecoded("validation", probe.train, probe.choose, val.total, feed.broken)
+    chosen = best_head(val)
+
+    def predict(features: dict[str, Tensor]) -> Tensor:
+        return likeliest(grid.logits_of(chosen, features))[None]
+
+    test = count_correct(probe, source, feed.testing(), predict, 1)
+    refuse_undecoded(*tests, test.total, feed.broken)
+    return chosen, val, test, fitted

@@ -1,33 +1,100 @@
-"""What an evaluation needs: data, model and protocol that fit each other, checked before work."""
+"""What the classification probes share: options, data, counts and results."""
 
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from torch import Tensor
+from torch import nn
 
 from ..data.datasets import Targets
 from ..data.decode import Decoder
 from ..data.loading import load_in_order, usable_cpus
-from ..distributed import Distributed
-from ..encode import Batch
+from ..distributed import Distributed, init_distributed
 from ..errors import DataError, SettingsError
+from ..features import Layers
+from ..models.classifier import Classifier, save_classifier
 from ..progress import progress_bar
+from .accuracy import Counts
 from .batches import EvalBatch, OrderedBatches
-from .cache import CachedFeatures, cached_features, files_state
+from .features import BlockFeatures, RawPixels, Source, files_state
+from .intervals import wilson_interval
+from .models import Subject, as_subject, check_model
 from .notes import few_to_choose, lost_classes, of_all_processes, undecoded
-from .representations import Representations
+from .result import Head, Result
+from .runs import once, run_folder
 from .sets import CHOOSE_SHARE, EvalSet, data_record, open_task, split_to_choose
-from .tasks import Protocol, Task
+from .tasks import Protocol, Task, find_task
 from .words import option, other_epochs
 
 MICRO = 128  # images of a forward pass
+_POOLING = ("pool", "layers", "precision")  # settings of an encoder that results show
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Options that all probes of classes share.
+
+    Attributes:
+        task: A task or its name; see `find_task`.
+        model: A name (see `open_model`) or any timm ViT of at least four blocks.
+        data: See `open_task`.
+        out: Folder of all evaluations: each has a folder of its own in it with `result.json`, and
+            a row in `results.csv`; features are cached in `cache`.
+        test: The test data, if `data` does not hold them.
+        pool: See `FeatureExtractor`; 'auto' is the mean over patches for I-JEPA, the class token
+            for DINOv2.
+        baseline: Also evaluate the same architecture with random weights, and raw pixels.
+        select_on_test: Fit to all training images and choose the head on the test set, as much of
+            the literature does; the accuracy is then too high.
+        seed: Of the validation split, order, augmentation and first weights.
+        device: 'auto', or torch's name of a device.
+        workers: Processes that decode; default: one per CPU.
+        precision: Of the encoder, see `extract_features`; 'auto': half precision on a GPU.
+        checkpoint: Weights for a model that is named; see `create_model`.
+        network: Which network of them; see there.
+        img_size: Image size in pixels for a model that is named; default: its own.
+        random: Random weights, drawn by the seed, for a model that is named.
+        value_range: Values of 16-bit images that become black and white, see `Decoder`.
+        bands: Bands or pages of image files that become channels, see `Decoder`.
+        skip_broken: Leave out images that cannot be decoded; otherwise they stop the evaluation.
+        with_encoder: Save the encoder beside the head, not only a reference to it.
+        progress: Show progress: bars in a terminal, a line every 30 s elsewhere.
+    """
+
+    task: str | Task = "classes"
+    model: str | nn.Module | Subject
+    data: Any
+    out: str | Path = "results"
+    test: Any = None
+    pool: str | None = "auto"
+    baseline: bool = False
+    select_on_test: bool = False
+    seed: int = 0
+    device: str = "auto"
+    workers: int | None = None
+    precision: str = "auto"
+    checkpoint: str | None = None
+    network: str | None = None
+    img_size: int | tuple[int, int] | None = None
+    random: bool = False
+    value_range: tuple[float, float] | None = None
+    bands: tuple[int, ...] | None = None
+    skip_broken: bool = False
+    with_encoder: bool = False
+    progress: bool = False
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The options of `open_model` that name weights."""
+        names = ("checkpoint", "network", "img_size")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -35,19 +102,18 @@ class Probe:
     """One task with its data, for any number of models.
 
     Attributes:
-        task: What is measured.
-        protocol: How; that of the task, or with other epochs or batches.
+        config: The options.
+        task: The task.
+        protocol: How heads are trained; that of the task, or with other settings.
         train: Training set.
         test: Test set.
-        fit: Numbers of the training images that heads are fitted to.
-        choose: Numbers of those that choose the head; none where the test set does.
-        distributed: Those that share the work.
-        out: Folder of all evaluations.
-        seed: Decides split, order, augmentation and heads at the start.
-        workers: Loader processes.
-        progress: Whether to show progress bars.
+        fit: Indices of the training images that heads are fitted to.
+        choose: Indices of those that choose the head; none where the test set does.
+        distributed: The processes that share the work.
+        few: What few labels were chosen, as plain values.
     """
 
+    config: EvalConfig
     task: Task
     protocol: Protocol
     train: EvalSet
@@ -55,13 +121,25 @@ class Probe:
     fit: Targets
     choose: Targets
     distributed: Distributed
-    out: Path
-    seed: int
-    workers: int
-    progress: bool
+    few: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        """Folder of all evaluations."""
+        return Path(self.config.out)
+
+    @property
+    def seed(self) -> int:
+        """The seed."""
+        return self.config.seed
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.train.classes)
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the numbers but the model, as plain values."""
+        """Everything that decides the metrics except the model, as plain values."""
         return {
             "task": self.task.name,
             "train": self.train.fingerprint(),
@@ -71,20 +149,17 @@ class Probe:
             "seed": self.seed,
         }
 
-    def data(self) -> dict[str, Any]:
-        """The data as results record them."""
-        return data_record(self.train, self.test)
-
     @property
     def selection(self) -> str:
-        """What the head is chosen by, in words."""
-        share = "a seeded 10 % of the training images"
-        return share if len(self.choose) else "the test set"
+        """What the head is chosen by."""
+        if not len(self.choose):
+            return "the test set"
+        return f"a seeded 10 % of the {'chosen' if self.few else 'training'} images"
 
     def in_order(
         self, part: EvalSet, rows: Targets, size: tuple[int, int], *, shared: bool = True
     ) -> OrderedBatches:
-        """Images in order with the transform of tests; of this process, or all of them."""
+        """Images in order with the test transform; the share of this process, or all of them."""
         rank, world = (self.distributed.rank, self.distributed.world_size) if shared else (0, 1)
         # one shape for all batches: no slot is wasted where there are few images
         micro = min(MICRO, -(-len(rows) // world))
@@ -93,165 +168,284 @@ class Probe:
 
     def loaded(self, batches: Any, numbers: Any) -> Iterator[EvalBatch]:
         """Batches by their numbers, decoded ahead."""
-        return load_in_order(batches, numbers, self.workers, self.distributed.device.type == "cuda")
+        workers, cuda = self.config.workers, self.distributed.device.type == "cuda"
+        return load_in_order(batches, numbers, workers, pin_memory=cuda)
 
-    def bar(self, total: int, what: str) -> Any:
+    def bar(self, total: int, description: str) -> Any:
         """A progress bar in images, in process 0."""
-        return progress_bar(self.progress and self.distributed.rank == 0, total, what)
-
-    def features(
-        self, part: EvalSet, source: Representations, *, mirrored: bool = False
-    ) -> CachedFeatures:
-        """Features of all images of a set, from the cache or computed now."""
-        batches = self.in_order(part, np.arange(len(part)), source.size, shared=False)
-
-        def read(numbers: Iterable[int]) -> Iterator[Batch]:
-            return ((b.images, b.reasons) for b in self.loaded(batches, numbers))
-
-        about = {
-            "images": part.images.fingerprint(),
-            "files": files_state(part.images),
-            "transform": self.protocol.view.describe(source.size, train=False),
-        }
-        with self.bar(
-            len(part), f"features, {part.split}{', mirrored' if mirrored else ''}"
-        ) as bar:
-            return cached_features(
-                self.out / "cache",
-                read,
-                (len(part), batches.batch_size),
-                source,
-                about,
-                self.distributed,
-                mirrored=mirrored,
-                progress=bar,
-            )
+        return progress_bar(self.config.progress and self.distributed.is_main, total, description)
 
 
-def open_probe(
-    task: Task,
-    data: Any,
-    out: str | Path,
-    distributed: Distributed,
-    *,
-    test: Any = None,
-    select_on_test: bool = False,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    workers: int | None = None,
-    decoder: Decoder | None = None,
-    skip_broken: bool = False,
-    progress: bool = False,
-) -> Probe:
+def open_probe(config: EvalConfig, distributed: Distributed, decoder: Decoder) -> Probe:
     """Open the data of a task; no image is decoded.
-
-    Args:
-        task: See `find_task`.
-        data: See `open_task`.
-        out: Folder of all evaluations.
-        distributed: Those that share the work.
-        test: See `open_task`.
-        select_on_test: Choose heads on the test set, and fit them to all training images.
-        epochs: In the place of the protocol's; milestones move with it.
-        batch_size: In the place of the protocol's; learning rates grow linearly with it.
-        seed: The seed.
-        workers: Loader processes; default: one for each CPU.
-        decoder: See `open_images`.
-        skip_broken: Leave out images that cannot be decoded; otherwise they stop the probe.
-        progress: Show progress bars.
 
     Raises:
         DataError: The data cannot be used, or do not fit the task.
-        ValueError: A number is out of range.
     """
-    if (batch_size or 2) < 2 or (workers or 0) < 0:
-        name, least = ("batch_size", 2) if (batch_size or 2) < 2 else ("workers", 0)
-        raise SettingsError(f"{option(name)} must be at least {least}")
-    protocol = task.protocol if epochs is None else task.protocol.with_epochs(epochs)
-    protocol = replace(protocol, batch_size=batch_size or protocol.batch_size)
-    workers = usable_cpus() if workers is None else workers
-    shown = progress and distributed.rank == 0
-    train, tested = open_task(
+    task = find_task(config.task) if isinstance(config.task, str) else config.task
+    if isinstance(config.model, str):
+        task = task.of_model(config.model)
+    train, test = open_task(
         task,
-        data,
-        seed,
-        test=test,
-        workers=workers,
+        config.data,
+        test=config.test,
+        workers=usable_cpus() if config.workers is None else config.workers,
         decoder=decoder,
-        skip_broken=skip_broken,
-        progress=shown,
+        skip_broken=config.skip_broken,
+        progress=config.progress and distributed.is_main,
     )
-    fit, choose = split_to_choose(train, seed)
-    if select_on_test:
+    fit, choose = split_to_choose(train, config.seed)
+    if config.select_on_test:
         fit, choose = np.arange(len(train)), choose[:0]
-    return Probe(
-        *(task, protocol, train, tested, fit, choose, distributed, Path(out)),
-        *(seed, workers, progress),
-    )
+    return Probe(config, task, task.protocol, train, test, fit, choose, distributed)
 
 
-def refuse_no_choice(probe: Probe, select_on_test: bool) -> None:
-    """Refuse training images that leave none to choose the best head by.
+def evaluate(
+    config: EvalConfig,
+    run: Callable[[Probe, Source], tuple[Result, Path]],
+    *,
+    patches: bool = False,
+    prepare: Callable[[Probe], Probe] = lambda probe: probe,
+) -> Result:
+    """Evaluate a model, and with `baseline` the untrained model and raw pixels.
+
+    Args:
+        config: The options.
+        run: Evaluates one model.
+        patches: Whether the probe reads patch tokens instead of pooled features.
+        prepare: Changes protocol or data of the task.
 
     Raises:
-        DataError: There are too few, or all classes have a single one.
+        DataError: The data cannot be used, or do not fit the task.
+        SettingsError: An option or the model does not fit.
+        RunError: Another process works on the same evaluation, or features are not finite.
     """
-    if select_on_test or len(probe.choose):
-        return
-    raise DataError(
-        f"the training images ({len(probe.train)} of {len(probe.train.classes)} classes) leave "
-        f"none to choose the best head by: at least {round(1 / CHOOSE_SHARE)} are needed, and two "
-        f"of a class; or choose on the test set, {option('select_on_test')}"
+    model, seed = config.model, config.seed
+    channels = check_model(model, baseline=config.baseline, random=config.random, **config.weights)
+    decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
+    with init_distributed(config.device) as distributed:
+        probe = prepare(open_probe(config, distributed, decoder))
+        if not config.select_on_test and not len(probe.choose):
+            raise _nothing_to_choose_by(probe)
+        subject = as_subject(model, random=config.random, seed=seed, **config.weights)
+
+        def features(subject: Subject) -> BlockFeatures:
+            return BlockFeatures(
+                subject, config.pool, patches, distributed.device, config.precision
+            )
+
+        source = features(subject)
+        result, folder = run(probe, source)
+        if config.baseline and not result.baselines:
+            others: list[Source] = [features(subject.untrained(seed))]
+            others += [] if patches else [RawPixels(source.size, source.device)]
+            figures = {other.about["name"]: run(probe, other)[0].figure for other in others}
+            result = replace(result, baselines=figures)
+            if distributed.is_main:
+                result.write(folder)
+        distributed.barrier()
+    return result
+
+
+def _nothing_to_choose_by(probe: Probe) -> DataError:
+    return DataError(
+        f"the training images ({len(probe.train)} of {probe.num_classes} classes) leave none to "
+        f"choose the best head by: use at least {round(1 / CHOOSE_SHARE)}, and two of a class, or "
+        f"choose on the test set, {option('select_on_test')}"
     )
 
 
-def encoded(
-    source: Representations, batches: Iterable[EvalBatch], broken: dict[str, str]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and labels of the images of each batch that could be decoded.
+def run_once(
+    probe: Probe,
+    source: Source,
+    method: str,
+    protocol: dict[str, Any],
+    work: Callable[[Path, dict[str, Any]], tuple[Result, float | None]],
+) -> tuple[Result, Path]:
+    """The result of an evaluation, from its folder if it is finished, and the folder.
 
     Args:
-        source: Makes the rows.
-        batches: Images.
-        broken: Gets name and reason of the others.
+        probe: The task.
+        source: The model.
+        method: Of the folder's name.
+        protocol: Settings of the probe, plain values.
+        work: Makes the result and images per second, by the folder and all settings.
     """
-    waiting: deque[Tensor] = deque()
+    identity = {key: value for key, value in source.settings.items() if key != "versions"}
+    settings = {**probe.settings(), **identity, **protocol, **probe.few}
+    folder = run_folder(probe.out, probe.task.name, method, source.about["name"], settings)
 
-    def pixels() -> Iterator[Batch]:
-        for batch in batches:
-            broken.update(batch.broken)
-            waiting.append(batch.labels[batch.valid])
-            yield batch.images, batch.reasons
+    def timed() -> Result:
+        started = time.perf_counter()
+        result, rate = work(folder, settings)
+        seconds = result.seconds + time.perf_counter() - started
+        return replace(result, seconds=seconds, images_per_second=rate)
 
-    for rows, _ in source.encode(pixels()):
-        yield rows, waiting.popleft().to(rows.device)
-
-
-def protocol_record(probe: Probe, fed: str, size: tuple[int, int]) -> dict[str, Any]:
-    """The protocol as results record it, in plain values."""
-    return {
-        **json.loads(json.dumps(asdict(probe.protocol))),
-        "fed": fed,
-        "train_transform": probe.protocol.view.describe(size, train=fed == "online"),
-        "test_transform": probe.protocol.view.describe(size, train=False),
-    }
+    precision = str(source.settings.get("precision", "float32"))
+    return once(folder, probe.distributed, precision, timed), folder
 
 
-def notes_of(probe: Probe, broken: dict[str, str]) -> list[str]:
-    """What a reader must know of data and protocol; every process must call this.
+def make_result(
+    probe: Probe,
+    source: Source,
+    method: str,
+    protocol: dict[str, Any],
+    heads: Sequence[str],
+    chosen: int,
+    val: Counts | None,
+    test: Counts,
+    broken: dict[str, str],
+    fitted: int,
+    **more: Any,
+) -> Result:
+    """The result of a probe; every process must call this.
 
     Args:
-        probe: What was measured.
+        probe: The task.
+        source: The model.
+        method: Name of the probe.
+        protocol: Its settings, plain values.
+        heads: Names of the heads or settings.
+        chosen: Index of the chosen one.
+        val: Answers of all heads on the validation images; None where the test set chose.
+        test: Answers of the chosen head on the test images; of all heads where the test set chose.
         broken: Names and reasons of images that this process could not decode.
+        fitted: Number of images that the heads were fitted to.
+        more: Further fields of the result.
     """
-    notes = [*probe.train.notes, *probe.test.notes]
-    notes += other_epochs(probe.protocol.epochs, probe.task.protocol.epochs, "protocol")
-    notes += few_to_choose(len(probe.choose))
+    on_val: list[float | None] = [None] * len(heads)
+    on_test: list[float | None] = [None] * len(heads)
+    if val is None:
+        on_test = [*test.accuracies()]
+        one = slice(chosen, chosen + 1)
+        test = Counts(test.correct[one], test.top[one], test.images)
+    else:
+        on_val, on_test[chosen] = [*val.accuracies()], test.accuracies()[0]
+    losses = more.pop("losses", [None] * len(heads))
+    pooling: dict[str, Any] = {k: source.settings[k] for k in _POOLING if k in source.settings}
+    notes = [*more.pop("notes", []), *_notes(probe, broken)]
+    images = {"fit": fitted, "choose": val.total if val else 0, "test": test.total}
+    return Result(
+        task=probe.task.name,
+        method=method,
+        model=source.about,
+        figure=test.accuracies()[0],
+        chosen=heads[chosen],
+        selection=probe.selection,
+        heads=[Head(*columns) for columns in zip(heads, on_val, on_test, losses)],
+        protocol={**pooling, **protocol, **probe.few},
+        data=data_record(probe.train, probe.test),
+        images=images,
+        seed=probe.seed,
+        interval=wilson_interval(int(test.correct.sum()), test.total),
+        others=test.others(),
+        notes=notes,
+        **more,
+    )
+
+
+def _notes(probe: Probe, broken: dict[str, str]) -> list[str]:
+    """What a reader must know of data and protocol; every process must call this."""
+    notes = [*probe.train.notes, *probe.test.notes, *few_to_choose(len(probe.choose))]
     if not len(probe.choose):
         notes.append(
-            "chosen on the test set, as much of the literature does: the figure is too high by "
+            "chosen on the test set, as much of the literature does: the accuracy is too high by "
             "as much as luck helps the best of the heads"
         )
     found = of_all_processes(broken, probe.distributed)
     return [*notes, *undecoded(found), *lost_classes(probe.train, probe.fit, found)]
+
+
+def with_protocol(
+    probe: Probe,
+    protocol: Protocol,
+    epochs: int | None,
+    batch_size: int | None,
+    lrs: Sequence[float] | None,
+    wds: Sequence[float] | None,
+) -> Probe:
+    """The probe with a protocol and the user's changes of it.
+
+    Raises:
+        SettingsError: A number is out of range.
+    """
+    if batch_size is not None and batch_size < 2:
+        raise SettingsError(f"{option('batch_size')} must be at least 2")
+    if any(not lr > 0 for lr in lrs or ()) or any(not wd >= 0 for wd in wds or ()):
+        raise SettingsError(f"{option('lrs')} must be above 0, {option('wds')} 0 or more")
+    changed = protocol if epochs is None else protocol.with_epochs(epochs)
+    changed = replace(
+        changed,
+        batch_size=batch_size or changed.batch_size,
+        lrs=tuple(lrs or changed.lrs),
+        weight_decays=changed.weight_decays if wds is None else tuple(wds),
+    )
+    return replace(probe, protocol=changed)
+
+
+def describe_protocol(probe: Probe, fed: str, size: tuple[int, int]) -> dict[str, Any]:
+    """The protocol of trained heads as results record it, in plain values."""
+    view = probe.protocol.view
+    return {
+        **json.loads(json.dumps(asdict(probe.protocol))),
+        "fed": fed,
+        "train_transform": view.describe(size, train=fed == "online"),
+        "test_transform": view.describe(size, train=False),
+    }
+
+
+def paper_figure(
+    probe: Probe, source: Source, usual: Protocol, cached: bool
+) -> tuple[float | None, list[str]]:
+    """The paper's accuracy if this run follows its protocol, and notes on what differs."""
+    paper = probe.task.paper.get(source.paper_name or "")
+    notes = other_epochs(probe.protocol.epochs, usual.epochs, "protocol")
+    different = probe.protocol != usual or not len(probe.choose)
+    different |= cached and probe.protocol.view.shape != "square"
+    if paper is not None and different:
+        notes.append(f"the paper has {paper:g} % with another protocol: not comparable")
+    return (None if different else paper), notes
+
+
+def save_head(
+    probe: Probe,
+    source: BlockFeatures,
+    head: nn.Module,
+    layers: str,
+    folder: Path,
+    **record: Any,
+) -> None:
+    """Save the chosen head as a classifier folder, `model` beside the result; rank 0 does.
+
+    The encoder is saved too if the user wants that, or if no name opens it again.
+
+    Args:
+        probe: The task.
+        source: The encoder.
+        head: A `LinearHead` or an `AttentiveHead`.
+        layers: 'last' or 'last4'.
+        folder: Folder of the result.
+        record: Further entries of its `config.json`.
+    """
+    if not probe.distributed.is_main:
+        return
+    subject, config = source.subject, probe.config
+    opened = None if config.random else subject.given
+    if opened is not None and os.path.isdir(opened):
+        opened = f"local-dir:{opened}"
+    given = {"checkpoint": config.checkpoint, "network": config.network}
+    if config.checkpoint and os.path.exists(config.checkpoint):
+        given["checkpoint"] = os.path.abspath(config.checkpoint)
+    pool, which = source.settings["pool"], cast("Layers", layers)
+    save_classifier(
+        folder / "model",
+        Classifier(subject.model, head, which, pool, probe.train.classes),
+        encoder=opened,
+        encoder_args={name: value for name, value in given.items() if value is not None},
+        with_encoder=config.with_encoder or opened is None,
+        overwrite=True,
+        task=probe.task.name,
+        model=subject.name,
+        view=asdict(probe.protocol.view),
+        **record,
+    )

@@ -47,7 +47,7 @@ class Result:
 
     Attributes:
         task: Name of the task.
-        method: `linear`, `knn`, `lowshot`, `finetune` or `dense depth`.
+        method: `linear`, `attentive`, `knn`, `logreg`, `finetune` or `dense depth`.
         model: `name`, `architecture`, `weights`, `weights_hash`, `image_size`, `parameters`.
         figure: The test figure of the chosen head, in `unit`.
         chosen: Name of that head.
@@ -190,7 +190,7 @@ class Result:
     def _figure_name(self) -> str:
         if self.selection == NOTHING_CHOSEN:
             return "test figure"
-        what = "setting" if self.method in ("knn", "lowshot") else "head"
+        what = "setting" if self.method in ("knn", "logreg") else "head"
         return f"test figure of the chosen {what}"
 
     def _head_rows(self) -> list[list[str]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+from torch import Tensor
 
 from ..data.clevr import open_clevr
 from ..data.datasets import ImageDataset, Targets
@@ -22,6 +26,7 @@ from .words import data_name, option, some
 
 CHOOSE_SHARE = 0.1  # of the training images, to choose the head by
 _TEST_SHARE = 0.2  # of a data set that is in one piece
+_TEST_SEED = 0  # fixed, so that runs with other seeds are tested on the same images
 _SCENES = "scenes:"
 
 
@@ -60,7 +65,7 @@ class EvalSet:
             DataError: It cannot be decoded.
         """
         try:
-            return self.images.read(index)
+            image = self.images.read(index)
         except ImageError as error:
             if self.skip_broken:
                 raise
@@ -68,6 +73,10 @@ class EvalSet:
                 f"'{self.images.name(index)}' cannot be decoded ({error}): repair or remove it, or "
                 f"leave such images out with {option('skip_broken')}"
             ) from error
+        if isinstance(image, Tensor) and self.images.decoder.as_tensor and len(image) == 3:
+            # the protocols resize with Pillow
+            return Image.fromarray(image.permute(1, 2, 0).numpy())
+        return image
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,7 +92,6 @@ class EvalSet:
 def open_task(
     task: Task,
     data: Any,
-    seed: int,
     *,
     test: Any = None,
     workers: int = 0,
@@ -97,7 +105,6 @@ def open_task(
         task: See :func:`~ijepa_zoo.eval.tasks.find_task`.
         data: For classes what :func:`~ijepa_zoo.data.splits.open_splits` takes, for
             CLEVR's tasks what :func:`~ijepa_zoo.data.clevr.open_clevr` takes.
-        seed: The run's seed; it shares out a data set in one piece, 80 % to train and 20 % to test.
         test: The test part, if `data` does not hold it (classes alone).
         workers: Processes that render scenes, if any are rendered.
         decoder: See `open_images`.
@@ -105,7 +112,8 @@ def open_task(
         progress: Show a progress bar while rendering.
 
     Returns:
-        Training and test set. Their `notes` say what was left out or shared out.
+        Training and test set; data without a test part are split 80:20 with a fixed seed. Their
+        `notes` say what was left out or split.
 
     Raises:
         DataError: The data cannot be used, or do not fit the task.
@@ -115,7 +123,7 @@ def open_task(
     if not known.all():
         trained = _without(trained, known, "have no class")
     if tested is None:
-        trained, tested = _share_out(trained, seed)
+        trained, tested = _split_off_test(trained)
     name = data_name(data)
     train, matched = (
         replace(part, name=name, skip_broken=skip_broken)
@@ -152,6 +160,56 @@ def split_classes(
 def split_to_choose(train: EvalSet, seed: int) -> tuple[Targets, Targets]:
     """Indices of the training images that heads are fitted to, and of the 10 % that choose one."""
     return split_classes(train.labels, CHOOSE_SHARE, seed)
+
+
+def listed_rows(train: EvalSet, files: str | Path) -> Targets:
+    """Indices of the images that a list names.
+
+    Args:
+        train: The training set.
+        files: A text file in the format of the 1 % list of ImageNet: one file name a line
+            (`n01440764_10043.JPEG`), or with folders (`n01440764/n01440764_10043.JPEG`) where
+            names alone are not unique.
+
+    Returns:
+        Sorted int64.
+
+    Raises:
+        DataError: The list cannot be read or is empty, names an image that does not exist, or one
+            of several of that name.
+    """
+    try:
+        lines = Path(files).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the list '{files}' cannot be read: {error}") from error
+    wanted = dict.fromkeys(line.strip() for line in lines if line.strip())
+    if not wanted:
+        raise DataError(f"the list '{files}' is empty: it needs one file name a line")
+    places = _by_name(train, {name.count("/") for name in wanted})
+    missing = [name for name in wanted if name not in places]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(wanted)} images of '{files}' are not among the training "
+            f"images: {some(missing)}; those are called, for example, '{train.images.name(0)}'"
+        )
+    several = [name for name in wanted if len(places[name]) > 1]
+    if several:
+        example = " and ".join(f"'{train.images.name(row)}'" for row in places[several[0]][:2])
+        raise DataError(
+            f"{len(several)} names of '{files}' mean several images ({some(several)}: {example}): "
+            "write them with the folder, CLASS/NAME"
+        )
+    return np.array(sorted({places[name][0] for name in wanted}), np.int64)
+
+
+def _by_name(train: EvalSet, depths: Iterable[int]) -> dict[str, list[int]]:
+    """Images by the ends of their names, with as many folders as `depths` has."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for row in range(len(train)):
+        parts = train.images.name(row).split("/")
+        for depth in depths:
+            found["/".join(parts[-depth - 1 :])].append(row)
+    return found
 
 
 def data_record(train: EvalSet, test: EvalSet) -> dict[str, Any]:
@@ -191,11 +249,11 @@ def _open(
     return open_clevr(data, task.kind, workers=workers, decoder=decoder, progress=progress)
 
 
-def _share_out(whole: Split, seed: int) -> tuple[Split, Split]:
-    rows = split_classes(whole.targets, _TEST_SHARE, seed, use=1)
+def _split_off_test(whole: Split) -> tuple[Split, Split]:
+    rows = split_classes(whole.targets, _TEST_SHARE, _TEST_SEED, use=1)
     note = (
-        f"the data have no test part: {len(rows[0])} images train and {len(rows[1])} test, shared "
-        f"out by the seed {seed}"
+        f"the data have no test part: {len(rows[0])} images train and {len(rows[1])} test, split "
+        f"with seed {_TEST_SEED} whatever --seed is"
     )
     return whole.subset(rows[0], f"{whole.name} (80 %)", [note]), whole.subset(
         rows[1], f"{whole.name} (20 %)"

@@ -29,10 +29,12 @@ class View:
             and tests on the middle: short side resized to 8/7 of the model's size, then cut.
             'square' resizes the whole image to the model's size. Training flips at random.
         filter: Filter of the resize.
+        whole: Of a 'crop', test on the largest middle part: short side resized to the model's size.
     """
 
     shape: Literal["crop", "square"]
     filter: Literal["bicubic", "bilinear"]
+    whole: bool = False
 
     def describe(self, size: tuple[int, int], *, train: bool) -> str:
         """The view in words, for results and as a key of cached features.
@@ -49,10 +51,9 @@ class View:
         height, width = self.resize_to(size)
         return f"{self.filter} resize to {height}x{width}, centre crop {shown}"
 
-    @staticmethod
-    def resize_to(size: tuple[int, int]) -> tuple[int, int]:
+    def resize_to(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that an image covers before the middle is cut: 224 -> 256."""
-        return size[0] * 8 // 7, size[1] * 8 // 7
+        return size if self.whole else (size[0] * 8 // 7, size[1] * 8 // 7)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Protocol:
 
     Attributes:
         epochs: Passes over the training images.
-        optimizer: 'sgd' (Nesterov) or 'lars' (no Nesterov), both with momentum 0.9.
+        optimizer: 'sgd' (Nesterov) or 'lars' (no Nesterov), both with momentum 0.9, or 'adamw'.
         lrs: Learning rates of the grid, per global batch of 256 images.
         weight_decays: Weight decays of the grid.
         batch_size: Images of a step, of all processes together.
@@ -70,11 +71,12 @@ class Protocol:
         floor: What 'cosine' ends at, as a share of the first rate.
         view: The transforms.
         momentum: Of the optimizer.
+        per_step: Whether the rate changes with every step, not every epoch.
     """
 
     epochs: int
     view: View
-    optimizer: Literal["sgd", "lars"] = "sgd"
+    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
     lrs: tuple[float, ...] = (0.01,)
     weight_decays: tuple[float, ...] = (5e-4,)
     batch_size: int = 256
@@ -82,20 +84,21 @@ class Protocol:
     milestones: tuple[int, ...] = ()
     floor: float = 0.01
     momentum: float = 0.9
+    per_step: bool = False
 
     @property
     def nesterov(self) -> bool:
         """Whether the momentum is Nesterov's."""
         return self.optimizer == "sgd"
 
-    def scale(self, epoch: int) -> float:
-        """Share of the first learning rate that `epoch`, counted from 0, is trained with."""
+    def scale(self, epoch: float) -> float:
+        """Share of the first learning rate at `epoch`, counted from 0, with parts of epochs."""
         if self.schedule == "step":
             return 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
         cosine = 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         return self.floor + (1 - self.floor) * cosine
 
-    def lr_scale(self, epoch: int, batch_size: int | None = None) -> float:
+    def lr_scale(self, epoch: float, batch_size: int | None = None) -> float:
         """What each learning rate of `lrs` is multiplied with in `epoch`, counted from 0.
 
         Args:
@@ -128,6 +131,7 @@ class Task:
         num_classes: Classes of the data set; None for any number.
         protocol: How its heads are trained.
         paper: The paper's accuracies in percent, by the name of the weights.
+        views: Transforms that VISSL's file of an architecture has instead, by its name.
     """
 
     name: str
@@ -136,12 +140,21 @@ class Task:
     num_classes: int | None
     protocol: Protocol
     paper: Mapping[str, float] = field(default_factory=dict, hash=False)
+    views: Mapping[str, View] = field(default_factory=dict, hash=False)
+
+    def of_model(self, name: str) -> Task:
+        """The task with the transforms of a model that is named."""
+        view = self.views.get(name.partition(".")[0], self.protocol.view)
+        return replace(self, protocol=replace(self.protocol, view=view))
 
 
 _CROP = View("crop", "bicubic")
 _CROP_BILINEAR = View("crop", "bilinear")  # VISSL names no filter here: torchvision's default
+_OF_G16 = {"vit_giant16_ijepa": _CROP}  # the filter of its files
 _SQUARE = View("square", "bilinear")
 _TRANSFER = Protocol(28, _CROP, milestones=(8, 16, 24))
+# VISSL's file for H/14. Its file for 448 px has SGD, 28 epochs, batches of 256 and learning rates
+# 0.01 and 0.001; the paper's text has LARS for all models, as here.
 _IMAGENET = Protocol(
     50,
     _CROP,
@@ -174,11 +187,13 @@ _ALL = (
         *("places205", "Places205", "classes", 205),
         protocol=Protocol(14, _CROP_BILINEAR, milestones=(4, 8, 12)),
         paper=_paper(h14=58.4, h14_22k=57.8, g16_22k=59.1),
+        views=_OF_G16,
     ),
     Task(
         *("inat18", "iNaturalist 2018", "classes", 8142),
         protocol=Protocol(84, _CROP_BILINEAR, milestones=(24, 48, 72)),
         paper=_paper(h14=47.6, h14_22k=50.5, g16_22k=55.3),
+        views=_OF_G16,
     ),
     Task("classes", "classes", "classes", None, _TRANSFER),
     Task(

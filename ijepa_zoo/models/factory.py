@@ -63,12 +63,15 @@ def create_model(
 
     Returns:
         :class:`~ijepa_zoo.models.encoder.IJepaEncoder` in training mode, as timm's (call
-        ``.eval()``), or timm's feature wrapper with ``features_only=True``.
+        ``.eval()``), or timm's feature wrapper with ``features_only=True``; of a classifier folder,
+        a :class:`~ijepa_zoo.models.classifier.Classifier`.
 
     Raises:
         CheckpointError: The weights do not exist or do not fit.
         FetchError: They cannot be fetched.
     """
+    if name.startswith(FOLDER_PREFIX) and (classifier := _open_classifier(name, kwargs)):
+        return classifier
     if checkpoint is None and name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
         networks = open_checkpoint(name, kwargs.get("cache_dir"))
         if networks.is_other_vit:
@@ -86,6 +89,20 @@ def create_model(
     for key in ("checkpoint", "network"):  # timm's save_for_hf would record our paths
         getattr(model, "_model_args", {}).pop(key, None)
     return model
+
+
+def _open_classifier(name: str, kwargs: Mapping[str, Any]) -> nn.Module | None:
+    """The classifier of a folder that `save_classifier` wrote; None for other folders."""
+    from .classifier import load_classifier, read_classifier_config  # it imports this module
+
+    folder = name.removeprefix(FOLDER_PREFIX)
+    if read_classifier_config(folder) is None:
+        return None
+    if given := [key for key, value in kwargs.items() if value is not None]:
+        raise SettingsError(
+            f"{folder} is a classifier, whose encoder is fixed: leave {', '.join(given)} out"
+        )
+    return load_classifier(folder)
 
 
 def _resolve_name(

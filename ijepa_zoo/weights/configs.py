@@ -17,7 +17,7 @@ _FILTERS = dict(zip("012345", ("nearest", "lanczos", "bilinear", "bicubic", "box
 
 def timm_args(config: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments and pretrained cfg of a timm folder, as ``timm.models.save_for_hf`` writes it."""
-    cfg = check_preprocessing(config.get("pretrained_cfg", {}), origin)
+    cfg = pretrained_cfg(config, origin)
     given, architecture = config.get("model_args") or {}, config["architecture"]
     if registry.registered_name(architecture) is None:
         raise CheckpointError(
@@ -147,6 +147,12 @@ def check_predictor(predictor: Any, origin: str) -> dict[str, Any]:
         value = predictor.get(key, 1)
         _require(_is_count(value), origin, f"{key} of the predictor", value)
     return dict(predictor)
+
+
+def pretrained_cfg(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Pretrained cfg of a timm folder, with the class names that timm writes beside it."""
+    cfg = check_preprocessing(config.get("pretrained_cfg", {}), origin)
+    return cfg | ({"label_names": names} if (names := config.get("label_names")) else {})
 
 
 def check_preprocessing(cfg: Any, origin: str) -> dict[str, Any]:

@@ -163,6 +163,18 @@ def _refuse_source(source: str | Path, folder: Path) -> None:
             raise RunError(f"{folder} contains the source {source}: choose another name")
 
 
+def check_exportable(model: nn.Module) -> None:
+    """Refuse a model that :func:`export` cannot write, before long work.
+
+    Raises:
+        SettingsError: It is not a ViT of timm.
+        CheckpointError: No format can express it.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise SettingsError(f"{type(model).__name__} is not a VisionTransformer of timm: use one")
+    _describe(model, "a model in memory")
+
+
 def _push(folder: Path, repo_id: str, private: bool, revision: str | None) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -275,10 +287,12 @@ def _describe(encoder: VisionTransformer, origin: str) -> Networks:
         _check_timm(encoder, model, args)
     config = resolve_model_data_config(encoder)
     config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
-    preprocessing = {
+    preprocessing: dict[str, Any] = {
         key: list(config[key]) if isinstance(config[key], tuple) else config[key]
         for key in _PREPROCESSING
     }
+    if len(names := cfg.get("label_names") or ()) == encoder.num_classes > 0:
+        preprocessing["label_names"] = list(names)
     norm_eps = encoder.norm.eps if is_ours else 1e-6  # timm's name stands for its own
     return Networks(origin, {}, "memory", model, args, norm_eps, pretrained_cfg=preprocessing)
 

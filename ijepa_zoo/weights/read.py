@@ -323,6 +323,11 @@ def _open_folder(
 def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Networks:
     """An export of this package; those of version 0.1 may also have an optimizer, unused now."""
     ours = config["ijepa_zoo"]
+    if ours == "classifier":
+        raise CheckpointError(
+            f"{origin} is an encoder with a head: open it with ijepa_zoo.create_model"
+            f"('local-dir:{origin}') or use its encoder, {config.get('encoder')}"
+        )
     try:
         files = {network: str(file) for network, file in ours["networks"].items()}
         predictor, license = ours["predictor"], ours.get("license")
@@ -347,7 +352,7 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         args,
         norm_eps,
         configs.check_predictor(predictor, origin),
-        configs.check_preprocessing(config.get("pretrained_cfg", {}), origin),
+        configs.pretrained_cfg(config, origin),
         license,
     )
 

@@ -23,7 +23,9 @@ WRITTEN = frozenset(
 )
 
 
-def _save(state: State, path: Path, dtype: torch.dtype | None) -> None:
+def save_tensors(state: State, path: Path, dtype: torch.dtype | None) -> None:
+    """Write tensors as a safetensors file, floating-point ones in `dtype`, or in their own."""
+
     def ready(tensor: torch.Tensor) -> torch.Tensor:
         cast = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.detach().to("cpu", cast).contiguous()
@@ -36,7 +38,8 @@ def _save(state: State, path: Path, dtype: torch.dtype | None) -> None:
         raise RunError(f"{path.name} cannot be written: {error}") from error
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that people may read."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -44,11 +47,14 @@ def _timm_config(networks: Networks) -> dict[str, Any]:
     """config.json of a timm folder: a network of stock timm and all arguments that matter."""
     classes = networks.args["num_classes"]
     license = {"license": networks.license.lower()} if networks.license else {}
+    cfg = dict(networks.pretrained_cfg)
+    label_names = {"label_names": cfg.pop("label_names")} if "label_names" in cfg else {}
     return {
         "architecture": networks.model
         if networks.is_other_vit
         else registry.timm_name(networks.model),
         "num_classes": classes,
+        **label_names,
         "num_features": networks.args["embed_dim"],
         "global_pool": networks.args["global_pool"],
         "model_args": dict(networks.args),
@@ -60,7 +66,7 @@ def _timm_config(networks: Networks) -> dict[str, Any]:
             "first_conv": "patch_embed.proj",
             "classifier": "head",
             "pool_size": None,
-            **networks.pretrained_cfg,
+            **cfg,
             **license,
         },
     }
@@ -79,8 +85,8 @@ def _write_timm(
     config = _timm_config(networks)
     if chosen != UNLABELED:
         config[LABEL_KEY] = chosen
-    _save(networks.states[chosen](), folder / "model.safetensors", dtype)
-    _write_json(folder / "config.json", config)
+    save_tensors(networks.states[chosen](), folder / "model.safetensors", dtype)
+    write_json(folder / "config.json", config)
     _write_card(networks, folder, "timm", chosen)
 
 
@@ -96,7 +102,7 @@ def _write_native(
     if len(files) > 1:
         (folder / _OTHERS).mkdir()
     for name, file in files.items():
-        _save(networks.states[name](), folder / file, dtype)
+        save_tensors(networks.states[name](), folder / file, dtype)
     ours = {
         "format": 1,
         "model": networks.model,
@@ -109,7 +115,7 @@ def _write_native(
     config = _timm_config(networks)
     if networks.norm_eps != 1e-6:  # timm would build it with 1e-6 silently
         config = {key: config[key] for key in ("model_args", "pretrained_cfg")}
-    _write_json(folder / "config.json", {**config, "ijepa_zoo": ours})
+    write_json(folder / "config.json", {**config, "ijepa_zoo": ours})
     _write_card(networks, folder, "native", chosen)
 
 
@@ -147,11 +153,12 @@ def _write_transformers(
         **({"license": networks.license} if networks.license else {}),
     }
     if classes:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
-    _save(state, folder / "model.safetensors", dtype)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", _image_processor(networks.pretrained_cfg))
+        names = networks.pretrained_cfg.get("label_names") or [f"LABEL_{i}" for i in range(classes)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    save_tensors(state, folder / "model.safetensors", dtype)
+    write_json(folder / "config.json", config)
+    write_json(folder / "preprocessor_config.json", _image_processor(networks.pretrained_cfg))
     _write_card(networks, folder, "transformers", chosen)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ijepa_zoo import create_model
+from ijepa_zoo import FeatureExtractor, create_model
 from ijepa_zoo.eval.tasks import Protocol, Task, View
 
 SIZE = 32
@@ -40,3 +40,13 @@ def pixels_of(folder, split):
     arrays = [np.asarray(Image.open(file)) for file in files]
     labels = torch.tensor([int(file.parent.name[-1]) for file in files])
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255, labels
+
+
+def features_of(model, images):
+    """`last` and `last4` of images in 0..1, by the extractor."""
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    with torch.no_grad():
+        normal = (images - mean) / std
+        return {name: FeatureExtractor(model, name)(normal) for name in ("last", "last4")}

@@ -10,16 +10,18 @@ from ijepa_zoo import eval as probes
 from ijepa_zoo.cli import main
 
 NANO = ("--model", "vit_nano8_64_ijepa", "--device", "cpu", "--workers", "0", "--quiet")
+HEADS = ["--lrs", "0.1,0.01", "--with-encoder"]
 PROBES = {  # the functions of the package, what is passed by position, and further options
-    "linear": ("evaluate_linear", ("classes", "m", "d", "o"), []),
-    "count": ("evaluate_linear", ("count", "m", "d", "o"), []),
-    "depth": ("evaluate_linear", ("depth", "m", "d", "o"), []),
+    "linear": ("evaluate_linear", ("classes", "m", "d", "o"), HEADS),
+    "count": ("evaluate_linear", ("count", "m", "d", "o"), HEADS),
+    "depth": ("evaluate_linear", ("depth", "m", "d", "o"), HEADS),
     "dense": ("evaluate_dense_depth", ("m", "d", "o"), ["--task", "dense", "--max-depth", "5"]),
     "knn": ("evaluate_knn", ("classes", "m", "d", "o"), []),
-    "finetune": ("evaluate_finetune", ("classes", "m", "d", "o"), ["--micro", "4"]),
-    "lowshot": (
-        "evaluate_lowshot", ("classes", "m", "d", "l", "o"), ["--list", "l", "--finetune"]
+    "finetune": (
+        "evaluate_finetune", ("classes", "m", "d", "o"), ["--micro-batch-size", "4", "--list", "l"]
     ),
+    "attentive": ("evaluate_attentive", ("classes", "m", "d", "o"), HEADS),
+    "logreg": ("evaluate_logreg", ("classes", "m", "d", "o"), ["--list", "l"]),
 }  # fmt: skip
 
 
@@ -56,10 +58,15 @@ def test_options_are_arguments_of_the_function(monkeypatch, capsys, probe):
     given = {"value_range": (0.0, 4095.0), "bands": (2, 1, 0), "skip_broken": True, "seed": 3}
     given |= {"img_size": (64, 32), "progress": True, "precision": "auto", "device": "auto"}
     given |= {"max_depth": 5.0, "depth_scale": None} if probe == "dense" else {}
-    given |= {"micro": 4} if probe == "finetune" else {}
-    given |= {"finetune": True} if probe == "lowshot" else {}
+    given |= {"micro_batch_size": 4, "list": "l"} if probe == "finetune" else {}
+    given |= {"list": "l", "per_class": None} if probe == "logreg" else {}
+    if own is HEADS:
+        given |= {"lrs": (0.1, 0.01), "wds": None, "with_encoder": True}
     assert kwargs.items() >= given.items()
     signature.bind(*args, **kwargs)
+    if name in ("evaluate_linear", "evaluate_attentive", "evaluate_knn", "evaluate_logreg"):
+        shared = {k: v for k, v in kwargs.items() if k not in signature.parameters}
+        probes.EvalConfig(model="m", data="d", **shared)
 
 
 def test_pixel_options_have_defaults(monkeypatch):
@@ -91,6 +98,18 @@ def test_linear_knn_and_report(pictures, tmp_path, capsys):
     assert f"| {result['figure']:.1f} (" in report.read_text()
 
 
+def test_a_saved_head_on_other_data(pictures, tmp_path, capsys):
+    data = ("--data", str(pictures), "--out", str(tmp_path))
+    assert main(["eval", "linear", *NANO, *data, "--cached", "--epochs", "1"]) == 0
+    (model,) = tmp_path.glob("*/model")
+    assert main(["eval", "linear", "--head", str(model), *data, "--device", "cpu", "--quiet"]) == 0
+    figures = {json.loads(file.read_bytes())["figure"] for file in tmp_path.glob("*/result.json")}
+    assert len(figures) == 1
+    capsys.readouterr()
+    assert main(["eval", "linear", *data]) == 2
+    assert "--head" in capsys.readouterr().err
+
+
 def test_random_weights_at_another_size(pictures, tmp_path, capsys):
     command = ["eval", "knn", *NANO, "--data", str(pictures), "--out", str(tmp_path)]
     assert main([*command, "--random", "--img-size", "32,64"]) == 0
@@ -117,7 +136,8 @@ def test_rendered_scenes(tmp_path, capsys):
         (["depth", "--max-depth", "5"], (2,), "--max-depth"),
         (["depth", "--task", "dense", "--max-depth", "0"], (2,), "--max-depth"),
         (["finetune", "--task", "count"], (1, 2), "eval count"),
-        (["lowshot", "--list", "x", "--grad-checkpointing"], (2,), "--finetune"),
+        (["depth", "--task", "dense", "--lrs", "0.1"], (2,), "--lrs"),
+        (["logreg", "--list", "x"], (1,), "'x'"),
         (["linear", "--model", "vit_tiny16_ijepa"], (1, 2), "vit_tiny16_ijepa"),
         (["knn", "--random", "--baseline"], (2,), "--baseline"),
         (["knn", "--device", "cudax"], (1,), "'cudax'"),
@@ -148,7 +168,9 @@ def test_another_process_in_the_folder_is_an_error(pictures, tmp_path, capsys):
     assert str(file.parent) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("probe", ["linear", "knn", "finetune", "lowshot", "count", "depth"])
+@pytest.mark.parametrize(
+    "probe", ["linear", "attentive", "knn", "finetune", "logreg", "count", "depth"]
+)
 def test_help_shows_layout_and_an_example_that_is_a_command(tmp_path, monkeypatch, capsys, probe):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="0"):

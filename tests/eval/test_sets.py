@@ -42,7 +42,7 @@ def levels(data: EvalSet) -> list[int]:
 
 
 def opened(data: Any, task: Task = CLASSES, **more: Any) -> tuple[EvalSet, EvalSet]:
-    train, test = open_task(task, data, 0, **more)
+    train, test = open_task(task, data, **more)
     for part in (train, test):
         assert len(part) == len(part.images) == len(part.labels)
         assert part.labels.dtype == np.int64
@@ -83,17 +83,15 @@ def test_unsorted_validation_images_are_refused(tmp_path: Path) -> None:
         opened(tmp_path / "train", test=tmp_path / "val")
 
 
-def test_one_folder_is_shared_out_by_the_seed(tmp_path: Path) -> None:
+def test_one_folder_is_split_with_a_fixed_seed_that_is_recorded(tmp_path: Path) -> None:
     put(tmp_path, {"a": 50, "b": 15})
     train, test = opened(tmp_path)
     assert (len(train), len(test)) == (52, 13)
     assert np.bincount(test.labels).tolist() == [10, 3]
     assert sorted(levels(train) + levels(test)) == list(range(65))
-    assert train.notes == (
-        "the data have no test part: 52 images train and 13 test, shared out by the seed 0",
-    )
-    again, other = (open_task(CLASSES, tmp_path, seed)[1] for seed in (0, 1))
-    assert levels(again) == levels(test) != levels(other)
+    assert "52 images train and 13 test, split with seed 0" in train.notes[0]
+    assert levels(opened(tmp_path)[1]) == levels(test)
+    assert levels(test) == [12, 15, 2, 24, 34, 39, 40, 44, 46, 7, 60, 61, 58]
 
 
 def test_a_class_called_train_is_a_class(tmp_path: Path) -> None:
@@ -287,8 +285,8 @@ def test_a_test_count_that_never_occurs_in_training_is_dropped(tmp_path: Path) -
 def test_a_count_of_one_training_scene_is_fitted_to(tmp_path: Path) -> None:
     clevr(tmp_path, "train", [3, 4, 5, 6, 7, 8, 9] * 3 + [10])
     clevr(tmp_path, "val", [3, 10])
+    train, test = open_task(find_task("count"), tmp_path)
     for seed in range(20):
-        train, test = open_task(find_task("count"), tmp_path, seed)
         assert test.labels.tolist() == [0, 7]
         fit, _ = split_to_choose(train, seed)
         assert 21 in fit
@@ -496,17 +494,17 @@ def test_other_files_of_the_same_names_are_other_data(tmp_path):
 
     from PIL import Image
 
-    from ijepa_zoo.eval.cache import files_state
+    from ijepa_zoo.eval.features import files_state
 
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for i in range(8):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
-    before = open_task(find_task("classes"), str(tmp_path), 0)[0]
+    before = open_task(find_task("classes"), str(tmp_path))[0]
     Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "cat" / "3.png")
     os.utime(tmp_path / "cat" / "3.png", (1, 1))
-    after = open_task(find_task("classes"), str(tmp_path), 0)[0]
-    parts = [open_task(find_task("classes"), str(tmp_path), 0)[1], after, before]
+    after = open_task(find_task("classes"), str(tmp_path))[0]
+    parts = [open_task(find_task("classes"), str(tmp_path))[1], after, before]
     assert before.fingerprint() == after.fingerprint()
     assert len({files_state(part.images) for part in parts}) == 2
 
@@ -514,9 +512,23 @@ def test_other_files_of_the_same_names_are_other_data(tmp_path):
 def test_one_changed_image_of_an_array_is_other_data():
     import numpy as np
 
-    from ijepa_zoo.eval.cache import files_state
+    from ijepa_zoo.eval.features import files_state
 
     images = np.zeros((200, 4, 4, 3), np.uint8)
     before = files_state(ArrayDataset([images], Decoder()))
     images[77, 1, 1, 1] = 1
     assert files_state(ArrayDataset([images], Decoder())) != before
+
+
+def test_tensors_of_a_fast_decoder_become_the_pixels_of_pillow():
+    import torch
+
+    class Fast(ArrayDataset):
+        def read(self, index: int) -> Any:
+            return torch.from_numpy(np.array(super().read(index))).permute(2, 0, 1)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 7, 5, 3), np.uint8)
+    images = Fast([pixels], Decoder(as_tensor=True))
+    found = EvalSet(images, np.arange(2), ("a", "b"), "train").read(1)
+    assert isinstance(found, Image.Image)
+    assert (np.asarray(found) == pixels[1]).all()

@@ -136,3 +136,13 @@ def test_protocols_are_values() -> None:
     view = View("crop", "bicubic")
     assert Protocol(28, view) == Protocol(28, View("crop", "bicubic"))
     assert len({TASKS["count"], TASKS["depth"], find_task("count")}) == 2
+
+
+def test_transforms_of_an_architecture_are_those_of_its_file() -> None:
+    for name in ("places205", "inat18"):
+        task = find_task(name)
+        filters = [
+            task.of_model(model).protocol.view.filter
+            for model in ("vit_giant16_ijepa.in22k", "vit_giant16_ijepa", "vit_huge14_ijepa.in1k")
+        ]
+        assert filters == ["bicubic", "bicubic", "bilinear"]

@@ -1,3 +1,5 @@
+"""Depth and segmentation probes: heads, losses and metrics against plain ones, and whole runs."""
+
 import json
 import math
 import os
@@ -13,37 +15,30 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ijepa_zoo import cli
-from ijepa_zoo.data.dense import open_depth
-from ijepa_zoo.distributed import Distributed
-from ijepa_zoo.errors import DataError, RunError
-from ijepa_zoo.eval import depth_training
-from ijepa_zoo.eval.dense_depth import evaluate_dense_depth
-from ijepa_zoo.eval.depth_feed import DepthFeed
-from ijepa_zoo.eval.depth_heads import DepthHeads, DepthHeadSpec, lr_scale
-from ijepa_zoo.eval.depth_metrics import (
-    METRICS,
-    depth_figures,
-    scale_invariant_loss,
-    valid_pixels,
+from ijepa_zoo import cli, create_model
+from ijepa_zoo.data.dense import open_depth, open_segmentation
+from ijepa_zoo.errors import DataError, RunError, SettingsError
+from ijepa_zoo.eval import dense
+from ijepa_zoo.eval.dense import evaluate_dense_depth, evaluate_segmentation
+from ijepa_zoo.eval.dense_features import DenseFeed
+from ijepa_zoo.eval.dense_tasks import DEPTH_METRICS, Depth, Segmentation, depth_metrics
+from ijepa_zoo.eval.dense_training import (
+    DenseProtocol,
+    DenseTraining,
+    DepthProtocol,
+    HeadSpec,
+    make_heads,
+    make_optimizer,
 )
-from ijepa_zoo.eval.depth_training import DepthProtocol, DepthTraining
-from ijepa_zoo.eval.epoch_state import EpochState
 from ijepa_zoo.eval.models import Subject, open_model
 from ijepa_zoo.eval.result_files import read_result
 
-SPECS = [
-    DepthHeadSpec(r, bn, lr)
-    for r in ("last", "last4")
-    for bn in (False, True)
-    for lr in (0.01, 0.1)
-]
-WIDTHS = {"last": 6, "last4": 24}
 PROTOCOL = DepthProtocol(epochs=2, batch_size=4, lrs=(3e-3, 1e-2), bins=16, upsample=2)
+SEGMENTATION = DenseProtocol(epochs=2, batch_size=4, lrs=(3e-3, 1e-2))
 
 
 class PlainHead(nn.Module):
-    """DINOv2's head as it is written there: upsample, BatchNorm, 1x1 convolution, bins."""
+    """DINOv2's depth head as it is written there: upsample, BatchNorm, convolution, bins."""
 
     def __init__(self, width, bins, max_depth, upsample, batch_norm):
         super().__init__()
@@ -66,57 +61,47 @@ def _sig_loss(predicted, depth):
     return math.sqrt(g.var(ddof=1) + 0.15 * g.mean() ** 2)
 
 
-def test_every_head_of_the_grid_equals_dinov2s_head_trained_alone():
-    heads = DepthHeads(SPECS, WIDTHS, max_depth=10, bins=7, upsample=2, seed=3)
-    alone = []
-    for spec, head in zip(SPECS, heads.heads):
-        plain = PlainHead(WIDTHS[spec.representation], 7, 10, 2, spec.batch_norm)
-        plain.conv.weight.data.copy_(head.weight[:, :, None, None])
-        plain.conv.bias.data.copy_(head.bias)
+def test_heads_of_the_grid_equal_dinov2s_head_trained_alone():
+    specs = [HeadSpec("last4", bn, lr) for bn in (False, True) for lr in (0.01, 0.1)]
+    task, alone = Depth(10, bins=7, upsample=2), []
+    heads = make_heads(specs, {"last4": 24}, task, seed=3)
+    for spec, head in zip(specs, heads):
+        plain = PlainHead(24, 7, 10, 2, spec.batch_norm)
+        plain.load_state_dict(head.state_dict())
         alone.append((plain, torch.optim.AdamW(plain.parameters(), spec.lr, weight_decay=0.01)))
-    optimizer = heads.optimizer(0.01)
+    optimizer = make_optimizer(specs, heads, 0.01)
     for _ in range(5):
         maps, depth = torch.randn(4, 24, 3, 5) * 2 + 1, torch.rand(4, 6, 10) * 9 + 0.5
-        features, valid = {"last": maps[:, -6:], "last4": maps}, torch.rand(4, 6, 10) < 0.8
+        depth[torch.rand(4, 6, 10) < 0.2] = 0
         optimizer.zero_grad()
-        scale_invariant_loss(heads(features), depth, valid).sum().backward()
-        optimizer.step()
-        for spec, (plain, own) in zip(SPECS, alone):
+        for head, (plain, own) in zip(heads, alone):
+            task.loss(head(maps), depth).backward()
             own.zero_grad()
-            predicted = plain(features[spec.representation])
-            g = (predicted[valid] + 1e-3).log() - (depth[valid] + 1e-3).log()
+            g = (plain(maps)[depth > 0] + 1e-3).log() - (depth[depth > 0] + 1e-3).log()
             (g.var() + 0.15 * g.mean() ** 2).sqrt().backward()
             own.step()
-    heads.eval()
-    together = heads(features)
-    for place, (spec, head, (plain, _)) in enumerate(zip(SPECS, heads.heads, alone)):
-        plain.eval()
-        torch.testing.assert_close(head.weight, plain.conv.weight[:, :, 0, 0], atol=1e-5, rtol=1e-4)
-        if spec.batch_norm:
-            torch.testing.assert_close(head.gain, plain.norm.weight, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(head.var, plain.norm.running_var, atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(head.mean, plain.norm.running_mean, atol=1e-5, rtol=1e-4)
-        expected = plain(features[spec.representation])
-        torch.testing.assert_close(together[place], expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(heads(features, place)[0], together[place])
+        optimizer.step()
+    for head, (plain, _) in zip(heads.eval(), alone):
+        for name, tensor in plain.state_dict().items():
+            torch.testing.assert_close(head.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(head(maps)[:, 0], plain.eval()(maps), atol=1e-4, rtol=1e-4)
 
 
-def test_loss_is_dinov2s():
-    predicted, depth = np.random.rand(2, 3, 4, 5) * 5 + 1, np.random.rand(3, 4, 5) * 5
+def test_depth_loss_is_dinov2s():
+    predicted = torch.rand(3, 1, 4, 5, dtype=torch.float64) * 5 + 1
+    depth = torch.rand(3, 4, 5, dtype=torch.float64) * 5
     depth[0, :2] = 0
-    losses = scale_invariant_loss(
-        torch.tensor(predicted), torch.tensor(depth), torch.tensor(depth) > 0
-    )
-    expected = [_sig_loss(p, depth) for p in predicted]
-    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    loss = Depth(10, 8, 1).loss(predicted, depth)
+    expected = _sig_loss(predicted[:, 0].numpy(), depth.numpy())
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
-def test_figures_by_hand():
+def test_depth_metrics_by_hand():
     depth = torch.tensor([[1.0, 2.0], [4.0, 0.0]])
     predicted = torch.tensor([[[1.0, 3.0], [8.0, 99.0]]])
-    valid = valid_pixels(depth, 10)
+    valid = Depth(10, 8, 1).valid(depth)
     assert valid.tolist() == [[True, True], [True, False]]
-    figures = dict(zip(METRICS, depth_figures(predicted, depth, valid, 10)[0].tolist()))
+    figures = dict(zip(DEPTH_METRICS, depth_metrics(predicted, depth, valid, 10)[0].tolist()))
     logs = [0, math.log(1.5), math.log(2)]
     expected = {
         "rmse": math.sqrt((0 + 1 + 16) / 3),
@@ -131,22 +116,60 @@ def test_figures_by_hand():
     assert figures == pytest.approx(expected, rel=1e-6)
 
 
-def test_valid_pixels_end_at_the_largest_depth_and_the_eigen_crop():
+def test_pixels_count_up_to_the_largest_depth_and_in_the_eigen_crop():
     depth = torch.full((480, 640), 10.0)
     depth[100, 100], depth[101, 100], depth[102, 100] = 10.01, 0.0, 0.001
-    assert int((~valid_pixels(depth, 10)).sum()) == 3
-    cropped = valid_pixels(depth, 10, "eigen")
+    task = Depth(10, 8, 1, crop="eigen")
+    assert int((~task.valid(depth)).sum()) == 3
+    cropped = task.valid(depth, test=True)
     rows, columns = cropped.nonzero().T
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (45, 470, 41, 600)
     assert int(cropped.sum()) == 426 * 560 - 3
 
 
-def test_learning_rate_warms_up_for_a_third_and_ends_at_zero():
-    rates = [lr_scale(step, 300) for step in range(300)]
-    assert rates[0] == pytest.approx(0.01)
-    assert max(rates) == rates[100] == 1
-    assert rates[200] == pytest.approx(0.5)
-    assert rates[-1] < 1e-3
+def test_learning_rates_of_the_protocols():
+    depth = [DepthProtocol().lr_scale(step, 300) for step in range(300)]
+    assert (depth[0], depth[200]) == pytest.approx((0.01, 0.5))
+    assert max(depth) == depth[100] == 1
+    assert depth[-1] < 1e-3
+    classes = [DenseProtocol().lr_scale(step, 40_000) for step in range(40_000)]
+    assert classes[0] == 1 / 1500
+    assert max(classes) == classes[1499] == 1
+    assert classes[20_000] == 0.5
+    assert classes[-1] == 1 / 40_000
+
+
+def test_segmentation_metrics_are_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = torch.Generator().manual_seed(0)
+    task, total, truths, guesses = Segmentation(6), 0, [], []
+    for _ in range(3):
+        target = torch.randint(0, 5, (9, 7), generator=generator).float()  # no pixel of class 5
+        logits = torch.randn(5, 9, 7, generator=generator)  # nor is it predicted
+        logits = torch.cat([logits, torch.full((1, 9, 7), -9.0)])
+        target[0] = 255
+        total = total + task.figures([logits], torch.arange(6) % 4, target)
+        truths.append(target[1:].flatten())
+        guesses.append(logits.argmax(0)[1:].flatten())
+    truth, guess = torch.cat(truths).numpy(), torch.cat(guesses).numpy()
+    measured, constant = task.summary(total, 3).tolist()
+    expected = [
+        metrics.jaccard_score(truth, guess, average="macro"),
+        metrics.accuracy_score(truth, guess),
+        metrics.balanced_accuracy_score(truth, guess),
+    ]
+    assert measured == pytest.approx([100 * value for value in expected])
+    assert constant[1] == pytest.approx(100 * (truth == 3).mean())
+
+
+def test_segmentation_loss_ignores_pixels_without_a_class():
+    logits = torch.randn(2, 3, 4, 4)
+    target = torch.randint(0, 3, (2, 8, 8)).float()
+    target[:, :3] = 255
+    full = F.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)
+    known = full.permute(0, 2, 3, 1)[target != 255]
+    expected = F.cross_entropy(known, target[target != 255].long())
+    torch.testing.assert_close(Segmentation(3).loss(logits, target), expected)
 
 
 # runs
@@ -168,11 +191,9 @@ def finished(subject, tmp_path_factory):
 def test_a_run_leaves_result_and_pictures(finished):
     out, result = finished
     assert read_result(out / "result.json").figure == result.figure
-    assert sorted(file.name for file in out.iterdir()) == [
-        ".lock",
-        "predictions.png",
-        "result.json",
-    ]
+    assert {file.name for file in out.iterdir()} - {".lock"} == {
+        "model", "predictions.png", "result.json"
+    }  # fmt: skip
     with Image.open(out / "predictions.png") as picture:
         assert picture.size == (3 * 200 + 8, 2 * 200 + 8)
     assert result.images == {"fit": 22, "choose": 2, "test": 6}
@@ -191,42 +212,50 @@ def test_a_run_leaves_result_and_pictures(finished):
     json.dumps(result.others)
 
 
-def test_the_test_figure_is_that_of_the_chosen_head_on_whole_maps(subject, tmp_path):
-    """Predictions by another route: features by timm, the head by its parameters."""
-    data = open_depth("scenes:24,6")
-    training = DepthTraining(
-        subject.model, data, PROTOCOL, data.max_depth, 0, "float32", 0, Distributed()
-    )
-    training.train(EpochState(tmp_path / "state.pt", {}), False, False)
-    result = evaluate_dense_depth(subject, "scenes:24,6", tmp_path, protocol=PROTOCOL, pictures=0)
-    place = [spec.name for spec in training.heads.specs].index(result.chosen)
-    spec, head = training.heads.specs[place], training.heads.heads[place]
-    plain = PlainHead(head.weight.shape[1], 16, data.max_depth, 2, spec.batch_norm).eval()
-    plain.conv.weight.data.copy_(head.weight[:, :, None, None])
-    plain.conv.bias.data.copy_(head.bias)
-    if spec.batch_norm:
-        plain.norm.weight.data, plain.norm.bias.data = head.gain.data, head.shift.data
-        plain.norm.running_mean, plain.norm.running_var = head.mean, head.var
-    errors = []
-    cfg = subject.model.pretrained_cfg
-    for i in range(6):
-        image, depth, _ = data.test[i]
+@pytest.mark.parametrize("opened", [open_depth, open_segmentation])
+def test_the_test_figure_is_that_of_the_saved_head_on_whole_maps(tmp_path, opened):
+    """Predictions by another route: features by timm, the head from the folder."""
+    name, classes = "vit_nano8_64_ijepa.scenes", opened is open_segmentation
+    evaluate = evaluate_segmentation if classes else evaluate_dense_depth
+    protocol = SEGMENTATION if classes else PROTOCOL
+    result = evaluate(name, "scenes:24,6", tmp_path, protocol=protocol, pictures=0)
+    (folder,) = tmp_path.glob("*/model")
+    saved = create_model(f"local-dir:{folder}").eval()
+    assert (saved.class_names is not None) == classes
+    model, cfg, data = create_model(name).eval(), saved.pretrained_cfg, opened("scenes:24,6")
+    plain = saved.head
+    if not classes:
+        args = saved.head.args
+        limit = args["depth_range"][1]
+        plain = PlainHead(args["in_features"], 16, limit, 2, args["batch_norm"])
+        plain.load_state_dict(saved.head.state_dict())
+        assert json.loads((folder / "config.json").read_text())["unit"] == "scene units"
+    errors, right, union = [], 0, 0
+    for image, target, _ in data.test:
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
         x = (x - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1)
-        layers = 1 if spec.representation == "last" else 4
+        layers = 1 if result.chosen.startswith("last ") else 4
         sides = []
-        for picture in (x, x.flip(-1)):
+        for pixels in (x, x.flip(-1)):
             with torch.no_grad():
-                maps = subject.model.get_intermediate_layers(
-                    picture, n=layers, reshape=True, norm=True
-                )
-                sides.append(plain(torch.cat(maps, dim=1)))
+                maps = model.get_intermediate_layers(pixels, n=layers, reshape=True, norm=True)
+                sides.append(plain.eval()(torch.cat(maps, dim=1)))
+        if classes:
+            logits = F.interpolate(sides[0], (64, 64), mode="bilinear", align_corners=False)[0]
+            torch.testing.assert_close(saved(x)[0], logits, atol=1e-4, rtol=1e-4)
+            guess, truth = F.one_hot(logits.argmax(0), 4), F.one_hot(torch.tensor(target).long(), 4)
+            right = right + (guess & truth).sum((0, 1))
+            union = union + (guess | truth).sum((0, 1))
+            continue
+        depth = F.interpolate(sides[0][None], (64, 64), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(saved(x), depth, atol=1e-3, rtol=1e-4)
         mean = (sides[0] + sides[1].flip(-1)) / 2
         full = F.interpolate(mean[None], (64, 64), mode="bilinear", align_corners=False)[0, 0]
-        known = (depth > 0) & (depth <= data.max_depth)
-        difference = np.clip(full.numpy(), 1e-3, data.max_depth)[known] - depth[known]
+        known = (target > 0) & (target <= data.max_depth)
+        difference = np.clip(full.numpy(), 1e-3, data.max_depth)[known] - target[known]
         errors.append(math.sqrt((difference.astype(np.float64) ** 2).mean()))
-    assert result.figure == pytest.approx(np.mean(errors), rel=1e-4)
+    expected = float(100 * (right / union).nanmean()) if classes else np.mean(errors)
+    assert result.figure == pytest.approx(expected, rel=1e-4)
 
 
 def test_kept_features_give_the_same_figures(finished, subject, tmp_path):
@@ -256,14 +285,14 @@ class _KilledError(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_with_the_same_numbers(finished, subject, tmp_path, monkeypatch):
-    original = depth_training.EpochState.save
+def test_a_killed_run_resumes_with_the_same_numbers(finished, subject, tmp_path, monkeypatch):
+    original = dense.EpochState.save
 
     def kill(self, state):
         original(self, state)
         raise _KilledError
 
-    monkeypatch.setattr(depth_training.EpochState, "save", kill)
+    monkeypatch.setattr(dense.EpochState, "save", kill)
     arguments = {"protocol": PROTOCOL, "pictures": 0}
     with pytest.raises(_KilledError):
         evaluate_dense_depth(subject, "scenes:24,6", tmp_path, **arguments)
@@ -276,7 +305,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers(finished, subject, tmp_path,
 
 def test_a_finished_run_is_not_done_again(finished, subject, monkeypatch):
     folder, result = finished
-    monkeypatch.setattr(DepthTraining, "train", None)
+    monkeypatch.setattr(DenseTraining, "train", None)
     again = evaluate_dense_depth(subject, "scenes:24,6", folder.parent, protocol=PROTOCOL)
     assert (again.heads, again.date) == (result.heads, result.date)
 
@@ -298,6 +327,9 @@ def test_select_on_test_reads_it_with_every_head(subject, tmp_path):
     )
     assert result.selection == "the test set"
     assert result.figure == min(head.test for head in result.heads)
+    assert result.images == {"fit": 24, "choose": 0, "test": 6}
+    assert {head.held_out for head in result.heads} == {None}
+    assert "held out" in result.table()
 
 
 def _write_pair(image, depth, color=128, meters=2.0, size=(40, 30)):
@@ -342,7 +374,7 @@ def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
     arguments["skip_broken"] = True
     whole = evaluate_dense_depth(subject, data, tmp_path / "whole", **arguments)
     with monkeypatch.context() as patch:
-        patch.setattr("ijepa_zoo.eval.dense_depth._measure", None)
+        patch.setattr("ijepa_zoo.eval.dense._measure", None)
         with pytest.raises(TypeError, match="NoneType"):
             evaluate_dense_depth(subject, data, tmp_path / "killed", **arguments)
     resumed = evaluate_dense_depth(subject, data, tmp_path / "killed", **arguments)
@@ -352,20 +384,28 @@ def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
 
 def test_depths_in_other_units_are_noticed_before_the_work(subject, tmp_path):
     data = _folder(tmp_path, meters=40.0)
-    with pytest.raises(DataError, match=r"no pixel .* counts: its depths span 40 to 40.*depth_sc"):
-        evaluate_dense_depth(subject, data, tmp_path / "out")
-    with pytest.raises(ValueError, match="epochs is 0"):
-        evaluate_dense_depth(subject, data, tmp_path / "out", epochs=0)
+    (data / "train/0_depth.png").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"train/1\.png' has values from 40 to 40.*--depth-scale"):
+        evaluate_dense_depth(subject, data, tmp_path / "out", skip_broken=True)
     result = evaluate_dense_depth(
-        subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL, max_depth=80
-    )
+        subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL, max_depth=80,
+        skip_broken=True,
+    )  # fmt: skip
     assert result.protocol["max_depth"] == 80
+
+
+def test_a_set_whose_first_map_has_no_valid_pixel_is_used(subject, tmp_path):
+    data = _folder(tmp_path)
+    for split in ("train", "test"):
+        _write_pair(data / split / "0.png", data / split / "0_depth.png", meters=0)
+    result = evaluate_dense_depth(subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL)
+    assert result.images["test"] == 5
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):
     model = open_model("vit_nano8_64_ijepa", random=True).model
     model.norm.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(RunError, match="not finite"):
         evaluate_dense_depth(Subject(model, "broken"), "scenes:4,2", tmp_path, protocol=PROTOCOL)
 
 
@@ -379,8 +419,8 @@ def test_pairs_of_which_none_can_be_read_are_refused_before_the_work(subject, tm
 
 TWO = """
     import sys
-    from ijepa_zoo.eval.dense_depth import evaluate_dense_depth
-    from ijepa_zoo.eval.depth_training import DepthProtocol
+    from ijepa_zoo.eval.dense import evaluate_dense_depth
+    from ijepa_zoo.eval.dense_training import DepthProtocol
     from ijepa_zoo.eval.models import open_model
     evaluate_dense_depth(
         open_model("vit_nano8_64_ijepa", random=True), sys.argv[1], sys.argv[2], device="cpu",
@@ -416,24 +456,25 @@ def test_two_processes_do_what_one_does(subject, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"sums": torch.zeros(2, 3, 3)}, {"losses": 1}, {"epoch": 99}])
-def test_a_state_that_does_not_fit_is_refused(subject, tmp_path, change):
-    def training():
-        data = open_depth("scenes:24,6")
-        return DepthTraining(
-            subject.model, data, PROTOCOL, data.max_depth, 0, "float32", 0, Distributed()
-        )
-
-    state = EpochState(tmp_path / "state.pt", {})
-    training().train(state, False, False)
-    state.save({**state.load(), **change})
-    with pytest.raises(RunError, match=r"state\.pt.* is damaged: remove it"):
-        training().train(state, False, False)
+def test_a_state_that_does_not_fit_is_refused(subject, tmp_path, monkeypatch, change):
+    original = dense.EpochState.save
+    monkeypatch.setattr(
+        dense.EpochState, "save", lambda self, state: original(self, {**state, **change})
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(dense, "_measure", None)
+        with pytest.raises(TypeError):
+            evaluate_dense_depth(subject, "scenes:24,6", tmp_path, protocol=PROTOCOL)
+    with pytest.raises(RunError, match=r"state\.pt"):
+        evaluate_dense_depth(subject, "scenes:24,6", tmp_path, protocol=PROTOCOL)
 
 
 def test_ranges_and_units_that_cannot_hold_are_refused(subject, tmp_path):
     for wrong in (0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"max_depth \(--max-depth\) is .* such as 10"):
+        with pytest.raises(SettingsError, match="--max-depth"):
             evaluate_dense_depth(subject, "scenes:24,6", tmp_path, max_depth=wrong)
+    with pytest.raises(SettingsError, match="epochs is 0"):
+        evaluate_dense_depth(subject, "scenes:24,6", tmp_path, epochs=0)
     with pytest.raises(DataError, match="depth_scale is 1000"):
         evaluate_dense_depth(subject, "scenes:24,6", tmp_path, depth_scale=1000)
 
@@ -461,9 +502,9 @@ def _interrupted(load, index):
 def test_loader_processes_leave_interrupts_to_the_main_one(subject):
     pairs = open_depth("scenes:4,2").train
     pairs = replace(pairs, load=partial(_interrupted, pairs.load))
-    feed = DepthFeed(pairs, subject.model, "cpu", workers=1)
+    feed = DenseFeed(pairs, subject.model, Depth(10, 8, 1), "cpu", workers=1)
     batches = list(feed.for_testing(np.arange(4), 2))
-    assert [len(batch.depths) for batch in batches] == [2, 2]
+    assert [len(batch.targets) for batch in batches] == [2, 2]
 
 
 def test_bars_leave_a_pipe_alone(subject, tmp_path, capsys):
@@ -491,3 +532,63 @@ def test_the_command_reads_nyus_own_file(tmp_path):
     assert result.images == {"fit": 10, "choose": 1, "test": 3}
     assert result.data["test"]["split"] == "splits.mat"
     assert (result.protocol["crop"], result.protocol["max_depth"]) == ("eigen", 10)
+
+
+# segmentation
+
+
+@pytest.fixture
+def masks(tmp_path):
+    """Images whose color is their class: 0 black, 1 red, 2 green; a column is ignored."""
+    colors = np.array([(0, 0, 0), (220, 0, 0), (0, 220, 0)], np.uint8)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 6)):
+        for n in range(count):
+            mask = rng.integers(0, 3, (4, 4)).astype(np.uint8).repeat(16, 0).repeat(16, 1)
+            paths = [tmp_path / "data" / kind / split / f"{n}.png" for kind in ("images", "masks")]
+            for path in paths:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(colors[mask]).save(paths[0])
+            mask[:, :3] = 255
+            Image.fromarray(mask).save(paths[1])
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_segmentation_learns_colors(subject, masks, tmp_path, cached):
+    protocol = replace(SEGMENTATION, epochs=15)
+    result = evaluate_segmentation(
+        subject, masks, tmp_path / "out", protocol=protocol, workers=0, cached=cached
+    )
+    assert result.figure > 90
+    assert (result.measure, result.unit, result.higher_is_better) == ("mean IoU", "%", True)
+    assert max(result.heads, key=lambda head: head.held_out).name == result.chosen
+    assert set(result.others) == {"pixel accuracy", "mean class accuracy"}
+    assert result.baselines["mean IoU of the most frequent class"] < 20
+    assert result.protocol["num_classes"] == 3
+    (picture,) = (tmp_path / "out").glob("*/predictions.png")
+    with Image.open(picture) as sheet:
+        pixels = np.asarray(sheet)
+        assert (pixels[100, 200 + 8 + 4] == 255).all()  # ignored: white
+        assert tuple(pixels[100, 300]) in {(0, 0, 0), (128, 0, 0), (0, 128, 0)}  # VOC's palette
+
+
+def test_masks_of_other_classes_are_named(subject, masks, tmp_path, monkeypatch):
+    monkeypatch.setattr("ijepa_zoo.data.dense._count_classes", lambda *_: 2)
+    with pytest.raises(DataError, match=r"/\d+\.png.* class 2.* 0 to 1"):
+        evaluate_segmentation(subject, masks, tmp_path / "out", workers=0, protocol=SEGMENTATION)
+
+
+def test_the_command_for_segmentation(tmp_path, capsys):
+    words = ["eval", "segmentation", "--model", "vit_nano8_64_ijepa", "--data", "scenes:12,4"]
+    words += ["--epochs", "1", "--batch-size", "4", "--device", "cpu", "--quiet", "--baseline"]
+    assert cli.main([*words, "--out", str(tmp_path)]) == 0
+    assert "mean IoU (%)" in capsys.readouterr().out
+    results = [read_result(file) for file in tmp_path.glob("*/result.json")]
+    (own,) = (result for result in results if result.model["name"].endswith(".scenes"))
+    assert any("random weights" in name for name in own.baselines)
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+    assert cli.main(["eval", "report", str(tmp_path), "--out", str(tmp_path / "report.md")]) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "segmentation, rendered scenes: mean IoU (%)" in report
+    assert "the most frequent class" in report

@@ -1,0 +1,294 @@
+"""Logistic regression on frozen features, with all labels or few, as DINOv2 evaluates encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.datasets import Subset, Targets
+from ..errors import DataError, SettingsError
+from ..models.classifier import LinearHead
+from ..seeds import Stream, numpy_generator
+from .accuracy import Counts, best_head, count_correct, likeliest
+from .features import BlockFeatures, Source
+from .feeds import CachedFeed
+from .models import Subject
+from .probe import (
+    EvalConfig,
+    Probe,
+    evaluate,
+    make_result,
+    run_once,
+    save_head,
+)
+from .result import Result
+from .sets import EvalSet, listed_rows, split_to_choose
+from .tasks import Task
+from .words import option
+
+CS = tuple(10.0 ** float(e) for e in np.linspace(-6, 5, 45))  # DINOv2's `C_POWER_RANGE`
+_ROWS = 8192  # whose logits are in memory at once
+
+
+def evaluate_logreg(
+    task: str | Task,
+    model: str | nn.Module | Subject,
+    data: Any,
+    out: str | Path = "results",
+    *,
+    list: str | Path | None = None,
+    per_class: int | None = None,
+    cs: Sequence[float] = CS,
+    **options: Any,
+) -> Result:
+    """Fit a logistic regression to frozen features, and test it on the whole test set.
+
+    `last` or `last4` and the inverse strength C of the penalty are chosen on a seeded 10 % of the
+    training images; then the classifier is fitted to all of them. DINOv2 (arXiv 2304.07193,
+    `dinov2/eval/log_regression.py`) does the same on one layer, with the same 45 values of C.
+
+    Args:
+        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
+        model: See there.
+        data: See there.
+        out: See there.
+        list: Text file with the names of the training images to use, one a line, such as
+            ImageNet's 1 %; see `listed_rows`.
+        per_class: Use so many training images of each class, drawn by the seed.
+        cs: Values of C.
+        options: Further fields of `EvalConfig`.
+
+    Raises:
+        DataError: The data or the list cannot be used, or do not fit the task.
+        SettingsError: An option or the model does not fit.
+        RunError: Another process works on the same evaluation, or features are not finite.
+    """
+    if list is not None and per_class is not None:
+        raise SettingsError(f"use {option('list')} or {option('per_class')}, not both")
+    if not cs or not all(c > 0 for c in cs) or (per_class or 1) < 1:
+        raise SettingsError("give values of C above 0, and at least one image per class")
+
+    def few(probe: Probe) -> Probe:
+        if list is not None:
+            chosen = {"list": Path(list).name}
+            return with_rows(probe, listed_rows(probe.train, list), chosen)
+        if per_class is not None:
+            rows = draw_per_class(probe.train.labels, per_class, probe.seed)
+            return with_rows(probe, rows, {"per_class": per_class})
+        return probe
+
+    def run(probe: Probe, source: Source) -> tuple[Result, Path]:
+        transform = probe.protocol.view.describe(source.size, train=False)
+        protocol = {"cs": [*cs], "transform": transform}
+
+        def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
+            with probe.bar(0, "logistic regression") as bar:
+                feed = CachedFeed(probe, source, bar, flips=False)
+                return _sweep(probe, source, feed, cs, protocol, folder), feed.rate(0)
+
+        return run_once(probe, source, "logreg", protocol, work)
+
+    config = EvalConfig(task=task, model=model, data=data, out=out, **options)
+    return evaluate(config, run, prepare=few)
+
+
+def draw_per_class(labels: Targets, number: int, seed: int) -> Targets:
+    """Sorted indices of `number` images of each class, or of all where there are fewer."""
+    order = np.lexsort((numpy_generator(seed, Stream.EVAL_SPLIT, 2).random(len(labels)), labels))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(labels))])
+    place = np.arange(len(labels)) - starts[labels[order]]  # within the class
+    return np.sort(order[place < number])
+
+
+def with_rows(probe: Probe, rows: Targets, chosen: dict[str, Any]) -> Probe:
+    """The probe with some of the training images.
+
+    Raises:
+        DataError: They are of fewer than two classes.
+    """
+    train = probe.train
+    labels = train.labels[rows]
+    counts = np.bincount(labels, minlength=len(train.classes))
+    present = counts[counts > 0]
+    if len(present) < 2:
+        raise DataError(f"the chosen images ({chosen}) are of one class; use at least two")
+    each = f"{present.min()} to {present.max()}" if present.min() < present.max() else present[0]
+    how = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in chosen.items())
+    notes = [*train.notes, f"{len(rows)} of {len(train)} training images, {each} of a class: {how}"]
+    if len(present) < len(counts):
+        notes.append(f"{len(counts) - len(present)} of {len(counts)} classes have no chosen image")
+    few: EvalSet = replace(
+        train, images=Subset(train.images, rows), labels=labels, notes=tuple(notes)
+    )
+    fit, choose = split_to_choose(few, probe.seed)
+    if probe.config.select_on_test:
+        fit, choose = np.arange(len(few)), choose[:0]
+    return replace(probe, train=few, fit=fit, choose=choose, few=chosen)
+
+
+def _sweep(
+    probe: Probe,
+    source: Source,
+    feed: CachedFeed,
+    cs: Sequence[float],
+    protocol: dict[str, Any],
+    folder: Path,
+) -> Result:
+    def share(indices: Targets) -> tuple[dict[str, Tensor], Tensor]:
+        mine = feed.share(indices)
+        rows = feed.train.rows[mine].to(feed.device)
+        return source.split(rows), feed.labels(probe.train, feed.train, mine)
+
+    on_test = not len(feed.choose)
+    fit, labels = share(feed.fit)
+    heads, counts = [], []
+    for name in source.widths:
+        found = None
+        for c in sorted(cs):
+            found = fit_logistic(
+                fit[name], labels, c, probe.num_classes, start=found,
+                all_reduce=probe.distributed.all_reduce,
+            )  # fmt: skip
+            batches = feed.testing() if on_test else feed.validation()
+            predict = _predictor(found, name)
+            counts.append(count_correct(probe, source, batches, predict, 1))
+            heads.append((name, c))
+    val = Counts(
+        torch.cat([count.correct for count in counts]),
+        torch.cat([count.top for count in counts]),
+        counts[0].images,
+    )
+    chosen = best_head(val)
+    names = [f"{name} C={c:.3g}" for name, c in heads]
+    name, c = heads[chosen]
+    features, labels = share(np.concatenate([feed.fit, feed.choose]))
+    best = fit_logistic(
+        features[name], labels, c, probe.num_classes, all_reduce=probe.distributed.all_reduce
+    )
+    test = count_correct(probe, source, feed.testing(), _predictor(best, name), 1)
+    if isinstance(source, BlockFeatures):
+        save_head(probe, source, best.head(), name, folder, chosen=names[chosen])
+    notes = [] if best.converged else ["the last fit did not converge"]
+    return make_result(
+        *(probe, source, "logreg", protocol, names, chosen),
+        *(None if on_test else val, val if on_test else test, feed.broken, feed.fitted()),
+        notes=notes,
+    )
+
+
+def _predictor(fitted: Logistic, name: str) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda features: likeliest(fitted.logits(features[name]))[None]
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """A fitted classifier.
+
+    Attributes:
+        weight: `[C, D]`.
+        bias: `[C]`.
+        objective: What was minimized, divided by C and the number of images.
+        converged: Whether it ended before the most steps that it may take.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    objective: float
+    converged: bool
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits `[n, C]` of features `[n, D]`."""
+        return F.linear(features.to(self.weight), self.weight, self.bias)
+
+    def head(self) -> LinearHead:
+        """The same classifier as a module."""
+        head = LinearHead(self.weight.shape[1], self.weight.shape[0])
+        head.linear.load_state_dict({"weight": self.weight, "bias": self.bias})
+        return head
+
+
+def fit_logistic(
+    features: Tensor,
+    labels: Tensor,
+    c: float,
+    num_classes: int,
+    *,
+    start: Logistic | None = None,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-5,
+    all_reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Logistic:
+    """Minimize `C * sum of cross-entropies + sum of squared weights / 2`, as scikit-learn.
+
+    That is the objective of `sklearn.linear_model.LogisticRegression`, biases without penalty.
+    L-BFGS with a strong Wolfe line search, on features that are shifted and scaled so that their
+    curvatures are alike, which changes neither objective nor minimum. In float64 if the features
+    are, else in float32.
+
+    Args:
+        features: `[n, D]`, the share of this process.
+        labels: Classes `[n]`, int64.
+        c: Inverse strength of the penalty, above 0.
+        num_classes: Number of classes.
+        start: Classifier to start from.
+        max_iterations: Most steps.
+        tolerance: Largest absolute entry of the gradient, of the objective divided by C and the
+            number of images, at which to stop; in float32 steps may become too small before.
+        all_reduce: Sum of a tensor over the processes.
+    """
+    x = features if features.dtype == torch.float64 else features.float()
+    sums = torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
+    count = all_reduce(torch.tensor([float(len(x))], dtype=torch.float64, device=x.device))
+    n = float(count)
+    mean, square = all_reduce(sums).div_(n)
+    l2 = 1 / (c * n)
+    variance = (square - mean.square()).clamp_min(0)
+    scale = (variance + num_classes * l2).sqrt()  # square root of the curvature's diagonal, about
+    x = (x - mean) / scale
+    weight, bias = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
+    if start is not None:
+        weight, bias = start.weight * scale, start.bias + start.weight @ mean
+
+    def closure() -> float:
+        loss, *gradients = _cross_entropy(weight, bias, x, labels)
+        flat = all_reduce(torch.cat([loss.view(1), *(g.flatten() for g in gradients)])).div_(n)
+        weight.grad = flat[1 : 1 + weight.numel()].view_as(weight) + l2 * weight / scale.square()
+        bias.grad = flat[1 + weight.numel() :].clone()
+        return float(flat[0] + l2 / 2 * (weight / scale).square().sum())
+
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        tolerance_grad=tolerance,
+        tolerance_change=tolerance**2 / 100,  # the objective is flat where gradients are small
+        line_search_fn="strong_wolfe",
+    )
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    done = optimizer.state[weight]
+    converged = done["n_iter"] < max_iterations and done["func_evals"] < 2 * max_iterations
+    outside = weight / scale
+    return Logistic(outside, bias - outside @ mean, closure(), converged)
+
+
+def _cross_entropy(
+    weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of cross-entropies and its gradients; in pieces, so that memory is bounded."""
+    loss = torch.zeros((), dtype=features.dtype, device=features.device)
+    by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    for x, y in zip(torch.split(features, _ROWS), torch.split(labels, _ROWS)):
+        log_p = F.linear(x, weight, bias).log_softmax(dim=1)
+        loss -= log_p.gather(1, y[:, None]).sum()
+        error = log_p.exp_()  # softmax minus one-hot labels
+        error.scatter_add_(1, y[:, None], torch.full_like(y[:, None], -1, dtype=error.dtype))
+        by_weight.addmm_(error.T, x)
+        by_bias += error.sum(dim=0)
+    return loss, by_weight, by_bias

@@ -1,0 +1,126 @@
+"""A saved head on another test set, such as ImageNet-V2 or photos of another camera."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..data.decode import Decoder
+from ..data.splits import open_splits
+from ..data.transforms import transform_config
+from ..distributed import init_distributed
+from ..encode import model_name
+from ..errors import CheckpointError, DataError
+from ..models.classifier import AttentiveHead, Classifier, load_classifier, read_classifier_config
+from .accuracy import count_correct, likeliest
+from .features import BlockFeatures, Source, refuse_undecoded
+from .feeds import encoded
+from .intervals import wilson_interval
+from .models import Subject
+from .notes import of_all_processes, undecoded
+from .probe import EvalConfig, Probe, run_once
+from .result import Head, Result
+from .sets import EvalSet, data_record
+from .tasks import TASKS, View
+from .words import data_name, some
+
+
+def evaluate_head(
+    head: str | Path, data: Any, out: str | Path = "results", **options: Any
+) -> Result:
+    """Test a head that a linear, attentive or logistic probe has saved.
+
+    Args:
+        head: Its folder, `model` in the folder of the result.
+        data: Labeled images with the names of classes that the head knows; of data with a test
+            part that part alone, else all images. Images of other classes are left out.
+        out: Folder of all evaluations.
+        options: `device`, `workers`, `precision`, `value_range`, `bands`, `skip_broken` and
+            `progress` of :class:`~ijepa_zoo.eval.probe.EvalConfig`.
+
+    Raises:
+        CheckpointError: The folder is not a classifier of a probe, or its encoder has changed.
+        DataError: The data cannot be used, or have no class that the head knows.
+        RunError: Another process works on the same evaluation.
+    """
+    classifier, about = load_classifier(head), read_classifier_config(head) or {}
+    if not {"chosen", "task", "view"} <= about.keys() or classifier.class_names is None:
+        raise CheckpointError(f"{head} was not saved by a probe: use its folder RESULT/model")
+    config = EvalConfig(model=classifier.encoder, data=data, out=out, **options)
+    channels = int(transform_config(classifier.encoder)["input_size"][0])
+    decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
+    with init_distributed(config.device) as distributed:
+        part = _open_test(config, classifier.class_names, decoder)
+        task = replace(TASKS["classes"], name=about["task"])
+        trained_with = replace(task.protocol, view=View(**about["view"]))
+        none = np.empty(0, np.int64)
+        probe = Probe(config, task, trained_with, part, part, none, none, distributed)
+        subject = Subject(classifier.encoder, about["model"] or model_name(classifier.encoder))
+        patches = isinstance(classifier.head, AttentiveHead)
+        source = BlockFeatures(
+            subject, about["pool"], patches, distributed.device, config.precision
+        )
+        protocol = {"head": f"{about['chosen']} of {Path(head)}"}
+
+        def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
+            started = time.perf_counter()
+            result = _test(probe, source, classifier, about["chosen"], protocol)
+            return result, result.images["test"] / (time.perf_counter() - started)
+
+        return run_once(probe, source, "saved-head", protocol, work)[0]
+
+
+def _open_test(config: EvalConfig, names: list[str], decoder: Decoder) -> EvalSet:
+    train, test = open_splits(config.data, None, decoder)
+    part = train if test is None else test
+    known = {name: label for label, name in enumerate(names)}
+    found = [known.get(part.classes.get(k, str(k)), -1) for k in part.targets.tolist()]
+    labels = np.array(found, np.int64)
+    rows = np.flatnonzero(labels >= 0)
+    if not len(rows):
+        raise DataError(f"no image of '{config.data}' is of a class of the head: {some(names)}")
+    notes = [*part.notes]
+    if len(rows) < len(labels):
+        notes.append(f"{len(labels) - len(rows)} of {len(labels)} images are of other classes")
+    chosen = part.subset(rows, part.name)
+    whole = EvalSet(chosen.images, labels[rows], tuple(names), part.name, tuple(notes))
+    return replace(whole, name=data_name(config.data), skip_broken=config.skip_broken)
+
+
+def _test(
+    probe: Probe, source: Source, classifier: Classifier, chosen: str, protocol: dict[str, Any]
+) -> Result:
+    head = classifier.head.to(source.device).eval()
+    name = list(source.widths)[-1 if len(classifier.extractor.layers) > 1 else 0]
+
+    def predict(features: dict[str, Tensor]) -> Tensor:
+        return likeliest(head(features[name]))[None]
+
+    rows, broken = np.arange(len(probe.test)), dict[str, str]()
+    batches = probe.in_order(probe.test, rows, source.size)
+    numbers = range(len(batches))
+    rows_and_labels = encoded(probe, source, batches, numbers, broken)
+    counts = count_correct(probe, source, rows_and_labels, predict, 1)
+    refuse_undecoded("test", probe.test, rows, counts.total, broken)
+    notes = [*probe.test.notes, *undecoded(of_all_processes(broken, probe.distributed))]
+    return Result(
+        task=probe.task.name,
+        method="saved head",
+        model=source.about,
+        figure=counts.accuracies()[0],
+        chosen=chosen,
+        selection="the probe that trained it",
+        heads=[Head(chosen, test=counts.accuracies()[0])],
+        protocol=protocol,
+        data={"test": data_record(probe.test, probe.test)["test"]},
+        images={"test": counts.total},
+        seed=0,
+        interval=wilson_interval(int(counts.correct.sum()), counts.total),
+        others=counts.others(),
+        notes=notes,
+    )

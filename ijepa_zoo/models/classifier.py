@@ -1,0 +1,381 @@
+"""An encoder with a trained head: logits of images or maps, saved as a folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.layers import Mlp, trunc_normal_
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.transforms import transform_config
+from ..encode import weights_fingerprint
+from ..errors import CheckpointError, SettingsError
+from ..features import FeatureExtractor, Layers
+from ..weights import registry
+from ..weights.export import check_destination, export, write_folder
+from ..weights.read import FOLDER_PREFIX, HUB_PREFIX
+from ..weights.writers import save_tensors, write_json
+from .factory import create_model
+
+KIND = "classifier"  # the value of "ijepa_zoo" in config.json of these folders
+CONFIG, HEAD, ENCODER = "config.json", "head.safetensors", "encoder"
+_TIMM = "timm:"
+_FLOOR = 0.1  # added to every depth bin
+
+
+class LinearHead(nn.Module):
+    """Linear classifier of pooled features, optionally behind a BatchNorm without affine.
+
+    Args:
+        in_features: Width of the features.
+        num_classes: Number of classes.
+        batch_norm: Normalize the features by running statistics first.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, batch_norm: bool = False) -> None:
+        super().__init__()
+        self.args = {
+            "in_features": in_features,
+            "num_classes": num_classes,
+            "batch_norm": batch_norm,
+        }
+        self.norm = nn.BatchNorm1d(in_features, affine=False) if batch_norm else nn.Identity()
+        self.linear = nn.Linear(in_features, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `[B, num_classes]` of features `[B, in_features]`."""
+        logits: Tensor = self.linear(self.norm(features))
+        return logits
+
+
+class AttentiveHead(nn.Module):
+    """Attentive pooler and linear classifier, as V-JEPA (arXiv 2404.08471) evaluates encoders.
+
+    A learned query attends to the patch tokens (cross-attention with one LayerNorm before its keys
+    and values), followed by a residual MLP and a linear layer. Initialized as there: std 0.02, the
+    two residual projections divided by sqrt(2).
+
+    Args:
+        embed_dim: Width of the tokens.
+        num_classes: Number of classes.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width of the MLP as a multiple of `embed_dim`.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_classes: int, num_heads: int, mlp_ratio: float = 4.0
+    ) -> None:
+        super().__init__()
+        self.args = {
+            "embed_dim": embed_dim,
+            "num_classes": num_classes,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+        }
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.q = nn.Linear(embed_dim, embed_dim)
+        self.kv = nn.Linear(embed_dim, 2 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+        self.linear = nn.Linear(embed_dim, num_classes)
+        self.apply(_init_linear)
+        trunc_normal_(self.query, std=0.02)
+        with torch.no_grad():
+            for weight in (self.proj.weight, self.mlp.fc2.weight):
+                weight.div_(2**0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[B, num_classes]` of patch tokens `[B, N, embed_dim]`."""
+        batch, _, width = tokens.shape
+        split = (batch, -1, self.num_heads, width // self.num_heads)
+        query = self.query.expand(batch, -1, -1)
+        keys, values = self.kv(self.norm1(tokens)).chunk(2, dim=-1)
+        attended = F.scaled_dot_product_attention(
+            *(part.reshape(split).transpose(1, 2) for part in (self.q(query), keys, values))
+        )
+        pooled = query + self.proj(attended.transpose(1, 2).reshape(batch, 1, width))
+        pooled = pooled + self.mlp(self.norm2(pooled))
+        logits: Tensor = self.linear(pooled.squeeze(1))
+        return logits
+
+
+class DenseHead(nn.Module):
+    """Linear head on every patch, a 1x1 convolution, optionally behind a BatchNorm2d.
+
+    Args:
+        in_features: Width of the patch features.
+        num_outputs: Channels of the convolution: classes, depth bins, or 1.
+        batch_norm: Normalize the features by running statistics first.
+        depth_range: The channels score bins of uniform depth from the first to the second number,
+            and the output is depth: the mean of the bins weighted by `relu(score) + 0.1`, as in
+            DINOv2 (facebookresearch/dinov2 `BNHead`) and AdaBins (arXiv 2011.14141).
+        upsample: Factor by which the scores of bins are upsampled bilinearly first. DINOv2
+            upsamples the features, which makes no difference to a linear layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_outputs: int,
+        batch_norm: bool = False,
+        depth_range: Sequence[float] | None = None,
+        upsample: int = 1,
+    ) -> None:
+        super().__init__()
+        self.args: dict[str, Any] = {
+            "in_features": in_features,
+            "num_outputs": num_outputs,
+            "batch_norm": batch_norm,
+        }
+        self.depth_range, self.upsample = depth_range, upsample
+        if depth_range is not None:
+            self.args |= {"depth_range": list(depth_range), "upsample": upsample}
+        self.norm = nn.BatchNorm2d(in_features) if batch_norm else nn.Identity()
+        self.conv = nn.Conv2d(in_features, num_outputs, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps `[B, num_outputs, h, w]` of patch features `[B, in_features, h, w]`.
+
+        Depth is `[B, 1, upsample * h, upsample * w]`.
+        """
+        maps: Tensor = self.conv(self.norm(features))
+        if self.depth_range is None:
+            return maps
+        maps = F.interpolate(maps, scale_factor=self.upsample, mode="bilinear")
+        weights = maps.relu() + _FLOOR
+        near, far = self.depth_range
+        bins = torch.linspace(near, far, maps.shape[1], device=maps.device, dtype=maps.dtype)
+        return torch.einsum("bkhw,k->bhw", weights, bins)[:, None] / weights.sum(1, keepdim=True)
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "linear": LinearHead,
+    "attentive": AttentiveHead,
+    "dense": DenseHead,
+}
+
+
+class Classifier(nn.Module):
+    """A frozen or fine-tuned encoder with a head on its features.
+
+    Args:
+        encoder: A timm model that :class:`ijepa_zoo.FeatureExtractor` takes.
+        head: A :class:`LinearHead`, :class:`AttentiveHead` or :class:`DenseHead`.
+        layers: See :class:`ijepa_zoo.FeatureExtractor`.
+        pool: See there; the attentive and dense heads always take patch tokens, None.
+        class_names: Names of the classes, in the order of the logits.
+
+    Raises:
+        SettingsError: The head does not have the width of the features, or a name is missing.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: Any,
+        layers: Layers = "last",
+        pool: str | None = "auto",
+        class_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        pool = pool if isinstance(head, LinearHead) else None
+        self.extractor = FeatureExtractor(encoder, layers, pool)
+        self.head = head
+        width, taken = self.extractor.num_features, next(iter(self.head.args.values()))
+        if width != taken:
+            raise SettingsError(f"the head takes {taken} features, the encoder has {width}")
+        if class_names is not None and len(class_names) != self.num_classes:
+            raise SettingsError(
+                f"{len(class_names)} class_names for {self.num_classes} classes: give one for each"
+            )
+        self.weights_origin = "a classifier in memory"
+        self.class_names = None if class_names is None else list(class_names)
+
+    @property
+    def encoder(self) -> Any:
+        """The timm model."""
+        return self.extractor.model
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits, or channels of the maps."""
+        args = self.head.args
+        if "depth_range" in args:
+            return 1
+        return int(args["num_outputs"] if self.is_dense else args["num_classes"])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the output is maps."""
+        return isinstance(self.head, DenseHead)
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """timm's description of the encoder's input, for :func:`ijepa_zoo.create_transform`."""
+        return self.encoder.pretrained_cfg
+
+    @property
+    def patch_embed(self) -> Any:
+        """That of the encoder, which has the image size and channels."""
+        return getattr(self.encoder, "patch_embed", None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            images: `[B, C, H, W]`, transformed by :func:`ijepa_zoo.create_transform`.
+
+        Returns:
+            Logits `[B, num_classes]`; with a dense head maps `[B, num_outputs, H, W]`, resized
+            bilinearly from the patch grid.
+        """
+        features = self.extractor(images)
+        if isinstance(self.head, AttentiveHead):
+            features = features.flatten(2).transpose(1, 2)
+        outputs: Tensor = self.head(features)
+        if self.is_dense:
+            size = images.shape[-2:]
+            outputs = F.interpolate(outputs, size, mode="bilinear", align_corners=False)
+        return outputs
+
+
+def save_classifier(
+    folder: str | Path,
+    classifier: Classifier,
+    *,
+    encoder: str | None = None,
+    encoder_args: Mapping[str, Any] | None = None,
+    with_encoder: bool = False,
+    overwrite: bool = False,
+    **record: Any,
+) -> Path:
+    """Write a classifier as a folder that ``create_model("local-dir:FOLDER")`` opens.
+
+    ``config.json`` has the head, the features it takes, class names and the encoder's source,
+    hash and preprocessing; ``head.safetensors`` has the head's weights.
+
+    Args:
+        folder: Where to write; must not exist, unless ``overwrite``.
+        classifier: What to save.
+        encoder: Source to open the encoder from again: a model of this package with its tag,
+            'local-dir:FOLDER', 'hf-hub:REPO', or a name of timm's.
+        encoder_args: Further arguments of :func:`ijepa_zoo.create_model`: checkpoint, network.
+        with_encoder: Also write the encoder, into ``folder/encoder``; then no source is needed.
+        overwrite: Replace an earlier classifier.
+        **record: Further entries of ``config.json``, such as the result.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SettingsError: There is neither a source nor ``with_encoder``.
+        RunError: The folder exists.
+    """
+    if encoder is None and not with_encoder:
+        raise SettingsError("an encoder in memory has no source: save it too, with_encoder=True")
+    folder, head = Path(folder), classifier.head
+    written = (CONFIG, HEAD, ENCODER)
+    check_destination(folder, written, overwrite)
+    network = classifier.encoder
+    fingerprint = weights_fingerprint(network)
+    config = transform_config(network)
+    content = {
+        "ijepa_zoo": KIND,
+        "head": next(kind for kind, cls in HEADS.items() if type(head) is cls),
+        "head_args": head.args,
+        "layers": classifier.extractor.layers,
+        "pool": classifier.extractor.pool,
+        "class_names": classifier.class_names,
+        "encoder": ENCODER if with_encoder else _absolute(str(encoder)),
+        "encoder_args": {} if with_encoder else dict(encoder_args or {}),
+        "encoder_hash": fingerprint,
+        "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
+        **record,
+    }
+    with write_folder(folder, written, overwrite) as part:
+        if with_encoder:
+            export(network, part / ENCODER)
+        save_tensors(head.state_dict(), part / HEAD, None)
+        write_json(part / CONFIG, content)
+    return folder
+
+
+def load_classifier(folder: str | Path) -> Classifier:
+    """Open a folder that :func:`save_classifier` has written.
+
+    Raises:
+        CheckpointError: It is damaged, or the encoder's weights are not those it was trained on.
+        FetchError: The encoder cannot be fetched.
+    """
+    folder = Path(folder).expanduser()
+    if (config := read_classifier_config(folder)) is None:
+        raise CheckpointError(f"{folder} is not a classifier folder: it has no such {CONFIG}")
+    try:
+        source, args = config["encoder"], dict(config["encoder_args"])
+        height, width = config["preprocessing"]["input_size"][1:]
+        head = HEADS[config["head"]](**config["head_args"])
+        if source == ENCODER:
+            source = f"{FOLDER_PREFIX}{folder / ENCODER}"
+        encoder = _open_encoder(source, (height, width), args)
+        classifier = Classifier(
+            encoder, head, config["layers"], config["pool"], config["class_names"]
+        )
+        expected = config["encoder_hash"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} is damaged: {error!r}") from error
+    if weights_fingerprint(encoder) != expected:
+        raise CheckpointError(
+            f"{source} has other weights than the head in {folder} was trained on: restore them, "
+            "or train the head again"
+        )
+    try:
+        head.load_state_dict(load_file(folder / HEAD))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder / HEAD} is missing or damaged: {error}") from error
+    classifier.weights_origin = str(folder)
+    return classifier
+
+
+def read_classifier_config(folder: str | Path) -> dict[str, Any] | None:
+    """Content of a classifier folder's config.json; None for every other folder."""
+    path = Path(folder).expanduser() / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # the readers of other folders name the damage
+    is_ours = isinstance(config, dict) and config.get("ijepa_zoo") == KIND
+    return config if is_ours else None
+
+
+def _absolute(source: str) -> str:
+    """A folder's path, valid from everywhere."""
+    if not source.startswith(FOLDER_PREFIX):
+        return source
+    return f"{FOLDER_PREFIX}{Path(source.removeprefix(FOLDER_PREFIX)).expanduser().resolve()}"
+
+
+def _open_encoder(source: str, size: tuple[int, int], args: dict[str, Any]) -> Any:
+    name = source.removeprefix(_TIMM)
+    is_ours = name.startswith((FOLDER_PREFIX, HUB_PREFIX)) and not source.startswith(_TIMM)
+    if is_ours or registry.is_ijepa(name):
+        return create_model(name, img_size=size, **args)
+    with torch.device("meta"):
+        has_size = hasattr(timm.create_model(name, num_classes=0), "patch_embed")
+    args |= {"img_size": size} if has_size else {}
+    return timm.create_model(name, pretrained=True, num_classes=0, **args)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

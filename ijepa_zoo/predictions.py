@@ -1,0 +1,222 @@
+"""Predict the classes of images with a classifier, into a table; maps of dense heads as PNG files.
+
+The engine is that of :func:`ijepa_zoo.extract_features`: resumable, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .encode import Encoder, class_names
+from .errors import MissingPackageError, SettingsError
+from .extract import ExtractionReport, Outputs, Parts, run_extraction
+from .features import FeatureExtractor
+from .models.classifier import Classifier
+
+TABLES = {".csv": "csv", ".parquet": "parquet"}
+_MILLI = 1000  # units of a map of one channel, such as meters, in a 16-bit PNG
+
+
+def predict(
+    inputs: Any,
+    model: nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    topk: int = 1,
+    precision: str = "auto",
+    threads: int | None = None,
+    **options: Any,
+) -> ExtractionReport | None:
+    """Predict the classes of images and write them as a table.
+
+    Columns are `path`, `label` and `probability`, for `topk` above 1 also `label_2`,
+    `probability_2`, ..., and `error`: why an image could not be read. With a dense head, `out` is a
+    folder of PNG files instead, one per image, of the size of the model's input: class numbers,
+    or the values of a single channel times 1000 in 16 bits.
+
+    Args:
+        inputs: See :func:`ijepa_zoo.extract_features`.
+        model: A classifier of :func:`ijepa_zoo.create_model`: a timm folder with a classifier, or a
+            classifier folder of a probe.
+        out: File ending in .csv or .parquet; a folder for a dense head.
+        topk: Classes per image, the likeliest first.
+        precision: See :func:`ijepa_zoo.extract_features`.
+        threads: See there.
+        options: Further arguments of :func:`ijepa_zoo.extract_features`: batch_size, device,
+            workers, strict, value_range, bands, max_pixels, overwrite, progress.
+
+    Returns:
+        What was done; None on ranks other than 0.
+
+    Raises:
+        SettingsError: The model has no classifier, or an argument is out of range.
+        DataError: An input does not exist or there are no images.
+        RunError: See :func:`ijepa_zoo.extract_features`.
+    """
+    names = class_names(model)
+    if names is None:
+        raise SettingsError(
+            "the model has no classifier: name the folder of a fine-tuned model or of a probe, "
+            "local-dir:RESULT/model"
+        )
+    path = Path(out)
+    is_dense = isinstance(model, Classifier) and model.is_dense
+    if not is_dense and not 1 <= topk <= len(names):
+        raise SettingsError(f"topk is {topk}: the model has {len(names)} classes")
+    computed = _Maps(model) if is_dense else _TopK(model, topk)
+    outputs = _map_outputs(path) if is_dense else _table_outputs(path)
+
+    def make_encoder(device: torch.device) -> Encoder:
+        encoder = Encoder(
+            model, precision=precision, device=device, threads=threads, extractor=computed
+        )
+        encoder.settings |= {"classes": names, "topk": topk}
+        return encoder
+
+    write = _write_maps if is_dense else _write_table
+    return run_extraction(inputs, model, make_encoder, outputs, write, **options)
+
+
+class _Predictions(nn.Module):
+    """Something that an `Encoder` computes of a classifier."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        is_ours = isinstance(model, Classifier)
+        features = model.extractor if is_ours else FeatureExtractor(model)
+        self.layers, self.pool, self.grid = features.layers, features.pool, features.grid
+
+
+class _TopK(_Predictions):
+    """Probabilities and numbers of the likeliest classes, `[B, 2 k]`."""
+
+    def __init__(self, model: Any, topk: int) -> None:
+        super().__init__(model)
+        self.topk = topk
+
+    def row_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of a row."""
+        return (2 * self.topk,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        best = self.model(images).float().softmax(dim=1).topk(self.topk)
+        return torch.cat([best.values, best.indices.float()], dim=1)
+
+
+class _Maps(_Predictions):
+    """Class numbers of a dense head, or the values of its only channel, `[B, H, W]`."""
+
+    def row_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of a row."""
+        return size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        maps = self.model(images).float()
+        return maps[:, 0] * _MILLI if maps.shape[1] == 1 else maps.argmax(dim=1).float()
+
+
+def _table_outputs(path: Path) -> Outputs:
+    format = TABLES.get(path.suffix.lower())
+    if format is None or path.is_dir():
+        raise SettingsError(f"'{path}' is not the name of a table: end it in {', '.join(TABLES)}")
+    if format == "parquet" and find_spec("pyarrow") is None:
+        raise MissingPackageError("parquet needs pyarrow: pip install pyarrow")
+    return Outputs.beside(path, path.stem, format)
+
+
+def _map_outputs(path: Path) -> Outputs:
+    """The list of the maps is a table in the folder."""
+    if path.suffix or path.is_file():
+        raise SettingsError(f"'{path}' is not a folder: a dense head writes a map per image")
+    return Outputs.beside(path / "maps.csv", "maps", "csv")
+
+
+def _rows(parts: Parts, index: Path, width: int) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Every image with its row, or None if it could not be read."""
+    with index.open("rb") as lines:
+        images = (line for line in map(json.loads, lines) if "skipped" not in line)
+        for part in range(len(parts)):
+            values = iter(np.fromfile(parts.rows_file(part), "<f4").reshape(-1, width))
+            for _ in range(parts.size(part)):
+                line = next(images)
+                yield line, None if "error" in line else next(values)
+
+
+def _write_table(
+    file: BinaryIO, parts: Parts, outputs: Outputs, shape: tuple[int, ...], settings: dict[str, Any]
+) -> None:
+    names, topk = settings["classes"], settings["topk"]
+    endings = ["", *(f"_{place}" for place in range(2, topk + 1))]
+    columns = ["path", *(f"{name}{end}" for end in endings for name in ("label", "probability"))]
+    columns.append("error")
+
+    def lines() -> Iterator[list[Any]]:
+        for line, row in _rows(parts, outputs.index, shape[1]):
+            found: list[Any] = [None] * 2 * topk
+            if row is not None:
+                found[0::2] = [names[int(number)] for number in row[topk:]]
+                found[1::2] = row[:topk].tolist()
+            yield [line["path"], *found, line.get("error")]
+
+    write = _write_csv if outputs.format == "csv" else _write_parquet
+    write(file, columns, lines())
+
+
+def _write_csv(file: BinaryIO, columns: list[str], lines: Iterator[list[Any]]) -> None:
+    text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in line] for line in lines)
+    text.detach()  # flushes; the file stays open
+
+
+def _write_parquet(file: BinaryIO, columns: list[str], lines: Iterator[list[Any]]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    kinds = [pa.float32() if name.startswith("probability") else pa.string() for name in columns]
+    schema = pa.schema(list(zip(columns, kinds)))
+    with parquet.ParquetWriter(file, schema) as writer:
+        while group := [line for _, line in zip(range(65_536), lines)]:
+            values = ([_utf8(value) for value in column] for column in zip(*group))
+            writer.write_table(pa.table([*map(pa.array, values, kinds)], schema=schema))
+
+
+def _utf8(value: Any) -> Any:
+    """Parquet holds UTF-8 only: other bytes of a name are escaped."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _write_maps(
+    file: BinaryIO, parts: Parts, outputs: Outputs, shape: tuple[int, ...], settings: dict[str, Any]
+) -> None:
+    """PNG files in the folder, and the table of images and their maps."""
+    folder, (height, width) = outputs.features.parent, shape[1:]
+    large = len(settings["classes"]) == 1 or len(settings["classes"]) > 256
+
+    def lines() -> Iterator[list[Any]]:
+        for number, (line, row) in enumerate(_rows(parts, outputs.index, height * width)):
+            name = None
+            if row is not None:
+                name = f"{number:06}-{Path(line['path']).stem}.png"
+                dtype = np.uint16 if large else np.uint8
+                values = row.reshape(height, width).clip(0, np.iinfo(dtype).max).round()
+                Image.fromarray(values.astype(dtype)).save(folder / name)
+            yield [line["path"], name, line.get("error")]
+
+    _write_csv(file, ["path", "map", "error"], lines())
