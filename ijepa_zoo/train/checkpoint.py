@@ -255,7 +255,8 @@ def verify(folder: Path) -> None:
 
     with ThreadPoolExecutor(_READERS) as pool:
         faults = [fault for fault in pool.map(fault, manifest) if fault]
-    if _STATE not in manifest:
+    own = {_STATE, ".metadata", *(file.name for file in folder.glob("__*"))}
+    if not own <= manifest.keys():
         faults.append(f"{folder / _MANIFEST} is damaged")
     if faults:
         raise CheckpointError("; ".join(faults))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import sys
 import threading
@@ -135,6 +136,8 @@ def pretrain(
                 received[0] if received else signal.SIGTERM,
             )
         if distributed.is_main and exported_step(out) != trainer.step:
+            for unfinished in out.glob(".export.*"):  # what a crash left behind
+                shutil.rmtree(unfinished)
             export_run(out, overwrite=True)
         distributed.barrier()
     return out / "export"

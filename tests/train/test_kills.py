@@ -75,6 +75,7 @@ def assert_equal(run, expected):
     assert same_state(run, expected)
     assert rows(run) == rows(expected)
     assert contents(run / "export") == contents(expected / "export")
+    assert {path.name for path in run.iterdir()} == {path.name for path in expected.iterdir()}
     assert not [path for path in run.rglob("*") if path.suffix in (".partial", ".deleted")]
 
 
