@@ -249,8 +249,8 @@ def test_full_disk(tmp_path):
         manager = CheckpointManager(tmp_path / "checkpoints", ALONE)
         save(manager, 5, 600)
         assert_fails_and_keeps(manager)
-        save(manager, 9)
-        assert manager.select() == 9
+        save(manager, 900)
+        assert manager.select() == 900
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 

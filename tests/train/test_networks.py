@@ -56,6 +56,7 @@ def test_class_token_of_a_plain_vit_is_dropped(no_embed_class, tmp_path, caplog)
 
 def test_start_from_a_vit_of_timm_by_name(monkeypatch, caplog):
     model, create = vit(), timm.create_model
+    model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": CONFIG.data.std}
 
     def create_model(name, **kwargs):
         if not name.startswith("vit_tiny_patch16_224"):
@@ -67,6 +68,7 @@ def test_start_from_a_vit_of_timm_by_name(monkeypatch, caplog):
     state = model.state_dict()
     state["pos_embed"] = state["pos_embed"][:, 1:]
     check_start("vit_tiny_patch16_224.augreg_in21k", state, caplog)
+    assert "data.mean=0.5,0.5,0.5" in caplog.text  # another normalization than the run's
 
 
 @pytest.mark.parametrize(("part", "named"), [({"reg_tokens": 2}, "reg_token"),
