@@ -445,7 +445,8 @@ def _load_yaml(text: str | bytes, origin: str) -> Any:
         value = yaml.load(text, _Loader)
         repr(value)  # integers of thousands of digits have none, and messages need it
     except Exception as error:  # PyYAML raises others than YAMLError for text such as `!!bool x`
-        raise SettingsError(f"{origin} is not YAML: {error}") from None
+        reason = getattr(error, "problem", None) or error  # without PyYAML's lines of context
+        raise SettingsError(f"{origin} is not YAML: {reason}") from None
     return value
 
 

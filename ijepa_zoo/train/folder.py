@@ -181,7 +181,11 @@ def _check_settings(
         before = override(before, **{f"optim.{n}": getattr(config.optim, n) for n in length})
     elif longer and config.optim.extend is None:
         advice = ", optim.extend=constant or optim.extend=cosine to extend it"
-    if differing := differences(before, config):
+    differing = differences(before, config)
+    if not config.optim.extended_from and before.optim.extended_from:
+        advice = f", with optim.extend={before.optim.extend}"
+        differing = [text for text in differing if not text.startswith("optim.extended_from")]
+    if differing:
         raise RunError(
             f"{out} has a run with other settings ({'; '.join(differing)}): use those settings to "
             f"resume it{advice}, or another folder for a new run"
