@@ -1,4 +1,4 @@
-"""README's Python runs as it stands, with the packaged model in the place of the large one."""
+"""README's Python runs as it stands, with the packaged model instead of the large one."""
 
 import re
 import shlex

@@ -63,7 +63,7 @@ DRAWS = 32  # steps whose masks are averaged to count I-JEPA's operations
 
 
 def words_of(args: argparse.Namespace, steps: int | None) -> list[str]:
-    """Settings of study.py's run, with MAE's rates in the place of I-JEPA's."""
+    """Settings of study.py's run, with MAE's rates instead of I-JEPA's."""
     words = overrides(args.size, "published", args.seed, steps, args.set)
     words += CROPS * args.mae_crops
     optim = load_config("vith14_in1k", words).optim

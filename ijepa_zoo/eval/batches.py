@@ -20,7 +20,7 @@ from .sets import EvalSet
 from .tasks import View
 from .views import Size, fixed_pixels, random_pixels
 
-_REPLACEMENTS = 20  # images tried in the place of a broken one
+_REPLACEMENTS = 20  # images that are tried instead of a broken one
 
 
 @dataclass

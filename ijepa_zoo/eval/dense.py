@@ -356,7 +356,7 @@ def _notes(probe: DenseProbe, figure: float, blind: float, kept: int, blank: int
     task, name = probe.task, probe.task.blind[-1]
     if figure != blind and (figure < blind) == task.higher_is_better:
         notes.append(
-            f"worse than {name}, which looks at no image ({task.measure} {figure:.4g}, {name} "
+            f"worse than {name}, which ignores the image ({task.measure} {figure:.4g}, {name} "
             f"{blind:.4g}): train longer, {option('epochs')}, or on more images"
         )
     if blank:

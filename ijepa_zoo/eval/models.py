@@ -25,7 +25,7 @@ from .words import option
 _TIMM, _FOLDER = "timm:", "local-dir:"
 _SOURCES = (_FOLDER, "hf-hub:")
 _LARGEST = 4096  # pixels of a side
-_NAMELESS = "a baseline with random weights needs the model's name in the place of the model"
+_NAMELESS = "a baseline with random weights needs the model's name instead of the model"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def open_model(
             (`vit_small_patch14_dinov2.lvd142m`, with or without `timm:` before it), a folder, among
             them those of pretraining runs, `local-dir:FOLDER` or `hf-hub:REPO`, or a folder that
             timm has saved, `timm:local-dir:FOLDER`.
-        random: The same architecture with random weights in the place of its own.
+        random: The same architecture with random weights instead of its own.
         seed: Decides the random weights.
         checkpoint: See :func:`ijepa_zoo.create_model`.
         network: See :func:`ijepa_zoo.create_model`.

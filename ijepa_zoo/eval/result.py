@@ -222,7 +222,7 @@ class Result:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    """Add a line, in the place of an earlier one of the same folder; one process at a time."""
+    """Add a line, instead of an earlier one of the same folder; one process at a time."""
     with FileLock(f"{path}.lock"):
         rows: list[dict[str, Any]] = []
         if path.exists():

@@ -43,4 +43,4 @@ def other_epochs(epochs: int, usual: int, whose: str) -> list[str]:
     """
     if epochs == usual:
         return []
-    return [f"{counted(epochs, 'epoch')} in the place of the {whose}'s {usual}"]
+    return [f"{counted(epochs, 'epoch')} instead of the {whose}'s {usual}"]

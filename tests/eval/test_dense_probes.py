@@ -355,7 +355,7 @@ def test_broken_images_are_left_out_and_named(subject, tmp_path):
     )
     assert result.images == {"fit": 4, "choose": 1, "test": 5}
     epochs, *_, undecoded = result.notes
-    assert epochs == f"1 epoch in the place of the protocol's {PROTOCOL.epochs}"
+    assert epochs == f"1 epoch instead of the protocol's {PROTOCOL.epochs}"
     assert undecoded.startswith("2 pairs could not be decoded (")
     assert "test/3.png: not an image" in undecoded
     assert "train/4_depth.png" in undecoded
@@ -487,7 +487,7 @@ def test_test_pairs_without_a_pixel_that_counts_are_told(subject, tmp_path):
     few, worse, blank = result.notes
     assert blank == "1 test pair without a pixel that counts: not among those tested"
     assert few == "chosen by 1 image only: with another seed another choice is likely"
-    assert worse.startswith("worse than the mean depth map, which looks at no image (RMSE ")
+    assert worse.startswith("worse than the mean depth map, which ignores the image (RMSE ")
     assert "train longer, epochs (--epochs)" in worse
     assert result.figure > result.baselines["rmse of the mean depth map"]
 

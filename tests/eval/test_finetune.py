@@ -469,7 +469,7 @@ def test_images_that_cannot_be_decoded_do_not_count(folder, tmp_path):
     result = _run(folder, tmp_path / "out", recipe=recipe, epochs=1)
     assert result.images == {"fit": 19, "test": 9}
     epochs, undecoded = result.notes
-    assert epochs == f"1 epoch in the place of the recipe's {PLAIN.epochs}"
+    assert epochs == f"1 epoch instead of the recipe's {PLAIN.epochs}"
     assert undecoded.startswith("2 images could not be decoded (")
     assert "train/dark/3.png: " in undecoded
     assert "test/dark/4.png: " in undecoded
