@@ -22,7 +22,6 @@ Metrics compare with each other, and with published ones only roughly. Differenc
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -38,7 +37,7 @@ from ..data.dense import DenseData, DenseDataset, open_depth, open_segmentation
 from ..data.loading import usable_cpus
 from ..distributed import init_distributed
 from ..errors import DataError, ImageError, SettingsError
-from ..models.classifier import Classifier, DenseHead, save_classifier
+from ..models.classifier import Classifier, DenseHead
 from .dense_features import DenseFeed, Indices
 from .dense_tasks import DenseTask, Depth, Segmentation, picture
 from .dense_training import (
@@ -51,6 +50,7 @@ from .dense_training import (
 from .epoch_state import EpochState
 from .models import Subject, as_subject, check_model
 from .notes import CACHED_AS_IS, few_to_choose, of_all_processes, undecoded
+from .probe import save_result_model
 from .result import Head, Result
 from .runs import once, run_folder
 from .words import counted, data_name, option, other_epochs
@@ -258,21 +258,12 @@ def _save_head(training: DenseTraining, subject: Subject, chosen: int, folder: P
     config, spec = training.probe.config, training.specs[chosen]
     head = DenseHead(**training.heads[chosen].args)
     head.load_state_dict(training.heads[chosen].state_dict())
-    opened = None if subject.name.endswith("random weights") else subject.given
-    if opened is not None and os.path.isdir(opened):
-        opened = f"local-dir:{opened}"
-    given = {"checkpoint": config.checkpoint, "network": config.network}
-    if config.checkpoint and os.path.exists(config.checkpoint):
-        given["checkpoint"] = os.path.abspath(config.checkpoint)
     layers: Any = spec.representation
-    model = Classifier(subject.model, head, layers, None, training.probe.pairs.class_names)
-    save_classifier(
-        folder / "model",
-        model,
-        encoder=opened,
-        encoder_args={name: value for name, value in given.items() if value is not None},
-        with_encoder=config.with_encoder or opened is None,
-        overwrite=True,
+    save_result_model(
+        Classifier(subject.model, head, layers, None, training.probe.pairs.class_names),
+        None if subject.name.endswith("random weights") else subject.given,
+        config,
+        folder,
         **training.probe.task.record(),
     )
 

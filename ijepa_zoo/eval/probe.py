@@ -430,22 +430,42 @@ def save_head(
     if not probe.distributed.is_main:
         return
     subject, config = source.subject, probe.config
-    opened = None if config.random else subject.given
+    pool, which = source.settings["pool"], cast("Layers", layers)
+    save_result_model(
+        Classifier(subject.model, head, which, pool, probe.train.classes),
+        None if config.random else subject.given,
+        config,
+        folder,
+        task=probe.task.name,
+        model=subject.name,
+        view=asdict(probe.protocol.view),
+        **record,
+    )
+
+
+def save_result_model(
+    classifier: Classifier, opened: str | None, config: EvalConfig, folder: Path, **record: Any
+) -> None:
+    """Save a classifier as `model` in a result's folder, with the encoder if nothing reopens it.
+
+    Args:
+        classifier: Encoder and head.
+        opened: Name that the encoder was opened by; None if there is none.
+        config: The options.
+        folder: Folder of the result.
+        record: Further entries of `config.json`.
+    """
     if opened is not None and os.path.isdir(opened):
         opened = f"local-dir:{opened}"
     given = {"checkpoint": config.checkpoint, "network": config.network}
     if config.checkpoint and os.path.exists(config.checkpoint):
         given["checkpoint"] = os.path.abspath(config.checkpoint)
-    pool, which = source.settings["pool"], cast("Layers", layers)
     save_classifier(
         folder / "model",
-        Classifier(subject.model, head, which, pool, probe.train.classes),
+        classifier,
         encoder=opened,
         encoder_args={name: value for name, value in given.items() if value is not None},
         with_encoder=config.with_encoder or opened is None,
         overwrite=True,
-        task=probe.task.name,
-        model=subject.name,
-        view=asdict(probe.protocol.view),
         **record,
     )

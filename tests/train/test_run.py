@@ -13,6 +13,7 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError, DataError, RunError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import Interrupted, NonFiniteLossError, Trainer, export_run, plot_run, pretrain
+from ijepa_zoo.train.checkpoint import checkpoint_steps
 from ijepa_zoo.train.logger import read_log
 
 IMAGES = pictures()
@@ -236,6 +237,7 @@ def test_ruined_weights_are_never_saved_nor_exported(tmp_path):
     with pytest.raises(NonFiniteLossError, match="not finite after step 1"):
         train(tmp_path / "c", change(every, optim={"lr": 3e38, "start_lr": 3e38}))
     for name in "abc":
+        assert checkpoint_steps(tmp_path / name / "checkpoints") == []
         assert not (tmp_path / name / "export").exists()
 
 
