@@ -72,13 +72,6 @@ _PROBES = {  # help, layout of the data, options of an example
 _LINEAR, _TRAINING = ("linear", "count", "depth"), ("finetune",)
 _HEADS = (*_LINEAR, "attentive")
 _DENSE = ("segmentation",)
-_FUNCTIONS: dict[str, Callable[..., Result]] = {
-    "linear": evaluate_linear,
-    "attentive": evaluate_attentive,
-    "knn": evaluate_knn,
-    "finetune": evaluate_finetune,
-    "logreg": evaluate_logreg,
-}
 # Every other option is an argument of the probe's function, with the same name.
 _OWN = {"run", "probe", "interrupted", "memory", "debug", "quiet"}
 
@@ -225,7 +218,14 @@ def _run(probe: str, given: dict[str, Any]) -> Result:
     if probe in ("count", "depth"):
         _leave_out(given, ("max_depth", "depth_scale"), "are for --task dense")
         return evaluate_linear(**{**given, "task": probe})
-    return _FUNCTIONS[probe](**given)
+    functions: dict[str, Callable[..., Result]] = {
+        "linear": evaluate_linear,
+        "attentive": evaluate_attentive,
+        "knn": evaluate_knn,
+        "finetune": evaluate_finetune,
+        "logreg": evaluate_logreg,
+    }
+    return functions[probe](**given)
 
 
 def _leave_out(given: dict[str, Any], names: Sequence[str], why: str) -> None:
