@@ -49,6 +49,27 @@ class Split:
         images = Subset(self.images, indices)
         return Split(images, self.targets[indices], self.classes, name, (*self.notes, *notes))
 
+    def with_classes(self, names: Sequence[str], several: bool) -> Split:
+        """The same images, with the numbers that their classes have in `names`.
+
+        Args:
+            names: Names of all classes; images of other classes have none.
+            several: Make a matrix of targets.
+        """
+        number_of = {name: number for number, name in enumerate(names)}
+        is_matrix = self.targets.ndim > 1
+        count = self.targets.shape[1] if is_matrix else int(self.targets.max()) + 1
+        own = [self.classes.get(number, str(number)) for number in range(count)]
+        # the last one is for -1, no class
+        numbers = np.array([*(number_of.get(name, -1) for name in own), -1], np.int64)
+        if several:
+            found = map(np.flatnonzero, self.targets) if is_matrix else self.targets[:, None]
+            rows = [[n for n in numbers[row].tolist() if n >= 0] for row in found]
+            targets = indicator_matrix(rows, len(names))
+        else:
+            targets = numbers[self.targets]
+        return replace(self, targets=targets, classes=dict(enumerate(names)))
+
 
 def open_splits(
     data: Any, test: Any = None, decoder: Decoder | None = None
@@ -158,23 +179,7 @@ def _same_classes(train: Split, test: Split) -> tuple[Split, Split]:
             f"'{next(iter(train.classes.values()))}' and '{next(iter(test.classes.values()))}'"
         )
     names = sorted({*train.classes.values(), *test.classes.values()})
-    return _renumbered(train, names, several), _renumbered(test, names, several)
-
-
-def _renumbered(split: Split, names: list[str], several: bool) -> Split:
-    """Classes with the numbers of their names; as a matrix where images have several."""
-    number_of = {name: number for number, name in enumerate(names)}
-    table = np.full(max(split.classes) + 2, -1, np.int64)  # the last place serves -1
-    for number, name in split.classes.items():
-        table[number] = number_of[name]
-    if split.targets.ndim > 1:
-        numbers = [table[np.flatnonzero(row)] for row in split.targets]
-    elif several:
-        numbers = [found[found >= 0] for found in table[split.targets][:, None]]
-    else:
-        return replace(split, targets=table[split.targets], classes=dict(enumerate(names)))
-    targets = indicator_matrix(numbers, len(names))
-    return replace(split, targets=targets, classes=dict(enumerate(names)))
+    return train.with_classes(names, several), test.with_classes(names, several)
 
 
 def _open_folder(path: str, decoder: Decoder) -> tuple[Split, Split | None]:

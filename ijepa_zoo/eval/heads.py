@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import Distributed
 from ..models.classifier import LinearHead
 from ..progress import skip
 from ..seeds import Stream, torch_generator
-from .accuracy import Counts, best_head, count_correct, likeliest
+from .accuracy import Metrics, best_head, classification_loss, compute_metrics
 from .epoch_state import EpochState, load_optimizer
 from .features import Source, not_finite, refuse_undecoded
 from .feeds import Feed
@@ -52,16 +51,7 @@ class HeadSpec:
 
 
 class Head(nn.Module):
-    """A linear layer, with a BatchNorm before it or without.
-
-    It starts as `torch.nn.Linear` does.
-
-    Args:
-        width: Number of features.
-        num_classes: Number of classes.
-        batch_norm: Whether to normalize.
-        seed: Of the first weights.
-    """
+    """A linear layer, with a BatchNorm before it or without; it starts as `torch.nn.Linear`."""
 
     def __init__(self, width: int, num_classes: int, batch_norm: bool, seed: int) -> None:
         super().__init__()
@@ -141,16 +131,16 @@ class Grid:
 
         Args:
             features: `[B, ...]` by representation.
-            labels: Classes `[B]`, int64.
+            labels: See `classification_loss`.
             lr_scale: Factor of the learning rates.
             distributed: The processes whose gradients are averaged, if each has its own images.
 
         Returns:
-            Cross-entropy of each head before the step, `[H]`.
+            Loss of each head before the step, `[H]`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
-        losses = torch.stack([F.cross_entropy(x, labels) for x in self.logits(features)])
+        losses = torch.stack([classification_loss(x, labels) for x in self.logits(features)])
         self.optimizer.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]
         if distributed is not None and distributed.world_size > 1:
@@ -158,10 +148,6 @@ class Grid:
                 _average_gradients(head, distributed)
         self.optimizer.step()
         return losses.detach()
-
-    def predict(self, features: dict[str, Tensor]) -> Tensor:
-        """The likeliest classes `[H, B, top]`."""
-        return torch.stack([likeliest(logits) for logits in self.logits(features)])
 
 
 def _average_gradients(head: nn.Module, distributed: Distributed) -> None:
@@ -184,14 +170,6 @@ def make_grid(
 
     Heads of equal width start from the same weights. BatchNorm has eps 1e-5 and momentum 0.1, and
     no weight decay.
-
-    Args:
-        specs: The heads.
-        widths: Width of each representation.
-        num_classes: Number of classes.
-        protocol: Optimizer and momentum.
-        seed: Of the first weights.
-        device: Device of the heads.
     """
     heads, groups = {}, []
     for spec in specs:
@@ -315,26 +293,26 @@ def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochStat
 
 def choose_and_test(
     probe: Probe, source: Source, feed: Feed, grid: Grid
-) -> tuple[int, Counts | None, Counts, int]:
+) -> tuple[int, Metrics | None, Metrics, int]:
     """Choose a head on validation images and test it alone; all are tested if there are none.
 
     Returns:
-        Its index, answers on the validation images (None without) and on the test images, and the
+        Its index, metrics of the validation images (None without) and of the test images, and the
         number of images that heads were fitted to.
     """
-    fitted = feed.fitted()
+    fitted, heads = feed.fitted(), len(grid.specs)
     tests = ("test", probe.test, np.arange(len(probe.test)))
     if not len(probe.choose):
-        test = count_correct(probe, source, feed.testing(), grid.predict, len(grid.specs))
+        test = compute_metrics(probe, source, feed.testing(), grid.logits, heads)
         refuse_undecoded(*tests, test.total, feed.broken)
         return best_head(test), None, test, fitted
-    val = count_correct(probe, source, feed.validation(), grid.predict, len(grid.specs))
+    val = compute_metrics(probe, source, feed.validation(), grid.logits, heads)
     refuse_undecoded("validation", probe.train, probe.choose, val.total, feed.broken)
     chosen = best_head(val)
 
-    def predict(features: dict[str, Tensor]) -> Tensor:
-        return likeliest(grid.logits_of(chosen, features))[None]
+    def logits(features: dict[str, Tensor]) -> list[Tensor]:
+        return [grid.logits_of(chosen, features)]
 
-    test = count_correct(probe, source, feed.testing(), predict, 1)
+    test = compute_metrics(probe, source, feed.testing(), logits, 1)
     refuse_undecoded(*tests, test.total, feed.broken)
     return chosen, val, test, fitted

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .accuracy import percent
 from .epoch_state import EpochState
 from .features import BlockFeatures, Source
 from .feeds import CachedFeed, Feed, OnlineFeed
@@ -139,7 +140,7 @@ def _finish(
         notes.insert(0, CACHED_AS_IS if probe.protocol.view.shape == "square" else _CROPS)
         if val is not None:
             name = grid.specs[chosen].representation
-            check = _convex_check(probe, source, feed, name, val.accuracies()[chosen])
+            check = _convex_check(probe, source, feed, name, val.values()[chosen])
             notes += [check["warning"]] if check.get("warning") else []
     spec, head = grid.specs[chosen], grid.modules[chosen]
     if isinstance(source, BlockFeatures) and isinstance(head, Head):
@@ -166,27 +167,25 @@ def _convex_check(
     """
     classes = probe.num_classes
     most = max(int(_CHECK_WORK / (source.widths[name] * classes)), 2 * classes)
-    places = np.linspace(0, len(feed.fit), min(most, len(feed.fit)), endpoint=False).astype(int)
+    chosen = np.linspace(0, len(feed.fit), min(most, len(feed.fit)), endpoint=False).astype(int)
     (x, y), (val, answers) = (
         (
-            source.split(feed.train.rows)[name][of].to(feed.device),
-            feed.labels(probe.train, feed.train, of),
+            source.split(feed.train.rows)[name][rows].to(feed.device),
+            feed.labels(probe.train, feed.train, rows),
         )
-        for of in (feed.fit[places], feed.choose)
+        for rows in (feed.fit[chosen], feed.choose)
     )
-    found, best, correct = None, 0.0, -1
+    fitted, best, convex = None, 0.0, -1.0
     for c in _CHECK_CS:
-        found = fit_logistic(x, y, c, classes, start=found, max_iterations=100)
-        right = int((found.logits(val).argmax(dim=1) == answers).sum())
-        if right > correct:
-            best, correct = c, right
-    convex = 100 * correct / len(answers)
+        fitted = fit_logistic(x, y, c, classes, start=fitted, max_iterations=100)
+        if (found := percent(fitted.logits(val), answers)) > convex:
+            best, convex = c, found
     error = 100 * math.sqrt(convex / 100 * (1 - convex / 100) / len(answers))
     check: dict[str, Any] = {
         "method": "logistic regression, L-BFGS",
         "representation": name,
         "C": best,
-        "fit_images": len(places),
+        "fit_images": len(chosen),
         "held_out": convex,
         "held_out_sgd": sgd,
     }

@@ -65,7 +65,7 @@ def lost_classes(train: EvalSet, rows: Targets, broken: Mapping[str, str]) -> li
     if not broken:
         return []  # of a million images no names are asked for
     good = np.array([train.images.name(row) not in broken for row in rows.tolist()], np.bool_)
-    left = np.bincount(train.labels[rows[good]], minlength=len(train.classes))
+    left = train.class_sizes(rows[good])
     lost = [f"'{train.classes[k]}'" for k in np.flatnonzero(left == 0).tolist()]
     if not lost:
         return []

@@ -172,6 +172,7 @@ class Classifier(nn.Module):
         layers: See :class:`ijepa_zoo.FeatureExtractor`.
         pool: See there; the attentive and dense heads always take patch tokens, None.
         class_names: Names of the classes, in the order of the logits.
+        multi_label: The logits are of independent classes (sigmoid instead of softmax).
 
     Raises:
         SettingsError: The head does not have the width of the features, or a name is missing.
@@ -184,6 +185,7 @@ class Classifier(nn.Module):
         layers: Layers = "last",
         pool: str | None = "auto",
         class_names: Sequence[str] | None = None,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         pool = pool if isinstance(head, LinearHead) else None
@@ -198,6 +200,7 @@ class Classifier(nn.Module):
             )
         self.weights_origin = "a classifier in memory"
         self.class_names = None if class_names is None else list(class_names)
+        self.multi_label = multi_label
 
     @property
     def encoder(self) -> Any:
@@ -294,6 +297,7 @@ def save_classifier(
         "layers": classifier.extractor.layers,
         "pool": classifier.extractor.pool,
         "class_names": classifier.class_names,
+        "multi_label": classifier.multi_label,
         "encoder": ENCODER if with_encoder else _absolute(str(encoder)),
         "encoder_args": {} if with_encoder else dict(encoder_args or {}),
         "encoder_hash": fingerprint,
@@ -326,7 +330,8 @@ def load_classifier(folder: str | Path) -> Classifier:
             source = f"{FOLDER_PREFIX}{folder / ENCODER}"
         encoder = _open_encoder(source, (height, width), args)
         classifier = Classifier(
-            encoder, head, config["layers"], config["pool"], config["class_names"]
+            *(encoder, head, config["layers"], config["pool"], config["class_names"]),
+            config.get("multi_label", False),
         )
         expected = config["encoder_hash"]
     except (KeyError, TypeError) as error:

@@ -200,16 +200,10 @@ def test_data_sets_in_memory() -> None:
     assert (len(train), len(test)) == (16, 4)
 
 
-@pytest.mark.parametrize(
-    ("classes", "words"),
-    [
-        ({"a": 20}, "all of one class, 'a'"),
-    ],
-)
-def test_too_little_to_train_on(tmp_path: Path, classes: dict[str, int], words: str) -> None:
-    put(tmp_path / "train", classes)
+def test_too_little_to_train_on(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"a": 20})
     put(tmp_path / "val", {"a": 1, "b": 1})
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match="one class, a"):
         opened(tmp_path)
 
 
@@ -248,11 +242,7 @@ def test_what_is_no_labelled_data_set(tmp_path: Path) -> None:
 def test_the_number_of_classes_must_be_the_tasks(tmp_path: Path) -> None:
     put(tmp_path, {f"c{k}": 5 for k in range(10)})
     assert len(opened(tmp_path, find_task("cifar10"))[0].classes) == 10
-    with pytest.raises(
-        DataError,
-        match=r"CIFAR-100 has 100 classes, these data have 10 \('c0', 'c1', ...\): use "
-        "--task cifar10 or --task classes",
-    ):
+    with pytest.raises(DataError, match=r"100 classes, .* 10 "):
         opened(tmp_path, find_task("cifar100"))
 
 
