@@ -127,16 +127,13 @@ class Grid:
         lr_scale: float,
         distributed: Distributed | None = None,
     ) -> Tensor:
-        """One step of every head.
+        """One step of every head; returns their losses before it, `[H]`.
 
         Args:
             features: `[B, ...]` by representation.
             labels: See `classification_loss`.
             lr_scale: Factor of the learning rates.
             distributed: The processes whose gradients are averaged, if each has its own images.
-
-        Returns:
-            Loss of each head before the step, `[H]`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
@@ -196,12 +193,6 @@ class LARS(torch.optim.Optimizer):
     gradient *with* weight decay, and the factor is 1 where a length is 0. NVIDIA's and timm's
     versions divide by the sum of the lengths of gradient and weight decay. Biases and BatchNorm
     take plain steps (`exclude_bias_and_norm`).
-
-    Args:
-        params: Parameters or groups with `lr` and `weight_decay`.
-        lr: Learning rate of groups without one.
-        momentum: Momentum.
-        weight_decay: Weight decay of groups without one.
     """
 
     def __init__(
@@ -241,13 +232,6 @@ class Trained:
 
 def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochState) -> Trained:
     """Train all heads; the state is written after every epoch.
-
-    Args:
-        probe: Data and protocol.
-        source: The frozen encoder.
-        feed: Its features.
-        grid: The heads.
-        state: Where the state of an unfinished run is read from and written to.
 
     Raises:
         RunError: Features are not finite, or the state is damaged.

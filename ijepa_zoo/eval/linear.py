@@ -69,7 +69,7 @@ def evaluate_linear(
     exchange their features, so heads and BatchNorm see whole batches.
 
     Args:
-        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
+        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`, as `model`, `data` and `out`.
         model: See there.
         data: See there.
         out: See there.
@@ -95,7 +95,8 @@ def evaluate_linear(
 
         def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
             started = time.perf_counter()
-            with probe.bar(_images(probe), f"{probe.task.name}, {source.about['name']}") as bar:
+            images = probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
+            with probe.bar(images, f"{probe.task.name}, {source.about['name']}") as bar:
                 feed = fed(probe, source, bar)
                 grid = linear_grid(probe, source)
                 state = EpochState(folder / "state.pt", settings, probe.distributed)
@@ -109,10 +110,6 @@ def evaluate_linear(
 
     config = EvalConfig(task=task, model=model, data=data, out=out, **options)
     return evaluate(config, run, prepare=prepare)
-
-
-def _images(probe: Probe) -> int:
-    return probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
 
 
 def linear_grid(probe: Probe, source: Source) -> Grid:
@@ -159,11 +156,10 @@ def _finish(
 def _convex_check(
     probe: Probe, source: Source, feed: CachedFeed, name: str, sgd: float
 ) -> dict[str, Any]:
-    """Is SGD far from its goal? Logistic regression on the features of the chosen head.
+    """Logistic regression on the features of the chosen head: is SGD far from its minimum?
 
-    It sees the same images without their mirror images, at most as many as take some seconds, and
-    is measured on the same validation images. `warning` is there where SGD is more than one point
-    and two standard errors behind.
+    It sees the same images without their mirror images, at most as many as take some seconds.
+    `warning` is there where SGD is more than one point and two standard errors behind.
     """
     classes = probe.num_classes
     most = max(int(_CHECK_WORK / (source.widths[name] * classes)), 2 * classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,10 @@ def open_task(
     skip_broken: bool = False,
     progress: bool = False,
 ) -> tuple[EvalSet, EvalSet]:
-    """Open the data of a task; no image is decoded.
+    """Training and test set of a task; no image is decoded.
+
+    Data without a test part are split 80:20 with a fixed seed. `notes` of the sets say what was
+    left out or split.
 
     Args:
         task: See :func:`~ijepa_zoo.eval.tasks.find_task`.
@@ -135,10 +138,6 @@ def open_task(
         decoder: See `open_images`.
         skip_broken: Leave out images that cannot be decoded.
         progress: Show a progress bar while rendering.
-
-    Returns:
-        Training and test set; data without a test part are split 80:20 with a fixed seed. Their
-        `notes` say what was left out or split.
 
     Raises:
         DataError: The data cannot be used, or do not fit the task.
@@ -156,20 +155,16 @@ def open_task(
 
 
 def split_classes(labels: Labels, share: float, seed: int, use: int = 0) -> tuple[Targets, Targets]:
-    """Share images out at random, so that every class gives its share to within one image.
+    """Indices of two parts, of which every class gives its share to within one image.
 
-    An image of several classes counts for the rarest of them.
+    An image of several classes counts for the rarest of them. The only image of a class is in the
+    first part.
 
     Args:
         labels: `[n]` class numbers, or 0/1 `[n, C]`.
         share: Share of the second part, at most 0.5.
         seed: The run's seed.
         use: Number of the split, so that two splits of a seed differ.
-
-    Returns:
-        Sorted indices int64 of the first part and of the second, which has `n * share` images,
-        rounded up or down; fewer only where classes have a single image, which stays in the first
-        part, so that no class is missing there.
     """
     if labels.ndim > 1:
         labels = _rarest(labels)
@@ -195,16 +190,10 @@ def split_to_choose(train: EvalSet, seed: int) -> tuple[Targets, Targets]:
 
 
 def listed_rows(train: EvalSet, files: str | Path) -> Targets:
-    """Indices of the images that a list names.
+    """Sorted indices of the images that a text file names, as the 1 % list of ImageNet does.
 
-    Args:
-        train: The training set.
-        files: A text file in the format of the 1 % list of ImageNet: one file name a line
-            (`n01440764_10043.JPEG`), or with folders (`n01440764/n01440764_10043.JPEG`) where
-            names alone are not unique.
-
-    Returns:
-        Sorted int64.
+    A line is a file name (`n01440764_10043.JPEG`), with folders (`n01440764/n01440764_10043.JPEG`)
+    where names alone are not unique.
 
     Raises:
         DataError: The list cannot be read or is empty, names an image that does not exist, or one
@@ -271,17 +260,10 @@ def _open(
 ) -> tuple[Split, Split | None]:
     if task.kind == "classes":
         if isinstance(data, str) and data.startswith(_SCENES):
-            raise DataError(
-                f"'{data}' renders scenes, which have numbers of objects and distances, but no "
-                "classes: use `eval count` or `eval depth`, or the task 'count' or 'depth' "
-                "(--task count) of linear and knn"
-            )
+            raise DataError(f"'{data}' renders scenes without classes: use --task count or depth")
         return open_splits(data, test, decoder)
     if test is not None or not isinstance(data, str | os.PathLike):
-        raise DataError(
-            f"task {task.name!r} takes one folder of CLEVR or scenes:TRAIN,TEST, which hold the "
-            "test scenes too"
-        )
+        raise DataError(f"task {task.name!r} takes a folder of CLEVR or scenes:TRAIN,TEST alone")
     return open_clevr(data, task.kind, workers=workers, decoder=decoder, progress=progress)
 
 
@@ -328,12 +310,17 @@ def _matched(task: Task, trained: Split, tested: Split) -> tuple[EvalSet, EvalSe
         EvalSet(part.images, found, names, part.name, part.notes)
         for part, found in zip((trained, tested), labels)
     )
-    notes = _remarks(task, trained, train)
     absent = [f"'{names[k]}'" for k in np.flatnonzero(test.class_sizes() == 0).tolist()]
     if absent:
         note = f"the {test.split} part has no image of {len(absent)} of {len(names)} classes"
         test = replace(test, notes=(*test.notes, f"{note} ({some(absent)})"))
-    return replace(train, notes=(*train.notes, *notes)), test
+    if task.kind != "classes" and task.num_classes != len(names):
+        note = (
+            f"{task.title} has {task.num_classes} classes, these training scenes have "
+            f"{len(names)}: accuracies do not compare with the paper's"
+        )
+        train = replace(train, notes=(*train.notes, note))
+    return train, test
 
 
 def _name(trained: Split, tested: Split, number: int) -> str:
@@ -352,23 +339,3 @@ def _without(part: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
         f"for example '{part.images.name(int(gone[0]))}'"
     )
     return part.subset(np.flatnonzero(kept), part.name, [note])
-
-
-def _remarks(task: Task, trained: Split, train: EvalSet) -> Iterator[str]:
-    classes = len(train.classes)
-    if task.kind != "classes" and classes != task.num_classes:
-        yield (
-            f"{task.title} has {task.num_classes} classes, these training scenes have {classes}: "
-            "accuracies do not compare with the paper's"
-        )
-    if not trained.classes and not train.multi_label:
-        numbers = np.unique(trained.targets)
-        if numbers[-1] != classes - 1:
-            yield (
-                f"the labels are {classes} numbers from {numbers[0]} to {numbers[-1]}; they count "
-                f"as 0 to {classes - 1} in their order"
-            )
-    single = np.flatnonzero(train.class_sizes() == 1).tolist()
-    if single:
-        named = some([f"'{train.classes[k]}'" for k in single])
-        yield f"{len(single)} of {classes} classes have a single training image ({named})"
