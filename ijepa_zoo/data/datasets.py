@@ -509,7 +509,7 @@ def _labels_of(data: Any, name: str) -> Labels | None:
             continue
         if (found := _class_numbers(values, len(data))) is not None:
             return found
-        if not attribute.startswith("_"):
+        if attribute in ("targets", "labels"):
             _log.warning(
                 "%s.%s are neither one integer for each image nor 0 or 1 for each class, so they "
                 "are not its classes", name, attribute,

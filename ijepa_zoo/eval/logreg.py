@@ -108,11 +108,7 @@ def draw_per_class(labels: Targets, number: int, seed: int) -> Targets:
 
 
 def with_rows(probe: Probe, rows: Targets, chosen: dict[str, Any]) -> Probe:
-    """The probe with some of the training images.
-
-    Raises:
-        DataError: They are of fewer than two classes.
-    """
+    """The probe with some of the training images; refused if they are of one class."""
     train = probe.train
     sizes = train.class_sizes(rows)
     present = sizes[sizes > 0]
@@ -181,13 +177,10 @@ def _sweep(
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted classifier.
+    """A fitted classifier: weights `[C, D]` and biases `[C]`.
 
-    Attributes:
-        weight: `[C, D]`.
-        bias: `[C]`.
-        objective: What was minimized, divided by C and the number of images.
-        converged: Whether it ended before the most steps that it may take.
+    `objective` was minimized, divided by C and the number of images; not `converged` where the
+    steps did not suffice.
     """
 
     weight: Tensor

@@ -29,13 +29,7 @@ _FLOOR = 0.1  # added to every depth bin
 
 
 class LinearHead(nn.Module):
-    """Linear classifier of pooled features, optionally behind a BatchNorm without affine.
-
-    Args:
-        in_features: Width of the features.
-        num_classes: Number of classes.
-        batch_norm: Normalize the features by running statistics first.
-    """
+    """Linear classifier of pooled features, optionally behind a BatchNorm without affine."""
 
     def __init__(self, in_features: int, num_classes: int, batch_norm: bool = False) -> None:
         super().__init__()
@@ -59,12 +53,6 @@ class AttentiveHead(nn.Module):
     A learned query attends to the patch tokens (cross-attention with one LayerNorm before its keys
     and values), followed by a residual MLP and a linear layer. Initialized as there: std 0.02, the
     two residual projections divided by sqrt(2).
-
-    Args:
-        embed_dim: Width of the tokens.
-        num_classes: Number of classes.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden width of the MLP as a multiple of `embed_dim`.
     """
 
     def __init__(
@@ -110,15 +98,10 @@ class AttentiveHead(nn.Module):
 class DenseHead(nn.Module):
     """Linear head on every patch, a 1x1 convolution, optionally behind a BatchNorm2d.
 
-    Args:
-        in_features: Width of the patch features.
-        num_outputs: Channels of the convolution: classes, depth bins, or 1.
-        batch_norm: Normalize the features by running statistics first.
-        depth_range: The channels score bins of uniform depth from the first to the second number,
-            and the output is depth: the mean of the bins weighted by `relu(score) + 0.1`, as in
-            DINOv2 (facebookresearch/dinov2 `BNHead`) and AdaBins (arXiv 2011.14141).
-        upsample: Factor by which the scores of bins are upsampled bilinearly first. DINOv2
-            upsamples the features, which makes no difference to a linear layer.
+    With a `depth_range` the channels score bins of uniform depth between the two numbers, and the
+    output is depth: the mean of the bins weighted by `relu(score) + 0.1`, as in DINOv2
+    (facebookresearch/dinov2 `BNHead`) and AdaBins (arXiv 2011.14141). The scores are upsampled
+    first; DINOv2 upsamples the features, which makes no difference to a linear layer.
     """
 
     def __init__(
@@ -231,14 +214,10 @@ class Classifier(nn.Module):
         return getattr(self.encoder, "patch_embed", None)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify images.
+        """Logits `[B, num_classes]`; maps `[B, num_outputs, H, W]` with a dense head.
 
         Args:
             images: `[B, C, H, W]`, transformed by :func:`ijepa_zoo.create_transform`.
-
-        Returns:
-            Logits `[B, num_classes]`; with a dense head maps `[B, num_outputs, H, W]`, resized
-            bilinearly from the patch grid.
         """
         features = self.extractor(images)
         if isinstance(self.head, AttentiveHead):
@@ -284,6 +263,9 @@ def save_classifier(
     """
     if encoder is None and not with_encoder:
         raise SettingsError("an encoder in memory has no source: save it too, with_encoder=True")
+    if encoder is not None and encoder.startswith(FOLDER_PREFIX):  # valid from everywhere
+        path = Path(encoder.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+        encoder = f"{FOLDER_PREFIX}{path}"
     folder, head = Path(folder), classifier.head
     written = (CONFIG, HEAD, ENCODER)
     check_destination(folder, written, overwrite)
@@ -298,7 +280,7 @@ def save_classifier(
         "pool": classifier.extractor.pool,
         "class_names": classifier.class_names,
         "multi_label": classifier.multi_label,
-        "encoder": ENCODER if with_encoder else _absolute(str(encoder)),
+        "encoder": ENCODER if with_encoder else encoder,
         "encoder_args": {} if with_encoder else dict(encoder_args or {}),
         "encoder_hash": fingerprint,
         "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
@@ -360,13 +342,6 @@ def read_classifier_config(folder: str | Path) -> dict[str, Any] | None:
         return None  # the readers of other folders name the damage
     is_ours = isinstance(config, dict) and config.get("ijepa_zoo") == KIND
     return config if is_ours else None
-
-
-def _absolute(source: str) -> str:
-    """A folder's path, valid from everywhere."""
-    if not source.startswith(FOLDER_PREFIX):
-        return source
-    return f"{FOLDER_PREFIX}{Path(source.removeprefix(FOLDER_PREFIX)).expanduser().resolve()}"
 
 
 def _open_encoder(source: str, size: tuple[int, int], args: dict[str, Any]) -> Any:
