@@ -43,7 +43,7 @@ class LabeledFiles(FileDataset):
             name, split = row["path"], row.get("split", "").lower()
             if not name:
                 raise DataError(f"line {line} of '{path}' has no path")
-            if split not in ("", *TRAIN, *TEST):
+            if "split" in row and split not in (*TRAIN, *TEST):
                 raise DataError(f"line {line} of '{path}' has the split '{split}': use train, test")
             file = os.path.normpath(os.path.join(folder, name))
             found = (label.strip() for label in row["label"].split(_BETWEEN))

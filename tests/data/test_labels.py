@@ -86,7 +86,7 @@ def test_both_splits_are_matrices_with_the_same_columns(folder: Path) -> None:
 
 def test_splits_of_one_csv(folder: Path) -> None:
     rows = [f"photos/{i}.png,{'ab'[i % 2]},{split}" for i, split in
-            enumerate(["train", "train", "val", "test", "train", ""])]  # fmt: skip
+            enumerate(["train", "train", "val", "test", "train", "valid"])]  # fmt: skip
     path = write(folder / "labels.csv", "\n".join(["path,label,split", *rows]))
     train, test = open_splits(path)
     assert (levels(train.images), levels(test.images)) == ([0, 1, 4], [3])
@@ -109,6 +109,7 @@ def test_splits_of_one_csv(folder: Path) -> None:
         ("path,label\nphotos/0.png,a, b\n", "quotes"),
         ("path,label\nphotos/0.png,a\nphotos/9.png,b\n", r"1 of 2 .*9\.png"),
         ("path,label,split\nphotos/0.png,a,here\n", "here"),
+        ("path,label,split\nphotos/0.png,a\n", "line 2"),
         ("path,label,split\nphotos/0.png,a,train\nphotos/0.png,a,val\n", r"0\.png"),
         ("path,label,split\nphotos/0.png,a,val\n", "train"),
         ("path,label\nphotos/0.png,\n", "no classes"),
