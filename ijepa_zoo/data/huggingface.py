@@ -79,7 +79,7 @@ class HFDataset(ImageDataset):
             names = sorted({label for found in lists for label in found})
             number_of = {name: number for number, name in enumerate(names)}
             lists = [[number_of[label] for label in found] for found in lists]
-        elif not getattr(item, "dtype", "").startswith(("int", "uint")):
+        elif not getattr(item, "dtype", "").startswith(("int", "uint", "bool")):
             _log.warning(
                 "%s: column '%s' is %s, not classes, so the images have no classes; name another "
                 "with label=COLUMN", self._name, column, kind,

@@ -355,7 +355,6 @@ def test_other_kinds_of_labels_are_ignored_with_a_warning(
     for values, kind in (
         ([{"a": 1}] * 6, {"a": datasets.Value("int64")}),
         ([0.5] * 6, datasets.Value("float32")),
-        ([True] * 6, datasets.Value("bool")),
     ):
         caplog.clear()
         images = open_images(hf_data({**rows, "label": values}, kind))

@@ -223,3 +223,4 @@ def test_hugging_face_columns_of_lists_and_of_names(tmp_path: Path) -> None:
     assert labels(opened([["b"], ["a", "b"], []], datasets.Sequence(text))) == ["b", "a;b", None]
     numbers = opened([4, None, 2], datasets.Value("int64"))
     assert numbers.targets.tolist() == [4, -1, 2]
+    assert opened([True, False, True], datasets.Value("bool")).targets.tolist() == [1, 0, 1]
