@@ -173,6 +173,25 @@ def test_probes_choose_and_test_by_mean_average_precision(labels, tmp_path, prob
         assert found[name] == pytest.approx(float(logit.sigmoid()), abs=1e-4)
 
 
+def test_a_saved_head_and_other_labels(labels, tmp_path):
+    options = {"cs": (1.0,), **OPTIONS}
+    evaluate_logreg(TASK, encoder(), labels, tmp_path / "several", **options)
+    (head,) = tmp_path.glob("several/*/model")
+    other = labels.with_name("one.csv")
+    other.write_text("path,label\n30.png,red\n31.png,white\n32.png,blue\n33.png,red\n")
+    result = evaluate_head(head, other, tmp_path, **OPTIONS)
+    assert result.images == {"test": 4}
+    other.write_text("path,label\n30.png,white\n")
+    with pytest.raises(DataError, match="red"):
+        evaluate_head(head, other, tmp_path, **OPTIONS)
+    lines = [f"{i:02}.png,{'red' if i % 2 else 'blue'}" for i in range(30)]
+    other.write_text("\n".join(["path,label", *lines]))
+    evaluate_logreg(TASK, encoder(), other, tmp_path / "one", **options)
+    (head,) = tmp_path.glob("one/*/model")
+    with pytest.raises(DataError, match="several"):
+        evaluate_head(head, labels, tmp_path, **OPTIONS)
+
+
 def test_the_test_set_may_choose(labels, tmp_path):
     options = {"select_on_test": True, **HEADS, **OPTIONS}
     result = evaluate_linear(TASK, encoder(), labels, tmp_path, cached=True, **options)
