@@ -50,37 +50,6 @@ class HeadSpec:
         return f"{self.representation} {self.kind} lr={self.lr:g} wd={self.weight_decay:g}"
 
 
-class Head(nn.Module):
-    """A linear layer, with a BatchNorm before it or without; it starts as `torch.nn.Linear`."""
-
-    def __init__(self, width: int, num_classes: int, batch_norm: bool, seed: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width) if batch_norm else None
-        self.linear = nn.Linear(width, num_classes, device="meta").to_empty(device="cpu")
-        bound, generator = 1 / math.sqrt(width), torch_generator(seed, Stream.EVAL_INIT)
-        for parameter in (self.linear.weight, self.linear.bias):
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits `[B, C]` of features `[B, D]`."""
-        logits: Tensor = self.linear(features if self.norm is None else self.norm(features))
-        return logits
-
-    @torch.no_grad()
-    def fold(self) -> LinearHead:
-        """The same head in evaluation mode; the affine part of BatchNorm goes into the weights."""
-        folded = LinearHead(
-            self.linear.in_features, self.linear.out_features, batch_norm=self.norm is not None
-        )
-        weight, bias = self.linear.weight.detach(), self.linear.bias.detach()
-        if self.norm is not None:
-            bias = bias + weight @ self.norm.bias
-            weight = weight * self.norm.weight
-            folded.norm.load_state_dict(dict(self.norm.named_buffers()))
-        folded.linear.load_state_dict({"weight": weight, "bias": bias})
-        return folded.eval()
-
-
 class Grid:
     """Heads that are trained together, each as if it were alone.
 
@@ -171,11 +140,15 @@ def make_grid(
     heads, groups = {}, []
     for spec in specs:
         width = widths[spec.representation]
-        heads[spec] = head = Head(width, num_classes, spec.kind == "bn", seed).to(device)
+        head = LinearHead(width, num_classes, batch_norm=spec.kind == "bn")
+        bound, generator = 1 / math.sqrt(width), torch_generator(seed, Stream.EVAL_INIT)
+        for parameter in head.linear.parameters():  # as torch.nn.Linear
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        heads[spec] = head.to(device)
         rates = {"lr": spec.lr, "base_lr": spec.lr}
         decay = {"weight_decay": spec.weight_decay}
         groups.append({"params": [*head.linear.parameters()], **rates, **decay})
-        if head.norm is not None:
+        if spec.kind == "bn":
             groups.append({"params": [*head.norm.parameters()], **rates, "weight_decay": 0.0})
     optimizer: torch.optim.Optimizer
     if protocol.optimizer == "lars":

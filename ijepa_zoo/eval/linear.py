@@ -17,7 +17,7 @@ from .accuracy import percent
 from .epoch_state import EpochState
 from .features import BlockFeatures, Source
 from .feeds import CachedFeed, Feed, OnlineFeed
-from .heads import Grid, Head, HeadSpec, Trained, choose_and_test, make_grid, train
+from .heads import Grid, HeadSpec, Trained, choose_and_test, make_grid, train
 from .logreg import fit_logistic
 from .models import Subject
 from .notes import CACHED_AS_IS
@@ -140,8 +140,8 @@ def _finish(
             check = _convex_check(probe, source, feed, name, val.values()[chosen])
             notes += [check["warning"]] if check.get("warning") else []
     spec, head = grid.specs[chosen], grid.modules[chosen]
-    if isinstance(source, BlockFeatures) and isinstance(head, Head):
-        save_head(probe, source, head.fold(), spec.representation, folder, chosen=spec.name)
+    if isinstance(source, BlockFeatures):
+        save_head(probe, source, head, spec.representation, folder, chosen=spec.name)
     result = make_result(
         *(probe, source, "linear", {**protocol, "batch_size": feed.batch_size}, grid.names),
         *(chosen, val, test, feed.broken, fitted),

@@ -29,7 +29,7 @@ _FLOOR = 0.1  # added to every depth bin
 
 
 class LinearHead(nn.Module):
-    """Linear classifier of pooled features, optionally behind a BatchNorm without affine."""
+    """Linear classifier of pooled features, optionally behind a BatchNorm."""
 
     def __init__(self, in_features: int, num_classes: int, batch_norm: bool = False) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class LinearHead(nn.Module):
             "num_classes": num_classes,
             "batch_norm": batch_norm,
         }
-        self.norm = nn.BatchNorm1d(in_features, affine=False) if batch_norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(in_features) if batch_norm else nn.Identity()
         self.linear = nn.Linear(in_features, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:

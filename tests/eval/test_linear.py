@@ -42,7 +42,7 @@ def evaluate(pictures, tmp_path):
 def _trained_alone(head, x, y, lr, weight_decay):
     """torch.optim.SGD on the whole training set at once; returns the last loss."""
     groups = [{"params": head.linear.parameters(), "weight_decay": weight_decay}]
-    groups += [] if head.norm is None else [{"params": head.norm.parameters()}]
+    groups += [{"params": p} for p in head.norm.parameters()]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
     head.train()
     for epoch in range(PROTOCOL.epochs):
