@@ -112,11 +112,11 @@ def with_rows(probe: Probe, rows: Targets, chosen: dict[str, Any]) -> Probe:
     present = sizes[sizes > 0]
     if len(present) < 2:
         raise DataError(f"the chosen images ({chosen}) are of one class; use at least two")
-    each = f"{present.min()} to {present.max()}" if present.min() < present.max() else present[0]
     how = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in chosen.items())
-    notes = [f"{len(rows)} of {len(train)} training images, {each} of a class: {how}"]
-    if len(present) < len(sizes):
-        notes.append(f"{len(sizes) - len(present)} of {len(sizes)} classes have no chosen image")
+    notes = [
+        f"{len(rows)} of {len(train)} training images, {present.min()} to {present.max()} of each "
+        f"of {len(present)} classes: {how}"
+    ]
     images, labels = Subset(train.images, rows), train.labels[rows]
     few = replace(train, images=images, labels=labels, notes=(*train.notes, *notes))
     fit, choose = split_to_choose(few, probe.seed)
