@@ -42,9 +42,10 @@ def predict(
     """Predict the classes of images and write them as a table.
 
     Columns are `path`, `label` and `probability`, for `topk` above 1 also `label_2`,
-    `probability_2`, ..., and `error`: why an image could not be read. With a dense head, `out` is a
-    folder of PNG files instead, one per image, of the size of the model's input: class numbers,
-    or the values of a single channel times 1000 in 16 bits.
+    `probability_2`, ..., and `error`: why an image could not be read. The probabilities of a
+    classifier for several labels per image are independent of each other. With a dense head, `out`
+    is a folder of PNG files instead, one per image, of the size of the model's input: class
+    numbers, or the values of a single channel times 1000 in 16 bits.
 
     Args:
         inputs: See :func:`ijepa_zoo.extract_features`.
@@ -113,7 +114,9 @@ class _TopK(_Predictions):
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        best = self.model(images).float().softmax(dim=1).topk(self.topk)
+        logits = self.model(images).float()
+        several = getattr(self.model, "multi_label", False)
+        best = (logits.sigmoid() if several else logits.softmax(dim=1)).topk(self.topk)
         return torch.cat([best.values, best.indices.float()], dim=1)
 
 

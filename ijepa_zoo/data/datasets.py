@@ -24,12 +24,17 @@ from ..errors import DataError, ImageError
 from .decode import Decoder, Pixels, Raw
 from .files import File, is_compressed, open_shard
 
-Targets = npt.NDArray[np.int64]
+Targets = npt.NDArray[np.int64]  # class numbers or indices
+Labels = npt.NDArray[Any]  # Targets, or several labels per image: uint8 0/1, `[n, C]`
 
 _SAMPLED = 64  # images that a fingerprint reads
 _OPEN_SHARDS = 64  # open files that random access to many shards may hold
 _BYTES_PER_PIXEL, _METADATA = 8, 1 << 26  # no file of an image is larger
 _INDEX_VERSION = 2
+# attributes of torchvision's datasets: class numbers, (image, class) or (class, image), names
+_NUMBERS = ("targets", "labels", "_labels", "y", "attr")
+_PAIRS = {"_samples": 1, "samples": 1, "index": 0}
+_NAMES = ("classes", "categories", "all_categories", "attr_names")
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +47,8 @@ class ImageDataset(ABC):
 
     Attributes:
         decoder: Makes pixels of what `raw` gives.
-        targets: `[n]` class of each image, -1 for none; None where there are no classes.
+        targets: `[n]` class of each image, -1 for none, or a 0/1 matrix `[n, C]` where images
+            have several; None where there are no classes.
         classes: Names of the classes, where they are known.
         skipped: Files that are not images by their names: the number of the image they come
             before, path and reason.
@@ -50,7 +56,7 @@ class ImageDataset(ABC):
 
     def __init__(self, decoder: Decoder, name: str = "") -> None:
         self.decoder, self._name = decoder, name
-        self.targets: Targets | None = None
+        self.targets: Labels | None = None
         self.classes: Mapping[int, str] = {}
         self.skipped: list[tuple[int, str, str]] = []
 
@@ -85,13 +91,19 @@ class ImageDataset(ABC):
         return self.read(index), self.target(index), self.name(index)
 
     def target(self, index: int) -> int:
-        """Class of an image; -1 for none."""
-        return -1 if self.targets is None else int(self.targets[index])
+        """Class of an image; -1 for none, or where images have several."""
+        return -1 if self.targets is None or self.targets.ndim > 1 else int(self.targets[index])
 
     def label(self, index: int) -> str | None:
-        """Name of an image's class, or its number where it has no name; None without a class."""
-        target = self.target(index)
-        return None if target < 0 else self.classes.get(target, str(target))
+        """Name of an image's class, or its number where it has no name; None without a class.
+
+        The names of several are joined by `;`.
+        """
+        if self.targets is None:
+            return None
+        target = self.targets[index]
+        numbers = np.flatnonzero(target).tolist() if target.ndim else [int(target)]
+        return ";".join(self.classes.get(n, str(n)) for n in numbers if n >= 0) or None
 
     def files(self) -> list[str]:
         """The files on disk that are read."""
@@ -411,8 +423,9 @@ class ObjectDataset(ImageDataset):
 
     Args:
         data: Has `__len__` and `__getitem__`; items are Pillow images, arrays `[H, W, C]`, tensors
-            `[C, H, W]`, or tuples that begin with one. Its `targets` or `labels`, if they are
-            integers, are the classes, and its `classes` their names.
+            `[C, H, W]`, or tuples that begin with one. Its `targets` or `labels`, or what
+            torchvision calls them, are the classes if they are integers `[n]` or 0/1 `[n, C]`,
+            and its `classes` their names.
         decoder: See `Decoder`.
         name: What messages call it.
     """
@@ -430,13 +443,14 @@ class ObjectDataset(ImageDataset):
         if isinstance(data, str | bytes | Mapping) or not len(data):
             raise DataError(f"{name} is a {type(data).__name__} without images")
         self.data = data
-        for attribute in ("targets", "labels"):
-            values = getattr(data, attribute, None)
-            if self.targets is None and values is not None and not callable(values):
-                self.targets = _class_numbers(values, len(data), f"{name}.{attribute}")
-        names = getattr(data, "classes", None)
-        if self.targets is not None and isinstance(names, list | tuple):
-            self.classes = {number: str(found) for number, found in enumerate(names)}
+        self.targets = _labels_of(data, name)
+        names = (getattr(data, attribute, None) for attribute in _NAMES)
+        found = next((names for names in names if isinstance(names, list | tuple)), ())
+        if self.targets is not None:
+            self.classes = {
+                number: ", ".join(name) if isinstance(name, tuple) else str(name)
+                for number, name in enumerate(found)
+            }
 
     def __len__(self) -> int:
         return len(self.data)
@@ -478,13 +492,45 @@ def evenly_spaced(length: int, count: int) -> list[int]:
     return sorted(set(np.linspace(0, length - 1, count).astype(int).tolist()))
 
 
-def _class_numbers(values: Any, length: int, name: str) -> Targets | None:
-    """Integers, one for each image; anything else is ignored with a warning."""
+def indicator_matrix(labels: Sequence[Iterable[int]], num_classes: int = 0) -> Labels:
+    """0/1 matrix `[n, C]` of the class numbers of each image; C is at least `num_classes`."""
+    pairs = [(row, number) for row, found in enumerate(labels) for number in found]
+    rows, numbers = np.array(pairs, np.int64).reshape(-1, 2).T
+    matrix = np.zeros((len(labels), max(num_classes, numbers.max(initial=-1) + 1)), np.uint8)
+    matrix[rows, numbers] = 1
+    return matrix
+
+
+def _labels_of(data: Any, name: str) -> Labels | None:
+    """The labels of a map-style dataset, by the first attribute that has them."""
+    for attribute in _NUMBERS:
+        values = getattr(data, attribute, None)
+        if values is None or callable(values):
+            continue
+        if (found := _class_numbers(values, len(data))) is not None:
+            return found
+        if attribute in ("targets", "labels"):
+            _log.warning(
+                "%s.%s are neither one integer for each image nor 0 or 1 for each class, so they "
+                "are not its classes", name, attribute,
+            )  # fmt: skip
+    for attribute, place in _PAIRS.items():
+        pairs = getattr(data, attribute, None)
+        if isinstance(pairs, list) and all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+            return _class_numbers([pair[place] for pair in pairs], len(data))
+    return None
+
+
+def _class_numbers(values: Any, length: int) -> Labels | None:
+    """One integer for each image, or a matrix of 0 and 1; None for anything else."""
+    if isinstance(values, list | tuple):  # torchvision has None in hidden test splits
+        values = [-1 if value is None else value for value in values]
     try:
         numbers = np.asarray(values)
     except (ValueError, TypeError):  # rows of different lengths
-        numbers = np.empty(0)
+        return None
     if numbers.shape == (length,) and np.issubdtype(numbers.dtype, np.integer):
         return numbers.astype(np.int64)
-    _log.warning("%s are not one integer for each image, so the images have no classes", name)
+    if numbers.ndim == 2 and len(numbers) == length and np.isin(numbers, (0, 1)).all():
+        return numbers.astype(np.uint8)
     return None

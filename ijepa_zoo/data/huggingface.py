@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, ImageError, MissingPackageError
-from .datasets import ImageDataset, evenly_spaced
+from .datasets import ImageDataset, evenly_spaced, indicator_matrix
 from .decode import Decoder, Raw
 from .files import SHARD_SUFFIXES
 
@@ -65,18 +65,31 @@ class HFDataset(ImageDataset):
         column = label or next(iter([*kinds, *usual]), None)
         if column is None:
             return
+        values = data.select_columns([column]).with_format(None)[:][column]
         kind = features[column]
-        if not getattr(kind, "dtype", "").startswith(("int", "uint")):
+        several = getattr(kind, "feature", None)  # of the items, where an image has a list of them
+        item = kind if several is None else several
+        lists = (
+            values
+            if several is not None
+            else [[] if value is None else [value] for value in values]
+        )
+        names = item.names if isinstance(item, datasets.ClassLabel) else []
+        if getattr(item, "dtype", "") in ("string", "large_string"):
+            names = sorted({label for found in lists for label in found})
+            number_of = {name: number for number, name in enumerate(names)}
+            lists = [[number_of[label] for label in found] for found in lists]
+        elif not getattr(item, "dtype", "").startswith(("int", "uint", "bool")):
             _log.warning(
-                "%s: column '%s' is %s, not class numbers, so the images have no classes; name "
-                "another with label=COLUMN", self._name, column, kind,
+                "%s: column '%s' is %s, not classes, so the images have no classes; name another "
+                "with label=COLUMN", self._name, column, kind,
             )  # fmt: skip
             return
-        values = data.select_columns([column]).with_format("numpy")[:][column]
-        numbers = np.asarray(values, dtype=np.float64)  # rows without a class are None or NaN
-        self.targets = np.nan_to_num(numbers, nan=-1).astype(np.int64)
-        if isinstance(kind, datasets.ClassLabel):
-            self.classes = dict(enumerate(kind.names))
+        if several is None:
+            self.targets = np.array([found[0] if found else -1 for found in lists], np.int64)
+        else:
+            self.targets = indicator_matrix(lists, len(names))
+        self.classes = dict(enumerate(names))
 
     def __len__(self) -> int:
         return len(self.data)

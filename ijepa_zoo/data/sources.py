@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,22 @@ from .datasets import ArrayDataset, FileDataset, ImageDataset, ObjectDataset, ev
 from .decode import Decoder, deep_range
 from .files import SHARD_SUFFIXES, expand, list_files, shards_in
 from .huggingface import HFDataset, is_hf, open_hf, parse_options
+from .labels import LabeledFiles
 
 _ARRAYS = (".npy", ".npz")
 _ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HF_MODULES = tuple(
     f"datasets.{name}" for name in ("arrow_dataset", "dataset_dict", "iterable_dataset")
 )
+_TORCH_OPTIONS = ("root", "split", "download")
+_TORCH_SPLITS = {  # that are not called train and test
+    "oxfordiiitpet": ("trainval", "test"),
+    "imagenet": ("train", "val"),
+    "imagenette": ("train", "val"),
+    "clevrclassification": ("train", "val"),
+    "places365": ("train-standard", "val"),
+    "inaturalist": ("2021_train", "2021_valid"),
+}
 _EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp")  # files that never have more
 _DEEP_SAMPLED = 16  # files whose range of values is looked at
 _log = logging.getLogger(__name__)
@@ -54,7 +65,9 @@ def open_images(
               an `.npz` file with `images` and, if there are classes, `labels`;
             - `hfds/NAME` or a local folder of the Hugging Face `datasets` package, a Parquet file
               or a folder of them; `hfds/NAME:split=test,image=COLUMN,label=COLUMN` chooses;
-            - `torch/NAME:root=DIR`, a dataset of torchvision that timm knows;
+            - a `.csv` file with the columns `path` and `label`; see `LabeledFiles`;
+            - `torch/NAME:root=DIR`, a dataset of torchvision by the name of its class, such as
+              `torch/food101` or `torch/oxford_iiit_pet`, also `,split=NAME` and `,download=true`;
             - `module:attribute`, a map-style Dataset, or a callable that makes one;
             - such a Dataset, an array `[n, H, W, C]`, a tensor `[n, C, H, W]`, or an
               `ImageDataset`, which is returned as it is.
@@ -121,6 +134,8 @@ def _opener(path: str) -> Callable[[str, Decoder], ImageDataset] | None:
         return open_hf
     if path.startswith("torch/"):
         return _open_torch
+    if path.lower().endswith(".csv"):
+        return LabeledFiles
     if _ATTRIBUTE.fullmatch(path) and not os.path.lexists(path):
         return _open_attribute
     return None
@@ -181,20 +196,43 @@ def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         raise DataError(f"'{path}' cannot be read as an array: {error}") from error
 
 
-def _open_torch(path: str, decoder: Decoder) -> ImageDataset:
-    from timm.data import create_dataset
+def _torch_class(path: str) -> tuple[str, Any]:
+    """The name in lower case and the class of a dataset of torchvision."""
+    from torchvision import datasets
 
-    name, options = parse_options(path, ("root", "split", "download"))
+    name = parse_options(path, _TORCH_OPTIONS)[0].removeprefix("torch/")
+    plain = re.sub("[_-]", "", name.lower())
+    found = {cls.lower(): getattr(datasets, cls) for cls in datasets.__all__}.get(plain)
+    if found is None:
+        raise DataError(f"torchvision has no dataset '{name}': use the name of its class")
+    return plain, found
+
+
+def torch_splits(path: str) -> Sequence[str]:
+    """Names of the training and the test split of `torch/NAME`; none where there is one part."""
+    plain, cls = _torch_class(path)
+    chosen = "split" in parse_options(path, _TORCH_OPTIONS)[1]
+    has_splits = not {"split", "train", "version"}.isdisjoint(signature(cls).parameters)
+    return _TORCH_SPLITS.get(plain, ("train", "test")) if has_splits and not chosen else ()
+
+
+def _open_torch(path: str, decoder: Decoder) -> ImageDataset:
+    _, cls = _torch_class(path)
+    options = parse_options(path, _TORCH_OPTIONS)[1]
     if "root" not in options:
-        raise DataError(f"'{path}' needs the folder of the data: {name}:root=DIR")
+        raise DataError(f"'{path}' needs the folder of the data: {path}:root=DIR")
+    accepted = signature(cls).parameters
+    arguments: dict[str, Any] = {"root": options["root"]}
+    if "download" in accepted:
+        arguments["download"] = options.get("download") == "true"
+    split = options.get("split") or next(iter(torch_splits(path)), "train")
+    if "split" in accepted or "version" in accepted:
+        arguments["split" if "split" in accepted else "version"] = split
+    elif "train" in accepted:
+        arguments["train"] = split == "train"
     try:
-        found = create_dataset(
-            name,
-            root=options["root"],
-            split=options.get("split", "train"),
-            download=options.get("download") == "true",
-        )
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        found = cls(**arguments)
+    except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"'{path}' cannot be opened: {error}") from error
     return ObjectDataset(found, decoder, path)
 

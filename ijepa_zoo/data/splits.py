@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
-from .datasets import FileDataset, ImageDataset, Subset, Targets
+from .datasets import FileDataset, ImageDataset, Labels, Subset, Targets, indicator_matrix
 from .decode import Decoder
 from .files import SHARD_SUFFIXES, File
 from .huggingface import hf_splits, is_hf
-from .sources import open_images
+from .labels import TEST, TRAIN, LabeledFiles
+from .sources import open_images, torch_splits
 
-TRAIN = ("train", "training")
-TEST = ("test", "val", "valid", "validation", "testing")  # in the order of preference
+_ALSO_TRAIN, _ALSO_TEST = ("trainval", "train-standard", "2021_train"), ("2021_valid",)
 _CIFAR = {"cifar-10-batches-py": "torch/cifar10", "cifar-100-python": "torch/cifar100"}
 _PLACES_IMAGES = (".", "images256", "data/vision/torralba/deeplearning/images256")
 _PLACES_LISTS = (".", "trainvalsplit_places205")
@@ -27,18 +27,19 @@ _PLACES_LISTS = (".", "trainvalsplit_places205")
 
 @dataclass(frozen=True)
 class Split:
-    """Images with a class each.
+    """Images with classes.
 
     Attributes:
         images: The images, n.
-        targets: `[n]` int64, class numbers; -1 for an image without one.
+        targets: `[n]` int64, class numbers, -1 for an image without one; or uint8 `[n, C]`, 1 for
+            each class of an image.
         classes: Names of the numbers, where they are known.
         name: What the dataset calls this split.
         notes: Remarks for the user, such as images that were left out.
     """
 
     images: ImageDataset
-    targets: Targets
+    targets: Labels
     classes: Mapping[int, str] = field(default_factory=dict)
     name: str = "all"
     notes: tuple[str, ...] = ()
@@ -47,6 +48,27 @@ class Split:
         """Some of the images, under another name; `notes` are added."""
         images = Subset(self.images, indices)
         return Split(images, self.targets[indices], self.classes, name, (*self.notes, *notes))
+
+    def with_classes(self, names: Sequence[str], several: bool) -> Split:
+        """The same images, with the numbers that their classes have in `names`.
+
+        Args:
+            names: Names of all classes; images of other classes have none.
+            several: Make a matrix of targets.
+        """
+        number_of = {name: number for number, name in enumerate(names)}
+        is_matrix = self.targets.ndim > 1
+        count = self.targets.shape[1] if is_matrix else int(self.targets.max()) + 1
+        own = [self.classes.get(number, str(number)) for number in range(count)]
+        # the last one is for -1, no class
+        numbers = np.array([*(number_of.get(name, -1) for name in own), -1], np.int64)
+        if several:
+            found = map(np.flatnonzero, self.targets) if is_matrix else self.targets[:, None]
+            rows = [[n for n in numbers[row].tolist() if n >= 0] for row in found]
+            targets = indicator_matrix(rows, len(names))
+        else:
+            targets = numbers[self.targets]
+        return replace(self, targets=targets, classes=dict(enumerate(names)))
 
 
 def open_splits(
@@ -59,13 +81,14 @@ def open_splits(
             takes and that has classes. Folders may hold: a folder for each class; `train` and
             `test` or `val` with such folders (`test` is taken where both have classes); tar shards
             named after their split; CIFAR-10 or CIFAR-100 (`cifar-10-batches-py`); iNaturalist
-            2018 (`train2018.json`); Places205 (`train_places205.csv`). Of `hfds/NAME` both splits
-            are taken.
+            2018 (`train2018.json`); Places205 (`train_places205.csv`). Of `hfds/NAME`,
+            `torch/NAME` and a CSV with a column `split` both splits are taken.
         test: The test split, if `data` does not hold it.
         decoder: See `open_images`.
 
     Returns:
-        The training and the test split, None where there is none.
+        The training and the test split, None where there is none. Both number classes alike, and
+        both have a matrix of targets if one has.
 
     Raises:
         DataError: There are no such images, they have no classes, or an image is in both splits.
@@ -78,10 +101,16 @@ def open_splits(
         if is_hf(path):
             return _open_named(path, hf_splits(path), decoder)
         if path.startswith("torch/"):
-            return _open_named(path, [] if "split=" in path else ["train", "test"], decoder)
+            return _open_named(path, torch_splits(path), decoder)
         if os.path.isdir(path):
             return _open_folder(path, decoder)
-    return _open(data, "all", decoder), None
+    whole = _open(data, "all", decoder)
+    if isinstance(whole.images, LabeledFiles) and whole.images.splits:
+        train, tested = (_of_csv(whole, names) for names in (TRAIN, TEST))
+        if train is None:
+            raise DataError(f"'{data}' has no image whose split is train")
+        return train, tested
+    return whole, None
 
 
 def _open(source: Any, name: str, decoder: Decoder) -> Split:
@@ -90,22 +119,32 @@ def _open(source: Any, name: str, decoder: Decoder) -> Split:
         shown = f"'{os.fspath(source)}'" if isinstance(source, str | os.PathLike) else "the dataset"
         raise DataError(
             f"{shown} has no classes: put the images of each class into a folder named after it, "
-            "as in train/cat/1.jpg and val/cat/2.jpg"
+            "as in train/cat/1.jpg and val/cat/2.jpg, or list them in a CSV with path,label"
         )
     return Split(images, images.targets, images.classes, name)
+
+
+def _of_csv(whole: Split, names: Sequence[str]) -> Split | None:
+    """The first of the named splits that the CSV has."""
+    splits = whole.images.splits if isinstance(whole.images, LabeledFiles) else {}
+    found = next((name for name in names if name in splits), None)
+    return None if found is None else whole.subset(splits[found], found)
 
 
 def _open_pair(train: Any, test: Any, decoder: Decoder) -> tuple[Split, Split]:
     names = [os.path.basename(os.path.normpath(str(s))) if isinstance(s, str | os.PathLike) else d
              for s, d in ((train, "train"), (test, "test"))]  # fmt: skip
     first, second = _open(train, names[0], decoder), _open(test, names[1], decoder)
-    if isinstance(first.images, FileDataset) and isinstance(second.images, FileDataset):
-        _refuse_shared_images(first.images, second.images)
+    first, second = _of_csv(first, TRAIN) or first, _of_csv(second, TEST) or second
+    _refuse_shared_images(first.images, second.images)
     return _same_classes(first, second)
 
 
-def _refuse_shared_images(train: FileDataset, test: FileDataset) -> None:
-    shared = np.isin(test.real_paths(), train.real_paths())
+def _refuse_shared_images(train: ImageDataset, test: ImageDataset) -> None:
+    trained, tested = _real_paths(train), _real_paths(test)
+    if trained is None or tested is None:
+        return
+    shared = np.isin(tested, trained)
     if shared.any():
         index = int(np.flatnonzero(shared)[0])
         raise DataError(
@@ -114,9 +153,25 @@ def _refuse_shared_images(train: FileDataset, test: FileDataset) -> None:
         )
 
 
+def _real_paths(images: ImageDataset) -> Targets | None:
+    if isinstance(images, Subset):
+        whole = _real_paths(images.dataset)
+        return None if whole is None else whole[images.indices]
+    return images.real_paths() if isinstance(images, FileDataset) else None
+
+
 def _same_classes(train: Split, test: Split) -> tuple[Split, Split]:
     """Number the classes of both by the names of all; numbers without names stay."""
-    if not train.classes or not test.classes or train.classes == test.classes:
+    several = train.targets.ndim > 1 or test.targets.ndim > 1
+    if several and not (train.classes and test.classes):
+        sizes = {split.targets.shape[-1] for split in (train, test)}
+        if len(sizes) > 1 or train.targets.ndim != test.targets.ndim:
+            raise DataError(
+                f"the labels of '{train.name}' and '{test.name}' are {train.targets.shape} and "
+                f"{test.targets.shape}: both need [n, C] with as many classes, or names of classes"
+            )
+        return train, test
+    if not several and (not train.classes or not test.classes or train.classes == test.classes):
         return train, test
     if not {*train.classes.values()} & {*test.classes.values()}:
         raise DataError(
@@ -124,16 +179,7 @@ def _same_classes(train: Split, test: Split) -> tuple[Split, Split]:
             f"'{next(iter(train.classes.values()))}' and '{next(iter(test.classes.values()))}'"
         )
     names = sorted({*train.classes.values(), *test.classes.values()})
-    number_of = {name: number for number, name in enumerate(names)}
-    found = []
-    for split in (train, test):
-        size = max(split.classes) + 1
-        table = np.full(size + 1, -1, np.int64)  # the last place serves -1
-        for number, name in split.classes.items():
-            table[number] = number_of[name]
-        classes = dict(enumerate(names))
-        found.append(Split(split.images, table[split.targets], classes, split.name, split.notes))
-    return found[0], found[1]
+    return train.with_classes(names, several), test.with_classes(names, several)
 
 
 def _open_folder(path: str, decoder: Decoder) -> tuple[Split, Split | None]:
@@ -141,7 +187,7 @@ def _open_folder(path: str, decoder: Decoder) -> tuple[Split, Split | None]:
     for folder in (root, *(root / name for name in _CIFAR)):
         if folder.name in _CIFAR and folder.is_dir():
             name = f"{_CIFAR[folder.name]}:root={folder.parent}"
-            return _open_named(name, ["train", "test"], decoder)
+            return _open_named(name, torch_splits(name), decoder)
     if (root / "train2018.json").is_file():
         return _inaturalist(root, "train", decoder), _inaturalist(root, "val", decoder)
     for lists in (root / name for name in _PLACES_LISTS):
@@ -173,10 +219,10 @@ def _named_shards(root: Path, names: Sequence[str]) -> list[str]:
     return next(filter(None, found), [])
 
 
-def _open_named(path: str, splits: list[str], decoder: Decoder) -> tuple[Split, Split | None]:
-    """The splits of a dataset of Hugging Face or torchvision."""
-    train = next((name for name in TRAIN if name in splits), None)
-    tests = [name for name in TEST if name in splits]
+def _open_named(path: str, splits: Sequence[str], decoder: Decoder) -> tuple[Split, Split | None]:
+    """The training and the test split of a dataset of Hugging Face or torchvision."""
+    train = next((name for name in (*TRAIN, *_ALSO_TRAIN) if name in splits), None)
+    tests = [name for name in (*TEST, *_ALSO_TEST) if name in splits]
     if train is None or not tests:
         return _open(path, "all", decoder), None
     joint = "," if ":" in path else ":"
@@ -241,17 +287,7 @@ def list_split(
     notes: Sequence[str] = (),
     decoder: Decoder | None = None,
 ) -> Split:
-    """Images named by a list.
-
-    Args:
-        root: Folder that the names are relative to.
-        files: Names, `/` between folders.
-        targets: Their classes.
-        classes: See `Split`.
-        name: See `Split`.
-        notes: See `Split`.
-        decoder: See `open_images`.
-    """
+    """Images named by a list, relative to a folder, and their classes."""
     start = os.path.join(root, "")
     images = FileDataset((File(start + file, start) for file in files), decoder or Decoder())
     images.targets, images.classes = targets, classes

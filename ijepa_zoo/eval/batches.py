@@ -29,7 +29,7 @@ class EvalBatch:
 
     Attributes:
         images: uint8 `[b, C, H, W]`.
-        labels: int64 `[b]`, classes; -1 in slots without an image.
+        labels: Classes, int64 `[b]`, or uint8 0/1 `[b, C]`; of no meaning without an image.
         indices: int64 `[b]`, numbers of the images in their set; -1 in slots without an image.
         reasons: For each of the first images None, or why it could not be decoded; further slots
             are padding. Both kinds of slots hold zeros and must not count in any figure.
@@ -45,7 +45,7 @@ class EvalBatch:
     @property
     def valid(self) -> Tensor:
         """bool `[b]`: slots that hold an image."""
-        return self.labels >= 0
+        return self.indices >= 0
 
     def pin_memory(self) -> EvalBatch:
         """Called by the loader: the same batch in memory that is copied to a GPU at once."""
@@ -198,7 +198,7 @@ class OrderedBatches(Dataset[EvalBatch]):
         first = (number * self.world + self.rank) * self.batch_size
         chosen = self.rows[first : first + self.batch_size].tolist()
         images = torch.zeros(self.batch_size, self.data.in_chans, *self.size, dtype=torch.uint8)
-        labels, indices = torch.full((2, self.batch_size), -1, dtype=torch.int64)
+        indices = torch.full((self.batch_size,), -1, dtype=torch.int64)
         reasons: list[str | None] = [None] * len(chosen)
         broken = []
         for slot, index in enumerate(chosen):
@@ -208,7 +208,8 @@ class OrderedBatches(Dataset[EvalBatch]):
                 reasons[slot] = str(error)
                 broken.append((self.data.images.name(index), str(error)))
                 continue
-            labels[slot], indices[slot] = int(self.data.labels[index]), index
+            indices[slot] = index
+        labels = torch.from_numpy(self.data.labels[indices.numpy()])
         return EvalBatch(images, labels, indices, reasons, broken)
 
 

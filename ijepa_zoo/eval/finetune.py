@@ -182,6 +182,7 @@ def evaluate_finetune(
     subject = config.open_model()
     with init_distributed(config.device) as distributed:
         probe = open_probe(config, distributed, config.decoder(subject.in_chans))
+        probe.train.refuse_several_labels("finetune")
         if list is not None:
             rows = listed_rows(probe.train, list)
             probe = with_rows(probe, rows, {"list": Path(list).name})
@@ -233,7 +234,7 @@ def _test(training: FineTuning, subject: Subject, usual: FineTuneRecipe, **known
     broken = of_all_processes(training.broken, probe.distributed)
     lost = lost_classes(probe.train, rows, broken)
     paper, notes = _paper_figure(subject, training, usual)
-    (accuracy,) = counts.accuracies()
+    (accuracy,) = counts.values()
     return Result(
         task=probe.task.name,
         value=accuracy,

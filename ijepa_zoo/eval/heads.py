@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import Distributed
 from ..models.classifier import LinearHead
 from ..progress import skip
 from ..seeds import Stream, torch_generator
-from .accuracy import Counts, best_head, count_correct, likeliest
+from .accuracy import Metrics, best_head, classification_loss, compute_metrics
 from .features import Source, not_finite, refuse_undecoded
 from .feeds import Feed
 from .probe import Probe, of_all_processes
@@ -48,46 +47,6 @@ class HeadSpec:
     def name(self) -> str:
         """Such as 'last4 bn lr=0.01 wd=0.0005'."""
         return f"{self.representation} {self.kind} lr={self.lr:g} wd={self.weight_decay:g}"
-
-
-class Head(nn.Module):
-    """A linear layer, with a BatchNorm before it or without.
-
-    It starts as `torch.nn.Linear` does.
-
-    Args:
-        width: Number of features.
-        num_classes: Number of classes.
-        batch_norm: Whether to normalize.
-        seed: Of the first weights.
-    """
-
-    def __init__(self, width: int, num_classes: int, batch_norm: bool, seed: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width) if batch_norm else None
-        self.linear = nn.Linear(width, num_classes, device="meta").to_empty(device="cpu")
-        bound, generator = 1 / math.sqrt(width), torch_generator(seed, Stream.EVAL_INIT)
-        for parameter in (self.linear.weight, self.linear.bias):
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits `[B, C]` of features `[B, D]`."""
-        logits: Tensor = self.linear(features if self.norm is None else self.norm(features))
-        return logits
-
-    @torch.no_grad()
-    def fold(self) -> LinearHead:
-        """The same head in evaluation mode; the affine part of BatchNorm goes into the weights."""
-        folded = LinearHead(
-            self.linear.in_features, self.linear.out_features, batch_norm=self.norm is not None
-        )
-        weight, bias = self.linear.weight.detach(), self.linear.bias.detach()
-        if self.norm is not None:
-            bias = bias + weight @ self.norm.bias
-            weight = weight * self.norm.weight
-            folded.norm.load_state_dict(dict(self.norm.named_buffers()))
-        folded.linear.load_state_dict({"weight": weight, "bias": bias})
-        return folded.eval()
 
 
 class Grid:
@@ -136,20 +95,17 @@ class Grid:
         lr_scale: float,
         distributed: Distributed | None = None,
     ) -> Tensor:
-        """One step of every head.
+        """One step of every head; returns their losses before it, `[H]`.
 
         Args:
             features: `[B, ...]` by representation.
-            labels: Classes `[B]`, int64.
+            labels: See `classification_loss`.
             lr_scale: Factor of the learning rates.
             distributed: The processes whose gradients are averaged, if each has its own images.
-
-        Returns:
-            Cross-entropy of each head before the step, `[H]`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
-        losses = torch.stack([F.cross_entropy(x, labels) for x in self.logits(features)])
+        losses = torch.stack([classification_loss(x, labels) for x in self.logits(features)])
         self.optimizer.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]
         if distributed is not None and distributed.world_size > 1:
@@ -157,10 +113,6 @@ class Grid:
                 _average_gradients(head, distributed)
         self.optimizer.step()
         return losses.detach()
-
-    def predict(self, features: dict[str, Tensor]) -> Tensor:
-        """The likeliest classes `[H, B, top]`."""
-        return torch.stack([likeliest(logits) for logits in self.logits(features)])
 
 
 def _average_gradients(head: nn.Module, distributed: Distributed) -> None:
@@ -183,23 +135,19 @@ def make_grid(
 
     Heads of equal width start from the same weights. BatchNorm has eps 1e-5 and momentum 0.1, and
     no weight decay.
-
-    Args:
-        specs: The heads.
-        widths: Width of each representation.
-        num_classes: Number of classes.
-        protocol: Optimizer and momentum.
-        seed: Of the first weights.
-        device: Device of the heads.
     """
     heads, groups = {}, []
     for spec in specs:
         width = widths[spec.representation]
-        heads[spec] = head = Head(width, num_classes, spec.kind == "bn", seed).to(device)
+        head = LinearHead(width, num_classes, batch_norm=spec.kind == "bn")
+        bound, generator = 1 / math.sqrt(width), torch_generator(seed, Stream.EVAL_INIT)
+        for parameter in head.linear.parameters():  # as torch.nn.Linear
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        heads[spec] = head.to(device)
         rates = {"lr": spec.lr, "base_lr": spec.lr}
         decay = {"weight_decay": spec.weight_decay}
         groups.append({"params": [*head.linear.parameters()], **rates, **decay})
-        if head.norm is not None:
+        if spec.kind == "bn":
             groups.append({"params": [*head.norm.parameters()], **rates, "weight_decay": 0.0})
     optimizer: torch.optim.Optimizer
     if protocol.optimizer == "lars":
@@ -217,12 +165,6 @@ class LARS(torch.optim.Optimizer):
     gradient *with* weight decay, and the factor is 1 where a length is 0. NVIDIA's and timm's
     versions divide by the sum of the lengths of gradient and weight decay. Biases and BatchNorm
     take plain steps (`exclude_bias_and_norm`).
-
-    Args:
-        params: Parameters or groups with `lr` and `weight_decay`.
-        lr: Learning rate of groups without one.
-        momentum: Momentum.
-        weight_decay: Weight decay of groups without one.
     """
 
     def __init__(
@@ -262,13 +204,6 @@ class Trained:
 
 def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochState) -> Trained:
     """Train all heads; the state is written after every epoch.
-
-    Args:
-        probe: Data and protocol.
-        source: The frozen encoder.
-        feed: Its features.
-        grid: The heads.
-        state: Where the state of an unfinished run is read from and written to.
 
     Raises:
         RunError: Features are not finite, or the state is damaged.
@@ -313,26 +248,26 @@ def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochStat
 
 def choose_and_test(
     probe: Probe, source: Source, feed: Feed, grid: Grid
-) -> tuple[int, Counts | None, Counts, int]:
+) -> tuple[int, Metrics | None, Metrics, int]:
     """Choose a head on validation images and test it alone; all are tested if there are none.
 
     Returns:
-        Its index, answers on the validation images (None without) and on the test images, and the
+        Its index, metrics of the validation images (None without) and of the test images, and the
         number of images that heads were fitted to.
     """
-    fitted = feed.fitted()
+    fitted, heads = feed.fitted(), len(grid.specs)
     tests = ("test", probe.test, np.arange(len(probe.test)))
     if not len(probe.choose):
-        test = count_correct(probe, source, feed.testing(), grid.predict, len(grid.specs))
+        test = compute_metrics(probe, source, feed.testing(), grid.logits, heads)
         refuse_undecoded(*tests, test.total, feed.broken)
         return best_head(test), None, test, fitted
-    val = count_correct(probe, source, feed.validation(), grid.predict, len(grid.specs))
+    val = compute_metrics(probe, source, feed.validation(), grid.logits, heads)
     refuse_undecoded("validation", probe.train, probe.choose, val.total, feed.broken)
     chosen = best_head(val)
 
-    def predict(features: dict[str, Tensor]) -> Tensor:
-        return likeliest(grid.logits_of(chosen, features))[None]
+    def logits(features: dict[str, Tensor]) -> list[Tensor]:
+        return [grid.logits_of(chosen, features)]
 
-    test = count_correct(probe, source, feed.testing(), predict, 1)
+    test = compute_metrics(probe, source, feed.testing(), logits, 1)
     refuse_undecoded(*tests, test.total, feed.broken)
     return chosen, val, test, fitted

@@ -53,6 +53,7 @@ def evaluate_knn(
 
 
 def _run(probe: Probe, source: Source) -> tuple[Result, Path]:
+    probe.train.refuse_several_labels("knn")
     transform = probe.protocol.view.describe(source.size, train=False)
     protocol = {"ks": list(KS), "temperatures": list(TEMPERATURES), "test_transform": transform}
     if "layers" in source.settings:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from .accuracy import percent
 from .features import BlockFeatures, Source
 from .feeds import CachedFeed, Feed, OnlineFeed
-from .heads import Grid, Head, HeadSpec, Trained, choose_and_test, make_grid, train
+from .heads import Grid, HeadSpec, Trained, choose_and_test, make_grid, train
 from .logreg import fit_logistic
 from .models import Subject
 from .probe import (
@@ -68,7 +69,7 @@ def evaluate_linear(
     exchange their features, so heads and BatchNorm see whole batches.
 
     Args:
-        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
+        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`, as `model`, `data` and `out`.
         model: See there.
         data: See there.
         out: See there.
@@ -94,7 +95,8 @@ def evaluate_linear(
 
         def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
             started = time.perf_counter()
-            with probe.bar(_images(probe), f"{probe.task.name}, {source.about['name']}") as bar:
+            images = probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
+            with probe.bar(images, f"{probe.task.name}, {source.about['name']}") as bar:
                 feed = fed(probe, source, bar)
                 grid = linear_grid(probe, source)
                 state = EpochState(folder / "state.pt", probe.distributed)
@@ -108,10 +110,6 @@ def evaluate_linear(
 
     config = EvalConfig(task=task, model=model, data=data, out=out, **options)
     return evaluate(config, run, prepare=prepare)
-
-
-def _images(probe: Probe) -> int:
-    return probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
 
 
 def linear_grid(probe: Probe, source: Source) -> Grid:
@@ -139,11 +137,11 @@ def _finish(
         notes.insert(0, CACHED_AS_IS if probe.protocol.view.shape == "square" else _CROPS)
         if val is not None:
             name = grid.specs[chosen].representation
-            check = _convex_check(probe, source, feed, name, val.accuracies()[chosen])
+            check = _convex_check(probe, source, feed, name, val.values()[chosen])
             notes += [check["warning"]] if check.get("warning") else []
     spec, head = grid.specs[chosen], grid.modules[chosen]
-    if isinstance(source, BlockFeatures) and isinstance(head, Head):
-        save_head(probe, source, head.fold(), spec.representation, folder, chosen=spec.name)
+    if isinstance(source, BlockFeatures):
+        save_head(probe, source, head, spec.representation, folder, chosen=spec.name)
     result = make_result(
         *(probe, source, "linear", {**protocol, "batch_size": feed.batch_size}, grid.names),
         *(chosen, val, test, feed.broken, fitted),
@@ -158,35 +156,32 @@ def _finish(
 def _convex_check(
     probe: Probe, source: Source, feed: CachedFeed, name: str, sgd: float
 ) -> dict[str, Any]:
-    """Is SGD far from its goal? Logistic regression on the features of the chosen head.
+    """Logistic regression on the features of the chosen head: is SGD far from its minimum?
 
-    It sees the same images without their mirror images, at most as many as take some seconds, and
-    is measured on the same validation images. `warning` is there where SGD is more than one point
-    and two standard errors behind.
+    It sees the same images without their mirror images, at most as many as take some seconds.
+    `warning` is there where SGD is more than one point and two standard errors behind.
     """
     classes = probe.num_classes
     most = max(int(_CHECK_WORK / (source.widths[name] * classes)), 2 * classes)
-    places = np.linspace(0, len(feed.fit), min(most, len(feed.fit)), endpoint=False).astype(int)
+    chosen = np.linspace(0, len(feed.fit), min(most, len(feed.fit)), endpoint=False).astype(int)
     (x, y), (val, answers) = (
         (
-            source.split(feed.train.rows)[name][of].to(feed.device),
-            feed.labels(probe.train, feed.train, of),
+            source.split(feed.train.rows)[name][rows].to(feed.device),
+            feed.labels(probe.train, feed.train, rows),
         )
-        for of in (feed.fit[places], feed.choose)
+        for rows in (feed.fit[chosen], feed.choose)
     )
-    found, best, correct = None, 0.0, -1
+    fitted, best, convex = None, 0.0, -1.0
     for c in _CHECK_CS:
-        found = fit_logistic(x, y, c, classes, start=found, max_iterations=100)
-        right = int((found.logits(val).argmax(dim=1) == answers).sum())
-        if right > correct:
-            best, correct = c, right
-    convex = 100 * correct / len(answers)
+        fitted = fit_logistic(x, y, c, classes, start=fitted, max_iterations=100)
+        if (found := percent(fitted.logits(val), answers)) > convex:
+            best, convex = c, found
     error = 100 * math.sqrt(convex / 100 * (1 - convex / 100) / len(answers))
     check: dict[str, Any] = {
         "method": "logistic regression, L-BFGS",
         "representation": name,
         "C": best,
-        "fit_images": len(places),
+        "fit_images": len(chosen),
         "held_out": convex,
         "held_out_sgd": sgd,
     }

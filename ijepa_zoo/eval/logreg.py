@@ -16,7 +16,7 @@ from ..data.datasets import Subset, Targets
 from ..errors import DataError, SettingsError, option
 from ..models.classifier import LinearHead
 from ..seeds import Stream, numpy_generator
-from .accuracy import Counts, best_head, count_correct, likeliest
+from .accuracy import Metrics, best_head, compute_metrics, join_heads
 from .features import BlockFeatures, Source
 from .feeds import CachedFeed
 from .models import Subject
@@ -29,7 +29,7 @@ from .probe import (
     save_head,
 )
 from .results import Result
-from .sets import EvalSet, listed_rows, split_to_choose
+from .sets import listed_rows, split_to_choose
 from .tasks import Task
 
 CS = tuple(10.0 ** float(e) for e in np.linspace(-6, 5, 45))  # DINOv2's `C_POWER_RANGE`
@@ -71,14 +71,12 @@ def evaluate_logreg(
     """
     if list is not None and per_class is not None:
         raise SettingsError(f"use {option('list')} or {option('per_class')}, not both")
-    if not cs or not all(c > 0 for c in cs) or (per_class or 1) < 1:
-        raise SettingsError("give values of C above 0, and at least one image per class")
 
     def few(probe: Probe) -> Probe:
         if list is not None:
-            chosen = {"list": Path(list).name}
-            return with_rows(probe, listed_rows(probe.train, list), chosen)
+            return with_rows(probe, listed_rows(probe.train, list), {"list": Path(list).name})
         if per_class is not None:
+            probe.train.refuse_several_labels(option("per_class"))
             rows = draw_per_class(probe.train.labels, per_class, probe.seed)
             return with_rows(probe, rows, {"per_class": per_class})
         return probe
@@ -107,25 +105,19 @@ def draw_per_class(labels: Targets, number: int, seed: int) -> Targets:
 
 
 def with_rows(probe: Probe, rows: Targets, chosen: dict[str, Any]) -> Probe:
-    """The probe with some of the training images.
-
-    Raises:
-        DataError: They are of fewer than two classes.
-    """
+    """The probe with some of the training images; refused if they are of one class."""
     train = probe.train
-    labels = train.labels[rows]
-    counts = np.bincount(labels, minlength=len(train.classes))
-    present = counts[counts > 0]
+    sizes = train.class_sizes(rows)
+    present = sizes[sizes > 0]
     if len(present) < 2:
         raise DataError(f"the chosen images ({chosen}) are of one class; use at least two")
-    each = f"{present.min()} to {present.max()}" if present.min() < present.max() else present[0]
     how = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in chosen.items())
-    notes = [*train.notes, f"{len(rows)} of {len(train)} training images, {each} of a class: {how}"]
-    if len(present) < len(counts):
-        notes.append(f"{len(counts) - len(present)} of {len(counts)} classes have no chosen image")
-    few: EvalSet = replace(
-        train, images=Subset(train.images, rows), labels=labels, notes=tuple(notes)
-    )
+    notes = [
+        f"{len(rows)} of {len(train)} training images, {present.min()} to {present.max()} of each "
+        f"of {len(present)} classes: {how}"
+    ]
+    images, labels = Subset(train.images, rows), train.labels[rows]
+    few = replace(train, images=images, labels=labels, notes=(*train.notes, *notes))
     fit, choose = split_to_choose(few, probe.seed)
     if probe.config.select_on_test:
         fit, choose = np.arange(len(few)), choose[:0]
@@ -145,56 +137,47 @@ def _sweep(
         rows = feed.train.rows[mine].to(feed.device)
         return source.split(rows), feed.labels(probe.train, feed.train, mine)
 
+    def metrics(fitted: Logistic, name: str, batches: Any) -> Metrics:
+        def logits(features: dict[str, Tensor]) -> list[Tensor]:
+            return [fitted.logits(features[name])]
+
+        return compute_metrics(probe, source, batches, logits, 1)
+
     on_test = not len(feed.choose)
     fit, labels = share(feed.fit)
-    heads, counts = [], []
+    classes, all_reduce = probe.num_classes, probe.distributed.all_reduce
+    heads, found = [], []
     for name in source.widths:
-        found = None
+        fitted = None
         for c in sorted(cs):
-            found = fit_logistic(
-                fit[name], labels, c, probe.num_classes, start=found,
-                all_reduce=probe.distributed.all_reduce,
-            )  # fmt: skip
+            fitted = fit_logistic(
+                fit[name], labels, c, classes, start=fitted, all_reduce=all_reduce
+            )
             batches = feed.testing() if on_test else feed.validation()
-            predict = _predictor(found, name)
-            counts.append(count_correct(probe, source, batches, predict, 1))
+            found.append(metrics(fitted, name, batches))
             heads.append((name, c))
-    val = Counts(
-        torch.cat([count.correct for count in counts]),
-        torch.cat([count.top for count in counts]),
-        counts[0].images,
-    )
+    val = join_heads(found)
     chosen = best_head(val)
     names = [f"{name} C={c:.3g}" for name, c in heads]
     name, c = heads[chosen]
     features, labels = share(np.concatenate([feed.fit, feed.choose]))
-    best = fit_logistic(
-        features[name], labels, c, probe.num_classes, all_reduce=probe.distributed.all_reduce
-    )
-    test = count_correct(probe, source, feed.testing(), _predictor(best, name), 1)
+    best = fit_logistic(features[name], labels, c, classes, all_reduce=all_reduce)
     if isinstance(source, BlockFeatures):
         save_head(probe, source, best.head(), name, folder, chosen=names[chosen])
-    notes = [] if best.converged else ["the last fit did not converge"]
+    tested = (None, val) if on_test else (val, metrics(best, name, feed.testing()))
     return make_result(
         *(probe, source, "logreg", protocol, names, chosen),
-        *(None if on_test else val, val if on_test else test, feed.broken, feed.fitted()),
-        notes=notes,
+        *(*tested, feed.broken, feed.fitted()),
+        notes=[] if best.converged else ["the last fit did not converge"],
     )
-
-
-def _predictor(fitted: Logistic, name: str) -> Callable[[dict[str, Tensor]], Tensor]:
-    return lambda features: likeliest(fitted.logits(features[name]))[None]
 
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted classifier.
+    """A fitted classifier: weights `[C, D]` and biases `[C]`.
 
-    Attributes:
-        weight: `[C, D]`.
-        bias: `[C]`.
-        objective: What was minimized, divided by C and the number of images.
-        converged: Whether it ended before the most steps that it may take.
+    `objective` was minimized, divided by C and the number of images; not `converged` where the
+    steps did not suffice.
     """
 
     weight: Tensor
@@ -226,14 +209,17 @@ def fit_logistic(
 ) -> Logistic:
     """Minimize `C * sum of cross-entropies + sum of squared weights / 2`, as scikit-learn.
 
-    That is the objective of `sklearn.linear_model.LogisticRegression`, biases without penalty.
+    That is the objective of `sklearn.linear_model.LogisticRegression`, biases without penalty. For
+    a matrix of labels, every class has a binary logistic regression of its own, as in
+    `sklearn.multiclass.OneVsRestClassifier`.
+
     L-BFGS with a strong Wolfe line search, on features that are shifted and scaled so that their
     curvatures are alike, which changes neither objective nor minimum. In float64 if the features
     are, else in float32.
 
     Args:
         features: `[n, D]`, the share of this process.
-        labels: Classes `[n]`, int64.
+        labels: Classes `[n]`, int64, or 0/1 `[n, C]`.
         c: Inverse strength of the penalty, above 0.
         num_classes: Number of classes.
         start: Classifier to start from.
@@ -249,7 +235,8 @@ def fit_logistic(
     mean, square = all_reduce(sums).div_(n)
     l2 = 1 / (c * n)
     variance = (square - mean.square()).clamp_min(0)
-    scale = (variance + num_classes * l2).sqrt()  # square root of the curvature's diagonal, about
+    spread = num_classes if labels.ndim == 1 else 4  # 1 / the variance of a class, about
+    scale = (variance + spread * l2).sqrt()  # square root of the curvature's diagonal
     x = (x - mean) / scale
     weight, bias = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
     if start is not None:
@@ -284,10 +271,16 @@ def _cross_entropy(
     loss = torch.zeros((), dtype=features.dtype, device=features.device)
     by_weight, by_bias = torch.zeros_like(weight), torch.zeros_like(bias)
     for x, y in zip(torch.split(features, _ROWS), torch.split(labels, _ROWS)):
-        log_p = F.linear(x, weight, bias).log_softmax(dim=1)
-        loss -= log_p.gather(1, y[:, None]).sum()
-        error = log_p.exp_()  # softmax minus one-hot labels
-        error.scatter_add_(1, y[:, None], torch.full_like(y[:, None], -1, dtype=error.dtype))
+        logits = F.linear(x, weight, bias)
+        if y.ndim > 1:
+            y = y.to(logits)
+            loss += F.binary_cross_entropy_with_logits(logits, y, reduction="sum")
+            error = logits.sigmoid_().sub_(y)
+        else:
+            log_p = logits.log_softmax(dim=1)
+            loss -= log_p.gather(1, y[:, None]).sum()
+            error = log_p.exp_()  # softmax minus one-hot labels
+            error.scatter_add_(1, y[:, None], torch.full_like(y[:, None], -1, dtype=error.dtype))
         by_weight.addmm_(error.T, x)
         by_bias += error.sum(dim=0)
     return loss, by_weight, by_bias

@@ -21,11 +21,11 @@ from ..errors import DataError, SettingsError, option, some
 from ..features import Layers
 from ..models.classifier import Classifier, save_classifier
 from ..progress import progress_bar
-from .accuracy import Counts
+from .accuracy import Metrics
 from .batches import EvalBatch, OrderedBatches
 from .features import BlockFeatures, RawPixels, Source, files_state
 from .models import Subject, as_subject
-from .results import TEST_SET, Head, Result, wilson_interval
+from .results import TEST_SET, Head, Result
 from .runs import once, run_folder
 from .sets import CHOOSE_SHARE, EvalSet, data_record, open_task, split_to_choose
 from .tasks import Protocol, Task, find_task
@@ -305,8 +305,8 @@ def make_result(
     protocol: dict[str, Any],
     heads: Sequence[str],
     chosen: int,
-    val: Counts | None,
-    test: Counts,
+    val: Metrics | None,
+    test: Metrics,
     broken: dict[str, str],
     fitted: int,
     **more: Any,
@@ -320,8 +320,8 @@ def make_result(
         protocol: Its settings, plain values.
         heads: Names of the heads or settings.
         chosen: Index of the chosen one.
-        val: Answers of all heads on the validation images; None where the test set chose.
-        test: Answers of the chosen head on the test images; of all heads where the test set chose.
+        val: Metrics of all heads on the validation images; None where the test set chose.
+        test: Metrics of the chosen head on the test images; of all heads where the test set chose.
         broken: Names and reasons of images that this process could not decode.
         fitted: Number of images that the heads were fitted to.
         more: Further fields of the result.
@@ -329,11 +329,10 @@ def make_result(
     on_val: list[float | None] = [None] * len(heads)
     on_test: list[float | None] = [None] * len(heads)
     if val is None:
-        on_test = [*test.accuracies()]
-        one = slice(chosen, chosen + 1)
-        test = Counts(test.correct[one], test.top[one], test.images)
+        on_test = [*test.values()]
+        test = test.only(chosen)
     else:
-        on_val, on_test[chosen] = [*val.accuracies()], test.accuracies()[0]
+        on_val, on_test[chosen] = [*val.values()], test.values()[0]
     losses = more.pop("losses", [None] * len(heads))
     pooling: dict[str, Any] = {k: source.settings[k] for k in _POOLING if k in source.settings}
     notes = [*more.pop("notes", []), *_notes(probe, broken)]
@@ -342,7 +341,8 @@ def make_result(
         task=probe.task.name,
         method=method,
         model=source.about,
-        value=test.accuracies()[0],
+        value=test.values()[0],
+        metric=test.name,
         chosen=heads[chosen],
         selection=probe.selection,
         heads=[Head(*columns) for columns in zip(heads, on_val, on_test, losses)],
@@ -350,7 +350,7 @@ def make_result(
         data=data_record(probe.train, probe.test),
         images=images,
         seed=probe.seed,
-        interval=wilson_interval(int(test.correct.sum()), test.total),
+        interval=test.interval(),
         metrics=test.others(),
         notes=notes,
         **more,
@@ -389,7 +389,7 @@ def lost_classes(train: EvalSet, rows: Targets, broken: Mapping[str, str]) -> li
     if not broken:
         return []  # of a million images no names are asked for
     good = np.array([train.images.name(row) not in broken for row in rows.tolist()], np.bool_)
-    left = np.bincount(train.labels[rows[good]], minlength=len(train.classes))
+    left = train.class_sizes(rows[good])
     lost = [f"'{train.classes[k]}'" for k in np.flatnonzero(left == 0).tolist()]
     if not lost:
         return []
@@ -477,7 +477,7 @@ def save_head(
     subject, config = source.subject, probe.config
     pool, which = source.settings["pool"], cast("Layers", layers)
     save_result_model(
-        Classifier(subject.model, head, which, pool, probe.train.classes),
+        Classifier(subject.model, head, which, pool, probe.train.classes, probe.train.multi_label),
         None if config.random else subject.given,
         config,
         folder,

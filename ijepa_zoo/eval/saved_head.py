@@ -17,12 +17,12 @@ from ..distributed import init_distributed
 from ..encode import model_name
 from ..errors import CheckpointError, DataError, some
 from ..models.classifier import AttentiveHead, Classifier, load_classifier, read_classifier_config
-from .accuracy import count_correct, likeliest
+from .accuracy import compute_metrics
 from .features import BlockFeatures, Source, refuse_undecoded
 from .feeds import encoded
 from .models import Subject
 from .probe import EvalConfig, Probe, of_all_processes, run_once, undecoded
-from .results import Head, Result, data_name, wilson_interval
+from .results import Head, Result, data_name
 from .sets import EvalSet, data_record
 from .tasks import TASKS, View
 
@@ -52,7 +52,7 @@ def evaluate_head(
     channels = int(transform_config(classifier.encoder)["input_size"][0])
     decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
     with init_distributed(config.device) as distributed:
-        part = _open_test(config, classifier.class_names, decoder)
+        part = _open_test(config, classifier, decoder)
         task = replace(TASKS["classes"], name=about["task"])
         trained_with = replace(task.protocol, view=View(**about["view"]))
         none = np.empty(0, np.int64)
@@ -72,21 +72,28 @@ def evaluate_head(
         return run_once(probe, source, "saved-head", protocol, work)[0]
 
 
-def _open_test(config: EvalConfig, names: list[str], decoder: Decoder) -> EvalSet:
+def _open_test(config: EvalConfig, classifier: Classifier, decoder: Decoder) -> EvalSet:
+    """The test images, with the classes of the head."""
     train, test = open_splits(config.data, None, decoder)
-    part = train if test is None else test
-    known = {name: label for label, name in enumerate(names)}
-    found = [known.get(part.classes.get(k, str(k)), -1) for k in part.targets.tolist()]
-    labels = np.array(found, np.int64)
-    rows = np.flatnonzero(labels >= 0)
+    part, several = train if test is None else test, classifier.multi_label
+    if part.targets.ndim > 1 and not several:
+        raise DataError(f"'{config.data}' has images of several classes, the head is for one")
+    names = classifier.class_names or []
+    known = part.with_classes(names, several)
+    if several:
+        rows = np.arange(len(known.targets)) if known.targets.any() else np.empty(0, np.int64)
+    else:
+        rows = np.flatnonzero(known.targets >= 0)
     if not len(rows):
         raise DataError(f"no image of '{config.data}' is of a class of the head: {some(names)}")
-    notes = [*part.notes]
-    if len(rows) < len(labels):
-        notes.append(f"{len(labels) - len(rows)} of {len(labels)} images are of other classes")
-    chosen = part.subset(rows, part.name)
-    whole = EvalSet(chosen.images, labels[rows], tuple(names), part.name, tuple(notes))
-    return replace(whole, name=data_name(config.data), skip_broken=config.skip_broken)
+    others = len(known.targets) - len(rows)
+    notes = [f"{others} of {len(known.targets)} images are of other classes"] if others else []
+    chosen = known.subset(rows, known.name, notes)
+    return EvalSet(
+        *(chosen.images, chosen.targets, tuple(names), chosen.name, chosen.notes),
+        name=data_name(config.data),
+        skip_broken=config.skip_broken,
+    )
 
 
 def _test(
@@ -94,30 +101,31 @@ def _test(
 ) -> Result:
     head = classifier.head.to(source.device).eval()
     name = list(source.widths)[-1 if len(classifier.extractor.layers) > 1 else 0]
-
-    def predict(features: dict[str, Tensor]) -> Tensor:
-        return likeliest(head(features[name]))[None]
-
     rows, broken = np.arange(len(probe.test)), dict[str, str]()
     batches = probe.in_order(probe.test, rows, source.size)
     numbers = range(len(batches))
+
+    def logits(features: dict[str, Tensor]) -> list[Tensor]:
+        return [head(features[name])]
+
     rows_and_labels = encoded(probe, source, batches, numbers, broken)
-    counts = count_correct(probe, source, rows_and_labels, predict, 1)
-    refuse_undecoded("test", probe.test, rows, counts.total, broken)
-    notes = [*probe.test.notes, *undecoded(of_all_processes(broken, probe.distributed))]
+    metrics = compute_metrics(probe, source, rows_and_labels, logits, 1)
+    refuse_undecoded("test", probe.test, rows, metrics.total, broken)
+    (figure,) = metrics.values()
     return Result(
         task=probe.task.name,
         method="saved head",
         model=source.about,
-        value=counts.accuracies()[0],
+        value=figure,
+        metric=metrics.name,
         chosen=chosen,
         selection="the probe that trained it",
-        heads=[Head(chosen, test=counts.accuracies()[0])],
+        heads=[Head(chosen, test=figure)],
         protocol=protocol,
         data={"test": data_record(probe.test, probe.test)["test"]},
-        images={"test": counts.total},
+        images={"test": metrics.total},
         seed=0,
-        interval=wilson_interval(int(counts.correct.sum()), counts.total),
-        metrics=counts.others(),
-        notes=notes,
+        interval=metrics.interval(),
+        metrics=metrics.others(),
+        notes=[*probe.test.notes, *undecoded(of_all_processes(broken, probe.distributed))],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.clevr import open_clevr
-from ..data.datasets import ImageDataset, Targets
+from ..data.datasets import ImageDataset, Labels, Targets
 from ..data.decode import Decoder, Pixels
 from ..data.splits import Split, open_splits
 from ..errors import DataError, ImageError, option, some
 from ..seeds import Stream, numpy_generator
 from .results import data_name
-from .tasks import TASKS, Task
+from .tasks import Task
 
 CHOOSE_SHARE = 0.1  # of the training images, to choose the head by
 _TEST_SHARE = 0.2  # of a data set that is in one piece
@@ -36,7 +36,8 @@ class EvalSet:
 
     Attributes:
         images: The images, n.
-        labels: `[n]` int64, classes 0 to C - 1; both sets of a task have the same classes.
+        labels: `[n]` int64, classes 0 to C - 1, or uint8 `[n, C]`, 1 for each class of an image;
+            both sets of a task have the same classes.
         classes: Names of the C classes.
         split: What the data set calls this part.
         notes: What a user should know about it, in sentences.
@@ -45,12 +46,36 @@ class EvalSet:
     """
 
     images: ImageDataset
-    labels: Targets
+    labels: Labels
     classes: tuple[str, ...]
     split: str
     notes: tuple[str, ...] = ()
     name: str = ""
     skip_broken: bool = False
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether images may have several classes, or none."""
+        return self.labels.ndim > 1
+
+    def class_sizes(self, rows: Targets | None = None) -> Targets:
+        """Number of images of each class, `[C]`; of some rows, or of all."""
+        labels = self.labels if rows is None else self.labels[rows]
+        if self.multi_label:
+            return labels.sum(axis=0, dtype=np.int64)
+        return np.bincount(labels, minlength=len(self.classes))
+
+    def refuse_several_labels(self, probe: str) -> None:
+        """Refuse images of several classes.
+
+        Raises:
+            DataError: Images may have several.
+        """
+        if self.multi_label:
+            raise DataError(
+                f"{probe} takes images of one class, and these have several: use the linear, "
+                "attentive or logreg probe"
+            )
 
     @property
     def in_chans(self) -> int:
@@ -99,7 +124,10 @@ def open_task(
     skip_broken: bool = False,
     progress: bool = False,
 ) -> tuple[EvalSet, EvalSet]:
-    """Open the data of a task; no image is decoded.
+    """Training and test set of a task; no image is decoded.
+
+    Data without a test part are split 80:20 with a fixed seed. `notes` of the sets say what was
+    left out or split.
 
     Args:
         task: See :func:`~ijepa_zoo.eval.tasks.find_task`.
@@ -111,43 +139,35 @@ def open_task(
         skip_broken: Leave out images that cannot be decoded.
         progress: Show a progress bar while rendering.
 
-    Returns:
-        Training and test set; data without a test part are split 80:20 with a fixed seed. Their
-        `notes` say what was left out or split.
-
     Raises:
         DataError: The data cannot be used, or do not fit the task.
     """
     trained, tested = _open(task, data, test, workers, decoder, progress)
-    known = trained.targets >= 0
-    if not known.all():
+    if not (known := (trained.targets >= 0)).all():
         trained = _without(trained, known, "have no class")
     if tested is None:
         trained, tested = _split_off_test(trained)
-    name = data_name(data)
     train, matched = (
-        replace(part, name=name, skip_broken=skip_broken)
+        replace(part, name=data_name(data), skip_broken=skip_broken)
         for part in _matched(task, trained, tested)
     )
     return train, matched
 
 
-def split_classes(
-    labels: Targets, share: float, seed: int, use: int = 0
-) -> tuple[Targets, Targets]:
-    """Share images out at random, so that every class gives its share to within one image.
+def split_classes(labels: Labels, share: float, seed: int, use: int = 0) -> tuple[Targets, Targets]:
+    """Indices of two parts, of which every class gives its share to within one image.
+
+    An image of several classes counts for the rarest of them. The only image of a class is in the
+    first part.
 
     Args:
-        labels: `[n]` class numbers.
+        labels: `[n]` class numbers, or 0/1 `[n, C]`.
         share: Share of the second part, at most 0.5.
         seed: The run's seed.
         use: Number of the split, so that two splits of a seed differ.
-
-    Returns:
-        Sorted indices int64 of the first part and of the second, which has `n * share` images,
-        rounded up or down; fewer only where classes have a single image, which stays in the first
-        part, so that no class is missing there.
     """
+    if labels.ndim > 1:
+        labels = _rarest(labels)
     rng = numpy_generator(seed, Stream.EVAL_SPLIT, use)
     order = np.lexsort((rng.random(len(labels)), labels))
     marks = np.floor(np.arange(len(labels) + 1) * share + rng.random())
@@ -157,22 +177,23 @@ def split_classes(
     return np.flatnonzero(~second), np.flatnonzero(second)
 
 
+def _rarest(labels: Labels) -> Targets:
+    """The class of each row of a 0/1 matrix `[n, C]` that has the fewest rows; C for none."""
+    sizes = labels.sum(axis=0, dtype=np.int64)
+    rarest = np.where(labels > 0, sizes, len(labels) + 1).argmin(axis=1)
+    return np.where(labels.any(axis=1), rarest, labels.shape[1])
+
+
 def split_to_choose(train: EvalSet, seed: int) -> tuple[Targets, Targets]:
     """Indices of the training images that heads are fitted to, and of the 10 % that choose one."""
     return split_classes(train.labels, CHOOSE_SHARE, seed)
 
 
 def listed_rows(train: EvalSet, files: str | Path) -> Targets:
-    """Indices of the images that a list names.
+    """Sorted indices of the images that a text file names, as the 1 % list of ImageNet does.
 
-    Args:
-        train: The training set.
-        files: A text file in the format of the 1 % list of ImageNet: one file name a line
-            (`n01440764_10043.JPEG`), or with folders (`n01440764/n01440764_10043.JPEG`) where
-            names alone are not unique.
-
-    Returns:
-        Sorted int64.
+    A line is a file name (`n01440764_10043.JPEG`), with folders (`n01440764/n01440764_10043.JPEG`)
+    where names alone are not unique.
 
     Raises:
         DataError: The list cannot be read or is empty, names an image that does not exist, or one
@@ -185,21 +206,18 @@ def listed_rows(train: EvalSet, files: str | Path) -> Targets:
     wanted = dict.fromkeys(line.strip() for line in lines if line.strip())
     if not wanted:
         raise DataError(f"the list '{files}' is empty: it needs one file name a line")
-    places = _by_name(train, {name.count("/") for name in wanted})
-    missing = [name for name in wanted if name not in places]
-    if missing:
+    rows = _by_name(train, {name.count("/") for name in wanted})
+    if missing := [name for name in wanted if name not in rows]:
         raise DataError(
             f"{len(missing)} of the {len(wanted)} images of '{files}' are not among the training "
             f"images: {some(missing)}; those are called, for example, '{train.images.name(0)}'"
         )
-    several = [name for name in wanted if len(places[name]) > 1]
-    if several:
-        example = " and ".join(f"'{train.images.name(row)}'" for row in places[several[0]][:2])
+    if several := [name for name in wanted if len(rows[name]) > 1]:
         raise DataError(
-            f"{len(several)} names of '{files}' mean several images ({some(several)}: {example}): "
-            "write them with the folder, CLASS/NAME"
+            f"{len(several)} names of '{files}' mean several images ({some(several)}): write them "
+            "with the folder, CLASS/NAME"
         )
-    return np.array(sorted({places[name][0] for name in wanted}), np.int64)
+    return np.array(sorted({rows[name][0] for name in wanted}), np.int64)
 
 
 def _by_name(train: EvalSet, depths: Iterable[int]) -> dict[str, list[int]]:
@@ -215,18 +233,25 @@ def _by_name(train: EvalSet, depths: Iterable[int]) -> dict[str, list[int]]:
 def data_record(train: EvalSet, test: EvalSet) -> dict[str, Any]:
     """The data as results record them: names of the parts, numbers and fingerprints.
 
-    `most_frequent` is the share of the most frequent class in percent.
+    `most_frequent` is the share of the most frequent class in percent; of images with several
+    classes, `labels_per_image` is their mean number.
     """
+    return {name: _record(part) for name, part in (("train", train), ("test", test))}
+
+
+def _record(part: EvalSet) -> dict[str, Any]:
+    sizes = part.class_sizes()
+    if part.multi_label:
+        frequency = {"labels_per_image": round(float(sizes.sum()) / len(part), 2)}
+    else:
+        frequency = {"most_frequent": round(100 * float(sizes.max()) / len(part), 2)}
     return {
-        name: {
-            **({"name": part.name} if part.name else {}),
-            "split": part.split,
-            "images": len(part),
-            "classes": len(part.classes),
-            "fingerprint": part.fingerprint(),
-            "most_frequent": round(100 * np.bincount(part.labels).max() / len(part), 2),
-        }
-        for name, part in (("train", train), ("test", test))
+        **({"name": part.name} if part.name else {}),
+        "split": part.split,
+        "images": len(part),
+        "classes": len(part.classes),
+        "fingerprint": part.fingerprint(),
+        **frequency,
     }
 
 
@@ -235,17 +260,10 @@ def _open(
 ) -> tuple[Split, Split | None]:
     if task.kind == "classes":
         if isinstance(data, str) and data.startswith(_SCENES):
-            raise DataError(
-                f"'{data}' renders scenes, which have numbers of objects and distances, but no "
-                "classes: use `eval count` or `eval depth`, or the task 'count' or 'depth' "
-                "(--task count) of linear and knn"
-            )
+            raise DataError(f"'{data}' renders scenes without classes: use --task count or depth")
         return open_splits(data, test, decoder)
     if test is not None or not isinstance(data, str | os.PathLike):
-        raise DataError(
-            f"task {task.name!r} takes one folder of CLEVR or scenes:TRAIN,TEST, which hold the "
-            "test scenes too"
-        )
+        raise DataError(f"task {task.name!r} takes a folder of CLEVR or scenes:TRAIN,TEST alone")
     return open_clevr(data, task.kind, workers=workers, decoder=decoder, progress=progress)
 
 
@@ -261,20 +279,48 @@ def _split_off_test(whole: Split) -> tuple[Split, Split]:
 
 
 def _matched(task: Task, trained: Split, tested: Split) -> tuple[EvalSet, EvalSet]:
-    numbers, labels = np.unique(trained.targets, return_inverse=True)
+    """Both with the classes of training, in the order of their numbers."""
+    several = trained.targets.ndim > 1
+    numbers = np.flatnonzero(trained.targets.any(axis=0)) if several else np.unique(trained.targets)
     names = tuple(_name(trained, tested, number) for number in numbers.tolist())
-    train = EvalSet(trained.images, labels.astype(np.int64), names, trained.name, trained.notes)
-    _refuse_classes(task, train)
-    seen = np.isin(tested.targets, numbers)
-    if not seen.all():
-        strange = np.unique(tested.targets[~seen]).tolist()
-        named = some([_name(trained, tested, number) for number in strange])
-        tested = _without(tested, seen, f"are of classes that training does not have ({named})")
-    placed = np.searchsorted(numbers, tested.targets).astype(np.int64)
-    test = EvalSet(tested.images, placed, names, tested.name, tested.notes)
-    notes = tuple(_remarks(task, trained, train))
-    absent = tuple(_absent(test))
-    return replace(train, notes=train.notes + notes), replace(test, notes=test.notes + absent)
+    if len(names) < 2:
+        raise DataError(
+            f"the training images are all of one class, {', '.join(names)}: a probe needs two"
+        )
+    if task.kind == "classes" and task.num_classes not in (None, len(names)):
+        raise DataError(
+            f"{task.title} has {task.num_classes} classes, these data have {len(names)} "
+            f"('{names[0]}', '{names[1]}', ...): use --task classes"
+        )
+    if several:
+        others = int(np.delete(tested.targets, numbers, axis=1).any(axis=1).sum())
+        labels = [part.targets[:, numbers] for part in (trained, tested)]
+        if not labels[1].any():
+            raise DataError(f"no image of the {tested.name} part has a class of training")
+        if others:
+            note = f"{others} of {len(labels[1])} test images have classes not in training"
+            tested = replace(tested, notes=(*tested.notes, note))
+    else:
+        if not (seen := np.isin(tested.targets, numbers)).all():
+            strange = np.unique(tested.targets[~seen]).tolist()
+            named = some([_name(trained, tested, number) for number in strange])
+            tested = _without(tested, seen, f"are of classes that training does not have ({named})")
+        labels = [np.searchsorted(numbers, part.targets) for part in (trained, tested)]
+    train, test = (
+        EvalSet(part.images, found, names, part.name, part.notes)
+        for part, found in zip((trained, tested), labels)
+    )
+    absent = [f"'{names[k]}'" for k in np.flatnonzero(test.class_sizes() == 0).tolist()]
+    if absent:
+        note = f"the {test.split} part has no image of {len(absent)} of {len(names)} classes"
+        test = replace(test, notes=(*test.notes, f"{note} ({some(absent)})"))
+    if task.kind != "classes" and task.num_classes != len(names):
+        note = (
+            f"{task.title} has {task.num_classes} classes, these training scenes have "
+            f"{len(names)}: accuracies do not compare with the paper's"
+        )
+        train = replace(train, notes=(*train.notes, note))
+    return train, test
 
 
 def _name(trained: Split, tested: Split, number: int) -> str:
@@ -283,57 +329,13 @@ def _name(trained: Split, tested: Split, number: int) -> str:
     return trained.classes.get(number) or tested.classes.get(number) or str(number)
 
 
-def _without(labelled: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
+def _without(part: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
     """The images that are kept, and a note about the others."""
+    if not kept.any():
+        raise DataError(f"all images of the {part.name} part {why}")
     gone = np.flatnonzero(~kept)
     note = (
-        f"{len(gone)} of {len(kept)} images of the {labelled.name} part {why} and are left out, "
-        f"for example '{labelled.images.name(int(gone[0]))}'"
+        f"{len(gone)} of {len(kept)} images of the {part.name} part {why} and are left out, "
+        f"for example '{part.images.name(int(gone[0]))}'"
     )
-    if not kept.any():
-        raise DataError(f"all images of the {labelled.name} part {why}")
-    return labelled.subset(np.flatnonzero(kept), labelled.name, [note])
-
-
-def _refuse_classes(task: Task, train: EvalSet) -> None:
-    if len(train.classes) < 2:
-        raise DataError(
-            f"the training images are all of one class, '{train.classes[0]}'; a probe needs at "
-            "least two"
-        )
-    if task.kind == "classes" and task.num_classes not in (None, len(train.classes)):
-        fitting = [t.name for t in TASKS.values() if t.num_classes == len(train.classes)]
-        hint = " or ".join(f"--task {name}" for name in [*fitting, "classes"])
-        raise DataError(
-            f"{task.title} has {task.num_classes} classes, these data have {len(train.classes)} "
-            f"('{train.classes[0]}', '{train.classes[1]}', ...): use {hint}"
-        )
-
-
-def _remarks(task: Task, trained: Split, train: EvalSet) -> Iterator[str]:
-    classes = len(train.classes)
-    if task.kind != "classes" and classes != task.num_classes:
-        yield (
-            f"{task.title} has {task.num_classes} classes, these training scenes have {classes}: "
-            "accuracies do not compare with the paper's"
-        )
-    numbers = np.unique(trained.targets)
-    if not trained.classes and (numbers != np.arange(classes)).any():
-        yield (
-            f"the labels are {classes} numbers from {numbers[0]} to {numbers[-1]}; they count as 0 "
-            f"to {classes - 1} in their order"
-        )
-    single = np.flatnonzero(np.bincount(train.labels) == 1).tolist()
-    if single:
-        named = some([f"'{train.classes[k]}'" for k in single])
-        yield f"{len(single)} of {classes} classes have a single training image ({named})"
-
-
-def _absent(test: EvalSet) -> Iterator[str]:
-    sizes = np.bincount(test.labels, minlength=len(test.classes))
-    absent = [f"'{test.classes[k]}'" for k in np.flatnonzero(sizes == 0).tolist()]
-    if absent:
-        yield (
-            f"the {test.split} part has no image of {len(absent)} of {len(sizes)} classes "
-            f"({some(absent)})"
-        )
+    return part.subset(np.flatnonzero(kept), part.name, [note])

@@ -6,13 +6,12 @@ configurations `benchmark/linear_image_classification` for `vit_*_no_cls`, which
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ..errors import DataError, SettingsError
+from ..errors import DataError
 
 _BASE_BATCH = 256  # images that learning rates are given for
 
@@ -37,12 +36,7 @@ class View:
     whole: bool = False
 
     def describe(self, size: tuple[int, int], *, train: bool) -> str:
-        """The view in words, for results and as a key of cached features.
-
-        Args:
-            size: Height and width of the model's input in pixels.
-            train: The random view of training, or the fixed one of tests.
-        """
+        """The view in words, for results and as a key of cached features."""
         shown = f"{size[0]}x{size[1]}"
         if self.shape == "square":
             return f"{self.filter} resize to {shown}{', random flip' if train else ''}"
@@ -99,22 +93,11 @@ class Protocol:
         return self.floor + (1 - self.floor) * cosine
 
     def lr_scale(self, epoch: float, batch_size: int | None = None) -> float:
-        """What each learning rate of `lrs` is multiplied with in `epoch`, counted from 0.
-
-        Args:
-            epoch: Epochs done.
-            batch_size: Images of a step if not `batch_size`; rates grow linearly with it.
-        """
+        """What each learning rate of `lrs` is multiplied with; rates grow with the batch size."""
         return self.scale(epoch) * (batch_size or self.batch_size) / _BASE_BATCH
 
     def with_epochs(self, epochs: int) -> Protocol:
-        """The same schedule stretched or shortened to another number of epochs.
-
-        Raises:
-            ValueError: `epochs` is below 1.
-        """
-        if epochs < 1:
-            raise SettingsError(f"epochs is {epochs}; a probe needs at least 1")
+        """The same schedule stretched or shortened to another number of epochs."""
         moved = tuple(round(m * epochs / self.epochs) for m in self.milestones)
         return replace(self, epochs=epochs, milestones=moved)
 
@@ -211,16 +194,11 @@ TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
 
 
 def find_task(name: str) -> Task:
-    """The task of a name: imagenet1k, cifar100, cifar10, places205, inat18, classes, count, depth.
-
-    'classes' is any labelled data set, with the protocol of CIFAR-100; so is CIFAR-10, for which
-    the paper has no figure.
+    """The task of a name; 'classes' is any data set with labels, with CIFAR-100's protocol.
 
     Raises:
         DataError: There is no such task.
     """
     if name in TASKS:
         return TASKS[name]
-    close = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise DataError(f"there is no task {name!r}: {hint}Choose one of {', '.join(TASKS)}")
+    raise DataError(f"there is no task {name!r}: choose one of {', '.join(TASKS)}")

@@ -29,13 +29,7 @@ _FLOOR = 0.1  # added to every depth bin
 
 
 class LinearHead(nn.Module):
-    """Linear classifier of pooled features, optionally behind a BatchNorm without affine.
-
-    Args:
-        in_features: Width of the features.
-        num_classes: Number of classes.
-        batch_norm: Normalize the features by running statistics first.
-    """
+    """Linear classifier of pooled features, optionally behind a BatchNorm."""
 
     def __init__(self, in_features: int, num_classes: int, batch_norm: bool = False) -> None:
         super().__init__()
@@ -44,7 +38,7 @@ class LinearHead(nn.Module):
             "num_classes": num_classes,
             "batch_norm": batch_norm,
         }
-        self.norm = nn.BatchNorm1d(in_features, affine=False) if batch_norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(in_features) if batch_norm else nn.Identity()
         self.linear = nn.Linear(in_features, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -59,12 +53,6 @@ class AttentiveHead(nn.Module):
     A learned query attends to the patch tokens (cross-attention with one LayerNorm before its keys
     and values), followed by a residual MLP and a linear layer. Initialized as there: std 0.02, the
     two residual projections divided by sqrt(2).
-
-    Args:
-        embed_dim: Width of the tokens.
-        num_classes: Number of classes.
-        num_heads: Attention heads.
-        mlp_ratio: Hidden width of the MLP as a multiple of `embed_dim`.
     """
 
     def __init__(
@@ -110,15 +98,10 @@ class AttentiveHead(nn.Module):
 class DenseHead(nn.Module):
     """Linear head on every patch, a 1x1 convolution, optionally behind a BatchNorm2d.
 
-    Args:
-        in_features: Width of the patch features.
-        num_outputs: Channels of the convolution: classes, depth bins, or 1.
-        batch_norm: Normalize the features by running statistics first.
-        depth_range: The channels score bins of uniform depth from the first to the second number,
-            and the output is depth: the mean of the bins weighted by `relu(score) + 0.1`, as in
-            DINOv2 (facebookresearch/dinov2 `BNHead`) and AdaBins (arXiv 2011.14141).
-        upsample: Factor by which the scores of bins are upsampled bilinearly first. DINOv2
-            upsamples the features, which makes no difference to a linear layer.
+    With a `depth_range` the channels score bins of uniform depth between the two numbers, and the
+    output is depth: the mean of the bins weighted by `relu(score) + 0.1`, as in DINOv2
+    (facebookresearch/dinov2 `BNHead`) and AdaBins (arXiv 2011.14141). The scores are upsampled
+    first; DINOv2 upsamples the features, which makes no difference to a linear layer.
     """
 
     def __init__(
@@ -172,6 +155,7 @@ class Classifier(nn.Module):
         layers: See :class:`ijepa_zoo.FeatureExtractor`.
         pool: See there; the attentive and dense heads always take patch tokens, None.
         class_names: Names of the classes, in the order of the logits.
+        multi_label: The logits are of independent classes (sigmoid instead of softmax).
 
     Raises:
         SettingsError: The head does not have the width of the features, or a name is missing.
@@ -184,6 +168,7 @@ class Classifier(nn.Module):
         layers: Layers = "last",
         pool: str | None = "auto",
         class_names: Sequence[str] | None = None,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
         pool = pool if isinstance(head, LinearHead) else None
@@ -198,6 +183,7 @@ class Classifier(nn.Module):
             )
         self.weights_origin = "a classifier in memory"
         self.class_names = None if class_names is None else list(class_names)
+        self.multi_label = multi_label
 
     @property
     def encoder(self) -> Any:
@@ -228,14 +214,10 @@ class Classifier(nn.Module):
         return getattr(self.encoder, "patch_embed", None)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify images.
+        """Logits `[B, num_classes]`; maps `[B, num_outputs, H, W]` with a dense head.
 
         Args:
             images: `[B, C, H, W]`, transformed by :func:`ijepa_zoo.create_transform`.
-
-        Returns:
-            Logits `[B, num_classes]`; with a dense head maps `[B, num_outputs, H, W]`, resized
-            bilinearly from the patch grid.
         """
         features = self.extractor(images)
         if isinstance(self.head, AttentiveHead):
@@ -281,6 +263,9 @@ def save_classifier(
     """
     if encoder is None and not with_encoder:
         raise SettingsError("an encoder in memory has no source: save it too, with_encoder=True")
+    if encoder is not None and encoder.startswith(FOLDER_PREFIX):  # valid from everywhere
+        path = Path(encoder.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+        encoder = f"{FOLDER_PREFIX}{path}"
     folder, head = Path(folder), classifier.head
     written = (CONFIG, HEAD, ENCODER)
     check_destination(folder, written, overwrite)
@@ -294,7 +279,8 @@ def save_classifier(
         "layers": classifier.extractor.layers,
         "pool": classifier.extractor.pool,
         "class_names": classifier.class_names,
-        "encoder": ENCODER if with_encoder else _absolute(str(encoder)),
+        "multi_label": classifier.multi_label,
+        "encoder": ENCODER if with_encoder else encoder,
         "encoder_args": {} if with_encoder else dict(encoder_args or {}),
         "encoder_hash": fingerprint,
         "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
@@ -326,7 +312,8 @@ def load_classifier(folder: str | Path) -> Classifier:
             source = f"{FOLDER_PREFIX}{folder / ENCODER}"
         encoder = _open_encoder(source, (height, width), args)
         classifier = Classifier(
-            encoder, head, config["layers"], config["pool"], config["class_names"]
+            *(encoder, head, config["layers"], config["pool"], config["class_names"]),
+            config.get("multi_label", False),
         )
         expected = config["encoder_hash"]
     except (KeyError, TypeError) as error:
@@ -355,13 +342,6 @@ def read_classifier_config(folder: str | Path) -> dict[str, Any] | None:
         return None  # the readers of other folders name the damage
     is_ours = isinstance(config, dict) and config.get("ijepa_zoo") == KIND
     return config if is_ours else None
-
-
-def _absolute(source: str) -> str:
-    """A folder's path, valid from everywhere."""
-    if not source.startswith(FOLDER_PREFIX):
-        return source
-    return f"{FOLDER_PREFIX}{Path(source.removeprefix(FOLDER_PREFIX)).expanduser().resolve()}"
 
 
 def _open_encoder(source: str, size: tuple[int, int], args: dict[str, Any]) -> Any:

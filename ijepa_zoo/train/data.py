@@ -290,7 +290,9 @@ def evaluation_images(
     if not pixels:
         name, reason = broken[0]
         raise DataError(f"none of {len(indices)} images can be decoded; {name}: {reason}")
-    labels = None if images.targets is None else torch.from_numpy(images.targets[kept])
+    targets = images.targets
+    several = targets is not None and targets.ndim > 1  # per image, which monitors do not read
+    labels = None if targets is None or several else torch.from_numpy(targets[kept])
     return torch.stack(pixels), labels, broken
 
 

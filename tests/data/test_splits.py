@@ -166,6 +166,9 @@ def test_inaturalist_and_places(tmp_path: Path) -> None:
     train, test = open_splits(tmp_path / "p")
     assert (train.targets.tolist(), test.targets.tolist()) == ([12], [3])
     assert (levels(train.images), levels(test.images)) == ([1], [2])
+    (tmp_path / "i/val2018.json").write_text('{"images": []}')
+    with pytest.raises(DataError, match=r"val2018\.json"):
+        open_splits(tmp_path / "i")
     (tmp_path / "p/images256/c.png").unlink()
     with pytest.raises(DataError, match=r"c\.png"):
         open_splits(tmp_path / "p")

@@ -25,7 +25,7 @@ def test_counts_equal_a_plain_computation():
     )
     right = [logits[head].argmax(1) == labels for head in range(2)]
     expected = [100 * float(found.double().mean()) for found in right]
-    assert counts.accuracies() == pytest.approx([*expected, 0])
+    assert counts.values() == pytest.approx([*expected, 0])
     assert counts.total == 90
     assert best_head(counts) == 1
     ranked = logits[0].argsort(dim=1, descending=True)[:, :5]

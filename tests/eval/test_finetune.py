@@ -27,11 +27,11 @@ from ijepa_zoo.eval.finetune import (
 )
 from ijepa_zoo.eval.models import Subject
 from ijepa_zoo.eval.probe import EvalConfig, Probe
+from ijepa_zoo.eval.results import read_result
+from ijepa_zoo.eval.runs import EpochState
 from ijepa_zoo.eval.sets import EvalSet
 from ijepa_zoo.eval.tasks import View, find_task
 from ijepa_zoo.models.factory import create_model
-from ijepa_zoo.eval.runs import EpochState
-from ijepa_zoo.eval.results import read_result
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}
 LR = 2e-2  # of a batch of 8

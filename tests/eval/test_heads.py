@@ -73,10 +73,6 @@ def train_alone(head, spec, optimizer, penalty=0.0):
     return losses
 
 
-def norm_parameters(head):
-    return [] if head.norm is None else [*head.norm.parameters()]
-
-
 def test_every_head_equals_torch_sgd_alone():
     grid = grid_of(specs_of())
     alone = copy.deepcopy(grid.modules)
@@ -85,18 +81,16 @@ def test_every_head_equals_torch_sgd_alone():
     )
     features, _ = next(batches(1, size=200, seed=1))
     grid.modules.eval()
-    found = grid.predict(features)[..., 0]
+    found = [logits.argmax(dim=1) for logits in grid.logits(features)]
     for i, (spec, head) in enumerate(zip(grid.specs, alone)):
         groups = [{"params": [*head.linear.parameters()], "weight_decay": spec.weight_decay}]
-        groups += [{"params": p} for p in norm_parameters(head)]
+        groups += [{"params": p} for p in head.norm.parameters()]
         optimizer = torch.optim.SGD(groups, lr=spec.lr, momentum=0.9, nesterov=True)
         expected = train_alone(head, spec, optimizer)
         torch.testing.assert_close(losses[:, i], torch.tensor(expected), rtol=0, atol=1e-5)
         assert_same_head(grid.modules[i], head)
         logits = head.eval()(features[spec.representation])
         assert found[i].equal(logits.argmax(dim=1))
-        folded = grid.modules[i].fold()(features[spec.representation])
-        torch.testing.assert_close(folded, logits, rtol=1e-5, atol=1e-4)
     assert len(set(losses[-1].tolist())) == len(grid.specs), "no two heads are the same"
 
 
@@ -110,7 +104,7 @@ def test_every_head_equals_timms_lars_alone():
         weight, start = head.linear.weight, head.linear.weight.detach().clone()
         groups = [
             {"params": [weight], "always_adapt": True},
-            {"params": [head.linear.bias, *norm_parameters(head)]},
+            {"params": [head.linear.bias, *head.norm.parameters()]},
         ]
         optimizer = Lars(groups, lr=spec.lr, momentum=0.9, trust_coeff=0.001)
         train_alone(head, spec, optimizer, spec.weight_decay)
@@ -162,7 +156,7 @@ def test_a_head_that_diverged_has_no_right_answers_and_spoils_no_other():
     for features, labels in batches(6):
         both.step(features, labels, 1.0)
         one.step(features, labels, 1.0)
-    assert (both.predict(features)[1] == -1).all()
+    assert both.logits(features)[1].isnan().any()
     assert_same_head(both.modules[0], one.modules[0])
 
 

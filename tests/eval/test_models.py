@@ -8,7 +8,7 @@ from small_probe import encoder
 from ijepa_zoo import export
 from ijepa_zoo.errors import CheckpointError, FetchError, SettingsError
 from ijepa_zoo.eval import EvalConfig
-from ijepa_zoo.eval.models import as_subject, open_model
+from ijepa_zoo.eval.models import open_model
 
 
 def test_names_of_this_package_carry_their_weights():

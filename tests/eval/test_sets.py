@@ -2,15 +2,11 @@
 
 import io
 import json
-import pickle
-import tarfile
-from hashlib import md5
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torchvision
 from PIL import Image
 
 from ijepa_zoo.data.datasets import ArrayDataset, Subset
@@ -63,26 +59,6 @@ def test_class_folders(tmp_path: Path, test: str) -> None:
     assert train.notes == tested.notes == ()
 
 
-def test_a_labelled_test_folder_goes_before_val_and_a_flat_one_does_not(tmp_path: Path) -> None:
-    put(tmp_path / "train", {"a": 6, "b": 6})
-    put(tmp_path / "val", {"a": 1, "b": 1})
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "ILSVRC2012_test_1.png").write_bytes(png(0))  # as ImageNet's
-    assert opened(tmp_path)[1].split == "val"
-    put(tmp_path / "test", {"a": 1, "b": 1})
-    assert opened(tmp_path)[1].split == "test"
-
-
-def test_unsorted_validation_images_are_refused(tmp_path: Path) -> None:
-    put(tmp_path / "train", {"a": 6, "b": 6})
-    (tmp_path / "val").mkdir()
-    (tmp_path / "val" / "1.png").write_bytes(png(0))
-    with pytest.raises(DataError, match=tmp_path.name):
-        opened(tmp_path)
-    with pytest.raises(DataError, match="val"):
-        opened(tmp_path / "train", test=tmp_path / "val")
-
-
 def test_one_folder_is_split_with_a_fixed_seed_that_is_recorded(tmp_path: Path) -> None:
     put(tmp_path, {"a": 50, "b": 15})
     train, test = opened(tmp_path)
@@ -130,43 +106,6 @@ def test_images_beside_the_class_folders_are_left_out_and_said(tmp_path: Path) -
     assert "1 of 11 images of the train part have no class and are left out" in train.notes[0]
 
 
-def test_the_first_folder_below_the_split_is_the_class(tmp_path: Path) -> None:
-    put(tmp_path / "train", {"cat/day": 5, "cat/night": 5, "dog/day": 5})
-    put(tmp_path / "val", {"cat/day": 1, "dog/day": 1})
-    train, test = opened(tmp_path)
-    assert train.classes == test.classes == ("cat", "dog")
-    assert np.bincount(train.labels).tolist() == [10, 5]
-
-
-def shard(path: Path, members: list[tuple[str, str]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for number, (key, label) in enumerate(members):
-            for name, data in ((f"{key}.png", png(number)), (f"{key}.cls", label.encode())):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-
-def test_shards_share_the_numbers_of_their_labels(tmp_path: Path) -> None:
-    shard(tmp_path / "set-train-0.tar", [(f"{i:03}", str(i % 3 + 8)) for i in range(12)])
-    shard(tmp_path / "set-train-1.tar", [(f"{i:03}", "9") for i in range(2)])
-    shard(tmp_path / "set-val-0.tar", [("000", "10"), ("001", "9")])
-    both = opened(tmp_path)
-    named = opened(str(tmp_path / "*train*"), test=str(tmp_path / "*val*"))
-    for train, test in (both, named):
-        # in the order of names: '10', '8', '9'
-        assert train.labels.tolist() == [1, 2, 0] * 4 + [2, 2]
-        assert test.labels.tolist() == [0, 2]
-        assert test.images.name(1).endswith("set-val-0.tar/001.png")
-
-
-def test_overlapping_parts_are_refused(tmp_path: Path) -> None:
-    put(tmp_path / "train", {"a": 5, "b": 5})
-    for test in (tmp_path / "train", tmp_path):
-        with pytest.raises(DataError, match="training images too"):
-            opened(tmp_path / "train", test=test)
-
-
 def test_labels_that_do_not_start_at_zero(tmp_path: Path) -> None:
     images = np.zeros((30, 4, 4, 3), np.uint8)
     for name, labels in (("train", [1, 4, 9]), ("test", [9, 4, 1])):
@@ -174,9 +113,6 @@ def test_labels_that_do_not_start_at_zero(tmp_path: Path) -> None:
     train, test = opened(str(tmp_path / "train.npz"), test=str(tmp_path / "test.npz"))
     assert (train.labels[:3].tolist(), test.labels[:3].tolist()) == ([0, 1, 2], [2, 1, 0])
     assert train.classes == ("1", "4", "9")
-    assert train.notes == (
-        "the labels are 3 numbers from 1 to 9; they count as 0 to 2 in their order",
-    )
 
 
 class Photos:
@@ -200,24 +136,17 @@ def test_data_sets_in_memory() -> None:
     assert (len(train), len(test)) == (16, 4)
 
 
-@pytest.mark.parametrize(
-    ("classes", "words"),
-    [
-        ({"a": 20}, "all of one class, 'a'"),
-    ],
-)
-def test_too_little_to_train_on(tmp_path: Path, classes: dict[str, int], words: str) -> None:
-    put(tmp_path / "train", classes)
+def test_too_little_to_train_on(tmp_path: Path) -> None:
+    put(tmp_path / "train", {"a": 20})
     put(tmp_path / "val", {"a": 1, "b": 1})
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match="one class, a"):
         opened(tmp_path)
 
 
-def test_a_class_of_one_training_image_is_told_and_stays_among_those_fitted(tmp_path: Path) -> None:
+def test_a_class_of_one_training_image_stays_among_those_fitted(tmp_path: Path) -> None:
     put(tmp_path / "train", {"a": 30, "b": 1, "c": 1})
     put(tmp_path / "val", {"a": 1, "c": 1}, 100)
     train, test = opened(tmp_path)
-    assert train.notes == ("2 of 3 classes have a single training image ('b', 'c')",)
     assert test.notes == ("the val part has no image of 1 of 3 classes ('b')",)
     for seed in range(30):
         fit, choose = split_to_choose(train, seed)
@@ -227,7 +156,7 @@ def test_a_class_of_one_training_image_is_told_and_stays_among_those_fitted(tmp_
 
 
 def test_rendered_scenes_have_no_classes() -> None:
-    with pytest.raises(DataError, match=r"'scenes:60,8' .*`eval count` .*\(--task count\)"):
+    with pytest.raises(DataError, match="--task count"):
         opened("scenes:60,8")
 
 
@@ -241,18 +170,14 @@ def test_what_is_no_labelled_data_set(tmp_path: Path) -> None:
         opened(tmp_path / "gone")
     with pytest.raises(DataError, match="no classes"):
         opened(np.zeros((20, 4, 4, 3), np.uint8))
-    with pytest.raises(DataError, match="takes one folder of CLEVR or scenes:TRAIN,TEST"):
+    with pytest.raises(DataError, match="CLEVR"):
         opened("scenes:20,20", find_task("count"), test="x")
 
 
 def test_the_number_of_classes_must_be_the_tasks(tmp_path: Path) -> None:
     put(tmp_path, {f"c{k}": 5 for k in range(10)})
     assert len(opened(tmp_path, find_task("cifar10"))[0].classes) == 10
-    with pytest.raises(
-        DataError,
-        match=r"CIFAR-100 has 100 classes, these data have 10 \('c0', 'c1', ...\): use "
-        "--task cifar10 or --task classes",
-    ):
+    with pytest.raises(DataError, match=r"100 classes, .* 10 "):
         opened(tmp_path, find_task("cifar100"))
 
 
@@ -282,17 +207,6 @@ def test_a_test_count_that_never_occurs_in_training_is_dropped(tmp_path: Path) -
     assert train.notes == ()
 
 
-def test_a_count_of_one_training_scene_is_fitted_to(tmp_path: Path) -> None:
-    clevr(tmp_path, "train", [3, 4, 5, 6, 7, 8, 9] * 3 + [10])
-    clevr(tmp_path, "val", [3, 10])
-    train, test = open_task(find_task("count"), tmp_path)
-    for seed in range(20):
-        assert test.labels.tolist() == [0, 7]
-        fit, _ = split_to_choose(train, seed)
-        assert 21 in fit
-    assert train.notes == ("1 of 8 classes have a single training image ('10 objects')",)
-
-
 def test_fewer_classes_of_scenes_are_said(tmp_path: Path) -> None:
     clevr(tmp_path, "train", [3, 4] * 6)
     clevr(tmp_path, "val", [3, 4])
@@ -305,128 +219,6 @@ def test_rendered_scenes() -> None:
     train, test = opened("scenes:60,8", find_task("count"))
     assert train.classes == tuple(f"{n} objects" for n in range(3, 11))
     assert (len(train), len(test)) == (60, 8)
-
-
-def cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Files in the layout of the published archive, with their own checksums."""
-    data = getattr(torchvision.datasets, name)
-    folder = root / data.base_folder
-    folder.mkdir()
-    fine = name == "CIFAR100"
-    names = [f"class {k}" for k in range(100 if fine else 10)]
-
-    def write(file: str, content: dict[str, Any]) -> str:
-        (folder / file).write_bytes(pickle.dumps(content))
-        return md5((folder / file).read_bytes()).hexdigest()
-
-    def batch(first: int, count: int) -> dict[str, Any]:
-        rows = np.full((count, 3072), first, np.uint8)
-        rows[:, 1024:] = 0  # green and blue
-        labels = [k % len(names) for k in range(count)]
-        return {"data": rows, "fine_labels" if fine else "labels": labels}
-
-    per_file = 2 * len(names)
-    for attribute in ("train_list", "test_list"):
-        files = [file for file, _ in getattr(data, attribute)]
-        sums = [[file, write(file, batch(n, per_file))] for n, file in enumerate(files)]
-        monkeypatch.setattr(data, attribute, sums)
-    key = data.meta["key"]
-    meta = {**data.meta, "md5": write(data.meta["filename"], {key: names})}
-    monkeypatch.setattr(data, "meta", meta)
-
-
-@pytest.mark.parametrize(("name", "task"), [("CIFAR10", "cifar10"), ("CIFAR100", "cifar100")])
-def test_cifar_as_distributed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, task: str
-) -> None:
-    cifar(tmp_path, monkeypatch, name)
-    folder = tmp_path / getattr(torchvision.datasets, name).base_folder
-    for place in (tmp_path, folder):
-        train, test = opened(place, find_task(task))
-        classes = 10 if name == "CIFAR10" else 100
-        assert train.classes == tuple(f"class {k}" for k in range(classes))
-        assert len(train) == (5 if name == "CIFAR10" else 1) * 2 * classes
-        assert test.labels.tolist() == list(range(classes)) * 2
-        assert levels(train)[-1] == (4 if name == "CIFAR10" else 0)
-    with next(folder.glob("*batch*" if name == "CIFAR10" else "train")).open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(DataError, match="cannot be opened"):
-        opened(tmp_path, find_task(task))
-
-
-def test_inaturalist_as_distributed(tmp_path: Path) -> None:
-    def write(split: str, pairs: list[tuple[str, int]]) -> None:
-        names = [f"train_val2018/{folder}/{i}.png" for i, (folder, _) in enumerate(pairs)]
-        for level, name in enumerate(names):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(png(level))
-        # Annotations are joined by their ids, not by their order.
-        annotations = [
-            {"id": k, "image_id": 1000 + k, "category_id": number}
-            for k, (_, number) in enumerate(pairs)
-        ]
-        content = {
-            "images": [{"id": 1000 + k, "file_name": name} for k, name in enumerate(names)][::-1],
-            "annotations": annotations,
-            "categories": [{"id": 7, "name": "Aves seven"}, {"id": 12, "name": "Aves twelve"}],
-        }
-        (tmp_path / f"{split}2018.json").write_text(json.dumps(content))
-
-    write("train", [("Aves/7", 7), ("Aves/12", 12)] * 6)
-    write("val", [("Aves/12", 12), ("Aves/7", 7)])
-    train, test = opened(tmp_path)
-    assert train.classes == ("Aves seven", "Aves twelve")
-    assert train.labels.tolist() == [0, 1] * 6
-    assert sorted(zip(levels(test), test.labels.tolist())) == [(0, 1), (1, 0)]
-    (tmp_path / "val2018.json").write_text('{"images": []}')
-    with pytest.raises(DataError, match=r"val2018\.json"):
-        opened(tmp_path)
-    (tmp_path / "val2018.json").unlink()
-    with pytest.raises(DataError, match=r"val2018\.json"):
-        opened(tmp_path)
-
-
-def test_places205_as_distributed(tmp_path: Path) -> None:
-    lists = tmp_path / "trainvalsplit_places205"
-    images = tmp_path / "data/vision/torralba/deeplearning/images256"
-    lists.mkdir()
-    put(images, {"a/abbey": 6, "c/cathedral/outdoor": 6, "c/church/outdoor": 6})
-    folders = [("a/abbey", 0), ("c/cathedral/outdoor", 36), ("c/church/outdoor", 41)]
-    for split, numbers in (("train", range(5)), ("val", [5])):
-        lines = [f"{folder}/{n}.png {label}\n" for folder, label in folders for n in numbers]
-        (lists / f"{split}_places205.csv").write_text("".join(lines))
-    train, test = opened(tmp_path)
-    assert train.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5  # outdoors are two classes
-    assert test.labels.tolist() == [0, 1, 2]
-    assert levels(test) == [5, 11, 17]
-    (lists / "val_places205.csv").write_text("a/abbey/5.png 0\nchurch\n")
-    with pytest.raises(DataError, match=r"val_places205\.csv"):
-        opened(tmp_path)
-    (lists / "val_places205.csv").write_text("b/bar/1.png 0\n")
-    with pytest.raises(DataError, match=r"lists 'b/bar/1.png', which is not in .*unpack"):
-        opened(tmp_path)
-
-
-def test_hub_data_sets_on_disk(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])}
-    )
-
-    def rows(labels: list[int]) -> Any:
-        images = [{"bytes": png(k), "path": None} for k in range(len(labels))]
-        return datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
-
-    parts = {"train": rows([0, 1] * 10), "validation": rows([1, 0]), "test": rows([-1, -1])}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
-    for source in (tmp_path / "both", f"{tmp_path}/both:label=label"):
-        train, test = opened(source)
-        assert (train.split, test.split) == ("train", "validation")  # test has no labels
-        assert (len(train), test.labels.tolist()) == (20, [1, 0])
-    parts["train"].save_to_disk(tmp_path / "one")
-    assert len(opened(tmp_path / "one")[1]) == 4
-    chosen = opened(f"{tmp_path}/both:split=train")
-    assert "have no test part" in chosen[0].notes[0]
 
 
 def test_the_split_is_stratified_seeded_and_covers_everything() -> None:

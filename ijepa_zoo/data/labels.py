@@ -1,0 +1,106 @@
+"""Labels of image files from a CSV, one or several per image."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ..errors import DataError
+from .datasets import FileDataset, Targets, indicator_matrix
+from .decode import Decoder
+from .files import File
+
+TRAIN = ("train", "training")
+TEST = ("test", "val", "valid", "validation", "testing")  # in the order of preference
+_BETWEEN = ";"  # between the labels of a cell
+
+
+class LabeledFiles(FileDataset):
+    """The images of a CSV with the columns `path` and `label`, and perhaps `split`.
+
+    Paths are relative to the folder of the CSV. Several lines of a path, or `;` in a label, are
+    several labels of an image; then `targets` is a 0/1 matrix, else an empty label is no class.
+
+    Args:
+        path: The CSV.
+        decoder: See `Decoder`.
+
+    Attributes:
+        splits: Indices of the images by the name of their split; empty without such a column.
+
+    Raises:
+        DataError: The CSV cannot be read, has no such columns, or names a file that is missing.
+    """
+
+    def __init__(self, path: str, decoder: Decoder) -> None:
+        labels: dict[str, dict[str, None]] = {}
+        split_of: dict[str, str] = {}
+        folder = os.path.dirname(path)
+        for line, row in _rows(path):
+            name, split = row["path"], row.get("split", "").lower()
+            if not name:
+                raise DataError(f"line {line} of '{path}' has no path")
+            if "split" in row and split not in (*TRAIN, *TEST):
+                raise DataError(f"line {line} of '{path}' has the split '{split}': use train, test")
+            file = os.path.normpath(os.path.join(folder, name))
+            found = (label.strip() for label in row["label"].split(_BETWEEN))
+            labels.setdefault(file, {}).update((label, None) for label in found if label)
+            if split_of.setdefault(file, split) != split:
+                raise DataError(f"'{path}' has '{name}' in '{split_of[file]}' and in '{split}'")
+        _refuse_missing(path, list(labels))
+        several = any(len(found) > 1 for found in labels.values())
+        root = os.path.join(folder, "") if folder else ""
+        super().__init__(
+            (
+                File(file, root, next(iter(found), None), is_link=os.path.islink(file))
+                for file, found in labels.items()
+            ),
+            decoder,
+        )
+        if several:
+            names = sorted({label for found in labels.values() for label in found})
+            number_of = {label: number for number, label in enumerate(names)}
+            numbers = [[number_of[label] for label in found] for found in labels.values()]
+            self.targets, self.classes = indicator_matrix(numbers), dict(enumerate(names))
+        given = np.array([*split_of.values()])
+        self.splits: Mapping[str, Targets] = {
+            str(split): np.flatnonzero(given == split) for split in np.unique(given) if split
+        }
+
+
+def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and cells of each line."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="", skipinitialspace=True)
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            if not {"path", "label"} <= {*reader.fieldnames}:
+                found = ", ".join(reader.fieldnames) or "nothing"
+                raise DataError(
+                    f"'{path}' needs the columns path,label: its first line has {found}"
+                )
+            empty = True
+            for row in reader:
+                if len(row) > len(reader.fieldnames):
+                    raise DataError(
+                        f"line {reader.line_num} of '{path}' has more cells than the first line: "
+                        'put names with commas in quotes, "a, b"'
+                    )
+                empty = False
+                yield reader.line_num, {key: value.strip() for key, value in row.items()}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"'{path}' cannot be read as a CSV: {error}") from error
+    if empty:
+        raise DataError(f"'{path}' lists no images")
+
+
+def _refuse_missing(path: str, files: list[str]) -> None:
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(files)} images of '{path}' are missing, such as "
+            f"'{missing[0]}': give paths relative to the folder of the CSV"
+        )
