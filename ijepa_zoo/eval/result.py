@@ -20,6 +20,7 @@ from ..extract import whole_file
 RESULT, TABLE = "result.json", "results.csv"
 _SHARE = "most_frequent"  # in the record of the data
 _SHOWN = 5  # heads in the terminal
+_CLASSES = 3  # of the best, and of the worst, there
 MOST_FREQUENT = "most frequent class"
 NOTHING_CHOSEN = "nothing: it is the state after the last epoch"
 
@@ -62,6 +63,7 @@ class Result:
         higher_is_better: Whether a larger figure is the better one.
         interval: 95 % interval of `figure`.
         others: Further test figures of the chosen head.
+        per_class: Its test figure for each class, by name; NaN where no pixel has the class.
         paper: The paper's figure for these weights.
         baselines: Test figures of the same protocol without learned weights; of another measure
             where the name is "MEASURE of NAME".
@@ -90,6 +92,7 @@ class Result:
     higher_is_better: bool = True
     interval: tuple[float, float] | None = None
     others: dict[str, float] = field(default_factory=dict)
+    per_class: dict[str, float] = field(default_factory=dict)
     paper: float | None = None
     baselines: dict[str, float] = field(default_factory=dict)
     check: dict[str, Any] | None = None
@@ -154,6 +157,7 @@ class Result:
         span = "  [{}, {}]".format(*map(self.show, self.interval)) if self.interval else ""
         figures = [[self._figure_name, "", f"{self.show(self.figure)}{span}"]]
         figures += [[f"  {name}", "", f"{value:.4g}"] for name, value in self.others.items()]
+        figures += self._class_rows()
         if self.paper is not None:
             figures.append(["the paper's figure", "", self.show(self.paper)])
         figures += [[name, "", self.show(value)] for name, value in self.baselines.items()]
@@ -197,6 +201,15 @@ class Result:
         shown = self._best()
         rows = [[_mark(h, self.chosen), self.show(h.held_out), self.show(h.test)] for h in shown]
         left = len(self.heads) - len(shown)
+        return [*rows, [f"  and {left} more in {RESULT}", "", ""]] if left else rows
+
+    def _class_rows(self) -> list[list[str]]:
+        """The classes, of many the best and the worst."""
+        known = [(value, name) for name, value in self.per_class.items() if value == value]
+        known.sort(reverse=self.higher_is_better)
+        shown = known if len(known) <= 2 * _CLASSES else known[:_CLASSES] + known[-_CLASSES:]
+        rows = [[f"  class {name}", "", self.show(value)] for value, name in shown]
+        left = len(self.per_class) - len(shown)
         return [*rows, [f"  and {left} more in {RESULT}", "", ""]] if left else rows
 
     @property

@@ -65,7 +65,7 @@ def find_results(places: Iterable[str | Path]) -> list[tuple[Path, Result]]:
 
 _TEXTS = ("task", "method", "chosen", "selection", "measure", "unit", "date")
 _TABLES = ("model", "protocol", "data", "images", "machine", "versions")
-_FIGURES_BY_NAME = ("others", "baselines")
+_FIGURES_BY_NAME = ("others", "per_class", "baselines")
 
 
 def _checks(result: Result) -> Iterator[tuple[bool, str]]:
