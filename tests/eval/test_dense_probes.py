@@ -470,8 +470,6 @@ def test_ranges_and_units_that_cannot_hold_are_refused(subject, tmp_path):
             evaluate_dense_depth(subject, "scenes:24,6", tmp_path, max_depth=wrong)
     with pytest.raises(SettingsError, match="epochs is 0"):
         evaluate_dense_depth(subject, "scenes:24,6", tmp_path, epochs=0)
-    with pytest.raises(DataError, match="depth_scale is 1000"):
-        evaluate_dense_depth(subject, "scenes:24,6", tmp_path, depth_scale=1000)
 
 
 def test_test_pairs_without_a_pixel_that_counts_are_told(subject, tmp_path):
