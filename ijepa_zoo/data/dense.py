@@ -274,32 +274,34 @@ def read_mask(path: str, reduce_zero_label: bool = False) -> Target:
 
 @dataclass(frozen=True)
 class _LargestClass:
-    """The largest class id of each mask, 0 where it cannot be read."""
+    """The largest class id of each mask, or why it cannot be read."""
 
     data: DenseDataset
 
-    def __getitem__(self, index: int) -> int:
+    def __getitem__(self, index: int) -> int | str:
         try:
             mask = self.data.load(index)[1]
-        except ImageError:
-            return 0
+        except ImageError as error:
+            return str(error)
         return int(mask.max(where=mask != IGNORE_INDEX, initial=0))
 
 
 def _count_classes(data: DenseData, workers: int, progress: bool) -> int:
     """Number of classes, from all masks."""
-    largest, name = 0, data.train.names[0]
+    largest, name, unread = 0, data.train.names[0], ""
     for part in (data.train, data.test):
         with progress_bar(progress, len(part), "classes of masks") as bar:
             found = load_in_order(_LargestClass(part), range(len(part)), workers)
             for index, number in enumerate(found):
-                if number > largest:
+                if isinstance(number, int) and number > largest:
                     largest, name = number, part.names[index]
+                unread = number if isinstance(number, str) else unread
                 bar.update()
     if not 0 < largest < _MOST_CLASSES:
         raise DataError(
-            f"the largest class of all masks is {largest} (in that of '{name}'): masks hold class "
-            f"ids from 0 to at most {_MOST_CLASSES - 1}, and {IGNORE_INDEX} for pixels without one"
+            f"the largest class of all masks is {largest} ({unread or f'that of {name}'}): masks "
+            f"hold class ids from 0 to at most {_MOST_CLASSES - 1}, and {IGNORE_INDEX} for pixels "
+            "without one"
         )
     return largest + 1
 
@@ -497,7 +499,7 @@ def _pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]
         raise DataError(
             f"{len(alone)} files below '{source}' have no partner, for example '{alone[0]}': an "
             "image and its target have the same name, such as images/a/1.jpg and "
-            f"{sorted(target_words)[0]}/a/1.png"
+            f"{'masks' if 'masks' in target_words else 'depth'}/a/1.png"
         )
     splits: dict[str, list[Pair]] = {}
     for (split, _), pair in sorted(found.items(), key=lambda item: os.fsencode(item[1][False])):

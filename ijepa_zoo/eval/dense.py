@@ -366,8 +366,9 @@ def _score(
                     count += 1
     images = int(distributed.all_reduce(count))
     if not images:
-        reason = next(iter(feed.broken.values()), "no pixel of a target counts")
-        raise DataError(f"no pair of the set can be measured: {reason}")
+        name = feed.data.names[int(indices[0])]
+        reason = feed.broken.get(name, "no pixel of its target counts")
+        raise DataError(f"none of {len(indices)} pairs can be measured: '{name}': {reason}")
     return distributed.all_reduce(total), images
 
 

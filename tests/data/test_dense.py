@@ -326,6 +326,9 @@ def test_masks_of_voc_are_palette_indices(tmp_path):
     (lists / "val.txt").write_text("2007_3\n")
     with pytest.raises(DataError, match=r"SegmentationClass/2007_3\.png"):
         open_segmentation(root)
+    (lists / "val.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"val\.txt"):
+        open_segmentation(root)
     (lists / "val.txt").unlink()
     with pytest.raises(DataError, match=r"val\.txt"):
         open_segmentation(root)

@@ -549,17 +549,133 @@ def test_segmentation_learns_colors(subject, masks, tmp_path, cached):
     assert result.protocol["num_classes"] == 3
 
 
-def test_masks_of_other_classes_are_named(subject, masks, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("mask", "named"),
+    [
+        (np.zeros((64, 32), np.uint8), r"images/train/2\.png.* 64 x 64.* 32 x 64"),
+        (np.zeros((64, 64, 3), np.uint8), r"masks/train/2\.png.* color"),
+        (np.full((64, 64), 26_001, np.uint16), r"images/train/2\.png.* class ids"),
+        (b"\x89PNG", r"masks/train/2\.png"),
+        (None, r"images/train/2\.png"),
+    ],
+)
+def test_masks_that_do_not_fit_are_named(subject, masks, tmp_path, mask, named):
+    path = masks / "masks/train/2.png"
+    path.unlink()
+    if isinstance(mask, bytes):
+        path.write_bytes(mask)
+    elif mask is not None:
+        Image.fromarray(mask).save(path)
+    with pytest.raises(DataError, match=named):
+        evaluate_segmentation(
+            subject, masks, tmp_path / "out", workers=0, protocol=SEGMENTATION, cached=True
+        )
+
+
+def test_classes_outside_the_data_are_named(subject, masks, tmp_path, monkeypatch):
     monkeypatch.setattr("ijepa_zoo.data.dense._count_classes", lambda *_: 2)
     with pytest.raises(DataError, match=r"/\d+\.png.* class 2.* 0 to 1"):
         evaluate_segmentation(subject, masks, tmp_path / "out", workers=0, protocol=SEGMENTATION)
+
+
+def test_masks_of_16_bits_and_of_another_size_are_read(subject, masks, tmp_path):
+    arguments = {"workers": 0, "protocol": SEGMENTATION, "reduce_zero_label": False}
+    plain = evaluate_segmentation(subject, masks, tmp_path / "plain", **arguments)
+    for path in (masks / "masks").rglob("*.png"):
+        mask = np.asarray(Image.open(path)).astype(np.uint16)
+        Image.fromarray(mask.repeat(2, 0).repeat(2, 1)).save(path)
+    result = evaluate_segmentation(subject, masks, tmp_path / "out", **arguments)
+    assert [head.loss for head in result.heads] == [head.loss for head in plain.heads]
+    assert result.figure == pytest.approx(plain.figure, abs=3)  # finer pixels are measured
+
+
+IDS = {"ADE20K": [1, 5, 40, 150], "PASCAL VOC": [0, 7, 12, 20]}  # of the classes of scenes
+
+
+def _write_layout(root, name):
+    """Rendered scenes, larger than the model's images, as ADE20K's or VOC's archive unpacks."""
+    data, voc = open_segmentation("scenes:24,6"), name == "PASCAL VOC"
+    for split, short, part in (("training", "train", data.train), ("validation", "val", data.test)):
+        names = []
+        for n, (image, mask, _) in enumerate(part):
+            mask = np.array(IDS[name], np.uint8)[mask].repeat(2, 0).repeat(2, 1)
+            mask[:3] = 255 if voc else 0  # VOC's border, ADE20K's other things
+            names.append(f"2007_{n:06}" if voc else f"ADE_{short}_{n:08}")
+            paths = [f"images/{split}/{names[-1]}.jpg", f"annotations/{split}/{names[-1]}.png"]
+            if voc:
+                paths = [
+                    f"JPEGImages/{short}{names[-1]}.jpg",
+                    f"SegmentationClass/{short}{names[-1]}.png",
+                ]
+            for path in paths:
+                (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.array(image)).resize((128, 128)).save(root / paths[0], quality=95)
+            picture = Image.fromarray(mask)
+            if voc:
+                picture.putpalette([v for k in range(256) for v in (k * 7 % 256, k * 5 % 256, k)])
+            picture.save(root / paths[1])
+        if voc:
+            lists = root / "ImageSets/Segmentation"
+            lists.mkdir(parents=True, exist_ok=True)
+            (lists / f"{short}.txt").write_text("".join(f"{short}{n}\n" for n in names))
+    if not voc:
+        rows = [f"{n}\t0.1\t9\t9\t1\tthing {n}, object  " for n in range(1, 151)]
+        header = "Idx\tRatio\tTrain\tVal\tStuff\tName"
+        (root / "objectInfo150.txt").write_text("\n".join([header, *rows]) + "\n")
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_iou_of_the_layouts_of_ade20k_and_voc_is_scikit_learns(tmp_path, name):
+    """Predictions by the saved head; every pixel of the test masks at their own size."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    voc = name == "PASCAL VOC"
+    root = tmp_path / ("VOCdevkit/VOC2012" if voc else "ADEChallengeData2016")
+    _write_layout(root, name)
+    model = "vit_nano8_64_ijepa.scenes"
+    result = evaluate_segmentation(model, tmp_path, tmp_path / "out", protocol=SEGMENTATION)
+    assert result.task == f"segmentation, {name}"
+    assert len(result.per_class) == (21 if voc else 150)
+    (folder,) = tmp_path.glob("out/*/model")
+    saved = create_model(f"local-dir:{folder}").eval()
+    assert saved.class_names == list(result.per_class)
+    assert saved.class_names[-1] == ("tvmonitor" if voc else "thing 150, object")
+    truths, guesses = [], []
+    for path in sorted(root.glob("JPEGImages/val*" if voc else "images/validation/*")):
+        mask = (
+            root / ("SegmentationClass" if voc else "annotations/validation") / f"{path.stem}.png"
+        )
+        target = np.asarray(Image.open(mask)).astype(int) - (not voc)
+        image = Image.open(path).resize((64, 64), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        mean, std = (torch.tensor(saved.pretrained_cfg[key]) for key in ("mean", "std"))
+        pixels = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        with torch.no_grad():
+            patches = saved.head(saved.extractor(pixels))
+            whole = F.interpolate(patches, (64, 64), mode="bilinear", align_corners=False)
+            torch.testing.assert_close(saved(pixels), whole)
+        full = F.interpolate(patches, target.shape, mode="bilinear", align_corners=False)
+        known = (target >= 0) & (target < 255)
+        truths.append(target[known])
+        guesses.append(full[0].argmax(0).numpy()[known])
+    truth, guess = np.concatenate(truths), np.concatenate(guesses)
+    there = sorted(set(truth) | set(guess))
+    assert len(set(guess)) > 1
+    expected = 100 * metrics.jaccard_score(truth, guess, labels=there, average=None)
+    found = list(result.per_class.values())
+    assert [n for n, value in enumerate(found) if not math.isnan(value)] == there
+    assert [found[n] for n in there] == pytest.approx(list(expected), abs=0.05)
+    assert result.figure == pytest.approx(np.mean(expected), abs=0.05)
+    accuracy = 100 * metrics.accuracy_score(truth, guess)
+    assert result.others["pixel accuracy"] == pytest.approx(accuracy, abs=0.05)
 
 
 def test_the_command_for_segmentation(tmp_path, capsys):
     words = ["eval", "segmentation", "--model", "vit_nano8_64_ijepa", "--data", "scenes:12,4"]
     words += ["--epochs", "1", "--batch-size", "4", "--device", "cpu", "--quiet", "--baseline"]
     assert cli.main([*words, "--out", str(tmp_path)]) == 0
-    assert "mean IoU (%)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mean IoU (%)" in shown
+    assert "  class background " in shown
     results = [read_result(file) for file in tmp_path.glob("*/result.json")]
     (own,) = (result for result in results if result.model["name"].endswith(".scenes"))
     assert any("random weights" in name for name in own.baselines)
