@@ -32,22 +32,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.decode import Decoder
 from ..data.dense import DenseData, DenseDataset, open_depth, open_segmentation
 from ..data.loading import usable_cpus
 from ..distributed import Distributed, init_distributed
 from ..encode import Encoder
-from ..errors import DataError, ImageError, SettingsError
+from ..errors import DataError, ImageError, SettingsError, option
 from ..models.classifier import Classifier, DenseHead
 from .dense_tasks import DenseProtocol, DenseTask, Depth, DepthProtocol, Segmentation
 from .dense_training import DenseConfig, DenseFeed, DenseTraining, Indices
-from .epoch_state import EpochState
-from .models import Subject, as_subject, check_model
-from .notes import CACHED_AS_IS, few_to_choose, of_all_processes, undecoded
-from .probe import save_result_model
-from .result import Head, Result
-from .runs import once, run_folder
-from .words import counted, data_name, option, other_epochs
+from .models import Subject
+from .probe import CACHED_AS_IS, of_all_processes, other_epochs, save_result_model, undecoded
+from .results import TEST_SET, Head, Result, data_name
+from .runs import EpochState, once, run_folder
 
 _MAX_DEPTH = 10.0  # meters, where the data do not tell: rooms
 _TRIED = 100  # pairs that are read before the work, until one counts
@@ -97,7 +93,7 @@ def evaluate_dense_depth(
         options: Further fields of `DenseConfig`.
 
     Returns:
-        The result, which is also in the folder; its figure is the RMSE in meters or scene units.
+        The result, which is also in the folder; its value is the RMSE in meters or scene units.
 
     Raises:
         DataError: The data cannot be used.
@@ -140,7 +136,7 @@ def evaluate_segmentation(
         options: Further fields of `DenseConfig`.
 
     Returns:
-        The result; its figure is the mean IoU in percent, its `per_class` the IoU of each class.
+        The result; its value is the mean IoU in percent, its `metrics["IoU"]` that of each class.
     """
 
     def make_task(pairs: DenseData, _: Any) -> DenseTask:
@@ -165,11 +161,10 @@ def _run(
     """Evaluate the model, and the architecture with random weights if that is wanted."""
     if config.test is not None:
         raise SettingsError(f"{option('test')}: DATA holds training and test pairs")
-    weights, random, seed = config.weights, config.random, config.seed
     given = {"epochs": config.epochs, "batch_size": config.batch_size}
     protocol = replace(usual, **{name: n for name, n in given.items() if n is not None})
-    channels = check_model(config.model, baseline=config.baseline, random=random, **weights)
-    decoder = Decoder(channels, config.value_range, config.bands)
+    subject = config.open_model()
+    decoder = config.decoder(subject.in_chans, as_tensor=False)
     workers = usable_cpus() if config.workers is None else config.workers
     with init_distributed(config.device) as distributed:
         shown = config.progress and distributed.is_main
@@ -181,12 +176,11 @@ def _run(
         pairs = replace(pairs, train=train, test=test)
         probe = _Probe(config, pairs, make_task(pairs, protocol), protocol, usual, distributed)
         distributed.run_on_main(lambda: _check(probe))
-        subject = as_subject(config.model, random=random, seed=seed, **weights)
         result, folder = _evaluate(probe, subject)
         if config.baseline and not any("random weights" in name for name in result.baselines):
-            untrained = subject.untrained(seed)
+            untrained = subject.untrained(config.seed)
             other = _evaluate(probe, untrained)[0]
-            result = replace(result, baselines={**result.baselines, untrained.name: other.figure})
+            result = replace(result, baselines={**result.baselines, untrained.name: other.value})
             if distributed.is_main:
                 result.write(folder)
         distributed.barrier()
@@ -249,7 +243,7 @@ def _evaluate(probe: _Probe, subject: Subject) -> tuple[Result, Path]:
     }
     name = f"{config.task}-{probe.pairs.name}"
     folder = run_folder(config.out, name, "dense", subject.describe()["name"], settings)
-    state = EpochState(folder / "state.pt", settings, distributed)
+    state = EpochState(folder / "state.pt", distributed)
 
     def work() -> Result:
         training.train(state)
@@ -295,19 +289,16 @@ def _measure(
     )
     notes = [CACHED_AS_IS] if config.cached else []
     notes += other_epochs(probe.protocol.epochs, probe.usual.epochs, "protocol")
-    notes += few_to_choose(kept)
     if without := len(test.data) - len(test_broken) - count:
-        notes.append(
-            f"{counted(without, 'test pair')} without a pixel that counts: not among those tested"
-        )
+        notes.append(f"test pairs without a pixel that counts: {without}, not among those tested")
     fitted = sum(train.data.names[index] not in broken for index in training.fit.tolist())
     result = Result(
-        task=f"{task.method}, {probe.pairs.name}",
+        task=probe.pairs.name,
         method=task.method,
         model=subject.describe(),
-        figure=own[0],
+        value=own[0],
         chosen=specs[asked[place]].name,
-        selection="a seeded 10 % of the training images" if kept else "the test set",
+        selection="a seeded 10 % of the training images" if kept else TEST_SET,
         heads=[
             Head(spec.name, held_out[i], tested.get(i), training.losses[i])
             for i, spec in enumerate(specs)
@@ -324,11 +315,10 @@ def _measure(
         },
         images={"fit": fitted, "choose": kept, "test": count},
         seed=config.seed,
-        measure=task.measure,
+        metric=task.metric,
         unit=task.unit,
         higher_is_better=task.higher_is_better,
-        others=dict(zip(task.metrics[1:], own[1:])),
-        per_class=task.per_class(total[place]),
+        metrics=dict(zip(task.metrics[1:], own[1:])) | task.more(total[place]),
         baselines={
             f"{task.metrics[column]} of {name}": row[column]
             for name, row in zip(task.blind, blind)

@@ -79,7 +79,7 @@ class DepthProtocol(DenseProtocol):
 class Depth:
     """Depth of each pixel, up to `max_depth`, as the weighted mean of bins; see `DenseHead`."""
 
-    method, metrics, measure = "dense depth", DEPTH_METRICS, "RMSE"
+    method, metrics, metric = "depth", DEPTH_METRICS, "RMSE"
     higher_is_better = False
     mirrored = True  # predictions in tests are means over an image and its mirror image
     blind = ("the mean depth", "the mean depth map")  # predictions that look at no image
@@ -154,8 +154,8 @@ class Depth:
         """Metrics `[H + 2, 8]`: means over images, as in DINOv2."""
         return statistics / images
 
-    def per_class(self, statistics: Tensor) -> dict[str, float]:
-        """IoU of each class, from the statistics of one head; none for depth."""
+    def more(self, statistics: Tensor) -> dict[str, Any]:
+        """Further metrics of one head."""
         return {}
 
 
@@ -192,7 +192,7 @@ def depth_metrics(predicted: Tensor, depth: Tensor, valid: Tensor, max_depth: fl
 class Segmentation:
     """Class of each pixel, if it is not `IGNORE_INDEX`; the methods are those of `Depth`."""
 
-    method, metrics, measure, unit = "segmentation", SEGMENTATION_METRICS, "mean IoU", "%"
+    method, metrics, metric, unit = "segmentation", SEGMENTATION_METRICS, "mean IoU", "%"
     higher_is_better, mirrored = True, False
     blind, shown = ("the most frequent class",), (0, 1)
 
@@ -248,9 +248,10 @@ class Segmentation:
         accuracy, per_class = right.sum(1) / truth.sum(1), (right / truth).nanmean(1)
         return 100 * torch.stack([_iou(statistics).nanmean(1), accuracy, per_class], dim=1)
 
-    def per_class(self, statistics: Tensor) -> dict[str, float]:
-        """IoU of each class in percent, NaN of one neither present nor predicted."""
-        return dict(zip(self.class_names, (100 * _iou(statistics[None])[0]).tolist()))
+    def more(self, statistics: Tensor) -> dict[str, Any]:
+        """IoU of each class in percent, None of one neither present nor predicted."""
+        values = (100 * _iou(statistics[None])[0]).tolist()
+        return {"IoU": {n: None if v != v else v for n, v in zip(self.class_names, values)}}
 
 
 def _iou(confusion: Tensor) -> Tensor:

@@ -21,14 +21,12 @@ from ..data.dense import DenseDataset
 from ..data.loading import load_in_order
 from ..distributed import Distributed
 from ..encode import Encoder
-from ..errors import DataError, ImageError, RunError
+from ..errors import DataError, ImageError, RunError, option
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator, torch_generator
 from .dense_tasks import DenseProtocol, DenseTask
-from .epoch_state import EpochState, checked_losses, load_optimizer
-from .notes import of_all_processes
-from .probe import EvalConfig
-from .words import option
+from .probe import EvalConfig, of_all_processes
+from .runs import EpochState
 
 Indices = npt.NDArray[np.int64]
 Flips = npt.NDArray[np.bool_]
@@ -331,14 +329,12 @@ class DenseTraining:
             state.save({**content, "optimizer": self.optimizer.state_dict()})
 
     def _resume(self, state: EpochState) -> None:
-        found = state.load(self.protocol.epochs)
-        if found is None:
-            return
-        with state.restoring():
-            self.losses = checked_losses(found["losses"], len(self.specs))
+        found = state.load()
+        if found is not None:
             self.heads.load_state_dict(found["heads"])
-            load_optimizer(self.optimizer, found["optimizer"])
-            self.epoch, self.seconds, self.sums = found["epoch"], found["seconds"], found["sums"]
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.losses, self.sums = found["losses"], found["sums"]
+            self.epoch, self.seconds = found["epoch"], found["seconds"]
             self.feed.broken.update(found["broken"])
 
 

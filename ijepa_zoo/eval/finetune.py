@@ -33,27 +33,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from ..data.decode import Decoder
 from ..data.transforms import transform_config
 from ..distributed import init_distributed
-from ..errors import DataError, RunError, SettingsError
+from ..errors import DataError, RunError, SettingsError, option
 from ..progress import skip
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
 from .accuracy import count_correct, likeliest
 from .batches import EvalBatch, OrderedBatches, TrainBatches
-from .epoch_state import EpochState, load_optimizer
 from .features import decoded, refuse_undecoded
-from .intervals import wilson_interval
 from .logreg import with_rows
-from .models import Subject, as_subject, check_model
-from .notes import lost_classes, of_all_processes, undecoded
-from .probe import EvalConfig, Probe, open_probe
-from .result import NOTHING_CHOSEN, Head, Result
-from .runs import once, run_folder
+from .models import Subject
+from .probe import (
+    EvalConfig,
+    Probe,
+    lost_classes,
+    of_all_processes,
+    open_probe,
+    other_epochs,
+    undecoded,
+)
+from .results import LAST_EPOCH, Head, Result, wilson_interval
+from .runs import EpochState, once, run_folder
 from .sets import data_record, listed_rows
 from .tasks import Task, View, find_task
-from .words import option, other_epochs
 
 MODEL = "model"  # folder of the trained weights, beside the result
 MICRO_BATCH = 32
@@ -176,14 +179,12 @@ def evaluate_finetune(
             "a task of classes, or `eval count` or `eval depth`, which crop nothing"
         )
     config = EvalConfig(task=chosen, model=model, data=data, out=out, **options)
-    channels = check_model(model, random=config.random, **config.weights)
-    decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
+    subject = config.open_model()
     with init_distributed(config.device) as distributed:
-        probe = open_probe(config, distributed, decoder)
+        probe = open_probe(config, distributed, config.decoder(subject.in_chans))
         if list is not None:
             rows = listed_rows(probe.train, list)
             probe = with_rows(probe, rows, {"list": Path(list).name})
-        subject = as_subject(model, random=config.random, seed=config.seed, **config.weights)
         usual = recipe or (FULL if list is None else few_labels_recipe(subject.model))
         check_exportable(subject.model)
         network: Any = copy.deepcopy(subject.model)
@@ -206,7 +207,7 @@ def _run(subject: Subject, training: FineTuning, usual: FineTuneRecipe) -> Resul
     }
     everything = {**probe.settings(), "model": about, **settings}
     folder = run_folder(probe.out, probe.task.name, method, about["name"], everything)
-    state = EpochState(folder / "state.pt", everything, probe.distributed)
+    state = EpochState(folder / "state.pt", probe.distributed)
 
     def work() -> Result:
         images = recipe.epochs * training.batches.steps * training.batches.batch_size
@@ -235,15 +236,15 @@ def _test(training: FineTuning, subject: Subject, usual: FineTuneRecipe, **known
     (accuracy,) = counts.accuracies()
     return Result(
         task=probe.task.name,
-        figure=accuracy,
+        value=accuracy,
         chosen="last epoch",
-        selection=NOTHING_CHOSEN,
+        selection=LAST_EPOCH,
         heads=[Head("last epoch", None, accuracy, training.loss)],
         data=data_record(probe.train, probe.test),
         images={"fit": fitted, "test": counts.total},
         seed=probe.seed,
         interval=wilson_interval(int(counts.correct.sum()), counts.total),
-        others=counts.others(),
+        metrics=counts.others(),
         paper=paper,
         notes=[*notes, *probe.train.notes, *probe.test.notes, *undecoded(broken), *lost],
         seconds=training.seconds,
@@ -484,14 +485,13 @@ class FineTuning:
         return plain | tensors
 
     def _resume(self, state: EpochState) -> None:
-        found = state.load(self.recipe.epochs)
+        found = state.load()
         if found is None:
             return
-        with state.restoring():
-            self.model.load_state_dict(found["model"])
-            load_optimizer(self.optimizer, found["optimizer"])
-            for name in ("epoch", "loss", "seconds", "broken"):
-                setattr(self, name, found[name])
+        self.model.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        for name in ("epoch", "loss", "seconds", "broken"):
+            setattr(self, name, found[name])
 
 
 def _resolve_precision(precision: str, device: torch.device) -> str:

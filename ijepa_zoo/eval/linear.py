@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .epoch_state import EpochState
 from .features import BlockFeatures, Source
 from .feeds import CachedFeed, Feed, OnlineFeed
 from .heads import Grid, Head, HeadSpec, Trained, choose_and_test, make_grid, train
 from .logreg import fit_logistic
 from .models import Subject
-from .notes import CACHED_AS_IS
 from .probe import (
+    CACHED_AS_IS,
     EvalConfig,
     Probe,
     describe_protocol,
@@ -31,7 +30,8 @@ from .probe import (
     save_head,
     with_protocol,
 )
-from .result import Result
+from .results import Result
+from .runs import EpochState
 from .tasks import Task
 
 _CROPS = (
@@ -97,7 +97,7 @@ def evaluate_linear(
             with probe.bar(_images(probe), f"{probe.task.name}, {source.about['name']}") as bar:
                 feed = fed(probe, source, bar)
                 grid = linear_grid(probe, source)
-                state = EpochState(folder / "state.pt", settings, probe.distributed)
+                state = EpochState(folder / "state.pt", probe.distributed)
                 trained = train(probe, source, feed, grid, state)
                 result = _finish(probe, source, feed, grid, trained, protocol, folder)
             if probe.distributed.is_main:

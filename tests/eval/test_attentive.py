@@ -59,10 +59,10 @@ def test_heads_equal_adamw_alone_on_the_extractors_tokens(pictures, tmp_path):
             optimizer.step()
         assert found.loss == pytest.approx(float(loss.detach()), abs=1e-4)
         kept = (head(x[choose]).argmax(1) == labels[choose]).float().mean()
-        assert found.held_out == pytest.approx(100 * float(kept))
+        assert found.val == pytest.approx(100 * float(kept))
         if found.name == result.chosen:
             right = (head(z).argmax(1) == answers).float().mean()
-            assert result.figure == pytest.approx(100 * float(right))
+            assert result.value == pytest.approx(100 * float(right))
     assert result.protocol["optimizer"] == "adamw"
 
 
@@ -98,6 +98,6 @@ def test_two_processes_give_the_heads_of_one(pictures, tmp_path):
     one = evaluate_attentive(TASK, encoder(), pictures, tmp_path, **OPTIONS, batch_size=16)
     (file,) = tmp_path.glob("two/*/result.json")
     two = json.loads(file.read_bytes())
-    assert two["figure"] == one.figure
+    assert two["value"] == one.value
     losses = [head.loss for head in one.heads]
     assert [head["loss"] for head in two["heads"]] == pytest.approx(losses, abs=1e-4)

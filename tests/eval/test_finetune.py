@@ -14,7 +14,6 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import finetune
-from ijepa_zoo.eval.epoch_state import EpochState
 from ijepa_zoo.eval.finetune import (
     FEW_LABELS,
     FULL,
@@ -28,10 +27,11 @@ from ijepa_zoo.eval.finetune import (
 )
 from ijepa_zoo.eval.models import Subject
 from ijepa_zoo.eval.probe import EvalConfig, Probe
-from ijepa_zoo.eval.result_files import read_result
 from ijepa_zoo.eval.sets import EvalSet
 from ijepa_zoo.eval.tasks import View, find_task
 from ijepa_zoo.models.factory import create_model
+from ijepa_zoo.eval.runs import EpochState
+from ijepa_zoo.eval.results import read_result
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}
 LR = 2e-2  # of a batch of 8
@@ -292,7 +292,7 @@ def test_bright_is_told_from_dark_and_the_given_model_stays_as_it_was(folder, tm
         "classes", Subject(model, "small"), folder, tmp_path / "out",
         recipe=replace(PLAIN, epochs=6), workers=0, device="cpu",
     )  # fmt: skip
-    assert result.figure == 100
+    assert result.value == 100
     assert result.interval[0] < 100
     assert result.images == {"fit": 20, "test": 10}
     assert result.protocol["layer_decay"] == 0.9
@@ -301,7 +301,7 @@ def test_bright_is_told_from_dark_and_the_given_model_stays_as_it_was(folder, tm
         assert (part["split"], part["images"], part["classes"]) == (name, count, 2)
         assert part["most_frequent"] == 50
     assert result.notes == []
-    assert result.others["mean per-class accuracy"] == 100
+    assert result.metrics["mean per-class accuracy"] == 100
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.num_classes == 0
 
@@ -325,7 +325,7 @@ def test_a_killed_run_goes_on_with_the_same_numbers(folder, tmp_path, monkeypatc
         _run(folder, tmp_path / "killed", recipe=recipe)
     monkeypatch.undo()
     result = _run(folder, tmp_path / "killed", recipe=recipe)
-    assert (result.heads, result.figure) == (expected.heads, expected.figure)
+    assert (result.heads, result.value) == (expected.heads, expected.value)
     (found,) = (tmp_path / "killed").glob("*/result.json")
     assert sorted(p.name for p in found.parent.iterdir()) == [".lock", "model", "result.json"]
 
@@ -448,8 +448,8 @@ def test_two_processes_do_what_one_does(folder, tmp_path):
     one = _run(folder, tmp_path / "one", recipe=PLAIN)
     (file,) = (tmp_path / "two").glob("*/result.json")
     two = read_result(file)
-    assert two.machine["processes"] == 2
-    assert (two.figure, two.images) == (one.figure, one.images)
+    assert two.runtime["processes"] == 2
+    assert (two.value, two.images) == (one.value, one.images)
     assert two.notes == one.notes
     assert two.notes[0].startswith("2 images could not be decoded")
     assert two.heads[0].loss == pytest.approx(one.heads[0].loss, rel=1e-3)
