@@ -37,7 +37,7 @@ from ..data.loading import usable_cpus
 from ..distributed import Distributed, init_distributed
 from ..encode import Encoder
 from ..errors import DataError, ImageError, SettingsError, option
-from ..models.classifier import Classifier, DenseHead
+from ..models.classifier import Classifier
 from .dense_tasks import DenseProtocol, DenseTask, Depth, DepthProtocol, Segmentation
 from .dense_training import DenseConfig, DenseFeed, DenseTraining, Indices
 from .models import Subject
@@ -249,11 +249,9 @@ def _evaluate(probe: _Probe, subject: Subject) -> tuple[Result, Path]:
         training.train(state)
         result, chosen = _measure(probe, subject, training, test)
         if distributed.is_main:
-            head = DenseHead(**training.heads[chosen].args)
-            head.load_state_dict(training.heads[chosen].state_dict())
-            layers: Any = training.specs[chosen].representation
+            head = training.heads[chosen]
             save_result_model(
-                Classifier(subject.model, head, layers, None, probe.pairs.class_names),
+                Classifier(subject.model, head.head, head.layers, None, probe.pairs.class_names),
                 None if subject.name.endswith("random weights") else subject.given,
                 config,
                 folder,
@@ -271,14 +269,14 @@ def _measure(
     probe: _Probe, subject: Subject, training: DenseTraining, test: DenseFeed
 ) -> tuple[Result, int]:
     """Choose a head on held-out training images; it reads the test set."""
-    task, config, specs, train = probe.task, probe.config, training.specs, training.feed
-    asked: Sequence[int] = range(len(specs))
-    held_out: list[float | None] = [None] * len(specs)
+    task, config, train, heads = probe.task, probe.config, training.feed, training.heads
+    asked: Sequence[int] = range(len(heads))
+    val: list[float | None] = [None] * len(heads)
     kept = 0
     if not config.select_on_test:
         total, kept = _score(training, train, training.choose, asked)
-        values = task.summary(total, kept)[: len(specs), 0]
-        held_out, asked = [*values.tolist()], [_best(task, values)]
+        values = task.summary(total, kept)[: len(heads), 0]
+        val, asked = [*values.tolist()], [_best(task, values)]
     total, count = _score(training, test, np.arange(len(test.data)), asked)
     metrics = task.summary(total, count)
     place = _best(task, metrics[: len(asked), 0])
@@ -297,11 +295,11 @@ def _measure(
         method=task.method,
         model=subject.describe(),
         value=own[0],
-        chosen=specs[asked[place]].name,
+        chosen=heads[asked[place]].name,
         selection="a seeded 10 % of the training images" if kept else TEST_SET,
         heads=[
-            Head(spec.name, held_out[i], tested.get(i), training.losses[i])
-            for i, spec in enumerate(specs)
+            Head(head.name, val[i], tested.get(i), training.losses[i])
+            for i, head in enumerate(heads)
         ],
         protocol=asdict(probe.protocol) | task.settings,
         data={
@@ -368,7 +366,7 @@ def _predict(training: DenseTraining, maps: Tensor, head: int) -> Tensor:
     training.heads.eval()
     if not len(maps):  # BatchNorm refuses none
         return maps
-    prediction: Tensor = training.heads[head](training.specs[head].features(maps))
+    prediction: Tensor = training.heads[head](maps)
     if training.task.mirrored:
         plain, mirror = prediction.chunk(2)
         prediction = (plain + mirror.flip(-1)) / 2

@@ -22,6 +22,7 @@ from ..data.loading import load_in_order
 from ..distributed import Distributed
 from ..encode import Encoder
 from ..errors import DataError, ImageError, RunError, option
+from ..features import Layers
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator, torch_generator
 from .dense_tasks import DenseProtocol, DenseTask
@@ -158,46 +159,36 @@ class DenseFeed:
             yield DenseBatch(maps, targets, indices)
 
 
-class HeadSpec(NamedTuple):
-    """One head: what it reads, whether BatchNorm comes first, and its learning rate."""
+class GridHead(nn.Module):
+    """One head of a grid; heads that differ in the learning rate begin with equal weights.
 
-    representation: str
-    batch_norm: bool
-    lr: float
+    Args:
+        task: Makes the head.
+        width: Channels of `last4` maps.
+        seed: Of the initial weights.
+        layers: 'last' or 'last4'.
+        batch_norm: Whether BatchNorm comes first.
+        lr: Learning rate.
+    """
 
-    @property
-    def name(self) -> str:
-        """For tables."""
-        return f"{self.representation}{' bn' if self.batch_norm else ''} lr={self.lr:g}"
-
-    def features(self, maps: Tensor) -> Tensor:
-        """What it reads of `last4` maps, without a copy; blocks ascend."""
-        return maps if self.representation == "last4" else maps[:, -maps.shape[1] // 4 :]
-
-
-def make_heads(specs: Sequence[HeadSpec], width: int, task: DenseTask, seed: int) -> nn.ModuleList:
-    """Heads for `last4` maps; those that differ in the learning rate begin with equal weights."""
-    heads = nn.ModuleList()
-    for spec in specs:
-        taken = width if spec.representation == "last4" else width // 4
-        head = task.head(taken, spec.batch_norm)
-        generator = torch_generator(seed, Stream.EVAL_INIT, taken, int(spec.batch_norm))
+    def __init__(
+        self, task: DenseTask, width: int, seed: int, layers: Layers, batch_norm: bool, lr: float
+    ) -> None:
+        super().__init__()
+        self.layers, self.lr = layers, lr
+        self.name = f"{layers}{' bn' if batch_norm else ''} lr={lr:g}"
+        self.width = width if layers == "last4" else width // 4
+        self.head = task.head(self.width, batch_norm)
+        generator = torch_generator(seed, Stream.EVAL_INIT, self.width, int(batch_norm))
+        weight, bias = self.head.conv.parameters()
         with torch.no_grad():
-            shape = head.conv.weight.shape
-            head.conv.weight.copy_(torch.randn(shape, generator=generator) * _STD)
-            head.conv.bias.zero_()  # type: ignore[union-attr]
-        heads.append(head)
-    return heads
+            weight.copy_(torch.randn(weight.shape, generator=generator) * _STD)
+            bias.zero_()
 
-
-def make_optimizer(
-    specs: Sequence[HeadSpec], heads: nn.ModuleList, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with the learning rate of each head, in the order of the heads."""
-    groups = [
-        {"params": list(head.parameters()), "lr": spec.lr} for spec, head in zip(specs, heads)
-    ]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    def forward(self, maps: Tensor) -> Tensor:
+        """Output for `last4` maps `[b, 4D, h, w]`, whose last channels are those of `last`."""
+        output: Tensor = self.head(maps[:, -self.width :])
+        return output
 
 
 @dataclass
@@ -226,12 +217,13 @@ class DenseTraining:
         order = numpy_generator(seed, Stream.EVAL_SPLIT, 1).permutation(images)
         held_out = 0 if self.config.select_on_test else max(1, round(_CHOOSE_SHARE * images))
         self.choose, self.fit = np.sort(order[:held_out]), np.sort(order[held_out:])
-        grid = product(("last", "last4"), self.protocol.batch_norm, self.protocol.lrs)
-        self.specs = [HeadSpec(*settings) for settings in grid]
         self.task = self.feed.task
-        self.heads: Any = make_heads(self.specs, width, self.task, seed)
-        self.heads.to(self.distributed.device)
-        self.optimizer = make_optimizer(self.specs, self.heads, self.protocol.weight_decay)
+        layers: tuple[Layers, ...] = ("last", "last4")
+        grid = product(layers, self.protocol.batch_norm, self.protocol.lrs)
+        heads = [GridHead(self.task, width, seed, *settings) for settings in grid]
+        self.heads: Any = nn.ModuleList(heads).to(self.distributed.device)
+        groups = [{"params": [*head.parameters()], "lr": head.lr} for head in heads]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.protocol.weight_decay)
         self.sums = torch.zeros((), dtype=torch.float64)
         self.steps = max(1, len(self.fit) // self.protocol.batch_size)
 
@@ -258,12 +250,12 @@ class DenseTraining:
 
     def _train_epoch(self, store: _Store | None, bar: Any) -> None:
         self.heads.train()
-        losses = torch.zeros(len(self.specs), device=self.distributed.device)
+        losses = torch.zeros(len(self.heads), device=self.distributed.device)
         for step, (maps, targets) in enumerate(self._batches(store)):
             done = self.epoch * self.steps + step
             scale = self.protocol.lr_scale(done, self.steps * self.protocol.epochs)
-            for group, spec in zip(self.optimizer.param_groups, self.specs):
-                group["lr"] = spec.lr * scale
+            for group, head in zip(self.optimizer.param_groups, self.heads):
+                group["lr"] = head.lr * scale
             self.sums = self.sums + self.task.count(targets)
             if int(self.task.valid(targets).sum()) >= 2:  # on the CPU
                 losses += self._update(maps, targets)
@@ -314,8 +306,8 @@ class DenseTraining:
         """One step of all heads; returns their losses."""
         self.optimizer.zero_grad()
         losses = []
-        for spec, head in zip(self.specs, self.heads):  # one graph at a time: less memory
-            loss = self.task.loss(head(spec.features(maps)), targets)
+        for head in self.heads:  # one graph at a time: less memory
+            loss = self.task.loss(head(maps), targets)
             torch.autograd.backward(loss)
             losses.append(loss.detach())
         self.optimizer.step()

@@ -25,11 +25,7 @@ from ijepa_zoo.eval.dense_tasks import (
     Segmentation,
     depth_metrics,
 )
-from ijepa_zoo.eval.dense_training import (
-    HeadSpec,
-    make_heads,
-    make_optimizer,
-)
+from ijepa_zoo.eval.dense_training import GridHead
 from ijepa_zoo.eval.models import Subject, open_model
 from ijepa_zoo.eval.results import read_result
 
@@ -62,14 +58,15 @@ def _sig_loss(predicted, depth):
 
 
 def test_heads_of_the_grid_equal_dinov2s_head_trained_alone():
-    specs = [HeadSpec("last4", bn, lr) for bn in (False, True) for lr in (0.01, 0.1)]
+    grid = [(bn, lr) for bn in (False, True) for lr in (0.01, 0.1)]
     task, alone = Depth(10, bins=7, upsample=2), []
-    heads = make_heads(specs, 24, task, seed=3)
-    for spec, head in zip(specs, heads):
-        plain = PlainHead(24, 7, 10, 2, spec.batch_norm)
-        plain.load_state_dict(head.state_dict())
-        alone.append((plain, torch.optim.AdamW(plain.parameters(), spec.lr, weight_decay=0.01)))
-    optimizer = make_optimizer(specs, heads, 0.01)
+    heads = [GridHead(task, 24, 3, "last4", *settings) for settings in grid]
+    for head in heads:
+        plain = PlainHead(24, 7, 10, 2, isinstance(head.head.norm, nn.BatchNorm2d))
+        plain.load_state_dict(head.head.state_dict())
+        alone.append((plain, torch.optim.AdamW(plain.parameters(), head.lr, weight_decay=0.01)))
+    groups = [{"params": head.parameters(), "lr": head.lr} for head in heads]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     for _ in range(5):
         maps, depth = torch.randn(4, 24, 3, 5) * 2 + 1, torch.rand(4, 6, 10) * 9 + 0.5
         depth[torch.rand(4, 6, 10) < 0.2] = 0
@@ -81,10 +78,12 @@ def test_heads_of_the_grid_equal_dinov2s_head_trained_alone():
             (g.var() + 0.15 * g.mean() ** 2).sqrt().backward()
             own.step()
         optimizer.step()
-    for head, (plain, _) in zip(heads.eval(), alone):
+    for head, (plain, _) in zip(heads, alone):
         for name, tensor in plain.state_dict().items():
-            torch.testing.assert_close(head.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(head(maps)[:, 0], plain.eval()(maps), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(head.head.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            head.eval()(maps)[:, 0], plain.eval()(maps), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_depth_loss_is_dinov2s():
