@@ -187,7 +187,8 @@ def open_segmentation(
         source: One of
 
             - `ADEChallengeData2016` of ADE20K with `images/{training,validation}` and
-              `annotations/{training,validation}` (150 classes), or the folder above it;
+              `annotations/{training,validation}` (150 classes, whose names are read from
+              `objectInfo150.txt`), or the folder above it;
             - `VOC2012` of PASCAL VOC with `JPEGImages`, `SegmentationClass` and
               `ImageSets/Segmentation/{train,val}.txt` (21 classes), or a folder above it;
             - a folder of pairs as for `open_depth`, with the word `mask`, `annotation`, `label` or
@@ -196,8 +197,8 @@ def open_segmentation(
             - `scenes:TRAIN,TEST[,SIZE]` (4 classes), see `render_splits`.
         reduce_zero_label: Ignore class 0 and subtract 1 from the others; by default for ADE20K
             alone, whose class 0 is everything else.
-        workers: Processes that render scenes.
-        progress: Show a progress bar while rendering.
+        workers: Processes that render scenes or count classes.
+        progress: Show a progress bar while they do.
 
     Raises:
         DataError: The source is missing or without pairs, or one of the two sets is empty.
@@ -228,18 +229,7 @@ def open_segmentation(
 
 
 def read_depth(path: str, depth_scale: float | None = None) -> npt.NDArray[np.float32]:
-    """Read a depth map.
-
-    Args:
-        path: An image of one channel of 16 bits or more, or a `.npy` array `[H, W]`.
-        depth_scale: Stored units per meter; see `open_depth`.
-
-    Returns:
-        float32 `[H, W]` in meters; 0 where the file holds 0, a negative number, infinity or NaN.
-
-    Raises:
-        ImageError: The file cannot be read, or has 8 bits and no `depth_scale` is given.
-    """
+    """Read a depth map, float32 `[H, W]` in meters, with 0 where the depth is unknown."""
     stored = _read_map(path, "uif")
     if depth_scale is None and stored.dtype.itemsize == 1:
         raise ImageError(
@@ -252,17 +242,9 @@ def read_depth(path: str, depth_scale: float | None = None) -> npt.NDArray[np.fl
 
 
 def read_mask(path: str, reduce_zero_label: bool = False) -> Target:
-    """Read a segmentation mask; a palette image is read as class ids, not as colors.
+    """Read class ids `[H, W]` (of a palette image its indices), uint8 from 8-bit files, else int64.
 
-    Args:
-        path: An image of one channel, or a `.npy` array of integers `[H, W]`.
-        reduce_zero_label: Turn 0 into 255 (ignored) and subtract 1 from the other class ids.
-
-    Returns:
-        Class ids `[H, W]`, uint8 from 8-bit files, else int64; 255 stays 255.
-
-    Raises:
-        ImageError: The file cannot be read, or holds colors.
+    With `reduce_zero_label`, 0 becomes 255 (ignored), and 1 is subtracted from the others.
     """
     stored = _read_map(path, "uib")
     mask = stored.astype(np.uint8 if stored.dtype.itemsize == 1 else np.int64)
@@ -371,10 +353,7 @@ def _load_files(
 
 
 def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
-    """The official 795 training and 654 test pairs of the MATLAB 7.3 (HDF5) file.
-
-    It holds `images` uint8 `[n, 3, W, H]` and `depths` float32 `[n, W, H]` in meters.
-    """
+    """The official 795 training and 654 test pairs: `images` `[n, 3, W, H]`, `depths` in meters."""
     splits = file.with_name(NYU_SPLITS)
     for path in (file, splits):
         if not path.is_file():
