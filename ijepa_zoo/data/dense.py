@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -24,7 +24,7 @@ from ..errors import DataError, ImageError, MissingPackageError
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator
 from .decode import Decoder, Pixels, Raw
-from .files import IMAGE_SUFFIXES
+from .files import list_files
 from .loading import load_in_order
 from .scenes import SEGMENTATION_CLASSES, render_splits
 from .transforms import pixel_size
@@ -50,7 +50,12 @@ _TEST_WORDS = {"test", "testing", "val", "validation", "nyu2_test"}
 _TEST_SHARE = 0.2
 _SPLIT_SEED = 0  # a run's seed must not change what it is tested on
 _MAX_ASPECT_DIFFERENCE = 0.02  # relative; beyond it a target belongs to another image
-_DAMAGED_FILE = (ValueError, EOFError, MemoryError, SyntaxError, OSError)  # np.load and Pillow
+_MOST_CLASSES = 4096  # masks of larger ids hold something else, such as instances
+# Of np.load and Pillow.
+_DAMAGED_FILE = (
+    *(ValueError, EOFError, MemoryError, SyntaxError, OSError),
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class DenseDataset:
     Attributes:
         names: Name of each image.
         load: From index to undecoded image and target; picklable.
-        fingerprint: Hexadecimal digits that identify the data.
+        fingerprint: Identifies the data.
         decoder: Makes pixels of the images.
         skip_broken: Whether probes leave out pairs that cannot be read.
     """
@@ -144,28 +149,22 @@ def open_depth(
         progress: Show a progress bar while rendering.
 
     Raises:
-        DataError: The source is missing, damaged or without pairs, one of the two sets is empty,
-            or `depth_scale` is not positive or does not apply.
+        DataError: The source is missing, damaged or without pairs, or one of the two sets is empty.
         ImportError: NYU's own file needs h5py and scipy.
     """
     source = os.fspath(source)
-    root = Path(source)
-    rendered = source.startswith("scenes:")
-    lists = [root / "nyu_train.txt", root / "nyu_test.txt"]
-    has_lists = all(path.is_file() for path in lists)
-    mat_file = root if root.suffix.lower() == ".mat" else root / NYU_FILE
-    is_mat = mat_file == root or (mat_file.is_file() and not has_lists)
-    if depth_scale is not None and (is_mat or rendered or not depth_scale > 0):
-        raise DataError(
-            f"depth_scale is {depth_scale}: give the units per meter of depth files, such as 1000, "
-            "and omit it for rendered scenes and NYU's .mat file"
-        )
-    if rendered:
+    if depth_scale is not None and not depth_scale > 0:
+        raise DataError(f"depth_scale is {depth_scale}: give units per meter, such as 1000")
+    if source.startswith("scenes:"):
         train, test = _rendered(source, "depth", workers, progress)
         limit = max(float(train[i][1].max()) for i in range(len(train)))
         return DenseData(train, test, "rendered scenes", "rendered", "scene units", limit)
-    if is_mat:
-        train, test = _nyu_file(mat_file)
+    root = Path(source)
+    lists = [root / "nyu_train.txt", root / "nyu_test.txt"]
+    has_lists = all(path.is_file() for path in lists)
+    file = root if root.suffix.lower() == ".mat" else root / NYU_FILE
+    if file == root or (file.is_file() and not has_lists):
+        train, test = _nyu_file(file)
         return DenseData(train, test, "NYU Depth v2, labelled", NYU_SPLITS, "m", 10.0, "eigen")
     read = partial(read_depth, depth_scale=depth_scale)
     if has_lists:
@@ -188,7 +187,8 @@ def open_segmentation(
         source: One of
 
             - `ADEChallengeData2016` of ADE20K with `images/{training,validation}` and
-              `annotations/{training,validation}` (150 classes), or the folder above it;
+              `annotations/{training,validation}` (150 classes, whose names are read from
+              `objectInfo150.txt`), or the folder above it;
             - `VOC2012` of PASCAL VOC with `JPEGImages`, `SegmentationClass` and
               `ImageSets/Segmentation/{train,val}.txt` (21 classes), or a folder above it;
             - a folder of pairs as for `open_depth`, with the word `mask`, `annotation`, `label` or
@@ -197,8 +197,8 @@ def open_segmentation(
             - `scenes:TRAIN,TEST[,SIZE]` (4 classes), see `render_splits`.
         reduce_zero_label: Ignore class 0 and subtract 1 from the others; by default for ADE20K
             alone, whose class 0 is everything else.
-        workers: Processes that render scenes.
-        progress: Show a progress bar while rendering.
+        workers: Processes that render scenes or count classes.
+        progress: Show a progress bar while they do.
 
     Raises:
         DataError: The source is missing or without pairs, or one of the two sets is empty.
@@ -206,10 +206,9 @@ def open_segmentation(
     source = os.fspath(source)
     if source.startswith("scenes:"):
         train, test = _rendered(source, "segmentation", workers, progress)
+        data = DenseData(train, test, "rendered scenes", "rendered")
         names = SEGMENTATION_CLASSES
-        return DenseData(
-            train, test, "rendered scenes", "rendered", num_classes=len(names), class_names=names
-        )
+        return replace(data, num_classes=len(names), class_names=names)
     root = Path(source)
     for folder in _UNPACKED_FOLDERS:
         root = root / folder if (root / folder).is_dir() else root
@@ -219,29 +218,18 @@ def open_segmentation(
     read = partial(read_mask, reduce_zero_label=reduce)
     if lists.is_dir():
         train, test = (_files(_voc_list(lists / f"{s}.txt"), read) for s in ("train", "val"))
-        return DenseData(
-            train, test, "PASCAL VOC", "train.txt and val.txt", num_classes=21,
-            class_names=VOC_CLASSES,
-        )  # fmt: skip
+        data = DenseData(train, test, "PASCAL VOC", "train.txt and val.txt")
+        return replace(data, num_classes=len(VOC_CLASSES), class_names=VOC_CLASSES)
     data = _folder(str(root), _MASK_WORDS, read)
     if ade20k:
-        return replace(data, name="ADE20K", num_classes=150 if reduce else 151)
+        count = 150 if reduce else 151
+        found = _ade20k_names(root, count)
+        return replace(data, name="ADE20K", num_classes=count, class_names=found)
     return replace(data, num_classes=_count_classes(data, workers, progress))
 
 
 def read_depth(path: str, depth_scale: float | None = None) -> npt.NDArray[np.float32]:
-    """Read a depth map.
-
-    Args:
-        path: An image of one channel of 16 bits or more, or a `.npy` array `[H, W]`.
-        depth_scale: Stored units per meter; see `open_depth`.
-
-    Returns:
-        float32 `[H, W]` in meters; 0 where the file holds 0, a negative number, infinity or NaN.
-
-    Raises:
-        ImageError: The file cannot be read, or has 8 bits and no `depth_scale` is given.
-    """
+    """Read a depth map, float32 `[H, W]` in meters, with 0 where the depth is unknown."""
     stored = _read_map(path, "uif")
     if depth_scale is None and stored.dtype.itemsize == 1:
         raise ImageError(
@@ -254,17 +242,9 @@ def read_depth(path: str, depth_scale: float | None = None) -> npt.NDArray[np.fl
 
 
 def read_mask(path: str, reduce_zero_label: bool = False) -> Target:
-    """Read a segmentation mask; a palette image is read as class ids, not as colors.
+    """Read class ids `[H, W]` (of a palette image its indices), uint8 from 8-bit files, else int64.
 
-    Args:
-        path: An image of one channel, or a `.npy` array of integers `[H, W]`.
-        reduce_zero_label: Turn 0 into 255 (ignored) and subtract 1 from the other class ids.
-
-    Returns:
-        Class ids `[H, W]`, uint8 from 8-bit files, else int64; 255 stays 255.
-
-    Raises:
-        ImageError: The file cannot be read, or holds colors.
+    With `reduce_zero_label`, 0 becomes 255 (ignored), and 1 is subtracted from the others.
     """
     stored = _read_map(path, "uib")
     mask = stored.astype(np.uint8 if stored.dtype.itemsize == 1 else np.int64)
@@ -276,28 +256,35 @@ def read_mask(path: str, reduce_zero_label: bool = False) -> Target:
 
 @dataclass(frozen=True)
 class _LargestClass:
-    """The largest class id of each mask, 0 where it cannot be read."""
+    """The largest class id of each mask, or why it cannot be read."""
 
     data: DenseDataset
 
-    def __getitem__(self, index: int) -> int:
+    def __getitem__(self, index: int) -> int | str:
         try:
             mask = self.data.load(index)[1]
-        except ImageError:
-            return 0
+        except ImageError as error:
+            return str(error)
         return int(mask.max(where=mask != IGNORE_INDEX, initial=0))
 
 
 def _count_classes(data: DenseData, workers: int, progress: bool) -> int:
     """Number of classes, from all masks."""
-    largest = 0
+    largest, name, unread = 0, data.train.names[0], ""
     for part in (data.train, data.test):
         with progress_bar(progress, len(part), "classes of masks") as bar:
-            for found in load_in_order(_LargestClass(part), range(len(part)), workers):
-                largest = max(largest, found)
+            found = load_in_order(_LargestClass(part), range(len(part)), workers)
+            for index, number in enumerate(found):
+                if isinstance(number, int) and number > largest:
+                    largest, name = number, part.names[index]
+                unread = number if isinstance(number, str) else unread
                 bar.update()
-    if not largest:
-        raise DataError(f"the masks of '{data.train.names[0]}' and the others have class 0 only")
+    if not 0 < largest < _MOST_CLASSES:
+        raise DataError(
+            f"the largest class of all masks is {largest} ({unread or f'that of {name}'}): masks "
+            f"hold class ids from 0 to at most {_MOST_CLASSES - 1}, and {IGNORE_INDEX} for pixels "
+            "without one"
+        )
     return largest + 1
 
 
@@ -317,7 +304,8 @@ def _read_map(path: str, kinds: str) -> Target:
         stored = stored[:, :, 0]
     if stored.ndim != 2 or stored.size == 0 or stored.dtype.kind not in kinds:
         raise ImageError(
-            f"'{path}' is {stored.dtype} {list(stored.shape)}, but must have one number per pixel"
+            f"'{path}' is {stored.dtype} {list(stored.shape)}, but must have one number per pixel, "
+            "a depth or a class id, not a color"
         )
     return stored
 
@@ -365,38 +353,31 @@ def _load_files(
 
 
 def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
-    """The official 795 training and 654 test pairs of the MATLAB 7.3 (HDF5) file.
-
-    It holds `images` uint8 `[n, 3, W, H]` and `depths` float32 `[n, W, H]` in meters.
-    """
+    """The official 795 training and 654 test pairs: `images` `[n, 3, W, H]`, `depths` in meters."""
     splits = file.with_name(NYU_SPLITS)
     for path in (file, splits):
         if not path.is_file():
             raise DataError(f"'{path}' does not exist: put {NYU_FILE} and {NYU_SPLITS} together")
-    h5py, scipy_io = _package("h5py"), _package("scipy.io")
+    try:
+        h5py, loadmat = import_module("h5py"), import_module("scipy.io").loadmat
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"{NYU_FILE} needs h5py and scipy: pip install 'ijepa-zoo[nyu]'"
+        ) from error
+    path = file
     try:
         with h5py.File(file, "r") as opened:
-            images, depths = opened["images"].shape, opened["depths"].shape
-    except (OSError, RuntimeError, KeyError, AttributeError) as error:
-        raise DataError(f"'{file}' is damaged or not NYU's {NYU_FILE} ({error})") from error
-    if len(images) != 4 or images != (depths[0], 3, *depths[1:]):
-        raise DataError(
-            f"'{file}' is not NYU's {NYU_FILE}: it has images {list(images)} and depths "
-            f"{list(depths)} instead of [n, 3, W, H] and [n, W, H]"
-        )
-    try:
-        found = scipy_io.loadmat(splits)
+            opened["images"], opened["depths"]
+        path = splits
+        found = loadmat(splits)
         numbers = [found[name].ravel().astype(np.int64) for name in ("trainNdxs", "testNdxs")]
-        whole = np.concatenate(numbers)
     except Exception as error:  # scipy raises anything on damaged bytes
-        raise DataError(f"'{splits}' is damaged or not the split of NYU Depth v2") from error
-    if min(map(len, numbers)) == 0 or whole.min() < 1 or whole.max() > images[0]:
-        raise DataError(f"'{splits}' must have training and test indices from 1 to {images[0]}")
+        raise DataError(f"'{path}' is damaged or not of NYU Depth v2 ({error})") from error
     sets = []
     for part in numbers:
         state = file.stat()
         digest = blake2b(f"{state.st_size} {state.st_mtime_ns}\n".encode(), digest_size=8)
-        digest.update((part - 1).astype("<i8").tobytes())
+        digest.update(part.astype("<i8").tobytes())
         names = [f"{file.name}[{number}]" for number in part]  # from 1, as in the split
         sets.append(DenseDataset(names, partial(_load_nyu, file, part - 1), digest.hexdigest()))
     return sets[0], sets[1]
@@ -405,26 +386,17 @@ def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
 def _load_nyu(file: Path, rows: npt.NDArray[np.int64], index: int) -> tuple[Raw, Target]:
     try:
         # Opened for each pair, since loader processes must not share a handle.
-        with _package("h5py").File(file, "r") as opened:
+        with import_module("h5py").File(file, "r") as opened:
             image, depth = opened["images"][rows[index]], opened["depths"][rows[index]]
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, IndexError, ValueError) as error:
         raise ImageError(f"the file is damaged there ({error})") from error
     # MATLAB stores columns first.
     return np.ascontiguousarray(image.T), _known_depth(depth.T)
 
 
-def _package(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"{NYU_FILE} needs h5py and scipy: pip install 'ijepa-zoo[nyu]'"
-        ) from error
-
-
 def _nyu_list(path: Path) -> list[Pair]:
     """The pairs of a list of lines IMAGE DEPTH FOCAL_LENGTH; DEPTH is None for some images."""
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.split() for line in _read(path).splitlines()]
     named = [(line[0].lstrip("/"), line[1].lstrip("/")) for line in lines if len(line) > 1]
     named = [pair for pair in named if pair[1] != "None"]
     if not named:
@@ -432,25 +404,34 @@ def _nyu_list(path: Path) -> list[Pair]:
     for root in (path.parent / root for root in _NYU_LIST_ROOTS):
         if (root / named[0][0]).is_file():
             return [(str(root / image), str(root / depth)) for image, depth in named]
-    raise DataError(
-        f"'{path}' names '{named[0][0]}', which is not below '{path.parent}' or its folders "
-        + ", ".join(_NYU_LIST_ROOTS[1:])
-    )
+    raise DataError(f"'{path}' names '{named[0][0]}', which is not below '{path.parent}'")
 
 
 def _voc_list(path: Path) -> list[Pair]:
     """The pairs of a list of names in `ImageSets/Segmentation`."""
-    root = path.parents[2]
-    try:
-        names = path.read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise DataError(f"'{path}' cannot be read: {error.strerror}") from error
+    root, names = path.parents[2], _read(path).split()
     if not names:
         raise DataError(f"'{path}' is empty: each line is the name of an image")
-    return [
-        (str(root / "JPEGImages" / f"{name}.jpg"), str(root / "SegmentationClass" / f"{name}.png"))
-        for name in names
-    ]
+    images, masks = root / "JPEGImages", root / "SegmentationClass"
+    return [(str(images / f"{name}.jpg"), str(masks / f"{name}.png")) for name in names]
+
+
+def _ade20k_names(root: Path, count: int) -> tuple[str, ...] | None:
+    """Class names in the last column of the `objectInfo150.txt` of the official archive."""
+    path = root / "objectInfo150.txt"
+    if not path.is_file():
+        return None
+    rows = [line.split("\t") for line in _read(path).splitlines()]
+    names = [row[-1].strip() for row in rows if row[0].strip().isdigit()]
+    names = [*["other"] * (count - len(names)), *names]  # class 0 where it is not left out
+    return tuple(names) if len(set(names)) == count else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"'{path}' cannot be read: {error}") from error
 
 
 def _folder(source: str, target_words: set[str], read_target: Callable[[str], Target]) -> DenseData:
@@ -479,7 +460,7 @@ def _pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]
     if not os.path.isdir(source):
         raise DataError(f"'{source}' is not a directory")
     found: dict[tuple[str, tuple[str, ...]], dict[bool, str]] = {}
-    for path in sorted(_files_below(source), key=os.fsencode):
+    for path in (file.path for file in list_files([source]) if file.skipped is None):
         parts = os.path.splitext(os.path.relpath(path, source))[0].lower().split(os.sep)
         words = [re.split(r"[_\-. ]", part) for part in parts]
         is_target = path.lower().endswith(".npy") or any(target_words & set(w) for w in words)
@@ -490,37 +471,16 @@ def _pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]
         ]
         pair = found.setdefault((split, tuple(filter(None, names))), {})
         if is_target in pair:
-            kind = "targets" if is_target else "images"
-            raise DataError(f"'{pair[is_target]}' and '{path}' are two {kind} of one pair by "
-                             "their names: rename one")  # fmt: skip
+            raise DataError(f"'{pair[is_target]}' and '{path}' have one pair's name: rename one")
         pair[is_target] = path
     alone = [path for pair in found.values() if len(pair) == 1 for path in pair.values()]
     if alone:
         raise DataError(
             f"{len(alone)} files below '{source}' have no partner, for example '{alone[0]}': an "
             "image and its target have the same name, such as images/a/1.jpg and "
-            f"{sorted(target_words)[0]}/a/1.png"
+            f"{'masks' if 'masks' in target_words else 'depth'}/a/1.png"
         )
     splits: dict[str, list[Pair]] = {}
-    for (split, _), pair in found.items():
+    for (split, _), pair in sorted(found.items(), key=lambda item: os.fsencode(item[1][False])):
         splits.setdefault(split, []).append((pair[False], pair[True]))
-    return {
-        split: sorted(pairs, key=lambda p: os.fsencode(p[0])) for split, pairs in splits.items()
-    }
-
-
-def _files_below(root: str) -> Iterator[str]:
-    """Images and arrays; hidden files and folders are left out, and links that go in circles."""
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not _is_left_out(os.path.join(folder, name))]
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                yield os.path.join(folder, name)
-
-
-def _is_left_out(folder: str) -> bool:
-    """Whether a folder is hidden, or a link to one that the path to it leads through."""
-    path = Path(folder)
-    if path.is_symlink() and any(path.samefile(parent) for parent in path.absolute().parents):
-        return True
-    return path.name.startswith(".")
+    return splits

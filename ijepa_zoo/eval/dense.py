@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,15 @@ from torch import Tensor, nn
 
 from ..data.dense import DenseData, DenseDataset, open_depth, open_segmentation
 from ..data.loading import usable_cpus
-from ..distributed import init_distributed
+from ..distributed import Distributed, init_distributed
+from ..encode import Encoder
 from ..errors import DataError, ImageError, SettingsError, option
-from ..models.classifier import Classifier, DenseHead
-from .dense_features import DenseFeed, Indices
-from .dense_tasks import DenseTask, Depth, Segmentation, picture
-from .dense_training import (
-    DenseConfig,
-    DenseProbe,
-    DenseProtocol,
-    DenseTraining,
-    DepthProtocol,
-)
+from ..models.classifier import Classifier
+from .dense_tasks import DenseProtocol, DenseTask, Depth, DepthProtocol, Segmentation
+from .dense_training import DenseConfig, DenseFeed, DenseTraining, Indices
 from .models import Subject
 from .probe import CACHED_AS_IS, of_all_processes, other_epochs, save_result_model, undecoded
-from .results import Head, Result, data_name
+from .results import TEST_SET, Head, Result, data_name
 from .runs import EpochState, once, run_folder
 
 _MAX_DEPTH = 10.0  # meters, where the data do not tell: rooms
@@ -57,6 +51,18 @@ _TRIED = 100  # pairs that are read before the work, until one counts
 # Small images and few of them: fewer bins and scores, and learning rates for few steps.
 _SCENES_DEPTH = DepthProtocol(epochs=15, lrs=(5e-3, 2e-2), bins=64, upsample=2)
 _SCENES_SEGMENTATION = DenseProtocol(epochs=15, lrs=(5e-3, 2e-2))
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The data and how heads are trained on them, for any number of models."""
+
+    config: DenseConfig
+    pairs: DenseData
+    task: DenseTask
+    protocol: Any
+    usual: Any
+    distributed: Distributed
 
 
 def evaluate_dense_depth(
@@ -79,15 +85,15 @@ def evaluate_dense_depth(
         model: A name (see `open_model`) or any timm ViT of at least four blocks.
         data: NYU Depth v2's `nyu_depth_v2_labeled.mat` or a folder that holds it (`splits.mat`
             beside it), pairs of images and depth maps, or rendered scenes; see `open_depth`.
-        out: Folder of all evaluations: each has a folder of its own in it with `result.json` and
-            `predictions.png`, and a row in `results.csv`.
+        out: Folder of all evaluations: each has a folder of its own in it with `result.json`, and
+            a row in `results.csv`.
         protocol: How heads are trained.
         max_depth: Farther pixels do not count; 10 (m) where the data do not tell.
         depth_scale: Units of depth files per meter; see `open_depth`.
         options: Further fields of `DenseConfig`.
 
     Returns:
-        The result, which is also in the folder; its figure is the RMSE in meters or scene units.
+        The result, which is also in the folder; its value is the RMSE in meters or scene units.
 
     Raises:
         DataError: The data cannot be used.
@@ -120,10 +126,8 @@ def evaluate_segmentation(
 ) -> Result:
     """Train segmentation heads on frozen patch features, and measure the best on the test set.
 
-    See `evaluate_dense_depth` for resuming, processes, the folder, and the other arguments.
-
     Args:
-        model: A name (see `open_model`) or any timm ViT of at least four blocks.
+        model: See `evaluate_dense_depth`, also for what is not told here.
         data: ADE20K, VOC, a folder of images and masks, or rendered scenes; see
             `open_segmentation`.
         out: Folder of all evaluations.
@@ -132,17 +136,16 @@ def evaluate_segmentation(
         options: Further fields of `DenseConfig`.
 
     Returns:
-        The result, which is also in the folder; its figure is the mean IoU in percent.
-
-    Raises:
-        DataError: The data cannot be used.
-        SettingsError: An argument or the model does not fit.
-        RunError: Another process works on the same evaluation, or features are not finite.
+        The result; its value is the mean IoU in percent, its `metrics["IoU"]` that of each class.
     """
+
+    def make_task(pairs: DenseData, _: Any) -> DenseTask:
+        return Segmentation(pairs.num_classes or 0, pairs.class_names)
+
     config = DenseConfig(task="segmentation", model=model, data=data, out=out, **options)
     usual = protocol or (_SCENES_SEGMENTATION if _is_rendered(data) else DenseProtocol())
     opened = partial(open_segmentation, reduce_zero_label=reduce_zero_label)
-    return _run(config, opened, lambda pairs, _: Segmentation(pairs.num_classes or 0), usual)
+    return _run(config, opened, make_task, usual)
 
 
 def _is_rendered(data: str | Path) -> bool:
@@ -171,9 +174,8 @@ def _run(
             for part in (pairs.train, pairs.test)
         )
         pairs = replace(pairs, train=train, test=test)
-        task = make_task(pairs, protocol)
-        probe = DenseProbe(config, pairs, task, protocol, usual, distributed)
-        distributed.run_on_main(lambda: _check_pairs(probe))
+        probe = _Probe(config, pairs, make_task(pairs, protocol), protocol, usual, distributed)
+        distributed.run_on_main(lambda: _check(probe))
         result, folder = _evaluate(probe, subject)
         if config.baseline and not any("random weights" in name for name in result.baselines):
             untrained = subject.untrained(config.seed)
@@ -185,213 +187,187 @@ def _run(
     return result
 
 
-def _check_pairs(probe: DenseProbe) -> None:
+def _check(probe: _Probe) -> None:
     """Refuse what would fail later, or give metrics without a meaning."""
     protocol, pairs, world = probe.protocol, probe.pairs, probe.distributed.world_size
-    if protocol.epochs < 1 or protocol.batch_size < 1 or protocol.batch_size % world:
+    if protocol.epochs < 1 or protocol.batch_size < world:
         raise SettingsError(
-            f"epochs is {protocol.epochs}, batch_size {protocol.batch_size} and processes are "
-            f"{world}: at least one epoch, and a batch that the processes can share equally"
+            f"epochs is {protocol.epochs}, batch_size {protocol.batch_size}: give at least one "
+            f"epoch, and one image for each process ({world})"
         )
-    if len(pairs.train) < 4 or not len(pairs.test):
-        raise DataError(
-            f"{len(pairs.train)} training and {len(pairs.test)} test pairs: at least four and one "
-            "are needed"
-        )
+    if len(pairs.train) < 4:
+        raise DataError(f"'{probe.config.data}' has fewer than four training pairs")
     for data in (pairs.train, pairs.test):
         _check_targets(data, probe.task)
 
 
 def _check_targets(data: DenseDataset, task: DenseTask) -> None:
     """See that a pixel counts, in one of some targets spread over the set."""
-    unread, blank = "", ""
+    first = ""
     for index in np.linspace(0, len(data) - 1, min(len(data), _TRIED)).astype(int).tolist():
         try:
             target = torch.from_numpy(data[index][1].astype(np.float32))
+            if task.valid(target, test=True).any():
+                return
+            reason = f"it has values from {target.min():g} to {target.max():g}"
         except ImageError as error:
-            unread = unread or f"'{data.names[index]}' ({error})"
-            continue
-        if task.valid(target, test=True).any():
-            return
-        span = f"values from {target.min():g} to {target.max():g}"
-        blank = blank or f"'{data.names[index]}' has {span}"
-    if not blank:
-        raise DataError(f"none of the pairs that were tried can be read, for example {unread}")
-    counts = "" if isinstance(task, Segmentation) else (
-        f", and depths from 0.001 to {task.max_depth:g} count: give the units with "
-        f"{option('depth_scale')}, the range with {option('max_depth')}"
-    )  # fmt: skip
-    raise DataError(f"no pixel of the targets counts: for example {blank}{counts}")
+            reason = str(error)
+        first = first or f"'{data.names[index]}': {reason}"
+    wanted = ""
+    if isinstance(task, Depth):
+        wanted = (
+            f"; depths from 0.001 to {task.max_depth:g} count: give the units with "
+            f"{option('depth_scale')}, the range with {option('max_depth')}"
+        )
+    raise DataError(f"no target has a pixel that counts, for example {first}{wanted}")
 
 
-def _evaluate(probe: DenseProbe, subject: Subject) -> tuple[Result, Path]:
+def _evaluate(probe: _Probe, subject: Subject) -> tuple[Result, Path]:
     """One model; from its folder if its result is there."""
-    training, distributed = DenseTraining(probe, subject.model), probe.distributed
-    settings = training.settings()
-    name, task = subject.describe()["name"], f"{probe.config.task}-{probe.pairs.name}"
-    folder = run_folder(probe.config.out, task, "dense", name, settings)
+    config, distributed, task = probe.config, probe.distributed, probe.task
+    computed: dict[str, Any] = {"device": distributed.device, "precision": config.precision}
+    encoder = Encoder(subject.model, layers="last4", pool=None, host=False, **computed)
+    workers = 0 if _is_rendered(config.data) else config.workers
+    train, test = (
+        DenseFeed(part, encoder, task, workers) for part in (probe.pairs.train, probe.pairs.test)
+    )
+    training = DenseTraining(config, probe.protocol, train, distributed)
+    settings = {
+        "protocol": asdict(probe.protocol),
+        **task.settings,
+        "seed": config.seed,
+        **{k: v for k, v in encoder.settings.items() if k != "versions"},
+        "train": train.data.fingerprint,
+        "test": test.data.fingerprint,
+        "select_on_test": config.select_on_test,
+    }
+    name = f"{config.task}-{probe.pairs.name}"
+    folder = run_folder(config.out, name, "dense", subject.describe()["name"], settings)
     state = EpochState(folder / "state.pt", distributed)
 
     def work() -> Result:
         training.train(state)
-        result, chosen, rows = _measure(training, subject)
+        result, chosen = _measure(probe, subject, training, test)
         if distributed.is_main:
-            if rows:
-                picture(probe.task, rows).save(folder / "predictions.png")
-            _save_head(training, subject, chosen, folder)
+            head = training.heads[chosen]
+            save_result_model(
+                Classifier(subject.model, head.head, head.layers, None, probe.pairs.class_names),
+                None if subject.name.endswith("random weights") else subject.given,
+                config,
+                folder,
+                **task.head_record,
+            )
         return result
 
-    result = once(folder, distributed, training.feed.precision, work)
+    result = once(folder, distributed, encoder.settings["precision"], work)
     if distributed.is_main:
         state.remove()
     return result, folder
 
 
-def _save_head(training: DenseTraining, subject: Subject, chosen: int, folder: Path) -> None:
-    """Save a head as a classifier folder, `model`; with the encoder if no name opens it again."""
-    config, spec = training.probe.config, training.specs[chosen]
-    head = DenseHead(**training.heads[chosen].args)
-    head.load_state_dict(training.heads[chosen].state_dict())
-    layers: Any = spec.representation
-    save_result_model(
-        Classifier(subject.model, head, layers, None, training.probe.pairs.class_names),
-        None if subject.name.endswith("random weights") else subject.given,
-        config,
-        folder,
-        **training.probe.task.record(),
-    )
-
-
 def _measure(
-    training: DenseTraining, subject: Subject
-) -> tuple[Result, int, list[tuple[Tensor, Tensor, Tensor]]]:
+    probe: _Probe, subject: Subject, training: DenseTraining, test: DenseFeed
+) -> tuple[Result, int]:
     """Choose a head on held-out training images; it reads the test set."""
-    probe, task, specs = training.probe, training.probe.task, training.specs
-    pairs, config = probe.pairs, probe.config
-    test_feed = probe.feed(pairs.test, training.model)
-    everything = np.arange(len(pairs.test))
-    held_out, kept, only = [None] * len(specs), 0, None
+    task, config, train, heads = probe.task, probe.config, training.feed, training.heads
+    asked: Sequence[int] = range(len(heads))
+    val: list[float | None] = [None] * len(heads)
+    kept = 0
     if not config.select_on_test:
-        found, kept, _ = _score(training, training.feed, training.choose, None, 0)
-        held_out = found[: len(specs), 0].tolist()
-        only = _best(task, found[: len(specs), 0])
-    test, count, rows = _score(training, test_feed, everything, only, config.pictures)
-    asked = list(range(len(specs))) if only is None else [only]
-    place = _best(task, test[: len(asked), 0])
-    chosen, blind = asked[place], test[len(asked) :]
-    tested = dict(zip(asked, test[:, 0].tolist()))
-    heads = [
-        Head(spec.name, held_out[i], tested.get(i), training.losses[i])
-        for i, spec in enumerate(specs)
-    ]
+        total, kept = _score(training, train, training.choose, asked)
+        values = task.summary(total, kept)[: len(heads), 0]
+        val, asked = [*values.tolist()], [_best(task, values)]
+    total, count = _score(training, test, np.arange(len(test.data)), asked)
+    metrics = task.summary(total, count)
+    place = _best(task, metrics[: len(asked), 0])
+    own, blind = metrics[place].tolist(), metrics[len(asked) :].tolist()
+    tested = dict(zip(asked, metrics[:, 0].tolist()))
     broken, test_broken = (
-        of_all_processes(feed.broken, probe.distributed) for feed in (training.feed, test_feed)
+        of_all_processes(feed.broken, probe.distributed) for feed in (train, test)
     )
-    fitted = sum(pairs.train.names[index] not in broken for index in training.fit.tolist())
-    blank = len(everything) - len(test_broken) - count
-    figure, others = float(test[place, 0]), test[place, 1:].tolist()
+    notes = [CACHED_AS_IS] if config.cached else []
+    notes += other_epochs(probe.protocol.epochs, probe.usual.epochs, "protocol")
+    if without := len(test.data) - len(test_broken) - count:
+        notes.append(f"test pairs without a pixel that counts: {without}, not among those tested")
+    fitted = sum(train.data.names[index] not in broken for index in training.fit.tolist())
     result = Result(
-        task=f"{task.method}, {pairs.name}",
+        task=probe.pairs.name,
         method=task.method,
         model=subject.describe(),
-        value=figure,
-        chosen=specs[chosen].name,
-        selection="the test set" if only is None else "a seeded 10 % of the training images",
-        heads=heads,
+        value=own[0],
+        chosen=heads[asked[place]].name,
+        selection="a seeded 10 % of the training images" if kept else TEST_SET,
+        heads=[
+            Head(head.name, val[i], tested.get(i), training.losses[i])
+            for i, head in enumerate(heads)
+        ],
         protocol=asdict(probe.protocol) | task.settings,
         data={
             name: {
                 "name": data_name(config.data),
-                "split": pairs.split,
-                "images": len(part),
-                "fingerprint": part.fingerprint,
+                "split": probe.pairs.split,
+                "images": len(feed.data),
+                "fingerprint": feed.data.fingerprint,
             }
-            for name, part in (("train", pairs.train), ("test", pairs.test))
+            for name, feed in (("train", train), ("test", test))
         },
         images={"fit": fitted, "choose": kept, "test": count},
         seed=config.seed,
         metric=task.metric,
         unit=task.unit,
         higher_is_better=task.higher_is_better,
-        metrics=dict(zip(task.metrics[1:], others)),
+        metrics=dict(zip(task.metrics[1:], own[1:])) | task.more(total[place]),
         baselines={
-            f"{task.metrics[column]} of {name}": float(figures[column])
-            for name, figures in zip(task.blind, blind)
+            f"{task.metrics[column]} of {name}": row[column]
+            for name, row in zip(task.blind, blind)
             for column in task.shown
         },
-        notes=[
-            *_notes(probe, figure, float(blind[-1, 0]), kept, blank),
-            *undecoded(broken | test_broken, "pair"),
-        ],
+        notes=[*notes, *undecoded(broken | test_broken, "pair")],
         seconds=training.seconds,
     )
-    return result, chosen, [(pixels, target, drawn[place]) for pixels, target, drawn in rows]
+    return result, asked[place]
 
 
-def _best(task: DenseTask, figures: Tensor) -> int:
+def _best(task: DenseTask, metrics: Tensor) -> int:
     sign = 1 if task.higher_is_better else -1
-    return int(torch.nan_to_num(sign * figures, nan=-math.inf).argmax())
-
-
-def _notes(probe: DenseProbe, figure: float, blind: float, kept: int, blank: int) -> list[str]:
-    """What a reader must know of a result."""
-    notes = [CACHED_AS_IS] if probe.config.cached else []
-    notes += other_epochs(probe.protocol.epochs, probe.usual.epochs, "protocol")
-    task, name = probe.task, probe.task.blind[-1]
-    if figure != blind and (figure < blind) == task.higher_is_better:
-        notes.append(
-            f"worse than {name}, which ignores the image ({task.metric} {figure:.4g}, {name} "
-            f"{blind:.4g}): train longer, {option('epochs')}, or on more images"
-        )
-    if blank:
-        notes.append(f"{blank} test pairs without a pixel that counts: not among those tested")
-    return notes
+    return int(torch.nan_to_num(sign * metrics, nan=-math.inf).argmax())
 
 
 def _score(
-    training: DenseTraining, feed: DenseFeed, indices: Indices, only: int | None, pictures: int
-) -> tuple[Tensor, int, list[tuple[Tensor, Tensor, list[Tensor]]]]:
-    """Metrics of the heads (or one), then of predictions that see no image.
-
-    Returns:
-        `[H + blind, metrics]`, the number of images that they are of, and image, target and
-        predictions of evenly spaced images, on the process that has them.
-    """
-    task, distributed = training.probe.task, training.probe.distributed
-    asked = list(range(len(training.specs))) if only is None else [only]
-    total, count = task.zeros(len(asked)), torch.zeros(1, dtype=torch.int64)
-    rows: list[tuple[Tensor, Tensor, list[Tensor]]] = []
+    training: DenseTraining, feed: DenseFeed, indices: Indices, asked: Sequence[int]
+) -> tuple[Tensor, int]:
+    """Statistics of some heads, then of predictions that see no image, and of how many images."""
+    task, distributed = training.task, training.distributed
+    heads = len(asked) + len(task.blind)
+    total = torch.zeros(heads, *task.shape, dtype=torch.float64)
+    count = torch.zeros(1, dtype=torch.int64)
     mine = indices[distributed.rank :: distributed.world_size]
-    evenly = np.linspace(0, len(mine), min(pictures, len(mine)), endpoint=False).astype(int)
-    shown = set(mine[evenly].tolist())
-    with training.probe.bar(len(mine), "measuring") as bar:
-        for batch in feed.for_testing(mine, training.probe.protocol.batch_size):
-            predictions = _predict(training, batch.maps, asked)
+    size = training.protocol.batch_size
+    with training.bar(len(mine), "measuring") as bar:
+        for batch in feed.in_order(mine, size, full=True, mirrored=task.mirrored):
+            predictions = [_predict(training, batch.maps, head) for head in asked]
             bar.update(len(batch.indices))
             for i, target in enumerate(batch.targets):
-                if not task.valid(target, test=True).any():
-                    continue
-                maps = [prediction[i] for prediction in predictions]
-                total += task.figures(maps, training.sums, target)
-                count += 1
-                if int(batch.indices[i]) in shown:
-                    rows.append((batch.pixels[i], target, [task.drawn(m, target) for m in maps]))
+                if task.valid(target, test=True).any():
+                    maps = [prediction[i] for prediction in predictions]
+                    total += task.statistics(maps, training.sums, target)
+                    count += 1
     images = int(distributed.all_reduce(count))
     if not images:
-        reason = next(iter(feed.broken.values()), "no pixel of a target counts")
-        raise DataError(f"no pair of the set can be measured: {reason}")
-    return task.summary(distributed.all_reduce(total), images), images, rows
+        name = feed.data.names[int(indices[0])]
+        reason = feed.broken.get(name, "no pixel of its target counts")
+        raise DataError(f"none of {len(indices)} pairs can be measured: '{name}': {reason}")
+    return distributed.all_reduce(total), images
 
 
 @torch.inference_mode()
-def _predict(training: DenseTraining, maps: Tensor, asked: Sequence[int]) -> list[Tensor]:
-    """Predictions `[b, C, h, w]` of each head, for depth the mean over both sides as in DINOv2."""
+def _predict(training: DenseTraining, maps: Tensor, head: int) -> Tensor:
+    """Predictions `[b, C, h, w]`, for depth the mean over both sides as in DINOv2."""
     training.heads.eval()
-    features, task, predictions = training.feed.split(maps), training.probe.task, []
-    for place in asked if len(maps) else []:
-        prediction = training.heads[place](features[training.specs[place].representation])
-        if task.mirrored:
-            plain, mirror = prediction.chunk(2)
-            prediction = (plain + mirror.flip(-1)) / 2
-        predictions.append(prediction)
-    return predictions
+    if not len(maps):  # BatchNorm refuses none
+        return maps
+    prediction: Tensor = training.heads[head](maps)
+    if training.task.mirrored:
+        plain, mirror = prediction.chunk(2)
+        prediction = (plain + mirror.flip(-1)) / 2
+    return prediction

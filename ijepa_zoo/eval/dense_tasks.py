@@ -1,4 +1,4 @@
-"""Depth and segmentation: what heads on patch features predict, their losses and metrics.
+"""Depth and segmentation: protocols, heads on patch features, losses and metrics.
 
 Depth follows DINOv2 (arXiv 2304.07193, section 7.4; facebookresearch/dinov2 `SigLoss`): the
 scale-invariant loss of Eigen et al. (arXiv 1406.2283) in the form of AdaBins. Segmentation is
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ..data.dense import IGNORE_INDEX
@@ -27,30 +27,64 @@ MIN_DEPTH = 1e-3  # in meters; nearer pixels do not count, predictions are at le
 _EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)
 _EPS = 1e-3  # under the logarithms of the loss
 _SCALE_WEIGHT = 0.15  # of the squared mean: 1 - 0.85
-_GAP = 8
-_SIDE = 160  # pixels of a picture's shorter side, at least
-_VIRIDIS = torch.tensor(
-    [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)],
-    dtype=torch.float32,
-)  # matplotlib's, at every quarter
+
+
+@dataclass(frozen=True)
+class DenseProtocol:
+    """How heads are trained, and by default DINOv2's linear segmentation on ADE20K.
+
+    Attributes:
+        epochs: Passes over the training images; 40,000 steps of ADE20K's 20,210.
+        batch_size: Images of a step, over all processes.
+        lrs: Learning rates of the grid.
+        batch_norm: Whether BatchNorm comes before the linear layer.
+        weight_decay: Of AdamW.
+    """
+
+    epochs: int = 32
+    batch_size: int = 16
+    lrs: tuple[float, ...] = (1e-3, 1e-2)
+    batch_norm: tuple[bool, ...] = (False, True)
+    weight_decay: float = 1e-4
+
+    def lr_scale(self, step: int, steps: int) -> float:
+        """Share of the learning rate: linear warm-up over 3.75 % of the steps, then linear to 0."""
+        warm_up = max(1, round(steps * 1_500 / 40_000))
+        return (step + 1) / warm_up if step < warm_up else (steps - step) / steps
+
+
+@dataclass(frozen=True)
+class DepthProtocol(DenseProtocol):
+    """DINOv2's depth: 38,400 steps of 16, which is 25 epochs of its 24,231 images of NYU.
+
+    Attributes:
+        bins: Depth bins.
+        upsample: Factor of the bilinear upsampling of their scores.
+    """
+
+    epochs: int = 25
+    lrs: tuple[float, ...] = (1e-4, 1e-3)
+    weight_decay: float = 0.01
+    bins: int = 256
+    upsample: int = 4
+
+    def lr_scale(self, step: int, steps: int) -> float:
+        """Share of the learning rate: linear over the first third, then a cosine to 0."""
+        warm_up = max(1, round(steps / 3))  # in DINOv2's configuration: 12,800 of 38,400
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 class Depth:
-    """Depth of each pixel as the weighted mean of bins.
+    """Depth of each pixel, up to `max_depth`, as the weighted mean of bins; see `DenseHead`."""
 
-    Args:
-        max_depth: Depth of the last bin; farther pixels do not count.
-        bins: Number of bins.
-        upsample: See `DenseHead`.
-        crop: 'eigen' for metrics in Eigen's crop, or None.
-        unit: Unit of depths.
-    """
-
-    method, metrics, metric = "dense depth", DEPTH_METRICS, "RMSE"
+    method, metrics, metric = "depth", DEPTH_METRICS, "RMSE"
     higher_is_better = False
     mirrored = True  # predictions in tests are means over an image and its mirror image
     blind = ("the mean depth", "the mean depth map")  # predictions that look at no image
     shown = (0, 2, 5)  # metrics that are recorded of these
+    shape = (len(DEPTH_METRICS),)  # of the statistics of one head
 
     def __init__(
         self, max_depth: float, bins: int, upsample: int, crop: str | None = None, unit: str = "m"
@@ -58,6 +92,7 @@ class Depth:
         self.max_depth, self.bins, self.upsample = max_depth, bins, upsample
         self.crop, self.unit = crop, unit
         self.settings: dict[str, Any] = {"max_depth": max_depth, "crop": crop}
+        self.head_record = {"task": "depth", "unit": unit}
 
     def valid(self, targets: Tensor, *, test: bool = False) -> Tensor:
         """Pixels that count: of a known depth, in tests only in the crop."""
@@ -94,63 +129,34 @@ class Depth:
         variance = torch.where(valid, g - mean, 0).square().sum() / (count - 1)
         return (variance + _SCALE_WEIGHT * mean.square() + 1e-12).sqrt()
 
-    def new_sums(self, size: tuple[int, int]) -> Tensor:
-        """Zeros for `add`: sums of depths and their numbers for every place of the image."""
-        return torch.zeros(2, *size, dtype=torch.float64)
-
-    def add(self, sums: Tensor, targets: Tensor) -> None:
-        """Add targets `[B, H, W]` to the sums, in place."""
+    def count(self, targets: Tensor) -> Tensor:
+        """Sums of depths and their numbers for every place of the image, of a batch."""
         valid = self.valid(targets)
-        sums += torch.stack([torch.where(valid, targets, 0).double().sum(0), valid.sum(0)])
+        return torch.stack([torch.where(valid, targets, 0).double().sum(0), valid.sum(0)])
 
-    def zeros(self, heads: int) -> Tensor:
-        """Statistics of no image, see `figures`."""
-        return torch.zeros(heads + len(self.blind), len(self.metrics), dtype=torch.float64)
-
-    def figures(self, maps: Sequence[Tensor], sums: Tensor, target: Tensor) -> Tensor:
+    def statistics(self, maps: Sequence[Tensor], sums: Tensor, target: Tensor) -> Tensor:
         """Statistics `[H + 2, 8]` of one image, to be summed over images.
 
         Args:
             maps: Predictions `[1, h', w']` of H heads.
-            sums: See `new_sums`.
+            sums: Those of `count` over the training images.
             target: `[H, W]` on the CPU, with at least one pixel that counts.
         """
         depths, counts = sums
         mean = depths.sum() / counts.sum()
         mean_map = torch.where(counts > 0, depths / counts.clamp(min=1), mean)
         blind = torch.stack([torch.full_like(mean_map, float(mean)), mean_map]).float()
-        predicted = [torch.cat([part.cpu() for part in maps])] if maps else []
-        both = [*predicted, blind]
-        return torch.cat([depth_metrics(p, target, self.valid(target, test=True), self.max_depth)
-                          for p in both])  # fmt: skip
+        valid = self.valid(target, test=True)
+        predicted = [torch.cat([part.cpu() for part in maps]), blind]
+        return torch.cat([depth_metrics(p, target, valid, self.max_depth) for p in predicted])
 
-    def summary(self, figures: Tensor, images: int) -> Tensor:
+    def summary(self, statistics: Tensor, images: int) -> Tensor:
         """Metrics `[H + 2, 8]`: means over images, as in DINOv2."""
-        return figures / images
+        return statistics / images
 
-    def drawn(self, maps: Tensor, target: Tensor) -> Tensor:
-        """A prediction `[H, W]` to look at, of the maps of one head."""
-        return maps[0].cpu()
-
-    def record(self) -> dict[str, Any]:
-        """What a saved head predicts, as plain values."""
-        return {"task": "depth", "unit": self.unit}
-
-    def colors(self, target: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
-        """RGB `[H, W, 3]` of a target and predictions; colors span its logarithms, near is yellow.
-
-        Unknown depths are gray.
-        """
-        known = target[self.valid(target)]
-        near, far = known.min().log(), known.max().clamp(min=known.min() * 1.001).log()
-        shown = []
-        for depth in (torch.where(self.valid(target), target, 0), *others):
-            share = ((far - depth.clamp(min=1e-6).log()) / (far - near)).clamp(0, 1)
-            place = share * (len(_VIRIDIS) - 1)
-            below = place.long().clamp(max=len(_VIRIDIS) - 2)
-            colors = _VIRIDIS[below].lerp(_VIRIDIS[below + 1], (place - below)[..., None])
-            shown.append(torch.where((depth > 0)[..., None], colors, 128).to(torch.uint8))
-        return shown
+    def more(self, statistics: Tensor) -> dict[str, Any]:
+        """Further metrics of one head."""
+        return {}
 
 
 def depth_metrics(predicted: Tensor, depth: Tensor, valid: Tensor, max_depth: float) -> Tensor:
@@ -184,19 +190,17 @@ def depth_metrics(predicted: Tensor, depth: Tensor, valid: Tensor, max_depth: fl
 
 
 class Segmentation:
-    """Class of each pixel; the methods are those of `Depth`.
-
-    Args:
-        num_classes: Number of classes; pixels of `IGNORE_INDEX` do not count.
-    """
+    """Class of each pixel, if it is not `IGNORE_INDEX`; the methods are those of `Depth`."""
 
     method, metrics, metric, unit = "segmentation", SEGMENTATION_METRICS, "mean IoU", "%"
     higher_is_better, mirrored = True, False
     blind, shown = ("the most frequent class",), (0, 1)
 
-    def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None) -> None:
+        self.num_classes, self.shape = num_classes, (num_classes, num_classes)
+        self.class_names = class_names or [str(number) for number in range(num_classes)]
         self.settings: dict[str, Any] = {"num_classes": num_classes}
+        self.head_record = {"task": "segmentation"}
 
     def valid(self, targets: Tensor, *, test: bool = False) -> Tensor:
         """Pixels with a class."""
@@ -204,11 +208,13 @@ class Segmentation:
 
     def check(self, target: Tensor) -> None:
         """Refuse a mask of other classes."""
-        largest = float(torch.where(self.valid(target), target, 0).max())
-        if largest >= self.num_classes:
-            raise ImageError(
-                f"its mask has class {largest:g}, the data have classes 0 to {self.num_classes - 1}"
-            )
+        classes = torch.where(self.valid(target), target, 0)
+        for found in (classes.min().item(), classes.max().item()):
+            if not 0 <= found < self.num_classes:
+                raise ImageError(
+                    f"its mask has class {found:g}, the data have classes 0 to "
+                    f"{self.num_classes - 1}, and {IGNORE_INDEX} for pixels without one"
+                )
 
     def head(self, in_features: int, batch_norm: bool) -> DenseHead:
         """A head, whose output is logits."""
@@ -220,77 +226,38 @@ class Segmentation:
         full = F.interpolate(maps, targets.shape[1:], mode="bilinear")
         return F.cross_entropy(full, targets, ignore_index=IGNORE_INDEX)
 
-    def new_sums(self, size: tuple[int, int]) -> Tensor:
+    def count(self, targets: Tensor) -> Tensor:
         """Pixels of each class."""
-        return torch.zeros(self.num_classes, dtype=torch.float64)
-
-    def add(self, sums: Tensor, targets: Tensor) -> None:
-        """Count pixels."""
         classes = targets[self.valid(targets)].long()
-        sums += torch.bincount(classes, minlength=self.num_classes)
+        return torch.bincount(classes, minlength=self.num_classes).double()
 
-    def zeros(self, heads: int) -> Tensor:
-        """Empty confusion matrices."""
-        return torch.zeros(heads + 1, self.num_classes, self.num_classes, dtype=torch.float64)
-
-    def figures(self, maps: Sequence[Tensor], sums: Tensor, target: Tensor) -> Tensor:
+    def statistics(self, maps: Sequence[Tensor], sums: Tensor, target: Tensor) -> Tensor:
         """Confusion matrices `[H + 1, C, C]`: rows are true classes."""
         valid = self.valid(target)
         truth = target[valid].long()
-        guesses = [self.drawn(part, target)[valid].long() for part in maps]
+        full = [F.interpolate(part[None], target.shape, mode="bilinear")[0] for part in maps]
+        guesses = [logits.argmax(0).cpu()[valid] for logits in full]
         guesses.append(torch.full_like(truth, int(sums.argmax())))
         size = self.num_classes
         counts = [torch.bincount(truth * size + guess, minlength=size**2) for guess in guesses]
         return torch.stack(counts).view(-1, size, size).double()
 
-    def summary(self, figures: Tensor, images: int) -> Tensor:
+    def summary(self, statistics: Tensor, images: int) -> Tensor:
         """Percent of all pixels together; classes neither present nor predicted are left out."""
-        right = figures.diagonal(dim1=1, dim2=2)
-        truth, predicted = figures.sum(2), figures.sum(1)
-        iou = right / (truth + predicted - right)  # NaN where there is no such pixel
-        columns = [iou.nanmean(1), right.sum(1) / truth.sum(1), (right / truth).nanmean(1)]
-        return 100 * torch.stack(columns, dim=1)
+        right, truth = statistics.diagonal(dim1=1, dim2=2), statistics.sum(2)
+        accuracy, per_class = right.sum(1) / truth.sum(1), (right / truth).nanmean(1)
+        return 100 * torch.stack([_iou(statistics).nanmean(1), accuracy, per_class], dim=1)
 
-    def drawn(self, maps: Tensor, target: Tensor) -> Tensor:
-        """Class with the largest logit, resized to the target."""
-        full = F.interpolate(maps[None], target.shape, mode="bilinear", align_corners=False)[0]
-        return full.argmax(0).cpu()
+    def more(self, statistics: Tensor) -> dict[str, Any]:
+        """IoU of each class in percent, None of one neither present nor predicted."""
+        values = (100 * _iou(statistics[None])[0]).tolist()
+        return {"IoU": {n: None if v != v else v for n, v in zip(self.class_names, values)}}
 
-    def record(self) -> dict[str, Any]:
-        """What a saved head predicts."""
-        return {"task": "segmentation"}
 
-    def colors(self, target: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
-        """VOC's palette; pixels that do not count are white, class 0 is black."""
-        classes = torch.arange(256)
-        bits = [(classes >> place & 1) << (7 - place // 3) for place in range(8)]
-        channels = [sum(bits[place] for place in range(c, 8, 3)) for c in range(3)]
-        palette = torch.stack([torch.as_tensor(c) for c in channels], dim=1)
-        palette[IGNORE_INDEX] = 255
-        return [palette[image.long() % 256].to(torch.uint8) for image in (target, *others)]
+def _iou(confusion: Tensor) -> Tensor:
+    """Intersection over union `[H, C]`; NaN where there is no pixel."""
+    right = confusion.diagonal(dim1=1, dim2=2)
+    return right / (confusion.sum(2) + confusion.sum(1) - right)
 
 
 DenseTask = Depth | Segmentation
-
-
-def picture(task: DenseTask, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Image.Image:
-    """A sheet with a row for each image: the image, its target, the prediction.
-
-    Args:
-        task: What is predicted.
-        rows: uint8 `[3, H, W]`, target `[h, w]`, prediction `[h', w']`.
-
-    Returns:
-        An RGB image on white.
-    """
-    height, width = rows[0][0].shape[1:]
-    scale = max(1, math.ceil(_SIDE / min(height, width)))
-    size = (height * scale, width * scale)
-    across, down = size[1] + _GAP, size[0] + _GAP
-    sheet = Image.new("RGB", (3 * across + _GAP, len(rows) * down + _GAP), "white")
-    for row, (pixels, target, predicted) in enumerate(rows):
-        parts = [pixels.permute(1, 2, 0), *task.colors(target, [predicted])]
-        for column, part in enumerate(parts):
-            cell = Image.fromarray(part.numpy()).resize(size[::-1], Image.Resampling.NEAREST)
-            sheet.paste(cell, (_GAP + column * across, _GAP + row * down))
-    return sheet

@@ -1,161 +1,194 @@
-"""Training dense heads on frozen patch features: protocols, heads, epochs, resuming."""
+"""Training of dense heads on frozen patch features, which are encoded in every epoch or once."""
 
 from __future__ import annotations
 
-import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
-from ..data.dense import DenseData, DenseDataset
+from ..data.dense import DenseDataset
+from ..data.loading import load_in_order
 from ..distributed import Distributed
+from ..encode import Encoder
+from ..errors import DataError, ImageError, RunError, option
+from ..features import Layers
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator, torch_generator
-from .dense_features import DenseFeed
-from .dense_tasks import DenseTask
+from .dense_tasks import DenseProtocol, DenseTask
 from .probe import EvalConfig, of_all_processes
 from .runs import EpochState
 
+Indices = npt.NDArray[np.int64]
+Flips = npt.NDArray[np.bool_]
+Plan = Sequence[tuple[Indices, Flips]]  # of each batch
+
 _CHOOSE_SHARE = 0.1
 _STD = 0.01  # of the initial weights, as in mmsegmentation's heads
-
-
-@dataclass(frozen=True)
-class DenseProtocol:
-    """How heads are trained, and by default DINOv2's linear segmentation on ADE20K.
-
-    Attributes:
-        epochs: Passes over the training images; 40,000 steps of ADE20K's 20,210.
-        batch_size: Images of a step, over all processes.
-        lrs: Learning rates of the grid.
-        batch_norm: Whether BatchNorm comes before the linear layer.
-        weight_decay: Of AdamW.
-    """
-
-    epochs: int = 32
-    batch_size: int = 16
-    lrs: tuple[float, ...] = (1e-3, 1e-2)
-    batch_norm: tuple[bool, ...] = (False, True)
-    weight_decay: float = 1e-4
-
-    def lr_scale(self, step: int, steps: int) -> float:
-        """Share of the learning rate: linear warm-up over 3.75 % of the steps, then linear to 0."""
-        warm_up = max(1, round(steps * 1_500 / 40_000))
-        return (step + 1) / warm_up if step < warm_up else (steps - step) / steps
-
-
-@dataclass(frozen=True)
-class DepthProtocol(DenseProtocol):
-    """DINOv2's depth: 38,400 steps of 16, which is 25 epochs of its 24,231 images of NYU.
-
-    Attributes:
-        bins: Depth bins.
-        upsample: Factor of the bilinear upsampling of their scores.
-    """
-
-    epochs: int = 25
-    lrs: tuple[float, ...] = (1e-4, 1e-3)
-    weight_decay: float = 0.01
-    bins: int = 256
-    upsample: int = 4
-
-    def lr_scale(self, step: int, steps: int) -> float:
-        """Share of the learning rate: linear over the first third, then a cosine to 0."""
-        warm_up = max(1, round(steps / 3))  # in DINOv2's configuration: 12,800 of 38,400
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(EvalConfig):
     """The options of a dense probe.
 
-    Args:
+    Attributes:
         epochs: Default: those of the protocol.
         batch_size: Images of a step; default: that of the protocol.
         cached: Encode each training image and its mirror image once and keep the features in
-            memory, `2 n 4 D h w` numbers of 4 bytes. The training is the same to rounding.
-        pictures: Rows of `predictions.png`; 0 for none.
+            memory, `2 n 4 D h w` numbers of 4 bytes over all processes. The training is the same
+            to rounding.
     """
 
     epochs: int | None = None
     batch_size: int | None = None
     cached: bool = False
-    pictures: int = 8
+
+
+class DenseBatch(NamedTuple):
+    """Encoded pairs that could be read."""
+
+    maps: Tensor  # `last4` features [b, 4D, h, w], of 2b images where mirror images follow
+    targets: list[Tensor]  # float32 [H, W] on the CPU
+    indices: Indices  # [b], in the data set
 
 
 @dataclass(frozen=True)
-class DenseProbe:
-    """The data and how heads are trained on them, for any number of models."""
+class _Batches:
+    """Decoded batches of a plan, for loader processes.
 
-    config: DenseConfig
-    pairs: DenseData
+    Images are resized as a whole, so no part of a target is left out.
+    """
+
+    data: DenseDataset
+    plan: Plan
     task: DenseTask
-    protocol: Any
-    usual: Any
-    distributed: Distributed
+    size: tuple[int, int]
+    full: bool
+    mirrored: bool
 
-    def feed(self, data: DenseDataset, model: nn.Module) -> DenseFeed:
-        """Features of a data set."""
-        device, precision = self.distributed.device, self.config.precision
-        if precision == "auto":
-            precision = "bfloat16" if device.type == "cuda" else "float32"
-        workers = 0 if str(self.config.data).startswith("scenes:") else self.config.workers
-        return DenseFeed(data, model, self.task, str(device), precision, workers)
+    def __getitem__(self, batch: int) -> tuple[Tensor, list[Tensor], list[str | None]]:
+        indices, flips = self.plan[batch]
+        channels = self.data.decoder.in_chans
+        pixels = torch.zeros(len(indices), channels, *self.size, dtype=torch.uint8)
+        targets: list[Tensor] = []
+        reasons: list[str | None] = [None] * len(indices)
+        for slot, (index, flip) in enumerate(zip(indices.tolist(), flips.tolist())):
+            try:
+                image, target = self._read(index)
+            except ImageError as error:
+                if not self.data.skip_broken:
+                    raise DataError(
+                        f"the pair of '{self.data.names[index]}' cannot be read ({error}): repair "
+                        f"or remove it, or leave such pairs out with {option('skip_broken')}"
+                    ) from error
+                reasons[slot] = str(error)
+                continue
+            pixels[slot] = image.flip(-1) if flip else image
+            targets.append(target.flip(-1) if flip else target)
+        if self.mirrored:
+            pixels = torch.cat([pixels, pixels.flip(-1)])
+        return pixels, targets, reasons
 
-    def bar(self, total: int, what: str, unit: str = "image", done: int = 0) -> Any:
-        """A progress bar, in rank 0."""
-        shown = self.config.progress and self.distributed.is_main
-        return progress_bar(shown, total, what, unit, done)
+    def _read(self, index: int) -> tuple[Tensor, Tensor]:
+        image, array, _ = self.data[index]
+        target = torch.from_numpy(array.astype(np.float32))
+        self.task.check(target)
+        if not self.full:  # nearest, since unknown depths and classes must not be mixed
+            target = F.interpolate(target[None, None], self.size, mode="nearest")[0, 0]
+        resized: Any = tv.resize(image, list(self.size), interpolation=InterpolationMode.BICUBIC)
+        return (resized if isinstance(resized, Tensor) else tv.pil_to_tensor(resized)), target
 
 
-@dataclass(frozen=True)
-class HeadSpec:
-    """One head: what it reads, whether BatchNorm comes first, and its learning rate."""
+@dataclass
+class DenseFeed:
+    """Encodes the pairs of a data set, and notes why some could not be read, by their names."""
 
-    representation: str
-    batch_norm: bool
-    lr: float
+    data: DenseDataset
+    encoder: Encoder
+    task: DenseTask
+    workers: int | None = None
+    broken: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        """For tables."""
-        return f"{self.representation}{' bn' if self.batch_norm else ''} lr={self.lr:g}"
+    def in_order(
+        self, indices: Indices, batch_size: int, *, full: bool, mirrored: bool
+    ) -> Iterator[DenseBatch]:
+        """Encode images one after the other; see `encode`."""
+        parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        plan = [(part, np.zeros(len(part), np.bool_)) for part in parts]
+        return self.encode(plan, full=full, mirrored=mirrored)
+
+    def encode(self, plan: Plan, *, full: bool, mirrored: bool) -> Iterator[DenseBatch]:
+        """Encode batches.
+
+        Args:
+            plan: Indices of each batch, and whether each image is flipped.
+            full: Targets of their own sizes instead of that of the model's images.
+            mirrored: The mirror images follow those of each batch.
+        """
+        items = _Batches(self.data, plan, self.task, self.encoder.size, full, mirrored)
+        on_gpu = self.encoder.device.type == "cuda"
+        loader = load_in_order(items, range(len(plan)), self.workers, pin_memory=on_gpu)
+        waiting: deque[tuple[list[Tensor], Indices]] = deque()
+
+        def batches() -> Iterator[tuple[Tensor, list[str | None]]]:
+            for (indices, _), (pixels, targets, reasons) in zip(plan, loader):
+                for index, reason in zip(indices.tolist(), reasons):
+                    if reason is not None:
+                        self.broken[self.data.names[index]] = reason
+                good = [slot for slot, reason in enumerate(reasons) if reason is None]
+                waiting.append((targets, indices[good]))
+                yield pixels, reasons * (2 if mirrored else 1)
+
+        for number, (maps, _) in enumerate(self.encoder.encode(batches())):
+            targets, indices = waiting.popleft()
+            if not number and not maps.isfinite().all():  # once: a GPU would wait for each answer
+                raise RunError(
+                    f"features of '{self.data.names[int(indices[0])]}' or its neighbors are not "
+                    "finite: the model's weights are damaged, or need another precision (float32)"
+                )
+            yield DenseBatch(maps, targets, indices)
 
 
-def make_heads(
-    specs: Sequence[HeadSpec], widths: dict[str, int], task: DenseTask, seed: int
-) -> nn.ModuleList:
-    """The heads of a grid; those that differ in the learning rate have the same initial weights."""
-    heads = nn.ModuleList()
-    for spec in specs:
-        width = widths[spec.representation]
-        head = task.head(width, spec.batch_norm)
-        generator = torch_generator(seed, Stream.EVAL_INIT, width, int(spec.batch_norm))
+class GridHead(nn.Module):
+    """One head of a grid; heads that differ in the learning rate begin with equal weights.
+
+    Args:
+        task: Makes the head.
+        width: Channels of `last4` maps.
+        seed: Of the initial weights.
+        layers: 'last' or 'last4'.
+        batch_norm: Whether BatchNorm comes first.
+        lr: Learning rate.
+    """
+
+    def __init__(
+        self, task: DenseTask, width: int, seed: int, layers: Layers, batch_norm: bool, lr: float
+    ) -> None:
+        super().__init__()
+        self.layers, self.lr = layers, lr
+        self.name = f"{layers}{' bn' if batch_norm else ''} lr={lr:g}"
+        self.width = width if layers == "last4" else width // 4
+        self.head = task.head(self.width, batch_norm)
+        generator = torch_generator(seed, Stream.EVAL_INIT, self.width, int(batch_norm))
+        weight, bias = self.head.conv.parameters()
         with torch.no_grad():
-            shape = head.conv.weight.shape
-            head.conv.weight.copy_(torch.randn(shape, generator=generator) * _STD)
-            head.conv.bias.zero_()  # type: ignore[union-attr]
-        heads.append(head)
-    return heads
+            weight.copy_(torch.randn(weight.shape, generator=generator) * _STD)
+            bias.zero_()
 
-
-def make_optimizer(
-    specs: Sequence[HeadSpec], heads: nn.ModuleList, weight_decay: float
-) -> torch.optim.AdamW:
-    """AdamW with the learning rate of each head, in the order of the heads."""
-    groups = [
-        {"params": list(head.parameters()), "lr": spec.lr, "name": spec.name}
-        for spec, head in zip(specs, heads)
-    ]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    def forward(self, maps: Tensor) -> Tensor:
+        """Output for `last4` maps `[b, 4D, h, w]`, whose last channels are those of `last`."""
+        output: Tensor = self.head(maps[:, -self.width :])
+        return output
 
 
 @dataclass
@@ -163,144 +196,164 @@ class DenseTraining:
     """Trains the heads of a grid, resumable after each epoch.
 
     Attributes:
-        probe: Data and protocol.
-        model: The frozen encoder.
+        fit: Training pairs that heads are fitted to.
+        choose: Those that choose a head.
         epoch: Epochs done.
         seconds: Time that they took, over all sessions.
         losses: Mean loss of each head in the last epoch.
-        sums: See `Depth.new_sums`; the same in all processes.
-        fit: Training pairs that heads are fitted to.
-        choose: Those that choose a head; none where the test set does.
+        sums: Of `Depth.count` over the training images; the same in all processes.
     """
 
-    probe: DenseProbe
-    model: nn.Module
+    config: DenseConfig
+    protocol: DenseProtocol
+    feed: DenseFeed
+    distributed: Distributed
     epoch: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        probe, protocol = self.probe, self.probe.protocol
-        self.feed = probe.feed(probe.pairs.train, self.model)
-        images = len(probe.pairs.train)
-        order = numpy_generator(probe.config.seed, Stream.EVAL_SPLIT, 1).permutation(images)
-        held_out = 0 if probe.config.select_on_test else max(1, round(_CHOOSE_SHARE * images))
+        seed, images, width = self.config.seed, len(self.feed.data), self.feed.encoder.row_shape[0]
+        order = numpy_generator(seed, Stream.EVAL_SPLIT, 1).permutation(images)
+        held_out = 0 if self.config.select_on_test else max(1, round(_CHOOSE_SHARE * images))
         self.choose, self.fit = np.sort(order[:held_out]), np.sort(order[held_out:])
-        grid = product(("last", "last4"), protocol.batch_norm, protocol.lrs)
-        self.specs = [HeadSpec(*settings) for settings in grid]
-        self.heads: Any = make_heads(self.specs, self.feed.widths, probe.task, probe.config.seed)
-        self.heads.to(probe.distributed.device)
-        self.optimizer = make_optimizer(self.specs, self.heads, protocol.weight_decay)
-        self.sums = probe.task.new_sums(self.feed.encoder.size)
-        self.steps = max(1, len(self.fit) // protocol.batch_size)
+        self.task = self.feed.task
+        layers: tuple[Layers, ...] = ("last", "last4")
+        grid = product(layers, self.protocol.batch_norm, self.protocol.lrs)
+        heads = [GridHead(self.task, width, seed, *settings) for settings in grid]
+        self.heads: Any = nn.ModuleList(heads).to(self.distributed.device)
+        groups = [{"params": [*head.parameters()], "lr": head.lr} for head in heads]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.protocol.weight_decay)
+        self.sums = torch.zeros((), dtype=torch.float64)
+        self.steps = max(1, len(self.fit) // self.protocol.batch_size)
 
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the metrics, as plain values."""
-        encoder = {k: v for k, v in self.feed.encoder.settings.items() if k != "versions"}
-        return {
-            "protocol": asdict(self.probe.protocol),
-            **self.probe.task.settings,
-            "seed": self.probe.config.seed,
-            **encoder,
-            "train": self.probe.pairs.train.fingerprint,
-            "test": self.probe.pairs.test.fingerprint,
-            "select_on_test": self.probe.config.select_on_test,
-        }
+    def bar(self, total: int, what: str, unit: str = "image", done: int = 0) -> Any:
+        """A progress bar, in rank 0."""
+        shown = self.config.progress and self.distributed.is_main
+        return progress_bar(shown, total, what, unit, done)
 
     def train(self, state: EpochState) -> None:
-        """Train from the last finished epoch on.
-
-        Raises:
-            RunError: The state is damaged, or of other settings.
-        """
+        """Train from the last finished epoch on."""
         self._resume(state)
-        probe, epochs = self.probe, self.probe.protocol.epochs
+        epochs = self.protocol.epochs
         started = time.monotonic() - self.seconds
-        if probe.config.cached and self.epoch < epochs:
-            # every process draws from all images, so each encodes all
-            with probe.bar(len(self.fit), "encoding") as bar:
-                for count in self.feed.store(self.fit, probe.protocol.batch_size):
-                    bar.update(count)
+        store = self._encode_once() if self.config.cached and self.epoch < epochs else None
         total, done = self.steps * epochs, self.steps * self.epoch
-        with probe.bar(total, f"{probe.task.method} heads", "step", done) as bar:
+        with self.bar(total, f"{self.task.method} heads", "step", done) as bar:
             while self.epoch < epochs:
-                self._train_epoch(bar)
+                self._train_epoch(store, bar)
                 self.epoch += 1
                 self.seconds = time.monotonic() - started
                 self._save(state)
         for tensor in self.heads.state_dict().values():  # GPUs may round differently
-            probe.distributed.broadcast(tensor)
+            self.distributed.broadcast(tensor)
 
-    def _train_epoch(self, bar: Any) -> None:
+    def _train_epoch(self, store: _Store | None, bar: Any) -> None:
         self.heads.train()
-        losses = torch.zeros(len(self.specs), device=self.probe.distributed.device)
-        for step, (maps, targets) in enumerate(self._batches()):
-            scale = self.probe.protocol.lr_scale(
-                self.epoch * self.steps + step, self.steps * self.probe.protocol.epochs
-            )
-            for group, spec in zip(self.optimizer.param_groups, self.specs):
-                group["lr"] = spec.lr * scale
-            self.probe.task.add(self.sums, targets)
-            if int(self.probe.task.valid(targets).sum()) >= 2:  # on the CPU
+        losses = torch.zeros(len(self.heads), device=self.distributed.device)
+        for step, (maps, targets) in enumerate(self._batches(store)):
+            done = self.epoch * self.steps + step
+            scale = self.protocol.lr_scale(done, self.steps * self.protocol.epochs)
+            for group, head in zip(self.optimizer.param_groups, self.heads):
+                group["lr"] = head.lr * scale
+            self.sums = self.sums + self.task.count(targets)
+            if int(self.task.valid(targets).sum()) >= 2:  # on the CPU
                 losses += self._update(maps, targets)
             bar.update()
         self.losses = (losses / self.steps).tolist()
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features `last4` and targets of whole batches; an incomplete last one is left out."""
-        seed, size = self.probe.config.seed, self.probe.protocol.batch_size
-        distributed = self.probe.distributed
-        generator = numpy_generator(seed, Stream.EVAL_ORDER, self.epoch)
-        order = self.fit[generator.permutation(len(self.fit))]
+    def _batches(self, store: _Store | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Maps and targets of whole batches, the same ones in all processes.
+
+        Each process reads its share of a batch: every n-th image, or those that it has stored. An
+        incomplete last batch is left out.
+        """
+        seed, size, world = self.config.seed, self.protocol.batch_size, self.distributed.world_size
+        order = numpy_generator(seed, Stream.EVAL_ORDER, self.epoch).permutation(len(self.fit))
         flips = numpy_generator(seed, Stream.EVAL_AUGMENT, self.epoch).random(len(order)) < 0.5
-        rank, world = (
-            (0, 1) if self.probe.config.cached else (distributed.rank, distributed.world_size)
-        )
-        parts = [slice(s * size + rank, (s + 1) * size, world) for s in range(self.steps)]
-        for maps, targets in self.feed.for_training([(order[p], flips[p]) for p in parts]):
-            if world == 1:
-                yield maps, targets
-            else:
-                yield _exchange(distributed, size // world, maps, targets)
+        owner = (np.arange(len(order)) if store is None else order) % world
+        plan = []
+        for start in range(0, self.steps * size, size):
+            mine = start + np.flatnonzero(owner[start : start + size] == self.distributed.rank)
+            plan.append((self.fit[order[mine]], flips[mine]))
+        for maps, targets in self._encoded(plan) if store is None else map(store.read, plan):
+            yield _exchange(self.distributed, maps), _exchange(self.distributed, targets)
+
+    def _encoded(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.feed.encode(plan, full=False, mirrored=False):
+            size = self.feed.encoder.size
+            targets = torch.stack(batch.targets) if batch.targets else torch.empty(0, *size)
+            yield batch.maps.clone(), targets  # autograd refuses tensors of inference mode
+
+    def _encode_once(self) -> _Store:
+        """Features of both sides of this process's share of the images."""
+        mine = self.fit[self.distributed.rank :: self.distributed.world_size]
+        encoder, size = self.feed.encoder, self.protocol.batch_size
+        maps = torch.empty(2, len(mine), *encoder.row_shape)
+        targets = torch.empty(len(mine), *encoder.size)
+        rows: dict[int, int] = {}
+        with self.bar(len(mine), "encoding") as bar:
+            for batch in self.feed.in_order(mine, size, full=False, mirrored=True):
+                first, count = len(rows), len(batch.indices)
+                if count:
+                    maps[:, first : first + count] = torch.stack(batch.maps.cpu().chunk(2))
+                    targets[first : first + count] = torch.stack(batch.targets)
+                rows |= zip(batch.indices.tolist(), range(first, first + count))
+                bar.update(count)
+        return _Store(maps, targets, rows, encoder.device)
 
     def _update(self, maps: Tensor, targets: Tensor) -> Tensor:
         """One step of all heads; returns their losses."""
         self.optimizer.zero_grad()
         losses = []
-        for spec, head in zip(self.specs, self.heads):  # one graph at a time: less memory
-            features = self.feed.split(maps)[spec.representation]
-            loss = self.probe.task.loss(head(features), targets)
+        for head in self.heads:  # one graph at a time: less memory
+            loss = self.task.loss(head(maps), targets)
             torch.autograd.backward(loss)
             losses.append(loss.detach())
         self.optimizer.step()
         return torch.stack(losses)
 
     def _save(self, state: EpochState) -> None:
-        broken = of_all_processes(self.feed.broken, self.probe.distributed)
-        if self.probe.distributed.is_main:
+        broken = of_all_processes(self.feed.broken, self.distributed)
+        if self.distributed.is_main:
             content = {"epoch": self.epoch, "seconds": self.seconds, "losses": self.losses}
             content |= {"sums": self.sums, "broken": broken, "heads": self.heads.state_dict()}
             state.save({**content, "optimizer": self.optimizer.state_dict()})
 
     def _resume(self, state: EpochState) -> None:
         found = state.load()
-        if found is None:
-            return
-        self.losses = found["losses"]
-        self.heads.load_state_dict(found["heads"])
-        self.optimizer.load_state_dict(found["optimizer"])
-        self.sums.copy_(found["sums"])
-        self.epoch, self.seconds = found["epoch"], found["seconds"]
-        self.feed.broken.update(found["broken"])
+        if found is not None:
+            self.heads.load_state_dict(found["heads"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.losses, self.sums = found["losses"], found["sums"]
+            self.epoch, self.seconds = found["epoch"], found["seconds"]
+            self.feed.broken.update(found["broken"])
 
 
-def _exchange(
-    distributed: Distributed, share: int, maps: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The batches of all processes together; each has up to `share` images."""
-    missing = share - len(maps)
-    there = distributed.all_gather(torch.arange(share) < len(maps))
-    padded = (torch.cat([t, t.new_zeros(missing, *t.shape[1:])]) for t in (maps, targets))
-    maps, targets = (distributed.all_gather(t) for t in padded)
-    places = there.nonzero()[:, 0]
-    return maps[places.to(maps.device)], targets[places]
+class _Store(NamedTuple):
+    """Features and targets of the images that a process has encoded."""
+
+    maps: Tensor  # [2, n, 4D, h, w]: images, mirror images
+    targets: Tensor  # [n, H, W]
+    rows: dict[int, int]  # by index in the data set
+    device: torch.device
+
+    def read(self, batch: tuple[Indices, Flips]) -> tuple[Tensor, Tensor]:
+        """Maps on the device and targets of those that could be read."""
+        good = [(self.rows[i], int(flip)) for i, flip in zip(*batch) if i in self.rows]
+        rows, sides = [row for row, _ in good], [side for _, side in good]
+        flipped = torch.tensor(sides, dtype=torch.bool)[:, None, None]
+        targets = torch.where(flipped, self.targets[rows].flip(-1), self.targets[rows])
+        return self.maps[sides, rows].to(self.device), targets
+
+
+def _exchange(distributed: Distributed, rows: Tensor) -> Tensor:
+    """The rows of all processes, which may have different numbers of them."""
+    if distributed.world_size == 1:
+        return rows
+    counts = distributed.all_gather(torch.tensor([len(rows)])).tolist()
+    most = max(1, *counts)
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = torch.split(distributed.all_gather(padded), most)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
