@@ -203,23 +203,18 @@ def _check(probe: _Probe) -> None:
 
 def _check_targets(data: DenseDataset, task: DenseTask) -> None:
     """See that a pixel counts, in one of some targets spread over the set."""
-    first = ""
+    found = []
     for index in np.linspace(0, len(data) - 1, min(len(data), _TRIED)).astype(int).tolist():
         try:
             target = torch.from_numpy(data[index][1].astype(np.float32))
-            if task.valid(target, test=True).any():
-                return
-            reason = f"it has values from {target.min():g} to {target.max():g}"
         except ImageError as error:
-            reason = str(error)
-        first = first or f"'{data.names[index]}': {reason}"
-    wanted = ""
-    if isinstance(task, Depth):
-        wanted = (
-            f"; depths from 0.001 to {task.max_depth:g} count: give the units with "
-            f"{option('depth_scale')}, the range with {option('max_depth')}"
-        )
-    raise DataError(f"no target has a pixel that counts, for example {first}{wanted}")
+            found.append(f"'{data.names[index]}': {error}")
+            continue
+        if task.valid(target, test=True).any():
+            return
+        span = f"{target.min():g} to {target.max():g}"
+        found.insert(0, f"'{data.names[index]}' has values from {span}, {task.counts} count")
+    raise DataError(f"no target has a pixel that counts, for example {found[0]}")
 
 
 def _evaluate(probe: _Probe, subject: Subject) -> tuple[Result, Path]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.dense import IGNORE_INDEX
-from ..errors import ImageError
+from ..errors import ImageError, option
 from ..models.classifier import DenseHead
 
 DEPTH_METRICS = ("rmse", "rmse_log", "abs_rel", "sq_rel", "log10", "delta_1", "delta_2", "delta_3")
@@ -93,6 +93,10 @@ class Depth:
         self.crop, self.unit = crop, unit
         self.settings: dict[str, Any] = {"max_depth": max_depth, "crop": crop}
         self.head_record = {"task": "depth", "unit": unit}
+        self.counts = (
+            f"depths from {MIN_DEPTH:g} to {max_depth:g} (give units with {option('depth_scale')}, "
+            f"the range with {option('max_depth')})"
+        )
 
     def valid(self, targets: Tensor, *, test: bool = False) -> Tensor:
         """Pixels that count: of a known depth, in tests only in the crop."""
@@ -201,6 +205,7 @@ class Segmentation:
         self.class_names = class_names or [str(number) for number in range(num_classes)]
         self.settings: dict[str, Any] = {"num_classes": num_classes}
         self.head_record = {"task": "segmentation"}
+        self.counts = f"classes from 0 to {num_classes - 1}"
 
     def valid(self, targets: Tensor, *, test: bool = False) -> Tensor:
         """Pixels with a class."""
@@ -211,10 +216,7 @@ class Segmentation:
         classes = torch.where(self.valid(target), target, 0)
         for found in (classes.min().item(), classes.max().item()):
             if not 0 <= found < self.num_classes:
-                raise ImageError(
-                    f"its mask has class {found:g}, the data have classes 0 to "
-                    f"{self.num_classes - 1}, and {IGNORE_INDEX} for pixels without one"
-                )
+                raise ImageError(f"its mask has class {found:g}, but {self.counts} count")
 
     def head(self, in_features: int, batch_norm: bool) -> DenseHead:
         """A head, whose output is logits."""

@@ -301,7 +301,15 @@ def test_masks_of_ade20k_begin_at_1(tmp_path):
         assert (data.name, data.num_classes) == ("ADE20K", 150)
         for part in (data.train, data.test):
             assert [mask[0].tolist() for _, mask, _ in part] == [[255, 0, 149], [255, 1, 149]]
+    assert data.class_names is None
+    rows = [f"{n}\t0.1\t9\t9\t1\tclass {n}  " for n in range(1, 151)]
+    (root / "objectInfo150.txt").write_text(
+        "\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *rows])
+    )
+    names = open_segmentation(root).class_names
+    assert (len(names), names[0], names[149]) == (150, "class 1", "class 150")
     whole = open_segmentation(root, reduce_zero_label=False)
+    assert whole.class_names == ("other", *names)
     assert (whole.num_classes, whole.train[1][1][0].tolist()) == (151, [0, 2, 150])
 
 

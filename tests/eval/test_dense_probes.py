@@ -359,7 +359,7 @@ def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
 def test_depths_in_other_units_are_noticed_before_the_work(subject, tmp_path):
     data = _folder(tmp_path, meters=40.0)
     (data / "train/0_depth.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"train/0\.png.*--depth-scale"):
+    with pytest.raises(DataError, match=r"train/5\.png.*--depth-scale"):
         evaluate_dense_depth(subject, data, tmp_path / "out", skip_broken=True)
     result = evaluate_dense_depth(
         subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL, max_depth=80,
