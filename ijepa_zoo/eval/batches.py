@@ -57,8 +57,17 @@ class EvalBatch:
 
 
 def share(batch_size: int, rank: int, world: int, unit: int = 1) -> slice:
-    """The images of a batch that a process works on; shares differ by one `unit` at most."""
+    """The images of a batch that a process works on; shares differ by one `unit` at most.
+
+    Raises:
+        DataError: A process has none.
+    """
     units = batch_size // unit
+    if units < world:
+        raise DataError(
+            f"a batch of {batch_size} images is too small for {world} processes: use more "
+            "training images, or fewer processes"
+        )
     return slice(units * rank // world * unit, units * (rank + 1) // world * unit)
 
 
@@ -102,11 +111,6 @@ class TrainBatches(Dataset[EvalBatch]):
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         batch_size = min(batch_size, len(rows)) // unit * unit
-        if batch_size < max(2, world * unit):  # BatchNorm needs two
-            raise DataError(
-                f"a batch of {batch_size} images (of {len(rows)}) is too small for {world} "
-                "processes: use more images, or fewer processes"
-            )
         self.data, self.rows, self.view, self.size = data, rows, view, size
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.share = share(batch_size, rank, world, unit)

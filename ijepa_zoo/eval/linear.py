@@ -19,7 +19,6 @@ from .feeds import CachedFeed, Feed, OnlineFeed
 from .heads import Grid, Head, HeadSpec, Trained, choose_and_test, make_grid, train
 from .logreg import fit_logistic
 from .models import Subject
-from .notes import CACHED_AS_IS
 from .probe import (
     EvalConfig,
     Probe,
@@ -34,10 +33,6 @@ from .probe import (
 from .result import Result
 from .tasks import Task
 
-_CROPS = (
-    "cached: each image and its mirror image are encoded once, in the test view instead of the "
-    "protocol's random crops"
-)
 _CHECK_WORK = 4e8  # images x features x classes of the check, about 10 s on one CPU core
 _CHECK_CS = (0.01, 1.0, 100.0)
 _FAR = 1.0  # points of accuracy
@@ -136,7 +131,7 @@ def _finish(
     paper, notes = paper_figure(probe, source, probe.task.protocol, cached)
     check = None
     if isinstance(feed, CachedFeed):
-        notes.insert(0, CACHED_AS_IS if probe.protocol.view.shape == "square" else _CROPS)
+        notes = [*feed.notes, *notes]
         if val is not None:
             name = grid.specs[chosen].representation
             check = _convex_check(probe, source, feed, name, val.accuracies()[chosen])

@@ -223,7 +223,8 @@ def evaluate(
     model, seed = config.model, config.seed
     channels = check_model(model, baseline=config.baseline, random=config.random, **config.weights)
     decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
-    with init_distributed(config.device) as distributed:
+    # a week: the others wait while rank 0 writes the cache
+    with init_distributed(config.device, timeout=604_800.0) as distributed:
         probe = prepare(open_probe(config, distributed, decoder))
         if not config.select_on_test and not len(probe.choose):
             raise _nothing_to_choose_by(probe)
