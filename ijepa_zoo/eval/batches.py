@@ -76,23 +76,8 @@ class TrainBatches(Dataset[EvalBatch]):
 
     An epoch goes through one permutation in whole batches and leaves the rest out, other images in
     every epoch; fewer images than a batch make one batch. Item `(epoch * steps + step) * parts +
-    part` is a piece of the share of this process.
-
-    Args:
-        data: Training set.
-        rows: Indices of its images that are trained on.
-        view: The transforms.
-        size: Height and width of the model's input.
-        batch_size: Images of a step, of all processes together.
-        seed: The run's seed.
-        rank: Number of this process.
-        world: Processes that share a batch.
-        micro: Images of a piece, at most.
-        unit: Shares are multiples of it.
-        augment: Changes pixels further; may draw from `random` and NumPy.
-
-    Raises:
-        DataError: There are too few images.
+    part` is a piece, of at most `micro` images, of the share of this process. Shares are multiples
+    of `unit`. `augment` changes pixels further, and may draw from `random` and NumPy.
     """
 
     def __init__(
@@ -124,11 +109,7 @@ class TrainBatches(Dataset[EvalBatch]):
         return range(first_epoch * each, last_epoch * each)
 
     def __getitem__(self, number: int) -> EvalBatch:
-        """A piece of a batch.
-
-        Raises:
-            DataError: An image cannot be decoded, nor could any of those tried in its place.
-        """
+        """A piece of a batch; other images take the place of those that cannot be decoded."""
         step, part = divmod(number, self.parts)
         epoch, step = divmod(step, self.steps)
         first = self.share.start + part * self.micro
@@ -175,15 +156,6 @@ class OrderedBatches(Dataset[EvalBatch]):
 
     Batch `b` of process `r` of `w` holds the images from `(b * w + r) * batch_size`. All batches
     have `batch_size` slots and all processes have as many batches: the last ones are padded.
-
-    Args:
-        data: The set.
-        rows: Indices of its images that are read.
-        view: The transforms.
-        size: Height and width of the model's input.
-        batch_size: Slots of a batch of one process.
-        rank: Number of this process.
-        world: Processes that share the images.
     """
 
     def __init__(
@@ -227,14 +199,7 @@ def _permutation(n: int, seed: int, epoch: int) -> Targets:
 
 
 def random_pixels(image: Pixels, view: View, size: Size, draws: Sequence[float]) -> Tensor:
-    """An image as a probe trains on it: uint8 `[C, *size]`.
-
-    Args:
-        image: The image.
-        view: The transforms.
-        size: Height and width of the result.
-        draws: `DRAWS` uniform numbers in [0, 1); the last one decides the flip.
-    """
+    """An image as a probe trains on it: uint8 `[C, *size]`, by `DRAWS` uniform numbers."""
     if view.shape == "crop":
         top, left, height, width = crop_box(draws, pixel_size(image), scale=_SCALE, ratio=_RATIO)
         image = tv.crop(image, top, left, height, width)

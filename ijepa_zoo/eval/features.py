@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,49 +29,23 @@ if TYPE_CHECKING:
 _SIDE = 32  # pixels of the images that stand for themselves
 
 
-class Source(Protocol):
-    """Turns pixels into rows that hold all features of an image.
+class BlockFeatures:
+    """Features of a frozen encoder, from one pass over each image.
+
+    The final LayerNorm is applied to the output of each block, and the patches are averaged
+    (arXiv 2301.08243, appendix A.1). `last` is the end of `last4`, so rows hold the latter alone.
+    With `patches`, the patch tokens of the last block instead, as `patches` `[B, N, D]`, which are
+    kept in half precision if the encoder runs in half precision.
 
     Attributes:
         widths: Width of each representation.
-        row_shape: Shape of a row.
+        row_shape: Shape of a row, which holds all features of an image.
         dtype: Of the rows.
         device: Device of the rows.
         settings: Everything that decides the numbers.
         size: Height and width of the images in pixels.
         about: The model as results record it.
         paper_name: The name of the weights under which the paper has figures.
-    """
-
-    widths: dict[str, int]
-    row_shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    settings: dict[str, Any]
-    size: tuple[int, int]
-    about: dict[str, Any]
-    paper_name: str | None
-
-    def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-        """Rows of the good images of each batch, in order; see :class:`Encoder`."""
-
-    def split(self, rows: Tensor) -> dict[str, Tensor]:
-        """The representations in rows, without a copy."""
-
-
-class BlockFeatures:
-    """Features of a frozen encoder, from one pass over each image.
-
-    The final LayerNorm is applied to the output of each block, and the patches are averaged
-    (arXiv 2301.08243, appendix A.1). `last` is the end of `last4`, so rows hold the latter alone.
-
-    Args:
-        subject: A timm ViT of at least four blocks.
-        pool: See `FeatureExtractor`.
-        patches: Read the patch tokens of the last block instead, as `patches` `[B, N, D]`; they
-            are kept in half precision if the encoder runs in half precision.
-        device: See :class:`Encoder`.
-        precision: See :class:`Encoder`.
 
     Raises:
         SettingsError: The model has fewer blocks, or cannot be pooled like that.
@@ -115,23 +89,18 @@ class BlockFeatures:
         self.widths = {"patches": width} if patches else {"last": width // 4, "last4": width}
 
     def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-        """See :class:`Source`."""
+        """Rows of the good images of each batch, in order; see :class:`Encoder`."""
         return self.encoder.encode(batches)
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
-        """See :class:`Source`."""
+        """The representations in rows, without a copy."""
         if self.patches:
             return {"patches": rows.flatten(2).transpose(1, 2)}
         return {"last": rows[..., -self.widths["last"] :], "last4": rows}
 
 
 class RawPixels:
-    """The pixels themselves, 32 x 32, from 0 to 1: what a probe reaches without any encoder.
-
-    Args:
-        size: Height and width of the images that an encoder would get.
-        device: Device of the rows.
-    """
+    """The pixels themselves, 32 x 32, from 0 to 1: what a probe reaches without any encoder."""
 
     paper_name: str | None = None
 
@@ -152,7 +121,7 @@ class RawPixels:
         }
 
     def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-        """See :class:`Source`."""
+        """See :class:`BlockFeatures`."""
         for pixels, reasons in batches:
             good = [slot for slot, reason in enumerate(reasons) if reason is None]
             images = pixels[good].to(self.device).float().div_(255)
@@ -161,8 +130,11 @@ class RawPixels:
             yield images.reshape(len(good), self.widths["pixels"]), reasons
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
-        """See :class:`Source`."""
+        """See :class:`BlockFeatures`."""
         return {"pixels": rows}
+
+
+Source = BlockFeatures | RawPixels
 
 
 def files_state(images: ImageDataset) -> str:
@@ -223,12 +195,6 @@ def cached_features(
     weights, precision, transform, list and state of the images. Changed images or weights
     therefore find another folder. An interrupted pass resumes.
 
-    Args:
-        probe: The task.
-        part: The set.
-        source: Makes the rows.
-        mirrored: Encode the mirror images instead.
-
     Raises:
         RunError: Another process works on it, or features are not finite.
     """
@@ -269,11 +235,7 @@ def not_finite(source: Source) -> RunError:
 def refuse_undecoded(
     what: str, part: EvalSet, rows: Targets, count: int, broken: Mapping[str, str]
 ) -> None:
-    """Refuse images of a set, by their indices, of which none could be decoded.
-
-    Raises:
-        DataError: The count of those that could is 0.
-    """
+    """Refuse images of a set, by their indices, if the count of those that were decoded is 0."""
     if count:
         return
     names = (part.images.name(row) for row in rows.tolist())

@@ -31,12 +31,6 @@ Labelled = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
 class OnlineFeed:
     """Every epoch encodes every image in another random view, as the protocols say.
 
-    Args:
-        probe: Data and protocol.
-        source: The frozen encoder.
-        bar: Progress bar, in images.
-        gather: Give every process the rows of the whole batch, not only of its own images.
-
     Attributes:
         batch_size: Images of a step, of all processes together.
         steps: Steps of an epoch.
@@ -148,22 +142,12 @@ class CachedFeed:
     """Features computed once, of every image and its mirror image.
 
     Where the protocol's only random view is the flip, the features are those of the protocol;
-    otherwise the test view stands in for the random crops.
-
-    Args:
-        probe: Data and protocol.
-        source: The frozen encoder.
-        bar: Progress bar, in images.
-        flips: False without mirror images, for classifiers that are not trained in epochs.
-        gather: Give every process the rows of the whole batch, not only of its share.
+    otherwise the test view stands in for the random crops. Without `flips` there are no mirror
+    images, for classifiers that are not trained in epochs.
 
     Attributes:
-        batch_size: Images of a step, of all processes together.
-        steps: Steps of an epoch.
-        broken: Name and reason of every image that could not be decoded.
         fit: Indices into the cached rows that heads are fitted to.
         choose: Those that choose the head.
-        notes: See :class:`OnlineFeed`.
     """
 
     name = "cached"
@@ -215,9 +199,8 @@ class CachedFeed:
     def training(self, first: int, last: int) -> Iterator[Labelled]:
         """The steps of the epochs: the images and flips of `OnlineFeed`, if all can be decoded."""
         seed, batch, distributed = self.probe.seed, self.batch_size, self.probe.distributed
-        own = slice(0, batch)
-        if not self.gathered:
-            own = share(batch, distributed.rank, distributed.world_size)
+        shared = (0, 1) if self.gathered else (distributed.rank, distributed.world_size)
+        own = share(batch, *shared)
         for epoch in range(first, last):
             order = numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(len(self.fit))
             for step in range(self.steps):
