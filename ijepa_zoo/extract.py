@@ -254,7 +254,7 @@ def extract_batches(
     write: Writer | None = None,
     workers: int | None = None,
     overwrite: bool = False,
-    repair: bool = False,
+    is_cache: bool = False,
     progress: bool = False,
     title: str = "features",
 ) -> Extracted:
@@ -271,20 +271,20 @@ def extract_batches(
         write: Writes the file of all rows; default: in the format of `outputs`.
         workers: Processes that decode images.
         overwrite: Replace finished files, and parts made with other settings.
-        repair: Replace files that are damaged or of other settings.
+        is_cache: Replace files that are damaged or of other settings, and say the size first.
         progress: Show progress.
         title: What the progress bar calls it.
     """
     settings = json.loads(json.dumps(settings))  # as they are read back
-    with _lock_outputs(outputs, settings, overwrite, repair, distributed) as finished:
+    with _lock_outputs(outputs, settings, overwrite, is_cache, distributed) as finished:
         if finished:
             return Extracted(already_done=True)
         row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
         parts = Parts(outputs.parts, len(images), batches.batch_size, row_bytes)
         show = progress and distributed.is_main
-        if show and repair:
-            total = parts.images * row_bytes / 1e9
-            print(f"cache of {title}: {total:.3g} GB, {outputs.features}", file=sys.stderr)
+        if show and is_cache:
+            size = parts.images * row_bytes / 1e9
+            print(f"{title}: {size:.3g} GB in {outputs.features.parent}", file=sys.stderr)
         extracted = _work(parts, images, batches, encoder, distributed, workers, show, title)
         if distributed.is_main:
             _merge(outputs, parts, images, encoder.row_shape, settings, write or _write_rows)
@@ -449,7 +449,7 @@ def _lock_outputs(
     outputs: Outputs,
     settings: dict[str, Any],
     overwrite: bool,
-    repair: bool,
+    is_cache: bool,
     distributed: Distributed,
 ) -> Iterator[bool]:
     """Lock and prepare the outputs, as rank 0; yields whether such a run is finished already.
@@ -461,11 +461,11 @@ def _lock_outputs(
         refusal, finished = None, False
         if distributed.is_main:
             try:
-                finished = not overwrite and _is_finished(outputs, settings, repair)
+                finished = not overwrite and _is_finished(outputs, settings, is_cache)
                 if not finished:
                     outputs.parts.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(FileLock(outputs.parts / "lock", timeout=0))
-                    _prepare(outputs, settings, overwrite or repair)
+                    _prepare(outputs, settings, overwrite or is_cache)
             except Timeout:
                 refusal = (
                     f"another process is writing '{outputs.features}' now: wait for it, or choose "
@@ -484,8 +484,8 @@ def _lock_outputs(
             _remove_parts(outputs)
 
 
-def _is_finished(outputs: Outputs, settings: dict[str, Any], repair: bool) -> bool:
-    """Whether the files are those of such a run; other files are refused, unless `repair`."""
+def _is_finished(outputs: Outputs, settings: dict[str, Any], is_cache: bool) -> bool:
+    """Whether the files are those of such a run; other files are refused, unless `is_cache`."""
     files = (outputs.features, outputs.index, outputs.record)
     found = [path for path in files if path.exists()]
     resumes = not outputs.record.exists() and (outputs.parts / "settings.json").exists()
@@ -499,7 +499,7 @@ def _is_finished(outputs: Outputs, settings: dict[str, Any], repair: bool) -> bo
         why = "is from a run whose files have been changed or removed since"
     else:
         return True
-    if repair:
+    if is_cache:
         return False
     if not before:
         why = "is not from a finished run"

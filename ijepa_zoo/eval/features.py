@@ -213,7 +213,7 @@ def cached_features(
     extracted = extract_batches(
         *(part.images, _Pixels(batches, mirrored), source, outputs, settings, probe.distributed),
         workers=probe.config.workers,
-        repair=True,
+        is_cache=True,
         progress=probe.config.progress,
         title=f"features, {part.split}{', mirrored' if mirrored else ''}",
     )

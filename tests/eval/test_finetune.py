@@ -113,11 +113,6 @@ def test_learning_rates_of_layers_and_steps():
         assert decays[parameter] == (0.04 if parameter.ndim > 1 else 0)
 
 
-def test_the_rate_is_per_256_images():
-    (group, *_) = _training(replace(PLAIN, batch_size=100, lr=1.0)).optimizer.param_groups
-    assert group["initial_lr"] == pytest.approx(24 / 256)  # all images are one batch
-
-
 @pytest.mark.parametrize(("size", "resized"), [(224, (256, 256)), (448, (448, 448))])
 def test_the_test_crop_of_large_images_is_whole(size, resized):
     sizes = SMALL | {"img_size": size, "patch_size": 32}
@@ -439,17 +434,13 @@ def test_images_that_cannot_be_decoded_do_not_count(folder, tmp_path, monkeypatc
         _run(folder, tmp_path / "none", epochs=1)
 
 
-@pytest.mark.parametrize("change", ["epoch", "model", "missing", "optimizer"])
+@pytest.mark.parametrize("change", ["model", "optimizer"])
 def test_a_state_that_does_not_fit_the_model_is_refused(tmp_path, change):
     training, state = _training(), EpochState(tmp_path / "state.pt", {})
     training.run(state, _Bar())
     found = state.load()
-    if change == "epoch":
-        found["epoch"] = -1
-    elif change == "model":
+    if change == "model":
         found["model"]["norm.weight"] = torch.zeros(5)
-    elif change == "missing":
-        del found["model"]
     else:
         found["optimizer"]["state"][0]["exp_avg"] = torch.zeros(5)
     state.save(found)
