@@ -80,6 +80,14 @@ class Distributed:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The values of all processes, any picklable objects, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def run_on_main(self, function: Callable[[], T]) -> T:
         """Call a function on rank 0; every process returns its value or raises its error.
 

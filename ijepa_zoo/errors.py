@@ -48,3 +48,8 @@ def some(names: Iterable[str], most: int = 4) -> str:
     listed = sorted(names)
     rest = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + rest
+
+
+def option(name: str) -> str:
+    """An argument as Python and as the command line call it: `max_depth (--max-depth)`."""
+    return f"{name} (--{name.replace('_', '-')})"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..errors import SettingsError
 from ..eval import (
+    Result,
     evaluate_attentive,
     evaluate_dense_depth,
     evaluate_finetune,
@@ -71,7 +74,6 @@ _HEADS = (*_LINEAR, "attentive")
 _DENSE = ("segmentation",)
 # Every other option is an argument of the probe's function, with the same name.
 _OWN = {"run", "probe", "interrupted", "memory", "debug", "quiet"}
-_POSITIONAL = ("task", "model", "data", "list", "out")
 
 
 def add_eval(commands: options.Commands) -> list[argparse.ArgumentParser]:
@@ -87,7 +89,6 @@ def add_eval(commands: options.Commands) -> list[argparse.ArgumentParser]:
     report = probes.add_parser("report", help="one table of several results")
     report.add_argument("results", nargs="+", metavar="RESULT", help="folders or result.json files")
     report.add_argument("--out", default="report.md", metavar="FILE", help="default: report.md")
-    report.add_argument("--no-picture", action="store_true", help="only the table, no PNG")
     report.set_defaults(run=_report)
     return [*parsers, report]
 
@@ -183,7 +184,6 @@ def _add_task(own: argparse._ArgumentGroup, probe: str) -> None:
         own.add_argument("--depth-scale", type=float, metavar="N",
             help="dense: units of the files per meter")  # fmt: skip
     elif probe == "segmentation":
-        own.set_defaults(task="segmentation")
         own.add_argument("--reduce-zero-label", action=argparse.BooleanOptionalAction,
             help="ignore class 0 and count classes from 1 (default: for ADE20K only)")  # fmt: skip
     else:
@@ -194,46 +194,48 @@ def _add_task(own: argparse._ArgumentGroup, probe: str) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    given = {k: v for k, v in vars(args).items() if k not in (*_OWN, *_POSITIONAL)}
-    given["progress"] = not args.quiet
-    task = args.task
-    head = given.pop("head", None)
-    if head is not None:
-        own = ("device", "workers", "precision", "value_range", "bands", "skip_broken", "progress")
-        result = evaluate_head(head, args.data, args.out, **{name: given[name] for name in own})
-    elif args.model is None:
-        raise SettingsError("give --model, or --head for a head that is trained already")
-    elif args.probe == "depth" and task == "dense":
-        if given.pop("test") is not None:
-            raise SettingsError("--test is for classes: DATA holds training and test pairs")
-        for name in ("pool", "lrs", "wds"):
-            if given.pop(name) not in (None, "auto"):
-                raise SettingsError(f"--{name.replace('_', '-')} is not for --task dense")
-        result = evaluate_dense_depth(args.model, args.data, args.out, **given)
-    elif args.probe == "segmentation":
-        result = evaluate_segmentation(args.model, args.data, args.out, **given)
-    elif args.probe == "logreg":
-        result = evaluate_logreg(task, args.model, args.data, args.out, list=args.list, **given)
-    elif args.probe == "attentive":
-        result = evaluate_attentive(task, args.model, args.data, args.out, **given)
-    elif args.probe == "finetune":
-        result = evaluate_finetune(task, args.model, args.data, args.out, list=args.list, **given)
-    elif args.probe == "knn":
-        result = evaluate_knn(task, args.model, args.data, args.out, **given)
-    else:
-        if args.probe == "depth":
-            task = "depth"
-            for name in ("max_depth", "depth_scale"):
-                if given.pop(name) is not None:
-                    raise SettingsError(f"--{name.replace('_', '-')}: only with --task dense")
-        result = evaluate_linear(task, args.model, args.data, args.out, **given)
+    given = {key: value for key, value in vars(args).items() if key not in _OWN}
+    result = _run(args.probe, {**given, "progress": not args.quiet})
     if options.is_main_process():
         print(result.table())
         print(f"all results: {os.path.join(args.out, 'results.csv')} and the files that it names")
     return 0
 
 
+def _run(probe: str, given: dict[str, Any]) -> Result:
+    head = given.pop("head", None)
+    if head is not None:
+        names = ("data", "out", "device", "workers", "precision", "value_range", "bands",
+                 "skip_broken", "progress")  # fmt: skip
+        return evaluate_head(head, **{name: given[name] for name in names})
+    if given["model"] is None:
+        raise SettingsError("give --model, or --head for a head that is trained already")
+    if probe == "segmentation":
+        return evaluate_segmentation(**given)
+    if probe == "depth" and given.pop("task") == "dense":
+        _leave_out(given, ("test", "pool", "lrs", "wds"), "are not for --task dense")
+        return evaluate_dense_depth(**given)
+    if probe in ("count", "depth"):
+        _leave_out(given, ("max_depth", "depth_scale"), "are for --task dense")
+        return evaluate_linear(**{**given, "task": probe})
+    functions: dict[str, Callable[..., Result]] = {
+        "linear": evaluate_linear,
+        "attentive": evaluate_attentive,
+        "knn": evaluate_knn,
+        "finetune": evaluate_finetune,
+        "logreg": evaluate_logreg,
+    }
+    return functions[probe](**given)
+
+
+def _leave_out(given: dict[str, Any], names: Sequence[str], why: str) -> None:
+    """Remove options that have no meaning here; refuse them where they are set."""
+    found = [name for name in names if given.pop(name, None) not in (None, "auto")]
+    if found:
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in found)
+        raise SettingsError(f"{shown} {why}")
+
+
 def _report(args: argparse.Namespace) -> int:
-    written = write_report(args.results, args.out, picture=not args.no_picture)
-    print(*(path for path in written if path is not None), sep="\n")
+    print(write_report(args.results, args.out))
     return 0

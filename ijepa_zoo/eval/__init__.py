@@ -9,9 +9,7 @@ from .linear import evaluate_linear
 from .logreg import evaluate_logreg
 from .models import Subject, open_model
 from .probe import EvalConfig
-from .report import write_report
-from .result import Result
-from .result_files import read_result
+from .results import Result, read_result, write_report
 from .saved_head import evaluate_head
 from .tasks import TASKS, Protocol, Task, find_task
 

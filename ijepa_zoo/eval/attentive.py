@@ -22,7 +22,6 @@ from torch import nn
 
 from ..models.classifier import AttentiveHead
 from ..seeds import Stream, fold
-from .epoch_state import EpochState
 from .features import BlockFeatures, Source
 from .feeds import CachedFeed, Feed, OnlineFeed
 from .heads import Grid, HeadSpec, choose_and_test, train
@@ -33,13 +32,14 @@ from .probe import (
     describe_protocol,
     evaluate,
     make_result,
+    other_epochs,
     run_once,
     save_head,
     with_protocol,
 )
-from .result import Result
+from .results import Result
+from .runs import EpochState
 from .tasks import Protocol, Task, View
-from .words import other_epochs
 
 ATTENTIVE = Protocol(
     20,
@@ -105,7 +105,7 @@ def evaluate_attentive(
             images = probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
             with probe.bar(images, f"{probe.task.name}, {source.about['name']}") as bar:
                 feed = fed(probe, source, bar, gather=False)
-                state = EpochState(folder / "state.pt", settings, probe.distributed)
+                state = EpochState(folder / "state.pt", probe.distributed)
                 result = _train(probe, source, feed, state, protocol, folder)
             if probe.distributed.is_main:
                 state.remove()

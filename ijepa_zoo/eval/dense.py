@@ -32,11 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.decode import Decoder
 from ..data.dense import DenseData, DenseDataset, open_depth, open_segmentation
 from ..data.loading import usable_cpus
 from ..distributed import init_distributed
-from ..errors import DataError, ImageError, SettingsError
+from ..errors import DataError, ImageError, SettingsError, option
 from ..models.classifier import Classifier, DenseHead
 from .dense_features import DenseFeed, Indices
 from .dense_tasks import DenseTask, Depth, Segmentation, picture
@@ -47,13 +46,10 @@ from .dense_training import (
     DenseTraining,
     DepthProtocol,
 )
-from .epoch_state import EpochState
-from .models import Subject, as_subject, check_model
-from .notes import CACHED_AS_IS, few_to_choose, of_all_processes, undecoded
-from .probe import save_result_model
-from .result import Head, Result
-from .runs import once, run_folder
-from .words import counted, data_name, option, other_epochs
+from .models import Subject
+from .probe import CACHED_AS_IS, of_all_processes, other_epochs, save_result_model, undecoded
+from .results import Head, Result, data_name
+from .runs import EpochState, once, run_folder
 
 _MAX_DEPTH = 10.0  # meters, where the data do not tell: rooms
 _TRIED = 100  # pairs that are read before the work, until one counts
@@ -162,11 +158,10 @@ def _run(
     """Evaluate the model, and the architecture with random weights if that is wanted."""
     if config.test is not None:
         raise SettingsError(f"{option('test')}: DATA holds training and test pairs")
-    weights, random, seed = config.weights, config.random, config.seed
     given = {"epochs": config.epochs, "batch_size": config.batch_size}
     protocol = replace(usual, **{name: n for name, n in given.items() if n is not None})
-    channels = check_model(config.model, baseline=config.baseline, random=random, **weights)
-    decoder = Decoder(channels, config.value_range, config.bands)
+    subject = config.open_model()
+    decoder = config.decoder(subject.in_chans, as_tensor=False)
     workers = usable_cpus() if config.workers is None else config.workers
     with init_distributed(config.device) as distributed:
         shown = config.progress and distributed.is_main
@@ -179,12 +174,11 @@ def _run(
         task = make_task(pairs, protocol)
         probe = DenseProbe(config, pairs, task, protocol, usual, distributed)
         distributed.run_on_main(lambda: _check_pairs(probe))
-        subject = as_subject(config.model, random=random, seed=seed, **weights)
         result, folder = _evaluate(probe, subject)
         if config.baseline and not any("random weights" in name for name in result.baselines):
-            untrained = subject.untrained(seed)
+            untrained = subject.untrained(config.seed)
             other = _evaluate(probe, untrained)[0]
-            result = replace(result, baselines={**result.baselines, untrained.name: other.figure})
+            result = replace(result, baselines={**result.baselines, untrained.name: other.value})
             if distributed.is_main:
                 result.write(folder)
         distributed.barrier()
@@ -236,7 +230,7 @@ def _evaluate(probe: DenseProbe, subject: Subject) -> tuple[Result, Path]:
     settings = training.settings()
     name, task = subject.describe()["name"], f"{probe.config.task}-{probe.pairs.name}"
     folder = run_folder(probe.config.out, task, "dense", name, settings)
-    state = EpochState(folder / "state.pt", settings, distributed)
+    state = EpochState(folder / "state.pt", distributed)
 
     def work() -> Result:
         training.train(state)
@@ -300,7 +294,7 @@ def _measure(
         task=f"{task.method}, {pairs.name}",
         method=task.method,
         model=subject.describe(),
-        figure=figure,
+        value=figure,
         chosen=specs[chosen].name,
         selection="the test set" if only is None else "a seeded 10 % of the training images",
         heads=heads,
@@ -316,10 +310,10 @@ def _measure(
         },
         images={"fit": fitted, "choose": kept, "test": count},
         seed=config.seed,
-        measure=task.measure,
+        metric=task.metric,
         unit=task.unit,
         higher_is_better=task.higher_is_better,
-        others=dict(zip(task.metrics[1:], others)),
+        metrics=dict(zip(task.metrics[1:], others)),
         baselines={
             f"{task.metrics[column]} of {name}": float(figures[column])
             for name, figures in zip(task.blind, blind)
@@ -343,17 +337,14 @@ def _notes(probe: DenseProbe, figure: float, blind: float, kept: int, blank: int
     """What a reader must know of a result."""
     notes = [CACHED_AS_IS] if probe.config.cached else []
     notes += other_epochs(probe.protocol.epochs, probe.usual.epochs, "protocol")
-    notes += few_to_choose(kept)
     task, name = probe.task, probe.task.blind[-1]
     if figure != blind and (figure < blind) == task.higher_is_better:
         notes.append(
-            f"worse than {name}, which ignores the image ({task.measure} {figure:.4g}, {name} "
+            f"worse than {name}, which ignores the image ({task.metric} {figure:.4g}, {name} "
             f"{blind:.4g}): train longer, {option('epochs')}, or on more images"
         )
     if blank:
-        notes.append(
-            f"{counted(blank, 'test pair')} without a pixel that counts: not among those tested"
-        )
+        notes.append(f"{blank} test pairs without a pixel that counts: not among those tested")
     return notes
 
 

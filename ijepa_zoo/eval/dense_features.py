@@ -18,9 +18,8 @@ from torchvision.transforms.v2 import functional as tv
 from ..data.dense import DenseDataset
 from ..data.loading import load_in_order
 from ..encode import Encoder
-from ..errors import DataError, ImageError, RunError
+from ..errors import DataError, ImageError, RunError, option
 from .dense_tasks import DenseTask
-from .words import option
 
 Indices = npt.NDArray[np.int64]
 Plan = Sequence[tuple[Indices, npt.NDArray[np.bool_]]]  # indices and flips of each batch

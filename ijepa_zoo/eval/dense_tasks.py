@@ -46,7 +46,7 @@ class Depth:
         unit: Unit of depths.
     """
 
-    method, metrics, measure = "dense depth", DEPTH_METRICS, "RMSE"
+    method, metrics, metric = "dense depth", DEPTH_METRICS, "RMSE"
     higher_is_better = False
     mirrored = True  # predictions in tests are means over an image and its mirror image
     blind = ("the mean depth", "the mean depth map")  # predictions that look at no image
@@ -190,7 +190,7 @@ class Segmentation:
         num_classes: Number of classes; pixels of `IGNORE_INDEX` do not count.
     """
 
-    method, metrics, measure, unit = "segmentation", SEGMENTATION_METRICS, "mean IoU", "%"
+    method, metrics, metric, unit = "segmentation", SEGMENTATION_METRICS, "mean IoU", "%"
     higher_is_better, mirrored = True, False
     blind, shown = ("the most frequent class",), (0, 1)
 

@@ -19,9 +19,8 @@ from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator, torch_generator
 from .dense_features import DenseFeed
 from .dense_tasks import DenseTask
-from .epoch_state import EpochState, checked_losses, load_optimizer
-from .notes import of_all_processes
-from .probe import EvalConfig
+from .probe import EvalConfig, of_all_processes
+from .runs import EpochState
 
 _CHOOSE_SHARE = 0.1
 _STD = 0.01  # of the initial weights, as in mmsegmentation's heads
@@ -284,16 +283,15 @@ class DenseTraining:
             state.save({**content, "optimizer": self.optimizer.state_dict()})
 
     def _resume(self, state: EpochState) -> None:
-        found = state.load(self.probe.protocol.epochs)
+        found = state.load()
         if found is None:
             return
-        with state.restoring():
-            self.losses = checked_losses(found["losses"], len(self.specs))
-            self.heads.load_state_dict(found["heads"])
-            load_optimizer(self.optimizer, found["optimizer"])
-            self.sums.copy_(found["sums"])
-            self.epoch, self.seconds = found["epoch"], found["seconds"]
-            self.feed.broken.update(found["broken"])
+        self.losses = found["losses"]
+        self.heads.load_state_dict(found["heads"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.sums.copy_(found["sums"])
+        self.epoch, self.seconds = found["epoch"], found["seconds"]
+        self.feed.broken.update(found["broken"])
 
 
 def _exchange(

@@ -18,8 +18,7 @@ from ..encode import Batch
 from ..seeds import Stream, numpy_generator
 from .batches import TrainBatches, share
 from .features import CachedFeatures, Source, cached_features, refuse_undecoded
-from .notes import of_all_processes
-from .probe import Probe
+from .probe import Probe, of_all_processes
 from .sets import EvalSet
 
 _VALUES = 2**24  # of cached rows that are read at a time

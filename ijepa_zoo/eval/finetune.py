@@ -34,27 +34,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as tv
 
-from ..data.decode import Decoder
 from ..data.transforms import transform_config
 from ..distributed import init_distributed
-from ..errors import DataError, RunError, SettingsError
+from ..errors import DataError, RunError, SettingsError, option
 from ..progress import skip
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
 from .accuracy import count_correct, likeliest
 from .batches import EvalBatch, TrainBatches, library_seeds
-from .epoch_state import EpochState, load_optimizer
 from .features import refuse_undecoded
-from .intervals import wilson_interval
 from .logreg import with_rows
-from .models import Subject, as_subject, check_model
-from .notes import lost_classes, of_all_processes, undecoded
-from .probe import EvalConfig, Probe, open_probe
-from .result import NOTHING_CHOSEN, Head, Result
-from .runs import once, run_folder
+from .models import Subject
+from .probe import (
+    EvalConfig,
+    Probe,
+    lost_classes,
+    of_all_processes,
+    open_probe,
+    other_epochs,
+    undecoded,
+)
+from .results import LAST_EPOCH, Head, Result, wilson_interval
+from .runs import EpochState, once, run_folder
 from .sets import data_record, listed_rows
 from .tasks import Task, View, find_task
-from .words import option, other_epochs
 
 MICRO_BATCH = 32
 _HEAD_STD = 2e-5
@@ -175,14 +178,12 @@ def evaluate_finetune(
             "a task of classes, or `eval count` or `eval depth`, which crop nothing"
         )
     config = EvalConfig(task=chosen, model=model, data=data, out=out, **options)
-    channels = check_model(model, random=config.random, **config.weights)
-    decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
+    subject = config.open_model()
     with init_distributed(config.device) as distributed:
-        probe = open_probe(config, distributed, decoder)
+        probe = open_probe(config, distributed, config.decoder(subject.in_chans))
         if list is not None:
             rows = listed_rows(probe.train, list)
             probe = with_rows(probe, rows, {"list": Path(list).name})
-        subject = as_subject(model, random=config.random, seed=config.seed, **config.weights)
         check_exportable(subject.model)
         network: Any = copy.deepcopy(subject.model)
         network.set_grad_checkpointing(grad_checkpointing)
@@ -200,7 +201,7 @@ def _run(subject: Subject, training: FineTuning, notes: list[str]) -> Result:
     method = "finetune-list" if probe.few else "finetune"
     settings = {**probe.settings(), "model": about, **protocol}
     folder = run_folder(probe.out, probe.task.name, method, about["name"], settings)
-    state = EpochState(folder / "state.pt", settings, probe.distributed)
+    state = EpochState(folder / "state.pt", probe.distributed)
 
     def work() -> Result:
         images = training.recipe.epochs * training.batches.steps * training.batches.batch_size
@@ -341,12 +342,11 @@ class FineTuning:
             RunError: The loss is not finite; or the state is damaged, or of other settings.
         """
         epochs, kept = self.recipe.epochs, ("epoch", "loss", "seconds", "broken")
-        if (found := state.load(epochs)) is not None:
-            with state.restoring():
-                self.model.load_state_dict(found["model"])
-                load_optimizer(self.optimizer, found["optimizer"])
-                for name in kept:
-                    setattr(self, name, found[name])
+        if (found := state.load()) is not None:
+            self.model.load_state_dict(found["model"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            for name in kept:
+                setattr(self, name, found[name])
         skip(bar, self.epoch * self.batches.steps * self.batches.batch_size)
         pieces = self.probe.loaded(self.batches, self.batches.numbers(self.epoch, epochs))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -416,15 +416,15 @@ class FineTuning:
         (accuracy,) = counts.accuracies()
         return Result(
             task=probe.task.name,
-            figure=accuracy,
+            value=accuracy,
             chosen="last epoch",
-            selection=NOTHING_CHOSEN,
+            selection=LAST_EPOCH,
             heads=[Head("last epoch", None, accuracy, self.loss)],
             data=data_record(probe.train, probe.test),
             images={"fit": fitted, "test": counts.total},
             seed=probe.seed,
             interval=wilson_interval(int(counts.correct.sum()), counts.total),
-            others=counts.others(),
+            metrics=counts.others(),
             notes=[*notes, *probe.train.notes, *probe.test.notes, *undecoded(broken), *lost],
             seconds=self.seconds,
             **known,

@@ -19,11 +19,10 @@ from ..models.classifier import LinearHead
 from ..progress import skip
 from ..seeds import Stream, torch_generator
 from .accuracy import Counts, best_head, count_correct, likeliest
-from .epoch_state import EpochState, load_optimizer
 from .features import Source, not_finite, refuse_undecoded
 from .feeds import Feed
-from .notes import of_all_processes
-from .probe import Probe
+from .probe import Probe, of_all_processes
+from .runs import EpochState
 from .tasks import Protocol
 
 _TRUST = 0.001  # VISSL's eta
@@ -281,11 +280,10 @@ def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochStat
     protocol, distributed = probe.protocol, probe.distributed
     losses, earlier, done = [0.0] * len(grid.specs), 0.0, 0
     started = time.perf_counter()
-    if (found := state.load(protocol.epochs)) is not None:
-        with state.restoring():
-            grid.modules.load_state_dict(found["heads"])
-            load_optimizer(grid.optimizer, found["optimizer"])
-            done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
+    if (found := state.load()) is not None:
+        grid.modules.load_state_dict(found["heads"])
+        grid.optimizer.load_state_dict(found["optimizer"])
+        done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
         feed.restore(found["broken"])
     skip(feed.bar, done * feed.steps * feed.batch_size)
     steps = feed.training(done, protocol.epochs)

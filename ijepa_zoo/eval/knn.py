@@ -17,7 +17,7 @@ from .features import Source
 from .feeds import CachedFeed
 from .models import Subject
 from .probe import EvalConfig, Probe, evaluate, make_result, run_once
-from .result import Result
+from .results import Result
 from .tasks import Task
 
 KS = (10, 20, 50, 100, 200)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .epoch_state import EpochState
 from .features import BlockFeatures, Source
 from .feeds import CachedFeed, Feed, OnlineFeed
 from .heads import Grid, Head, HeadSpec, Trained, choose_and_test, make_grid, train
@@ -30,7 +29,8 @@ from .probe import (
     save_head,
     with_protocol,
 )
-from .result import Result
+from .results import Result
+from .runs import EpochState
 from .tasks import Task
 
 _CHECK_WORK = 4e8  # images x features x classes of the check, about 10 s on one CPU core
@@ -92,7 +92,7 @@ def evaluate_linear(
             with probe.bar(_images(probe), f"{probe.task.name}, {source.about['name']}") as bar:
                 feed = fed(probe, source, bar)
                 grid = linear_grid(probe, source)
-                state = EpochState(folder / "state.pt", settings, probe.distributed)
+                state = EpochState(folder / "state.pt", probe.distributed)
                 trained = train(probe, source, feed, grid, state)
                 result = _finish(probe, source, feed, grid, trained, protocol, folder)
             if probe.distributed.is_main:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.datasets import Subset, Targets
-from ..errors import DataError, SettingsError
+from ..errors import DataError, SettingsError, option
 from ..models.classifier import LinearHead
 from ..seeds import Stream, numpy_generator
 from .accuracy import Counts, best_head, count_correct, likeliest
@@ -28,10 +28,9 @@ from .probe import (
     run_once,
     save_head,
 )
-from .result import Result
+from .results import Result
 from .sets import EvalSet, listed_rows, split_to_choose
 from .tasks import Task
-from .words import option
 
 CS = tuple(10.0 ** float(e) for e in np.linspace(-6, 5, 45))  # DINOv2's `C_POWER_RANGE`
 _ROWS = 8192  # whose logits are in memory at once

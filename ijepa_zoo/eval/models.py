@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +12,14 @@ from torch import nn
 
 from ..data.transforms import transform_config
 from ..encode import model_name, weights_fingerprint
-from ..errors import CheckpointError, SettingsError
+from ..errors import FetchError, SettingsError, option
 from ..features import FeatureExtractor
 from ..models.factory import create_model
-from ..models.predictor import PREDICTORS
 from ..seeds import Stream, fold
-from ..weights.registry import checkpoints, find
-from .timm_weights import weights_within_reach
-from .words import option
+from ..weights import registry
 
 _TIMM, _FOLDER = "timm:", "local-dir:"
 _SOURCES = (_FOLDER, "hf-hub:")
-_LARGEST = 4096  # pixels of a side
-_NAMELESS = "a baseline with random weights needs the model's name instead of the model"
 
 
 @dataclass(frozen=True)
@@ -35,8 +29,8 @@ class Subject:
     Attributes:
         model: The network.
         name: What tables call it.
-        paper_name: The name of its weights in the catalogue or in timm, by which the paper's
-            figure is looked up; None where they are others.
+        paper_name: The name of its weights in the registry or in timm, by which the paper's value
+            is looked up; None where they are others.
         given: What `open_model` was called with to make it, None for a user's own object.
         img_size: The image size that it was called with.
     """
@@ -46,6 +40,11 @@ class Subject:
     paper_name: str | None = None
     given: str | None = None
     img_size: int | tuple[int, int] | None = None
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of its images."""
+        return int(transform_config(self.model)["input_size"][0])
 
     def describe(self) -> dict[str, Any]:
         """The model as results record it."""
@@ -63,10 +62,10 @@ class Subject:
         """The same architecture with random weights.
 
         Raises:
-            ValueError: The model was not made by its name.
+            SettingsError: The model was not made by its name.
         """
         if self.given is None:
-            raise SettingsError(_NAMELESS)
+            raise SettingsError(f"{option('baseline')} needs the model's name instead of the model")
         return open_model(self.given, random=True, seed=seed, img_size=self.img_size)
 
 
@@ -76,42 +75,11 @@ def as_subject(
     """The model that a name, with the options of `open_model`, or an object stands for."""
     if isinstance(model, str):
         return open_model(model, random=random, seed=seed, **options)
-    return model if isinstance(model, Subject) else Subject(model, model_name(model))
-
-
-def check_model(
-    model: str | nn.Module | Subject,
-    *,
-    baseline: bool = False,
-    random: bool = False,
-    **options: Any,
-) -> int:
-    """Refuse what `as_subject` or `Subject.untrained` would, before any work.
-
-    Returns:
-        Channels of the images that the model takes.
-
-    Raises:
-        ValueError: No model is called that, or an option does not hold for it.
-        TypeError: It is no ViT.
-    """
-    if random and baseline:
+    if random or any(value is not None for value in options.values()):
         raise SettingsError(
-            f"{option('random')} is the baseline itself: leave {option('baseline')} out"
+            f"random, {', '.join(options)} are for a model that is given by its name"
         )
-    if isinstance(model, str):
-        source, ours = _check_options(model, random, **options)
-        with torch.device("meta"):
-            made = create_model if ours else _timm_model
-            return int(transform_config(made(source, pretrained=False))["input_size"][0])
-    given = [name for name, value in options.items() if value is not None]
-    given += ["random"] if random else []
-    if given:
-        raise SettingsError(f"{', '.join(given)} hold for a model that is named: leave them out")
-    if baseline and (not isinstance(model, Subject) or model.given is None):
-        raise SettingsError(_NAMELESS)
-    network = model.model if isinstance(model, Subject) else model
-    return int(transform_config(network)["input_size"][0])
+    return model if isinstance(model, Subject) else Subject(model, model_name(model))
 
 
 def open_model(
@@ -123,7 +91,7 @@ def open_model(
     network: str | None = None,
     img_size: int | tuple[int, int] | None = None,
 ) -> Subject:
-    """Make the model that a user names.
+    """Create the model that a user names, in evaluation mode.
 
     Args:
         name: A model of this package (`vit_huge14_ijepa.in1k`), any timm name
@@ -137,115 +105,56 @@ def open_model(
         img_size: Image size in pixels; None for the model's own.
 
     Raises:
-        ValueError: No model is called that.
-        TypeError: It is no ViT.
+        SettingsError: No model is called that, or it is not a ViT.
         CheckpointError: The weights do not exist or do not fit.
         FetchError: They cannot be fetched.
     """
-    source, ours = _check_options(name, random, checkpoint, network, img_size)
-    size: dict[str, Any] = {"img_size": img_size} if img_size else {}
-    overlay = {} if ours or random else weights_within_reach(source)
+    if random and (checkpoint or network):
+        raise SettingsError(
+            f"{option('random')} takes no weights: leave {option('checkpoint')} and "
+            f"{option('network')} out"
+        )
+    source = f"{_FOLDER}{name}" if os.path.isdir(name) else name
+    kwargs: dict[str, Any] = {"img_size": img_size} if img_size else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, Stream.EVAL_INIT))
-        if ours:
-            own: dict[str, Any] = {} if random else {"checkpoint": checkpoint, "network": network}
-            model = create_model(source, pretrained=not random, **own, **size)
+        if source.startswith(_SOURCES) or registry.is_ijepa(source):
+            if not random:
+                kwargs |= {"checkpoint": checkpoint, "network": network}
+            model = create_model(source, pretrained=not random, **kwargs)
+        elif checkpoint or network:
+            raise SettingsError(
+                f"checkpoint and network are for models of this package, and {name!r} is timm's"
+            )
         else:
-            model = _timm_model(source, pretrained=not random, num_classes=0, **size, **overlay)
+            source = source.removeprefix(_TIMM)
+            with torch.device("meta"):  # refuse what is not a ViT before weights are fetched
+                FeatureExtractor(_create_timm_model(source, pretrained=False), "last4", pool="avg")
+            model = _create_timm_model(source, pretrained=not random, num_classes=0, **kwargs)
     model.eval()
-    _refuse_broken(model, name)
     if random:
         return Subject(model, f"{name}, random weights", given=name, img_size=img_size)
-    cfg = model.pretrained_cfg
-    released = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else None
     if source.startswith(_SOURCES) or checkpoint or network == "encoder":
         extra = [str(given) for given in (checkpoint, network) if given]
         return Subject(model, ", ".join([name, *extra]), given=name, img_size=img_size)
+    cfg = model.pretrained_cfg
+    released = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else None
     return Subject(model, released or name, released, name, img_size)
 
 
-def _check_options(
-    name: str,
-    random: bool,
-    checkpoint: str | None = None,
-    network: str | None = None,
-    img_size: int | tuple[int, int] | None = None,
-) -> tuple[str, bool]:
-    """What the model is made from, and whether this package makes it."""
-    sides = img_size if isinstance(img_size, tuple) else (img_size or 1,)
-    if img_size == 0 or not all(0 < side <= _LARGEST for side in sides):
-        raise SettingsError(
-            f"img_size is {img_size}; images of 1 to {_LARGEST} pixels a side are read"
-        )
-    if random and (checkpoint or network):
-        raise SettingsError(
-            f"{option('checkpoint')} and {option('network')} name weights, "
-            f"{option('random')} takes none: leave one of them out"
-        )
-    source = f"local-dir:{name}" if os.path.isdir(name) else name
-    ours = source.startswith(_SOURCES) or source.partition(".")[0] in PREDICTORS
-    if ours and not (random or checkpoint):
-        _refuse_unreleased(source)
-    return (source, True) if ours else (_timm_source(source, checkpoint, network), False)
+def _create_timm_model(name: str, **kwargs: Any) -> nn.Module:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-
-def _refuse_broken(model: nn.Module, name: str) -> None:
-    """Refuse weights of which every probe would make a figure that says nothing."""
-    tensors = dict(model.named_parameters())
-    for tensor, value in tensors.items():
-        if not bool(value.isfinite().all()):
-            raise CheckpointError(
-                f"the weights of {name} are broken: {tensor} is not finite (NaN or infinite)"
-            )
-    if not any(bool(value.any()) for value in tensors.values() if value.ndim > 1):
-        raise CheckpointError(f"the weights of {name} are all zero: every image is alike to them")
-
-
-def _refuse_unreleased(source: str) -> None:
-    """Refuse a name of this package that has no weights, in the words of evaluations."""
-    model, _, tag = source.partition(".")
-    if source.startswith(_SOURCES) or find(model, tag or None) is not None:
-        return
-    known = [record.name for record in checkpoints() if record.model == model]
-    raise SettingsError(
-        f"there are no released weights of {source}{'; known: ' if known else ''}"
-        f"{', '.join(known)}: name a file of your own, {option('checkpoint')}, or evaluate random "
-        f"weights, {option('random')}"
-    )
-
-
-def _timm_source(name: str, checkpoint: str | None, network: str | None) -> str:
-    """The name by which timm makes the model.
-
-    Raises:
-        ValueError: timm has no such model, or an option does not hold for its models.
-        TypeError: It is no ViT.
-    """
-    source = name.removeprefix(_TIMM)
-    if not source.startswith(_FOLDER) and not timm.is_model(source):
-        raise SettingsError(f"no model is called {name!r}{_similar(source)}")
-    if checkpoint or network:
-        raise SettingsError(
-            f"checkpoint and network hold for models of this package, and {name!r} is timm's: "
-            "leave them out"
-        )
-    with torch.device("meta"):  # a look at its class, without weights
-        FeatureExtractor(_timm_model(source, pretrained=False), "last4", pool="avg")
-    return source
-
-
-def _timm_model(source: str, **kwargs: Any) -> nn.Module:
     try:
-        return timm.create_model(source, **kwargs)
-    except RuntimeError as error:  # no such tag, no weights of that name, weights that do not fit
-        tags = timm.list_pretrained(f"{source.partition('.')[0]}.*") or ["none"]
-        raise SettingsError(
-            f"timm cannot make {source!r}: {error}. Its weights are {', '.join(tags)}"
+        return timm.create_model(name, **kwargs)
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FetchError(
+            f"the weights of {name!r} are not in the Hub's cache and cannot be fetched ({error}): "
+            "check the network and HF_ENDPOINT, or give a folder that timm has saved, "
+            "timm:local-dir:FOLDER"
         ) from error
-
-
-def _similar(name: str) -> str:
-    known = {*PREDICTORS, *timm.list_models("*vit*"), *timm.list_models("*vit*", pretrained=True)}
-    near = difflib.get_close_matches(name, known, 3)
-    hint = f"; similar: {', '.join(near)}" if near else ""
-    return f"{hint}. Name a model of `ijepa-zoo list`, one of timm, or a folder with weights"
+    except RuntimeError as error:  # no such model, tag or weights
+        raise SettingsError(
+            f"timm cannot create {name!r} ({error}): see `ijepa-zoo list` and "
+            f"timm.list_pretrained('{name[:8]}*')"
+        ) from error

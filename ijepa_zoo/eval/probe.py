@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,24 +17,26 @@ from ..data.datasets import Targets
 from ..data.decode import Decoder
 from ..data.loading import load_in_order, usable_cpus
 from ..distributed import Distributed, init_distributed
-from ..errors import DataError, SettingsError
+from ..errors import DataError, SettingsError, option, some
 from ..features import Layers
 from ..models.classifier import Classifier, save_classifier
 from ..progress import progress_bar
 from .accuracy import Counts
 from .batches import EvalBatch, OrderedBatches
 from .features import BlockFeatures, RawPixels, Source, files_state
-from .intervals import wilson_interval
-from .models import Subject, as_subject, check_model
-from .notes import few_to_choose, lost_classes, of_all_processes, undecoded
-from .result import Head, Result
+from .models import Subject, as_subject
+from .results import TEST_SET, Head, Result, wilson_interval
 from .runs import once, run_folder
 from .sets import CHOOSE_SHARE, EvalSet, data_record, open_task, split_to_choose
 from .tasks import Protocol, Task, find_task
-from .words import option, other_epochs
 
 MICRO = 128  # images of a forward pass
 _POOLING = ("pool", "layers", "precision")  # settings of an encoder that results show
+_FEW = 100  # images to choose by that deserve a warning: their accuracies come in whole points
+CACHED_AS_IS = (
+    "cached: each image and its mirror image are encoded once, as the protocol has them (its only "
+    "random transform is the flip)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +92,25 @@ class EvalConfig:
     with_encoder: bool = False
     progress: bool = False
 
-    @property
-    def weights(self) -> dict[str, Any]:
-        """The options of `open_model` that name weights."""
-        names = ("checkpoint", "network", "img_size")
-        return {name: getattr(self, name) for name in names}
+    def open_model(self) -> Subject:
+        """The model of these options.
+
+        Raises:
+            SettingsError: No model is called that, or an option does not hold for it.
+        """
+        if self.random and self.baseline:
+            raise SettingsError(
+                f"{option('random')} is the baseline itself: leave {option('baseline')} out"
+            )
+        options = {name: getattr(self, name) for name in ("checkpoint", "network", "img_size")}
+        subject = as_subject(self.model, random=self.random, seed=self.seed, **options)
+        if self.baseline and subject.given is None:
+            raise SettingsError(f"{option('baseline')} needs a model that is given by its name")
+        return subject
+
+    def decoder(self, in_chans: int, as_tensor: bool = True) -> Decoder:
+        """See `Decoder`."""
+        return Decoder(in_chans, self.value_range, self.bands, as_tensor=as_tensor)
 
 
 @dataclass(frozen=True)
@@ -153,7 +169,7 @@ class Probe:
     def selection(self) -> str:
         """What the head is chosen by."""
         if not len(self.choose):
-            return "the test set"
+            return TEST_SET
         return f"a seeded 10 % of the {'chosen' if self.few else 'training'} images"
 
     def in_order(
@@ -220,15 +236,12 @@ def evaluate(
         SettingsError: An option or the model does not fit.
         RunError: Another process works on the same evaluation, or features are not finite.
     """
-    model, seed = config.model, config.seed
-    channels = check_model(model, baseline=config.baseline, random=config.random, **config.weights)
-    decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
+    subject = config.open_model()
     # a week: the others wait while rank 0 writes the cache
     with init_distributed(config.device, timeout=604_800.0) as distributed:
-        probe = prepare(open_probe(config, distributed, decoder))
+        probe = prepare(open_probe(config, distributed, config.decoder(subject.in_chans)))
         if not config.select_on_test and not len(probe.choose):
             raise _nothing_to_choose_by(probe)
-        subject = as_subject(model, random=config.random, seed=seed, **config.weights)
 
         def features(subject: Subject) -> BlockFeatures:
             return BlockFeatures(
@@ -238,10 +251,10 @@ def evaluate(
         source = features(subject)
         result, folder = run(probe, source)
         if config.baseline and not result.baselines:
-            others: list[Source] = [features(subject.untrained(seed))]
+            others: list[Source] = [features(subject.untrained(config.seed))]
             others += [] if patches else [RawPixels(source.size, source.device)]
-            figures = {other.about["name"]: run(probe, other)[0].figure for other in others}
-            result = replace(result, baselines=figures)
+            values = {other.about["name"]: run(probe, other)[0].value for other in others}
+            result = replace(result, baselines=values)
             if distributed.is_main:
                 result.write(folder)
         distributed.barrier()
@@ -330,7 +343,7 @@ def make_result(
         task=probe.task.name,
         method=method,
         model=source.about,
-        figure=test.accuracies()[0],
+        value=test.accuracies()[0],
         chosen=heads[chosen],
         selection=probe.selection,
         heads=[Head(*columns) for columns in zip(heads, on_val, on_test, losses)],
@@ -339,7 +352,7 @@ def make_result(
         images=images,
         seed=probe.seed,
         interval=wilson_interval(int(test.correct.sum()), test.total),
-        others=test.others(),
+        metrics=test.others(),
         notes=notes,
         **more,
     )
@@ -347,14 +360,46 @@ def make_result(
 
 def _notes(probe: Probe, broken: dict[str, str]) -> list[str]:
     """What a reader must know of data and protocol; every process must call this."""
-    notes = [*probe.train.notes, *probe.test.notes, *few_to_choose(len(probe.choose))]
+    notes = [*probe.train.notes, *probe.test.notes]
     if not len(probe.choose):
         notes.append(
             "chosen on the test set, as much of the literature does: the accuracy is too high by "
             "as much as luck helps the best of the heads"
         )
+    elif len(probe.choose) < _FEW:
+        notes.append(f"chosen by {len(probe.choose)} images: another seed may choose otherwise")
     found = of_all_processes(broken, probe.distributed)
     return [*notes, *undecoded(found), *lost_classes(probe.train, probe.fit, found)]
+
+
+def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
+    """The texts of all processes; every process must call this."""
+    return {k: v for part in distributed.all_gather_object(texts) for k, v in part.items()}
+
+
+def undecoded(broken: Mapping[str, str], what: str = "image") -> list[str]:
+    """A note on what could not be decoded, by name and reason; none where there is none."""
+    if not broken:
+        return []
+    named = some(f"{name}: {reason}" for name, reason in broken.items())
+    return [f"{what}s that could not be decoded: {len(broken)} ({named})"]
+
+
+def lost_classes(train: EvalSet, rows: Targets, broken: Mapping[str, str]) -> list[str]:
+    """A note on classes of which no training image could be decoded."""
+    if not broken:
+        return []  # of a million images no names are asked for
+    good = np.array([train.images.name(row) not in broken for row in rows.tolist()], np.bool_)
+    left = np.bincount(train.labels[rows[good]], minlength=len(train.classes))
+    lost = [f"'{train.classes[k]}'" for k in np.flatnonzero(left == 0).tolist()]
+    if not lost:
+        return []
+    return [f"classes without a training image that could be decoded: {len(lost)} ({some(lost)})"]
+
+
+def other_epochs(epochs: int, usual: int, whose: str) -> list[str]:
+    """A note where a training is not as long as its source has it; none where it is."""
+    return [] if epochs == usual else [f"epochs: {epochs} instead of the {whose}'s {usual}"]
 
 
 def with_protocol(

@@ -1,14 +1,15 @@
-"""The folder of one evaluation, and what a result says about the machine."""
+"""The folder of one evaluation: found by its settings, locked, resumed by epoch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,54 +17,28 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from ..data.loading import usable_cpus
 from ..distributed import Distributed
 from ..encode import hash_texts
 from ..errors import RunError
-from .result import RESULT, Result
-from .result_files import read_result
+from ..extract import whole_file
+from .results import RESULT, Result, read_result
 
 
 def run_folder(out: str | Path, task: str, method: str, model: str, settings: Any) -> Path:
-    """The folder of an evaluation among others: the same settings find it again, no others do.
+    """The folder of an evaluation: the same settings find it again, no others do.
 
     Args:
         out: Folder of all evaluations.
         task: Name of the task.
         method: Name of the probe.
         model: Name of the model.
-        settings: Plain values; everything that decides the numbers.
+        settings: Plain values; everything that decides the metrics.
     """
     shown = re.sub(r"[^\w.]+", "-", f"{task}-{method}-{model}").strip("-.")[-100:]
     return Path(out) / f"{shown}-{hash_texts([json.dumps(settings, sort_keys=True)])[:8]}"
-
-
-def claim(folder: Path, distributed: Distributed, stack: ExitStack) -> Result | None:
-    """Keep other evaluations out of the folder, for all processes.
-
-    Returns:
-        The result that is in it already, None where there is work to do.
-
-    Raises:
-        RunError: Another process works on it, or the folder cannot be written.
-        DataError: There is a damaged result in it.
-    """
-    refusal, finished = None, None
-    if distributed.rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / ".lock", timeout=0))
-        except Timeout:
-            refusal = f"another process evaluates in {folder} now: wait for it, or change --out"
-        except OSError as error:
-            refusal = f"the folder {folder} cannot be used: {error.strerror or error}"
-        if refusal is None and (folder / RESULT).exists():
-            finished = read_result(folder / RESULT)
-    refusal, finished = distributed.broadcast_object((refusal, finished))
-    if refusal is not None:
-        raise RunError(refusal)
-    return finished
 
 
 def once(
@@ -73,32 +48,47 @@ def once(
 
     Args:
         folder: See `run_folder`.
-        distributed: All of them must call this.
+        distributed: All processes call this.
         precision: Of the encoder, for the record.
         work: Makes the result.
 
     Raises:
-        RunError: Another process works on it.
+        RunError: Another process works in the folder, or it cannot be written.
         DataError: The table beside the folder is another one; the result is written.
     """
     with ExitStack() as stack:
-        if (finished := claim(folder, distributed, stack)) is not None:
-            if distributed.rank == 0:
-                finished.enter(folder)  # a table that was in the way the first time may be gone
+        finished = distributed.run_on_main(lambda: _lock(folder, stack))
+        if finished is not None:
+            if distributed.is_main:
+                finished.write_row(folder)  # a table that was in the way may be gone
                 print(f"done before: {folder / RESULT}; remove it to repeat", file=sys.stderr)
             return finished
-        result = replace(work(), **about_run(distributed, precision))
-        if distributed.rank == 0:
+        result = replace(work(), **_about_run(distributed, precision))
+        if distributed.is_main:
             result.write(folder)
         return result
 
 
-def about_run(distributed: Distributed, precision: str) -> dict[str, Any]:
-    """The fields of a :class:`Result` that tell where and when: machine, versions, date."""
+def _lock(folder: Path, stack: ExitStack) -> Result | None:
+    """Keep other evaluations out of the folder; returns the result that is in it already."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(FileLock(folder / ".lock", timeout=0))
+    except Timeout:
+        raise RunError(
+            f"another process evaluates in {folder} now: wait for it, or change --out"
+        ) from None
+    except OSError as error:
+        raise RunError(f"{folder} cannot be used: {error.strerror or error}") from error
+    return read_result(folder / RESULT) if (folder / RESULT).exists() else None
+
+
+def _about_run(distributed: Distributed, precision: str) -> dict[str, Any]:
+    """The fields of a result that tell where and when."""
     cuda = distributed.device.type == "cuda"
     name = torch.cuda.get_device_name(distributed.device) if cuda else _cpu_name()
     return {
-        "machine": {
+        "runtime": {
             "device": name,
             "processes": distributed.world_size,
             "cpus": usable_cpus(),
@@ -118,3 +108,101 @@ def _cpu_name() -> str:
     lines = listed.read_text().splitlines() if listed.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class EpochState:
+    """The state of an unfinished evaluation; after a kill it is that of the last whole epoch.
+
+    Attributes:
+        path: The file.
+        distributed: The processes that load it together.
+    """
+
+    path: Path
+    distributed: Distributed = field(default_factory=Distributed)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the state, in rank 0 alone; tensors and plain values only.
+
+        Raises:
+            OSError: It cannot be written; the previous state is still there.
+        """
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with whole_file(self.path, temporary) as file:
+                torch.save({**state, "sha256": _digest(state)}, file)
+        except (OSError, RuntimeError) as error:
+            # torch.save raises an error of its own about the file that it could not write
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            reason = f"{cause.strerror or cause}: make room and repeat the command, which resumes"
+            raise OSError(cause.errno, reason, str(self.path)) from cause
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state, its tensors on the CPU; None where there is none.
+
+        Rank 0 verifies the file, then the others read it too.
+
+        Raises:
+            RunError: It is damaged.
+        """
+        own: list[dict[str, Any]] = []
+
+        def verify() -> bool:
+            if self.path.exists():
+                own.append(_read(self.path))
+            return bool(own)
+
+        if not self.distributed.run_on_main(verify):
+            return None
+        state: dict[str, Any] = own[0] if own else torch.load(self.path, map_location="cpu")
+        del state["sha256"]
+        return state
+
+    def remove(self) -> None:
+        """Remove it when the evaluation is finished."""
+        self.path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        wrong = state["sha256"] != _digest({k: v for k, v in state.items() if k != "sha256"})
+        reason = "its content has changed since it was written"
+    except Exception as error:  # damaged bytes: whatever pickle and zip stumble over
+        wrong, reason = True, type(error).__name__
+    if wrong:
+        raise RunError(
+            f"'{path}', the state of an unfinished evaluation, is damaged ({reason}): remove it to "
+            "start again"
+        )
+    return state
+
+
+def _digest(state: Any) -> str:
+    """SHA-256 of tensors and plain values, without a copy of the tensors."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(value, Mapping):
+            digest.update(f"mapping {len(value)};".encode())
+            for item in value.items():
+                add(item)
+        elif isinstance(value, list | tuple):
+            digest.update(f"list {len(value)};".encode())
+            for entry in value:
+                add(entry)
+        else:
+            digest.update(f"{value!r};".encode("utf-8", "backslashreplace"))
+
+    add(state)
+    return digest.hexdigest()

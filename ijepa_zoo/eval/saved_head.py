@@ -15,19 +15,16 @@ from ..data.splits import open_splits
 from ..data.transforms import transform_config
 from ..distributed import init_distributed
 from ..encode import model_name
-from ..errors import CheckpointError, DataError
+from ..errors import CheckpointError, DataError, some
 from ..models.classifier import AttentiveHead, Classifier, load_classifier, read_classifier_config
 from .accuracy import count_correct, likeliest
 from .features import BlockFeatures, Source, refuse_undecoded
 from .feeds import encoded
-from .intervals import wilson_interval
 from .models import Subject
-from .notes import of_all_processes, undecoded
-from .probe import EvalConfig, Probe, run_once
-from .result import Head, Result
+from .probe import EvalConfig, Probe, of_all_processes, run_once, undecoded
+from .results import Head, Result, data_name, wilson_interval
 from .sets import EvalSet, data_record
 from .tasks import TASKS, View
-from .words import data_name, some
 
 
 def evaluate_head(
@@ -112,7 +109,7 @@ def _test(
         task=probe.task.name,
         method="saved head",
         model=source.about,
-        figure=counts.accuracies()[0],
+        value=counts.accuracies()[0],
         chosen=chosen,
         selection="the probe that trained it",
         heads=[Head(chosen, test=counts.accuracies()[0])],
@@ -121,6 +118,6 @@ def _test(
         images={"test": counts.total},
         seed=0,
         interval=wilson_interval(int(counts.correct.sum()), counts.total),
-        others=counts.others(),
+        metrics=counts.others(),
         notes=notes,
     )

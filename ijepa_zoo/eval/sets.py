@@ -19,10 +19,10 @@ from ..data.clevr import open_clevr
 from ..data.datasets import ImageDataset, Targets
 from ..data.decode import Decoder, Pixels
 from ..data.splits import Split, open_splits
-from ..errors import DataError, ImageError
+from ..errors import DataError, ImageError, option, some
 from ..seeds import Stream, numpy_generator
+from .results import data_name
 from .tasks import TASKS, Task
-from .words import data_name, option, some
 
 CHOOSE_SHARE = 0.1  # of the training images, to choose the head by
 _TEST_SHARE = 0.2  # of a data set that is in one piece

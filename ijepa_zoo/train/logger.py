@@ -25,7 +25,8 @@ COLUMNS = (
     *("step", "lr", "weight_decay", "momentum", "images_per_second", "mfu", "data_wait"),
     *("grad_encoder", "grad_predictor", "update_encoder", "update_predictor"),
     "regularizer",
-    *("rankme", "spread", "cosine", "ema_distance", "knn", "linear"),
+    *("rankme", "spread", "cosine", "ema_distance", "position_variance", "image_variance"),
+    *("knn", "linear"),
 )
 _CSV, _EVENTS = "log.csv", "events.jsonl"
 _OFFICIAL = {"context_tokens": "mask-A", "target_tokens": "mask-B"}

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..distributed import Distributed
@@ -69,12 +70,16 @@ class Monitor:
 
         Returns:
             `rankme`, `spread`, `cosine` and `ema_distance` (relative L2 distance of the encoders);
-            with labels of two or more classes also `knn` and `linear`, accuracies in percent.
+            `position_variance` and `image_variance`, the shares of the variance of target tokens
+            that their position and their image explain: where position explains most of it, the
+            predictor needs no image (CAPI, arXiv 2502.08769, section 3.1); with labels of two or
+            more classes also `knn` and `linear`, accuracies in percent.
             NaN if features are not finite.
         """
-        features = self._features(model, distributed)
+        features, moments = self._features(model, distributed)
         finite = bool(features.isfinite().all())
         metrics = {k: f(features) if finite else math.nan for k, f in _FEATURE_METRICS.items()}
+        metrics |= explained_variance(*(distributed.all_reduce(m) for m in moments))
         if self.labels is not None:
             known = self.labels >= 0
             labels, labeled = self.labels[known], features[known.to(features.device)]
@@ -87,19 +92,47 @@ class Monitor:
         metrics["ema_distance"] = distance / total_norm(model.target_encoder.parameters())
         return metrics
 
-    def _features(self, model: IJepa, distributed: Distributed) -> Tensor:
-        """Features `[m, D]` of all images; processes do equal numbers of forward passes."""
+    def _features(self, model: IJepa, distributed: Distributed) -> tuple[Tensor, list[Tensor]]:
+        """Features `[m, D]` of all images, and the moments of the tokens of this process.
+
+        Processes do equal numbers of forward passes.
+        """
         share = -(-len(self.images) // distributed.world_size)
         first, size = distributed.rank * share, self.batch_size
+        last = min(first + share, len(self.images))
         pooled: list[Tensor] = []
+        moments: list[Tensor] = []
         for start in range(first, first + share, size):
             batch = torch.arange(start, start + size).clamp(max=len(self.images) - 1)
             pixels = self.images[batch].to(distributed.device)
             with without_float8(model.target_encoder), autocast(pixels.device, self.precision):
                 tokens = model.target_encoder.encode(normalize(pixels, self.mean, self.std))
             pooled.append(tokens.float().mean(dim=1))
+            found = token_moments(tokens[: max(last - start, 0)].float())
+            moments = [a + b for a, b in zip(moments, found)] if moments else found
         gathered: Tensor = distributed.all_gather(torch.cat(pooled)[:share])
-        return gathered[: len(self.images)]
+        return gathered[: len(self.images)], moments
+
+
+def token_moments(tokens: Tensor) -> list[Tensor]:
+    """Sums over images of what `explained_variance` needs, of tokens `[b, N, D]` as targets are."""
+    targets = F.layer_norm(tokens, tokens.shape[-1:])
+    count = targets.new_tensor(len(targets))
+    squares, image_squares = (t.square().sum() for t in (targets, targets.mean(dim=1)))
+    return [count, targets.sum(dim=0), squares, image_squares]
+
+
+def explained_variance(
+    count: Tensor, by_position: Tensor, squares: Tensor, image_squares: Tensor
+) -> dict[str, float]:
+    """Shares of the variance of tokens that position and image explain, from `token_moments`."""
+    positions = by_position / count
+    mean_square = positions.mean(dim=0).square().sum()
+    total = squares / (count * len(positions)) - mean_square
+    return {
+        "position_variance": float((positions.square().sum(1).mean() - mean_square) / total),
+        "image_variance": float((image_squares / count - mean_square) / total),
+    }
 
 
 def update_norms(model: IJepa, optimizer: torch.optim.AdamW) -> dict[str, float]:

@@ -25,6 +25,10 @@ _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss: falls, then rises slowly; a jump is bad", "loss", ("loss",)),
     ("Effective rank of held-out features: low is collapsed", "RankMe", ("rankme",)),
     ("Do features differ between images?", "from 0 to 1", ("spread", "cosine")),
+    (
+        "What explains target tokens: position alone is collapse", "share of variance",
+        ("position_variance", "image_variance"),
+    ),
     ("Classifiers on held-out features", "accuracy (%)", ("knn", "linear")),
     ("Learning rate, and momentum of the target encoder", "learning rate", ("lr",)),
     (
@@ -33,9 +37,9 @@ _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("Context encoder and target encoder", "relative L2 distance", ("ema_distance",)),
     ("Speed", "images / s", ("images_per_second",)),
-    ("Patches of contexts and of target blocks", "patches", ("mask-A", "mask-B")),
 )  # fmt: skip
-_LABELS = {"mask-A": "context", "mask-B": "target block", "knn": "kNN", "rankme": "RankMe"}
+_LABELS = {"knn": "kNN", "rankme": "RankMe",
+           "position_variance": "position", "image_variance": "image"}  # fmt: skip
 _DRAWS = 6
 _COVERAGE_STEPS = 200
 _MOST_IMAGES = 128  # of a draw's group: more change nothing visible
@@ -95,19 +99,18 @@ def _plot_panel(
             points.insert(0, (0.0, initial[column]))
             axis.axhline(initial[column], color=color, linestyle="--", linewidth=1)
         if points:
-            marker = "." if column.startswith("mask") or len(points) == 1 else ""
-            line = "" if column.startswith("mask") else "-"
+            marker = "." if len(points) == 1 else ""
             label = _LABELS.get(column, column) + " (dashed: at initialization)" * (
                 column in initial
             )
-            axis.plot(*zip(*points), color=color, marker=marker, linestyle=line, label=label)
+            axis.plot(*zip(*points), color=color, marker=marker, label=label)
     if not axis.lines:
         axis.text(0.5, 0.5, "not measured", ha="center", color=_GRAY, transform=axis.transAxes)
     elif len(columns) > 1 or initial.keys() & set(columns):
         axis.legend(fontsize=8)
     if "grad_encoder" in columns:
         axis.set_yscale("log")
-    elif columns[0] in ("images_per_second", "mask-A"):
+    elif "images_per_second" in columns:
         axis.set_ylim(0, None)
     elif "loss" in columns:
         _smooth(axis, _points(rows, "loss"))

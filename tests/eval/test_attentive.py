@@ -61,10 +61,10 @@ def test_heads_equal_adamw_alone_on_the_extractors_tokens(pictures, tmp_path):
             optimizer.step()
         assert found.loss == pytest.approx(float(loss.detach()), abs=1e-4)
         kept = (head(x[choose]).argmax(1) == labels[choose]).float().mean()
-        assert found.held_out == pytest.approx(100 * float(kept))
+        assert found.val == pytest.approx(100 * float(kept))
         if found.name == result.chosen:
             right = (head(z).argmax(1) == answers).float().mean()
-            assert result.figure == pytest.approx(100 * float(right))
+            assert result.value == pytest.approx(100 * float(right))
     assert result.protocol["optimizer"] == "adamw"
 
 
@@ -95,10 +95,10 @@ def test_cached_tokens_train_the_heads_of_online_ones(pictures, tmp_path, monkey
         for cached in (False, True)
     )
     assert "features, train, mirrored: 2.76e-05 GB" in capsys.readouterr().err
-    assert cached.figure == online.figure
+    assert cached.value == online.value
     for found, expected in zip(cached.heads, online.heads):
         assert found.loss == pytest.approx(expected.loss, abs=1e-5)
-        assert found.held_out == expected.held_out
+        assert found.val == expected.val
     assert cached.protocol["fed"] == "cached"
     monkeypatch.setattr(BlockFeatures, "encode", None)
     again = evaluate_attentive(TASK, encoder(), pictures, tmp_path, cached=True, **options)
@@ -134,6 +134,6 @@ def test_three_processes_give_the_heads_of_one(pictures, tmp_path):
     one = evaluate_attentive(TASK, encoder(), pictures, tmp_path, **OPTIONS, batch_size=16)
     for file in tmp_path.glob("three/*/result.json"):
         three = json.loads(file.read_bytes())
-        assert three["figure"] == one.figure
+        assert three["value"] == one.value
         losses = [head.loss for head in one.heads]
         assert [head["loss"] for head in three["heads"]] == pytest.approx(losses, abs=1e-4)

@@ -31,7 +31,7 @@ from ijepa_zoo.eval.dense_training import (
     make_optimizer,
 )
 from ijepa_zoo.eval.models import Subject, open_model
-from ijepa_zoo.eval.result_files import read_result
+from ijepa_zoo.eval.results import read_result
 
 PROTOCOL = DepthProtocol(epochs=2, batch_size=4, lrs=(3e-3, 1e-2), bins=16, upsample=2)
 SEGMENTATION = DenseProtocol(epochs=2, batch_size=4, lrs=(3e-3, 1e-2))
@@ -190,7 +190,7 @@ def finished(subject, tmp_path_factory):
 
 def test_a_run_leaves_result_and_pictures(finished):
     out, result = finished
-    assert read_result(out / "result.json").figure == result.figure
+    assert read_result(out / "result.json").value == result.value
     assert {file.name for file in out.iterdir()} - {".lock"} == {
         "model", "predictions.png", "result.json"
     }  # fmt: skip
@@ -203,13 +203,13 @@ def test_a_run_leaves_result_and_pictures(finished):
     ]
     few, *worse = result.notes
     assert few == "chosen by 2 images only: with another seed another choice is likely"
-    assert bool(worse) == (result.figure > result.baselines["rmse of the mean depth map"])
+    assert bool(worse) == (result.value > result.baselines["rmse of the mean depth map"])
     assert result.data["train"]["name"] == "scenes:24,6"
     assert result.table().startswith("dense depth, rendered scenes: ")
     assert len(result.heads) == 8
-    assert min(result.heads, key=lambda head: head.held_out).name == result.chosen
+    assert min(result.heads, key=lambda head: head.val).name == result.chosen
     assert [head.test is not None for head in result.heads].count(True) == 1
-    json.dumps(result.others)
+    json.dumps(result.metrics)
 
 
 @pytest.mark.parametrize("opened", [open_depth, open_segmentation])
@@ -255,7 +255,7 @@ def test_the_test_figure_is_that_of_the_saved_head_on_whole_maps(tmp_path, opene
         difference = np.clip(full.numpy(), 1e-3, data.max_depth)[known] - target[known]
         errors.append(math.sqrt((difference.astype(np.float64) ** 2).mean()))
     expected = float(100 * (right / union).nanmean()) if classes else np.mean(errors)
-    assert result.figure == pytest.approx(expected, rel=1e-4)
+    assert result.value == pytest.approx(expected, rel=1e-4)
 
 
 def test_kept_features_give_the_same_figures(finished, subject, tmp_path):
@@ -266,10 +266,8 @@ def test_kept_features_give_the_same_figures(finished, subject, tmp_path):
     how, *others = cached.notes
     assert how.startswith("cached: each image and its mirror image are encoded once, as the proto")
     assert [n.split(",")[0] for n in others] == [n.split(",")[0] for n in online.notes]
-    assert cached.figure == pytest.approx(online.figure, rel=1e-3)
-    assert [h.held_out for h in cached.heads] == pytest.approx(
-        [h.held_out for h in online.heads], rel=1e-3
-    )
+    assert cached.value == pytest.approx(online.value, rel=1e-3)
+    assert [h.val for h in cached.heads] == pytest.approx([h.val for h in online.heads], rel=1e-3)
 
 
 def test_the_baseline_is_the_mean_depth_of_what_was_trained_on(finished):
@@ -299,7 +297,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(finished, subject, tmp_path,
     monkeypatch.undo()
     result = evaluate_dense_depth(subject, "scenes:24,6", tmp_path, **arguments)
     assert result.heads == finished[1].heads
-    assert result.figure == finished[1].figure
+    assert result.value == finished[1].value
     assert result.baselines == finished[1].baselines
 
 
@@ -318,7 +316,7 @@ def test_baseline_is_the_architecture_with_random_weights(tmp_path):
     (name,) = (name for name in result.baselines if "random weights" in name)
     random = open_model("vit_nano8_64_ijepa.scenes", random=True)
     alone = evaluate_dense_depth(random, "scenes:24,6", tmp_path / "other", **arguments)
-    assert result.baselines[name] == alone.figure != result.figure
+    assert result.baselines[name] == alone.value != result.value
 
 
 def test_select_on_test_reads_it_with_every_head(subject, tmp_path):
@@ -326,9 +324,9 @@ def test_select_on_test_reads_it_with_every_head(subject, tmp_path):
         subject, "scenes:24,6", tmp_path, protocol=PROTOCOL, select_on_test=True
     )
     assert result.selection == "the test set"
-    assert result.figure == min(head.test for head in result.heads)
+    assert result.value == min(head.test for head in result.heads)
     assert result.images == {"fit": 24, "choose": 0, "test": 6}
-    assert {head.held_out for head in result.heads} == {None}
+    assert {head.val for head in result.heads} == {None}
     assert "held out" in result.table()
 
 
@@ -359,7 +357,7 @@ def test_broken_images_are_left_out_and_named(subject, tmp_path):
     assert undecoded.startswith("2 pairs could not be decoded (")
     assert "test/3.png: not an image" in undecoded
     assert "train/4_depth.png" in undecoded
-    assert math.isfinite(result.figure)
+    assert math.isfinite(result.value)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -443,15 +441,15 @@ def test_two_processes_do_what_one_does(subject, tmp_path):
     )
     (file,) = (tmp_path / "two").glob("*/result.json")
     two = read_result(file)
-    assert two.machine["processes"] == 2
-    assert two.figure == pytest.approx(one.figure, rel=1e-4)
+    assert two.runtime["processes"] == 2
+    assert two.value == pytest.approx(one.value, rel=1e-4)
     assert two.notes == one.notes
     assert two.notes[-1].startswith("3 pairs could not be decoded")
     assert two.images == one.images
     assert one.images["test"] == 7
     assert two.baselines == pytest.approx(one.baselines, rel=1e-6)
     for ours, theirs in zip(two.heads, one.heads):
-        assert ours.held_out == pytest.approx(theirs.held_out, rel=1e-4)
+        assert ours.val == pytest.approx(theirs.val, rel=1e-4)
         assert ours.loss == pytest.approx(theirs.loss, rel=1e-4)
 
 
@@ -489,7 +487,7 @@ def test_test_pairs_without_a_pixel_that_counts_are_told(subject, tmp_path):
     assert few == "chosen by 1 image only: with another seed another choice is likely"
     assert worse.startswith("worse than the mean depth map, which ignores the image (RMSE ")
     assert "train longer, epochs (--epochs)" in worse
-    assert result.figure > result.baselines["rmse of the mean depth map"]
+    assert result.value > result.baselines["rmse of the mean depth map"]
 
 
 def _interrupted(load, index):
@@ -528,7 +526,7 @@ def test_the_command_reads_nyus_own_file(tmp_path):
     assert cli.main([*words, "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     (file,) = (tmp_path / "out").glob("*/result.json")
     result = read_result(file)
-    assert math.isfinite(result.figure)
+    assert math.isfinite(result.value)
     assert result.images == {"fit": 10, "choose": 1, "test": 3}
     assert result.data["test"]["split"] == "splits.mat"
     assert (result.protocol["crop"], result.protocol["max_depth"]) == ("eigen", 10)
@@ -560,10 +558,10 @@ def test_segmentation_learns_colors(subject, masks, tmp_path, cached):
     result = evaluate_segmentation(
         subject, masks, tmp_path / "out", protocol=protocol, workers=0, cached=cached
     )
-    assert result.figure > 90
-    assert (result.measure, result.unit, result.higher_is_better) == ("mean IoU", "%", True)
-    assert max(result.heads, key=lambda head: head.held_out).name == result.chosen
-    assert set(result.others) == {"pixel accuracy", "mean class accuracy"}
+    assert result.value > 90
+    assert (result.metric, result.unit, result.higher_is_better) == ("mean IoU", "%", True)
+    assert max(result.heads, key=lambda head: head.val).name == result.chosen
+    assert set(result.metrics) == {"pixel accuracy", "mean class accuracy"}
     assert result.baselines["mean IoU of the most frequent class"] < 20
     assert result.protocol["num_classes"] == 3
     (picture,) = (tmp_path / "out").glob("*/predictions.png")

@@ -89,13 +89,13 @@ def test_linear_knn_and_report(pictures, tmp_path, capsys):
     shown = capsys.readouterr().out
     (file,) = out.glob("classes-linear-cached-*/result.json")
     result = json.loads(file.read_bytes())
-    assert f"{result['figure']:.1f}" in shown
+    assert f"{result['value']:.1f}" in shown
     assert main(["eval", "knn", *common]) == 0
     report = tmp_path / "table.md"
     capsys.readouterr()
-    assert main(["eval", "report", str(out), "--out", str(report), "--no-picture"]) == 0
+    assert main(["eval", "report", str(out), "--out", str(report)]) == 0
     assert capsys.readouterr().out == f"{report}\n"
-    assert f"| {result['figure']:.1f} (" in report.read_text()
+    assert f"| {result['value']:.1f} (" in report.read_text()
 
 
 def test_a_saved_head_on_other_data(pictures, tmp_path, capsys):
@@ -103,7 +103,7 @@ def test_a_saved_head_on_other_data(pictures, tmp_path, capsys):
     assert main(["eval", "linear", *NANO, *data, "--cached", "--epochs", "1"]) == 0
     (model,) = tmp_path.glob("*/model")
     assert main(["eval", "linear", "--head", str(model), *data, "--device", "cpu", "--quiet"]) == 0
-    figures = {json.loads(file.read_bytes())["figure"] for file in tmp_path.glob("*/result.json")}
+    figures = {json.loads(file.read_bytes())["value"] for file in tmp_path.glob("*/result.json")}
     assert len(figures) == 1
     capsys.readouterr()
     assert main(["eval", "linear", *data]) == 2

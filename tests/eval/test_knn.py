@@ -84,12 +84,12 @@ def test_probe_equals_a_plain_computation(tmp_path):
     for head in result.heads:
         setting = [float(part.split("=")[1]) for part in head.name.split()]
         expected = accuracy(x[fit], labels[fit], x[choose], labels[choose], *setting)
-        assert head.held_out == pytest.approx(expected)
+        assert head.val == pytest.approx(expected)
     setting = [float(part.split("=")[1]) for part in result.chosen.split()]
-    assert result.figure == pytest.approx(accuracy(x, labels, z, answers, *setting))
+    assert result.value == pytest.approx(accuracy(x, labels, z, answers, *setting))
     about = {"pool": "avg", "layers": [3], "precision": "float32"}
     assert result.protocol.items() >= about.items()
-    assert result.others["mean per-class accuracy"] == pytest.approx(result.figure)
+    assert result.metrics["mean per-class accuracy"] == pytest.approx(result.value)
 
 
 def test_a_model_that_uses_its_class_token_is_evaluated_on_it(tmp_path):
@@ -140,5 +140,5 @@ def test_any_number_of_processes_gives_the_accuracy_of_one(tmp_path, world):
     one = evaluate_knn(TASK, encoder(), pictures, tmp_path / "one", device="cpu", workers=0)
     (file,) = tmp_path.glob("many/small-knn-*/result.json")
     many = json.loads(file.read_bytes())
-    assert many["figure"] == one.figure
-    assert [h["held_out"] for h in many["heads"]] == [h.held_out for h in one.heads]
+    assert many["value"] == one.value
+    assert [h["val"] for h in many["heads"]] == [h.val for h in one.heads]

@@ -18,9 +18,9 @@ from small_probe import PROTOCOL, TASK, encoder, features_of, pixels_of, write_p
 
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import Subject, evaluate_knn, evaluate_linear, linear
-from ijepa_zoo.eval.epoch_state import EpochState
 from ijepa_zoo.eval.feeds import OnlineFeed
 from ijepa_zoo.eval.heads import Grid, HeadSpec, make_grid
+from ijepa_zoo.eval.runs import EpochState
 from ijepa_zoo.eval.sets import open_task, split_to_choose
 
 
@@ -82,8 +82,8 @@ def test_figures_are_those_of_torch_optim_on_the_extractors_features(evaluate, p
     for head in result.heads:
         loss, kept, _ = expected[head.name]
         assert head.loss == pytest.approx(loss, abs=2e-4)
-        assert head.held_out == pytest.approx(kept, abs=1e-3)
-    assert result.figure == pytest.approx(expected[result.chosen][2], abs=1e-3)
+        assert head.val == pytest.approx(kept, abs=1e-3)
+    assert result.value == pytest.approx(expected[result.chosen][2], abs=1e-3)
 
 
 def test_cached_features_with_flips_are_the_protocol_where_nothing_is_cropped(evaluate, tmp_path):
@@ -99,7 +99,7 @@ def test_cached_features_with_flips_are_the_protocol_where_nothing_is_cropped(ev
     assert online.check is None
     for one, other in zip(online.heads, cached.heads):
         assert one.loss == pytest.approx(other.loss, abs=1e-4)
-    assert online.figure == pytest.approx(cached.figure)
+    assert online.value == pytest.approx(cached.value)
     assert online.protocol["fed"] != cached.protocol["fed"]
 
 
@@ -127,7 +127,7 @@ def test_a_killed_run_goes_on_at_the_last_epoch_exactly(evaluate, tmp_path, monk
     resumed = evaluate(task=task, out=tmp_path / "killed", cached=cached)
     assert len(calls) - before == 2
     assert resumed.heads == whole.heads
-    assert resumed.figure == whole.figure
+    assert resumed.value == whole.value
     assert not list(tmp_path.glob("killed/*/state.pt"))
 
 
@@ -165,8 +165,8 @@ def test_one_head_alone_reads_the_test_set_once(evaluate, monkeypatch):
     result = evaluate()
     assert len(reads) == 1
     assert [h.name for h in result.heads if h.test is not None] == [result.chosen]
-    best = max(head.held_out for head in result.heads)
-    assert next(h for h in result.heads if h.name == result.chosen).held_out == best
+    best = max(head.val for head in result.heads)
+    assert next(h for h in result.heads if h.name == result.chosen).val == best
 
 
 def test_rates_and_decays_of_the_user(evaluate):
@@ -190,8 +190,8 @@ def test_broken_images_are_named_and_count_nowhere(evaluate, pictures, tmp_path,
     result = evaluate(data=folder, cached=cached, select_on_test=True)
     assert result.images == {"fit": 35, "choose": 0, "test": 20}
     low, high = result.interval
-    assert low < result.figure < high
-    assert round(result.figure * 20 / 100, 6).is_integer()
+    assert low < result.value < high
+    assert round(result.value * 20 / 100, 6).is_integer()
     note = next(n for n in result.notes if "could not be decoded" in n)
     assert note.startswith("2 images")
     assert "class0/3.png" in note
@@ -242,7 +242,7 @@ def test_baselines_have_figures_and_rows_of_their_own(evaluate, tmp_path, pictur
     found = {(r := json.loads(file.read_bytes()))["model"]["name"]: r for file in files}
     assert found.keys() == names | {"vit_nano8_64_ijepa.scenes"}
     for name in names:
-        assert found[name]["figure"] == result.baselines[name]
+        assert found[name]["value"] == result.baselines[name]
         assert found[name]["model"]["weights_hash"] != result.model["weights_hash"]
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 4
     assert any("random crops" in note for note in result.notes)
@@ -276,13 +276,13 @@ def test_three_processes_give_the_figures_of_one(evaluate, pictures, tmp_path):
         fed = "cached" if cached else "online"
         (file,) = tmp_path.glob(f"three/*linear-{fed}*/result.json")
         three = json.loads(file.read_bytes())
-        assert three["figure"] == one.figure
+        assert three["value"] == one.value
         assert (three["images"], three["notes"]) == (one.images, one.notes)
-        assert "1 image could not be decoded" in one.notes[-1]
-        assert [h["held_out"] for h in three["heads"]] == [h.held_out for h in one.heads]
+        assert "could not be decoded: 1 (" in one.notes[-1]
+        assert [h["val"] for h in three["heads"]] == [h.val for h in one.heads]
         losses = [h.loss for h in one.heads]
         assert [h["loss"] for h in three["heads"]] == pytest.approx(losses, abs=1e-5)
-        assert three["machine"]["processes"] == 3
+        assert three["runtime"]["processes"] == 3
 
 
 def test_features_that_are_not_finite_are_refused(evaluate):
@@ -296,7 +296,7 @@ def test_features_that_are_not_finite_are_refused(evaluate):
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_model_of_one_channel_reads_greyscale(evaluate, cached):
     result = evaluate(model=encoder(in_chans=1), cached=cached, baseline=False)
-    assert 0 <= result.figure <= 100
+    assert 0 <= result.value <= 100
 
 
 def test_models_that_do_not_fit_are_refused_in_words(evaluate, pictures):

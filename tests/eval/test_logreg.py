@@ -109,7 +109,7 @@ def test_probe_equals_scikit_learn_on_the_listed_images(pictures, tmp_path):
     x, z = (features_of(model, pixels)[name] for pixels in (images, tests))
     exact = min(CS, key=lambda value: abs(value - float(c)))
     theirs = scikit_learn(x[rows].double(), labels[rows], exact)
-    assert result.figure == pytest.approx(100 * theirs.score(z.numpy(), answers.numpy()), abs=5)
+    assert result.value == pytest.approx(100 * theirs.score(z.numpy(), answers.numpy()), abs=5)
     assert any("24 of 36 training images, 8 of a class: list list.txt" in n for n in result.notes)
 
 
@@ -164,5 +164,5 @@ def test_processes_give_the_accuracy_of_one(pictures, tmp_path):
     one = evaluate_logreg(TASK, encoder(), pictures, tmp_path / "one", **options)
     (file,) = tmp_path.glob("many/small-logreg-*/result.json")
     many = json.loads(file.read_bytes())
-    assert many["figure"] == one.figure
-    assert [h["held_out"] for h in many["heads"]] == [h.held_out for h in one.heads]
+    assert many["value"] == one.value
+    assert [h["val"] for h in many["heads"]] == [h.val for h in one.heads]

@@ -42,9 +42,9 @@ def test_the_saved_classifier_has_the_accuracy_of_the_result(pictures, tmp_path,
     assert json.loads((folder / "config.json").read_bytes())["chosen"] == result.chosen
     assert model.class_names == ["class0", "class1", "class2"]
     right = (logits.argmax(1) == answers).double().mean()
-    assert result.figure == pytest.approx(100 * float(right))
+    assert result.value == pytest.approx(100 * float(right))
     again = evaluate_head(folder, pictures, tmp_path, device="cpu", workers=0)
-    assert again.figure == result.figure
+    assert again.value == result.value
     assert again.chosen == result.chosen
 
 

@@ -49,6 +49,17 @@ def updated():
     return model, optimizer
 
 
+def shares_by_numpy(model, pixels):
+    """Sums of squares of a two-way analysis of variance."""
+    with torch.no_grad():
+        tokens = model.target_encoder.encode(pixels)
+    tokens = torch.nn.functional.layer_norm(tokens, tokens.shape[-1:]).double().numpy()
+    total = ((tokens - tokens.mean((0, 1))) ** 2).sum()
+    position = ((tokens.mean(0) - tokens.mean((0, 1))) ** 2).sum() * len(tokens)
+    image = ((tokens.mean(1) - tokens.mean((0, 1))) ** 2).sum() * tokens.shape[1]
+    return {"position_variance": position / total, "image_variance": image / total}
+
+
 def test_metrics_are_those_of_the_target_encoder():
     model, _ = updated()
     images, labels = pictures(23), torch.arange(23) % 4
@@ -69,6 +80,7 @@ def test_metrics_are_those_of_the_target_encoder():
         "knn": knn_accuracy(features[known], labels[known]),
         "linear": linear_accuracy(features[known], labels[known]),
         "ema_distance": float((encoder - target).norm() / target.norm()),
+        **shares_by_numpy(model, pixels),
     }
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert metrics["ema_distance"] > 0
@@ -85,12 +97,12 @@ def test_ranks_share_the_images_and_do_equal_work(world):
         alone = SimpleNamespace(
             rank=rank, world_size=world, device=torch.device("cpu"), all_gather=lambda t: t
         )
-        parts.append(Monitor(images, None, MEAN, STD, batch_size=3)._features(model, alone))
+        parts.append(Monitor(images, None, MEAN, STD, batch_size=3)._features(model, alone)[0])
         calls.append(passes)
     model.target_encoder.encode = encode
     assert all(passes == calls[0] for passes in calls)
     assert set(calls[0]) == {3}  # of one shape, which is that of training
-    whole = Monitor(images, None, MEAN, STD)._features(model, Distributed())
+    whole, _ = Monitor(images, None, MEAN, STD)._features(model, Distributed())
     torch.testing.assert_close(torch.cat(parts)[:10], whole)
 
 
@@ -98,7 +110,9 @@ def test_without_classes_no_accuracy_and_broken_features_are_nan():
     model, images = tiny(), pictures(6)
     for labels in (None, torch.full((6,), 3), torch.full((6,), -1)):
         metrics = measure(model, images, labels)
-        assert metrics.keys() == {"rankme", "spread", "cosine", "ema_distance"}
+        assert metrics.keys() == {
+            *("rankme", "spread", "cosine", "ema_distance", "position_variance", "image_variance")
+        }
     model.target_encoder.norm.weight.data.fill_(torch.nan)
     metrics = measure(model, images, torch.arange(6))
     assert all(math.isnan(metrics[k]) for k in ("rankme", "spread", "cosine", "knn", "linear"))

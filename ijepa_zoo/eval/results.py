@@ -1,0 +1,380 @@
+"""What an evaluation found: a JSON file, a row of results.csv, and tables of several results."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ..errors import DataError, SettingsError
+from ..extract import whole_file
+
+RESULT, TABLE = "result.json", "results.csv"
+LAST_EPOCH = "the last epoch"  # `selection` where there is nothing to choose
+TEST_SET = "the test set"
+_SHOWN = 5  # heads in the terminal
+_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head of a grid, or one setting of a classifier.
+
+    Attributes:
+        name: Its settings.
+        val: Its metric on the training images held out to choose by; None: not measured.
+        test: Its metric on the test set; None where it did not read the test set.
+        loss: Mean training loss of its last epoch.
+    """
+
+    name: str
+    val: float | None = None
+    test: float | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation of one model on one task.
+
+    Attributes:
+        task: Name of the task.
+        method: `linear`, `attentive`, `knn`, `logreg`, `finetune`, `depth` or `segmentation`.
+        model: `name`, `architecture`, `weights`, `weights_hash`, `image_size`, `parameters`.
+        value: The test metric of the chosen head, in `unit`.
+        chosen: Name of that head.
+        selection: What it was chosen by.
+        heads: Metrics of every head.
+        protocol: Settings that were used, as plain values.
+        data: Names, sizes and fingerprints of the data.
+        images: Images by use: `fit`, `choose`, `test`.
+        seed: The seed.
+        metric: What `value` is.
+        unit: Its unit, empty for none.
+        higher_is_better: Whether a larger value is the better one.
+        interval: 95 % interval of `value`.
+        metrics: Further test metrics of the chosen head.
+        paper: The paper's value for these weights and this protocol.
+        baselines: Values of the same protocol without learned weights.
+        check: Convex solution beside SGD on cached features.
+        notes: Differences to the protocol, and warnings.
+        runtime: Hardware, processes, precision.
+        versions: Of libraries.
+        seconds: Time of all sessions together.
+        images_per_second: Rate of encoding; None where features came from a cache.
+        date: UTC, ISO 8601.
+    """
+
+    task: str
+    method: str
+    model: dict[str, Any]
+    value: float
+    chosen: str
+    selection: str
+    heads: list[Head]
+    protocol: dict[str, Any]
+    data: dict[str, Any]
+    images: dict[str, int]
+    seed: int
+    metric: str = "top-1 accuracy"
+    unit: str = "%"
+    higher_is_better: bool = True
+    interval: tuple[float, float] | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    paper: float | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
+    check: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    runtime: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    images_per_second: float | None = None
+    date: str = ""
+
+    def write(self, folder: Path) -> Path:
+        """Write `result.json` into the folder, then a row into `results.csv` beside the folder.
+
+        Returns:
+            The JSON file.
+
+        Raises:
+            DataError: `results.csv` is another table; the JSON file is written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / RESULT
+        with whole_file(path) as file:
+            text = json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
+            file.write(text.encode() + b"\n")
+        self.write_row(folder)
+        return path
+
+    def write_row(self, folder: Path) -> None:
+        """Make sure that `results.csv` beside the folder has this result's row.
+
+        Raises:
+            DataError: `results.csv` is another table.
+        """
+        low, high = self.interval or (None, None)
+        row = {
+            "result": os.path.join(folder.name, RESULT),
+            "date": self.date,
+            "task": self.task,
+            "method": self.method,
+            "model": self.model["name"],
+            "weights_hash": self.model["weights_hash"],
+            "metric": self.metric,
+            "value": self.value,
+            "low": low,
+            "high": high,
+            "paper": self.paper,
+            "chosen": self.chosen,
+            "selection": self.selection,
+            "fed": self.protocol.get("fed"),
+            "epochs": self.protocol.get("epochs"),
+            "fit_images": self.images.get("fit"),
+            "test_images": self.images.get("test"),
+            "seed": self.seed,
+            "seconds": round(self.seconds, 1),
+        }
+        _replace_row(folder.parent / TABLE, row)
+
+    def table(self) -> str:
+        """What the terminal shows."""
+        rows = [[f"{self.metric}{f' ({self.unit})' if self.unit else ''}", "val", "test"]]
+        rows += [[*self._head_row(head)] for head in self._best_heads()]
+        if len(self.heads) > _SHOWN:
+            rows.append([f"  {len(self.heads) - _SHOWN} more heads in {RESULT}", "", ""])
+        rows.append(["chosen head", "", self.show(self.value) + self._interval()])
+        rows += [[f"  {name}", "", f"{value:.4g}"] for name, value in self.metrics.items()
+                 if isinstance(value, int | float)]  # fmt: skip
+        rows += [[name, "", self.show(value)] for name, value in self._references().items()]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
+        images = ", ".join(f"{number:,} {name}" for name, number in self.images.items())
+        return "\n".join(
+            [
+                f"{self.task}, {self.method}: {self.model['name']} ({self.model['weights']})",
+                *lines,
+                f"chosen by {self.selection}; images: {images}",
+                *(f"note: {note}" for note in self.notes),
+            ]
+        )
+
+    def show(self, value: float | None) -> str:
+        """A value of this result's metric; empty for none."""
+        return "" if value is None else f"{value:.1f}" if self.unit == "%" else f"{value:.4g}"
+
+    def _interval(self) -> str:
+        return " ({}-{})".format(*map(self.show, self.interval)) if self.interval else ""
+
+    def _references(self) -> dict[str, float | None]:
+        """Values to compare with: the paper's, those of untrained models, chance."""
+        values: dict[str, float | None] = {} if self.paper is None else {"paper": self.paper}
+        test = self.data.get("test", {})
+        if self.metric == "top-1 accuracy" and "most_frequent" in test:
+            return {**values, **self.baselines, "most frequent class": test["most_frequent"]}
+        return {**values, **self.baselines}
+
+    def _head_row(self, head: Head) -> list[str]:
+        mark = ">" if head.name == self.chosen else " "
+        return [f"{mark} {head.name}", self.show(head.val), self.show(head.test)]
+
+    def _best_heads(self) -> list[Head]:
+        """The heads to show: the chosen one, then the best."""
+        sign = -1 if self.higher_is_better else 1
+
+        def rank(head: Head) -> tuple[bool, float]:
+            value = head.test if head.val is None else head.val
+            return head.name != self.chosen, math.inf if value is None else sign * value
+
+        return sorted(self.heads, key=rank)[:_SHOWN]
+
+
+def read_result(path: Path) -> Result:
+    """Read a `result.json`.
+
+    Raises:
+        DataError: It is not a result of this version, or damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        content["heads"] = [Head(**head) for head in content["heads"]]
+        if content["interval"] is not None:
+            content["interval"] = tuple(content["interval"])
+        return Result(**content)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(
+            f"{path} is not a result of this version of `ijepa-zoo eval`, or damaged "
+            f"({type(error).__name__}: {error}): move it away and evaluate again"
+        ) from error
+
+
+def find_results(places: Iterable[str | Path]) -> list[Result]:
+    """All results in files and folders, with everything below them.
+
+    Raises:
+        DataError: A place holds none, or a damaged one.
+    """
+    found: dict[Path, Result] = {}
+    for place in map(Path, places):
+        files = sorted(place.rglob(RESULT)) if place.is_dir() else [place]
+        if not files:
+            raise DataError(f"{place} has no {RESULT} in it: give folders named by --out")
+        for file in files:
+            found.setdefault(file.resolve(), read_result(file))
+    return list(found.values())
+
+
+def write_report(places: Iterable[str | Path], out: str | Path = "report.md") -> Path:
+    """Write results as one Markdown table, grouped by task, data and method, the best first.
+
+    Args:
+        places: `result.json` files, or folders with such files anywhere below them.
+        out: Markdown file to write.
+
+    Raises:
+        DataError: A place holds no result, or a damaged one.
+        SettingsError: `out` is a folder.
+    """
+    out = Path(out)
+    if out.is_dir():
+        raise SettingsError(f"'{out}' is a folder: give the Markdown file to write, as report.md")
+    text = markdown(find_results(places))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out) as file:
+        file.write(text.encode())
+    return out
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A row for each result and each of its baselines; bold is the best of its group."""
+    names = ("task", "data", "method", "model", "metric", "value", "paper", "settings", "seed")
+    rows = [names, ("---",) * len(names)]
+    notes: dict[str, int] = {}
+    for group, members in groupby(sorted(results, key=_rank), key=_group):
+        found = list(members)
+        for result in found:
+            marks = [notes.setdefault(note, len(notes) + 1) for note in result.notes]
+            best = len(found) > 1 and result.value == found[0].value
+            value = f"**{result.show(result.value)}**" if best else result.show(result.value)
+            shown = value + result._interval() + "".join(f" [{mark}]" for mark in marks)
+            about = (result.model["name"], result.metric, shown, result.show(result.paper))
+            rows.append((*group, *about, _settings(result), str(result.seed)))
+        references = {
+            name: found[0].show(value)
+            for result in reversed(found)
+            for name, value in result._references().items()
+            if name != "paper" and all(name != other.model["name"] for other in found)
+        }
+        rows += [
+            (*group, name, found[0].metric, value, "", "", "") for name, value in references.items()
+        ]
+    cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
+    text = "".join(f"| {line} |\n" for line in cells)
+    listed = "".join(f"- [{mark}] {note}\n" for note, mark in notes.items())
+    return f"{text}\n{listed}" if listed else text
+
+
+def _group(result: Result) -> tuple[str, str, str]:
+    """Results that a reader compares."""
+    fed = ", cached" if result.protocol.get("fed") == "cached" else ""
+    return result.task, _data(result), f"{result.method}{fed}"
+
+
+def _rank(result: Result) -> tuple[Any, ...]:
+    value = result.value if math.isfinite(result.value) else math.inf
+    return *_group(result), -value if result.higher_is_better else value
+
+
+def _data(result: Result) -> str:
+    """Name of the data and the start of the test set's fingerprint."""
+    name = result.data.get("train", {}).get("name", "")
+    return f"{name} {result.data.get('test', {}).get('fingerprint', '')[:6]}".strip()
+
+
+def _settings(result: Result) -> str:
+    height, width = result.model.get("image_size", (0, 0))
+    told = {
+        "": result.chosen,
+        "px": f"{height}x{width}",
+        "epochs": result.protocol.get("epochs"),
+        "batch": result.protocol.get("batch_size"),
+        "images": result.images.get("fit"),
+        "precision": result.runtime.get("precision"),
+    }
+    if result.selection == TEST_SET:
+        told["chosen on"] = "test"
+    return ", ".join(f"{key} {value}".strip() for key, value in told.items() if value is not None)
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """95 % interval of an accuracy, in percent.
+
+    Wilson's score interval (E. B. Wilson, "Probable inference, the law of succession, and
+    statistical inference", JASA 22, 1927): unlike the normal approximation it stays in 0..100 and
+    holds for small numbers and accuracies near the ends.
+
+    Args:
+        right: Right answers.
+        total: Answers, at least 1.
+    """
+    share, spread = right / total, _Z * _Z / total
+    middle = share + spread / 2
+    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    low, high = middle - half, middle + half
+    return 100 * max(low / (1 + spread), 0.0), 100 * min(high / (1 + spread), 1.0)
+
+
+def data_name(data: Any) -> str:
+    """Name of data in results: the last part of a folder's path; empty for objects."""
+    if not isinstance(data, str | os.PathLike):
+        return ""
+    path = Path(data)
+    return path.resolve().name if path.exists() else str(data)
+
+
+def _replace_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a CSV file instead of an earlier one of the same result."""
+    new = ["" if value is None else str(value) for value in row.values()]
+    with FileLock(f"{path}.lock"):
+        rows: list[list[str]] = [list(row)]
+        try:
+            if path.exists():
+                with path.open(encoding="utf-8", newline="") as file:
+                    rows = list(csv.reader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise _strange_table(path) from error
+        if not rows or rows[0] != list(row):
+            raise _strange_table(path)
+        if new in rows:
+            return
+        kept = [old for old in rows if old[:1] != new[:1]]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([*kept, new])
+        with whole_file(path) as table:
+            table.write(text.getvalue().encode())
+
+
+def _strange_table(path: Path) -> DataError:
+    return DataError(
+        f"{path} is not a table of this version: move it away; the new result is in the {RESULT} "
+        "of its own folder"
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
