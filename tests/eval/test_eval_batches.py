@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -279,13 +278,3 @@ def test_broken_test_images_leave_their_slots_empty_and_are_named() -> None:
     assert second.labels.tolist() == [4, 5, -1, 7]
     assert second.broken == [("photos[6]", "truncated image")]
     assert (third.reasons, third.valid.tolist()) == ([None, None], [True, True, False, False])
-
-
-def test_neighbours_do_not_change_an_image() -> None:
-    data = photos(9)
-    by_four = torch.cat(
-        [b.images[b.valid] for b in load_in_order(ordered(data, 4), range(3), 0, False)]
-    )
-    by_nine = ordered(data, 9)[0].images
-    assert torch.equal(by_four, by_nine)
-    assert not any(torch.equal(a, b) for a, b in pairwise(by_nine))
