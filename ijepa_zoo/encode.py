@@ -64,7 +64,7 @@ class Encoder:
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         if precision == "auto":
-            precision = _fast_precision(self.device)
+            precision = fast_precision(self.device)
         if precision == "float16" and on_cpu:
             raise SettingsError("float16 computation needs a GPU; use bfloat16 on a CPU")
         extractor = extractor or FeatureExtractor(model, layers, pool)
@@ -166,7 +166,7 @@ class Encoder:
         return features.to(self.result_device, self.dtype)
 
 
-def _fast_precision(device: torch.device) -> str:
+def fast_precision(device: torch.device) -> str:
     """The fastest autocast dtype of a GPU; float32 elsewhere."""
     if device.type != "cuda":
         return "float32"

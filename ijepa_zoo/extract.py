@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -211,28 +212,96 @@ def run_extraction(
             "inputs": images.fingerprint(),
             "paths": hash_texts(images.name(index) for index in range(len(images))),
         }
-        settings = json.loads(json.dumps(settings))  # as they are read back
-        rate = 0.0
-        with _lock_outputs(outputs, settings, overwrite, distributed) as finished:
-            if not finished:
-                row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
-                parts = Parts(outputs.parts, len(images), batch_size, row_bytes)
-                batches = ImageBatches(images, model, batch_size, strict)
-                rate = _work(parts, batches, encoder, distributed, workers, progress)
-                if distributed.is_main:
-                    _merge(outputs, parts, images, encoder.row_shape, settings, write)
-        return _report(outputs, rate, finished) if distributed.is_main else None
+        extracted = extract_batches(
+            *(images, ImageBatches(images, model, batch_size, strict), encoder, outputs, settings),
+            distributed,
+            write=write,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        return _report(outputs, extracted) if distributed.is_main else None
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What one session of a run did.
+
+    Attributes:
+        already_done: Whether a finished run with the same settings was found.
+        computed: Images of this session, of all processes.
+        seconds: Time that they took.
+    """
+
+    already_done: bool
+    computed: int = 0
+    seconds: float = 0.0
+
+    @property
+    def images_per_second(self) -> float:
+        """Rate of all processes; 0 if nothing was left to do."""
+        return self.computed / self.seconds if self.computed else 0.0
+
+
+def extract_batches(
+    images: ImageDataset,
+    batches: Any,
+    encoder: Any,
+    outputs: Outputs,
+    settings: dict[str, Any],
+    distributed: Distributed,
+    *,
+    write: Writer | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    is_cache: bool = False,
+    progress: bool = False,
+    title: str = "features",
+) -> Extracted:
+    """Turn batches of images into files, resumable; every process must call this.
+
+    Args:
+        images: The images.
+        batches: Gives a `Batch` by its number, and has `batch_size` and `strict`; see
+            `ImageBatches`.
+        encoder: Has `row_shape`, `dtype`, `device` and `encode`; see `Encoder`.
+        outputs: The files to write.
+        settings: Everything that decides the numbers, plain values.
+        distributed: The processes.
+        write: Writes the file of all rows; default: in the format of `outputs`.
+        workers: Processes that decode images.
+        overwrite: Replace finished files, and parts made with other settings.
+        is_cache: Replace files that are damaged or of other settings, and say the size first.
+        progress: Show progress.
+        title: What the progress bar calls it.
+    """
+    settings = json.loads(json.dumps(settings))  # as they are read back
+    with _lock_outputs(outputs, settings, overwrite, is_cache, distributed) as finished:
+        if finished:
+            return Extracted(already_done=True)
+        row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
+        parts = Parts(outputs.parts, len(images), batches.batch_size, row_bytes)
+        show = progress and distributed.is_main
+        if show and is_cache:
+            size = parts.images * row_bytes / 1e9
+            print(f"{title}: {size:.3g} GB in {outputs.features.parent}", file=sys.stderr)
+        extracted = _work(parts, images, batches, encoder, distributed, workers, show, title)
+        if distributed.is_main:
+            _merge(outputs, parts, images, encoder.row_shape, settings, write or _write_rows)
+    return extracted
 
 
 def _work(
     parts: Parts,
-    batches: ImageBatches,
-    encoder: Encoder,
+    images: ImageDataset,
+    batches: Any,
+    encoder: Any,
     distributed: Distributed,
     workers: int | None,
-    progress: bool,
-) -> float:
-    """Compute the missing parts, every rank its own; returns images per second of all ranks."""
+    show: bool,
+    title: str,
+) -> Extracted:
+    """Compute the missing parts, every rank its own."""
     done = distributed.broadcast_object(parts.complete() if distributed.is_main else set())
     if batches.strict:  # parts with failures are read again, to stop there
         done = {part for part in done if not any(parts.errors(part))}
@@ -245,24 +314,25 @@ def _work(
     start = time.perf_counter()
     with (
         closing(encoder.encode(loaded)) as encoded,
-        progress_bar(progress and distributed.is_main, total, "features", "image", before) as bar,
+        progress_bar(show, total, title, "image", before) as bar,
     ):
         for part in missing:
             rows, errors = [], []
             for _ in parts.batches(part):
                 features, reasons = next(encoded)
-                rows.append(features)
+                rows.append(features.to("cpu", encoder.dtype))
                 errors += reasons
             if not all(torch.isfinite(batch).all() for batch in rows):
-                name = batches.images.name(part * parts.images_each)
+                name = images.name(part * parts.images_each)
                 raise RunError(
-                    f"features in the batches from {name!r} on are not finite: use float32 for "
-                    "dtype and precision; if they are not finite then, the weights are damaged"
+                    f"features in the batches from {name!r} on are NaN or infinite: use float32 "
+                    "for dtype and precision; if they are so then, the weights are damaged"
                 )
             parts.write(part, rows, errors)
             bar.update(parts.size(part))
     distributed.barrier()
-    return (parts.images - sum(map(parts.size, done))) / (time.perf_counter() - start)
+    computed = parts.images - sum(map(parts.size, done))
+    return Extracted(False, computed, time.perf_counter() - start)
 
 
 class ImageBatches:
@@ -376,7 +446,11 @@ def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> Ou
 
 @contextmanager
 def _lock_outputs(
-    outputs: Outputs, settings: dict[str, Any], overwrite: bool, distributed: Distributed
+    outputs: Outputs,
+    settings: dict[str, Any],
+    overwrite: bool,
+    is_cache: bool,
+    distributed: Distributed,
 ) -> Iterator[bool]:
     """Lock and prepare the outputs, as rank 0; yields whether such a run is finished already.
 
@@ -387,11 +461,11 @@ def _lock_outputs(
         refusal, finished = None, False
         if distributed.is_main:
             try:
-                finished = not overwrite and _is_finished(outputs, settings)
+                finished = not overwrite and _is_finished(outputs, settings, is_cache)
                 if not finished:
                     outputs.parts.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(FileLock(outputs.parts / "lock", timeout=0))
-                    _prepare(outputs, settings, overwrite)
+                    _prepare(outputs, settings, overwrite or is_cache)
             except Timeout:
                 refusal = (
                     f"another process is writing '{outputs.features}' now: wait for it, or choose "
@@ -410,8 +484,8 @@ def _lock_outputs(
             _remove_parts(outputs)
 
 
-def _is_finished(outputs: Outputs, settings: dict[str, Any]) -> bool:
-    """Whether the files are those of such a run; other files are refused."""
+def _is_finished(outputs: Outputs, settings: dict[str, Any], is_cache: bool) -> bool:
+    """Whether the files are those of such a run; other files are refused, unless `is_cache`."""
     files = (outputs.features, outputs.index, outputs.record)
     found = [path for path in files if path.exists()]
     resumes = not outputs.record.exists() and (outputs.parts / "settings.json").exists()
@@ -425,6 +499,8 @@ def _is_finished(outputs: Outputs, settings: dict[str, Any]) -> bool:
         why = "is from a run whose files have been changed or removed since"
     else:
         return True
+    if is_cache:
+        return False
     if not before:
         why = "is not from a finished run"
     raise RunError(
@@ -674,20 +750,26 @@ def _utf8(text: str | None) -> str | None:
     return text and text.encode("utf-8", "backslashreplace").decode()
 
 
-def _report(outputs: Outputs, rate: float, finished: bool) -> ExtractionReport:
-    record = json.loads(outputs.record.read_bytes())
+def failures(outputs: Outputs) -> dict[int, tuple[str, str]]:
+    """Path and reason of each image without a row, by its index, of a finished run."""
+    if not json.loads(outputs.record.read_bytes())["failed"]:
+        return {}
     with outputs.index.open("rb") as file:
-        lines = map(json.loads, file if record["failed"] else ())
-        failed = [(line["path"], line["error"]) for line in lines if "error" in line]
+        lines = [line for line in map(json.loads, file) if "skipped" not in line]
+    return {i: (line["path"], line["error"]) for i, line in enumerate(lines) if "error" in line}
+
+
+def _report(outputs: Outputs, extracted: Extracted) -> ExtractionReport:
+    record = json.loads(outputs.record.read_bytes())
     return ExtractionReport(
         features=outputs.features,
         index=outputs.index,
         record=outputs.record,
         shape=tuple(record["shape"]),
         dtype=record["dtype"],
-        failed=failed,
+        failed=[*failures(outputs).values()],
         skipped=record["skipped"],
-        images_per_second=rate,
-        already_done=finished,
+        images_per_second=extracted.images_per_second,
+        already_done=extracted.already_done,
         settings=record["settings"],
     )

@@ -19,6 +19,7 @@ import ijepa_zoo
 from ijepa_zoo import errors
 from ijepa_zoo.cli import main
 from ijepa_zoo.extract import Parts
+from ijepa_zoo.models.classifier import Classifier, LinearHead, save_classifier
 
 ROOT = Path(__file__).parents[1]
 NANO = "vit_nano8_64_ijepa"
@@ -249,6 +250,15 @@ def test_features_and_picture(photos, weights, capsys):
     for value in (NANO, weights, "[6 x 128] float32", "f.index.jsonl", "f.run.json", "p.png"):
         assert value in printed.out
     assert printed.err == ""
+
+
+def test_features_of_a_classifier_folder_are_those_of_its_encoder(photos):
+    encoder = ijepa_zoo.create_model(NANO)
+    head = LinearHead(encoder.embed_dim, 3)
+    save_classifier("head", Classifier(encoder, head), encoder=NANO)
+    for source, out in ((NANO, "f.npy"), ("local-dir:head", "g.npy")):
+        assert main(["features", "photos", "--model", source, "--out", out, "--workers", "0"]) == 0
+    assert np.array_equal(np.load("f.npy"), np.load("g.npy"))
 
 
 def test_layers_pool_dtype_and_format(photos, weights):

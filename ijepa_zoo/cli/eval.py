@@ -118,7 +118,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         own.add_argument("--select-on-test", action="store_true",
             help="choose the best setting on the test set, as much of the literature does",
         )  # fmt: skip
-    if name in (*_LINEAR, *_DENSE):
+    if name in (*_HEADS, *_DENSE):
         own.add_argument("--cached", action="store_true",
             help="encode each image once, then train on the features")  # fmt: skip
     if name in _HEADS:

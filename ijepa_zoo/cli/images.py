@@ -17,6 +17,7 @@ from ..data.transforms import transform_config
 from ..distributed import read_environment
 from ..errors import DataError, SettingsError
 from ..extract import ExtractionReport, extract_features
+from ..models.classifier import Classifier
 from ..predictions import predict
 from ..visualize import save_pca_picture
 from .options import (
@@ -139,6 +140,8 @@ def _features(args: argparse.Namespace) -> int:
     if args.picture:
         _check_picture(args.picture)
     model = open_model(args)
+    if isinstance(model, Classifier):
+        model = model.encoder
     report = extract_features(
         args.inputs,
         model,

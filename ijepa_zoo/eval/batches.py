@@ -1,8 +1,10 @@
-"""The batches of a probe as functions of (seed, epoch, step), and those of a test in order."""
+"""Images of a probe: transforms, training batches by (seed, epoch, step), test batches in order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -10,17 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from ..data.datasets import Targets
 from ..data.decode import Pixels
-from ..data.transforms import DRAWS
+from ..data.transforms import DRAWS, crop_box, limit_aspect, pixel_size
 from ..errors import DataError, ImageError
-from ..seeds import Stream, numpy_generator
+from ..seeds import Stream, fold, numpy_generator
 from .sets import EvalSet
 from .tasks import View
-from .views import Size, fixed_pixels, random_pixels
 
 _REPLACEMENTS = 20  # images that are tried instead of a broken one
+_SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
+
+Size = tuple[int, int]
 
 
 @dataclass
@@ -28,28 +34,43 @@ class EvalBatch:
     """Images of one forward pass.
 
     Attributes:
-        images: uint8 `[b, C, H, W]`.
-        labels: Classes, int64 `[b]`, or uint8 0/1 `[b, C]`; of no meaning without an image.
-        indices: int64 `[b]`, numbers of the images in their set; -1 in slots without an image.
-        reasons: For each of the first images None, or why it could not be decoded; further slots
-            are padding. Both kinds of slots hold zeros and must not count in any figure.
+        images: uint8 `[b, C, H, W]`; zeros in slots without an image.
+        labels: Classes, int64 `[b]`, or uint8 0/1 `[b, C]`; zeros in slots without an image.
+        reasons: For each of the first slots None, or why its image could not be decoded; further
+            slots are padding.
         broken: Name and reason of every image that could not be decoded.
     """
 
     images: Tensor
     labels: Tensor
-    indices: Tensor
     reasons: list[str | None]
     broken: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def valid(self) -> Tensor:
         """bool `[b]`: slots that hold an image."""
-        return self.indices >= 0
+        found = torch.zeros(len(self.images), dtype=torch.bool)
+        found[: len(self.reasons)] = torch.tensor([reason is None for reason in self.reasons])
+        return found
 
     def pin_memory(self) -> EvalBatch:
         """Called by the loader: the same batch in memory that is copied to a GPU at once."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+
+
+def share(batch_size: int, rank: int, world: int, unit: int = 1) -> slice:
+    """The images of a batch that a process works on; shares differ by one `unit` at most.
+
+    Raises:
+        DataError: A process has none.
+    """
+    units = batch_size // unit
+    if units < world:
+        raise DataError(
+            f"a batch of {batch_size} images is too small for {world} processes: use more "
+            "training images, or fewer processes"
+        )
+    return slice(units * rank // world * unit, units * (rank + 1) // world * unit)
 
 
 class TrainBatches(Dataset[EvalBatch]):
@@ -57,21 +78,8 @@ class TrainBatches(Dataset[EvalBatch]):
 
     An epoch goes through one permutation in whole batches and leaves the rest out, other images in
     every epoch; fewer images than a batch make one batch. Item `(epoch * steps + step) * parts +
-    part` is a piece of a batch: processes have equal shares, which are those of one process.
-
-    Args:
-        data: Training set.
-        rows: Numbers of its images that heads are fitted to.
-        view: The transforms.
-        size: Height and width of the model's input.
-        batch_size: Images of a step, of all processes together.
-        seed: The run's seed.
-        rank: Number of this process.
-        world: Processes that share a batch.
-        micro: Images of a piece, at most.
-
-    Raises:
-        DataError: The batch cannot be shared out, or there are fewer images than processes.
+    part` is a piece, of at most `micro` images, of the share of this process. Shares are multiples
+    of `unit`. `augment` changes pixels further, and may draw from `random` and NumPy.
     """
 
     def __init__(
@@ -86,29 +94,16 @@ class TrainBatches(Dataset[EvalBatch]):
         rank: int = 0,
         world: int = 1,
         micro: int = 256,
+        unit: int = 1,
+        augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        if batch_size < 1 or batch_size % world:
-            raise DataError(
-                f"a batch of {batch_size} images cannot be shared by {world} processes: use a "
-                f"multiple of {world}"
-            )
-        batch_size = min(batch_size, len(rows) - len(rows) % world)
-        if batch_size < 2 * world:  # BatchNorm needs two
-            raise DataError(f"{len(rows)} images to fit heads to are too few for {world} processes")
+        batch_size = min(batch_size, len(rows)) // unit * unit
         self.data, self.rows, self.view, self.size = data, rows, view, size
-        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.share = batch_size // world
-        self.micro = min(micro, self.share)
-
-    @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return len(self.rows) // self.batch_size
-
-    @property
-    def parts(self) -> int:
-        """Pieces of a step."""
-        return -(-self.share // self.micro)
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
+        self.share = share(batch_size, rank, world, unit)
+        self.micro = min(micro, -(-batch_size // (world * unit)) * unit)
+        self.steps = len(rows) // batch_size
+        self.parts = -(-(self.share.stop - self.share.start) // self.micro)
 
     def numbers(self, first_epoch: int, last_epoch: int) -> range:
         """Items of the epochs from `first_epoch` to before `last_epoch`."""
@@ -116,34 +111,33 @@ class TrainBatches(Dataset[EvalBatch]):
         return range(first_epoch * each, last_epoch * each)
 
     def __getitem__(self, number: int) -> EvalBatch:
-        """A piece of a batch.
-
-        Raises:
-            DataError: An image cannot be decoded, nor could any of those tried in its place.
-        """
+        """A piece of a batch; other images take the place of those that cannot be decoded."""
         step, part = divmod(number, self.parts)
         epoch, step = divmod(step, self.steps)
-        first = self.rank * self.share + part * self.micro
-        last = min(first + self.micro, (self.rank + 1) * self.share)
-        order = _permutation(len(self.rows), self.seed, epoch)
-        start = step * self.batch_size
-        chosen = self.rows[order[start + first : start + last]].astype(np.int64)
+        first = self.share.start + part * self.micro
+        places = range(first, min(first + self.micro, self.share.stop))
+        order = _permutation(len(self.rows), self.seed, epoch)[step * self.batch_size :]
         rng = numpy_generator(self.seed, Stream.EVAL_AUGMENT, epoch, step)
-        draws = rng.random((self.batch_size, DRAWS))[first:last].tolist()
+        draws = rng.random((self.batch_size, DRAWS)).tolist()
         broken: list[tuple[str, str]] = []
-        pixels = []
-        for place, index in enumerate(chosen.tolist()):
-            chosen[place], image = self._read(index, (epoch, step, first + place), broken)
-            pixels.append(random_pixels(image, self.view, self.size, draws[place]))
-        labels = torch.from_numpy(self.data.labels[chosen])
-        reasons: list[str | None] = [None] * len(chosen)
-        return EvalBatch(torch.stack(pixels), labels, torch.from_numpy(chosen), reasons, broken)
+        images, indices = [], []
+        for place in places:
+            at = (epoch, step, place)
+            index, image = self._read(int(self.rows[order[place]]), at, broken)
+            pixels = random_pixels(image, self.view, self.size, draws[place])
+            if self.augment is not None:
+                with library_seeds(self.seed, Stream.EVAL_AUGMENT, *at):
+                    pixels = self.augment(pixels)
+            images.append(pixels)
+            indices.append(index)
+        labels = torch.from_numpy(self.data.labels[indices])
+        return EvalBatch(torch.stack(images), labels, [None] * len(labels), broken)
 
     def _read(
-        self, index: int, place: tuple[int, int, int], broken: list[tuple[str, str]]
+        self, index: int, at: tuple[int, int, int], broken: list[tuple[str, str]]
     ) -> tuple[int, Pixels]:
-        """The image of a place in a batch, or another one where it is broken."""
-        for candidate in self._candidates(index, place):
+        """The image, or another one where it is broken, and its index."""
+        for candidate in self._candidates(index, at):
             try:
                 return candidate, self.data.read(candidate)
             except ImageError as error:
@@ -154,9 +148,9 @@ class TrainBatches(Dataset[EvalBatch]):
             f"drawn in its place; the last was {name}: {reason}"
         )
 
-    def _candidates(self, index: int, place: tuple[int, int, int]) -> Iterator[int]:
+    def _candidates(self, index: int, at: tuple[int, int, int]) -> Iterator[int]:
         yield index
-        rng = numpy_generator(self.seed, Stream.EVAL_ORDER, *place)
+        rng = numpy_generator(self.seed, Stream.EVAL_ORDER, *at)
         yield from self.rows[rng.integers(len(self.rows), size=_REPLACEMENTS)].tolist()
 
 
@@ -165,15 +159,6 @@ class OrderedBatches(Dataset[EvalBatch]):
 
     Batch `b` of process `r` of `w` holds the images from `(b * w + r) * batch_size`. All batches
     have `batch_size` slots and all processes have as many batches: the last ones are padded.
-
-    Args:
-        data: The set.
-        rows: Numbers of its images that are read.
-        view: The transforms.
-        size: Height and width of the model's input.
-        batch_size: Slots of a batch of one process.
-        rank: Number of this process.
-        world: Processes that share the images.
     """
 
     def __init__(
@@ -197,22 +182,73 @@ class OrderedBatches(Dataset[EvalBatch]):
         """A batch; images that cannot be decoded leave their slots empty."""
         first = (number * self.world + self.rank) * self.batch_size
         chosen = self.rows[first : first + self.batch_size].tolist()
-        images = torch.zeros(self.batch_size, self.data.in_chans, *self.size, dtype=torch.uint8)
-        indices = torch.full((self.batch_size,), -1, dtype=torch.int64)
-        reasons: list[str | None] = [None] * len(chosen)
-        broken = []
+        labels = torch.from_numpy(self.data.labels[chosen])
+        batch = EvalBatch(
+            torch.zeros(self.batch_size, self.data.in_chans, *self.size, dtype=torch.uint8),
+            labels.new_zeros(self.batch_size, *labels.shape[1:]),
+            [],
+        )
         for slot, index in enumerate(chosen):
+            reason = None
             try:
-                images[slot] = fixed_pixels(self.data.read(index), self.view, self.size)
+                batch.images[slot] = fixed_pixels(self.data.read(index), self.view, self.size)
+                batch.labels[slot] = labels[slot]
             except ImageError as error:
-                reasons[slot] = str(error)
-                broken.append((self.data.images.name(index), str(error)))
-                continue
-            indices[slot] = index
-        labels = torch.from_numpy(self.data.labels[indices.numpy()])
-        return EvalBatch(images, labels, indices, reasons, broken)
+                reason = str(error)
+                batch.broken.append((self.data.images.name(index), reason))
+            batch.reasons.append(reason)
+        return batch
 
 
 @lru_cache(maxsize=1)
 def _permutation(n: int, seed: int, epoch: int) -> Targets:
     return numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(n)
+
+
+def random_pixels(image: Pixels, view: View, size: Size, draws: Sequence[float]) -> Tensor:
+    """An image as a probe trains on it: uint8 `[C, *size]`, by `DRAWS` uniform numbers."""
+    if view.shape == "crop":
+        top, left, height, width = crop_box(draws, pixel_size(image), scale=_SCALE, ratio=_RATIO)
+        image = tv.crop(image, top, left, height, width)
+    pixels = _tensor(_resized(image, view, size))
+    return pixels.flip(-1) if draws[-1] < 0.5 else pixels
+
+
+def fixed_pixels(image: Pixels, view: View, size: Size) -> Tensor:
+    """An image as a probe is tested on it, and as features are cached: uint8 `[C, *size]`."""
+    if view.shape == "square":
+        return _tensor(_resized(image, view, size))
+    image = limit_aspect(image)
+    covering = _covering(pixel_size(image), view.resize_to(size))
+    return _tensor(tv.center_crop(_resized(image, view, covering), list(size)))
+
+
+def _tensor(image: Pixels) -> Tensor:
+    tensor: Tensor = image if isinstance(image, Tensor) else tv.pil_to_tensor(image)
+    return tensor
+
+
+def _resized(image: Pixels, view: View, size: Size) -> Pixels:
+    resized: Pixels = tv.resize(image, list(size), interpolation=InterpolationMode(view.filter))
+    return resized
+
+
+def _covering(image: Size, size: Size) -> Size:
+    """Height and width at which an image just covers `size`, in torchvision's rounding."""
+    height, width = image
+    if width * size[0] <= height * size[1]:
+        return size[1] * height // width, size[1]
+    return size[0], size[0] * width // height
+
+
+@contextmanager
+def library_seeds(*keys: int) -> Iterator[None]:
+    """Seed the generators of `random` and NumPy, which timm draws from, and restore them."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(fold(*keys))
+    np.random.seed(fold(*keys) % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

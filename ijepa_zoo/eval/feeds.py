@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +16,12 @@ from ..data.datasets import Targets
 from ..data.transforms import DRAWS
 from ..encode import Batch
 from ..seeds import Stream, numpy_generator
-from .batches import TrainBatches
-from .features import CachedFeatures, Source, cached_features, decoded, refuse_undecoded
-from .probe import Probe
+from .batches import TrainBatches, share
+from .features import CachedFeatures, Source, cached_features, refuse_undecoded
+from .probe import Probe, of_all_processes
 from .sets import EvalSet
 
-_ROWS = 4096  # cached rows that are read at a time
+_VALUES = 2**24  # of cached rows that are read at a time
 _PIECE = 128  # images of a forward pass in training
 
 Labelled = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
@@ -29,21 +30,16 @@ Labelled = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
 class OnlineFeed:
     """Every epoch encodes every image in another random view, as the protocols say.
 
-    Args:
-        probe: Data and protocol.
-        source: The frozen encoder.
-        bar: Progress bar, in images.
-        gather: Give every process the rows of the whole batch, not only of its own images.
-
     Attributes:
         batch_size: Images of a step, of all processes together.
         steps: Steps of an epoch.
         broken: Name and reason of every image that this process could not decode.
         gathered: Whether every process gets the whole batch.
         encoded: Images that went through the encoder.
+        notes: What a reader of the result must know.
     """
 
-    name = "online"
+    name, notes = "online", ()
 
     def __init__(self, probe: Probe, source: Source, bar: Any, *, gather: bool = True) -> None:
         self.probe, self.source, self.bar, self.gathered = probe, source, bar, gather
@@ -69,9 +65,21 @@ class OnlineFeed:
             if len(pieces) == self.batches.parts:
                 rows, labels = (torch.cat(column) for column in zip(*pieces))
                 if self.gathered:
-                    rows, labels = map(self.probe.distributed.all_gather, (rows, labels))
+                    rows, labels = self._gather(rows), self._gather(labels)
                 yield rows, labels
                 pieces = []
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """The rows of the whole batch, whose shares differ by one at most."""
+        world = self.probe.distributed.world_size
+        if world == 1:
+            return rows
+        shares = [share(self.batch_size, rank, world) for rank in range(world)]
+        counts = [part.stop - part.start for part in shares]
+        padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
+        gathered = self.probe.distributed.all_gather(torch.cat([rows, padding]))
+        parts = zip(torch.split(gathered, max(counts)), counts)
+        return torch.cat([part[:count] for part, count in parts])
 
     def validation(self) -> Iterator[Labelled]:
         """The images that choose the head, the share of this process."""
@@ -83,8 +91,8 @@ class OnlineFeed:
 
     def fitted(self) -> int:
         """Number of images that heads were fitted to; every process must call this."""
-        probe = self.probe
-        return decoded(probe.train, probe.fit, self._broken_to_fit, probe.distributed)
+        broken = of_all_processes(self._broken_to_fit, self.probe.distributed)
+        return len(self.probe.fit) - len(broken)
 
     def restore(self, broken: Mapping[str, str]) -> None:
         """Take over `broken` of an earlier session, which read only images to fit to."""
@@ -105,20 +113,15 @@ class OnlineFeed:
             images = len(labels) * self.probe.distributed.world_size
             self.encoded += images
             self.bar.update(images)
-            yield rows, labels
+            yield rows.float(), labels
 
 
 def encoded(
     probe: Probe, source: Source, batches: Any, numbers: Sequence[int], broken: dict[str, str]
 ) -> Iterator[Labelled]:
-    """Rows and classes of the images of each batch that could be decoded.
+    """Rows and classes of the images of batches, by their numbers, that could be decoded.
 
-    Args:
-        probe: How images are loaded.
-        source: Makes the rows.
-        batches: Images.
-        numbers: Which batches.
-        broken: Gets name and reason of the others.
+    Name and reason of the others are put into `broken`.
     """
     waiting: deque[Tensor] = deque()
 
@@ -129,33 +132,29 @@ def encoded(
             yield batch.images, batch.reasons
 
     for rows, _ in source.encode(pixels()):
-        yield rows, waiting.popleft().to(rows.device, non_blocking=True)
+        labels = waiting.popleft()
+        if len(labels):  # the last process may have no image of a set
+            yield rows, labels.to(rows.device, non_blocking=True)
 
 
 class CachedFeed:
     """Features computed once, of every image and its mirror image.
 
     Where the protocol's only random view is the flip, the features are those of the protocol;
-    otherwise the test view stands in for the random crops.
-
-    Args:
-        probe: Data and protocol.
-        source: The frozen encoder.
-        bar: Progress bar, in images.
-        flips: False without mirror images, for classifiers that are not trained in epochs.
+    otherwise the test view stands in for the random crops. Without `flips` there are no mirror
+    images, for classifiers that are not trained in epochs.
 
     Attributes:
-        batch_size: Images of a step, all of which every process reads.
-        steps: Steps of an epoch.
-        broken: Name and reason of every image that could not be decoded.
         fit: Indices into the cached rows that heads are fitted to.
         choose: Those that choose the head.
     """
 
-    name, gathered = "cached", True
+    name = "cached"
 
-    def __init__(self, probe: Probe, source: Source, bar: Any, *, flips: bool = True) -> None:
-        self.probe, self.bar, self.device = probe, bar, source.device
+    def __init__(
+        self, probe: Probe, source: Source, bar: Any, *, flips: bool = True, gather: bool = True
+    ) -> None:
+        self.probe, self.bar, self.device, self.gathered = probe, bar, source.device, gather
         started = time.perf_counter()
         self.train = cached_features(probe, probe.train, source)
         self.mirrored = (
@@ -181,6 +180,12 @@ class CachedFeed:
         ):
             if len(rows):
                 refuse_undecoded(what, part, rows, count, self.broken)
+        how = (
+            "as the protocol has them (its only random view is the flip)"
+            if probe.protocol.view.shape == "square"
+            else "in the test view instead of the protocol's random crops"
+        )
+        self.notes = (f"cached: each image and its mirror image are encoded once, {how}",)
 
     def labels(self, part: EvalSet, found: CachedFeatures, indices: Targets) -> Tensor:
         """Classes of cached rows."""
@@ -192,17 +197,20 @@ class CachedFeed:
 
     def training(self, first: int, last: int) -> Iterator[Labelled]:
         """The steps of the epochs: the images and flips of `OnlineFeed`, if all can be decoded."""
-        seed, batch = self.probe.seed, self.batch_size
+        seed, batch, distributed = self.probe.seed, self.batch_size, self.probe.distributed
+        shared = (0, 1) if self.gathered else (distributed.rank, distributed.world_size)
+        own = share(batch, *shared)
         for epoch in range(first, last):
             order = numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(len(self.fit))
             for step in range(self.steps):
-                chosen = self.fit[order[step * batch : (step + 1) * batch]]
+                chosen = self.fit[order[step * batch : (step + 1) * batch]][own]
                 draws = numpy_generator(seed, Stream.EVAL_AUGMENT, epoch, step)
-                flips = draws.random((batch, DRAWS))[:, -1] < 0.5
+                flips = draws.random((batch, DRAWS))[own, -1] < 0.5
                 rows = self.train.rows[chosen]
                 if self.mirrored is not None:
                     rows[flips] = self.mirrored.rows[chosen[flips]]
-                yield rows.to(self.device), self.labels(self.probe.train, self.train, chosen)
+                labels = self.labels(self.probe.train, self.train, chosen)
+                yield rows.to(self.device).float(), labels
                 self.bar.update(batch)
 
     def validation(self) -> Iterator[Labelled]:
@@ -228,9 +236,11 @@ class CachedFeed:
         self, part: EvalSet, found: CachedFeatures, indices: Targets
     ) -> Iterator[Labelled]:
         mine = self.share(indices)
-        for start in range(0, len(mine), _ROWS):
-            chosen = mine[start : start + _ROWS]
-            yield found.rows[chosen].to(self.device), self.labels(part, found, chosen)
+        count = max(1, _VALUES // math.prod(found.rows.shape[1:]))
+        for start in range(0, len(mine), count):
+            chosen = mine[start : start + count]
+            labels = self.labels(part, found, chosen)
+            yield found.rows[chosen].to(self.device).float(), labels
             self.bar.update(len(chosen) * self.probe.distributed.world_size)
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data.auto_augment import posterize, rand_augment_transform
+from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
@@ -40,8 +41,8 @@ from ..progress import skip
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
 from .accuracy import count_correct, likeliest
-from .batches import EvalBatch, OrderedBatches, TrainBatches
-from .features import decoded, refuse_undecoded
+from .batches import EvalBatch, TrainBatches, library_seeds
+from .features import refuse_undecoded
 from .logreg import with_rows
 from .models import Subject
 from .probe import (
@@ -53,15 +54,13 @@ from .probe import (
     other_epochs,
     undecoded,
 )
-from .results import LAST_EPOCH, Head, Result, wilson_interval
+from .results import LAST_EPOCH, Head, Result
 from .runs import EpochState, once, run_folder
 from .sets import data_record, listed_rows
 from .tasks import Task, View, find_task
 
-MODEL = "model"  # folder of the trained weights, beside the result
 MICRO_BATCH = 32
 _HEAD_STD = 2e-5
-_TRANSLATE = 0.45  # of the image's side, the most that RandAugment moves it: timm's
 _LARGE = 1024  # width of a ViT-L
 _ONE_PERCENT = 12_811  # images of the list of 1 % of ImageNet
 
@@ -186,71 +185,39 @@ def evaluate_finetune(
         if list is not None:
             rows = listed_rows(probe.train, list)
             probe = with_rows(probe, rows, {"list": Path(list).name})
-        usual = recipe or (FULL if list is None else few_labels_recipe(subject.model))
         check_exportable(subject.model)
         network: Any = copy.deepcopy(subject.model)
         network.set_grad_checkpointing(grad_checkpointing)
+        usual = recipe or (FULL if list is None else few_labels_recipe(network))
         changed = usual.change(epochs, batch_size)
-        training = FineTuning(network, probe, changed, micro_batch_size=micro_batch_size)
-        result = _run(subject, training, usual)
+        training = FineTuning(network, probe, changed, micro_batch_size)
+        result = _run(subject, training, other_epochs(changed.epochs, usual.epochs, "recipe"))
         distributed.barrier()
     return result
 
 
-def _run(subject: Subject, training: FineTuning, usual: FineTuneRecipe) -> Result:
+def _run(subject: Subject, training: FineTuning, notes: list[str]) -> Result:
     """Train, test and save; from the folder if the result is there already."""
-    probe, recipe, about = training.probe, training.recipe, subject.describe()
+    probe, about, protocol = training.probe, subject.describe(), training.settings()
     method = "finetune-list" if probe.few else "finetune"
-    settings: dict[str, Any] = {
-        **{key: value for key, value in vars(recipe).items() if key != "paper"},
-        **training.settings(),
-        **probe.few,
-    }
-    everything = {**probe.settings(), "model": about, **settings}
-    folder = run_folder(probe.out, probe.task.name, method, about["name"], everything)
+    settings = {**probe.settings(), "model": about, **protocol}
+    folder = run_folder(probe.out, probe.task.name, method, about["name"], settings)
     state = EpochState(folder / "state.pt", probe.distributed)
 
     def work() -> Result:
-        images = recipe.epochs * training.batches.steps * training.batches.batch_size
+        images = training.recipe.epochs * training.batches.steps * training.batches.batch_size
         with probe.bar(images, folder.name) as bar:
             training.run(state, bar)
-        result = _test(training, subject, usual, method=method, model=about, protocol=settings)
-        probe.distributed.run_on_main(lambda: _save(training, subject, folder / MODEL))
+        paper, note = _paper_figure(subject, training)
+        known = {"method": method, "model": about, "protocol": protocol, "paper": paper}
+        result = training.test([*notes, *note], **known)
+        probe.distributed.run_on_main(lambda: _save(training, subject, folder / "model"))
         return result
 
     result = once(folder, probe.distributed, training.precision, work)
     if probe.distributed.is_main:
         state.remove()
     return result
-
-
-def _test(training: FineTuning, subject: Subject, usual: FineTuneRecipe, **known: Any) -> Result:
-    """The result, with the fields that are known before; every process must call this."""
-    probe, rows = training.probe, np.arange(len(training.probe.train))
-    fitted = decoded(probe.train, rows, training.broken, probe.distributed)
-    source: Any = training  # whose features are the images themselves
-    counts = count_correct(probe, source, training.testing(), training.predict, heads=1)
-    refuse_undecoded("test", probe.test, np.arange(len(probe.test)), counts.total, training.broken)
-    broken = of_all_processes(training.broken, probe.distributed)
-    lost = lost_classes(probe.train, rows, broken)
-    paper, notes = _paper_figure(subject, training, usual)
-    (accuracy,) = counts.values()
-    return Result(
-        task=probe.task.name,
-        value=accuracy,
-        chosen="last epoch",
-        selection=LAST_EPOCH,
-        heads=[Head("last epoch", None, accuracy, training.loss)],
-        data=data_record(probe.train, probe.test),
-        images={"fit": fitted, "test": counts.total},
-        seed=probe.seed,
-        interval=wilson_interval(int(counts.correct.sum()), counts.total),
-        metrics=counts.others(),
-        paper=paper,
-        notes=[*notes, *probe.train.notes, *probe.test.notes, *undecoded(broken), *lost],
-        seconds=training.seconds,
-        **known,
-    )
 
 
 def _save(training: FineTuning, subject: Subject, folder: Path) -> None:
@@ -265,36 +232,29 @@ def _save(training: FineTuning, subject: Subject, folder: Path) -> None:
         "crop_mode": "center",
         "interpolation": view.filter,
     }
-    origin, license = f"fine-tuned from {subject.name}", cfg.get("license")
-    export(network, folder, license=license, overwrite=True, origin=origin)
+    origin = f"fine-tuned from {subject.name}"
+    export(network, folder, license=cfg.get("license"), overwrite=True, origin=origin)
 
 
-def _paper_figure(
-    subject: Subject, training: FineTuning, usual: FineTuneRecipe
-) -> tuple[float | None, list[str]]:
-    """The paper's accuracy if this run follows its recipe, and notes on what differs."""
-    probe, recipe, model = training.probe, training.recipe, training.model
-    notes = other_epochs(recipe.epochs, usual.epochs, "recipe")
+def _paper_figure(subject: Subject, training: FineTuning) -> tuple[float | None, list[str]]:
+    """The paper's accuracy if this run follows its recipe, else a note."""
+    probe, model = training.probe, training.model
     published = few_labels_recipe(model) if probe.few else FULL
     paper = published.paper.get(subject.paper_name or "")
     if paper is None or probe.task.name != "imagenet1k":
-        return None, notes
-    follows = recipe == published and training.batches.batch_size == published.batch_size
-    follows &= training.size == tuple(model.pretrained_cfg["input_size"][1:])
-    follows &= not probe.few or len(probe.train) == _ONE_PERCENT
-    if not follows:
-        notes.append(f"the paper has {paper:g} % with another protocol: not comparable")
-    return paper if follows else None, notes
+        return None, []
+    if (
+        training.recipe == published
+        and training.batches.batch_size == published.batch_size
+        and training.size == tuple(model.pretrained_cfg["input_size"][1:])
+        and (not probe.few or len(probe.train) == _ONE_PERCENT)
+    ):
+        return paper, []
+    return None, [f"the paper has {paper:g} % with another protocol: not comparable"]
 
 
 class FineTuning:
-    """A model, its optimizer and its training data; every process makes one.
-
-    Args:
-        model: A timm ViT; it gets a classifier, and its weights change.
-        probe: The task.
-        recipe: Settings.
-        micro_batch_size: Images of a forward and backward pass, at most.
+    """A timm ViT that gets a classifier, its optimizer and its data; every process makes one.
 
     Attributes:
         epoch: Epochs done.
@@ -306,22 +266,30 @@ class FineTuning:
     def __init__(
         self, model: Any, probe: Probe, recipe: FineTuneRecipe, micro_batch_size: int = MICRO_BATCH
     ) -> None:
-        self.model, self.probe, self.recipe = model, probe, recipe
-        self.distributed, self.seed = probe.distributed, probe.seed
-        self.device = probe.distributed.device
+        self.model, self.recipe = model, recipe
+        self.distributed, self.device = probe.distributed, probe.distributed.device
         self.precision = _resolve_precision(probe.config.precision, self.device)
         self.epoch, self.loss, self.seconds = 0, 0.0, 0.0
         self.broken: dict[str, str] = {}
-        add_head(model, probe.num_classes, self.seed)
+        add_head(model, probe.num_classes, probe.seed)
         set_drop_path(model, recipe.drop_path)
         model.to(self.device).requires_grad_(True)
         config = transform_config(model)
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
         self.view = View("crop", "bicubic", whole=max(self.size) > 224)
+        self.probe = replace(probe, protocol=replace(probe.protocol, view=self.view))
         self.mean, self.std = (
             torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
         )
-        self.batches = self._batches(micro_batch_size, config["mean"])
+        self.batches = TrainBatches(
+            *(probe.train, np.arange(len(probe.train)), self.view, self.size, recipe.batch_size),
+            seed=probe.seed,
+            rank=self.distributed.rank,
+            world=self.distributed.world_size,
+            micro=max(2, micro_batch_size // 2 * 2),
+            unit=2,  # mixup takes pairs
+            augment=rand_augment(recipe.auto_augment, self.size, config["mean"]),
+        )
         self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device=self.device)
         self.mixup: Any = None
         if recipe.mixup or recipe.cutmix:
@@ -332,26 +300,6 @@ class FineTuning:
         if self.distributed.world_size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.module = nn.parallel.DistributedDataParallel(model, device_ids=devices)
-
-    def _batches(self, micro_batch_size: int, mean: tuple[float, ...]) -> AugmentedBatches:
-        """Mixup takes pairs, so every process and every micro-batch has an even number."""
-        train, world = self.probe.train, self.distributed.world_size
-        batch = min(self.recipe.batch_size, len(train)) // (2 * world) * (2 * world)
-        if not batch or micro_batch_size < 2:
-            raise SettingsError(
-                f"{len(train)} training images, {option('batch_size')} {self.recipe.batch_size} "
-                f"and {option('micro_batch_size')} {micro_batch_size} for {world} processes: each "
-                "process needs at least two images"
-            )
-        return AugmentedBatches(
-            *(train, np.arange(len(train)), self.view, self.size, batch),
-            seed=self.seed,
-            rank=self.distributed.rank,
-            world=world,
-            micro=micro_batch_size // 2 * 2,
-            auto_augment=self.recipe.auto_augment,
-            mean=mean,
-        )
 
     def _optimizer(self) -> tuple[torch.optim.AdamW, Any]:
         """AdamW with a learning rate for each layer, and timm's schedule of steps."""
@@ -374,80 +322,118 @@ class FineTuning:
         )
         return optimizer, scheduler
 
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the numbers beside model and data, as plain values."""
+        recipe = asdict(self.recipe)
+        del recipe["paper"]
+        return {
+            **recipe,
+            "batch_size": self.batches.batch_size,
+            "micro_batch_size": self.batches.micro,
+            "processes": self.distributed.world_size,
+            "precision": self.precision,
+            "test_transform": self.view.describe(self.size, train=False),
+            **self.probe.few,
+        }
+
     def run(self, state: EpochState, bar: Any) -> None:
         """Train from the last finished epoch to the end; the state is saved after each.
-
-        Args:
-            state: The file of an unfinished run.
-            bar: Progress bar of images.
 
         Raises:
             RunError: The loss is not finite; or the state is damaged, or of other settings.
         """
-        self._resume(state)
-        epochs = self.recipe.epochs
+        epochs, kept = self.recipe.epochs, ("epoch", "loss", "seconds", "broken")
+        if (found := state.load()) is not None:
+            self.model.load_state_dict(found["model"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            for name in kept:
+                setattr(self, name, found[name])
         skip(bar, self.epoch * self.batches.steps * self.batches.batch_size)
         pieces = self.probe.loaded(self.batches, self.batches.numbers(self.epoch, epochs))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             while self.epoch < epochs:
                 started = time.perf_counter()
                 self.model.train()
-                self.loss = self._epoch(pieces, bar)
+                self.loss = self._train_epoch(pieces, bar)
                 self.epoch += 1
                 self.seconds += time.perf_counter() - started
                 shown = {"epoch": f"{self.epoch}/{epochs}", "loss": f"{self.loss:.3g}"}
                 bar.set_postfix(**shown, refresh=False)
                 self.broken = of_all_processes(self.broken, self.distributed)
                 if self.distributed.is_main:
-                    state.save(self._state())
+                    weights, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+                    plain = {name: getattr(self, name) for name in kept}
+                    state.save({**plain, "model": weights, "optimizer": optimizer})
 
-    def _epoch(self, pieces: Iterator[EvalBatch], bar: Any) -> float:
+    def _train_epoch(self, pieces: Iterator[EvalBatch], bar: Any) -> float:
         steps, parts = self.batches.steps, self.batches.parts
         total = torch.zeros((), device=self.device)
         for step in range(steps):
             self.scheduler.step_update(self.epoch * steps + step)
             self.optimizer.zero_grad()
             for part, batch in enumerate(islice(pieces, parts)):
-                total += self._backward(batch, step, part, last=part == parts - 1)
+                total += self.backward(batch, step, part)
             self.optimizer.step()
             bar.update(self.batches.batch_size)
         loss = float(self.distributed.all_reduce(total)) / (steps * self.distributed.world_size)
         if not math.isfinite(loss):
             raise RunError(
                 f"the loss of epoch {self.epoch + 1} is {loss}: use a smaller "
-                f"{option('batch_size')}, to which the learning rate belongs, or "
+                f"{option('batch_size')}, with which the learning rate shrinks, or "
                 f"{option('precision')} float32"
             )
         return loss
 
-    def _backward(self, batch: EvalBatch, step: int, part: int, *, last: bool) -> Tensor:
+    def backward(self, batch: EvalBatch, step: int, part: int) -> Tensor:
         """Add the gradients of a micro-batch, weighted by its share; returns its loss."""
         self.broken.update(batch.broken)
-        keys = (self.seed, Stream.EVAL_AUGMENT, self.epoch, step, part, self.distributed.rank)
+        rank, world = self.distributed.rank, self.distributed.world_size
+        keys = (self.probe.seed, Stream.EVAL_AUGMENT, self.epoch, step, part, rank)
         images, labels = self._normalize(batch.images), batch.labels.to(self.device)
         torch.manual_seed(fold(*keys))  # of erased pixels and stochastic depth
         with library_seeds(*keys):
             images = self.erase(images)
             if self.mixup is not None:
                 images, labels = self.mixup(images, labels)
-        smoothing = self.recipe.label_smoothing
-        waits = self.distributed.world_size > 1 and not last
-        with self.module.no_sync() if waits else nullcontext():
+        smoothing, last = self.recipe.label_smoothing, part == self.batches.parts - 1
+        with self.module.no_sync() if world > 1 and not last else nullcontext():
             with self._autocast():
                 loss = F.cross_entropy(self.module(images), labels, label_smoothing=smoothing)
-            loss = loss.float() * len(images) / self.batches.share
+            # the mean over processes, which have unequal shares, is that over the batch
+            loss = loss.float() * (len(images) * world / self.batches.batch_size)
             torch.autograd.backward(loss)
         return loss.detach()
 
-    def testing(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images of this process's share of the test set, uint8, and their classes."""
-        test, world = self.probe.test, self.distributed.world_size
-        size = min(self.batches.micro, -(-len(test) // world))
-        batches = OrderedBatches(
-            *(test, np.arange(len(test)), self.view, self.size, size),
-            rank=self.distributed.rank,
-            world=world,
+    def test(self, notes: list[str], **known: Any) -> Result:
+        """The result, with fields that are known; every process must call this."""
+        probe = self.probe
+        rows, tests = np.arange(len(probe.train)), np.arange(len(probe.test))
+        fitted = len(rows) - len(self.broken)  # no test image is among them yet
+        source: Any = self  # whose features are the images themselves
+        counts = count_correct(probe, source, self._test_images(), self._predict, heads=1)
+        refuse_undecoded("test", probe.test, tests, counts.total, self.broken)
+        broken = of_all_processes(self.broken, probe.distributed)
+        lost = lost_classes(probe.train, rows, broken)
+        (accuracy,) = counts.values()
+        return Result(
+            task=probe.task.name,
+            value=accuracy,
+            chosen="last epoch",
+            selection=LAST_EPOCH,
+            heads=[Head("last epoch", None, accuracy, self.loss)],
+            data=data_record(probe.train, probe.test),
+            images={"fit": fitted, "test": counts.total},
+            seed=probe.seed,
+            interval=counts.interval(),
+            metrics=counts.others(),
+            notes=[*notes, *probe.train.notes, *probe.test.notes, *undecoded(broken), *lost],
+            seconds=self.seconds,
+            **known,
         )
+
+    def _test_images(self) -> Iterator[tuple[Tensor, Tensor]]:
+        test = self.probe.test
+        batches = self.probe.in_order(test, np.arange(len(test)), self.size)
         self.model.eval()
         for batch in self.probe.loaded(batches, range(len(batches))):
             self.broken.update(batch.broken)
@@ -457,20 +443,9 @@ class FineTuning:
         """The images, where `count_correct` asks for features."""
         return images
 
-    def predict(self, images: Any) -> Tensor:
-        """Likeliest classes `[1, B, top]` of images, uint8 `[B, 3, H, W]`."""
+    def _predict(self, images: Any) -> Tensor:
         with self._autocast():
             return likeliest(self.model(self._normalize(images)))[None]
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the numbers beside the recipe, as plain values."""
-        return {
-            "batch_size": self.batches.batch_size,
-            "micro_batch_size": self.batches.micro,
-            "processes": self.distributed.world_size,
-            "precision": self.precision,
-            "test_transform": self.view.describe(self.size, train=False),
-        }
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         images = pixels.to(self.device, non_blocking=True).float().div_(255)
@@ -480,20 +455,6 @@ class FineTuning:
         half = self.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
 
-    def _state(self) -> dict[str, Any]:
-        plain = {name: getattr(self, name) for name in ("epoch", "loss", "seconds", "broken")}
-        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return plain | tensors
-
-    def _resume(self, state: EpochState) -> None:
-        found = state.load()
-        if found is None:
-            return
-        self.model.load_state_dict(found["model"])
-        self.optimizer.load_state_dict(found["optimizer"])
-        for name in ("epoch", "loss", "seconds", "broken"):
-            setattr(self, name, found[name])
-
 
 def _resolve_precision(precision: str, device: torch.device) -> str:
     if precision not in ("auto", "float32", "bfloat16"):
@@ -502,41 +463,22 @@ def _resolve_precision(precision: str, device: torch.device) -> str:
     return fast if precision == "auto" else precision
 
 
-class AugmentedBatches(TrainBatches):
-    """Training batches of random crops and flips, then timm's augmentation of each image.
+def rand_augment(
+    name: str, size: tuple[int, int], mean: tuple[float, ...]
+) -> Callable[[Tensor], Tensor]:
+    """timm's augmentation of that name for uint8 tensors; draws from `random` and NumPy."""
+    _, augment, _ = create_transform(
+        size, is_training=True, auto_augment=name, interpolation="bicubic", mean=mean, separate=True
+    )
+    for operation in augment.transforms[0].ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return partial(_augmented, augment)
 
-    Args:
-        args: Of `TrainBatches`.
-        auto_augment: timm's name of the augmentation.
-        mean: Of the model's input, 0 to 1; fills what an augmentation leaves empty.
-        kwargs: Of `TrainBatches`.
-    """
 
-    def __init__(
-        self, *args: Any, auto_augment: str, mean: tuple[float, ...], **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        settings = {
-            "translate_const": int(min(self.size) * _TRANSLATE),
-            "img_mean": tuple(min(255, round(255 * value)) for value in mean),
-            "interpolation": Image.Resampling.BICUBIC,
-        }
-        self.augment = rand_augment_transform(auto_augment, settings)
-        for operation in self.augment.ops:
-            if operation.aug_fn is posterize:
-                operation.aug_fn = _posterize
-
-    def __getitem__(self, number: int) -> EvalBatch:
-        """See :class:`TrainBatches`."""
-        batch = super().__getitem__(number)
-        step, part = divmod(number, self.parts)
-        first = self.rank * self.share + part * self.micro
-        keys = (self.seed, Stream.EVAL_AUGMENT, *divmod(step, self.steps))
-        images = []
-        for place, image in enumerate(batch.images):
-            with library_seeds(*keys, first + place):
-                images.append(tv.pil_to_tensor(self.augment(tv.to_pil_image(image))))
-        return replace(batch, images=torch.stack(images))
+def _augmented(augment: Any, image: Tensor) -> Tensor:
+    tensor: Tensor = tv.pil_to_tensor(augment(tv.to_pil_image(image)))
+    return tensor
 
 
 def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
@@ -558,25 +500,6 @@ def add_head(model: Any, num_classes: int, seed: int) -> None:
 
 def set_drop_path(model: Any, rate: float) -> None:
     """Set stochastic depth, from none in the first block to `rate` in the last."""
-    blocks = [*model.blocks]
-    for block, share in zip(blocks, np.linspace(0, rate, len(blocks)).tolist()):
-        names = [name for name, _ in block.named_children() if name.startswith("drop_path")]
-        if rate and not names:
-            raise SettingsError(
-                f"{type(block).__name__} has no drop path: use a recipe with drop_path=0"
-            )
-        for name in names:
+    for block, share in zip(model.blocks, np.linspace(0, rate, len(model.blocks)).tolist()):
+        for name in [n for n, _ in block.named_children() if n.startswith("drop_path")]:
             setattr(block, name, DropPath(share) if share else nn.Identity())
-
-
-@contextmanager
-def library_seeds(*keys: int) -> Iterator[None]:
-    """Seed the generators of `random` and NumPy, which timm draws from, and restore them."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(fold(*keys))
-    np.random.seed(fold(*keys) % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

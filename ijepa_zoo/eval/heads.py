@@ -94,6 +94,7 @@ class Grid:
         labels: Tensor,
         lr_scale: float,
         distributed: Distributed | None = None,
+        batch_size: int | None = None,
     ) -> Tensor:
         """One step of every head; returns their losses before it, `[H]`.
 
@@ -102,10 +103,13 @@ class Grid:
             labels: See `classification_loss`.
             lr_scale: Factor of the learning rates.
             distributed: The processes whose gradients are averaged, if each has its own images.
+            batch_size: Images of all of them together, if their numbers of images may differ.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         losses = torch.stack([classification_loss(x, labels) for x in self.logits(features)])
+        if distributed is not None and batch_size is not None:
+            losses = losses * (len(labels) * distributed.world_size / batch_size)
         self.optimizer.zero_grad()
         losses.sum().backward()  # type: ignore[no-untyped-call]
         if distributed is not None and distributed.world_size > 1:
@@ -226,7 +230,7 @@ def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochStat
         for step, (rows, labels) in enumerate(islice(steps, feed.steps)):
             at = epoch + step / feed.steps if protocol.per_step else epoch
             scale = protocol.lr_scale(at, feed.batch_size)
-            total[:-1] += grid.step(source.split(rows), labels, scale, mine)
+            total[:-1] += grid.step(source.split(rows), labels, scale, mine, feed.batch_size)
             total[-1] += ~rows.isfinite().all()
         if mine is not None:
             total = distributed.all_reduce(total) / distributed.world_size

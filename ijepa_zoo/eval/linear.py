@@ -20,7 +20,6 @@ from .heads import Grid, HeadSpec, Trained, choose_and_test, make_grid, train
 from .logreg import fit_logistic
 from .models import Subject
 from .probe import (
-    CACHED_AS_IS,
     EvalConfig,
     Probe,
     describe_protocol,
@@ -35,10 +34,6 @@ from .results import Result
 from .runs import EpochState
 from .tasks import Task
 
-_CROPS = (
-    "cached: each image and its mirror image are encoded once, in the test view instead of the "
-    "protocol's random crops"
-)
 _CHECK_WORK = 4e8  # images x features x classes of the check, about 10 s on one CPU core
 _CHECK_CS = (0.01, 1.0, 100.0)
 _FAR = 1.0  # points of accuracy
@@ -134,7 +129,7 @@ def _finish(
     paper, notes = paper_figure(probe, source, probe.task.protocol, cached)
     check = None
     if isinstance(feed, CachedFeed):
-        notes.insert(0, CACHED_AS_IS if probe.protocol.view.shape == "square" else _CROPS)
+        notes = [*feed.notes, *notes]
         if val is not None:
             name = grid.specs[chosen].representation
             check = _convex_check(probe, source, feed, name, val.values()[chosen])

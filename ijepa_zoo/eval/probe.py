@@ -237,7 +237,8 @@ def evaluate(
         RunError: Another process works on the same evaluation, or features are not finite.
     """
     subject = config.open_model()
-    with init_distributed(config.device) as distributed:
+    # a week: the others wait while rank 0 writes the cache
+    with init_distributed(config.device, timeout=604_800.0) as distributed:
         probe = prepare(open_probe(config, distributed, config.decoder(subject.in_chans)))
         if not config.select_on_test and not len(probe.choose):
             raise _nothing_to_choose_by(probe)

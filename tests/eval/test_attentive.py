@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import several_processes
 import torch
@@ -13,6 +14,7 @@ from small_probe import TASK, encoder, pixels_of, write_pictures
 from ijepa_zoo import FeatureExtractor
 from ijepa_zoo.eval import evaluate_attentive
 from ijepa_zoo.eval.attentive import ATTENTIVE
+from ijepa_zoo.eval.features import BlockFeatures
 from ijepa_zoo.eval.heads import Grid
 from ijepa_zoo.eval.sets import open_task, split_to_choose
 from ijepa_zoo.models.classifier import AttentiveHead
@@ -86,18 +88,52 @@ def test_a_killed_run_resumes_exactly(pictures, tmp_path, monkeypatch):
     assert resumed.heads == whole.heads
 
 
-def test_two_processes_give_the_heads_of_one(pictures, tmp_path):
+def test_cached_tokens_train_the_heads_of_online_ones(pictures, tmp_path, monkeypatch, capsys):
+    options = {**OPTIONS, "batch_size": 16, "progress": True}
+    online, cached = (
+        evaluate_attentive(TASK, encoder(), pictures, tmp_path, **options, cached=cached)
+        for cached in (False, True)
+    )
+    assert "features, train, mirrored: 2.76e-05 GB" in capsys.readouterr().err
+    assert cached.value == online.value
+    for found, expected in zip(cached.heads, online.heads):
+        assert found.loss == pytest.approx(expected.loss, abs=1e-5)
+        assert found.val == expected.val
+    assert cached.protocol["fed"] == "cached"
+    monkeypatch.setattr(BlockFeatures, "encode", None)
+    again = evaluate_attentive(TASK, encoder(), pictures, tmp_path, cached=True, **options)
+    assert again.images_per_second is not None  # the result before
+    options["seed"] = 1
+    other = evaluate_attentive(TASK, encoder(), pictures, tmp_path, cached=True, **options)
+    assert other.images_per_second is None
+
+
+def test_tokens_of_half_precision_are_kept_in_half_precision(pictures, tmp_path):
+    options = {**OPTIONS, "batch_size": 16, "precision": "bfloat16"}
+    online, cached = (
+        evaluate_attentive(TASK, encoder(), pictures, tmp_path, **options, cached=cached)
+        for cached in (False, True)
+    )
+    files = list(tmp_path.glob("cache/*/rows.npy"))
+    assert len(files) == 3
+    assert {np.load(file, mmap_mode="r").dtype for file in files} == {np.dtype("float16")}
+    for found, expected in zip(cached.heads, online.heads):
+        assert found.loss == pytest.approx(expected.loss, abs=1e-5)
+
+
+def test_three_processes_give_the_heads_of_one(pictures, tmp_path):
     script = """
         import sys
         sys.path.insert(0, sys.argv[3])
         import test_attentive as t
         options = {**t.OPTIONS, "batch_size": 16}
-        t.evaluate_attentive(t.TASK, t.encoder(), *sys.argv[1:3], **options)
+        for cached in (False, True):
+            t.evaluate_attentive(t.TASK, t.encoder(), *sys.argv[1:3], cached=cached, **options)
     """
-    several_processes.run(script, 2, pictures, tmp_path / "two", Path(__file__).parent)
+    several_processes.run(script, 3, pictures, tmp_path / "three", Path(__file__).parent)
     one = evaluate_attentive(TASK, encoder(), pictures, tmp_path, **OPTIONS, batch_size=16)
-    (file,) = tmp_path.glob("two/*/result.json")
-    two = json.loads(file.read_bytes())
-    assert two["value"] == one.value
-    losses = [head.loss for head in one.heads]
-    assert [head["loss"] for head in two["heads"]] == pytest.approx(losses, abs=1e-4)
+    for file in tmp_path.glob("three/*/result.json"):
+        three = json.loads(file.read_bytes())
+        assert three["value"] == one.value
+        losses = [head.loss for head in one.heads]
+        assert [head["loss"] for head in three["heads"]] == pytest.approx(losses, abs=1e-4)

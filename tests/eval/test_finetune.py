@@ -14,15 +14,15 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import finetune
+from ijepa_zoo.eval.batches import TrainBatches
 from ijepa_zoo.eval.finetune import (
     FEW_LABELS,
     FULL,
-    AugmentedBatches,
     FineTuneRecipe,
     FineTuning,
     evaluate_finetune,
     few_labels_recipe,
-    library_seeds,
+    rand_augment,
     set_drop_path,
 )
 from ijepa_zoo.eval.models import Subject
@@ -36,6 +36,8 @@ from ijepa_zoo.models.factory import create_model
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}
 LR = 2e-2  # of a batch of 8
 QUICK = FineTuneRecipe(epochs=3, lr=LR * 32, batch_size=8, warmup_epochs=1, layer_decay=0.9)
+# Layers above each: of the model's four blocks, the final norm belongs to the last one.
+ABOVE = {"head": 0, "norm": 1, "patch_embed": 5} | {f"blocks.{k}": 4 - k for k in range(4)}
 PLAIN = replace(
     QUICK, mixup=0.0, cutmix=0.0, drop_path=0.0, label_smoothing=0.0, random_erasing=0.0
 )
@@ -56,6 +58,10 @@ def _labelled(count=24, seed=0):
         ("dark", "bright"),
         "train",
     )
+
+
+def _layers_above(name):
+    return next(above for layer, above in ABOVE.items() if name.startswith(f"{layer}."))
 
 
 def _training(recipe=QUICK, **more):
@@ -92,12 +98,6 @@ def test_learning_rates_of_layers_and_steps():
     recipe = replace(PLAIN, epochs=10, warmup_epochs=2, min_lr=1e-4, lr=1e-2 * 32)
     training = _training(recipe)
     assert (training.batches.steps, training.batches.batch_size) == (3, 8)
-    layers = {"head": 0, "norm": 1, "patch_embed": 5}
-    layers |= {f"blocks.{k}": 4 - k for k in range(4)}
-    depths = {
-        name: next(depth for layer, depth in layers.items() if name.startswith(f"{layer}."))
-        for name, _ in training.model.named_parameters()
-    }
     for step in (0, 3, 6, 7, 20, 29):
         training.scheduler.step_update(step)
         epoch = step / 3
@@ -107,15 +107,10 @@ def test_learning_rates_of_layers_and_steps():
             expected = 1e-4 + (1e-2 - 1e-4) * 0.5 * (1 + math.cos(math.pi * (epoch - 2) / 8))
         rates = {p: g["lr"] for g in training.optimizer.param_groups for p in g["params"]}
         for name, parameter in training.model.named_parameters():
-            assert rates[parameter] == pytest.approx(expected * 0.9 ** depths[name]), name
+            assert rates[parameter] == pytest.approx(expected * 0.9 ** _layers_above(name)), name
     decays = {p: g["weight_decay"] for g in training.optimizer.param_groups for p in g["params"]}
     for _, parameter in training.model.named_parameters():
         assert decays[parameter] == (0.04 if parameter.ndim > 1 else 0)
-
-
-def test_the_rate_is_per_256_images():
-    (group, *_) = _training(replace(PLAIN, batch_size=100, lr=1.0)).optimizer.param_groups
-    assert group["initial_lr"] == pytest.approx(24 / 256)  # all images are one batch
 
 
 @pytest.mark.parametrize(("size", "resized"), [(224, (256, 256)), (448, (448, 448))])
@@ -142,26 +137,16 @@ def test_drop_path_grows_over_the_depth():
     assert len(rates(model)) == 6
     set_drop_path(model, 0.0)
     assert rates(model) == []
-    with pytest.raises(ValueError, match="no drop path"):
-        set_drop_path(_without_places(), 0.1)
-
-
-def _without_places():
-    model = torch.nn.Module()
-    model.blocks = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    return model
 
 
 def test_updates_are_those_of_a_plain_loop(tmp_path):
     """The whole training again with torch alone, from the same batches."""
     training = _training(PLAIN)
     start = {k: v.clone() for k, v in training.model.state_dict().items()}
-    training.run(EpochState(tmp_path / "state.pt", {}), _Bar())
+    training.run(EpochState(tmp_path / "state.pt"), _Bar())
     other = _training(PLAIN)
     other.model.load_state_dict(start)
     model, batches = other.model.train(), other.batches
-    layers = {"head": 0, "norm": 1, "patch_embed": 5}
-    layers |= {f"blocks.{k}": 4 - k for k in range(4)}
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [{"params": [p], "weight_decay": 0.04 if p.ndim > 1 else 0.0} for p in named.values()]
@@ -174,8 +159,7 @@ def test_updates_are_those_of_a_plain_loop(tmp_path):
         else:
             lr = 1e-6 + (2e-2 - 1e-6) * 0.5 * (1 + math.cos(math.pi * (step - 3) / 6))
         for group, name in zip(optimizer.param_groups, named):
-            (depth,) = (layers[layer] for layer in layers if name.startswith(f"{layer}."))
-            group["lr"] = lr * 0.9**depth
+            group["lr"] = lr * 0.9 ** _layers_above(name)
         batch = batches[step]
         optimizer.zero_grad()
         F.cross_entropy(model((batch.images / 255 - mean) / std), batch.labels).backward()
@@ -187,7 +171,7 @@ def test_updates_are_those_of_a_plain_loop(tmp_path):
 def test_pieces_of_a_batch_give_the_same_gradients(tmp_path):
     whole, pieces = _training(PLAIN), _training(PLAIN, micro_batch_size=2)
     for number, training in enumerate((whole, pieces)):
-        training.run(EpochState(tmp_path / f"{number}.pt", {}), _Bar())
+        training.run(EpochState(tmp_path / f"{number}.pt"), _Bar())
     assert (whole.batches.parts, pieces.batches.parts) == (1, 4)
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-4)
     for one, other in zip(whole.model.parameters(), pieces.model.parameters()):
@@ -204,7 +188,7 @@ def test_mixup_goes_into_images_and_targets(monkeypatch):
 
     training.mixup = spy
     batch = training.batches[0]
-    loss = training._backward(batch, 0, 0, last=True)
+    loss = training.backward(batch, 0, 0)
     (images, mixed, target) = seen[0]
     hard = F.one_hot(batch.labels, 2).float()
     lam = float((target - hard.flip(0)).abs().max())
@@ -223,7 +207,7 @@ def test_random_erasing_is_a_function_of_seed_and_step():
 
     def gradients(step):
         training.model.zero_grad()
-        training._backward(batch, step, 0, last=True)
+        training.backward(batch, step, 0)
         return training.model.patch_embed.proj.weight.grad.clone()
 
     with torch.random.fork_rng():
@@ -233,36 +217,24 @@ def test_random_erasing_is_a_function_of_seed_and_step():
 
 
 def test_augmentation_is_a_function_of_seed_epoch_step_and_place():
-    data, rows = _labelled(), np.arange(24)
-    arguments = {"auto_augment": "rand-m9-mstd0.5-inc1", "mean": (0.5, 0.5, 0.5)}
+    augment = rand_augment("rand-m9-mstd0.5-inc1", (32, 32), (0.5, 0.5, 0.5))
 
     def batches(**more):
+        settings = {"seed": 0, "augment": augment, "unit": 2, **more}
         view = View("crop", "bicubic")
-        return AugmentedBatches(data, rows, view, (32, 32), 8, **arguments, **{"seed": 0} | more)
+        return TrainBatches(_labelled(), np.arange(24), view, (32, 32), 8, **settings)
 
-    whole = batches()[4]
-    torch.testing.assert_close(batches()[4].images, whole.images, atol=0, rtol=0)
-    parts = batches(micro=4)
-    assert torch.equal(torch.cat([parts[8].images, parts[9].images]), whole.images)
-    shared = torch.cat([batches(rank=r, world=2)[4].images for r in range(2)])
-    assert torch.equal(shared, whole.images)
-    assert not torch.equal(batches(seed=1)[4].images, whole.images)
     state = np.random.get_state()[1].copy()
-    batches()[0]
+    whole = batches()[4].images
+    assert not torch.equal(whole, batches(augment=None)[4].images)
+    assert torch.equal(batches()[4].images, whole)
+    parts = batches(micro=4)
+    assert torch.equal(torch.cat([parts[8].images, parts[9].images]), whole)
+    shared = [batches(rank=r, world=3)[4].images for r in range(3)]
+    assert [len(images) for images in shared] == [2, 2, 4]
+    assert torch.equal(torch.cat(shared), whole)
+    assert not torch.equal(batches(seed=1)[4].images, whole)
     assert (np.random.get_state()[1] == state).all()
-
-
-def test_library_seeds_are_put_back():
-    import random
-
-    random.seed(5)
-    expected = random.random()
-    random.seed(5)
-    with library_seeds(1, 2):
-        first = random.random(), np.random.rand()
-    assert random.random() == expected
-    with library_seeds(1, 2):
-        assert (random.random(), np.random.rand()) == first
 
 
 @pytest.fixture
@@ -330,21 +302,6 @@ def test_a_killed_run_goes_on_with_the_same_numbers(folder, tmp_path, monkeypatc
     assert sorted(p.name for p in found.parent.iterdir()) == [".lock", "model", "result.json"]
 
 
-def test_a_run_killed_after_its_last_epoch_knows_what_could_not_be_decoded(
-    folder, tmp_path, monkeypatch
-):
-    (folder / "train" / "dark" / "3.png").write_bytes(b"no image")
-    arguments = {"recipe": replace(PLAIN, batch_size=20), "epochs": 1}
-    whole = _run(folder, tmp_path / "whole", **arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr("ijepa_zoo.eval.finetune._test", None)
-        with pytest.raises(TypeError, match="NoneType"):
-            _run(folder, tmp_path / "killed", **arguments)
-    resumed = _run(folder, tmp_path / "killed", **arguments)
-    assert (resumed.notes, resumed.images) == (whole.notes, whole.images)
-    assert whole.notes[-1].startswith("1 image could not be decoded")
-
-
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_state_is_written(folder, tmp_path):
     with pytest.raises(RunError, match="precision"):
         _run(folder, tmp_path / "out", recipe=replace(PLAIN, lr=1e30))
@@ -400,7 +357,7 @@ def test_the_papers_accuracy_is_shown_beside_its_recipe_alone(monkeypatch, follo
     monkeypatch.setattr(finetune, "FULL", published)
     training.recipe = published.change(change.get("epochs"), change.get("batch_size"))
     training.size = (change.get("size", 32),) * 2
-    paper, notes = finetune._paper_figure(subject, training, published)
+    paper, notes = finetune._paper_figure(subject, training)
     assert paper == (87.1 if follows else None)
     assert any("not comparable" in note for note in notes) != follows
 
@@ -418,7 +375,7 @@ def test_few_labels_are_those_of_a_list(folder, tmp_path):
     assert result.protocol["list"] == "list.txt"
 
 
-TWO = """
+MANY = """
     import sys
     from dataclasses import replace
     from pathlib import Path
@@ -441,63 +398,37 @@ TWO = """
 """
 
 
-def test_two_processes_do_what_one_does(folder, tmp_path):
-    for n in range(2):  # one of each process
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_do_what_one_does(folder, tmp_path, processes):
+    for n in range(2):  # one of each of the first processes
         (folder / "test" / "dark" / f"{n}.png").write_bytes(b"no image")
-    several_processes.run(TWO, 2, folder, tmp_path / "two")
+    several_processes.run(MANY, processes, folder, tmp_path / "many")
     one = _run(folder, tmp_path / "one", recipe=PLAIN)
-    (file,) = (tmp_path / "two").glob("*/result.json")
-    two = read_result(file)
-    assert two.runtime["processes"] == 2
-    assert (two.value, two.images) == (one.value, one.images)
-    assert two.notes == one.notes
-    assert two.notes[0].startswith("2 images could not be decoded")
-    assert two.heads[0].loss == pytest.approx(one.heads[0].loss, rel=1e-3)
+    (file,) = (tmp_path / "many").glob("*/result.json")
+    many = read_result(file)
+    assert many.runtime["processes"] == processes
+    assert (many.value, many.images) == (one.value, one.images)
+    assert many.notes == one.notes
+    assert many.heads[0].loss == pytest.approx(one.heads[0].loss, rel=1e-3)
 
 
-def test_test_images_of_which_none_can_be_decoded_are_refused(folder, tmp_path):
-    for file in (folder / "test").rglob("*.png"):
-        file.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"none of the 10 test images can be decoded \(first: "):
-        _run(folder, tmp_path / "out", epochs=1)
-
-
-def test_images_that_cannot_be_decoded_do_not_count(folder, tmp_path):
+def test_images_that_cannot_be_decoded_do_not_count(folder, tmp_path, monkeypatch):
     (folder / "train" / "dark" / "3.png").write_bytes(b"no image")
     (folder / "test" / "dark" / "4.png").write_bytes(b"no image")
-    recipe = replace(PLAIN, batch_size=20)
-    result = _run(folder, tmp_path / "out", recipe=recipe, epochs=1)
-    assert result.images == {"fit": 19, "test": 9}
-    epochs, undecoded = result.notes
-    assert epochs == f"1 epoch instead of the recipe's {PLAIN.epochs}"
-    assert undecoded.startswith("2 images could not be decoded (")
-    assert "train/dark/3.png: " in undecoded
-    assert "test/dark/4.png: " in undecoded
-
-
-def test_of_many_undecodable_images_some_are_named(folder, tmp_path):
-    for n in range(5):
-        (folder / "test" / "dark" / f"{n}.png").write_bytes(b"no image")
-    result = _run(folder, tmp_path / "out", epochs=1)
-    (note,) = (note for note in result.notes if "decoded" in note)
-    assert note.startswith("5 images could not be decoded (")
-    assert note.endswith(", ...)")
-    assert note.count(".png") == 3
-
-
-@pytest.mark.parametrize("change", ["epoch", "model", "missing", "optimizer"])
-def test_a_state_that_does_not_fit_the_model_is_refused(tmp_path, change):
-    training, state = _training(), EpochState(tmp_path / "state.pt", {})
-    training.run(state, _Bar())
-    found = state.load()
-    if change == "epoch":
-        found["epoch"] = -1
-    elif change == "model":
-        found["model"]["norm.weight"] = torch.zeros(5)
-    elif change == "missing":
-        del found["model"]
-    else:
-        found["optimizer"]["state"][0]["exp_avg"] = torch.zeros(5)
-    state.save(found)
-    with pytest.raises(RunError, match=r"state\.pt.* is damaged: remove it"):
-        _training().run(state, _Bar())
+    arguments = {"recipe": replace(PLAIN, batch_size=20), "epochs": 1}
+    whole = _run(folder, tmp_path / "whole", **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuning, "test", None)
+        with pytest.raises(TypeError, match="NoneType"):
+            _run(folder, tmp_path / "killed", **arguments)
+    resumed = _run(folder, tmp_path / "killed", **arguments)
+    for result in (whole, resumed):
+        assert result.images == {"fit": 19, "test": 9}
+        _, undecoded = result.notes
+        assert undecoded.startswith("images that could not be decoded: 2 (")
+        assert "train/dark/3.png: " in undecoded
+        assert "test/dark/4.png: " in undecoded
+    for file in (folder / "test").rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"10 test images.*png"):
+        _run(folder, tmp_path / "none", epochs=1)

@@ -127,7 +127,7 @@ def test_raw_pixels_are_the_images_themselves(cached, pictures):
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [("rows.npy", ""), ("rows.npy", "cut"), ("reasons.json", ""), ("reasons.json", "cut")],
+    [("rows.npy", ""), ("rows.npy", "cut"), ("rows.index.jsonl", ""), ("rows.index.jsonl", "cut")],
 )
 def test_files_cut_short_are_computed_again(cached, tmp_path, name, damage):
     first = cached().rows.clone()
