@@ -275,6 +275,6 @@ def test_broken_test_images_leave_their_slots_empty_and_are_named() -> None:
     first, second, third = (batches[n] for n in range(3))
     assert first.valid.tolist() == [True, False, True, True]
     assert first.reasons == [None, "truncated image", None, None]
-    assert second.labels.tolist() == [4, 5, -1, 7]
+    assert second.labels.tolist() == [4, 5, 0, 7]
     assert second.broken == [("photos[6]", "truncated image")]
     assert (third.reasons, third.valid.tolist()) == ([None, None], [True, True, False, False])

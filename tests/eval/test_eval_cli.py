@@ -11,17 +11,17 @@ from ijepa_zoo.cli import main
 
 NANO = ("--model", "vit_nano8_64_ijepa", "--device", "cpu", "--workers", "0", "--quiet")
 HEADS = ["--lrs", "0.1,0.01", "--with-encoder"]
-PROBES = {  # the functions of the package, what is passed by position, and further options
-    "linear": ("evaluate_linear", ("classes", "m", "d", "o"), HEADS),
-    "count": ("evaluate_linear", ("count", "m", "d", "o"), HEADS),
-    "depth": ("evaluate_linear", ("depth", "m", "d", "o"), HEADS),
-    "dense": ("evaluate_dense_depth", ("m", "d", "o"), ["--task", "dense", "--max-depth", "5"]),
-    "knn": ("evaluate_knn", ("classes", "m", "d", "o"), []),
+PROBES = {  # the functions of the package, their task, and further options
+    "linear": ("evaluate_linear", "classes", HEADS),
+    "count": ("evaluate_linear", "count", HEADS),
+    "depth": ("evaluate_linear", "depth", HEADS),
+    "dense": ("evaluate_dense_depth", None, ["--task", "dense", "--max-depth", "5"]),
+    "knn": ("evaluate_knn", "classes", []),
     "finetune": (
-        "evaluate_finetune", ("classes", "m", "d", "o"), ["--micro-batch-size", "4", "--list", "l"]
+        "evaluate_finetune", "classes", ["--micro-batch-size", "4", "--list", "l"]
     ),
-    "attentive": ("evaluate_attentive", ("classes", "m", "d", "o"), HEADS),
-    "logreg": ("evaluate_logreg", ("classes", "m", "d", "o"), ["--list", "l"]),
+    "attentive": ("evaluate_attentive", "classes", HEADS),
+    "logreg": ("evaluate_logreg", "classes", ["--list", "l"]),
 }  # fmt: skip
 
 
@@ -39,12 +39,12 @@ def pictures(tmp_path_factory):
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_options_are_arguments_of_the_function(monkeypatch, capsys, probe):
-    name, positional, own = PROBES[probe]
+    name, task, own = PROBES[probe]
     signature = inspect.signature(getattr(probes, name))
     calls = []
 
-    def evaluate(*args, **kwargs):
-        calls.append((args, kwargs))
+    def evaluate(**kwargs):
+        calls.append(kwargs)
         return Table()
 
     monkeypatch.setattr(f"ijepa_zoo.cli.eval.{name}", evaluate)
@@ -53,9 +53,9 @@ def test_options_are_arguments_of_the_function(monkeypatch, capsys, probe):
     command += ["--bands", "2,1,0", "--skip-broken", "--img-size", "64,32", "--seed", "3"]
     assert main(command) == 0
     assert "the table" in capsys.readouterr().out
-    ((args, kwargs),) = calls
-    assert args == positional
-    given = {"value_range": (0.0, 4095.0), "bands": (2, 1, 0), "skip_broken": True, "seed": 3}
+    (kwargs,) = calls
+    given = {"model": "m", "data": "d", "out": "o"} | ({"task": task} if task else {})
+    given |= {"value_range": (0.0, 4095.0), "bands": (2, 1, 0), "skip_broken": True, "seed": 3}
     given |= {"img_size": (64, 32), "progress": True, "precision": "auto", "device": "auto"}
     given |= {"max_depth": 5.0, "depth_scale": None} if probe == "dense" else {}
     given |= {"micro_batch_size": 4, "list": "l"} if probe == "finetune" else {}
@@ -63,10 +63,10 @@ def test_options_are_arguments_of_the_function(monkeypatch, capsys, probe):
     if own is HEADS:
         given |= {"lrs": (0.1, 0.01), "wds": None, "with_encoder": True}
     assert kwargs.items() >= given.items()
-    signature.bind(*args, **kwargs)
+    signature.bind(**kwargs)
     if name in ("evaluate_linear", "evaluate_attentive", "evaluate_knn", "evaluate_logreg"):
         shared = {k: v for k, v in kwargs.items() if k not in signature.parameters}
-        probes.EvalConfig(model="m", data="d", **shared)
+        probes.EvalConfig(**{"model": "m", "data": "d", **shared})
 
 
 def test_pixel_options_have_defaults(monkeypatch):
