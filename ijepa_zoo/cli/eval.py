@@ -26,7 +26,8 @@ from .options import count, positive
 
 _CLASSES = (
     "  classes: DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or val); or DIR/CLASS/*.jpg, of\n"
-    "  which 20 % become the test set"
+    "  which 20 % become the test set; or FILE.csv with path,label[,split] in its first line,\n"
+    "  several labels of an image separated by ;"
 )
 _SCENES = (
     "  scenes: CLEVR's folder, with DIR/images/{train,val} and DIR/scenes/*.json; or\n"
