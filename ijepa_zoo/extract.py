@@ -271,7 +271,7 @@ def extract_batches(
         write: Writes the file of all rows; default: in the format of `outputs`.
         workers: Processes that decode images.
         overwrite: Replace finished files, and parts made with other settings.
-        is_cache: Replace files that are damaged or of other settings, and say the size first.
+        is_cache: Replace files that are damaged or of other settings; a size above 1 GB is told.
         progress: Show progress.
         title: What the progress bar calls it.
     """
@@ -282,8 +282,7 @@ def extract_batches(
         row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
         parts = Parts(outputs.parts, len(images), batches.batch_size, row_bytes)
         show = progress and distributed.is_main
-        if show and is_cache:
-            size = parts.images * row_bytes / 1e9
+        if show and is_cache and (size := parts.images * row_bytes / 1e9) >= 1:
             print(f"{title}: {size:.3g} GB in {outputs.features.parent}", file=sys.stderr)
         extracted = _work(parts, images, batches, encoder, distributed, workers, show, title)
         if distributed.is_main:
