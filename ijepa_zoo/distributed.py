@@ -66,6 +66,16 @@ class Distributed:
         dist.all_gather(rows, own)
         return torch.cat(rows)
 
+    def all_gather_rows(self, rows: Tensor) -> Tensor:
+        """As `all_gather`, of numbers of rows that may differ between processes."""
+        if self.world_size == 1:
+            return rows
+        counts = self.all_gather(torch.tensor([len(rows)])).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = torch.split(self.all_gather(padded), max(1, max(counts)))
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's values of a tensor of equal shape, in place on the other processes."""
         if self.world_size > 1:

@@ -73,6 +73,10 @@ _PROBES = {  # help, layout of the data, options of an example
 _LINEAR, _TRAINING = ("linear", "count", "depth"), ("finetune",)
 _HEADS = (*_LINEAR, "attentive")
 _DENSE = ("segmentation",)
+_OF_TRAINING = (
+    *("model", "test", "checkpoint", "network", "img_size", "random", "baseline", "cached"),
+    *("select_on_test", "with_encoder", "epochs", "batch_size", "lrs", "wds", "pool"),
+)
 # Every other option is an argument of the probe's function, with the same name.
 _OWN = {"run", "probe", "interrupted", "memory", "debug", "quiet"}
 
@@ -206,6 +210,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _run(probe: str, given: dict[str, Any]) -> Result:
     head = given.pop("head", None)
     if head is not None:
+        _leave_out(given, _OF_TRAINING, "are not for --head, which tests a trained head on --data")
         names = ("data", "out", "device", "workers", "precision", "value_range", "bands",
                  "skip_broken", "progress")  # fmt: skip
         return evaluate_head(head, **{name: given[name] for name in names})
@@ -231,7 +236,7 @@ def _run(probe: str, given: dict[str, Any]) -> Result:
 
 def _leave_out(given: dict[str, Any], names: Sequence[str], why: str) -> None:
     """Remove options that have no meaning here; refuse them where they are set."""
-    found = [name for name in names if given.pop(name, None) not in (None, "auto")]
+    found = [name for name in names if given.pop(name, None) not in (None, "auto", False)]
     if found:
         shown = ", ".join(f"--{name.replace('_', '-')}" for name in found)
         raise SettingsError(f"{shown} {why}")

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..distributed import Distributed
 from .features import Source
 from .results import wilson_interval
 
@@ -22,13 +21,7 @@ TOP = 5  # classes of an answer that count for top-5 accuracy
 
 @dataclass(frozen=True)
 class Counts:
-    """Correct answers of K heads.
-
-    Attributes:
-        correct: By class, `[K, C]`.
-        top: With the class among the five most likely, `[K]`.
-        images: By class, `[C]`.
-    """
+    """Correct answers of K heads."""
 
     correct: Tensor
     top: Tensor
@@ -65,12 +58,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class AveragePrecisions:
-    """Average precision of K heads for images that may have several classes.
-
-    Attributes:
-        precisions: By class, `[K, C]` float64; NaN for a class without an image.
-        total: Number of images.
-    """
+    """Average precision of K heads for images that may have several classes."""
 
     precisions: Tensor
     total: int
@@ -117,15 +105,7 @@ def compute_metrics(
     logits: Callable[[Any], Sequence[Tensor]],
     heads: int,
 ) -> Metrics:
-    """Metrics of all processes' images: average precision where images may have several classes.
-
-    Args:
-        probe: The task.
-        source: Made the rows.
-        batches: Rows, and classes `[B]` or 0/1 `[B, C]`: the share of this process.
-        logits: Logits `[B, C]` of each head, by what `source.split` makes of rows.
-        heads: K.
-    """
+    """Metrics of all processes' images: average precision where images may have several classes."""
     if not probe.train.multi_label:
 
         def predict(features: Any) -> Tensor:
@@ -138,8 +118,8 @@ def compute_metrics(
         for rows, labels in batches:
             scores.append(torch.stack([*logits(source.split(rows))]).float().cpu())
             answers.append(labels.cpu())
-        whole = _gather(torch.cat(scores, dim=1).transpose(0, 1), probe.distributed)
-        labels = _gather(torch.cat(answers), probe.distributed)
+        whole = probe.distributed.all_gather_rows(torch.cat(scores, dim=1).transpose(0, 1))
+        labels = probe.distributed.all_gather_rows(torch.cat(answers))
         found = [average_precision(whole[:, head], labels) for head in range(heads)]
     return AveragePrecisions(torch.stack(found), len(labels))
 
@@ -152,15 +132,7 @@ def count_correct(
     predict: Callable[[Any], Tensor],
     heads: int,
 ) -> Counts:
-    """Count the correct answers of all processes; waits for the device only at the end.
-
-    Args:
-        probe: The task.
-        source: Made the rows.
-        batches: Rows and classes, the share of this process.
-        predict: The likeliest classes `[K, B, top]` by features.
-        heads: K.
-    """
+    """Count the correct answers of all processes; waits for the device only at the end."""
     classes, device = probe.num_classes, source.device
     correct = torch.zeros(heads, classes, dtype=torch.int64, device=device)
     top = torch.zeros(heads, dtype=torch.int64, device=device)
@@ -175,13 +147,6 @@ def count_correct(
     return Counts(parts[0].view(heads, classes), parts[1], parts[2])
 
 
-def percent(logits: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy, or mean average precision for a matrix of labels, of `[n, C]` in percent."""
-    if labels.ndim > 1:
-        return 100 * float(average_precision(logits, labels).nanmean())
-    return 100 * float((logits.argmax(dim=1) == labels).double().mean())
-
-
 def likeliest(logits: Tensor) -> Tensor:
     """The likeliest classes of logits `[..., C]`; -1 where a head has diverged."""
     best = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
@@ -193,13 +158,6 @@ def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
 
     The sum of precisions at the positive images divided by their number; images of equal score
     count together.
-
-    Args:
-        scores: `[n, C]`; 0 is returned where one is NaN.
-        labels: 0/1 `[n, C]`.
-
-    Returns:
-        `[C]` float64; NaN for a class without a positive image.
     """
     n = len(scores)
     ordered, order = scores.T.sort(dim=1, descending=True)
@@ -218,21 +176,8 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     The latter is summed over classes and averaged over images, as VISSL's
     `bce_logits_multiple_output_single_target`, so that learning rates do not depend on C.
-
-    Args:
-        logits: `[B, C]`.
-        labels: Classes `[B]`, int64, or 0/1 `[B, C]`.
     """
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
     summed = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="sum")
     return summed / len(logits)
-
-
-def _gather(rows: Tensor, distributed: Distributed) -> Tensor:
-    """Rows of all processes, which may have different numbers of them."""
-    sizes = distributed.all_gather(torch.tensor([len(rows)])).tolist()
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = torch.split(distributed.all_gather(padded), max(sizes))
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)])

@@ -10,9 +10,7 @@ training images. As in capi, rates are given per 256 images and grow with the ba
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,23 +20,11 @@ from torch import nn
 
 from ..models.classifier import AttentiveHead
 from ..seeds import Stream, fold
-from .features import BlockFeatures, Source
-from .feeds import CachedFeed, Feed, OnlineFeed
-from .heads import Grid, HeadSpec, choose_and_test, train
+from .features import Source
+from .heads import Grid, HeadSpec, evaluate_heads
 from .models import Subject
-from .probe import (
-    EvalConfig,
-    Probe,
-    describe_protocol,
-    evaluate,
-    make_result,
-    other_epochs,
-    run_once,
-    save_head,
-    with_protocol,
-)
+from .probe import EvalConfig, Probe
 from .results import Result
-from .runs import EpochState
 from .tasks import Protocol, Task, View
 
 ATTENTIVE = Protocol(
@@ -91,58 +77,17 @@ def evaluate_attentive(
         SettingsError: An option or the model does not fit.
         RunError: Another process works on the same evaluation, or features are not finite.
     """
-
-    def prepare(probe: Probe) -> Probe:
-        usual = replace(ATTENTIVE, view=probe.task.protocol.view)
-        return with_protocol(probe, usual, epochs, batch_size, lrs, wds)
-
-    def run(probe: Probe, source: Source) -> tuple[Result, Path]:
-        fed = CachedFeed if cached else OnlineFeed
-        protocol = describe_protocol(probe, fed.name, source.size)
-
-        def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
-            started = time.perf_counter()
-            images = probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
-            with probe.bar(images, f"{probe.task.name}, {source.about['name']}") as bar:
-                feed = fed(probe, source, bar, gather=False)
-                state = EpochState(folder / "state.pt", probe.distributed)
-                result = _train(probe, source, feed, state, protocol, folder)
-            if probe.distributed.is_main:
-                state.remove()
-            return result, feed.rate(time.perf_counter() - started)
-
-        method = "attentive-cached" if cached else "attentive"
-        return run_once(probe, source, method, protocol, work)
-
-    config = EvalConfig(task=task, model=model, data=data, out=out, **options)
-    return evaluate(config, run, patches=True, prepare=prepare)
-
-
-def _train(
-    probe: Probe,
-    source: Source,
-    feed: Feed,
-    state: EpochState,
-    protocol: dict[str, Any],
-    folder: Path,
-) -> Result:
-    assert isinstance(source, BlockFeatures)
-    grid = attentive_grid(probe, source)
-    trained = train(probe, source, feed, grid, state)
-    chosen, val, test, fitted = choose_and_test(probe, source, feed, grid)
-    save_head(probe, source, grid.modules[chosen], "last", folder, chosen=grid.names[chosen])
-    result = make_result(
-        *(probe, source, "attentive", {**protocol, "batch_size": feed.batch_size}, grid.names),
-        *(chosen, val, test, feed.broken, fitted),
-        losses=trained.losses,
-        notes=[*feed.notes, *other_epochs(probe.protocol.epochs, ATTENTIVE.epochs, "protocol")],
+    return evaluate_heads(
+        EvalConfig(task=task, model=model, data=data, out=out, **options),
+        *("attentive", ATTENTIVE, attentive_grid, epochs, batch_size, lrs, wds),
+        cached=cached,
+        patches=True,
     )
-    return replace(result, seconds=trained.earlier)
 
 
-def attentive_grid(probe: Probe, source: BlockFeatures) -> Grid:
+def attentive_grid(probe: Probe, source: Source) -> Grid:
     """Heads of equal first weights for each rate and decay, with the encoder's attention heads."""
-    block: Any = source.subject.model.blocks[-1]  # type: ignore[index]
+    block: Any = source.subject.model.blocks[-1]  # type: ignore[union-attr,index]
     width, half = source.widths["patches"], source.settings["precision"] != "float32"
     heads: dict[HeadSpec, nn.Module] = {}
     groups = []

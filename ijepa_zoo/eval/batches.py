@@ -31,15 +31,7 @@ Size = tuple[int, int]
 
 @dataclass
 class EvalBatch:
-    """Images of one forward pass.
-
-    Attributes:
-        images: uint8 `[b, C, H, W]`; zeros in slots without an image.
-        labels: Classes, int64 `[b]`, or uint8 0/1 `[b, C]`; zeros in slots without an image.
-        reasons: For each of the first slots None, or why its image could not be decoded; further
-            slots are padding.
-        broken: Name and reason of every image that could not be decoded.
-    """
+    """Images of one forward pass."""
 
     images: Tensor
     labels: Tensor
@@ -59,11 +51,7 @@ class EvalBatch:
 
 
 def share(batch_size: int, rank: int, world: int, unit: int = 1) -> slice:
-    """The images of a batch that a process works on; shares differ by one `unit` at most.
-
-    Raises:
-        DataError: A process has none.
-    """
+    """The images of a batch that a process works on; shares differ by one `unit` at most."""
     units = batch_size // unit
     if units < world:
         raise DataError(

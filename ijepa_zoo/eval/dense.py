@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from ..models.classifier import Classifier
 from .dense_tasks import DenseProtocol, DenseTask, Depth, DepthProtocol, Segmentation
 from .dense_training import DenseConfig, DenseFeed, DenseTraining, Indices
 from .models import Subject
-from .probe import CACHED_AS_IS, of_all_processes, other_epochs, save_result_model, undecoded
+from .probe import CACHED_AS_IS, of_all_processes, other_epochs, save_head, undecoded
 from .results import TEST_SET, Head, Result, data_name
 from .runs import EpochState, once, run_folder
 
@@ -63,6 +62,7 @@ class _Probe:
     protocol: Any
     usual: Any
     distributed: Distributed
+    target_options: dict[str, Any]
 
 
 def evaluate_dense_depth(
@@ -112,7 +112,7 @@ def evaluate_dense_depth(
 
     config = DenseConfig(task="depth", model=model, data=data, out=out, **options)
     usual = protocol or (_SCENES_DEPTH if _is_rendered(data) else DepthProtocol())
-    return _run(config, partial(open_depth, depth_scale=depth_scale), make_task, usual)
+    return _run(config, open_depth, {"depth_scale": depth_scale}, make_task, usual)
 
 
 def evaluate_segmentation(
@@ -144,8 +144,8 @@ def evaluate_segmentation(
 
     config = DenseConfig(task="segmentation", model=model, data=data, out=out, **options)
     usual = protocol or (_SCENES_SEGMENTATION if _is_rendered(data) else DenseProtocol())
-    opened = partial(open_segmentation, reduce_zero_label=reduce_zero_label)
-    return _run(config, opened, make_task, usual)
+    options_of_masks = {"reduce_zero_label": reduce_zero_label}
+    return _run(config, open_segmentation, options_of_masks, make_task, usual)
 
 
 def _is_rendered(data: str | Path) -> bool:
@@ -155,6 +155,7 @@ def _is_rendered(data: str | Path) -> bool:
 def _run(
     config: DenseConfig,
     open_pairs: Callable[..., DenseData],
+    target_options: dict[str, Any],
     make_task: Callable[[DenseData, Any], DenseTask],
     usual: Any,
 ) -> Result:
@@ -168,13 +169,14 @@ def _run(
     workers = usable_cpus() if config.workers is None else config.workers
     with init_distributed(config.device) as distributed:
         shown = config.progress and distributed.is_main
-        pairs = open_pairs(config.data, workers=workers, progress=shown)
+        pairs = open_pairs(config.data, workers=workers, progress=shown, **target_options)
         train, test = (
             replace(part, decoder=decoder, skip_broken=config.skip_broken)
             for part in (pairs.train, pairs.test)
         )
         pairs = replace(pairs, train=train, test=test)
-        probe = _Probe(config, pairs, make_task(pairs, protocol), protocol, usual, distributed)
+        task = make_task(pairs, protocol)
+        probe = _Probe(config, pairs, task, protocol, usual, distributed, target_options)
         distributed.run_on_main(lambda: _check(probe))
         result, folder = _evaluate(probe, subject)
         if config.baseline and not any("random weights" in name for name in result.baselines):
@@ -235,6 +237,9 @@ def _evaluate(probe: _Probe, subject: Subject) -> tuple[Result, Path]:
         "train": train.data.fingerprint,
         "test": test.data.fingerprint,
         "select_on_test": config.select_on_test,
+        "value_range": config.value_range,
+        "bands": config.bands,
+        **probe.target_options,
     }
     name = f"{config.task}-{probe.pairs.name}"
     folder = run_folder(config.out, name, "dense", subject.describe()["name"], settings)
@@ -245,13 +250,9 @@ def _evaluate(probe: _Probe, subject: Subject) -> tuple[Result, Path]:
         result, chosen = _measure(probe, subject, training, test)
         if distributed.is_main:
             head = training.heads[chosen]
-            save_result_model(
-                Classifier(subject.model, head.head, head.layers, None, probe.pairs.class_names),
-                None if subject.name.endswith("random weights") else subject.given,
-                config,
-                folder,
-                **task.head_record,
-            )
+            names = probe.pairs.class_names
+            classifier = Classifier(subject.model, head.head, head.layers, None, names)
+            save_head(config, distributed, subject, classifier, folder, **task.head_record)
         return result
 
     result = once(folder, distributed, encoder.settings["precision"], work)

@@ -34,20 +34,13 @@ Flips = npt.NDArray[np.bool_]
 Plan = Sequence[tuple[Indices, Flips]]  # of each batch
 
 _CHOOSE_SHARE = 0.1
+_CLIP_GRAD = 35.0  # of mmsegmentation's depth recipes; segmentation never reaches it
 _STD = 0.01  # of the initial weights, as in mmsegmentation's heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(EvalConfig):
-    """The options of a dense probe.
-
-    Attributes:
-        epochs: Default: those of the protocol.
-        batch_size: Images of a step; default: that of the protocol.
-        cached: Encode each training image and its mirror image once and keep the features in
-            memory, `2 n 4 D h w` numbers of 4 bytes over all processes. The training is the same
-            to rounding.
-    """
+    """The options of a dense probe."""
 
     epochs: int | None = None
     batch_size: int | None = None
@@ -128,13 +121,7 @@ class DenseFeed:
         return self.encode(plan, full=full, mirrored=mirrored)
 
     def encode(self, plan: Plan, *, full: bool, mirrored: bool) -> Iterator[DenseBatch]:
-        """Encode batches.
-
-        Args:
-            plan: Indices of each batch, and whether each image is flipped.
-            full: Targets of their own sizes instead of that of the model's images.
-            mirrored: The mirror images follow those of each batch.
-        """
+        """Encode batches."""
         items = _Batches(self.data, plan, self.task, self.encoder.size, full, mirrored)
         on_gpu = self.encoder.device.type == "cuda"
         loader = load_in_order(items, range(len(plan)), self.workers, pin_memory=on_gpu)
@@ -160,16 +147,7 @@ class DenseFeed:
 
 
 class GridHead(nn.Module):
-    """One head of a grid; heads that differ in the learning rate begin with equal weights.
-
-    Args:
-        task: Makes the head.
-        width: Channels of `last4` maps.
-        seed: Of the initial weights.
-        layers: 'last' or 'last4'.
-        batch_norm: Whether BatchNorm comes first.
-        lr: Learning rate.
-    """
+    """One head of a grid; heads that differ in the learning rate begin with equal weights."""
 
     def __init__(
         self, task: DenseTask, width: int, seed: int, layers: Layers, batch_norm: bool, lr: float
@@ -193,16 +171,7 @@ class GridHead(nn.Module):
 
 @dataclass
 class DenseTraining:
-    """Trains the heads of a grid, resumable after each epoch.
-
-    Attributes:
-        fit: Training pairs that heads are fitted to.
-        choose: Those that choose a head.
-        epoch: Epochs done.
-        seconds: Time that they took, over all sessions.
-        losses: Mean loss of each head in the last epoch.
-        sums: Of `Depth.count` over the training images; the same in all processes.
-    """
+    """Trains the heads of a grid, resumable after each epoch."""
 
     config: DenseConfig
     protocol: DenseProtocol
@@ -258,7 +227,7 @@ class DenseTraining:
                 group["lr"] = head.lr * scale
             self.sums = self.sums + self.task.count(targets)
             if int(self.task.valid(targets).sum()) >= 2:  # on the CPU
-                losses += self._update(maps, targets)
+                losses += self._update(maps, targets.to(maps.device, non_blocking=True))
             bar.update()
         self.losses = (losses / self.steps).tolist()
 
@@ -269,6 +238,7 @@ class DenseTraining:
         incomplete last batch is left out.
         """
         seed, size, world = self.config.seed, self.protocol.batch_size, self.distributed.world_size
+        gather = self.distributed.all_gather_rows
         order = numpy_generator(seed, Stream.EVAL_ORDER, self.epoch).permutation(len(self.fit))
         flips = numpy_generator(seed, Stream.EVAL_AUGMENT, self.epoch).random(len(order)) < 0.5
         owner = (np.arange(len(order)) if store is None else order) % world
@@ -277,7 +247,7 @@ class DenseTraining:
             mine = start + np.flatnonzero(owner[start : start + size] == self.distributed.rank)
             plan.append((self.fit[order[mine]], flips[mine]))
         for maps, targets in self._encoded(plan) if store is None else map(store.read, plan):
-            yield _exchange(self.distributed, maps), _exchange(self.distributed, targets)
+            yield gather(maps), gather(targets)
 
     def _encoded(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.feed.encode(plan, full=False, mirrored=False):
@@ -309,6 +279,7 @@ class DenseTraining:
         for head in self.heads:  # one graph at a time: less memory
             loss = self.task.loss(head(maps), targets)
             torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(head.parameters(), _CLIP_GRAD)
             losses.append(loss.detach())
         self.optimizer.step()
         return torch.stack(losses)
@@ -345,15 +316,3 @@ class _Store(NamedTuple):
         flipped = torch.tensor(sides, dtype=torch.bool)[:, None, None]
         targets = torch.where(flipped, self.targets[rows].flip(-1), self.targets[rows])
         return self.maps[sides, rows].to(self.device), targets
-
-
-def _exchange(distributed: Distributed, rows: Tensor) -> Tensor:
-    """The rows of all processes, which may have different numbers of them."""
-    if distributed.world_size == 1:
-        return rows
-    counts = distributed.all_gather(torch.tensor([len(rows)])).tolist()
-    most = max(1, *counts)
-    padded = rows.new_zeros(most, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = torch.split(distributed.all_gather(padded), most)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])

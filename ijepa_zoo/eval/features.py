@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.datasets import ArrayDataset, ImageDataset, Subset, Targets
+from ..data.datasets import Targets
 from ..encode import Batch, Encoder, fast_precision, hash_texts
 from ..errors import DataError, RunError, SettingsError
 from ..extract import Outputs, extract_batches, failures
@@ -36,19 +34,6 @@ class BlockFeatures:
     (arXiv 2301.08243, appendix A.1). `last` is the end of `last4`, so rows hold the latter alone.
     With `patches`, the patch tokens of the last block instead, as `patches` `[B, N, D]`, which are
     kept in half precision if the encoder runs in half precision.
-
-    Attributes:
-        widths: Width of each representation.
-        row_shape: Shape of a row, which holds all features of an image.
-        dtype: Of the rows.
-        device: Device of the rows.
-        settings: Everything that decides the numbers.
-        size: Height and width of the images in pixels.
-        about: The model as results record it.
-        paper_name: The name of the weights under which the paper has figures.
-
-    Raises:
-        SettingsError: The model has fewer blocks, or cannot be pooled like that.
     """
 
     def __init__(
@@ -104,9 +89,9 @@ class RawPixels:
 
     paper_name: str | None = None
 
-    def __init__(self, size: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, size: tuple[int, int], in_chans: int, device: torch.device) -> None:
         self.size, self.device = size, device
-        self.widths = {"pixels": 3 * _SIDE * _SIDE}
+        self.widths = {"pixels": in_chans * _SIDE * _SIDE}
         self.row_shape: tuple[int, ...] = (self.widths["pixels"],)
         self.dtype = torch.float32
         shown = f"{_SIDE} x {_SIDE} pixels"
@@ -137,35 +122,15 @@ class RawPixels:
 Source = BlockFeatures | RawPixels
 
 
-def files_state(images: ImageDataset) -> str:
-    """A hash of sizes and times of files and of every byte of arrays."""
-    whole = images.dataset if isinstance(images, Subset) else images
-    if isinstance(whole, ArrayDataset):
-        digest = hashlib.blake2b(digest_size=8)
-        for index in range(len(images)):
-            digest.update(np.asarray(images.raw(index)).tobytes())
-        return digest.hexdigest()
-    return hash_texts(map(_file_state, images.files()))
-
-
-def _file_state(path: str) -> str:
-    try:
-        state = os.stat(path)
-    except (OSError, ValueError):  # such as a link to nowhere: a broken image
-        return "missing"
-    return f"{state.st_size} {state.st_mtime_ns}"
+def pixel_options(part: EvalSet) -> dict[str, Any]:
+    """What decides the pixels of its files, beside the files."""
+    decoder = part.images.decoder
+    return {"value_range": decoder.value_range, "bands": decoder.bands}
 
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """Features of a set of images, read from the disk as they are needed.
-
-    Attributes:
-        rows: `[n, *row_shape]`, in the source's dtype.
-        indices: int64 `[n]`, indices of the images that could be decoded.
-        broken: Index and reason of the others.
-        computed: Images that were encoded now; 0 where all were cached.
-    """
+    """Features of a set of images, read from the disk as they are needed."""
 
     rows: Tensor
     indices: npt.NDArray[np.int64]
@@ -194,16 +159,14 @@ def cached_features(
     The folder's name is a hash of everything that decides the numbers: the network and its
     weights, precision, transform, list and state of the images. Changed images or weights
     therefore find another folder. An interrupted pass resumes.
-
-    Raises:
-        RunError: Another process works on it, or features are not finite.
     """
     batches = probe.in_order(part, np.arange(len(part)), source.size, shared=False)
     settings = {
         **source.settings,
         "dtype": str(source.dtype).removeprefix("torch."),
         "images": part.images.fingerprint(),
-        "files": files_state(part.images),
+        "files": part.files_state,
+        **pixel_options(part),
         "transform": probe.protocol.view.describe(source.size, train=False),
         "mirrored": mirrored,
         "batch_size": batches.batch_size,
@@ -219,6 +182,8 @@ def cached_features(
     )
     probe.distributed.barrier()  # rank 0 has written the files
     broken = {index: reason for index, (_, reason) in failures(outputs).items()}
+    if broken and not part.skip_broken:
+        part.read(next(iter(broken)))  # says which image, and what to do
     # copy on write: torch wants writable memory
     rows: np.memmap[Any, Any] = np.lib.format.open_memmap(outputs.features, mode="c")
     good = np.setdiff1d(np.arange(len(part)), [*broken]).astype(np.int64)

@@ -28,16 +28,7 @@ Labelled = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
 
 
 class OnlineFeed:
-    """Every epoch encodes every image in another random view, as the protocols say.
-
-    Attributes:
-        batch_size: Images of a step, of all processes together.
-        steps: Steps of an epoch.
-        broken: Name and reason of every image that this process could not decode.
-        gathered: Whether every process gets the whole batch.
-        encoded: Images that went through the encoder.
-        notes: What a reader of the result must know.
-    """
+    """Every epoch encodes every image in another random view, as the protocols say."""
 
     name, notes = "online", ()
 
@@ -59,27 +50,16 @@ class OnlineFeed:
     def training(self, first: int, last: int) -> Iterator[Labelled]:
         """The steps of the epochs from `first` to before `last`."""
         numbers = self.batches.numbers(first, last)
+        gather = self.probe.distributed.all_gather_rows
         pieces: list[Labelled] = []
         for piece in self._encode(self.batches, numbers, self._broken_to_fit):
             pieces.append(piece)
             if len(pieces) == self.batches.parts:
                 rows, labels = (torch.cat(column) for column in zip(*pieces))
                 if self.gathered:
-                    rows, labels = self._gather(rows), self._gather(labels)
+                    rows, labels = gather(rows), gather(labels)
                 yield rows, labels
                 pieces = []
-
-    def _gather(self, rows: Tensor) -> Tensor:
-        """The rows of the whole batch, whose shares differ by one at most."""
-        world = self.probe.distributed.world_size
-        if world == 1:
-            return rows
-        shares = [share(self.batch_size, rank, world) for rank in range(world)]
-        counts = [part.stop - part.start for part in shares]
-        padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
-        gathered = self.probe.distributed.all_gather(torch.cat([rows, padding]))
-        parts = zip(torch.split(gathered, max(counts)), counts)
-        return torch.cat([part[:count] for part, count in parts])
 
     def validation(self) -> Iterator[Labelled]:
         """The images that choose the head, the share of this process."""
@@ -143,10 +123,6 @@ class CachedFeed:
     Where the protocol's only random view is the flip, the features are those of the protocol;
     otherwise the test view stands in for the random crops. Without `flips` there are no mirror
     images, for classifiers that are not trained in epochs.
-
-    Attributes:
-        fit: Indices into the cached rows that heads are fitted to.
-        choose: Those that choose the head.
     """
 
     name = "cached"

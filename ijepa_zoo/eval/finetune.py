@@ -67,25 +67,7 @@ _ONE_PERCENT = 12_811  # images of the list of 1 % of ImageNet
 
 @dataclass(frozen=True)
 class FineTuneRecipe:
-    """How all weights of a model are trained with labels.
-
-    Attributes:
-        epochs: Passes over the training images.
-        lr: Learning rate of the last layer per 256 images of a batch.
-        batch_size: Images of a step, of all processes together.
-        weight_decay: Of AdamW; none on biases and norms.
-        layer_decay: Factor of the learning rate from each layer to the one below: the head, the
-            blocks (the final norm with the last one, as in timm), the patch embedding.
-        drop_path: Rate of stochastic depth in the last block, growing linearly from 0.
-        mixup: Parameter of mixup's beta distribution; 0 for none.
-        cutmix: The same of cutmix; a micro-batch gets one of the two.
-        label_smoothing: Probability that is spread over all classes.
-        auto_augment: timm's name of the augmentation.
-        random_erasing: Probability that a rectangle of an image is replaced by noise.
-        warmup_epochs: Epochs of the linear warm-up; a cosine follows.
-        min_lr: What the cosine ends at.
-        paper: The paper's accuracies on ImageNet in percent, by the name of the weights.
-    """
+    """How all weights of a model are trained with labels."""
 
     epochs: int = 50
     lr: float = 1e-4
@@ -178,9 +160,11 @@ def evaluate_finetune(
             "a task of classes, or `eval count` or `eval depth`, which crop nothing"
         )
     config = EvalConfig(task=chosen, model=model, data=data, out=out, **options)
+    if config.baseline or config.select_on_test or config.with_encoder:
+        raise SettingsError("fine-tuning has no baseline, select_on_test or with_encoder")
     subject = config.open_model()
     with init_distributed(config.device) as distributed:
-        probe = open_probe(config, distributed, config.decoder(subject.in_chans))
+        probe = open_probe(config, distributed, subject)
         probe.train.refuse_several_labels("finetune")
         if list is not None:
             rows = listed_rows(probe.train, list)
@@ -200,7 +184,9 @@ def _run(subject: Subject, training: FineTuning, notes: list[str]) -> Result:
     """Train, test and save; from the folder if the result is there already."""
     probe, about, protocol = training.probe, subject.describe(), training.settings()
     method = "finetune-list" if probe.few else "finetune"
-    settings = {**probe.settings(), "model": about, **protocol}
+    # another number of processes resumes too
+    same = {k: v for k, v in protocol.items() if k not in ("processes", "micro_batch_size")}
+    settings = {**probe.settings(), "model": about, **same}
     folder = run_folder(probe.out, probe.task.name, method, about["name"], settings)
     state = EpochState(folder / "state.pt", probe.distributed)
 
@@ -254,14 +240,7 @@ def _paper_figure(subject: Subject, training: FineTuning) -> tuple[float | None,
 
 
 class FineTuning:
-    """A timm ViT that gets a classifier, its optimizer and its data; every process makes one.
-
-    Attributes:
-        epoch: Epochs done.
-        loss: Mean loss of the last one.
-        seconds: Time that they took, over all sessions.
-        broken: Why an image could not be decoded, by its name.
-    """
+    """A timm ViT that gets a classifier, its optimizer and its data; every process makes one."""
 
     def __init__(
         self, model: Any, probe: Probe, recipe: FineTuneRecipe, micro_batch_size: int = MICRO_BATCH
@@ -337,11 +316,7 @@ class FineTuning:
         }
 
     def run(self, state: EpochState, bar: Any) -> None:
-        """Train from the last finished epoch to the end; the state is saved after each.
-
-        Raises:
-            RunError: The loss is not finite; or the state is damaged, or of other settings.
-        """
+        """Train from the last finished epoch to the end; the state is saved after each."""
         epochs, kept = self.recipe.epochs, ("epoch", "loss", "seconds", "broken")
         if (found := state.load()) is not None:
             self.model.load_state_dict(found["model"])
@@ -389,7 +364,10 @@ class FineTuning:
         self.broken.update(batch.broken)
         rank, world = self.distributed.rank, self.distributed.world_size
         keys = (self.probe.seed, Stream.EVAL_AUGMENT, self.epoch, step, part, rank)
-        images, labels = self._normalize(batch.images), batch.labels.to(self.device)
+        images, labels = (
+            self._normalize(batch.images),
+            batch.labels.to(self.device, non_blocking=True),
+        )
         torch.manual_seed(fold(*keys))  # of erased pixels and stochastic depth
         with library_seeds(*keys):
             images = self.erase(images)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,21 @@ from ..models.classifier import LinearHead
 from ..progress import skip
 from ..seeds import Stream, torch_generator
 from .accuracy import Metrics, best_head, classification_loss, compute_metrics
-from .features import Source, not_finite, refuse_undecoded
-from .feeds import Feed
-from .probe import Probe, of_all_processes
+from .features import BlockFeatures, Source, not_finite, refuse_undecoded
+from .feeds import CachedFeed, Feed, OnlineFeed
+from .probe import (
+    EvalConfig,
+    Probe,
+    describe_protocol,
+    evaluate,
+    make_result,
+    of_all_processes,
+    paper_figure,
+    run_once,
+    save_probe_head,
+    with_protocol,
+)
+from .results import Result
 from .runs import EpochState
 from .tasks import Protocol
 
@@ -29,14 +42,7 @@ _TRUST = 0.001  # VISSL's eta
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """One head of a grid.
-
-    Attributes:
-        representation: The features it reads, e.g. 'last' or 'last4'.
-        kind: 'linear', 'bn' with a BatchNorm before the linear layer, or another module.
-        lr: Learning rate per 256 images.
-        weight_decay: Weight decay; not of BatchNorm.
-    """
+    """One head of a grid."""
 
     representation: str
     kind: str
@@ -50,17 +56,7 @@ class HeadSpec:
 
 
 class Grid:
-    """Heads that are trained together, each as if it were alone.
-
-    Args:
-        heads: The heads by their specs.
-        optimizer: Of all their parameters; groups have `base_lr`.
-        autocast: Dtype of the computation; None for float32.
-
-    Attributes:
-        specs: The specs, in the order of all results.
-        modules: The heads.
-    """
+    """Heads that are trained together, each as if it were alone."""
 
     def __init__(
         self,
@@ -96,27 +92,23 @@ class Grid:
         distributed: Distributed | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        """One step of every head; returns their losses before it, `[H]`.
-
-        Args:
-            features: `[B, ...]` by representation.
-            labels: See `classification_loss`.
-            lr_scale: Factor of the learning rates.
-            distributed: The processes whose gradients are averaged, if each has its own images.
-            batch_size: Images of all of them together, if their numbers of images may differ.
-        """
+        """One step of every head; returns their losses before it, `[H]`."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
-        losses = torch.stack([classification_loss(x, labels) for x in self.logits(features)])
+        weight = 1.0
         if distributed is not None and batch_size is not None:
-            losses = losses * (len(labels) * distributed.world_size / batch_size)
+            weight = len(labels) * distributed.world_size / batch_size
         self.optimizer.zero_grad()
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses = []
+        for index in range(len(self.specs)):  # one graph at a time: less memory
+            loss = weight * classification_loss(self.logits_of(index, features), labels)
+            torch.autograd.backward(loss)
+            losses.append(loss.detach())
         if distributed is not None and distributed.world_size > 1:
             for head in self.modules:
                 _average_gradients(head, distributed)
         self.optimizer.step()
-        return losses.detach()
+        return torch.stack(losses)
 
 
 def _average_gradients(head: nn.Module, distributed: Distributed) -> None:
@@ -193,25 +185,66 @@ class LARS(torch.optim.Optimizer):
                 parameter.sub_(momentum, alpha=group["lr"])
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What training left beside the heads.
+def evaluate_heads(
+    config: EvalConfig,
+    method: str,
+    usual: Protocol | None,
+    make: Callable[[Probe, Source], Grid],
+    epochs: int | None,
+    batch_size: int | None,
+    lrs: Sequence[float] | None,
+    wds: Sequence[float] | None,
+    *,
+    cached: bool,
+    patches: bool = False,
+) -> Result:
+    """Train a grid of heads on features, choose one, test it and save it.
 
-    Attributes:
-        losses: Mean training loss of each head in the last epoch.
-        earlier: Seconds that earlier sessions took.
+    `usual` is the protocol with the task's transform; None for the task's own.
     """
+    feed_class = CachedFeed if cached else OnlineFeed
 
-    losses: list[float]
-    earlier: float
+    def prepare(probe: Probe) -> Probe:
+        own = probe.task.protocol
+        protocol = own if usual is None else replace(usual, view=own.view)
+        return with_protocol(probe, protocol, epochs, batch_size, lrs, wds)
+
+    def run(probe: Probe, source: Source) -> tuple[Result, Path]:
+        protocol = describe_protocol(probe, feed_class.name, source.size)
+
+        def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
+            started = time.perf_counter()
+            images = probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
+            with probe.bar(images, f"{probe.task.name}, {source.about['name']}") as bar:
+                feed = feed_class(probe, source, bar, gather=not patches)
+                grid = make(probe, source)
+                state = EpochState(folder / "state.pt", probe.distributed)
+                losses, earlier = train(probe, source, feed, grid, state)
+                chosen, val, test, fitted = choose_and_test(probe, source, feed, grid)
+            spec, head = grid.specs[chosen], grid.modules[chosen]
+            if isinstance(source, BlockFeatures):
+                layers = "last" if patches else spec.representation
+                save_probe_head(probe, source, head, layers, folder, chosen=spec.name)
+            paper, notes = paper_figure(probe, source, usual or probe.task.protocol, cached)
+            result = make_result(
+                *(probe, source, method, {**protocol, "batch_size": feed.batch_size}, grid.names),
+                *(chosen, val, test, feed.broken, fitted),
+                losses=losses,
+                paper=paper,
+                notes=[*feed.notes, *notes],
+            )
+            rate = feed.rate(time.perf_counter() - started)
+            return replace(result, seconds=earlier), rate
+
+        return run_once(probe, source, f"{method}-{feed_class.name}", protocol, work)
+
+    return evaluate(config, run, patches=patches, prepare=prepare)
 
 
-def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochState) -> Trained:
-    """Train all heads; the state is written after every epoch.
-
-    Raises:
-        RunError: Features are not finite, or the state is damaged.
-    """
+def train(
+    probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochState
+) -> tuple[list[float], float]:
+    """Train all heads; returns the last losses, and the seconds of earlier sessions."""
     protocol, distributed = probe.protocol, probe.distributed
     losses, earlier, done = [0.0] * len(grid.specs), 0.0, 0
     started = time.perf_counter()
@@ -247,18 +280,13 @@ def train(probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochStat
             heads, optimizer = grid.modules.state_dict(), grid.optimizer.state_dict()
             state.save({**kept, "heads": heads, "optimizer": optimizer})
     grid.modules.eval()
-    return Trained(losses, earlier)
+    return losses, earlier
 
 
 def choose_and_test(
     probe: Probe, source: Source, feed: Feed, grid: Grid
 ) -> tuple[int, Metrics | None, Metrics, int]:
-    """Choose a head on validation images and test it alone; all are tested if there are none.
-
-    Returns:
-        Its index, metrics of the validation images (None without) and of the test images, and the
-        number of images that heads were fitted to.
-    """
+    """Choose a head on validation images and test it alone; all are tested if there are none."""
     fitted, heads = feed.fitted(), len(grid.specs)
     tests = ("test", probe.test, np.arange(len(probe.test)))
     if not len(probe.choose):

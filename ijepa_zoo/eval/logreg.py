@@ -26,7 +26,7 @@ from .probe import (
     evaluate,
     make_result,
     run_once,
-    save_head,
+    save_probe_head,
 )
 from .results import Result
 from .sets import listed_rows, split_to_choose
@@ -163,7 +163,7 @@ def _sweep(
     features, labels = share(np.concatenate([feed.fit, feed.choose]))
     best = fit_logistic(features[name], labels, c, classes, all_reduce=all_reduce)
     if isinstance(source, BlockFeatures):
-        save_head(probe, source, best.head(), name, folder, chosen=names[chosen])
+        save_probe_head(probe, source, best.head(), name, folder, chosen=names[chosen])
     tested = (None, val) if on_test else (val, metrics(best, name, feed.testing()))
     return make_result(
         *(probe, source, "logreg", protocol, names, chosen),
@@ -216,17 +216,6 @@ def fit_logistic(
     L-BFGS with a strong Wolfe line search, on features that are shifted and scaled so that their
     curvatures are alike, which changes neither objective nor minimum. In float64 if the features
     are, else in float32.
-
-    Args:
-        features: `[n, D]`, the share of this process.
-        labels: Classes `[n]`, int64, or 0/1 `[n, C]`.
-        c: Inverse strength of the penalty, above 0.
-        num_classes: Number of classes.
-        start: Classifier to start from.
-        max_iterations: Most steps.
-        tolerance: Largest absolute entry of the gradient, of the objective divided by C and the
-            number of images, at which to stop; in float32 steps may become too small before.
-        all_reduce: Sum of a tensor over the processes.
     """
     x = features if features.dtype == torch.float64 else features.float()
     sums = torch.stack([x.sum(dim=0), x.square().sum(dim=0)])

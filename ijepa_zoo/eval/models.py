@@ -33,6 +33,7 @@ class Subject:
             is looked up; None where they are others.
         given: What `open_model` was called with to make it, None for a user's own object.
         img_size: The image size that it was called with.
+        is_random: Whether it has random weights.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Subject:
     paper_name: str | None = None
     given: str | None = None
     img_size: int | tuple[int, int] | None = None
+    is_random: bool = False
 
     @property
     def in_chans(self) -> int:
@@ -133,7 +135,8 @@ def open_model(
             model = _create_timm_model(source, pretrained=not random, num_classes=0, **kwargs)
     model.eval()
     if random:
-        return Subject(model, f"{name}, random weights", given=name, img_size=img_size)
+        shown = f"{name}, random weights"
+        return Subject(model, shown, given=name, img_size=img_size, is_random=True)
     if source.startswith(_SOURCES) or checkpoint or network == "encoder":
         extra = [str(given) for given in (checkpoint, network) if given]
         return Subject(model, ", ".join([name, *extra]), given=name, img_size=img_size)

@@ -17,21 +17,23 @@ from ..data.datasets import Targets
 from ..data.decode import Decoder
 from ..data.loading import load_in_order, usable_cpus
 from ..distributed import Distributed, init_distributed
+from ..encode import model_name
 from ..errors import DataError, SettingsError, option, some
 from ..features import Layers
 from ..models.classifier import Classifier, save_classifier
 from ..progress import progress_bar
 from .accuracy import Metrics
 from .batches import EvalBatch, OrderedBatches
-from .features import BlockFeatures, RawPixels, Source, files_state
+from .features import BlockFeatures, RawPixels, Source, pixel_options
 from .models import Subject, as_subject
 from .results import TEST_SET, Head, Result
-from .runs import once, run_folder
+from .runs import EpochState, once, run_folder
 from .sets import CHOOSE_SHARE, EvalSet, data_record, open_task, split_to_choose
 from .tasks import Protocol, Task, find_task
 
 MICRO = 128  # images of a forward pass
 _POOLING = ("pool", "layers", "precision")  # settings of an encoder that results show
+_CACHE_SECONDS = 21_600.0
 _FEW = 100  # images to choose by that deserve a warning: their accuracies come in whole points
 CACHED_AS_IS = (
     "cached: each image and its mirror image are encoded once, as the protocol has them (its only "
@@ -115,19 +117,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Probe:
-    """One task with its data, for any number of models.
-
-    Attributes:
-        config: The options.
-        task: The task.
-        protocol: How heads are trained; that of the task, or with other settings.
-        train: Training set.
-        test: Test set.
-        fit: Indices of the training images that heads are fitted to.
-        choose: Indices of those that choose the head; none where the test set does.
-        distributed: The processes that share the work.
-        few: What few labels were chosen, as plain values.
-    """
+    """One task with its data, for any number of models."""
 
     config: EvalConfig
     task: Task
@@ -160,7 +150,8 @@ class Probe:
             "task": self.task.name,
             "train": self.train.fingerprint(),
             "test": self.test.fingerprint(),
-            "files": [files_state(part.images) for part in (self.train, self.test)],
+            "files": [part.files_state for part in (self.train, self.test)],
+            **pixel_options(self.train),
             "select_on_test": not len(self.choose),
             "seed": self.seed,
         }
@@ -192,21 +183,16 @@ class Probe:
         return progress_bar(self.config.progress and self.distributed.is_main, total, description)
 
 
-def open_probe(config: EvalConfig, distributed: Distributed, decoder: Decoder) -> Probe:
-    """Open the data of a task; no image is decoded.
-
-    Raises:
-        DataError: The data cannot be used, or do not fit the task.
-    """
+def open_probe(config: EvalConfig, distributed: Distributed, subject: Subject) -> Probe:
+    """Open the data of a task; no image is decoded."""
     task = find_task(config.task) if isinstance(config.task, str) else config.task
-    if isinstance(config.model, str):
-        task = task.of_model(config.model)
+    task = task.of_model(model_name(subject.model))
     train, test = open_task(
         task,
         config.data,
         test=config.test,
         workers=usable_cpus() if config.workers is None else config.workers,
-        decoder=decoder,
+        decoder=config.decoder(subject.in_chans),
         skip_broken=config.skip_broken,
         progress=config.progress and distributed.is_main,
     )
@@ -223,23 +209,11 @@ def evaluate(
     patches: bool = False,
     prepare: Callable[[Probe], Probe] = lambda probe: probe,
 ) -> Result:
-    """Evaluate a model, and with `baseline` the untrained model and raw pixels.
-
-    Args:
-        config: The options.
-        run: Evaluates one model.
-        patches: Whether the probe reads patch tokens instead of pooled features.
-        prepare: Changes protocol or data of the task.
-
-    Raises:
-        DataError: The data cannot be used, or do not fit the task.
-        SettingsError: An option or the model does not fit.
-        RunError: Another process works on the same evaluation, or features are not finite.
-    """
+    """Evaluate a model, and with `baseline` the untrained model and raw pixels."""
     subject = config.open_model()
-    # a week: the others wait while rank 0 writes the cache
-    with init_distributed(config.device, timeout=604_800.0) as distributed:
-        probe = prepare(open_probe(config, distributed, config.decoder(subject.in_chans)))
+    # hours: the others wait while rank 0 writes the cache
+    with init_distributed(config.device, timeout=_CACHE_SECONDS) as distributed:
+        probe = prepare(open_probe(config, distributed, subject))
         if not config.select_on_test and not len(probe.choose):
             raise _nothing_to_choose_by(probe)
 
@@ -252,7 +226,7 @@ def evaluate(
         result, folder = run(probe, source)
         if config.baseline and not result.baselines:
             others: list[Source] = [features(subject.untrained(config.seed))]
-            others += [] if patches else [RawPixels(source.size, source.device)]
+            others += [] if patches else [RawPixels(source.size, subject.in_chans, source.device)]
             values = {other.about["name"]: run(probe, other)[0].value for other in others}
             result = replace(result, baselines=values)
             if distributed.is_main:
@@ -276,15 +250,7 @@ def run_once(
     protocol: dict[str, Any],
     work: Callable[[Path, dict[str, Any]], tuple[Result, float | None]],
 ) -> tuple[Result, Path]:
-    """The result of an evaluation, from its folder if it is finished, and the folder.
-
-    Args:
-        probe: The task.
-        source: The model.
-        method: Of the folder's name.
-        protocol: Settings of the probe, plain values.
-        work: Makes the result and images per second, by the folder and all settings.
-    """
+    """The result of an evaluation, from its folder if it is finished, and the folder."""
     identity = {key: value for key, value in source.settings.items() if key != "versions"}
     settings = {**probe.settings(), **identity, **protocol, **probe.few}
     folder = run_folder(probe.out, probe.task.name, method, source.about["name"], settings)
@@ -296,7 +262,10 @@ def run_once(
         return replace(result, seconds=seconds, images_per_second=rate)
 
     precision = str(source.settings.get("precision", "float32"))
-    return once(folder, probe.distributed, precision, timed), folder
+    result = once(folder, probe.distributed, precision, timed)
+    if probe.distributed.is_main:
+        EpochState(folder / "state.pt").remove()
+    return result, folder
 
 
 def make_result(
@@ -312,21 +281,7 @@ def make_result(
     fitted: int,
     **more: Any,
 ) -> Result:
-    """The result of a probe; every process must call this.
-
-    Args:
-        probe: The task.
-        source: The model.
-        method: Name of the probe.
-        protocol: Its settings, plain values.
-        heads: Names of the heads or settings.
-        chosen: Index of the chosen one.
-        val: Metrics of all heads on the validation images; None where the test set chose.
-        test: Metrics of the chosen head on the test images; of all heads where the test set chose.
-        broken: Names and reasons of images that this process could not decode.
-        fitted: Number of images that the heads were fitted to.
-        more: Further fields of the result.
-    """
+    """The result of a probe; every process must call this."""
     on_val: list[float | None] = [None] * len(heads)
     on_test: list[float | None] = [None] * len(heads)
     if val is None:
@@ -410,11 +365,7 @@ def with_protocol(
     lrs: Sequence[float] | None,
     wds: Sequence[float] | None,
 ) -> Probe:
-    """The probe with a protocol and the user's changes of it.
-
-    Raises:
-        SettingsError: A number is out of range.
-    """
+    """The probe with a protocol and the user's changes of it."""
     if batch_size is not None and batch_size < 2:
         raise SettingsError(f"{option('batch_size')} must be at least 2")
     if any(not lr > 0 for lr in lrs or ()) or any(not wd >= 0 for wd in wds or ()):
@@ -446,7 +397,9 @@ def paper_figure(
     """The paper's accuracy if this run follows its protocol, and notes on what differs."""
     paper = probe.task.paper.get(source.paper_name or "")
     notes = other_epochs(probe.protocol.epochs, usual.epochs, "protocol")
-    different = probe.protocol != usual or not len(probe.choose)
+    config = probe.config
+    different = probe.protocol != probe.task.protocol or not len(probe.choose)
+    different |= config.img_size is not None or config.pool != "auto"
     different |= cached and probe.protocol.view.shape != "square"
     if paper is not None and different:
         notes.append(f"the paper has {paper:g} % with another protocol: not comparable")
@@ -454,64 +407,49 @@ def paper_figure(
 
 
 def save_head(
-    probe: Probe,
-    source: BlockFeatures,
-    head: nn.Module,
-    layers: str,
+    config: EvalConfig,
+    distributed: Distributed,
+    subject: Subject,
+    classifier: Classifier,
     folder: Path,
     **record: Any,
 ) -> None:
-    """Save the chosen head as a classifier folder, `model` beside the result; rank 0 does.
+    """Save encoder and chosen head as a classifier folder, `model` beside the result; rank 0 does.
 
     The encoder is saved too if the user wants that, or if no name opens it again.
-
-    Args:
-        probe: The task.
-        source: The encoder.
-        head: A `LinearHead` or an `AttentiveHead`.
-        layers: 'last' or 'last4'.
-        folder: Folder of the result.
-        record: Further entries of its `config.json`.
     """
-    if not probe.distributed.is_main:
+    if not distributed.is_main:
         return
-    subject, config = source.subject, probe.config
-    pool, which = source.settings["pool"], cast("Layers", layers)
-    save_result_model(
-        Classifier(subject.model, head, which, pool, probe.train.classes, probe.train.multi_label),
-        None if config.random else subject.given,
-        config,
-        folder,
-        task=probe.task.name,
+    name, path = None if subject.is_random else subject.given, config.checkpoint
+    if name is not None and os.path.isdir(name):
+        name = f"local-dir:{name}"
+    given = {
+        "checkpoint": os.path.abspath(path) if path and os.path.exists(path) else path,
+        "network": config.network,
+    }
+    save_classifier(
+        folder / "model",
+        classifier,
+        encoder=name,
+        encoder_args={key: value for key, value in given.items() if value is not None},
+        with_encoder=config.with_encoder or name is None,
+        overwrite=True,
         model=subject.name,
-        view=asdict(probe.protocol.view),
         **record,
     )
 
 
-def save_result_model(
-    classifier: Classifier, opened: str | None, config: EvalConfig, folder: Path, **record: Any
+def save_probe_head(
+    probe: Probe, source: BlockFeatures, head: nn.Module, layers: str, folder: Path, chosen: str
 ) -> None:
-    """Save a classifier as `model` in a result's folder, with the encoder if nothing reopens it.
-
-    Args:
-        classifier: Encoder and head.
-        opened: Name that the encoder was opened by; None if there is none.
-        config: The options.
-        folder: Folder of the result.
-        record: Further entries of `config.json`.
-    """
-    if opened is not None and os.path.isdir(opened):
-        opened = f"local-dir:{opened}"
-    given = {"checkpoint": config.checkpoint, "network": config.network}
-    if config.checkpoint and os.path.exists(config.checkpoint):
-        given["checkpoint"] = os.path.abspath(config.checkpoint)
-    save_classifier(
-        folder / "model",
-        classifier,
-        encoder=opened,
-        encoder_args={name: value for name, value in given.items() if value is not None},
-        with_encoder=config.with_encoder or opened is None,
-        overwrite=True,
-        **record,
+    """Save the chosen head of a task of classes."""
+    train, pool = probe.train, source.settings["pool"]
+    which, subject = cast("Layers", layers), source.subject
+    save_head(
+        *(probe.config, probe.distributed, subject),
+        Classifier(subject.model, head, which, pool, train.classes, train.multi_label),
+        folder,
+        task=probe.task.name,
+        view=asdict(probe.protocol.view),
+        chosen=chosen,
     )

@@ -208,6 +208,8 @@ def read_result(path: Path) -> Result:
     try:
         content = json.loads(path.read_bytes())
         content["heads"] = [Head(**head) for head in content["heads"]]
+        if content["value"] is None:  # JSON has no NaN
+            content["value"] = math.nan
         if content["interval"] is not None:
             content["interval"] = tuple(content["interval"])
         return Result(**content)

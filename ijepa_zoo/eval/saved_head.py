@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,13 @@ from ..data.transforms import transform_config
 from ..distributed import init_distributed
 from ..encode import model_name
 from ..errors import CheckpointError, DataError, some
-from ..models.classifier import AttentiveHead, Classifier, load_classifier, read_classifier_config
+from ..models.classifier import (
+    HEAD,
+    AttentiveHead,
+    Classifier,
+    load_classifier,
+    read_classifier_config,
+)
 from .accuracy import compute_metrics
 from .features import BlockFeatures, Source, refuse_undecoded
 from .feeds import encoded
@@ -62,7 +69,8 @@ def evaluate_head(
         source = BlockFeatures(
             subject, about["pool"], patches, distributed.device, config.precision
         )
-        protocol = {"head": f"{about['chosen']} of {Path(head)}"}
+        weights = hashlib.sha256((Path(head) / HEAD).read_bytes()).hexdigest()[:16]
+        protocol = {"head": f"{about['chosen']} of {Path(head)}", "head_hash": weights}
 
         def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
             started = time.perf_counter()
@@ -106,7 +114,7 @@ def _test(
     numbers = range(len(batches))
 
     def logits(features: dict[str, Tensor]) -> list[Tensor]:
-        return [head(features[name])]
+        return [head(features[name].float())]
 
     rows_and_labels = encoded(probe, source, batches, numbers, broken)
     metrics = compute_metrics(probe, source, rows_and_labels, logits, 1)

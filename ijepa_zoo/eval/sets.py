@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.clevr import open_clevr
-from ..data.datasets import ImageDataset, Labels, Targets
+from ..data.datasets import ArrayDataset, ImageDataset, Labels, Subset, Targets
 from ..data.decode import Decoder, Pixels
 from ..data.splits import Split, open_splits
+from ..encode import hash_texts
 from ..errors import DataError, ImageError, option, some
 from ..seeds import Stream, numpy_generator
 from .results import data_name
@@ -32,18 +34,7 @@ _SCENES = "scenes:"
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Images and their classes.
-
-    Attributes:
-        images: The images, n.
-        labels: `[n]` int64, classes 0 to C - 1, or uint8 `[n, C]`, 1 for each class of an image;
-            both sets of a task have the same classes.
-        classes: Names of the C classes.
-        split: What the data set calls this part.
-        notes: What a user should know about it, in sentences.
-        name: What a person calls the data, such as the name of their folder; empty: not known.
-        skip_broken: Leave out images that cannot be decoded.
-    """
+    """Images and their classes."""
 
     images: ImageDataset
     labels: Labels
@@ -66,11 +57,7 @@ class EvalSet:
         return np.bincount(labels, minlength=len(self.classes))
 
     def refuse_several_labels(self, probe: str) -> None:
-        """Refuse images of several classes.
-
-        Raises:
-            DataError: Images may have several.
-        """
+        """Refuse images of several classes."""
         if self.multi_label:
             raise DataError(
                 f"{probe} takes images of one class, and these have several: use the linear, "
@@ -83,12 +70,7 @@ class EvalSet:
         return self.images.decoder.in_chans
 
     def read(self, index: int) -> Pixels:
-        """Decode an image.
-
-        Raises:
-            ImageError: It cannot be decoded, and such images are left out.
-            DataError: It cannot be decoded.
-        """
+        """Decode an image."""
         try:
             image = self.images.read(index)
         except ImageError as error:
@@ -105,6 +87,18 @@ class EvalSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def files_state(self) -> str:
+        """A hash of sizes and times of files and of every byte of arrays."""
+        images = self.images
+        whole = images.dataset if isinstance(images, Subset) else images
+        if isinstance(whole, ArrayDataset):
+            digest = hashlib.blake2b(digest_size=8)
+            for index in range(len(images)):
+                digest.update(np.asarray(images.raw(index)).tobytes())
+            return digest.hexdigest()
+        return hash_texts(map(_file_state, images.files()))
 
     def fingerprint(self) -> str:
         """Some hexadecimal digits that are the same for the same images, labels and classes."""
@@ -128,19 +122,6 @@ def open_task(
 
     Data without a test part are split 80:20 with a fixed seed. `notes` of the sets say what was
     left out or split.
-
-    Args:
-        task: See :func:`~ijepa_zoo.eval.tasks.find_task`.
-        data: For classes what :func:`~ijepa_zoo.data.splits.open_splits` takes, for
-            CLEVR's tasks what :func:`~ijepa_zoo.data.clevr.open_clevr` takes.
-        test: The test part, if `data` does not hold it (classes alone).
-        workers: Processes that render scenes, if any are rendered.
-        decoder: See `open_images`.
-        skip_broken: Leave out images that cannot be decoded.
-        progress: Show a progress bar while rendering.
-
-    Raises:
-        DataError: The data cannot be used, or do not fit the task.
     """
     trained, tested = _open(task, data, test, workers, decoder, progress)
     if not (known := (trained.targets >= 0)).all():
@@ -159,12 +140,6 @@ def split_classes(labels: Labels, share: float, seed: int, use: int = 0) -> tupl
 
     An image of several classes counts for the rarest of them. The only image of a class is in the
     first part.
-
-    Args:
-        labels: `[n]` class numbers, or 0/1 `[n, C]`.
-        share: Share of the second part, at most 0.5.
-        seed: The run's seed.
-        use: Number of the split, so that two splits of a seed differ.
     """
     if labels.ndim > 1:
         labels = _rarest(labels)
@@ -194,10 +169,6 @@ def listed_rows(train: EvalSet, files: str | Path) -> Targets:
 
     A line is a file name (`n01440764_10043.JPEG`), with folders (`n01440764/n01440764_10043.JPEG`)
     where names alone are not unique.
-
-    Raises:
-        DataError: The list cannot be read or is empty, names an image that does not exist, or one
-            of several of that name.
     """
     try:
         lines = Path(files).read_text(encoding="utf-8").split("\n")
@@ -339,3 +310,11 @@ def _without(part: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
         f"for example '{part.images.name(int(gone[0]))}'"
     )
     return part.subset(np.flatnonzero(kept), part.name, [note])
+
+
+def _file_state(path: str) -> str:
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):  # such as a link to nowhere: a broken image
+        return "missing"
+    return f"{state.st_size} {state.st_mtime_ns}"

@@ -21,15 +21,7 @@ _H14_22K, _G16_22K = "vit_huge14_ijepa.in22k", "vit_giant16_ijepa.in22k"
 
 @dataclass(frozen=True)
 class View:
-    """How an image becomes the model's input; pixels for a model of any size.
-
-    Attributes:
-        shape: 'crop' trains on a random resized crop (8 % to 100 % of the area, aspect 3/4 to 4/3)
-            and tests on the middle: short side resized to 8/7 of the model's size, then cut.
-            'square' resizes the whole image to the model's size. Training flips at random.
-        filter: Filter of the resize.
-        whole: Of a 'crop', test on the largest middle part: short side resized to the model's size.
-    """
+    """How an image becomes the model's input; pixels for a model of any size."""
 
     shape: Literal["crop", "square"]
     filter: Literal["bicubic", "bilinear"]

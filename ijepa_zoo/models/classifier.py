@@ -263,9 +263,9 @@ def save_classifier(
     """
     if encoder is None and not with_encoder:
         raise SettingsError("an encoder in memory has no source: save it too, with_encoder=True")
-    if encoder is not None and encoder.startswith(FOLDER_PREFIX):  # valid from everywhere
-        path = Path(encoder.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
-        encoder = f"{FOLDER_PREFIX}{path}"
+    if encoder is not None and FOLDER_PREFIX in encoder:  # valid from everywhere
+        library, _, path = encoder.partition(FOLDER_PREFIX)
+        encoder = f"{library}{FOLDER_PREFIX}{Path(path).expanduser().resolve()}"
     folder, head = Path(folder), classifier.head
     written = (CONFIG, HEAD, ENCODER)
     check_destination(folder, written, overwrite)
