@@ -9,7 +9,8 @@ nulls would become floats. Pixels and features are those of :func:`ijepa_zoo.ext
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 Model = str | Callable[[], nn.Module]
 
+_DECODED = 64  # images in one piece
+_PROCESS_BYTES = 1 << 30  # of an actor without the weights
 _SUFFIXES = sorted(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
@@ -43,7 +46,7 @@ def decode_images(
     """Decode and transform image files.
 
     Args:
-        batch: Rows with the bytes of an image file, or with structs of `bytes` and `path`, as in
+        batch: Rows with the bytes of an image file, or with a struct of `bytes` and `path`, as in
             Parquet files of the Hugging Face Hub.
         transform: Of the model, `create_transform(model, normalize=False)`.
         decoder: Default: that of the transform.
@@ -80,7 +83,11 @@ def decode_images(
             pixels[row] = transform(decoder(content) if decoder else content).numpy()
         except ImageError as error:
             errors[row] = str(error)
-    rest = rest.append_column("pixels", pa.FixedShapeTensorArray.from_numpy_ndarray(pixels))
+    kind = pa.fixed_shape_tensor(pa.uint8(), transform.input_size)
+    flat = pa.FixedSizeListArray.from_arrays(
+        pa.array(pixels.reshape(-1)), math.prod(transform.input_size)
+    )
+    rest = rest.append_column("pixels", pa.ExtensionArray.from_storage(kind, flat))
     return rest.append_column("error", pa.array(errors, pa.string()))
 
 
@@ -125,7 +132,8 @@ class FeatureActor:
             threads=threads or torch.get_num_threads(),
             extractor=Probabilities(network) if is_classifier else None,
         )
-        if len(self.encoder.row_shape) != 1 or dtype == "bfloat16":
+        is_dense = getattr(network, "is_dense", False)
+        if is_dense or len(self.encoder.row_shape) != 1 or dtype == "bfloat16":
             raise SettingsError(
                 "a row of Parquet holds one vector of float32 or float16: give a pool other than "
                 f"None, a model without a dense head, and a dtype other than {dtype!r}"
@@ -147,8 +155,7 @@ class FeatureActor:
         import pyarrow as pa
 
         errors, size = batch["error"].to_pylist(), self.encoder.batch_size
-        chunks = [chunk.to_numpy_ndarray() for chunk in batch["pixels"].chunks]
-        images = torch.from_numpy(np.concatenate(chunks))
+        images = torch.tensor(batch["pixels"].combine_chunks().to_numpy_ndarray())
         pieces = [(images[i : i + size], errors[i : i + size]) for i in range(0, len(images), size)]
         good = np.array([error is None for error in errors], bool)
         values = np.zeros((len(images), *self.encoder.row_shape), self.encoder.settings["dtype"])
@@ -200,7 +207,6 @@ def map_features(
     actors: int | tuple[int, int] = 1,
     num_cpus: float | None = None,
     num_gpus: float | None = None,
-    decode_cpus: float = 1,
     batch_size: int | None = None,
     **options: Any,
 ) -> Dataset:
@@ -212,9 +218,9 @@ def map_features(
         column: See :func:`decode_images`.
         decoder: Sets ranges of values, bands or the largest size. Default: that of the model.
         actors: Copies of the model; the least and the most for a pool that grows and shrinks.
-        num_cpus: CPUs of an actor. Default: Ray's.
-        num_gpus: GPUs of an actor.
-        decode_cpus: CPUs that a decoding task reserves.
+        num_cpus: CPUs that each actor reserves. The tasks that read and decode reserve one each.
+            Default: Ray's, 1 without GPUs.
+        num_gpus: GPUs that each actor reserves.
         batch_size: Images per call of an actor. Default: 256 with GPUs, else 32.
         options: Arguments of :class:`FeatureActor`.
 
@@ -225,13 +231,11 @@ def map_features(
     pool = _ray_data().ActorPoolStrategy(min_size=least, max_size=most)
     network = _open_model(model)
     transform = create_transform(network, normalize=False)
-    # Reserved by an actor; its own request also keeps Ray from decoding in the actor.
-    memory = sum(tensor.nbytes for tensor in network.state_dict().values())
+    weights = sum(tensor.nbytes for tensor in network.state_dict().values())
     decoded = dataset.map_batches(
-        decode_images,
-        batch_size=None,  # another size would decode apart from reading
+        _decode_block,
+        batch_size=None,  # with a size, Ray would decode in other tasks than it reads
         batch_format="pyarrow",
-        num_cpus=decode_cpus,
         fn_kwargs={"transform": transform, "decoder": decoder, "column": column},
     )
     return decoded.map_batches(
@@ -241,10 +245,16 @@ def map_features(
         compute=pool,
         num_cpus=num_cpus,
         num_gpus=num_gpus,
-        memory=memory,
+        memory=_PROCESS_BYTES + weights,  # reserving some also keeps Ray from decoding in the actor
         fn_constructor_args=(model,),
         fn_constructor_kwargs=options,
     )
+
+
+def _decode_block(batch: pa.Table, **options: Any) -> Iterator[pa.Table]:
+    """Decode in pieces: thousands of small files may become gigabytes of pixels."""
+    for row in range(0, max(1, len(batch)), _DECODED):  # an empty batch has columns, too
+        yield decode_images(batch.slice(row, _DECODED), **options)
 
 
 def _open_model(model: Model) -> nn.Module:

@@ -19,7 +19,7 @@ DONE = "_done.json"  # in the folder of a finished group; readers of Parquet ski
 
 
 def list_shards(files: fs.FileSystem, root: str) -> list[str]:
-    """Parquet files or tar shards, or else subfolders of images; without these, the input itself."""
+    """Parquet files or tar shards, else subfolders of images, else the input itself."""
     if files.get_file_info(root).is_file:
         return [root]
     found = sorted(files.get_file_info(fs.FileSelector(root)), key=lambda info: info.path)
