@@ -84,10 +84,9 @@ def decode_images(
         except ImageError as error:
             errors[row] = str(error)
     kind = pa.fixed_shape_tensor(pa.uint8(), transform.input_size)
-    flat = pa.FixedSizeListArray.from_arrays(
-        pa.array(pixels.reshape(-1)), math.prod(transform.input_size)
-    )
-    rest = rest.append_column("pixels", pa.ExtensionArray.from_storage(kind, flat))
+    flat, size = pa.array(pixels.reshape(-1)), math.prod(transform.input_size)
+    tensors = pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, size))
+    rest = rest.append_column("pixels", tensors)
     return rest.append_column("error", pa.array(errors, pa.string()))
 
 
@@ -219,7 +218,7 @@ def map_features(
         decoder: Sets ranges of values, bands or the largest size. Default: that of the model.
         actors: Copies of the model; the least and the most for a pool that grows and shrinks.
         num_cpus: CPUs that each actor reserves. The tasks that read and decode reserve one each.
-            Default: Ray's, 1 without GPUs.
+            Default: 1.
         num_gpus: GPUs that each actor reserves.
         batch_size: Images per call of an actor. Default: 256 with GPUs, else 32.
         options: Arguments of :class:`FeatureActor`.

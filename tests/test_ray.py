@@ -1,6 +1,7 @@
 """Features on Ray Data: the functions by themselves, and a cluster that loses a node."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -22,7 +23,8 @@ from ijepa_zoo.models.classifier import Classifier, DenseHead, LinearHead, save_
 from ijepa_zoo.ray import FeatureActor, decode_images, map_features, read_images
 
 NANO = "vit_nano8_64_ijepa"
-PHOTOS = Path(__file__).parent.parent / "examples" / "images" / "photos"
+ROOT = Path(__file__).parent.parent
+PHOTOS = ROOT / "examples" / "images" / "photos"
 BROKEN = {"empty": b"", "text": b"not an image", "cut": (PHOTOS / "cat.jpg").read_bytes()[:5000]}
 
 
@@ -200,6 +202,53 @@ def test_a_cluster_that_loses_a_node_gives_the_same_features(tmp_path):
     kill_a_node_in_the_middle(ray, tmp_path / "images", tmp_path)
     rows = parquet.read_table(tmp_path / "out").to_pylist()
     assert_same(rows, features, errors)
+
+
+def extract(images: Path, out: Path, *options: str) -> str:
+    """What `examples/ray/extract.py` prints, on one node of two CPUs."""
+    command = [sys.executable, str(ROOT / "examples/ray/extract.py"), str(images), str(out)]
+    command += ["--model", NANO, "--group", "1", *options]
+    small = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "200000000"}
+    environment = {**os.environ, **small}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_resumes_by_shards(tmp_path):
+    pytest.importorskip("ray")
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in "ab":
+        write_images(images / name, 6, broken=1)
+    assert "0 shards done before, 2 to do" in extract(images, out)
+    first = {path: path.stat().st_mtime_ns for path in (out / "000000").iterdir()}
+    (out / "000001" / "_done.json").unlink()  # as if the run had ended there
+    write_images(images / "0", 6, broken=0)
+    printed = extract(images, out)
+    assert "1 shards done before, 2 to do" in printed
+    assert "6 images, 1 errors" in printed
+    assert "3 shards done before, 0 to do" in extract(images, out)
+    assert {path: path.stat().st_mtime_ns for path in (out / "000000").iterdir()} == first
+    rows = parquet.read_table(out).to_pylist()
+    assert_same(rows, *features_of(images, tmp_path / "f.parquet"))
+
+
+@pytest.mark.slow
+def test_the_example_reads_parquet(tmp_path):
+    pytest.importorskip("ray")
+    paths = write_images(tmp_path / "images", 12, broken=2)
+    (tmp_path / "tables").mkdir()
+    for i in range(2):
+        half = [str(path) for path in paths[i::2]]
+        contents = [Path(path).read_bytes() for path in half]
+        parquet.write_table(
+            pa.table({"path": half, "photo": contents}), tmp_path / f"tables/{i}.parquet"
+        )
+    extract(tmp_path / "tables", tmp_path / "out", "--column", "photo")
+    rows = parquet.read_table(tmp_path / "out").to_pylist()
+    assert_same(rows, *features_of(tmp_path / "images", tmp_path / "f.parquet"))
 
 
 def kill_a_node_in_the_middle(ray, images: Path, folder: Path) -> None:
