@@ -120,6 +120,19 @@ class _TopK(_Predictions):
         return torch.cat([best.values, best.indices.float()], dim=1)
 
 
+class Probabilities(_Predictions):
+    """Probabilities of all classes, `[B, classes]`."""
+
+    def row_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of a row."""
+        return (self.model.num_classes,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        probabilities: Tensor = self.model(images).float().softmax(dim=1)
+        return probabilities
+
+
 class _Maps(_Predictions):
     """Class numbers of a dense head, or the values of its only channel, `[B, H, W]`."""
 

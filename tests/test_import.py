@@ -76,7 +76,7 @@ def test_process_is_left_as_it_was(report):
 
 @pytest.mark.parametrize(
     "package",
-    ["transformers", "pyarrow", "matplotlib", "datasets", "pandas", "scipy"],
+    ["transformers", "pyarrow", "matplotlib", "datasets", "pandas", "scipy", "ray"],
 )
 def test_nothing_heavy_is_imported_beyond_what_timm_imports(report, package):
     assert not [name for name in report["new"] if name.partition(".")[0] == package]

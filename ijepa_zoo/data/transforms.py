@@ -30,12 +30,16 @@ class ModelTransform:
     Args:
         config: See `transform_config`.
         normalize: False returns uint8 pixels, before scaling to 0..1 and mean and std.
+
+    Attributes:
+        input_size: Channels, height and width of the result.
     """
 
     def __init__(self, config: dict[str, Any], normalize: bool = True) -> None:
         from timm.data import create_transform as timm_transform
 
-        self.decoder = Decoder(in_chans=config["input_size"][0])
+        self.input_size: tuple[int, int, int] = config["input_size"]
+        self.decoder = Decoder(in_chans=self.input_size[0])
         self.limits_aspect = config["crop_mode"] == "center"
         made = timm_transform(**config, is_training=False, normalize=False)
         self.geometry = made.transforms[:-1]  # the last one makes an array

@@ -1,0 +1,299 @@
+"""Features on Ray Data: the functions by themselves, and a cluster that loses a node."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+import ijepa_zoo
+from ijepa_zoo.data.decode import Decoder
+from ijepa_zoo.errors import DataError, MissingPackageError, SettingsError
+from ijepa_zoo.models.classifier import Classifier, DenseHead, LinearHead, save_classifier
+from ijepa_zoo.ray import FeatureActor, decode_images, map_features, read_images
+
+NANO = "vit_nano8_64_ijepa"
+ROOT = Path(__file__).parent.parent
+PHOTOS = ROOT / "examples" / "images" / "photos"
+BROKEN = {"empty": b"", "text": b"not an image", "cut": (PHOTOS / "cat.jpg").read_bytes()[:5000]}
+
+
+@pytest.fixture(scope="module")
+def transform():
+    return ijepa_zoo.create_transform(ijepa_zoo.create_model(NANO), normalize=False)
+
+
+@pytest.fixture(scope="module")
+def actor():
+    return FeatureActor(NANO, device="cpu", threads=1)
+
+
+def table(contents: list[bytes | None], **columns) -> pa.Table:
+    return pa.table({"bytes": pa.array(contents, pa.binary()), **columns})
+
+
+def write_images(folder: Path, count: int, broken: int) -> list[Path]:
+    """Crops of the example photographs; every so many files are broken."""
+    folder.mkdir()
+    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
+    numbers = np.random.default_rng(0)
+    paths = [folder / f"{i:03}.jpg" for i in range(count)]
+    for i, path in enumerate(paths):
+        photo = photos[i % len(photos)]
+        width, height = numbers.integers(70, 200, 2)
+        left = numbers.integers(photo.width - width)
+        top = numbers.integers(photo.height - height)
+        photo.crop((left, top, left + width, top + height)).save(path)
+    for i, path in enumerate(paths[:: count // broken][:broken] if broken else []):
+        path.write_bytes(list(BROKEN.values())[i % len(BROKEN)])
+    return paths
+
+
+def features_of(folder: Path, out: Path) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Features and errors of `ijepa-zoo features`, by path."""
+    model = ijepa_zoo.create_model(NANO)
+    report = ijepa_zoo.extract_features([folder], model, out, device="cpu", workers=0)
+    found = parquet.read_table(out)
+    errors = {
+        line["path"]: line["error"]
+        for line in map(json.loads, report.index.read_text().splitlines())
+        if "error" in line
+    }
+    return dict(zip(found["path"].to_pylist(), found["features"].to_pylist())), errors
+
+
+def assert_same(rows: list[dict], features: dict, errors: dict) -> None:
+    assert sorted(row["path"] for row in rows) == sorted([*features, *errors])
+    for row in rows:
+        assert row["error"] == errors.get(row["path"])
+        if row["error"] is None:
+            np.testing.assert_allclose(row["features"], features[row["path"]], rtol=1e-4, atol=1e-5)
+        else:
+            assert row["features"] is None
+
+
+def test_ray_is_imported_only_when_it_is_used():
+    code = "import sys, ijepa_zoo.ray; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_ray_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'ijepa-zoo\[ray\]'"):
+        read_images("photos")
+
+
+def test_batches_have_the_features_and_errors_of_extract_features(tmp_path, transform, actor):
+    paths = write_images(tmp_path / "images", 12, broken=3)
+    batch = table([path.read_bytes() for path in paths], path=[str(path) for path in paths])
+    result = actor(decode_images(batch, transform))
+    assert result.column_names == ["path", "error", "features"]
+    features, errors = features_of(tmp_path / "images", tmp_path / "f.parquet")
+    assert len(errors) == 3
+    assert_same(result.to_pylist(), features, errors)
+
+
+def test_pixels_are_those_of_the_model_transform(transform):
+    photo = (PHOTOS / "cat.jpg").read_bytes()
+    decoded = decode_images(table([photo, b"", None]), transform)
+    pixels = decoded["pixels"].combine_chunks().to_numpy_ndarray()
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels[0], transform(photo).numpy())
+    assert not pixels[1:].any()
+    assert decoded["error"].to_pylist() == [None, "empty file", "no image in this row"]
+
+
+def test_a_decoder_chooses_the_range_of_values(transform, tmp_path):
+    values = np.random.default_rng(0).integers(0, 4000, (80, 80)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    content, decoder = (tmp_path / "deep.png").read_bytes(), Decoder(3, (0, 4000))
+    decoded = decode_images(table([content]), transform, decoder)
+    pixels = decoded["pixels"].combine_chunks().to_numpy_ndarray()[0]
+    np.testing.assert_array_equal(pixels, transform(decoder(content)).numpy())
+    assert pixels.max() > 128 > transform(content).max()
+
+
+def test_other_columns_keep_their_types(transform, actor):
+    columns = {"label": pa.array([1, None]), "tags": pa.array([["a", "b"], None])}
+    batch = table([(PHOTOS / "cat.jpg").read_bytes()] * 2, **columns)
+    result = actor(decode_images(batch, transform))
+    for name, column in columns.items():
+        assert result[name].type == column.type
+        assert result[name].to_pylist() == column.to_pylist()
+
+
+def test_images_of_parquet_and_of_webdataset_samples_are_found(transform):
+    photo = (PHOTOS / "cat.jpg").read_bytes()
+    expected = transform(photo).numpy()
+    structs = pa.table({"image": [{"bytes": photo, "path": "cat.jpg"}]})
+    samples = pa.table({"__key__": ["a", "b"], "JPG": [None, photo], "png": [photo, None]})
+    for batch in (structs, samples, pa.table({"thumbnail": [photo], "bytes": [b"other"]})):
+        column = "thumbnail" if "thumbnail" in batch.column_names else None
+        decoded = decode_images(batch, transform, column=column)
+        for pixels in decoded["pixels"].combine_chunks().to_numpy_ndarray():
+            np.testing.assert_array_equal(pixels, expected)
+    assert decode_images(structs, transform)["path"].to_pylist() == ["cat.jpg"]
+    with pytest.raises(DataError, match="__key__"):
+        decode_images(samples, transform, column="image")
+
+
+@pytest.mark.parametrize("contents", [[], [b"", b"x"]], ids=["no rows", "only broken images"])
+def test_batches_without_a_good_image(contents, transform, actor):
+    usual = actor(decode_images(table([(PHOTOS / "cat.jpg").read_bytes()]), transform))
+    result = actor(decode_images(table(contents), transform))
+    assert result.schema == usual.schema
+    assert result["features"].to_pylist() == [None] * len(contents)
+
+
+def test_a_classifier_folder_gives_probabilities(tmp_path, transform):
+    encoder = ijepa_zoo.create_model(NANO)
+    classifier = Classifier(encoder, LinearHead(encoder.embed_dim, 3)).eval()
+    save_classifier(tmp_path / "model", classifier, with_encoder=True)
+    photo = (PHOTOS / "cat.jpg").read_bytes()
+    actor = FeatureActor(f"local-dir:{tmp_path / 'model'}", device="cpu", threads=1)
+    result = actor(decode_images(table([photo, b""]), transform))
+    image = ijepa_zoo.create_transform(encoder)(photo)[None]
+    with torch.no_grad():
+        expected = classifier(image).softmax(dim=1)[0]
+    found = result["probabilities"].to_pylist()
+    assert found[0] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert found[1] is None
+
+
+def test_a_model_may_be_a_function(transform):
+    actor = FeatureActor(
+        partial(ijepa_zoo.create_model, NANO, img_size=32), layers=[0, 1], device="cpu", threads=1
+    )
+    assert actor.encoder.size == (32, 32)
+    assert actor.encoder.row_shape == (256,)
+
+
+def dense() -> Classifier:
+    encoder = ijepa_zoo.create_model(NANO)
+    return Classifier(encoder, DenseHead(encoder.embed_dim, 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [(NANO, {"pool": None}), (NANO, {"dtype": "bfloat16"}), (dense, {})],
+    ids=["maps", "bfloat16", "dense head"],
+)
+def test_what_a_row_of_parquet_cannot_hold_is_refused(model, options):
+    with pytest.raises(SettingsError, match="Parquet"):
+        FeatureActor(model, device="cpu", threads=1, **options)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_node_gives_the_same_features(tmp_path):
+    ray = pytest.importorskip("ray")
+    write_images(tmp_path / "images", 200, broken=10)
+    features, errors = features_of(tmp_path / "images", tmp_path / "f.parquet")
+    assert len(errors) == 10
+    kill_a_node_in_the_middle(ray, tmp_path / "images", tmp_path)
+    rows = parquet.read_table(tmp_path / "out").to_pylist()
+    assert_same(rows, features, errors)
+
+
+def extract(images: Path, out: Path, *options: str) -> str:
+    """What `examples/ray/extract.py` prints, on one node of two CPUs."""
+    command = [sys.executable, str(ROOT / "examples/ray/extract.py"), str(images), str(out)]
+    command += ["--model", NANO, "--group", "1", *options]
+    small = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "200000000"}
+    environment = {**os.environ, **small}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_example_resumes_by_shards(tmp_path):
+    pytest.importorskip("ray")
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for name in "ab":
+        write_images(images / name, 6, broken=1)
+    assert "0 shards done before, 2 to do" in extract(images, out)
+    first = {path: path.stat().st_mtime_ns for path in (out / "000000").iterdir()}
+    (out / "000001" / "_done.json").unlink()  # as if the run had ended there
+    write_images(images / "0", 6, broken=0)
+    printed = extract(images, out)
+    assert "1 shards done before, 2 to do" in printed
+    assert "6 images, 1 errors" in printed
+    assert "3 shards done before, 0 to do" in extract(images, out)
+    assert {path: path.stat().st_mtime_ns for path in (out / "000000").iterdir()} == first
+    rows = parquet.read_table(out).to_pylist()
+    assert_same(rows, *features_of(images, tmp_path / "f.parquet"))
+
+
+@pytest.mark.slow
+def test_the_example_reads_parquet(tmp_path):
+    pytest.importorskip("ray")
+    paths = write_images(tmp_path / "images", 12, broken=2)
+    (tmp_path / "tables").mkdir()
+    for i in range(2):
+        half = [str(path) for path in paths[i::2]]
+        contents = [Path(path).read_bytes() for path in half]
+        parquet.write_table(
+            pa.table({"path": half, "photo": contents}), tmp_path / f"tables/{i}.parquet"
+        )
+    extract(tmp_path / "tables", tmp_path / "out", "--column", "photo")
+    rows = parquet.read_table(tmp_path / "out").to_pylist()
+    assert_same(rows, *features_of(tmp_path / "images", tmp_path / "f.parquet"))
+
+
+def kill_a_node_in_the_middle(ray, images: Path, folder: Path) -> None:
+    """Write features to `folder / "out"` on two nodes of one CPU, one of which is killed."""
+    from ray.cluster_utils import Cluster
+
+    (folder / "seen").mkdir()
+
+    def slow(batch: pa.Table, seen: str = str(folder / "seen")) -> pa.Table:
+        node = ray.get_runtime_context().get_node_id()
+        for path in batch["path"].to_pylist():
+            Path(seen, f"{node}-{Path(path).name}").touch()
+            time.sleep(0.1)
+        return batch
+
+    small = {"num_cpus": 1, "object_store_memory": 200_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    try:
+        node = cluster.add_node(**small)
+        ray.init(address=cluster.address, log_to_driver=False)
+        finished, seen_before = threading.Event(), []
+
+        def kill() -> None:
+            while not finished.is_set():
+                names = [path.name for path in (folder / "seen").iterdir()]
+                if sum(name.startswith(node.node_id) for name in names) >= 50:
+                    cluster.remove_node(node, allow_graceful=False)
+                    seen_before.append(len(names))
+                    return
+                time.sleep(0.05)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            slowed = read_images(str(images)).map_batches(
+                slow, batch_size=None, batch_format="pyarrow"
+            )
+            # Actors that reserve no CPU leave the last CPU to decoding.
+            rows = map_features(slowed, NANO, actors=2, num_cpus=0, device="cpu", threads=1)
+            rows.write_parquet(str(folder / "out"))
+            assert seen_before
+            assert seen_before[0] < 190
+        finally:
+            finished.set()
+            killer.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
