@@ -157,7 +157,7 @@ def _table_outputs(path: Path) -> Outputs:
 
 def _map_outputs(path: Path) -> Outputs:
     """The list of the maps is a table in the folder."""
-    if path.suffix or path.is_file():
+    if path.suffix.lower() in TABLES or path.is_file():
         raise SettingsError(f"'{path}' is not a folder: a dense head writes a map per image")
     return Outputs.beside(path / "maps.csv", "maps", "csv")
 

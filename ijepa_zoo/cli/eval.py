@@ -144,10 +144,11 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         own.add_argument("--micro-batch-size", type=positive, default=MICRO_BATCH, metavar="N",
             help=f"images per forward pass of a process (default: {MICRO_BATCH})")  # fmt: skip
         own.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower")
-    if name == "linear":
+    keeps_head = name in (*_HEADS, "logreg")
+    if keeps_head:
         own.add_argument("--head", metavar="DIR",
             help="test a saved head (RUN/model) on --data instead of training one")  # fmt: skip
-    model = options.add_model_options(parser, required=name != "linear")
+    model = options.add_model_options(parser, required=not keeps_head)
     model.add_argument("--random", action="store_true", help="random weights, drawn by --seed")
     if name not in (*_TRAINING, *_DENSE, "attentive"):
         model.add_argument("--pool", choices=("auto", "avg", "cls", "cls_avg"), default="auto",

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from ..errors import DataError, ImageError
+from ..errors import DataError, ImageError, some
 from .decode import Decoder, Pixels, Raw
 from .files import File, is_compressed, open_shard
 
@@ -451,6 +451,8 @@ class ObjectDataset(ImageDataset):
                 number: ", ".join(name) if isinstance(name, tuple) else str(name)
                 for number, name in enumerate(found)
             }
+            if len({*self.classes.values()}) < len(self.classes):
+                raise DataError(f"{name} has two classes of the same name: {some(found)}")
 
     def __len__(self) -> int:
         return len(self.data)

@@ -15,6 +15,7 @@ from .files import File
 
 TRAIN = ("train", "training")
 TEST = ("test", "val", "valid", "validation", "testing")  # in the order of preference
+_SPLITS = {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
 _BETWEEN = ";"  # between the labels of a cell
 
 
@@ -41,6 +42,7 @@ class LabeledFiles(FileDataset):
         folder = os.path.dirname(path)
         for line, row in _rows(path):
             name, split = row["path"], row.get("split", "").lower()
+            split = _SPLITS.get(split, split)
             if not name:
                 raise DataError(f"line {line} of '{path}' has no path")
             if "split" in row and split not in (*TRAIN, *TEST):
@@ -77,10 +79,11 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="", skipinitialspace=True)
             reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-            if not {"path", "label"} <= {*reader.fieldnames}:
+            names = [name for name in reader.fieldnames if name in ("path", "label", "split")]
+            if not {"path", "label"} <= {*names} or len({*names}) < len(names):
                 found = ", ".join(reader.fieldnames) or "nothing"
                 raise DataError(
-                    f"'{path}' needs the columns path,label: its first line has {found}"
+                    f"'{path}' needs the columns path,label once: its first line has {found}"
                 )
             empty = True
             for row in reader:

@@ -127,8 +127,9 @@ def _open(source: Any, name: str, decoder: Decoder) -> Split:
 def _of_csv(whole: Split, names: Sequence[str]) -> Split | None:
     """The first of the named splits that the CSV has."""
     splits = whole.images.splits if isinstance(whole.images, LabeledFiles) else {}
-    found = next((name for name in names if name in splits), None)
-    return None if found is None else whole.subset(splits[found], found)
+    found = [name for name in names if name in splits]
+    notes = [f"{len(splits[name])} images of the split '{name}' are left out" for name in found[1:]]
+    return whole.subset(splits[found[0]], found[0], notes) if found else None
 
 
 def _open_pair(train: Any, test: Any, decoder: Decoder) -> tuple[Split, Split]:

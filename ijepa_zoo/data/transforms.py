@@ -91,7 +91,9 @@ def transform_config(model: nn.Module) -> dict[str, Any]:
     config: dict[str, Any] = resolve_model_data_config(model)
     embed = getattr(model, "patch_embed", None)
     height, width = getattr(embed, "img_size", None) or config["input_size"][1:]
-    channels = getattr(getattr(embed, "proj", None), "in_channels", config["input_size"][0])
+    channels = config["input_size"][0]
+    if not hasattr(embed, "backbone"):  # a hybrid's patch embedding reads feature maps
+        channels = getattr(getattr(embed, "proj", None), "in_channels", channels)
     config["input_size"] = (channels, height, width)
     for key in ("mean", "std"):
         if len(config[key]) != channels:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import DataError
 from .features import Source
 from .results import wilson_interval
 
@@ -120,6 +121,8 @@ def compute_metrics(
             answers.append(labels.cpu())
         whole = probe.distributed.all_gather_rows(torch.cat(scores, dim=1).transpose(0, 1))
         labels = probe.distributed.all_gather_rows(torch.cat(answers))
+        if not labels.any():
+            raise DataError("none of the images to choose by, or to test on, has a label")
         found = [average_precision(whole[:, head], labels) for head in range(heads)]
     return AveragePrecisions(torch.stack(found), len(labels))
 

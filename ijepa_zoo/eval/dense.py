@@ -43,6 +43,7 @@ from .models import Subject
 from .probe import CACHED_AS_IS, of_all_processes, other_epochs, save_head, undecoded
 from .results import TEST_SET, Head, Result, data_name
 from .runs import EpochState, once, run_folder
+from .tasks import View
 
 _MAX_DEPTH = 10.0  # meters, where the data do not tell: rooms
 _TRIED = 100  # pairs that are read before the work, until one counts
@@ -251,7 +252,10 @@ def _evaluate(probe: _Probe, subject: Subject) -> tuple[Result, Path]:
         if distributed.is_main:
             head = training.heads[chosen]
             names = probe.pairs.class_names
-            classifier = Classifier(subject.model, head.head, head.layers, None, names)
+            whole = View("square", "bicubic").timm_config()
+            classifier = Classifier(
+                subject.model, head.head, head.layers, None, names, transform=whole
+            )
             save_head(config, distributed, subject, classifier, folder, **task.head_record)
         return result
 

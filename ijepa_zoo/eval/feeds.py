@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.datasets import Targets
 from ..data.transforms import DRAWS
 from ..encode import Batch
+from ..errors import DataError
 from ..seeds import Stream, numpy_generator
 from .batches import TrainBatches, share
 from .features import CachedFeatures, Source, cached_features, refuse_undecoded
@@ -147,6 +148,8 @@ class CachedFeed:
         }
         self.fit = np.flatnonzero(np.isin(self.train.indices, probe.fit))
         self.choose = np.flatnonzero(np.isin(self.train.indices, probe.choose))
+        if len(self.fit) == 1:
+            raise DataError("only one training image can be decoded, and two are needed")
         self.batch_size = min(probe.protocol.batch_size, len(self.fit))
         self.steps = len(self.fit) // max(self.batch_size, 1)
         for what, part, rows, count in (

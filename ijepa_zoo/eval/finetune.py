@@ -90,7 +90,9 @@ class FineTuneRecipe:
         if epochs < 1:
             raise SettingsError(f"epochs is {epochs}; fine-tuning needs at least 1")
         warmup = self.warmup_epochs * epochs / self.epochs
-        size = batch_size or self.batch_size
+        size = self.batch_size if batch_size is None else batch_size
+        if size < 2:
+            raise SettingsError(f"batch_size is {size}; fine-tuning needs at least 2 (mixup pairs)")
         return replace(self, epochs=epochs, warmup_epochs=warmup, batch_size=size)
 
 
@@ -214,9 +216,7 @@ def _save(training: FineTuning, subject: Subject, folder: Path) -> None:
         **network.pretrained_cfg,
         "label_names": [*classes],
         "num_classes": len(classes),
-        "crop_pct": 1.0 if view.whole else 0.875,
-        "crop_mode": "center",
-        "interpolation": view.filter,
+        **view.timm_config(),
     }
     origin = f"fine-tuned from {subject.name}"
     export(network, folder, license=cfg.get("license"), overwrite=True, origin=origin)
@@ -470,6 +470,8 @@ def add_head(model: Any, num_classes: int, seed: int) -> None:
     """Give a timm model a classifier for `num_classes`, with small weights."""
     model.reset_classifier(num_classes)
     head = model.get_classifier()
+    if not isinstance(head, nn.Linear):
+        raise SettingsError(f"{type(model).__name__} does not have one linear classifier")
     generator = torch_generator(seed, Stream.EVAL_INIT)
     with torch.no_grad():
         nn.init.trunc_normal_(head.weight, std=_HEAD_STD, generator=generator)

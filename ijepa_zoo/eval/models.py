@@ -6,15 +6,15 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from ..data.transforms import transform_config
 from ..encode import model_name, weights_fingerprint
-from ..errors import FetchError, SettingsError, option
+from ..errors import SettingsError, option
 from ..features import FeatureExtractor
-from ..models.factory import create_model
+from ..models.classifier import Classifier
+from ..models.factory import create_model, create_timm_model
 from ..seeds import Stream, fold
 from ..weights import registry
 
@@ -124,6 +124,7 @@ def open_model(
             if not random:
                 kwargs |= {"checkpoint": checkpoint, "network": network}
             model = create_model(source, pretrained=not random, **kwargs)
+            model = model.encoder if isinstance(model, Classifier) else model
         elif checkpoint or network:
             raise SettingsError(
                 f"checkpoint and network are for models of this package, and {name!r} is timm's"
@@ -131,8 +132,8 @@ def open_model(
         else:
             source = source.removeprefix(_TIMM)
             with torch.device("meta"):  # refuse what is not a ViT before weights are fetched
-                FeatureExtractor(_create_timm_model(source, pretrained=False), "last4", pool="avg")
-            model = _create_timm_model(source, pretrained=not random, num_classes=0, **kwargs)
+                FeatureExtractor(create_timm_model(source, pretrained=False), "last4", pool="avg")
+            model = create_timm_model(source, pretrained=not random, num_classes=0, **kwargs)
     model.eval()
     if random:
         shown = f"{name}, random weights"
@@ -143,21 +144,3 @@ def open_model(
     cfg = model.pretrained_cfg
     released = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else None
     return Subject(model, released or name, released, name, img_size)
-
-
-def _create_timm_model(name: str, **kwargs: Any) -> nn.Module:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return timm.create_model(name, **kwargs)
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise FetchError(
-            f"the weights of {name!r} are not in the Hub's cache and cannot be fetched ({error}): "
-            "check the network and HF_ENDPOINT, or give a folder that timm has saved, "
-            "timm:local-dir:FOLDER"
-        ) from error
-    except RuntimeError as error:  # no such model, tag or weights
-        raise SettingsError(
-            f"timm cannot create {name!r} ({error}): see `ijepa-zoo list` and "
-            f"timm.list_pretrained('{name[:8]}*')"
-        ) from error

@@ -33,6 +33,7 @@ from .tasks import Protocol, Task, find_task
 
 MICRO = 128  # images of a forward pass
 _POOLING = ("pool", "layers", "precision")  # settings of an encoder that results show
+_LARGEST = 1e6  # learning rate and weight decay
 _CACHE_SECONDS = 21_600.0
 _FEW = 100  # images to choose by that deserve a warning: their accuracies come in whole points
 CACHED_AS_IS = (
@@ -153,6 +154,7 @@ class Probe:
             "files": [part.files_state for part in (self.train, self.test)],
             **pixel_options(self.train),
             "select_on_test": not len(self.choose),
+            "skip_broken": self.config.skip_broken,
             "seed": self.seed,
         }
 
@@ -216,6 +218,8 @@ def evaluate(
         probe = prepare(open_probe(config, distributed, subject))
         if not config.select_on_test and not len(probe.choose):
             raise _nothing_to_choose_by(probe)
+        if len(probe.fit) < 2:
+            raise DataError("one training image is too few: give at least two")
 
         def features(subject: Subject) -> BlockFeatures:
             return BlockFeatures(
@@ -368,8 +372,10 @@ def with_protocol(
     """The probe with a protocol and the user's changes of it."""
     if batch_size is not None and batch_size < 2:
         raise SettingsError(f"{option('batch_size')} must be at least 2")
-    if any(not lr > 0 for lr in lrs or ()) or any(not wd >= 0 for wd in wds or ()):
-        raise SettingsError(f"{option('lrs')} must be above 0, {option('wds')} 0 or more")
+    if any(not 0 < lr < _LARGEST for lr in lrs or ()):
+        raise SettingsError(f"{option('lrs')} must be above 0 and below {_LARGEST:g}")
+    if any(not 0 <= wd < _LARGEST for wd in wds or ()):
+        raise SettingsError(f"{option('wds')} must be 0 or more and below {_LARGEST:g}")
     changed = protocol if epochs is None else protocol.with_epochs(epochs)
     changed = replace(
         changed,
@@ -443,13 +449,15 @@ def save_probe_head(
     probe: Probe, source: BlockFeatures, head: nn.Module, layers: str, folder: Path, chosen: str
 ) -> None:
     """Save the chosen head of a task of classes."""
-    train, pool = probe.train, source.settings["pool"]
-    which, subject = cast("Layers", layers), source.subject
+    train, subject, view = probe.train, source.subject, probe.protocol.view
+    classifier = Classifier(
+        *(subject.model, head, cast("Layers", layers), source.settings["pool"], train.classes),
+        train.multi_label,
+        view.timm_config(),
+    )
     save_head(
-        *(probe.config, probe.distributed, subject),
-        Classifier(subject.model, head, which, pool, train.classes, train.multi_label),
-        folder,
+        *(probe.config, probe.distributed, subject, classifier, folder),
         task=probe.task.name,
-        view=asdict(probe.protocol.view),
+        view=asdict(view),
         chosen=chosen,
     )

@@ -229,7 +229,7 @@ def find_results(places: Iterable[str | Path]) -> list[Result]:
     found: dict[Path, Result] = {}
     for place in map(Path, places):
         files = sorted(place.rglob(RESULT)) if place.is_dir() else [place]
-        if not files:
+        if not files or not files[0].exists():
             raise DataError(f"{place} has no {RESULT} in it: give folders named by --out")
         for file in files:
             found.setdefault(file.resolve(), read_result(file))
@@ -248,8 +248,8 @@ def write_report(places: Iterable[str | Path], out: str | Path = "report.md") ->
         SettingsError: `out` is a folder.
     """
     out = Path(out)
-    if out.is_dir():
-        raise SettingsError(f"'{out}' is a folder: give the Markdown file to write, as report.md")
+    if out.is_dir() or out.suffix.lower() not in (".md", ".txt"):
+        raise SettingsError(f"'{out}' is not a Markdown file to write, such as report.md")
     text = markdown(find_results(places))
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as file:
@@ -352,10 +352,10 @@ def _replace_row(path: Path, row: dict[str, Any]) -> None:
         try:
             if path.exists():
                 with path.open(encoding="utf-8", newline="") as file:
-                    rows = list(csv.reader(file))
+                    rows = list(csv.reader(file)) or rows
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise _strange_table(path) from error
-        if not rows or rows[0] != list(row):
+        if rows[0] != list(row):
             raise _strange_table(path)
         if new in rows:
             return

@@ -41,11 +41,12 @@ def once(
         if finished is not None:
             if distributed.is_main:
                 finished.write_row(folder)  # a table that was in the way may be gone
-                print(f"done before: {folder / RESULT}; remove it to repeat", file=sys.stderr)
+                print(f"finished before: {folder}; remove it to repeat", file=sys.stderr)
             return finished
         result = replace(work(), **_about_run(distributed, precision))
         if distributed.is_main:
             result.write(folder)
+            print(f"result: {folder}", file=sys.stderr)
         return result
 
 
@@ -100,13 +101,15 @@ class EpochState:
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state, in rank 0 alone; tensors and plain values only."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f"{self.path.name}.tmp")
         try:
-            with whole_file(self.path, self.path.with_name(f"{self.path.name}.tmp")) as file:
+            with whole_file(self.path, temporary) as file:
                 torch.save(state, file)
         except RuntimeError as error:  # torch's, of a file that it could not write
             cause = error.__context__
             if not isinstance(cause, OSError):
                 raise
+            temporary.unlink(missing_ok=True)
             reason = f"{cause.strerror}: make room and repeat the command, which resumes"
             raise OSError(cause.errno, reason, str(self.path)) from error
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..data.clevr import open_clevr
 from ..data.decode import Decoder
 from ..data.splits import open_splits
 from ..data.transforms import transform_config
@@ -31,7 +32,7 @@ from .models import Subject
 from .probe import EvalConfig, Probe, of_all_processes, run_once, undecoded
 from .results import Head, Result, data_name
 from .sets import EvalSet, data_record
-from .tasks import TASKS, View
+from .tasks import TASKS, Task, View
 
 
 def evaluate_head(
@@ -52,15 +53,19 @@ def evaluate_head(
         DataError: The data cannot be used, or have no class that the head knows.
         RunError: Another process works on the same evaluation.
     """
-    classifier, about = load_classifier(head), read_classifier_config(head) or {}
-    if not {"chosen", "task", "view"} <= about.keys() or classifier.class_names is None:
-        raise CheckpointError(f"{head} was not saved by a probe: use its folder RESULT/model")
+    about = read_classifier_config(head) or {}
+    if not {"chosen", "task", "view"} <= about.keys():
+        raise CheckpointError(
+            f"'{head}' is not a head of eval linear, attentive, logreg or count: give RESULT/model "
+            "of one of these, and use `ijepa-zoo predict` for other models"
+        )
+    classifier = load_classifier(head)
     config = EvalConfig(model=classifier.encoder, data=data, out=out, **options)
     channels = int(transform_config(classifier.encoder)["input_size"][0])
     decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
     with init_distributed(config.device) as distributed:
-        part = _open_test(config, classifier, decoder)
-        task = replace(TASKS["classes"], name=about["task"])
+        task = TASKS.get(about["task"]) or replace(TASKS["classes"], name=about["task"])
+        part = _open_test(config, task, classifier, decoder)
         trained_with = replace(task.protocol, view=View(**about["view"]))
         none = np.empty(0, np.int64)
         probe = Probe(config, task, trained_with, part, part, none, none, distributed)
@@ -80,9 +85,12 @@ def evaluate_head(
         return run_once(probe, source, "saved-head", protocol, work)[0]
 
 
-def _open_test(config: EvalConfig, classifier: Classifier, decoder: Decoder) -> EvalSet:
+def _open_test(config: EvalConfig, task: Task, classifier: Classifier, decoder: Decoder) -> EvalSet:
     """The test images, with the classes of the head."""
-    train, test = open_splits(config.data, None, decoder)
+    if task.kind == "classes":
+        train, test = open_splits(config.data, None, decoder)
+    else:
+        train, test = open_clevr(config.data, task.kind, decoder=decoder)
     part, several = train if test is None else test, classifier.multi_label
     if part.targets.ndim > 1 and not several:
         raise DataError(f"'{config.data}' has images of several classes, the head is for one")

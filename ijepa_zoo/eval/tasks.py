@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import DataError
 
@@ -36,6 +36,13 @@ class View:
             return f"{self.filter} random resized crop {shown}, scale 0.08-1, random flip"
         height, width = self.resize_to(size)
         return f"{self.filter} resize to {height}x{width}, centre crop {shown}"
+
+    def timm_config(self) -> dict[str, Any]:
+        """The fixed view as entries of timm's data config."""
+        if self.shape == "square":
+            return {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": self.filter}
+        crop_pct = 1.0 if self.whole else 0.875
+        return {"crop_pct": crop_pct, "crop_mode": "center", "interpolation": self.filter}
 
     def resize_to(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width that an image covers before the middle is cut: 224 -> 256."""

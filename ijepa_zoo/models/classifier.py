@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
@@ -14,15 +14,16 @@ from torch.nn import functional as F
 
 from ..data.transforms import transform_config
 from ..encode import weights_fingerprint
-from ..errors import CheckpointError, SettingsError
+from ..errors import CheckpointError, SettingsError, UserError
 from ..features import FeatureExtractor, Layers
 from ..weights import registry
 from ..weights.export import check_destination, export, write_folder
 from ..weights.read import FOLDER_PREFIX, HUB_PREFIX
 from ..weights.writers import save_tensors, write_json
-from .factory import create_model
+from .factory import create_model, create_timm_model
 
 KIND = "classifier"  # the value of "ijepa_zoo" in config.json of these folders
+_TRANSFORM = ("crop_pct", "crop_mode", "interpolation")
 CONFIG, HEAD, ENCODER = "config.json", "head.safetensors", "encoder"
 _TIMM = "timm:"
 _FLOOR = 0.1  # added to every depth bin
@@ -156,6 +157,8 @@ class Classifier(nn.Module):
         pool: See there; the attentive and dense heads always take patch tokens, None.
         class_names: Names of the classes, in the order of the logits.
         multi_label: The logits are of independent classes (sigmoid instead of softmax).
+        transform: Entries of timm's data config that differ from the encoder's: crop_pct,
+            crop_mode, interpolation.
 
     Raises:
         SettingsError: The head does not have the width of the features, or a name is missing.
@@ -169,6 +172,7 @@ class Classifier(nn.Module):
         pool: str | None = "auto",
         class_names: Sequence[str] | None = None,
         multi_label: bool = False,
+        transform: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         pool = pool if isinstance(head, LinearHead) else None
@@ -184,6 +188,7 @@ class Classifier(nn.Module):
         self.weights_origin = "a classifier in memory"
         self.class_names = None if class_names is None else list(class_names)
         self.multi_label = multi_label
+        self.transform = dict(transform or {})
 
     @property
     def encoder(self) -> Any:
@@ -205,8 +210,8 @@ class Classifier(nn.Module):
 
     @property
     def pretrained_cfg(self) -> Any:
-        """timm's description of the encoder's input, for :func:`ijepa_zoo.create_transform`."""
-        return self.encoder.pretrained_cfg
+        """timm's description of the input, for :func:`ijepa_zoo.create_transform`."""
+        return {**self.encoder.pretrained_cfg, **self.transform}
 
     @property
     def patch_embed(self) -> Any:
@@ -271,7 +276,7 @@ def save_classifier(
     check_destination(folder, written, overwrite)
     network = classifier.encoder
     fingerprint = weights_fingerprint(network)
-    config = transform_config(network)
+    config = transform_config(classifier)
     content = {
         "ijepa_zoo": KIND,
         "head": next(kind for kind, cls in HEADS.items() if type(head) is cls),
@@ -314,9 +319,12 @@ def load_classifier(folder: str | Path) -> Classifier:
         classifier = Classifier(
             *(encoder, head, config["layers"], config["pool"], config["class_names"]),
             config.get("multi_label", False),
+            {key: config["preprocessing"][key] for key in _TRANSFORM},
         )
         expected = config["encoder_hash"]
-    except (KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged: {error!r}") from error
     if weights_fingerprint(encoder) != expected:
         raise CheckpointError(
@@ -325,7 +333,7 @@ def load_classifier(folder: str | Path) -> Classifier:
         )
     try:
         head.load_state_dict(load_file(folder / HEAD))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder / HEAD} is missing or damaged: {error}") from error
     classifier.weights_origin = str(folder)
     return classifier
@@ -350,9 +358,9 @@ def _open_encoder(source: str, size: tuple[int, int], args: dict[str, Any]) -> A
     if is_ours or registry.is_ijepa(name):
         return create_model(name, img_size=size, **args)
     with torch.device("meta"):
-        has_size = hasattr(timm.create_model(name, num_classes=0), "patch_embed")
+        has_size = hasattr(create_timm_model(name, num_classes=0), "patch_embed")
     args |= {"img_size": size} if has_size else {}
-    return timm.create_model(name, pretrained=True, num_classes=0, **args)
+    return create_timm_model(name, pretrained=True, num_classes=0, **args)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, SettingsError
+from ..errors import CheckpointError, FetchError, SettingsError
 from ..weights import load, registry
 from ..weights.read import FOLDER_PREFIX, HUB_PREFIX, Networks, find_timm_config, open_checkpoint
 from .encoder import as_encoder, check_encoder
@@ -130,6 +130,30 @@ def _resolve_name(
             "'local-dir:FOLDER' or 'hf-hub:REPO', or timm.create_model for other models"
         )
     return name, checkpoint, kwargs, predictor
+
+
+def create_timm_model(name: str, **kwargs: Any) -> nn.Module:
+    """timm's `create_model`, whose failures are errors of ours.
+
+    Raises:
+        FetchError: The weights cannot be fetched.
+        SettingsError: There is no such model, tag or weights.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return timm.create_model(name, **kwargs)
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FetchError(
+            f"the weights of {name!r} are not in the Hub's cache and cannot be fetched ({error}): "
+            "check the network and HF_ENDPOINT, or give a folder that timm has saved, "
+            "timm:local-dir:FOLDER"
+        ) from error
+    except RuntimeError as error:  # no such model, tag or weights
+        raise SettingsError(
+            f"timm cannot create {name!r} ({error}): see `ijepa-zoo list` and "
+            f"timm.list_pretrained('{name[:8]}*')"
+        ) from error
 
 
 def create_encoder(name: str, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from small_probe import PROTOCOL, TASK, encoder, features_of, pixels_of, write_pictures
 
+import ijepa_zoo
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import Subject, evaluate_knn, evaluate_linear
 from ijepa_zoo.eval.feeds import OnlineFeed
@@ -229,6 +230,44 @@ def test_baselines_have_figures_and_rows_of_their_own(evaluate, tmp_path, pictur
         assert found[name]["model"]["weights_hash"] != result.model["weights_hash"]
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 4
     assert any("random crops" in note for note in result.notes)
+    for folder in tmp_path.glob("out/*/model"):  # the head on random weights opens too
+        assert ijepa_zoo.create_model(f"local-dir:{folder}").num_classes == 3
+
+
+def test_options_that_decide_pixels_are_part_of_the_result(evaluate, tmp_path):
+    folder = tmp_path / "deep"
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for kind in range(2):
+            (folder / part / str(kind)).mkdir(parents=True)
+            for number in range(12):
+                pixels = rng.integers(0, 4096 // (1 + kind), (32, 32)).astype(np.uint16)
+                Image.fromarray(pixels).save(folder / part / str(kind) / f"{number}.png")
+    losses = {
+        value_range: [head.loss for head in evaluate(data=folder, value_range=value_range).heads]
+        for value_range in ((0, 4095), (0, 1000))
+    }
+    assert losses[0, 4095] != losses[0, 1000]
+
+
+@pytest.mark.parametrize("option", [{"lrs": (float("inf"),)}, {"lrs": (1e300,)}, {"wds": (-1.0,)}])
+def test_rates_out_of_range_are_refused(evaluate, option):
+    with pytest.raises(SettingsError, match=next(iter(option))):
+        evaluate(**option)
+
+
+def test_raw_pixels_have_the_channels_of_the_model(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 16, 16, 4), dtype=np.uint8)
+    np.savez(tmp_path / "four.npz", images=images, labels=np.arange(40) % 2)
+    options = {"in_chans": 4, "img_size": 32}
+    model = ijepa_zoo.create_model("vit_tiny16_ijepa", pretrained=False, **options)
+    folder = ijepa_zoo.export(model, tmp_path / "export")
+    result = evaluate_knn(
+        *("classes", str(folder), str(tmp_path / "four.npz"), tmp_path / "out"),
+        **{"baseline": True, "device": "cpu", "workers": 0},
+    )
+    assert "raw pixels" in result.baselines
 
 
 def test_three_processes_give_the_figures_of_one(evaluate, pictures, tmp_path):

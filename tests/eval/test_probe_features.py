@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from small_probe import TASK, encoder, features_of, pixels_of, write_pictures
 
-from ijepa_zoo.data.decode import Decoder
 from ijepa_zoo.distributed import Distributed
+from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.features import BlockFeatures, RawPixels, cached_features
 from ijepa_zoo.eval.models import Subject
 from ijepa_zoo.eval.probe import EvalConfig, open_probe
@@ -21,11 +21,11 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def cached(pictures, tmp_path):
-    def run(model=None, source=None, **kwargs):
+    def run(model=None, source=None, options=None, **kwargs):
         model = model or encoder()
-        options = {"out": tmp_path / "out", "workers": 0, "skip_broken": True}
+        options = {"out": tmp_path / "out", "workers": 0, "skip_broken": True} | (options or {})
         config = EvalConfig(task=TASK, model=model, data=pictures, **options)
-        probe = open_probe(config, Distributed(), Decoder(3))
+        probe = open_probe(config, Distributed(), Subject(model, "m"))
         source = source or BlockFeatures(Subject(model, "m"))
         return cached_features(probe, probe.train, source, **kwargs)
 
@@ -55,7 +55,9 @@ def test_nothing_is_encoded_twice(cached, monkeypatch):
     assert first.rows.equal(second.rows)
 
 
-@pytest.mark.parametrize("change", ["weights", "pixels", "names", "transform", "precision", "more"])
+@pytest.mark.parametrize(
+    "change", ["weights", "pixels", "names", "transform", "precision", "bands", "more"]
+)
 def test_a_stale_cache_is_never_used(cached, pictures, change):
     cached()
     file = pictures / "train" / "class1" / "3.png"
@@ -71,6 +73,8 @@ def test_a_stale_cache_is_never_used(cached, pictures, change):
     elif change == "precision":
         source = BlockFeatures(Subject(model, "m"), precision="bfloat16")
         kwargs = {"source": source}
+    elif change == "bands":
+        kwargs = {"options": {"bands": (2, 1, 0)}}
     else:
         shutil.copy(file, file.with_name("one-more.png"))
     assert cached(model, **kwargs).computed == (151 if change == "more" else 150)
@@ -108,6 +112,8 @@ def test_broken_images_have_no_row_and_a_reason(cached, pictures):
     assert list(found.broken) == [0]
     assert 0 not in found.indices
     assert len(found.indices) == 149
+    with pytest.raises(DataError, match=r"class0/0\.png"):  # from the cache as well
+        cached(options={"skip_broken": False})
 
 
 def test_a_link_to_nowhere_is_a_broken_image(cached, pictures):
@@ -118,7 +124,7 @@ def test_a_link_to_nowhere_is_a_broken_image(cached, pictures):
 
 
 def test_raw_pixels_are_the_images_themselves(cached, pictures):
-    found = cached(source=RawPixels((32, 32), torch.device("cpu")))
+    found = cached(source=RawPixels((32, 32), 3, torch.device("cpu")))
     images, _ = pixels_of(pictures, "test")
     assert found.rows.shape == (150, 3 * 32 * 32)
     assert len(images) == 6

@@ -86,7 +86,7 @@ def test_results_csv_has_one_row_for_each_folder(tmp_path):
     assert (rows[0]["paper"], rows[0]["low"]) == ("86.7", "77.4")
 
 
-@pytest.mark.parametrize("content", [b"my,own,table\n1,2,3\n", b"\xff\xfe\x00", b""])
+@pytest.mark.parametrize("content", [b"my,own,table\n1,2,3\n", b"\xff\xfe\x00"])
 def test_another_table_in_the_way_is_left_alone_and_costs_no_result(tmp_path, content):
     table = tmp_path / "results.csv"
     table.write_bytes(content)
@@ -151,7 +151,9 @@ def test_the_report_groups_by_task_data_and_method_with_the_best_in_bold(tmp_pat
     assert "- [1] a note" in markdown([best])
 
 
-def test_the_report_refuses_a_folder_to_write(tmp_path):
+def test_the_report_overwrites_no_result(tmp_path):
     RESULT.write(tmp_path / "one")
-    with pytest.raises(SettingsError, match=str(tmp_path)):
-        write_report([tmp_path], tmp_path)
+    for out in (tmp_path, tmp_path / "results.csv", tmp_path / "one" / "result.json"):
+        with pytest.raises(SettingsError, match=str(out)):
+            write_report([tmp_path], out)
+    assert find_results([tmp_path]) == [RESULT]

@@ -1,9 +1,14 @@
 """The chosen head as a classifier folder: the same logits and accuracy, and other test sets."""
 
+import csv
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from small_probe import TASK, encoder, pixels_of, write_pictures
 
 import ijepa_zoo
@@ -46,6 +51,42 @@ def test_the_saved_classifier_has_the_accuracy_of_the_result(pictures, tmp_path,
     again = evaluate_head(folder, pictures, tmp_path, device="cpu", workers=0)
     assert again.value == result.value
     assert again.chosen == result.chosen
+    half = {"precision": "bfloat16", "device": "cpu", "workers": 0}
+    assert evaluate_head(folder, pictures, tmp_path, **half).value >= 0
+    tensors = {name: -tensor for name, tensor in load_file(folder / "head.safetensors").items()}
+    save_file(tensors, folder / "head.safetensors")
+    other = evaluate_head(folder, pictures, tmp_path, device="cpu", workers=0)
+    assert other.images == again.images
+    assert len(list(tmp_path.glob("*saved-head*"))) == 3  # another head has another result
+    (folder / "head.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"head\.safetensors"):
+        evaluate_head(folder, pictures, tmp_path)
+
+
+def test_predict_has_the_view_that_the_probe_measured(tmp_path):
+    """Photographs of another size: resized to 8/7 of the model's size, then cut."""
+    rng, size = np.random.default_rng(0), (90, 120)
+    for part, count in (("train", 20), ("test", 15)):
+        for kind in range(3):
+            folder = tmp_path / "photos" / part / f"class{kind}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 190 + 30 * kind, (*size, 3)).astype(np.uint8)
+                image = Image.fromarray(pixels).resize((30, 22)).resize(size[::-1])
+                image.save(folder / f"{number}.png")
+    result = evaluate_logreg(
+        *("classes", "vit_nano8_64_ijepa", tmp_path / "photos", tmp_path / "out"),
+        **{"cs": (1.0,), "device": "cpu", "workers": 0},
+    )
+    folder, model = opened(tmp_path / "out")
+    table = tmp_path / "table.csv"
+    ijepa_zoo.predict([tmp_path / "photos" / "test"], model, table, device="cpu", workers=0)
+    rows = list(csv.DictReader(table.open()))
+    right = sum(row["label"] == Path(row["path"]).parent.name for row in rows)
+    assert result.value == pytest.approx(100 * right / 45)
+    config = ijepa_zoo.create_transform(model)
+    assert "73" in repr(config)
+    assert json.loads((folder / "config.json").read_bytes())["preprocessing"]["crop_pct"] == 0.875
 
 
 @pytest.mark.parametrize("with_encoder", [False, True])

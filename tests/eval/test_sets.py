@@ -287,8 +287,6 @@ def test_other_files_of_the_same_names_are_other_data(tmp_path):
 
     from PIL import Image
 
-    from ijepa_zoo.eval.features import files_state
-
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for i in range(8):
@@ -299,18 +297,20 @@ def test_other_files_of_the_same_names_are_other_data(tmp_path):
     after = open_task(find_task("classes"), str(tmp_path))[0]
     parts = [open_task(find_task("classes"), str(tmp_path))[1], after, before]
     assert before.fingerprint() == after.fingerprint()
-    assert len({files_state(part.images) for part in parts}) == 2
+    assert len({part.files_state for part in parts}) == 2
 
 
 def test_one_changed_image_of_an_array_is_other_data():
     import numpy as np
 
-    from ijepa_zoo.eval.features import files_state
-
     images = np.zeros((200, 4, 4, 3), np.uint8)
-    before = files_state(ArrayDataset([images], Decoder()))
+    before, after = (
+        EvalSet(ArrayDataset([images], Decoder()), np.zeros(200, np.int64), ("a", "b"), "test")
+        for _ in range(2)
+    )
+    assert len(before.files_state) == 16
     images[77, 1, 1, 1] = 1
-    assert files_state(ArrayDataset([images], Decoder())) != before
+    assert after.files_state != before.files_state
 
 
 def test_tensors_of_a_fast_decoder_become_the_pixels_of_pillow():
