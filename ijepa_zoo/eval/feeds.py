@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..errors import DataError
 from ..seeds import Stream, numpy_generator
 from .batches import TrainBatches, share
 from .features import CachedFeatures, Source, cached_features, refuse_undecoded
-from .probe import Probe, of_all_processes
+from .probe import Probe
 from .sets import EvalSet
 
 _VALUES = 2**24  # of cached rows that are read at a time
@@ -45,7 +45,6 @@ class OnlineFeed:
         )
         self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
         self.broken: dict[str, str] = {}
-        self._broken_to_fit: dict[str, str] = {}
         self.encoded = 0
 
     def training(self, first: int, last: int) -> Iterator[Labelled]:
@@ -53,7 +52,7 @@ class OnlineFeed:
         numbers = self.batches.numbers(first, last)
         gather = self.probe.distributed.all_gather_rows
         pieces: list[Labelled] = []
-        for piece in self._encode(self.batches, numbers, self._broken_to_fit):
+        for piece in self._encode(self.batches, numbers):
             pieces.append(piece)
             if len(pieces) == self.batches.parts:
                 rows, labels = (torch.cat(column) for column in zip(*pieces))
@@ -70,27 +69,16 @@ class OnlineFeed:
         """The test images, the share of this process."""
         return self._in_order(self.probe.test, np.arange(len(self.probe.test)))
 
-    def fitted(self) -> int:
-        """Number of images that heads were fitted to; every process must call this."""
-        broken = of_all_processes(self._broken_to_fit, self.probe.distributed)
-        return len(self.probe.fit) - len(broken)
-
-    def restore(self, broken: Mapping[str, str]) -> None:
-        """Take over `broken` of an earlier session, which read only images to fit to."""
-        self._broken_to_fit.update(broken)
-        self.broken.update(broken)
-
     def rate(self, seconds: float) -> float | None:
         """Images per second of the encoder; heads are trained at the same time."""
         return self.encoded / seconds if self.encoded else None
 
     def _in_order(self, part: EvalSet, rows: Targets) -> Iterator[Labelled]:
         batches = self.probe.in_order(part, rows, self.source.size)
-        return self._encode(batches, range(len(batches)), self.broken)
+        return self._encode(batches, range(len(batches)))
 
-    def _encode(self, batches: Any, numbers: Any, broken: dict[str, str]) -> Iterator[Labelled]:
-        for rows, labels in encoded(self.probe, self.source, batches, numbers, broken):
-            self.broken.update(self._broken_to_fit)
+    def _encode(self, batches: Any, numbers: Any) -> Iterator[Labelled]:
+        for rows, labels in encoded(self.probe, self.source, batches, numbers, self.broken):
             images = len(labels) * self.probe.distributed.world_size
             self.encoded += images
             self.bar.update(images)
@@ -199,13 +187,6 @@ class CachedFeed:
     def testing(self) -> Iterator[Labelled]:
         """See :class:`OnlineFeed`."""
         return self._in_order(self.probe.test, self.test, np.arange(len(self.test.indices)))
-
-    def fitted(self) -> int:
-        """See :class:`OnlineFeed`."""
-        return len(self.fit)
-
-    def restore(self, broken: Mapping[str, str]) -> None:
-        """See :class:`OnlineFeed`; the cache knows them."""
 
     def rate(self, seconds: float) -> float | None:
         """See :class:`OnlineFeed`."""

@@ -48,15 +48,14 @@ from .models import Subject
 from .probe import (
     EvalConfig,
     Probe,
-    lost_classes,
+    make_result,
     of_all_processes,
     open_probe,
     other_epochs,
-    undecoded,
 )
-from .results import LAST_EPOCH, Head, Result
+from .results import LAST_EPOCH, Result
 from .runs import EpochState, once, run_folder
-from .sets import data_record, listed_rows
+from .sets import listed_rows
 from .tasks import Task, View, find_task
 
 MICRO_BATCH = 32
@@ -197,8 +196,7 @@ def _run(subject: Subject, training: FineTuning, notes: list[str]) -> Result:
         with probe.bar(images, folder.name) as bar:
             training.run(state, bar)
         paper, note = _paper_figure(subject, training)
-        known = {"method": method, "model": about, "protocol": protocol, "paper": paper}
-        result = training.test([*notes, *note], **known)
+        result = training.test(method, about, [*notes, *note], paper=paper)
         probe.distributed.run_on_main(lambda: _save(training, subject, folder / "model"))
         return result
 
@@ -256,7 +254,8 @@ class FineTuning:
         config = transform_config(model)
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
         self.view = View("crop", "bicubic", whole=max(self.size) > 224)
-        self.probe = replace(probe, protocol=replace(probe.protocol, view=self.view))
+        everything, protocol = np.arange(len(probe.train)), replace(probe.protocol, view=self.view)
+        self.probe = replace(probe, protocol=protocol, fit=everything, choose=everything[:0])
         self.mean, self.std = (
             torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
         )
@@ -382,31 +381,19 @@ class FineTuning:
             torch.autograd.backward(loss)
         return loss.detach()
 
-    def test(self, notes: list[str], **known: Any) -> Result:
-        """The result, with fields that are known; every process must call this."""
-        probe = self.probe
-        rows, tests = np.arange(len(probe.train)), np.arange(len(probe.test))
-        fitted = len(rows) - len(self.broken)  # no test image is among them yet
+    def test(self, method: str, about: dict[str, Any], notes: list[str], **more: Any) -> Result:
+        """The result; every process must call this."""
+        probe, tests = self.probe, np.arange(len(self.probe.test))
         source: Any = self  # whose features are the images themselves
         counts = count_correct(probe, source, self._test_images(), self._predict, heads=1)
         refuse_undecoded("test", probe.test, tests, counts.total, self.broken)
-        broken = of_all_processes(self.broken, probe.distributed)
-        lost = lost_classes(probe.train, rows, broken)
-        (accuracy,) = counts.values()
-        return Result(
-            task=probe.task.name,
-            value=accuracy,
-            chosen="last epoch",
+        return make_result(
+            *(probe, about, method, self.settings(), ["last epoch"], 0, None, counts, self.broken),
+            losses=[self.loss],
+            notes=notes,
             selection=LAST_EPOCH,
-            heads=[Head("last epoch", None, accuracy, self.loss)],
-            data=data_record(probe.train, probe.test),
-            images={"fit": fitted, "test": counts.total},
-            seed=probe.seed,
-            interval=counts.interval(),
-            metrics=counts.others(),
-            notes=[*notes, *probe.train.notes, *probe.test.notes, *undecoded(broken), *lost],
             seconds=self.seconds,
-            **known,
+            **more,
         )
 
     def _test_images(self) -> Iterator[tuple[Tensor, Tensor]]:

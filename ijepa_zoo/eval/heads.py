@@ -29,6 +29,7 @@ from .probe import (
     make_result,
     of_all_processes,
     paper_figure,
+    pooling,
     run_once,
     save_probe_head,
     with_protocol,
@@ -220,15 +221,15 @@ def evaluate_heads(
                 grid = make(probe, source)
                 state = EpochState(folder / "state.pt", probe.distributed)
                 losses, earlier = train(probe, source, feed, grid, state)
-                chosen, val, test, fitted = choose_and_test(probe, source, feed, grid)
+                chosen, val, test = choose_and_test(probe, source, feed, grid)
             spec, head = grid.specs[chosen], grid.modules[chosen]
             if isinstance(source, BlockFeatures):
                 layers = "last" if patches else spec.representation
                 save_probe_head(probe, source, head, layers, folder, chosen=spec.name)
+            used = {**pooling(source), **protocol, "batch_size": feed.batch_size}
             paper, notes = paper_figure(probe, source, usual or probe.task.protocol, cached)
             result = make_result(
-                *(probe, source, method, {**protocol, "batch_size": feed.batch_size}, grid.names),
-                *(chosen, val, test, feed.broken, fitted),
+                *(probe, source.about, method, used, grid.names, chosen, val, test, feed.broken),
                 losses=losses,
                 paper=paper,
                 notes=[*feed.notes, *notes],
@@ -252,7 +253,7 @@ def train(
         grid.modules.load_state_dict(found["heads"])
         grid.optimizer.load_state_dict(found["optimizer"])
         done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
-        feed.restore(found["broken"])
+        feed.broken.update(found["broken"])
     skip(feed.bar, done * feed.steps * feed.batch_size)
     steps = feed.training(done, protocol.epochs)
     mine = None if feed.gathered else distributed
@@ -285,14 +286,14 @@ def train(
 
 def choose_and_test(
     probe: Probe, source: Source, feed: Feed, grid: Grid
-) -> tuple[int, Metrics | None, Metrics, int]:
+) -> tuple[int, Metrics | None, Metrics]:
     """Choose a head on validation images and test it alone; all are tested if there are none."""
-    fitted, heads = feed.fitted(), len(grid.specs)
+    heads = len(grid.specs)
     tests = ("test", probe.test, np.arange(len(probe.test)))
     if not len(probe.choose):
         test = compute_metrics(probe, source, feed.testing(), grid.logits, heads)
         refuse_undecoded(*tests, test.total, feed.broken)
-        return best_head(test), None, test, fitted
+        return best_head(test), None, test
     val = compute_metrics(probe, source, feed.validation(), grid.logits, heads)
     refuse_undecoded("validation", probe.train, probe.choose, val.total, feed.broken)
     chosen = best_head(val)
@@ -302,4 +303,4 @@ def choose_and_test(
 
     test = compute_metrics(probe, source, feed.testing(), logits, 1)
     refuse_undecoded(*tests, test.total, feed.broken)
-    return chosen, val, test, fitted
+    return chosen, val, test

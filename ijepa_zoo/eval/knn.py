@@ -16,7 +16,7 @@ from .accuracy import TOP, best_head, count_correct
 from .features import Source
 from .feeds import CachedFeed
 from .models import Subject
-from .probe import EvalConfig, Probe, evaluate, make_result, run_once
+from .probe import EvalConfig, Probe, evaluate, make_result, pooling, run_once
 from .results import Result
 from .tasks import Task
 
@@ -95,11 +95,11 @@ def _vote(probe: Probe, source: Source, feed: CachedFeed, protocol: dict[str, An
     val = answer(feed.fit, feed.testing() if on_test else feed.validation(), grid)
     chosen = best_head(val)
     return make_result(
-        *(probe, source, "knn", protocol),
+        *(probe, source.about, "knn", {**pooling(source), **protocol}),
         [f"k={k} T={temperature:g}" for k, temperature in grid],
         chosen,
         None if on_test else val,
         val if on_test else answer(everyone, feed.testing(), [grid[chosen]]),
         feed.broken,
-        feed.fitted(),
+        notes=["all training images are neighbors of test images"],
     )

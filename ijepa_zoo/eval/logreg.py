@@ -25,6 +25,7 @@ from .probe import (
     Probe,
     evaluate,
     make_result,
+    pooling,
     run_once,
     save_probe_head,
 )
@@ -164,11 +165,12 @@ def _sweep(
     best = fit_logistic(features[name], labels, c, classes, all_reduce=all_reduce)
     if isinstance(source, BlockFeatures):
         save_probe_head(probe, source, best.head(), name, folder, chosen=names[chosen])
+    failed = [] if best.converged else ["the last fit did not converge"]
     tested = (None, val) if on_test else (val, metrics(best, name, feed.testing()))
     return make_result(
-        *(probe, source, "logreg", protocol, names, chosen),
-        *(*tested, feed.broken, feed.fitted()),
-        notes=[] if best.converged else ["the last fit did not converge"],
+        *(probe, source.about, "logreg", {**pooling(source), **protocol}, names, chosen),
+        *(*tested, feed.broken),
+        notes=["after the choice fitted to all training images", *failed],
     )
 
 

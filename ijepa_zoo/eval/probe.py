@@ -32,7 +32,6 @@ from .sets import CHOOSE_SHARE, EvalSet, data_record, open_task, split_to_choose
 from .tasks import Protocol, Task, find_task
 
 MICRO = 128  # images of a forward pass
-_POOLING = ("pool", "layers", "precision")  # settings of an encoder that results show
 _LARGEST = 1e6  # learning rate and weight decay
 _CACHE_SECONDS = 21_600.0
 _FEW = 100  # images to choose by that deserve a warning: their accuracies come in whole points
@@ -274,7 +273,7 @@ def run_once(
 
 def make_result(
     probe: Probe,
-    source: Source,
+    about: dict[str, Any],
     method: str,
     protocol: dict[str, Any],
     heads: Sequence[str],
@@ -282,10 +281,17 @@ def make_result(
     val: Metrics | None,
     test: Metrics,
     broken: dict[str, str],
-    fitted: int,
+    *,
+    losses: Sequence[float | None] | None = None,
+    notes: Sequence[str] = (),
+    selection: str | None = None,
     **more: Any,
 ) -> Result:
-    """The result of a probe; every process must call this."""
+    """The result of a probe; every process must call this.
+
+    `val` has the metrics of all heads, and `test` those of the chosen one; without `val`, `test`
+    has those of all heads.
+    """
     on_val: list[float | None] = [None] * len(heads)
     on_test: list[float | None] = [None] * len(heads)
     if val is None:
@@ -293,42 +299,50 @@ def make_result(
         test = test.only(chosen)
     else:
         on_val, on_test[chosen] = [*val.values()], test.values()[0]
-    losses = more.pop("losses", [None] * len(heads))
-    pooling: dict[str, Any] = {k: source.settings[k] for k in _POOLING if k in source.settings}
-    notes = [*more.pop("notes", []), *_notes(probe, broken)]
+    found = of_all_processes(broken, probe.distributed)
+    names = (probe.train.images.name(row) for row in probe.fit.tolist()) if found else ()
+    fitted = len(probe.fit) - sum(name in found for name in names)
     images = {"fit": fitted, "choose": val.total if val else 0, "test": test.total}
+    selection = selection or probe.selection
+    columns = (heads, on_val, on_test, losses or [None] * len(heads))
     return Result(
         task=probe.task.name,
         method=method,
-        model=source.about,
+        model=about,
         value=test.values()[0],
         metric=test.name,
         chosen=heads[chosen],
-        selection=probe.selection,
-        heads=[Head(*columns) for columns in zip(heads, on_val, on_test, losses)],
-        protocol={**pooling, **protocol, **probe.few},
+        selection=selection,
+        heads=[Head(*column) for column in zip(*columns)],
+        protocol={**protocol, **probe.few},
         data=data_record(probe.train, probe.test),
-        images=images,
+        images={name: count for name, count in images.items() if count},
         seed=probe.seed,
         interval=test.interval(),
         metrics=test.others(),
-        notes=notes,
+        notes=[*notes, *_notes(probe, selection, found)],
         **more,
     )
 
 
-def _notes(probe: Probe, broken: dict[str, str]) -> list[str]:
-    """What a reader must know of data and protocol; every process must call this."""
-    notes = [*probe.train.notes, *probe.test.notes]
-    if not len(probe.choose):
+def pooling(source: Source) -> dict[str, Any]:
+    """Settings of an encoder that results show."""
+    names = ("pool", "layers", "precision")
+    return {name: source.settings[name] for name in names if name in source.settings}
+
+
+def _notes(probe: Probe, selection: str, broken: dict[str, str]) -> list[str]:
+    """What a reader must know of data and protocol; `broken` is that of all processes."""
+    parts = [probe.train] if probe.train is probe.test else [probe.train, probe.test]
+    notes = [note for part in parts for note in part.notes]
+    if selection == TEST_SET:
         notes.append(
             "chosen on the test set, as much of the literature does: the accuracy is too high by "
             "as much as luck helps the best of the heads"
         )
-    elif len(probe.choose) < _FEW:
+    elif 0 < len(probe.choose) < _FEW:
         notes.append(f"chosen by {len(probe.choose)} images: another seed may choose otherwise")
-    found = of_all_processes(broken, probe.distributed)
-    return [*notes, *undecoded(found), *lost_classes(probe.train, probe.fit, found)]
+    return [*notes, *undecoded(broken), *lost_classes(probe.train, probe.fit, broken)]
 
 
 def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
@@ -346,7 +360,7 @@ def undecoded(broken: Mapping[str, str], what: str = "image") -> list[str]:
 
 def lost_classes(train: EvalSet, rows: Targets, broken: Mapping[str, str]) -> list[str]:
     """A note on classes of which no training image could be decoded."""
-    if not broken:
+    if not broken or not len(rows):
         return []  # of a million images no names are asked for
     good = np.array([train.images.name(row) not in broken for row in rows.tolist()], np.bool_)
     left = train.class_sizes(rows[good])

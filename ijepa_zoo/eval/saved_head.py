@@ -29,9 +29,9 @@ from .accuracy import compute_metrics
 from .features import BlockFeatures, Source, refuse_undecoded
 from .feeds import encoded
 from .models import Subject
-from .probe import EvalConfig, Probe, of_all_processes, run_once, undecoded
-from .results import Head, Result, data_name
-from .sets import EvalSet, data_record
+from .probe import EvalConfig, Probe, make_result, run_once
+from .results import Result, data_name
+from .sets import EvalSet
 from .tasks import TASKS, Task, View
 
 
@@ -127,21 +127,7 @@ def _test(
     rows_and_labels = encoded(probe, source, batches, numbers, broken)
     metrics = compute_metrics(probe, source, rows_and_labels, logits, 1)
     refuse_undecoded("test", probe.test, rows, metrics.total, broken)
-    (figure,) = metrics.values()
-    return Result(
-        task=probe.task.name,
-        method="saved head",
-        model=source.about,
-        value=figure,
-        metric=metrics.name,
-        chosen=chosen,
+    return make_result(
+        *(probe, source.about, "saved head", protocol, [chosen], 0, None, metrics, broken),
         selection="the probe that trained it",
-        heads=[Head(chosen, test=figure)],
-        protocol=protocol,
-        data={"test": data_record(probe.test, probe.test)["test"]},
-        images={"test": metrics.total},
-        seed=0,
-        interval=metrics.interval(),
-        metrics=metrics.others(),
-        notes=[*probe.test.notes, *undecoded(of_all_processes(broken, probe.distributed))],
     )

@@ -182,7 +182,7 @@ def test_broken_images_are_named_and_count_nowhere(evaluate, pictures, tmp_path,
     (folder / "test" / "class0" / "3.png").write_bytes(b"no image")
     (folder / "train" / "class1" / "5.png").write_bytes(b"no image")
     result = evaluate(data=folder, cached=cached, select_on_test=True)
-    assert result.images == {"fit": 35, "choose": 0, "test": 20}
+    assert result.images == {"fit": 35, "test": 20}
     low, high = result.interval
     assert low < result.value < high
     assert round(result.value * 20 / 100, 6).is_integer()
@@ -212,7 +212,7 @@ def test_training_images_of_which_none_can_choose_are_refused(evaluate, tmp_path
         evaluate(data=few)
     with pytest.raises(DataError, match="leave none"):
         evaluate_knn(TASK, encoder(), few, tmp_path / "out", device="cpu", workers=0)
-    assert evaluate(data=few, select_on_test=True).images == {"fit": 3, "choose": 0, "test": 6}
+    assert evaluate(data=few, select_on_test=True).images == {"fit": 3, "test": 6}
 
 
 def test_baselines_have_figures_and_rows_of_their_own(evaluate, tmp_path, pictures):
