@@ -38,7 +38,7 @@ from ..encode import Encoder
 from ..errors import DataError, ImageError, SettingsError, option
 from ..models.classifier import Classifier
 from .dense_tasks import DenseProtocol, DenseTask, Depth, DepthProtocol, Segmentation
-from .dense_training import DenseConfig, DenseFeed, DenseTraining, Indices
+from .dense_training import DenseConfig, DenseLoader, DenseTraining, Indices
 from .models import Subject
 from .probe import CACHED_AS_IS, of_all_processes, other_epochs, save_head, undecoded
 from .results import TEST_SET, Head, Result, data_name
@@ -227,7 +227,7 @@ def _evaluate(probe: _Probe, subject: Subject) -> tuple[Result, Path]:
     encoder = Encoder(subject.model, layers="last4", pool=None, host=False, **computed)
     workers = 0 if _is_rendered(config.data) else config.workers
     train, test = (
-        DenseFeed(part, encoder, task, workers) for part in (probe.pairs.train, probe.pairs.test)
+        DenseLoader(part, encoder, task, workers) for part in (probe.pairs.train, probe.pairs.test)
     )
     training = DenseTraining(config, probe.protocol, train, distributed)
     settings = {
@@ -266,15 +266,15 @@ def _evaluate(probe: _Probe, subject: Subject) -> tuple[Result, Path]:
 
 
 def _measure(
-    probe: _Probe, subject: Subject, training: DenseTraining, test: DenseFeed
+    probe: _Probe, subject: Subject, training: DenseTraining, test: DenseLoader
 ) -> tuple[Result, int]:
     """Choose a head on held-out training images; it reads the test set."""
-    task, config, train, heads = probe.task, probe.config, training.feed, training.heads
+    task, config, train, heads = probe.task, probe.config, training.loader, training.heads
     asked: Sequence[int] = range(len(heads))
     val: list[float | None] = [None] * len(heads)
     kept = 0
     if not config.select_on_test:
-        total, kept = _score(training, train, training.choose, asked)
+        total, kept = _score(training, train, training.val_rows, asked)
         values = task.summary(total, kept)[: len(heads), 0]
         val, asked = [*values.tolist()], [_best(task, values)]
     total, count = _score(training, test, np.arange(len(test.data)), asked)
@@ -283,13 +283,13 @@ def _measure(
     own, blind = metrics[place].tolist(), metrics[len(asked) :].tolist()
     tested = dict(zip(asked, metrics[:, 0].tolist()))
     broken, test_broken = (
-        of_all_processes(feed.broken, probe.distributed) for feed in (train, test)
+        of_all_processes(loader.broken, probe.distributed) for loader in (train, test)
     )
     notes = [CACHED_AS_IS] if config.cached else []
     notes += other_epochs(probe.protocol.epochs, probe.usual.epochs, "protocol")
     if without := len(test.data) - len(test_broken) - count:
         notes.append(f"test pairs without a pixel that counts: {without}, not among those tested")
-    fitted = sum(train.data.names[index] not in broken for index in training.fit.tolist())
+    fitted = sum(train.data.names[index] not in broken for index in training.train_rows.tolist())
     result = Result(
         task=probe.pairs.name,
         method=task.method,
@@ -306,12 +306,12 @@ def _measure(
             name: {
                 "name": data_name(config.data),
                 "split": probe.pairs.split,
-                "images": len(feed.data),
-                "fingerprint": feed.data.fingerprint,
+                "images": len(loader.data),
+                "fingerprint": loader.data.fingerprint,
             }
-            for name, feed in (("train", train), ("test", test))
+            for name, loader in (("train", train), ("test", test))
         },
-        images={"fit": fitted, "choose": kept, "test": count},
+        images={"train": fitted, "val": kept, "test": count},
         seed=config.seed,
         metric=task.metric,
         unit=task.unit,
@@ -334,7 +334,7 @@ def _best(task: DenseTask, metrics: Tensor) -> int:
 
 
 def _score(
-    training: DenseTraining, feed: DenseFeed, indices: Indices, asked: Sequence[int]
+    training: DenseTraining, loader: DenseLoader, indices: Indices, asked: Sequence[int]
 ) -> tuple[Tensor, int]:
     """Statistics of some heads, then of predictions that see no image, and of how many images."""
     task, distributed = training.task, training.distributed
@@ -344,7 +344,7 @@ def _score(
     mine = indices[distributed.rank :: distributed.world_size]
     size = training.protocol.batch_size
     with training.bar(len(mine), "measuring") as bar:
-        for batch in feed.in_order(mine, size, full=True, mirrored=task.mirrored):
+        for batch in loader.in_order(mine, size, full=True, mirrored=task.mirrored):
             predictions = [_predict(training, batch.maps, head) for head in asked]
             bar.update(len(batch.indices))
             for i, target in enumerate(batch.targets):
@@ -354,8 +354,8 @@ def _score(
                     count += 1
     images = int(distributed.all_reduce(count))
     if not images:
-        name = feed.data.names[int(indices[0])]
-        reason = feed.broken.get(name, "no pixel of its target counts")
+        name = loader.data.names[int(indices[0])]
+        reason = loader.broken.get(name, "no pixel of its target counts")
         raise DataError(f"none of {len(indices)} pairs can be measured: '{name}': {reason}")
     return distributed.all_reduce(total), images
 

@@ -33,7 +33,7 @@ Indices = npt.NDArray[np.int64]
 Flips = npt.NDArray[np.bool_]
 Plan = Sequence[tuple[Indices, Flips]]  # of each batch
 
-_CHOOSE_SHARE = 0.1
+_VAL_SHARE = 0.1
 _CLIP_GRAD = 35.0  # of mmsegmentation's depth recipes; segmentation never reaches it
 _STD = 0.01  # of the initial weights, as in mmsegmentation's heads
 
@@ -103,7 +103,7 @@ class _Batches:
 
 
 @dataclass
-class DenseFeed:
+class DenseLoader:
     """Encodes the pairs of a data set, and notes why some could not be read, by their names."""
 
     data: DenseDataset
@@ -175,18 +175,22 @@ class DenseTraining:
 
     config: DenseConfig
     protocol: DenseProtocol
-    feed: DenseFeed
+    loader: DenseLoader
     distributed: Distributed
     epoch: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        seed, images, width = self.config.seed, len(self.feed.data), self.feed.encoder.row_shape[0]
+        seed, images, width = (
+            self.config.seed,
+            len(self.loader.data),
+            self.loader.encoder.row_shape[0],
+        )
         order = numpy_generator(seed, Stream.EVAL_SPLIT, 1).permutation(images)
-        held_out = 0 if self.config.select_on_test else max(1, round(_CHOOSE_SHARE * images))
-        self.choose, self.fit = np.sort(order[:held_out]), np.sort(order[held_out:])
-        self.task = self.feed.task
+        held_out = 0 if self.config.select_on_test else max(1, round(_VAL_SHARE * images))
+        self.val_rows, self.train_rows = np.sort(order[:held_out]), np.sort(order[held_out:])
+        self.task = self.loader.task
         layers: tuple[Layers, ...] = ("last", "last4")
         grid = product(layers, self.protocol.batch_norm, self.protocol.lrs)
         heads = [GridHead(self.task, width, seed, *settings) for settings in grid]
@@ -194,7 +198,7 @@ class DenseTraining:
         groups = [{"params": [*head.parameters()], "lr": head.lr} for head in heads]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=self.protocol.weight_decay)
         self.sums = torch.zeros((), dtype=torch.float64)
-        self.steps = max(1, len(self.fit) // self.protocol.batch_size)
+        self.steps = max(1, len(self.train_rows) // self.protocol.batch_size)
 
     def bar(self, total: int, what: str, unit: str = "image", done: int = 0) -> Any:
         """A progress bar, in rank 0."""
@@ -239,31 +243,33 @@ class DenseTraining:
         """
         seed, size, world = self.config.seed, self.protocol.batch_size, self.distributed.world_size
         gather = self.distributed.all_gather_rows
-        order = numpy_generator(seed, Stream.EVAL_ORDER, self.epoch).permutation(len(self.fit))
+        order = numpy_generator(seed, Stream.EVAL_ORDER, self.epoch).permutation(
+            len(self.train_rows)
+        )
         flips = numpy_generator(seed, Stream.EVAL_AUGMENT, self.epoch).random(len(order)) < 0.5
         owner = (np.arange(len(order)) if store is None else order) % world
         plan = []
         for start in range(0, self.steps * size, size):
             mine = start + np.flatnonzero(owner[start : start + size] == self.distributed.rank)
-            plan.append((self.fit[order[mine]], flips[mine]))
+            plan.append((self.train_rows[order[mine]], flips[mine]))
         for maps, targets in self._encoded(plan) if store is None else map(store.read, plan):
             yield gather(maps), gather(targets)
 
     def _encoded(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.feed.encode(plan, full=False, mirrored=False):
-            size = self.feed.encoder.size
+        for batch in self.loader.encode(plan, full=False, mirrored=False):
+            size = self.loader.encoder.size
             targets = torch.stack(batch.targets) if batch.targets else torch.empty(0, *size)
             yield batch.maps.clone(), targets  # autograd refuses tensors of inference mode
 
     def _encode_once(self) -> _Store:
         """Features of both sides of this process's share of the images."""
-        mine = self.fit[self.distributed.rank :: self.distributed.world_size]
-        encoder, size = self.feed.encoder, self.protocol.batch_size
+        mine = self.train_rows[self.distributed.rank :: self.distributed.world_size]
+        encoder, size = self.loader.encoder, self.protocol.batch_size
         maps = torch.empty(2, len(mine), *encoder.row_shape)
         targets = torch.empty(len(mine), *encoder.size)
         rows: dict[int, int] = {}
         with self.bar(len(mine), "encoding") as bar:
-            for batch in self.feed.in_order(mine, size, full=False, mirrored=True):
+            for batch in self.loader.in_order(mine, size, full=False, mirrored=True):
                 first, count = len(rows), len(batch.indices)
                 if count:
                     maps[:, first : first + count] = torch.stack(batch.maps.cpu().chunk(2))
@@ -285,7 +291,7 @@ class DenseTraining:
         return torch.stack(losses)
 
     def _save(self, state: EpochState) -> None:
-        broken = of_all_processes(self.feed.broken, self.distributed)
+        broken = of_all_processes(self.loader.broken, self.distributed)
         if self.distributed.is_main:
             content = {"epoch": self.epoch, "seconds": self.seconds, "losses": self.losses}
             content |= {"sums": self.sums, "broken": broken, "heads": self.heads.state_dict()}
@@ -298,7 +304,7 @@ class DenseTraining:
             self.optimizer.load_state_dict(found["optimizer"])
             self.losses, self.sums = found["losses"], found["sums"]
             self.epoch, self.seconds = found["epoch"], found["seconds"]
-            self.feed.broken.update(found["broken"])
+            self.loader.broken.update(found["broken"])
 
 
 class _Store(NamedTuple):

@@ -184,7 +184,7 @@ def evaluate_finetune(
 def _run(subject: Subject, training: FineTuning, notes: list[str]) -> Result:
     """Train, test and save; from the folder if the result is there already."""
     probe, about, protocol = training.probe, subject.describe(), training.settings()
-    method = "finetune-list" if probe.few else "finetune"
+    method = "finetune-list" if probe.subset else "finetune"
     # another number of processes resumes too
     same = {k: v for k, v in protocol.items() if k not in ("processes", "micro_batch_size")}
     settings = {**probe.settings(), "model": about, **same}
@@ -223,7 +223,7 @@ def _save(training: FineTuning, subject: Subject, folder: Path) -> None:
 def _paper_figure(subject: Subject, training: FineTuning) -> tuple[float | None, list[str]]:
     """The paper's accuracy if this run follows its recipe, else a note."""
     probe, model = training.probe, training.model
-    published = few_labels_recipe(model) if probe.few else FULL
+    published = few_labels_recipe(model) if probe.subset else FULL
     paper = published.paper.get(subject.paper_name or "")
     if paper is None or probe.task.name != "imagenet1k":
         return None, []
@@ -231,7 +231,7 @@ def _paper_figure(subject: Subject, training: FineTuning) -> tuple[float | None,
         training.recipe == published
         and training.batches.batch_size == published.batch_size
         and training.size == tuple(model.pretrained_cfg["input_size"][1:])
-        and (not probe.few or len(probe.train) == _ONE_PERCENT)
+        and (not probe.subset or len(probe.train) == _ONE_PERCENT)
     ):
         return paper, []
     return None, [f"the paper has {paper:g} % with another protocol: not comparable"]
@@ -255,7 +255,9 @@ class FineTuning:
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
         self.view = View("crop", "bicubic", whole=max(self.size) > 224)
         everything, protocol = np.arange(len(probe.train)), replace(probe.protocol, view=self.view)
-        self.probe = replace(probe, protocol=protocol, fit=everything, choose=everything[:0])
+        self.probe = replace(
+            probe, protocol=protocol, train_rows=everything, val_rows=everything[:0]
+        )
         self.mean, self.std = (
             torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
         )
@@ -311,7 +313,7 @@ class FineTuning:
             "processes": self.distributed.world_size,
             "precision": self.precision,
             "test_transform": self.view.describe(self.size, train=False),
-            **self.probe.few,
+            **self.probe.subset,
         }
 
     def run(self, state: EpochState, bar: Any) -> None:

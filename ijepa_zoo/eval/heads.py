@@ -20,7 +20,7 @@ from ..progress import skip
 from ..seeds import Stream, torch_generator
 from .accuracy import Metrics, best_head, classification_loss, compute_metrics
 from .features import BlockFeatures, Source, not_finite, refuse_undecoded
-from .feeds import CachedFeed, Feed, OnlineFeed
+from .loaders import CachedLoader, FeatureLoader, OnlineLoader
 from .probe import (
     EvalConfig,
     Probe,
@@ -203,7 +203,7 @@ def evaluate_heads(
 
     `usual` is the protocol with the task's transform; None for the task's own.
     """
-    feed_class = CachedFeed if cached else OnlineFeed
+    loader_class = CachedLoader if cached else OnlineLoader
 
     def prepare(probe: Probe) -> Probe:
         own = probe.task.protocol
@@ -211,39 +211,43 @@ def evaluate_heads(
         return with_protocol(probe, protocol, epochs, batch_size, lrs, wds)
 
     def run(probe: Probe, source: Source) -> tuple[Result, Path]:
-        protocol = describe_protocol(probe, feed_class.name, source.size)
+        protocol = describe_protocol(probe, loader_class.name, source.size)
 
         def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
             started = time.perf_counter()
-            images = probe.protocol.epochs * len(probe.fit) + len(probe.choose) + len(probe.test)
+            images = (
+                probe.protocol.epochs * len(probe.train_rows)
+                + len(probe.val_rows)
+                + len(probe.test)
+            )
             with probe.bar(images, f"{probe.task.name}, {source.about['name']}") as bar:
-                feed = feed_class(probe, source, bar, gather=not patches)
+                loader = loader_class(probe, source, bar, gather=not patches)
                 grid = make(probe, source)
                 state = EpochState(folder / "state.pt", probe.distributed)
-                losses, earlier = train(probe, source, feed, grid, state)
-                chosen, val, test = choose_and_test(probe, source, feed, grid)
+                losses, earlier = train(probe, source, loader, grid, state)
+                chosen, val, test = choose_and_test(probe, source, loader, grid)
             spec, head = grid.specs[chosen], grid.modules[chosen]
             if isinstance(source, BlockFeatures):
                 layers = "last" if patches else spec.representation
                 save_probe_head(probe, source, head, layers, folder, chosen=spec.name)
-            used = {**pooling(source), **protocol, "batch_size": feed.batch_size}
+            used = {**pooling(source), **protocol, "batch_size": loader.batch_size}
             paper, notes = paper_figure(probe, source, usual or probe.task.protocol, cached)
             result = make_result(
-                *(probe, source.about, method, used, grid.names, chosen, val, test, feed.broken),
+                *(probe, source.about, method, used, grid.names, chosen, val, test, loader.broken),
                 losses=losses,
                 paper=paper,
-                notes=[*feed.notes, *notes],
+                notes=[*loader.notes, *notes],
             )
-            rate = feed.rate(time.perf_counter() - started)
+            rate = loader.rate(time.perf_counter() - started)
             return replace(result, seconds=earlier), rate
 
-        return run_once(probe, source, f"{method}-{feed_class.name}", protocol, work)
+        return run_once(probe, source, f"{method}-{loader_class.name}", protocol, work)
 
     return evaluate(config, run, patches=patches, prepare=prepare)
 
 
 def train(
-    probe: Probe, source: Source, feed: Feed, grid: Grid, state: EpochState
+    probe: Probe, source: Source, loader: FeatureLoader, grid: Grid, state: EpochState
 ) -> tuple[list[float], float]:
     """Train all heads; returns the last losses, and the seconds of earlier sessions."""
     protocol, distributed = probe.protocol, probe.distributed
@@ -253,28 +257,28 @@ def train(
         grid.modules.load_state_dict(found["heads"])
         grid.optimizer.load_state_dict(found["optimizer"])
         done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
-        feed.broken.update(found["broken"])
-    skip(feed.bar, done * feed.steps * feed.batch_size)
-    steps = feed.training(done, protocol.epochs)
-    mine = None if feed.gathered else distributed
+        loader.broken.update(found["broken"])
+    skip(loader.bar, done * loader.steps * loader.batch_size)
+    steps = loader.training(done, protocol.epochs)
+    mine = None if loader.gathered else distributed
     grid.modules.train()
     for epoch in range(done, protocol.epochs):
         # the last number counts batches that are not finite; nothing waits for the device
         total = torch.zeros(len(grid.specs) + 1, device=source.device)
-        for step, (rows, labels) in enumerate(islice(steps, feed.steps)):
-            at = epoch + step / feed.steps if protocol.per_step else epoch
-            scale = protocol.lr_scale(at, feed.batch_size)
-            total[:-1] += grid.step(source.split(rows), labels, scale, mine, feed.batch_size)
+        for step, (rows, labels) in enumerate(islice(steps, loader.steps)):
+            at = epoch + step / loader.steps if protocol.per_step else epoch
+            scale = protocol.lr_scale(at, loader.batch_size)
+            total[:-1] += grid.step(source.split(rows), labels, scale, mine, loader.batch_size)
             total[-1] += ~rows.isfinite().all()
         if mine is not None:
             total = distributed.all_reduce(total) / distributed.world_size
-        *losses, bad = (total / feed.steps).tolist()
+        *losses, bad = (total / loader.steps).tolist()
         if bad:
             raise not_finite(source)
-        feed.bar.set_postfix(
+        loader.bar.set_postfix(
             epoch=f"{epoch + 1}/{protocol.epochs}", loss=f"{min(losses):.3g}", refresh=False
         )
-        broken = of_all_processes(feed.broken, distributed)
+        broken = of_all_processes(loader.broken, distributed)
         if distributed.is_main:
             seconds = earlier + time.perf_counter() - started
             kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
@@ -285,22 +289,22 @@ def train(
 
 
 def choose_and_test(
-    probe: Probe, source: Source, feed: Feed, grid: Grid
+    probe: Probe, source: Source, loader: FeatureLoader, grid: Grid
 ) -> tuple[int, Metrics | None, Metrics]:
     """Choose a head on validation images and test it alone; all are tested if there are none."""
     heads = len(grid.specs)
     tests = ("test", probe.test, np.arange(len(probe.test)))
-    if not len(probe.choose):
-        test = compute_metrics(probe, source, feed.testing(), grid.logits, heads)
-        refuse_undecoded(*tests, test.total, feed.broken)
+    if not len(probe.val_rows):
+        test = compute_metrics(probe, source, loader.testing(), grid.logits, heads)
+        refuse_undecoded(*tests, test.total, loader.broken)
         return best_head(test), None, test
-    val = compute_metrics(probe, source, feed.validation(), grid.logits, heads)
-    refuse_undecoded("validation", probe.train, probe.choose, val.total, feed.broken)
+    val = compute_metrics(probe, source, loader.validation(), grid.logits, heads)
+    refuse_undecoded("validation", probe.train, probe.val_rows, val.total, loader.broken)
     chosen = best_head(val)
 
     def logits(features: dict[str, Tensor]) -> list[Tensor]:
         return [grid.logits_of(chosen, features)]
 
-    test = compute_metrics(probe, source, feed.testing(), logits, 1)
-    refuse_undecoded(*tests, test.total, feed.broken)
+    test = compute_metrics(probe, source, loader.testing(), logits, 1)
+    refuse_undecoded(*tests, test.total, loader.broken)
     return chosen, val, test

@@ -14,7 +14,7 @@ from ..data.datasets import Targets
 from ..metrics import knn_predict
 from .accuracy import TOP, best_head, count_correct
 from .features import Source
-from .feeds import CachedFeed
+from .loaders import CachedLoader
 from .models import Subject
 from .probe import EvalConfig, Probe, evaluate, make_result, pooling, run_once
 from .results import Result
@@ -61,20 +61,20 @@ def _run(probe: Probe, source: Source) -> tuple[Result, Path]:
 
     def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
         with probe.bar(0, "neighbors") as bar:
-            feed = CachedFeed(probe, source, bar, flips=False)
-            return _vote(probe, source, feed, protocol), feed.rate(0)
+            loader = CachedLoader(probe, source, bar, flips=False)
+            return _vote(probe, source, loader, protocol), loader.rate(0)
 
     return run_once(probe, source, "knn", protocol, work)
 
 
-def _vote(probe: Probe, source: Source, feed: CachedFeed, protocol: dict[str, Any]) -> Result:
-    everyone = np.concatenate([feed.fit, feed.choose])
+def _vote(probe: Probe, source: Source, loader: CachedLoader, protocol: dict[str, Any]) -> Result:
+    everyone = np.concatenate([loader.train_rows, loader.val_rows])
     name = next(iter(source.widths))
-    rows = source.split(feed.train.rows)[name]  # a view of the file: only these columns are read
+    rows = source.split(loader.train.rows)[name]  # a view of the file: only these columns are read
 
     def answer(indices: Targets, batches: Any, settings: list[tuple[int, float]]) -> Any:
-        bank = F.normalize(rows[indices].to(feed.device), dim=1)
-        labels = feed.labels(probe.train, feed.train, indices)
+        bank = F.normalize(rows[indices].to(loader.device), dim=1)
+        labels = loader.labels(probe.train, loader.train, indices)
         ks, temperatures = (list(dict.fromkeys(column)) for column in zip(*settings))
 
         def predict(features: dict[str, Tensor]) -> Tensor:
@@ -90,16 +90,20 @@ def _vote(probe: Probe, source: Source, feed: CachedFeed, protocol: dict[str, An
 
         return count_correct(probe, source, batches, predict, len(settings))
 
-    on_test = not len(feed.choose)
-    grid = list(product([k for k in KS if k <= len(feed.fit)] or [len(feed.fit)], TEMPERATURES))
-    val = answer(feed.fit, feed.testing() if on_test else feed.validation(), grid)
+    on_test = not len(loader.val_rows)
+    grid = list(
+        product(
+            [k for k in KS if k <= len(loader.train_rows)] or [len(loader.train_rows)], TEMPERATURES
+        )
+    )
+    val = answer(loader.train_rows, loader.testing() if on_test else loader.validation(), grid)
     chosen = best_head(val)
     return make_result(
         *(probe, source.about, "knn", {**pooling(source), **protocol}),
         [f"k={k} T={temperature:g}" for k, temperature in grid],
         chosen,
         None if on_test else val,
-        val if on_test else answer(everyone, feed.testing(), [grid[chosen]]),
-        feed.broken,
+        val if on_test else answer(everyone, loader.testing(), [grid[chosen]]),
+        loader.broken,
         notes=["all training images are neighbors of test images"],
     )

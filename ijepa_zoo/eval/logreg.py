@@ -18,7 +18,7 @@ from ..models.classifier import LinearHead
 from ..seeds import Stream, numpy_generator
 from .accuracy import Metrics, best_head, compute_metrics, join_heads
 from .features import BlockFeatures, Source
-from .feeds import CachedFeed
+from .loaders import CachedLoader
 from .models import Subject
 from .probe import (
     EvalConfig,
@@ -30,7 +30,7 @@ from .probe import (
     save_probe_head,
 )
 from .results import Result
-from .sets import listed_rows, split_to_choose
+from .sets import listed_rows, split_off_val
 from .tasks import Task
 
 CS = tuple(10.0 ** float(e) for e in np.linspace(-6, 5, 45))  # DINOv2's `C_POWER_RANGE`
@@ -88,8 +88,8 @@ def evaluate_logreg(
 
         def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
             with probe.bar(0, "logistic regression") as bar:
-                feed = CachedFeed(probe, source, bar, flips=False)
-                return _sweep(probe, source, feed, cs, protocol, folder), feed.rate(0)
+                loader = CachedLoader(probe, source, bar, flips=False)
+                return _sweep(probe, source, loader, cs, protocol, folder), loader.rate(0)
 
         return run_once(probe, source, "logreg", protocol, work)
 
@@ -119,24 +119,24 @@ def with_rows(probe: Probe, rows: Targets, chosen: dict[str, Any]) -> Probe:
     ]
     images, labels = Subset(train.images, rows), train.labels[rows]
     few = replace(train, images=images, labels=labels, notes=(*train.notes, *notes))
-    fit, choose = split_to_choose(few, probe.seed)
+    fit, choose = split_off_val(few, probe.seed)
     if probe.config.select_on_test:
         fit, choose = np.arange(len(few)), choose[:0]
-    return replace(probe, train=few, fit=fit, choose=choose, few=chosen)
+    return replace(probe, train=few, train_rows=fit, val_rows=choose, subset=chosen)
 
 
 def _sweep(
     probe: Probe,
     source: Source,
-    feed: CachedFeed,
+    loader: CachedLoader,
     cs: Sequence[float],
     protocol: dict[str, Any],
     folder: Path,
 ) -> Result:
     def share(indices: Targets) -> tuple[dict[str, Tensor], Tensor]:
-        mine = feed.share(indices)
-        rows = feed.train.rows[mine].to(feed.device)
-        return source.split(rows), feed.labels(probe.train, feed.train, mine)
+        mine = loader.share(indices)
+        rows = loader.train.rows[mine].to(loader.device)
+        return source.split(rows), loader.labels(probe.train, loader.train, mine)
 
     def metrics(fitted: Logistic, name: str, batches: Any) -> Metrics:
         def logits(features: dict[str, Tensor]) -> list[Tensor]:
@@ -144,8 +144,8 @@ def _sweep(
 
         return compute_metrics(probe, source, batches, logits, 1)
 
-    on_test = not len(feed.choose)
-    fit, labels = share(feed.fit)
+    on_test = not len(loader.val_rows)
+    fit, labels = share(loader.train_rows)
     classes, all_reduce = probe.num_classes, probe.distributed.all_reduce
     heads, found = [], []
     for name in source.widths:
@@ -154,22 +154,22 @@ def _sweep(
             fitted = fit_logistic(
                 fit[name], labels, c, classes, start=fitted, all_reduce=all_reduce
             )
-            batches = feed.testing() if on_test else feed.validation()
+            batches = loader.testing() if on_test else loader.validation()
             found.append(metrics(fitted, name, batches))
             heads.append((name, c))
     val = join_heads(found)
     chosen = best_head(val)
     names = [f"{name} C={c:.3g}" for name, c in heads]
     name, c = heads[chosen]
-    features, labels = share(np.concatenate([feed.fit, feed.choose]))
+    features, labels = share(np.concatenate([loader.train_rows, loader.val_rows]))
     best = fit_logistic(features[name], labels, c, classes, all_reduce=all_reduce)
     if isinstance(source, BlockFeatures):
         save_probe_head(probe, source, best.head(), name, folder, chosen=names[chosen])
     failed = [] if best.converged else ["the last fit did not converge"]
-    tested = (None, val) if on_test else (val, metrics(best, name, feed.testing()))
+    tested = (None, val) if on_test else (val, metrics(best, name, loader.testing()))
     return make_result(
         *(probe, source.about, "logreg", {**pooling(source), **protocol}, names, chosen),
-        *(*tested, feed.broken),
+        *(*tested, loader.broken),
         notes=["after the choice fitted to all training images", *failed],
     )
 

@@ -28,7 +28,7 @@ from .features import BlockFeatures, RawPixels, Source, pixel_options
 from .models import Subject, as_subject
 from .results import TEST_SET, Head, Result
 from .runs import EpochState, once, run_folder
-from .sets import CHOOSE_SHARE, EvalSet, data_record, open_task, split_to_choose
+from .sets import VAL_SHARE, EvalSet, data_record, open_task, split_off_val
 from .tasks import Protocol, Task, find_task
 
 MICRO = 128  # images of a forward pass
@@ -124,10 +124,10 @@ class Probe:
     protocol: Protocol
     train: EvalSet
     test: EvalSet
-    fit: Targets
-    choose: Targets
+    train_rows: Targets
+    val_rows: Targets
     distributed: Distributed
-    few: dict[str, Any] = field(default_factory=dict)
+    subset: dict[str, Any] = field(default_factory=dict)
 
     @property
     def out(self) -> Path:
@@ -152,7 +152,7 @@ class Probe:
             "test": self.test.fingerprint(),
             "files": [part.files_state for part in (self.train, self.test)],
             **pixel_options(self.train),
-            "select_on_test": not len(self.choose),
+            "select_on_test": not len(self.val_rows),
             "skip_broken": self.config.skip_broken,
             "seed": self.seed,
         }
@@ -160,9 +160,9 @@ class Probe:
     @property
     def selection(self) -> str:
         """What the head is chosen by."""
-        if not len(self.choose):
+        if not len(self.val_rows):
             return TEST_SET
-        return f"a seeded 10 % of the {'chosen' if self.few else 'training'} images"
+        return f"a seeded 10 % of the {'chosen' if self.subset else 'training'} images"
 
     def in_order(
         self, part: EvalSet, rows: Targets, size: tuple[int, int], *, shared: bool = True
@@ -197,7 +197,7 @@ def open_probe(config: EvalConfig, distributed: Distributed, subject: Subject) -
         skip_broken=config.skip_broken,
         progress=config.progress and distributed.is_main,
     )
-    fit, choose = split_to_choose(train, config.seed)
+    fit, choose = split_off_val(train, config.seed)
     if config.select_on_test:
         fit, choose = np.arange(len(train)), choose[:0]
     return Probe(config, task, task.protocol, train, test, fit, choose, distributed)
@@ -215,9 +215,9 @@ def evaluate(
     # hours: the others wait while rank 0 writes the cache
     with init_distributed(config.device, timeout=_CACHE_SECONDS) as distributed:
         probe = prepare(open_probe(config, distributed, subject))
-        if not config.select_on_test and not len(probe.choose):
+        if not config.select_on_test and not len(probe.val_rows):
             raise _nothing_to_choose_by(probe)
-        if len(probe.fit) < 2:
+        if len(probe.train_rows) < 2:
             raise DataError("one training image is too few: give at least two")
 
         def features(subject: Subject) -> BlockFeatures:
@@ -241,7 +241,7 @@ def evaluate(
 def _nothing_to_choose_by(probe: Probe) -> DataError:
     return DataError(
         f"the training images ({len(probe.train)} of {probe.num_classes} classes) leave none to "
-        f"choose the best head by: use at least {round(1 / CHOOSE_SHARE)}, and two of a class, or "
+        f"choose the best head by: use at least {round(1 / VAL_SHARE)}, and two of a class, or "
         f"choose on the test set, {option('select_on_test')}"
     )
 
@@ -255,7 +255,7 @@ def run_once(
 ) -> tuple[Result, Path]:
     """The result of an evaluation, from its folder if it is finished, and the folder."""
     identity = {key: value for key, value in source.settings.items() if key != "versions"}
-    settings = {**probe.settings(), **identity, **protocol, **probe.few}
+    settings = {**probe.settings(), **identity, **protocol, **probe.subset}
     folder = run_folder(probe.out, probe.task.name, method, source.about["name"], settings)
 
     def timed() -> Result:
@@ -300,9 +300,9 @@ def make_result(
     else:
         on_val, on_test[chosen] = [*val.values()], test.values()[0]
     found = of_all_processes(broken, probe.distributed)
-    names = (probe.train.images.name(row) for row in probe.fit.tolist()) if found else ()
-    fitted = len(probe.fit) - sum(name in found for name in names)
-    images = {"fit": fitted, "choose": val.total if val else 0, "test": test.total}
+    names = (probe.train.images.name(row) for row in probe.train_rows.tolist()) if found else ()
+    fitted = len(probe.train_rows) - sum(name in found for name in names)
+    images = {"train": fitted, "val": val.total if val else 0, "test": test.total}
     selection = selection or probe.selection
     columns = (heads, on_val, on_test, losses or [None] * len(heads))
     return Result(
@@ -314,7 +314,7 @@ def make_result(
         chosen=heads[chosen],
         selection=selection,
         heads=[Head(*column) for column in zip(*columns)],
-        protocol={**protocol, **probe.few},
+        protocol={**protocol, **probe.subset},
         data=data_record(probe.train, probe.test),
         images={name: count for name, count in images.items() if count},
         seed=probe.seed,
@@ -340,9 +340,9 @@ def _notes(probe: Probe, selection: str, broken: dict[str, str]) -> list[str]:
             "chosen on the test set, as much of the literature does: the accuracy is too high by "
             "as much as luck helps the best of the heads"
         )
-    elif 0 < len(probe.choose) < _FEW:
-        notes.append(f"chosen by {len(probe.choose)} images: another seed may choose otherwise")
-    return [*notes, *undecoded(broken), *lost_classes(probe.train, probe.fit, broken)]
+    elif 0 < len(probe.val_rows) < _FEW:
+        notes.append(f"chosen by {len(probe.val_rows)} images: another seed may choose otherwise")
+    return [*notes, *undecoded(broken), *lost_classes(probe.train, probe.train_rows, broken)]
 
 
 def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
@@ -400,13 +400,13 @@ def with_protocol(
     return replace(probe, protocol=changed)
 
 
-def describe_protocol(probe: Probe, fed: str, size: tuple[int, int]) -> dict[str, Any]:
+def describe_protocol(probe: Probe, features: str, size: tuple[int, int]) -> dict[str, Any]:
     """The protocol of trained heads as results record it, in plain values."""
     view = probe.protocol.view
     return {
         **json.loads(json.dumps(asdict(probe.protocol))),
-        "fed": fed,
-        "train_transform": view.describe(size, train=fed == "online"),
+        "features": features,
+        "train_transform": view.describe(size, train=features == "online"),
         "test_transform": view.describe(size, train=False),
     }
 
@@ -418,7 +418,7 @@ def paper_figure(
     paper = probe.task.paper.get(source.paper_name or "")
     notes = other_epochs(probe.protocol.epochs, usual.epochs, "protocol")
     config = probe.config
-    different = probe.protocol != probe.task.protocol or not len(probe.choose)
+    different = probe.protocol != probe.task.protocol or not len(probe.val_rows)
     different |= config.img_size is not None or config.pool != "auto"
     different |= cached and probe.protocol.view.shape != "square"
     if paper is not None and different:

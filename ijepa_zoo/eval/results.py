@@ -138,9 +138,9 @@ class Result:
             "paper": self.paper,
             "chosen": self.chosen,
             "selection": self.selection,
-            "fed": self.protocol.get("fed"),
+            "features": self.protocol.get("features"),
             "epochs": self.protocol.get("epochs"),
-            "fit_images": self.images.get("fit"),
+            "train_images": self.images.get("train"),
             "test_images": self.images.get("test"),
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
@@ -288,8 +288,8 @@ def markdown(results: Sequence[Result]) -> str:
 
 def _group(result: Result) -> tuple[str, str, str]:
     """Results that a reader compares."""
-    fed = ", cached" if result.protocol.get("fed") == "cached" else ""
-    return result.task, _data(result), f"{result.method}{fed}"
+    features = ", cached" if result.protocol.get("features") == "cached" else ""
+    return result.task, _data(result), f"{result.method}{features}"
 
 
 def _rank(result: Result) -> tuple[Any, ...]:
@@ -310,7 +310,7 @@ def _settings(result: Result) -> str:
         "px": f"{height}x{width}",
         "epochs": result.protocol.get("epochs"),
         "batch": result.protocol.get("batch_size"),
-        "images": result.images.get("fit"),
+        "images": result.images.get("train"),
         "precision": result.runtime.get("precision"),
     }
     if result.selection == TEST_SET:

@@ -27,7 +27,7 @@ from ..models.classifier import (
 )
 from .accuracy import compute_metrics
 from .features import BlockFeatures, Source, refuse_undecoded
-from .feeds import encoded
+from .loaders import encoded
 from .models import Subject
 from .probe import EvalConfig, Probe, make_result, run_once
 from .results import Result, data_name

@@ -26,7 +26,7 @@ from ..seeds import Stream, numpy_generator
 from .results import data_name
 from .tasks import Task
 
-CHOOSE_SHARE = 0.1  # of the training images, to choose the head by
+VAL_SHARE = 0.1  # of the training images, to choose the head by
 _TEST_SHARE = 0.2  # of a data set that is in one piece
 _TEST_SEED = 0  # fixed, so that runs with other seeds are tested on the same images
 _SCENES = "scenes:"
@@ -159,9 +159,9 @@ def _rarest(labels: Labels) -> Targets:
     return np.where(labels.any(axis=1), rarest, labels.shape[1])
 
 
-def split_to_choose(train: EvalSet, seed: int) -> tuple[Targets, Targets]:
+def split_off_val(train: EvalSet, seed: int) -> tuple[Targets, Targets]:
     """Indices of the training images that heads are fitted to, and of the 10 % that choose one."""
-    return split_classes(train.labels, CHOOSE_SHARE, seed)
+    return split_classes(train.labels, VAL_SHARE, seed)
 
 
 def listed_rows(train: EvalSet, files: str | Path) -> Targets:

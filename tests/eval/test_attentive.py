@@ -16,7 +16,7 @@ from ijepa_zoo.eval import evaluate_attentive
 from ijepa_zoo.eval.attentive import ATTENTIVE
 from ijepa_zoo.eval.features import BlockFeatures
 from ijepa_zoo.eval.heads import Grid
-from ijepa_zoo.eval.sets import open_task, split_to_choose
+from ijepa_zoo.eval.sets import open_task, split_off_val
 from ijepa_zoo.models.classifier import AttentiveHead
 from ijepa_zoo.seeds import Stream, fold
 
@@ -39,7 +39,7 @@ def tokens_of(model, images):
 
 def test_heads_equal_adamw_alone_on_the_extractors_tokens(pictures, tmp_path):
     result = evaluate_attentive(TASK, encoder(), pictures, tmp_path, **OPTIONS)
-    fit, choose = split_to_choose(open_task(TASK, pictures)[0], 0)
+    fit, choose = split_off_val(open_task(TASK, pictures)[0], 0)
     images, labels = pixels_of(pictures, "train")
     tests, answers = pixels_of(pictures, "test")
     x, z = tokens_of(encoder(), images), tokens_of(encoder(), tests)
@@ -98,7 +98,7 @@ def test_cached_tokens_train_the_heads_of_online_ones(pictures, tmp_path, monkey
     for found, expected in zip(cached.heads, online.heads):
         assert found.loss == pytest.approx(expected.loss, abs=1e-5)
         assert found.val == expected.val
-    assert cached.protocol["fed"] == "cached"
+    assert cached.protocol["features"] == "cached"
     monkeypatch.setattr(BlockFeatures, "encode", None)
     again = evaluate_attentive(TASK, encoder(), pictures, tmp_path, cached=True, **options)
     assert again.images_per_second is not None  # the result before

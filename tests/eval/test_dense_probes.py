@@ -193,7 +193,7 @@ def test_a_run_leaves_a_result_and_a_head(finished):
     out, result = finished
     assert read_result(out / "result.json").value == result.value
     assert {file.name for file in out.iterdir()} - {".lock"} == {"model", "result.json"}
-    assert result.images == {"fit": 22, "choose": 2, "test": 6}
+    assert result.images == {"train": 22, "val": 2, "test": 6}
     assert [(part["split"], part["images"]) for part in result.data.values()] == [
         ("rendered", 24),
         ("rendered", 6),
@@ -305,7 +305,7 @@ def test_select_on_test_reads_it_with_every_head(subject, tmp_path):
     )
     assert result.selection == "the test set"
     assert result.value == min(head.test for head in result.heads)
-    assert result.images == {"fit": 24, "choose": 0, "test": 6}
+    assert result.images == {"train": 24, "val": 0, "test": 6}
     assert {head.val for head in result.heads} == {None}
 
 
@@ -330,7 +330,7 @@ def test_broken_images_are_left_out_and_named(subject, tmp_path):
     result = evaluate_dense_depth(
         subject, data, tmp_path / "out", workers=0, protocol=PROTOCOL, epochs=1, skip_broken=True
     )
-    assert result.images == {"fit": 4, "choose": 1, "test": 5}
+    assert result.images == {"train": 4, "val": 1, "test": 5}
     assert "test/3.png: not an image" in result.notes[-1]
     assert "train/4_depth.png" in result.notes[-1]
     assert math.isfinite(result.value)
@@ -405,18 +405,18 @@ TWO = """
 """
 
 
-@pytest.mark.parametrize("fed", ["online", "cached"])
-def test_two_processes_do_what_one_does(subject, tmp_path, fed):
+@pytest.mark.parametrize("features", ["online", "cached"])
+def test_two_processes_do_what_one_does(subject, tmp_path, features):
     data = _folder(tmp_path, count=9)
     for n in range(9):  # something to learn, and a pair that only one process can read
         _write_pair(data / f"train/{n}.png", data / f"train/{n}_depth.png", 25 * n, 1 + n / 2)
     (data / "train/5.png").write_bytes(b"nothing")
     for n in (2, 3):  # one of each process
         (data / f"test/{n}.png").write_bytes(b"nothing")
-    several_processes.run(TWO, 2, data, tmp_path / "two", fed)
+    several_processes.run(TWO, 2, data, tmp_path / "two", features)
     one = evaluate_dense_depth(
         subject, data, tmp_path / "one", protocol=PROTOCOL, workers=0, skip_broken=True,
-        batch_size=3, cached=fed == "cached",
+        batch_size=3, cached=features == "cached",
     )  # fmt: skip
     (file,) = (tmp_path / "two").glob("*/result.json")
     two = read_result(file)
@@ -464,7 +464,7 @@ def test_the_command_reads_nyus_own_file(tmp_path):
     (file,) = (tmp_path / "out").glob("*/result.json")
     result = read_result(file)
     assert math.isfinite(result.value)
-    assert result.images == {"fit": 10, "choose": 1, "test": 3}
+    assert result.images == {"train": 10, "val": 1, "test": 3}
     assert result.data["test"]["split"] == "splits.mat"
     assert (result.protocol["crop"], result.protocol["max_depth"]) == ("eigen", 10)
 

@@ -266,7 +266,7 @@ def test_bright_is_told_from_dark_and_the_given_model_stays_as_it_was(folder, tm
     )  # fmt: skip
     assert result.value == 100
     assert result.interval[0] < 100
-    assert result.images == {"fit": 20, "test": 10}
+    assert result.images == {"train": 20, "test": 10}
     assert result.protocol["layer_decay"] == 0.9
     for name, count in (("train", 20), ("test", 10)):
         part = result.data[name]
@@ -366,7 +366,7 @@ def test_few_labels_are_those_of_a_list(folder, tmp_path):
     names = [f"{name}/{n}.png" for name in ("dark", "bright") for n in (1, 4, 5)]
     (tmp_path / "list.txt").write_text("\n".join(names))
     result = _run(folder, tmp_path, list=tmp_path / "list.txt", recipe=None, epochs=1)
-    assert result.images["fit"] == 6
+    assert result.images["train"] == 6
     assert result.method == "finetune-list"
     recipe = few_labels_recipe(_model())
     assert {key: result.protocol[key] for key in ("lr", "weight_decay", "mixup")} == {
@@ -423,7 +423,7 @@ def test_images_that_cannot_be_decoded_do_not_count(folder, tmp_path, monkeypatc
             _run(folder, tmp_path / "killed", **arguments)
     resumed = _run(folder, tmp_path / "killed", **arguments)
     for result in (whole, resumed):
-        assert result.images == {"fit": 19, "test": 9}
+        assert result.images == {"train": 19, "test": 9}
         _, undecoded = result.notes
         assert undecoded.startswith("images that could not be decoded: 2 (")
         assert "train/dark/3.png: " in undecoded

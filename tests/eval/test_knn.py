@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from small_probe import TASK, encoder, features_of, pixels_of, write_pictures
 
 from ijepa_zoo.eval import evaluate_knn, evaluate_linear, features
-from ijepa_zoo.eval.sets import open_task, split_to_choose
+from ijepa_zoo.eval.sets import open_task, split_off_val
 from ijepa_zoo.metrics import knn_predict
 
 CLASSES = 4
@@ -69,7 +69,7 @@ def test_votes_of_a_small_temperature_do_not_underflow():
 def test_probe_equals_a_plain_computation(tmp_path):
     pictures, model = write_pictures(tmp_path / "pictures"), encoder()
     result = evaluate_knn(TASK, model, pictures, tmp_path / "out", device="cpu", workers=0)
-    fit, choose = split_to_choose(open_task(TASK, pictures)[0], 0)
+    fit, choose = split_off_val(open_task(TASK, pictures)[0], 0)
     images, labels = pixels_of(pictures, "train")
     tests, answers = pixels_of(pictures, "test")
     x, z = (features_of(model, pixels)["last"] for pixels in (images, tests))

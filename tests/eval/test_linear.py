@@ -19,9 +19,9 @@ from small_probe import PROTOCOL, TASK, encoder, features_of, pixels_of, write_p
 import ijepa_zoo
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import Subject, evaluate_knn, evaluate_linear
-from ijepa_zoo.eval.feeds import OnlineFeed
 from ijepa_zoo.eval.heads import Grid, HeadSpec, make_grid
-from ijepa_zoo.eval.sets import open_task, split_to_choose
+from ijepa_zoo.eval.loaders import OnlineLoader
+from ijepa_zoo.eval.sets import open_task, split_off_val
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def _trained_alone(head, x, y, lr, weight_decay):
 @pytest.mark.parametrize("cached", [False, True])
 def test_figures_are_those_of_torch_optim_on_the_extractors_features(evaluate, pictures, cached):
     result = evaluate(cached=cached)
-    fit, choose = split_to_choose(open_task(TASK, pictures)[0], 0)
+    fit, choose = split_off_val(open_task(TASK, pictures)[0], 0)
     images, labels = pixels_of(pictures, "train")
     tests, answers = pixels_of(pictures, "test")
     x, z = (features_of(encoder(), pixels) for pixels in (images, tests))
@@ -78,7 +78,7 @@ def test_figures_are_those_of_torch_optim_on_the_extractors_features(evaluate, p
             test = 100 * (head(z[name]).argmax(1) == answers).float().mean()
         expected[spec.name] = (loss, float(kept), float(test))
     assert {h.name for h in result.heads} == expected.keys()
-    assert result.images == {"fit": len(fit), "choose": 36 - len(fit), "test": 21}
+    assert result.images == {"train": len(fit), "val": 36 - len(fit), "test": 21}
     for head in result.heads:
         loss, kept, _ = expected[head.name]
         assert head.loss == pytest.approx(loss, abs=2e-4)
@@ -99,7 +99,7 @@ def test_cached_features_with_flips_are_the_protocol_where_nothing_is_cropped(ev
     for one, other in zip(online.heads, cached.heads):
         assert one.loss == pytest.approx(other.loss, abs=1e-4)
     assert online.value == pytest.approx(cached.value)
-    assert online.protocol["fed"] != cached.protocol["fed"]
+    assert online.protocol["features"] != cached.protocol["features"]
 
 
 class _KilledError(Exception):
@@ -159,8 +159,8 @@ def test_a_finished_evaluation_is_not_repeated(evaluate, monkeypatch):
 
 
 def test_one_head_alone_reads_the_test_set_once(evaluate, monkeypatch):
-    reads, testing = [], OnlineFeed.testing
-    monkeypatch.setattr(OnlineFeed, "testing", lambda self: reads.append(1) or testing(self))
+    reads, testing = [], OnlineLoader.testing
+    monkeypatch.setattr(OnlineLoader, "testing", lambda self: reads.append(1) or testing(self))
     result = evaluate()
     assert len(reads) == 1
     assert [h.name for h in result.heads if h.test is not None] == [result.chosen]
@@ -182,7 +182,7 @@ def test_broken_images_are_named_and_count_nowhere(evaluate, pictures, tmp_path,
     (folder / "test" / "class0" / "3.png").write_bytes(b"no image")
     (folder / "train" / "class1" / "5.png").write_bytes(b"no image")
     result = evaluate(data=folder, cached=cached, select_on_test=True)
-    assert result.images == {"fit": 35, "test": 20}
+    assert result.images == {"train": 35, "test": 20}
     low, high = result.interval
     assert low < result.value < high
     assert round(result.value * 20 / 100, 6).is_integer()
@@ -212,7 +212,7 @@ def test_training_images_of_which_none_can_choose_are_refused(evaluate, tmp_path
         evaluate(data=few)
     with pytest.raises(DataError, match="leave none"):
         evaluate_knn(TASK, encoder(), few, tmp_path / "out", device="cpu", workers=0)
-    assert evaluate(data=few, select_on_test=True).images == {"fit": 3, "test": 6}
+    assert evaluate(data=few, select_on_test=True).images == {"train": 3, "test": 6}
 
 
 def test_baselines_have_figures_and_rows_of_their_own(evaluate, tmp_path, pictures):
@@ -290,13 +290,13 @@ def test_three_processes_give_the_figures_of_one(evaluate, pictures, tmp_path):
     arguments = (script, 3, pictures, tmp_path / "three", Path(__file__).parent)
     ended = several_processes.finish(several_processes.start(*arguments, "killed", "online"))
     assert [status != 0 for status, _ in ended] == [True] * 3
-    for fed in ("online", "cached"):
-        several_processes.run(*arguments, "repeated", fed)
+    for features in ("online", "cached"):
+        several_processes.run(*arguments, "repeated", features)
     task = replace(TASK, protocol=replace(PROTOCOL, batch_size=16))
     for cached in (False, True):
         one = evaluate(task=task, data=pictures, cached=cached)
-        fed = "cached" if cached else "online"
-        (file,) = tmp_path.glob(f"three/*linear-{fed}*/result.json")
+        features = "cached" if cached else "online"
+        (file,) = tmp_path.glob(f"three/*linear-{features}*/result.json")
         three = json.loads(file.read_bytes())
         assert three["value"] == one.value
         assert (three["images"], three["notes"]) == (one.images, one.notes)

@@ -122,9 +122,9 @@ def test_images_per_class_are_drawn_by_the_seed(pictures, tmp_path):
     options = {"device": "cpu", "workers": 0, "cs": (0.1, 1.0)}
     result = evaluate_logreg(TASK, encoder(), pictures, tmp_path, per_class=4, **options)
     assert result.protocol["per_class"] == 4
-    assert result.images["fit"] + result.images["choose"] == 12
+    assert result.images["train"] + result.images["val"] == 12
     everything = evaluate_logreg(TASK, encoder(), pictures, tmp_path, **options)
-    assert everything.images["fit"] + everything.images["choose"] == 36
+    assert everything.images["train"] + everything.images["val"] == 36
     assert len([*tmp_path.glob("small-logreg-*/result.json")]) == 2
     with pytest.raises(DataError, match="--select-on-test"):
         evaluate_logreg(TASK, encoder(), pictures, tmp_path, per_class=1, **options)

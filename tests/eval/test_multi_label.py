@@ -27,7 +27,7 @@ from ijepa_zoo.eval import (
 )
 from ijepa_zoo.eval.accuracy import average_precision, classification_loss
 from ijepa_zoo.eval.logreg import fit_logistic
-from ijepa_zoo.eval.sets import open_task, split_classes, split_to_choose
+from ijepa_zoo.eval.sets import open_task, split_classes, split_off_val
 
 OPTIONS = {"device": "cpu", "workers": 0}
 NAMES = ["blue", "green", "red"]
@@ -105,7 +105,7 @@ def test_sets_of_several_labels(labels):
     assert train.classes == test.classes == ("blue", "green", "red")
     assert (train.labels.shape, test.labels.shape) == ((30, 3), (20, 3))
     assert train.class_sizes().tolist() == train.labels.sum(axis=0).tolist()
-    fit, choose = split_to_choose(train, 0)
+    fit, choose = split_off_val(train, 0)
     assert sorted([*fit, *choose]) == list(range(30))
     assert len(choose) == 3
     other = labels.with_name("other.csv")

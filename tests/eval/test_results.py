@@ -27,9 +27,9 @@ RESULT = Result(
     chosen="h2",
     selection="a seeded 10 % of the training images",
     heads=[Head("h1", 50.0, None, 1.5), Head("h2", 79.0, 80.0, 0.5), Head("h3", 60.0, None, 0.7)],
-    protocol={"fed": "online", "epochs": 50},
+    protocol={"features": "online", "epochs": 50},
     data={"train": {"name": "photos"}, "test": {"fingerprint": "f" * 9, "most_frequent": 12.5}},
-    images={"fit": 90, "choose": 10, "test": 1000},
+    images={"train": 90, "val": 10, "test": 1000},
     seed=0,
     interval=(77.4, 82.4),
     paper=86.7,
@@ -128,7 +128,7 @@ def test_the_report_groups_by_task_data_and_method_with_the_best_in_bold(tmp_pat
     error = {"metric": "RMSE", "unit": "m", "higher_is_better": False, "interval": None}
     far = replace(RESULT, task="depth", **error, value=0.5, paper=None, baselines={})
     near = replace(far, model={**MODEL, "name": "b"}, value=0.25)
-    cached = replace(RESULT, protocol={"fed": "cached", "epochs": 50})
+    cached = replace(RESULT, protocol={"features": "cached", "epochs": 50})
     for number, result in enumerate([RESULT, best, far, near, cached]):
         result.write(tmp_path / str(number))
     rows = [

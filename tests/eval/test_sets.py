@@ -12,7 +12,7 @@ from PIL import Image
 from ijepa_zoo.data.datasets import ArrayDataset, Subset
 from ijepa_zoo.data.decode import Decoder
 from ijepa_zoo.errors import DataError
-from ijepa_zoo.eval.sets import EvalSet, open_task, split_classes, split_to_choose
+from ijepa_zoo.eval.sets import EvalSet, open_task, split_classes, split_off_val
 from ijepa_zoo.eval.tasks import Task, find_task
 
 CLASSES = find_task("classes")
@@ -149,7 +149,7 @@ def test_a_class_of_one_training_image_stays_among_those_fitted(tmp_path: Path) 
     train, test = opened(tmp_path)
     assert test.notes == ("the val part has no image of 1 of 3 classes ('b')",)
     for seed in range(30):
-        fit, choose = split_to_choose(train, seed)
+        fit, choose = split_off_val(train, seed)
         assert set(train.labels[fit]) == {0, 1, 2}
         assert set(train.labels[choose]) == {0}
         assert len(fit) + len(choose) == 32
@@ -253,7 +253,7 @@ def test_heads_are_chosen_by_a_tenth(tmp_path: Path) -> None:
     put(tmp_path / "train", {"a": 20, "b": 30})
     put(tmp_path / "val", {"a": 1, "b": 1})
     train, _ = opened(tmp_path)
-    fit, choose = split_to_choose(train, 5)
+    fit, choose = split_off_val(train, 5)
     assert (len(fit), np.bincount(train.labels[choose]).tolist()) == (45, [2, 3])
 
 

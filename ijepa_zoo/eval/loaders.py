@@ -25,10 +25,10 @@ from .sets import EvalSet
 _VALUES = 2**24  # of cached rows that are read at a time
 _PIECE = 128  # images of a forward pass in training
 
-Labelled = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
+LabeledRows = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
 
 
-class OnlineFeed:
+class OnlineLoader:
     """Every epoch encodes every image in another random view, as the protocols say."""
 
     name, notes = "online", ()
@@ -37,7 +37,7 @@ class OnlineFeed:
         self.probe, self.source, self.bar, self.gathered = probe, source, bar, gather
         protocol = probe.protocol
         self.batches = TrainBatches(
-            *(probe.train, probe.fit, protocol.view, source.size, protocol.batch_size),
+            *(probe.train, probe.train_rows, protocol.view, source.size, protocol.batch_size),
             seed=probe.seed,
             rank=probe.distributed.rank,
             world=probe.distributed.world_size,
@@ -47,11 +47,11 @@ class OnlineFeed:
         self.broken: dict[str, str] = {}
         self.encoded = 0
 
-    def training(self, first: int, last: int) -> Iterator[Labelled]:
+    def training(self, first: int, last: int) -> Iterator[LabeledRows]:
         """The steps of the epochs from `first` to before `last`."""
         numbers = self.batches.numbers(first, last)
         gather = self.probe.distributed.all_gather_rows
-        pieces: list[Labelled] = []
+        pieces: list[LabeledRows] = []
         for piece in self._encode(self.batches, numbers):
             pieces.append(piece)
             if len(pieces) == self.batches.parts:
@@ -61,11 +61,11 @@ class OnlineFeed:
                 yield rows, labels
                 pieces = []
 
-    def validation(self) -> Iterator[Labelled]:
+    def validation(self) -> Iterator[LabeledRows]:
         """The images that choose the head, the share of this process."""
-        return self._in_order(self.probe.train, self.probe.choose)
+        return self._in_order(self.probe.train, self.probe.val_rows)
 
-    def testing(self) -> Iterator[Labelled]:
+    def testing(self) -> Iterator[LabeledRows]:
         """The test images, the share of this process."""
         return self._in_order(self.probe.test, np.arange(len(self.probe.test)))
 
@@ -73,11 +73,11 @@ class OnlineFeed:
         """Images per second of the encoder; heads are trained at the same time."""
         return self.encoded / seconds if self.encoded else None
 
-    def _in_order(self, part: EvalSet, rows: Targets) -> Iterator[Labelled]:
+    def _in_order(self, part: EvalSet, rows: Targets) -> Iterator[LabeledRows]:
         batches = self.probe.in_order(part, rows, self.source.size)
         return self._encode(batches, range(len(batches)))
 
-    def _encode(self, batches: Any, numbers: Any) -> Iterator[Labelled]:
+    def _encode(self, batches: Any, numbers: Any) -> Iterator[LabeledRows]:
         for rows, labels in encoded(self.probe, self.source, batches, numbers, self.broken):
             images = len(labels) * self.probe.distributed.world_size
             self.encoded += images
@@ -87,7 +87,7 @@ class OnlineFeed:
 
 def encoded(
     probe: Probe, source: Source, batches: Any, numbers: Sequence[int], broken: dict[str, str]
-) -> Iterator[Labelled]:
+) -> Iterator[LabeledRows]:
     """Rows and classes of the images of batches, by their numbers, that could be decoded.
 
     Name and reason of the others are put into `broken`.
@@ -106,7 +106,7 @@ def encoded(
             yield rows, labels.to(rows.device, non_blocking=True)
 
 
-class CachedFeed:
+class CachedLoader:
     """Features computed once, of every image and its mirror image.
 
     Where the protocol's only random view is the flip, the features are those of the protocol;
@@ -134,15 +134,15 @@ class CachedFeed:
             for part, found in ((probe.train, self.train), (probe.test, self.test))
             for index, reason in found.broken.items()
         }
-        self.fit = np.flatnonzero(np.isin(self.train.indices, probe.fit))
-        self.choose = np.flatnonzero(np.isin(self.train.indices, probe.choose))
-        if len(self.fit) == 1:
+        self.train_rows = np.flatnonzero(np.isin(self.train.indices, probe.train_rows))
+        self.val_rows = np.flatnonzero(np.isin(self.train.indices, probe.val_rows))
+        if len(self.train_rows) == 1:
             raise DataError("only one training image can be decoded, and two are needed")
-        self.batch_size = min(probe.protocol.batch_size, len(self.fit))
-        self.steps = len(self.fit) // max(self.batch_size, 1)
+        self.batch_size = min(probe.protocol.batch_size, len(self.train_rows))
+        self.steps = len(self.train_rows) // max(self.batch_size, 1)
         for what, part, rows, count in (
-            ("training", probe.train, probe.fit, len(self.fit)),
-            ("validation", probe.train, probe.choose, len(self.choose)),
+            ("training", probe.train, probe.train_rows, len(self.train_rows)),
+            ("validation", probe.train, probe.val_rows, len(self.val_rows)),
             ("test", probe.test, np.arange(len(probe.test)), len(self.test.indices)),
         ):
             if len(rows):
@@ -162,15 +162,17 @@ class CachedFeed:
         """Those of the indices that belong to this process."""
         return indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
 
-    def training(self, first: int, last: int) -> Iterator[Labelled]:
-        """The steps of the epochs: the images and flips of `OnlineFeed`, if all can be decoded."""
+    def training(self, first: int, last: int) -> Iterator[LabeledRows]:
+        """The steps of the epochs; images and flips are those of `OnlineLoader`."""
         seed, batch, distributed = self.probe.seed, self.batch_size, self.probe.distributed
         shared = (0, 1) if self.gathered else (distributed.rank, distributed.world_size)
         own = share(batch, *shared)
         for epoch in range(first, last):
-            order = numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(len(self.fit))
+            order = numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(
+                len(self.train_rows)
+            )
             for step in range(self.steps):
-                chosen = self.fit[order[step * batch : (step + 1) * batch]][own]
+                chosen = self.train_rows[order[step * batch : (step + 1) * batch]][own]
                 draws = numpy_generator(seed, Stream.EVAL_AUGMENT, epoch, step)
                 flips = draws.random((batch, DRAWS))[own, -1] < 0.5
                 rows = self.train.rows[chosen]
@@ -180,21 +182,21 @@ class CachedFeed:
                 yield rows.to(self.device).float(), labels
                 self.bar.update(batch)
 
-    def validation(self) -> Iterator[Labelled]:
-        """See :class:`OnlineFeed`."""
-        return self._in_order(self.probe.train, self.train, self.choose)
+    def validation(self) -> Iterator[LabeledRows]:
+        """See :class:`OnlineLoader`."""
+        return self._in_order(self.probe.train, self.train, self.val_rows)
 
-    def testing(self) -> Iterator[Labelled]:
-        """See :class:`OnlineFeed`."""
+    def testing(self) -> Iterator[LabeledRows]:
+        """See :class:`OnlineLoader`."""
         return self._in_order(self.probe.test, self.test, np.arange(len(self.test.indices)))
 
     def rate(self, seconds: float) -> float | None:
-        """See :class:`OnlineFeed`."""
+        """See :class:`OnlineLoader`."""
         return self.encoded / self.seconds if self.encoded else None
 
     def _in_order(
         self, part: EvalSet, found: CachedFeatures, indices: Targets
-    ) -> Iterator[Labelled]:
+    ) -> Iterator[LabeledRows]:
         mine = self.share(indices)
         count = max(1, _VALUES // math.prod(found.rows.shape[1:]))
         for start in range(0, len(mine), count):
@@ -204,4 +206,4 @@ class CachedFeed:
             self.bar.update(len(chosen) * self.probe.distributed.world_size)
 
 
-Feed = OnlineFeed | CachedFeed
+FeatureLoader = OnlineLoader | CachedLoader
