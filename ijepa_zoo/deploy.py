@@ -168,8 +168,8 @@ def check_request(
                 importlib.import_module(package)
         except ImportError as error:
             raise MissingPackageError(
-                f"export to ONNX needs {', '.join(_ONNX_PACKAGES)} ({error}): "
-                "pip install 'ijepa-zoo[onnx]'"
+                f"export to ONNX needs more packages ({error}): "
+                f"pip install {' '.join(_ONNX_PACKAGES)}"
             ) from error
 
 

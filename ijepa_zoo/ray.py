@@ -266,6 +266,6 @@ def _ray_data() -> Any:
         import ray.data
     except ImportError as error:
         raise MissingPackageError(
-            "features on Ray need ray: pip install 'ijepa-zoo[ray]', or ray[data] alone"
+            "features on Ray need Ray Data: pip install 'ray[data]'"
         ) from error
     return ray.data

@@ -89,7 +89,7 @@ def test_ray_is_imported_only_when_it_is_used():
 
 def test_a_missing_ray_names_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'ijepa-zoo\[ray\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'ray\[data\]'"):
         read_images("photos")
 
 

@@ -362,7 +362,7 @@ def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
         h5py, loadmat = import_module("h5py"), import_module("scipy.io").loadmat
     except ModuleNotFoundError as error:
         raise MissingPackageError(
-            f"{NYU_FILE} needs h5py and scipy: pip install 'ijepa-zoo[nyu]'"
+            f"{NYU_FILE} needs h5py and scipy: pip install h5py scipy"
         ) from error
     path = file
     try:

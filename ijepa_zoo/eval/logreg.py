@@ -112,10 +112,12 @@ def with_rows(probe: Probe, rows: Targets, chosen: dict[str, Any]) -> Probe:
     present = sizes[sizes > 0]
     if len(present) < 2:
         raise DataError(f"the chosen images ({chosen}) are of one class; use at least two")
-    how = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in chosen.items())
+    how = ", ".join(f"{key}={value}" for key, value in chosen.items())
+    fewest, most = present.min(), present.max()
+    each = f"{fewest} to {most}" if fewest < most else f"{most}"
     notes = [
-        f"{len(rows)} of {len(train)} training images, {present.min()} to {present.max()} of each "
-        f"of {len(present)} classes: {how}"
+        f"{how}: {len(rows)} of {len(train)} training images, {each} of each of {len(present)} "
+        "classes"
     ]
     images, labels = Subset(train.images, rows), train.labels[rows]
     few = replace(train, images=images, labels=labels, notes=(*train.notes, *notes))

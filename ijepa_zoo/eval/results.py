@@ -150,10 +150,12 @@ class Result:
     def table(self) -> str:
         """What the terminal shows."""
         rows = [[f"{self.metric}{f' ({self.unit})' if self.unit else ''}", "val", "test"]]
-        rows += [[*self._head_row(head)] for head in self._best_heads()]
+        if len(self.heads) > 1:
+            rows += [[*self._head_row(head)] for head in self._best_heads()]
         if len(self.heads) > _SHOWN:
             rows.append([f"  {len(self.heads) - _SHOWN} more heads in {RESULT}", "", ""])
-        rows.append(["chosen head", "", self.show(self.value) + self._interval()])
+        name = "chosen head" if len(self.heads) > 1 else self.chosen
+        rows.append([name, "", self.show(self.value) + self._interval()])
         rows += [[f"  {name}", "", f"{value:.4g}"] for name, value in self.metrics.items()
                  if isinstance(value, int | float)]  # fmt: skip
         rows += [[name, "", self.show(value)] for name, value in self._references().items()]

@@ -134,7 +134,7 @@ def read_settings(run: Path) -> PretrainConfig:
         if _OLD.search(text):
             raise RunError(
                 f"{run} is a run of ijepa-zoo 0.1, which has other settings: resume, export or "
-                "plot it with that version (pip install 'ijepa-zoo<0.2')"
+                "plot it with that version"
             )
         if not text.strip():
             raise RunError(f"{path} is damaged: it is empty")

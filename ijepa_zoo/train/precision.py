@@ -94,8 +94,8 @@ def require_float8(device: torch.device) -> None:
         found = "0.0"
     if [int(part) for part in found.split(".")[:2]] < [int(p) for p in _MIN_TORCHAO.split(".")]:
         raise MissingPackageError(
-            f"optim.precision=fp8 needs torchao {_MIN_TORCHAO}: pip install 'ijepa-zoo[fp8]', or "
-            "use optim.precision=bf16"
+            f"optim.precision=fp8 needs torchao {_MIN_TORCHAO}: pip install "
+            f"'torchao>={_MIN_TORCHAO}' 'torch>=2.11', or use optim.precision=bf16"
         )
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if device.type != "cpu" and capability < _MIN_CAPABILITY:
