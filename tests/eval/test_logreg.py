@@ -110,7 +110,7 @@ def test_probe_equals_scikit_learn_on_the_listed_images(pictures, tmp_path):
     exact = min(CS, key=lambda value: abs(value - float(c)))
     theirs = scikit_learn(x[rows].double(), labels[rows], exact)
     assert result.value == pytest.approx(100 * theirs.score(z.numpy(), answers.numpy()), abs=5)
-    assert any("24 of 36 training images, 8 to 8 " in note for note in result.notes)
+    assert any("24 of 36 training images, 8 of each" in note for note in result.notes)
 
 
 def test_images_per_class_are_drawn_by_the_seed(pictures, tmp_path):
