@@ -190,6 +190,11 @@ def class_names(model: Any) -> list[str] | None:
     return [str(name) for name in names] if len(names) == count else [*map(str, range(count))]
 
 
+def is_multi_label(model: Any) -> bool:
+    """Whether an image may have several classes: probabilities are sigmoids of the logits."""
+    return bool(getattr(model, "multi_label", False))
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """A hash of every tensor's name, dtype, shape, sum of bits and about 256 elements.
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .encode import Encoder, class_names
+from .encode import Encoder, class_names, is_multi_label
 from .errors import MissingPackageError, SettingsError
 from .extract import ExtractionReport, Outputs, Parts, run_extraction
 from .features import FeatureExtractor
@@ -100,6 +100,11 @@ class _Predictions(nn.Module):
         features = model.extractor if is_ours else FeatureExtractor(model)
         self.layers, self.pool, self.grid = features.layers, features.pool, features.grid
 
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Of each class, `[B, classes]`."""
+        logits: Tensor = self.model(images).float()
+        return logits.sigmoid() if is_multi_label(self.model) else logits.softmax(dim=1)
+
 
 class _TopK(_Predictions):
     """Probabilities and numbers of the likeliest classes, `[B, 2 k]`."""
@@ -114,9 +119,7 @@ class _TopK(_Predictions):
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        logits = self.model(images).float()
-        several = getattr(self.model, "multi_label", False)
-        best = (logits.sigmoid() if several else logits.softmax(dim=1)).topk(self.topk)
+        best = self.probabilities(images).topk(self.topk)
         return torch.cat([best.values, best.indices.float()], dim=1)
 
 
@@ -129,8 +132,7 @@ class Probabilities(_Predictions):
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        probabilities: Tensor = self.model(images).float().softmax(dim=1)
-        return probabilities
+        return self.probabilities(images)
 
 
 class _Maps(_Predictions):

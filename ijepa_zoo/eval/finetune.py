@@ -40,7 +40,7 @@ from ..errors import DataError, RunError, SettingsError, option
 from ..progress import skip
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
-from .accuracy import count_correct, likeliest
+from .accuracy import classification_loss, compute_metrics
 from .batches import EvalBatch, TrainBatches, library_seeds
 from .features import refuse_undecoded
 from .logreg import with_rows
@@ -166,7 +166,6 @@ def evaluate_finetune(
     subject = config.open_model()
     with init_distributed(config.device) as distributed:
         probe = open_probe(config, distributed, subject)
-        probe.train.refuse_several_labels("finetune")
         if list is not None:
             rows = listed_rows(probe.train, list)
             probe = with_rows(probe, rows, {"list": Path(list).name})
@@ -210,6 +209,7 @@ def _save(training: FineTuning, subject: Subject, folder: Path) -> None:
     """The trained classifier as a timm folder, with the transform that it was tested with."""
     network, view, classes = training.model, training.view, training.probe.train.classes
     network.set_grad_checkpointing(False)
+    network.multi_label = training.probe.train.multi_label
     cfg = network.pretrained_cfg = {
         **network.pretrained_cfg,
         "label_names": [*classes],
@@ -272,7 +272,7 @@ class FineTuning:
         )
         self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device=self.device)
         self.mixup: Any = None
-        if recipe.mixup or recipe.cutmix:
+        if (recipe.mixup or recipe.cutmix) and not probe.train.multi_label:
             classes = probe.num_classes
             self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0, num_classes=classes)
         self.optimizer, self.scheduler = self._optimizer()
@@ -374,23 +374,31 @@ class FineTuning:
             images = self.erase(images)
             if self.mixup is not None:
                 images, labels = self.mixup(images, labels)
-        smoothing, last = self.recipe.label_smoothing, part == self.batches.parts - 1
+        last = part == self.batches.parts - 1
         with self.module.no_sync() if world > 1 and not last else nullcontext():
             with self._autocast():
-                loss = F.cross_entropy(self.module(images), labels, label_smoothing=smoothing)
+                loss = self._loss(self.module(images), labels)
             # the mean over processes, which have unequal shares, is that over the batch
             loss = loss.float() * (len(images) * world / self.batches.batch_size)
             torch.autograd.backward(loss)
         return loss.detach()
 
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.probe.train.multi_label:
+            return classification_loss(logits, labels)
+        smoothing = self.recipe.label_smoothing
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
     def test(self, method: str, about: dict[str, Any], notes: list[str], **more: Any) -> Result:
         """The result; every process must call this."""
         probe, tests = self.probe, np.arange(len(self.probe.test))
         source: Any = self  # whose features are the images themselves
-        counts = count_correct(probe, source, self._test_images(), self._predict, heads=1)
-        refuse_undecoded("test", probe.test, tests, counts.total, self.broken)
+        metrics = compute_metrics(probe, source, self._test_images(), self._logits, heads=1)
+        refuse_undecoded("test", probe.test, tests, metrics.total, self.broken)
+        if probe.train.multi_label:
+            notes = [*notes, "several labels: no mixup, cutmix or label smoothing"]
         return make_result(
-            *(probe, about, method, self.settings(), ["last epoch"], 0, None, counts, self.broken),
+            *(probe, about, method, self.settings(), ["last epoch"], 0, None, metrics, self.broken),
             losses=[self.loss],
             notes=notes,
             selection=LAST_EPOCH,
@@ -407,12 +415,12 @@ class FineTuning:
             yield batch.images[batch.valid], batch.labels[batch.valid].to(self.device)
 
     def split(self, images: Tensor) -> Any:
-        """The images, where `count_correct` asks for features."""
+        """The images, where `compute_metrics` asks for features."""
         return images
 
-    def _predict(self, images: Any) -> Tensor:
+    def _logits(self, images: Any) -> list[Tensor]:
         with self._autocast():
-            return likeliest(self.model(self._normalize(images)))[None]
+            return [self.model(self._normalize(images))]
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         images = pixels.to(self.device, non_blocking=True).float().div_(255)

@@ -75,10 +75,14 @@ def create_model(
     if checkpoint is None and name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
         networks = open_checkpoint(name, kwargs.get("cache_dir"))
         if networks.is_other_vit:
-            arguments = {**networks.args, "pretrained_cfg": {**networks.pretrained_cfg}, **kwargs}
+            cfg = dict(networks.pretrained_cfg)
+            several = cfg.pop("multi_label", False)  # timm does not know it
+            arguments = {**networks.args, "pretrained_cfg": cfg, **kwargs}
             vit = as_encoder(timm.create_model(str(networks.model), pretrained=False, **arguments))
+            vit.multi_label = several
             return _load(vit, networks, networks.choose(network)) if pretrained else vit
     name, checkpoint, kwargs, _ = _resolve_name(name, pretrained, checkpoint, kwargs)
+    several = (kwargs.get("pretrained_cfg") or {}).pop("multi_label", False)
     model = timm.create_model(
         name,
         pretrained=pretrained,
@@ -86,6 +90,7 @@ def create_model(
         network=network,
         **kwargs,
     )
+    model.multi_label = several
     for key in ("checkpoint", "network"):  # timm's save_for_hf would record our paths
         getattr(model, "_model_args", {}).pop(key, None)
     return model

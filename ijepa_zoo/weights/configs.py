@@ -152,7 +152,7 @@ def check_predictor(predictor: Any, origin: str) -> dict[str, Any]:
 def pretrained_cfg(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Pretrained cfg of a timm folder, with the class names that timm writes beside it."""
     cfg = check_preprocessing(config.get("pretrained_cfg", {}), origin)
-    return cfg | ({"label_names": names} if (names := config.get("label_names")) else {})
+    return cfg | {key: config[key] for key in ("label_names", "multi_label") if config.get(key)}
 
 
 def check_preprocessing(cfg: Any, origin: str) -> dict[str, Any]:

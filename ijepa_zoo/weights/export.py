@@ -293,6 +293,8 @@ def _describe(encoder: VisionTransformer, origin: str) -> Networks:
     }
     if len(names := cfg.get("label_names") or ()) == encoder.num_classes > 0:
         preprocessing["label_names"] = list(names)
+    if getattr(encoder, "multi_label", False):
+        preprocessing["multi_label"] = True
     norm_eps = encoder.norm.eps if is_ours else 1e-6  # timm's name stands for its own
     return Networks(origin, {}, "memory", model, args, norm_eps, pretrained_cfg=preprocessing)
 

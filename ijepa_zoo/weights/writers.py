@@ -48,13 +48,13 @@ def _timm_config(networks: Networks) -> dict[str, Any]:
     classes = networks.args["num_classes"]
     license = {"license": networks.license.lower()} if networks.license else {}
     cfg = dict(networks.pretrained_cfg)
-    label_names = {"label_names": cfg.pop("label_names")} if "label_names" in cfg else {}
+    labels: dict[str, Any] = {k: cfg.pop(k) for k in ("label_names", "multi_label") if k in cfg}
     return {
         "architecture": networks.model
         if networks.is_other_vit
         else registry.timm_name(networks.model),
         "num_classes": classes,
-        **label_names,
+        **labels,
         "num_features": networks.args["embed_dim"],
         "global_pool": networks.args["global_pool"],
         "model_args": dict(networks.args),

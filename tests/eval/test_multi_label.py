@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import several_processes
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -59,6 +60,29 @@ def write_pictures(folder: Path, train: int = 30, test: int = 20) -> Path:
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("multi") / "pictures")
+
+
+def test_a_fine_tuned_model_predicts_independent_probabilities(labels, tmp_path):
+    options = {"epochs": 2, "batch_size": 10, **OPTIONS}
+    result = evaluate_finetune("classes", encoder(), labels, tmp_path / "out", **options)
+    assert result.metric == "mean average precision"
+    (folder,) = tmp_path.glob("out/*/model")
+    model = ijepa_zoo.create_model(f"local-dir:{folder}").eval()
+    tests = [labels.parent / f"{number}.png" for number in range(30, 50)]
+    images = torch.stack([ijepa_zoo.create_transform(model)(Image.open(file)) for file in tests])
+    stock = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.inference_mode():
+        probabilities = model(images).sigmoid()
+        assert stock(images).sigmoid().allclose(probabilities, atol=1e-6)
+    with labels.open() as file:
+        rows = list(csv.DictReader(file))[30:]
+    answers = np.array([[name in row["label"].split(";") for name in NAMES] for row in rows])
+    exact = average_precision_score(answers, probabilities.numpy(), average="macro")
+    assert result.value == pytest.approx(100 * exact, abs=0.1)
+    table = tmp_path / "table.csv"
+    ijepa_zoo.predict([*map(str, tests)], model, table, topk=3, **OPTIONS)
+    for row, expected in zip(csv.DictReader(table.open()), probabilities):
+        assert float(row["probability"]) == pytest.approx(float(expected.max()), abs=1e-4)
 
 
 def test_average_precision_is_scikit_learns():
@@ -201,7 +225,6 @@ def test_the_test_set_may_choose(labels, tmp_path):
 def test_probes_of_one_label_refuse_several(labels, tmp_path):
     for probe, options in (
         (evaluate_knn, {}),
-        (evaluate_finetune, {}),
         (evaluate_logreg, {"per_class": 2}),
     ):
         with pytest.raises(DataError, match="one class"):
