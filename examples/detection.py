@@ -43,6 +43,7 @@ class SimplePyramid(nn.Module):
         self.out_channels = out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return maps by level, finest first, as torchvision expects them."""
         (last,) = self.body(images)
         return OrderedDict((str(i), level(last)) for i, level in enumerate(self.levels))
 
