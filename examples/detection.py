@@ -1,6 +1,6 @@
 """Detection: Faster R-CNN on ViTDet's simple feature pyramid, trained on rendered scenes.
 
-    python examples/detection.py --steps 200    # about ten minutes of one core
+    python examples/detection.py --steps 200    # a few minutes on a CPU
 
 The pyramid is built from the last map alone (Li et al., 2022, arXiv 2203.16527, section 3).
 """
