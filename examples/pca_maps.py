@@ -26,11 +26,11 @@ model = ijepa_zoo.create_model(args.model, img_size=args.size).eval()
 paths = sorted(p for p in Path(args.folder).iterdir() if p.suffix in (".png", ".jpg", ".jpeg"))
 images = [Image.open(path).convert("RGB") for path in paths]
 pixels = ijepa_zoo.create_transform(model, normalize=False)
-normalised = ijepa_zoo.create_transform(model)
+normalized = ijepa_zoo.create_transform(model)
 
 extract = ijepa_zoo.FeatureExtractor(model, layers="last", pool=None)
 with torch.inference_mode():
-    maps = extract(torch.stack([normalised(image) for image in images]))
+    maps = extract(torch.stack([normalized(image) for image in images]))
 as_seen = torch.stack([torch.as_tensor(pixels(image)) for image in images])
 pca_picture(as_seen, maps).save(args.out)
 print(f"{len(images)} maps of {maps.shape[-2]}x{maps.shape[-1]} patches -> {args.out}")

@@ -36,8 +36,8 @@ everything = grid.flatten().expand(len(images), 1, -1).contiguous()
 with torch.inference_mode():
     predicted = ijepa.predict(images, context, targets)[:, 0]  # [B, L, D]
     truth = ijepa.target_tokens(images, everything)[:, 0]  # [B, N, D]
-centre = truth.mean((0, 1))
-closeness = F.cosine_similarity((predicted.mean(1) - centre)[:, None], truth - centre, dim=-1)
+center = truth.mean((0, 1))
+closeness = F.cosine_similarity((predicted.mean(1) - center)[:, None], truth - center, dim=-1)
 
 side = 192
 cell = side // rows

@@ -2,7 +2,7 @@
 
     python examples/retrieve.py --gallery 1000 --queries 6 --out retrieval.png
 
-Without `--folder` the gallery is rendered scenes of the package. Each row: query, then neighbours.
+Without `--folder` the gallery is rendered scenes of the package. Each row: query, then neighbors.
 """
 
 import argparse
@@ -19,7 +19,7 @@ parser.add_argument("--folder", help="gallery of your own images")
 parser.add_argument("--model", default="vit_nano8_64_ijepa")
 parser.add_argument("--gallery", type=int, default=1000, help="scenes to render without --folder")
 parser.add_argument("--queries", type=int, default=6)
-parser.add_argument("--neighbours", type=int, default=5)
+parser.add_argument("--neighbors", type=int, default=5)
 parser.add_argument("--out", default="retrieval.png")
 args = parser.parse_args()
 
@@ -40,12 +40,12 @@ features = F.normalize(features - features.mean(0), dim=1)
 
 queries = features[: args.queries]
 similar = queries @ features.T
-similar.fill_diagonal_(-2)  # a query is not its own neighbour
-best = similar.topk(min(args.neighbours, len(images) - 1)).indices
+similar.fill_diagonal_(-2)  # a query is not its own neighbor
+best = similar.topk(min(args.neighbors, len(images) - 1)).indices
 side, gap = 128, 6
 sheet = Image.new("RGB", ((best.shape[1] + 1) * (side + gap) + gap * 3, len(best) * (side + gap)))
-for row, neighbours in enumerate(best.tolist()):
-    for column, index in enumerate([row, *neighbours]):
+for row, neighbors in enumerate(best.tolist()):
+    for column, index in enumerate([row, *neighbors]):
         left = column * (side + gap) + (gap * 3 if column else 0)
         sheet.paste(images[index].resize((side, side)), (left, row * (side + gap)))
 sheet.save(args.out)

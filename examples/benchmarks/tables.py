@@ -1,6 +1,6 @@
 """Fill the tables of a Markdown file from `results/`.
 
-    python examples/benchmarks/tables.py README.md examples/benchmarks/README.md
+    python examples/benchmarks/tables.py examples/benchmarks/README.md
 
 A table stands between `<!-- results: GLOB -->` and `<!-- /results -->`; GLOB names files there.
 """
