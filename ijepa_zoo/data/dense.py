@@ -1,6 +1,6 @@
 """Images with a depth map or a segmentation mask each: NYU Depth v2, ADE20K, VOC, folders of pairs.
 
-NYU's own file holds depths whose holes its authors have filled. The copies with lists
+NYU's own file has depths with missing values filled in by its authors. The copies with lists
 (`nyu_train.txt`) usually have the camera's raw depths, and 24,231 training images instead of 795.
 """
 

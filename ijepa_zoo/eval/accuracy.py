@@ -17,7 +17,7 @@ from .results import wilson_interval
 if TYPE_CHECKING:
     from .probe import Probe
 
-TOP = 5  # classes of an answer that count for top-5 accuracy
+TOP = 5  # for top-5 accuracy
 
 
 @dataclass(frozen=True)

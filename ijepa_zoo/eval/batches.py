@@ -133,7 +133,7 @@ class TrainBatches(Dataset[EvalBatch]):
         name, reason = broken[-1]
         raise DataError(
             f"{self.data.images.name(index)} cannot be decoded, nor can {_REPLACEMENTS} others "
-            f"drawn in its place; the last was {name}: {reason}"
+            f"drawn instead; the last was {name}: {reason}"
         )
 
     def _candidates(self, index: int, at: tuple[int, int, int]) -> Iterator[int]:

@@ -9,7 +9,7 @@ Metrics compare with each other, and with published ones only roughly. Differenc
 - images are resized as a whole to the model's own size, in training (DINOv2: random crops, color
   changes, rotations; here only flips) and in tests (DINOv2: 480 x 640 for depth, sliding windows of
   512 for segmentation; facebookresearch/capi resizes whole images too). Predictions are resized to
-  the target, and all its pixels that count are measured (NYU: Eigen's crop);
+  the target, and all its valid pixels are measured (NYU: Eigen's crop);
 - the loss of depth is `SigLoss` alone: the official gradient loss takes differences along the
   batch;
 - a grid of heads is trained (with and without BatchNorm, several learning rates), and the best one
@@ -45,7 +45,7 @@ from .results import TEST_SET, Head, Result, data_name
 from .runs import EpochState, once, run_folder
 from .tasks import View
 
-_MAX_DEPTH = 10.0  # meters, where the data do not tell: rooms
+_MAX_DEPTH = 10.0  # meters, unless the data have their own limit
 _TRIED = 100  # pairs that are read before the work, until one counts
 
 # Small images and few of them: fewer bins and scores, and learning rates for few steps.
@@ -89,7 +89,7 @@ def evaluate_dense_depth(
         out: Folder of all evaluations: each has a folder of its own in it with `result.json`, and
             a row in `results.csv`.
         protocol: How heads are trained.
-        max_depth: Farther pixels do not count; 10 (m) where the data do not tell.
+        max_depth: Farther pixels are ignored; default: that of the data, else 10 m.
         depth_scale: Units of depth files per meter; see `open_depth`.
         options: Further fields of `DenseConfig`.
 
@@ -128,7 +128,7 @@ def evaluate_segmentation(
     """Train segmentation heads on frozen patch features, and measure the best on the test set.
 
     Args:
-        model: See `evaluate_dense_depth`, also for what is not told here.
+        model: See `evaluate_dense_depth`.
         data: ADE20K, VOC, a folder of images and masks, or rendered scenes; see
             `open_segmentation`.
         out: Folder of all evaluations.

@@ -23,7 +23,7 @@ from ..models.classifier import DenseHead
 DEPTH_METRICS = ("rmse", "rmse_log", "abs_rel", "sq_rel", "log10", "delta_1", "delta_2", "delta_3")
 SEGMENTATION_METRICS = ("mean IoU", "pixel accuracy", "mean class accuracy")
 MIN_DEPTH = 1e-3  # in meters; nearer pixels do not count, predictions are at least that
-# Rows and columns of a 480 x 640 image that count (Eigen et al.).
+# Valid rows and columns of a 480 x 640 image (Eigen et al.).
 _EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)
 _EPS = 1e-3  # under the logarithms of the loss
 _SCALE_WEIGHT = 0.15  # of the squared mean: 1 - 0.85
@@ -71,7 +71,7 @@ class Depth:
     method, metrics, metric = "depth", DEPTH_METRICS, "RMSE"
     higher_is_better = False
     mirrored = True  # predictions in tests are means over an image and its mirror image
-    blind = ("the mean depth", "the mean depth map")  # predictions that look at no image
+    blind = ("the mean depth", "the mean depth map")  # constant predictions
     shown = (0, 2, 5)  # metrics that are recorded of these
     shape = (len(DEPTH_METRICS),)  # of the statistics of one head
 
@@ -88,7 +88,7 @@ class Depth:
         )
 
     def valid(self, targets: Tensor, *, test: bool = False) -> Tensor:
-        """Pixels that count: of a known depth, in tests only in the crop."""
+        """Valid pixels: of a known depth, in tests only in the crop."""
         valid = (targets > MIN_DEPTH) & (targets <= self.max_depth)
         if test and self.crop is not None:
             height, width = targets.shape[-2:]

@@ -61,7 +61,7 @@ def evaluate_logreg(
         out: See there.
         list: Text file with the names of the training images to use, one a line, such as
             ImageNet's 1 %; see `listed_rows`.
-        per_class: Use so many training images of each class, drawn by the seed.
+        per_class: Number of training images of each class, drawn by the seed.
         cs: Values of C.
         options: Further fields of `EvalConfig`.
 

@@ -307,7 +307,7 @@ def _data(result: Result) -> str:
 
 def _settings(result: Result) -> str:
     height, width = result.model.get("image_size", (0, 0))
-    told = {
+    shown = {
         "": result.chosen,
         "px": f"{height}x{width}",
         "epochs": result.protocol.get("epochs"),
@@ -316,8 +316,8 @@ def _settings(result: Result) -> str:
         "precision": result.runtime.get("precision"),
     }
     if result.selection == TEST_SET:
-        told["chosen on"] = "test"
-    return ", ".join(f"{key} {value}".strip() for key, value in told.items() if value is not None)
+        shown["chosen on"] = "test"
+    return ", ".join(f"{key} {value}".strip() for key, value in shown.items() if value is not None)
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:

@@ -242,7 +242,7 @@ def _split_off_test(whole: Split) -> tuple[Split, Split]:
     rows = split_classes(whole.targets, _TEST_SHARE, _TEST_SEED, use=1)
     note = (
         f"the data have no test part: {len(rows[0])} images train and {len(rows[1])} test, split "
-        f"with seed {_TEST_SEED} whatever --seed is"
+        f"with seed {_TEST_SEED}, for every --seed"
     )
     return whole.subset(rows[0], f"{whole.name} (80 %)", [note]), whole.subset(
         rows[1], f"{whole.name} (20 %)"

@@ -45,7 +45,7 @@ class View:
         return {"crop_pct": crop_pct, "crop_mode": "center", "interpolation": self.filter}
 
     def resize_to(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width that an image covers before the middle is cut: 224 -> 256."""
+        """Height and width of the image before the center crop: 224 -> 256."""
         return size if self.whole else (size[0] * 8 // 7, size[1] * 8 // 7)
 
 
@@ -106,9 +106,9 @@ class Task:
     """One probe.
 
     Attributes:
-        name: What users type.
+        name: Its name on the command line.
         title: What tables call it.
-        kind: What is told apart: the 'classes' of a data set, or the 'count' of objects or the
+        kind: What is classified: the 'classes' of a data set, or the 'count' of objects or the
             'distance' class of the nearest one in CLEVR's scenes.
         num_classes: Classes of the data set; None for any number.
         protocol: How its heads are trained.
