@@ -25,6 +25,8 @@ from ..errors import RunError
 from ..extract import whole_file
 from .results import RESULT, Result, read_result
 
+_VERSION = 1  # of the states of unfinished evaluations
+
 
 def run_folder(out: str | Path, task: str, method: str, model: str, settings: Any) -> Path:
     """The folder of an evaluation: the same settings find it again, no others do."""
@@ -104,7 +106,7 @@ class EpochState:
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         try:
             with whole_file(self.path, temporary) as file:
-                torch.save(state, file)
+                torch.save({**state, "version": _VERSION}, file)
         except RuntimeError as error:  # torch's, of a file that it could not write
             cause = error.__context__
             if not isinstance(cause, OSError):
@@ -122,6 +124,7 @@ class EpochState:
         if not self.distributed.run_on_main(self._is_there):
             return None
         state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        del state["version"]
         return state
 
     def _is_there(self) -> bool:
@@ -131,11 +134,13 @@ class EpochState:
         try:
             with ZipFile(self.path) as file:
                 damaged = file.testzip()
-            torch.load(self.path, map_location="meta", weights_only=True)
+            found = torch.load(self.path, map_location="meta", weights_only=True)
+            if found["version"] != _VERSION:
+                damaged = "it is of another version of the package"
         except Exception as error:  # damaged bytes: whatever zip and pickle stumble over
             damaged = f"{type(error).__name__}: {error}"
         if damaged is not None:
-            raise RunError(f"'{self.path}' is damaged ({damaged}): remove it to start again")
+            raise RunError(f"'{self.path}' cannot be resumed ({damaged}): remove it to start again")
         return True
 
     def remove(self) -> None:

@@ -92,6 +92,13 @@ def test_a_changed_byte_or_a_cut_is_noticed(tmp_path, place):
             state.load()
 
 
+def test_a_state_of_another_version_is_named(tmp_path):
+    state = EpochState(tmp_path / "state.pt")
+    torch.save({"epoch": 1}, state.path)
+    with pytest.raises(RunError, match=r"state\.pt"):
+        state.load()
+
+
 def test_the_state_is_not_copied_whole(tmp_path):
     heads = {str(i): torch.rand(250_000) for i in range(40)}  # 40 MB
     tracemalloc.start()
