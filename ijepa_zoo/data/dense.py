@@ -246,6 +246,8 @@ def read_mask(path: str, reduce_zero_label: bool = False) -> Target:
 
     With `reduce_zero_label`, 0 becomes 255 (ignored), and 1 is subtracted from the others.
     """
+    if path.lower().endswith((".jpg", ".jpeg")):
+        raise ImageError("a JPEG file, which changes class ids: save masks as PNG")
     stored = _read_map(path, "uib")
     mask = stored.astype(np.uint8 if stored.dtype.itemsize == 1 else np.int64)
     if reduce_zero_label:

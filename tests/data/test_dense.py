@@ -375,3 +375,9 @@ def test_rendered_scenes(open_data):
         assert (data.max_depth, data.num_classes) == (max(depths[:2]), None)
     else:
         assert data.num_classes == 4
+
+
+def test_masks_in_jpeg_files_are_refused(tmp_path):
+    Image.new("L", (8, 8), 1).save(tmp_path / "mask.jpg")
+    with pytest.raises(ImageError, match="PNG"):
+        read_mask(str(tmp_path / "mask.jpg"))
