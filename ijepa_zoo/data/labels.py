@@ -78,12 +78,12 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="", skipinitialspace=True)
+            header = ", ".join(reader.fieldnames or ()) or "nothing"
             reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
             names = [name for name in reader.fieldnames if name in ("path", "label", "split")]
             if not {"path", "label"} <= {*names} or len({*names}) < len(names):
-                found = ", ".join(reader.fieldnames) or "nothing"
                 raise DataError(
-                    f"'{path}' needs the columns path,label once: its first line has {found}"
+                    f"'{path}' needs a header line with the columns path and label, not '{header}'"
                 )
             empty = True
             for row in reader:

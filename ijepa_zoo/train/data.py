@@ -74,7 +74,8 @@ def split(n: int, held_out: int, seed: int) -> tuple[_Indices, _Indices]:
     """
     if held_out >= n:
         raise SettingsError(
-            f"data.held_out={held_out} leaves none of {n} images to train on: use {n // 20}"
+            f"data.held_out={held_out} leaves none of {n} images to train on: use "
+            f"data.held_out={n // 20}"
         )
     chosen = numpy_generator(seed, Stream.HELD_OUT).choice(n, held_out, replace=False)
     trained = np.ones(n, np.bool_)

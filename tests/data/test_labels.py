@@ -102,7 +102,7 @@ def test_splits_of_one_csv(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("", "path,label"),
+        ("", "path and label"),
         ("path,label\n", "no images"),
         ("path;label\nphotos/0.png;a\n", "path;label"),
         ("path,label\n,a\n", "line 2"),

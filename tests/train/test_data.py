@@ -77,7 +77,7 @@ def test_split_holds_out_a_random_part() -> None:
     assert np.array_equal(held_out, split(1000, 100, seed=5)[1])
     assert not np.array_equal(held_out, split(1000, 100, seed=6)[1])
     assert split(10, 0, seed=0)[0].tolist() == list(range(10))
-    with pytest.raises(ValueError, match=r"data\.held_out=40 leaves none of 40 images.*use 2"):
+    with pytest.raises(ValueError, match=r"data\.held_out=40 leaves none of 40 images.*=2"):
         split(40, 40, seed=0)
 
 
