@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import subprocess
@@ -423,3 +424,13 @@ def test_features_of_a_model_of_timm(photos, monkeypatch, capsys):
     arguments = ["features", "photos", "--model", "deit_tiny_patch16_224", "--out", "f.npy"]
     assert main([*arguments, "--network", "encoder"]) == 2
     assert "--network" in capsys.readouterr().err
+
+
+def test_removed_prefixes_are_reported(tmp_path, caplog):
+    caplog.handler.setLevel(logging.INFO)  # the command sets that of the logger
+    state = ijepa_zoo.create_model(NANO).state_dict()
+    save_file({f"module.{k}": v.contiguous() for k, v in state.items()}, tmp_path / "w.safetensors")
+    photos, out = ROOT / "examples" / "images" / "photos", tmp_path / "f.npy"
+    given = ["--model", NANO, "--checkpoint", str(tmp_path / "w.safetensors"), "--workers", "0"]
+    assert main(["features", str(photos), *given, "--out", str(out), "--device", "cpu"]) == 0
+    assert "'module.'" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import logging
 import os
 import sys
 import traceback
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exception: Any error but a `UserError`, a full disk, a wrong path and a lack of memory.
     """
     args = _parse(argv)
+    logging.getLogger("ijepa_zoo").setLevel(logging.INFO)  # such as prefixes that are removed
+    if logging.lastResort is not None:
+        logging.lastResort.setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):  # it may lack characters of a file name
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -69,16 +69,13 @@ class HFDataset(ImageDataset):
         kind = features[column]
         several = getattr(kind, "feature", None)  # of the items, where an image has a list of them
         item = kind if several is None else several
-        lists = (
-            values
-            if several is not None
-            else [[] if value is None else [value] for value in values]
-        )
+        found = values if several is not None else ([value] for value in values)
+        lists = [[label for label in row or () if label is not None] for row in found]
         names = item.names if isinstance(item, datasets.ClassLabel) else []
         if getattr(item, "dtype", "") in ("string", "large_string"):
-            names = sorted({label for found in lists for label in found})
+            names = sorted({label for row in lists for label in row})
             number_of = {name: number for number, name in enumerate(names)}
-            lists = [[number_of[label] for label in found] for found in lists]
+            lists = [[number_of[label] for label in row] for row in lists]
         elif not getattr(item, "dtype", "").startswith(("int", "uint", "bool")):
             _log.warning(
                 "%s: column '%s' is %s, not classes, so the images have no classes; name another "
@@ -86,7 +83,7 @@ class HFDataset(ImageDataset):
             )  # fmt: skip
             return
         if several is None:
-            self.targets = np.array([found[0] if found else -1 for found in lists], np.int64)
+            self.targets = np.array([row[0] if row else -1 for row in lists], np.int64)
         else:
             self.targets = indicator_matrix(lists, len(names))
         self.classes = dict(enumerate(names))

@@ -218,6 +218,7 @@ def test_hugging_face_columns_of_lists_and_of_names(tmp_path: Path) -> None:
     images = opened([[0, 1], [], [1]], datasets.Sequence(names))
     assert images.targets.tolist() == [[1, 1, 0], [0, 0, 0], [0, 1, 0]]
     assert labels(images) == ["x;y", None, "y"]
+    assert labels(opened([[0, 1], None, [1]], datasets.Sequence(names))) == ["x;y", None, "y"]
     text = datasets.Value("string")
     assert labels(opened(["b", None, "a"], text)) == ["b", None, "a"]
     assert labels(opened([["b"], ["a", "b"], []], datasets.Sequence(text))) == ["b", "a;b", None]
