@@ -19,11 +19,16 @@ from ..errors import DataError
 from ..seeds import Stream, numpy_generator
 from .batches import TrainBatches, share
 from .features import CachedFeatures, Source, cached_features, refuse_undecoded
-from .probe import Probe
+from .probe import CACHED_AS_IS, Probe
 from .sets import EvalSet
 
 _VALUES = 2**24  # of cached rows that are read at a time
 _PIECE = 128  # images of a forward pass in training
+
+_CACHED_WITHOUT_CROPS = (
+    "cached: each image and its mirror image are encoded once, with the test transform instead of "
+    "the protocol's random crops"
+)
 
 LabeledRows = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
 
@@ -147,12 +152,8 @@ class CachedLoader:
         ):
             if len(rows):
                 refuse_undecoded(what, part, rows, count, self.broken)
-        how = (
-            "as the protocol has them (its only random view is the flip)"
-            if probe.protocol.view.shape == "square"
-            else "in the test view instead of the protocol's random crops"
-        )
-        self.notes = (f"cached: each image and its mirror image are encoded once, {how}",)
+        is_protocol = probe.protocol.view.shape == "square"
+        self.notes = (CACHED_AS_IS if is_protocol else _CACHED_WITHOUT_CROPS,)
 
     def labels(self, part: EvalSet, found: CachedFeatures, indices: Targets) -> Tensor:
         """Classes of cached rows."""
