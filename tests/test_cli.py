@@ -31,7 +31,7 @@ PROBE = ["--model", NANO, "--data", "photos"]
 WORKS = {
     "features": (FEATURES, "ijepa_zoo.cli.images.extract_features"),
     "pretrain": (
-        ["pretrain", "nano_scenes", "--data", "photos", "--out", "run"],
+        ["pretrain", "nano", "--data", "photos", "--out", "run"],
         "ijepa_zoo.cli.pretrain.pretrain",
     ),
     "linear": (["eval", "linear", *PROBE], "ijepa_zoo.cli.eval.evaluate_linear"),

@@ -109,7 +109,7 @@ def test_pretrain(folder: Path) -> None:
     small = ("optim.duration=1 steps", "optim.warmup=0 steps", "optim.batch_size=4")
     text = block("load_config").replace('"optim.duration=100 epochs"', str(small)[1:-1])
     names: dict = {}
-    exec(text.replace("custom_small", "nano_scenes").replace("workers=4", "workers=0"), names)
+    exec(text.replace("custom_small", "nano").replace("workers=4", "workers=0"), names)
     assert names["model"].embed_dim == 128
 
 

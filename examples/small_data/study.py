@@ -57,7 +57,7 @@ COLUMNS = ("kNN", "linear", "RankMe", "position", "image", "images seen", "hours
 def settings(arm: str, seed: int, epochs: int, changes: list[str]) -> PretrainConfig:
     """The recipe of an arm."""
     own = [f"seed={seed}", f"optim.duration={epochs} epochs"]
-    return load_config("nano_scenes", [*BASE, *own, *ARMS[arm], *changes])
+    return load_config("nano", [*BASE, *own, *ARMS[arm], *changes])
 
 
 def run(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:

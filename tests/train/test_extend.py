@@ -136,13 +136,13 @@ def test_extend_of_a_new_run_does_nothing(tmp_path):
     ("changes", "named"),
     [
         (["optim.extend=linear"], "optim.extend"),
-        (["optim.extended_from=9 steps"], "3000 steps None"),
+        (["optim.extended_from=9 steps"], "20000 steps None"),
         (["optim.extended_from=9 steps,soon constant", "optim.extend=cosine"], "soon"),
     ],
 )
 def test_wrong_schedules_of_extensions_are_refused(changes, named):
     with pytest.raises(SettingsError, match=named):
-        Schedule.of(load_config("nano_scenes", changes).optim, images=100)
+        Schedule.of(load_config("nano", changes).optim, images=100)
 
 
 def test_ends_of_extensions_must_grow():

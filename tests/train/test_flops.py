@@ -30,13 +30,13 @@ def by_hand(tokens, width, depth, mlp=4.0):
 
 @pytest.mark.parametrize(
     ("recipe", "patches", "patch", "width", "depth", "predictor_depth"),
-    [("vitb16_in1k", 196, 16, 768, 12, 6), ("nano_scenes", 64, 8, 128, 6, 3)],
+    [("vitb16_in1k", 196, 16, 768, 12, 6), ("nano", 64, 8, 128, 6, 3)],
 )
 def test_flops_are_those_of_the_closed_formula(
     recipe, patches, patch, width, depth, predictor_depth
 ):
     context, targets, length = 20, 4, 9
-    narrow = 64 if recipe == "nano_scenes" else 384
+    narrow = 64 if recipe == "nano" else 384
     embed = 2 * patches * 3 * patch**2 * width
     encoder = by_hand(context, width, depth)
     projections = 2 * (context * width * narrow + targets * length * narrow * width)

@@ -85,10 +85,10 @@ def test_rates_of_the_papers_text_and_of_other_lengths():
         1e-6 + (1e-3 - 1e-6) * 0.5 * (1 + math.cos(math.pi / 125))
     )
     assert schedule.rates(24)["weight_decay"] == pytest.approx(0.04 + 0.2 * 0.36)
-    nano = Schedule.of(load_config("nano_scenes").optim, 40_000)
-    assert (nano.steps, nano.warmup_steps) == (3000, 100)
-    assert nano.rates(2999) == pytest.approx(
-        {"lr": 2e-5, "weight_decay": 0.1, "momentum": 0.99 + 2999 / 3000 * 0.01}
+    nano = Schedule.of(load_config("nano").optim, 40_000)
+    assert (nano.steps, nano.warmup_steps) == (20_000, 600)
+    assert nano.rates(19_999) == pytest.approx(
+        {"lr": 2e-5, "weight_decay": 0.1, "momentum": 0.99 + 19_999 / 20_000 * 0.01}
     )
 
 

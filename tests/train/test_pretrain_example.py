@@ -1,41 +1,33 @@
-import json
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-FOLDER = Path(__file__).parents[2] / "examples" / "pretrain_scenes"
+import ijepa_zoo
+
+TRAIN = Path(__file__).parents[2] / "examples" / "pretrain_nano" / "train.py"
 
 
-def run(monkeypatch, script, *arguments):
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+def test_photographs_and_scenes(tmp_path, monkeypatch, capsys):
+    generator = np.random.default_rng(0)
+    for name, shape in (("small", (64, 70, 3)), ("large", (150, 200, 3))):
+        (tmp_path / name).mkdir()
+        pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    command = f"""train.py {tmp_path}/run --scenes 70 --crops 2
+        --photos {tmp_path}/small {tmp_path}/large --set runtime.workers=0 optim.precision=fp32
+        optim.batch_size=8 data.held_out=8"""
+    short = ["optim.duration=2 steps", "optim.warmup=1 steps"]
+    monkeypatch.setattr(sys, "argv", [*command.split(), *short])
     threads = torch.get_num_threads()
-    runpy.run_path(str(FOLDER / script), run_name="__main__")
+    runpy.run_path(str(TRAIN), run_name="__main__")
     torch.set_num_threads(threads)
-
-
-def test_train_and_probe(tmp_path, monkeypatch, capsys):
-    short = ("optim.duration=2 steps", "optim.warmup=1 steps", "runtime.workers=0")
-    run(monkeypatch, "train.py", tmp_path / "run", "--scenes", 70, "--set", *short)
-    assert "done" in capsys.readouterr().out
-    out = tmp_path / "probe.json"
-    run(monkeypatch, "probe.py", tmp_path / "run", "--out", out, "--train", 120, "--test", 60,
-        "--random-seeds", 1)  # fmt: skip
-    result = json.loads(out.read_text())
-    assert [row["name"] for row in result["rows"]] == ["random 0", "trained"]
-    for row in result["rows"]:
-        assert len(row) == 5
-        assert all(0 < row[key] <= 100 for key in row if key != "name")
-
-
-def test_probe_learns_a_separable_task(monkeypatch):
-    probe = runpy.run_path(str(FOLDER / "probe.py"))["probe"]
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 3, (600,), generator=generator)
-    features = torch.randn(600, 5, generator=generator)
-    features[:, 1] += 6.0 * labels
-    figure = probe(features[:400], features[400:], labels[:400], labels[400:])
-    assert figure > 95
-    shuffled = labels[torch.randperm(400, generator=generator)]
-    assert probe(features[:400], features[400:], shuffled, labels[400:]) < 60
+    images = np.load(tmp_path / "run" / "images.npy")
+    assert images.shape == (70 + 1 + 3, 64, 64, 3)
+    small = np.asarray(Image.open(tmp_path / "small" / "a.png"))
+    assert (images == small[:, 3:67]).all(axis=(1, 2, 3)).any()  # whole, not resampled
+    model = ijepa_zoo.create_model(f"local-dir:{tmp_path / 'run' / 'export'}")
+    assert model.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 64, 128)

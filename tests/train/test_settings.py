@@ -188,9 +188,9 @@ def test_changes_from_python():
 
 
 def test_own_file_builds_on_a_recipe(tmp_path):
-    text = "recipe: nano_scenes\nseed: 3\noptim:\n  lr: 5e-4\nmask:\nlog: {keep: 5}\n"
+    text = "recipe: nano\nseed: 3\noptim:\n  lr: 5e-4\nmask:\nlog: {keep: 5}\n"
     config = load_config(write(tmp_path, text), ["optim.lr=6e-4"])
-    assert differences(load(recipe="nano_scenes"), config, result_only=False) == [
+    assert differences(load(recipe="nano"), config, result_only=False) == [
         "seed: 0 then, 3 now",
         "optim.lr: 0.0004 then, 0.0006 now",
         "log.keep: 2 then, 5 now",
@@ -206,7 +206,7 @@ def test_own_file_builds_on_a_recipe(tmp_path):
         (b"optim: [", "own.yaml"),
         (b"- 3", "own.yaml"),
         (b"1: 2", "no setting 1"),
-        (b"recipe: nano_scene", "nano_scenes"),
+        (b"recipe: nanoo", "nano"),
         (b"recipe: [1]", "recipe"),
         (b"seed: !!python/name:os.system", "own.yaml"),
         (b"\xff\xfe\x00", "own.yaml"),

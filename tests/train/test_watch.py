@@ -12,7 +12,7 @@ from ijepa_zoo.train.optim import make_optimizer, set_rates
 from ijepa_zoo.train.regularizers import VarianceCovariance
 
 # rankme and spread of real runs at the same steps, the first ones at initialization
-SHIPPED = (  # examples/pretrain_scenes: far below initialization at first, and healthy
+SHIPPED = (  # examples/pretrain_nano: far below initialization at first, and healthy
     [20, 3.09, 4.55, 6.87, 9.35, 12.0, 15.1, 18.6, 22.2, 26.1, 29.9, 46.3, 56.1, 60.8, 62.1],
     [0.1, 0.054, 0.085, 0.121, 0.151, 0.178, 0.209, 0.246, 0.289, 0.34, 0.4, 0.68, 0.82, 0.87,
      0.88],

@@ -9,7 +9,7 @@ A filled patch is a hit if it shows an object where the scene has one, or ground
 ground. Chance: gallery patches of the same place, so knowing where objects usually stand is no
 merit.
 
-    python examples/pretrain_scenes/gallery.py --out gallery.png
+    python examples/pretrain_nano/gallery.py --out gallery.png
 """
 
 import argparse
