@@ -1,6 +1,9 @@
 """Fixtures that several parts share."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel, their networks are tiny
 
 import pytest
 import torch
