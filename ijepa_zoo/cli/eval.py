@@ -34,9 +34,9 @@ _SCENES = (
     "  scenes:TRAIN,TEST, which renders that many"
 )
 _PAIRS = (
-    "  --task dense: NYU Depth v2, as DIR/nyu_depth_v2_labeled.mat and DIR/splits.mat or as a\n"
-    "  copy with nyu_train.txt; or pairs of the same name, DIR/train/rgb/1.jpg and\n"
-    "  DIR/train/depth/1.png, and DIR/test; or scenes:TRAIN,TEST"
+    "  --task dense: NYU Depth v2, as DIR/nyu_depth_v2_labeled.mat and DIR/splits.mat; or pairs\n"
+    "  of the same name, DIR/train/rgb/1.jpg and DIR/train/depth/1.png, and DIR/test; or\n"
+    "  scenes:TRAIN,TEST"
 )
 _MASKS = (
     "  ADE20K: DIR/images/{training,validation} and DIR/annotations/{training,validation};\n"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError
-from .datasets import ArrayDataset
+from .datasets import ArrayDataset, Targets
 from .decode import Decoder
 from .scenes import DISTANCE_EDGES, distance_class, render_splits
 from .splits import Split, list_split
@@ -36,31 +36,25 @@ def open_clevr(
     decoder: Decoder | None = None,
     progress: bool = False,
 ) -> tuple[Split, Split | None]:
-    """Open CLEVR or rendered scenes with the labels of one task.
+    """Open the training and the test set (`val`, or else `test`, or None) for one task.
 
     Args:
         data: A folder with `images/{train,val}` and `scenes/CLEVR_{train,val}_scenes.json`, or the
-            folder above `CLEVR_v1.0`; or `scenes:TRAIN,TEST[,SIZE]`, which renders scenes (see
-            `render_splits`).
+            folder above `CLEVR_v1.0`; or `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`.
         kind: 'count' for the number of objects, 'distance' for the bin 0..5 of the smallest
             `pixel_coords[2]`; the upper edges 8, 8.5, 9, 9.5, 10 and 100 belong to their bins.
         workers: Processes that render; 0 renders in this one.
         decoder: See `open_images`.
         progress: Show a progress bar while rendering.
 
-    Returns:
-        The training set and the test set, which is `val` (`test` without a `val`; None without
-        either). Counts are numbers of objects, not classes. Scenes without an image are left out
-        and counted in the notes.
-
     Raises:
-        DataError: A scene file is missing or malformed, or has no image.
+        DataError: A scene file or an image is missing, or a scene file is malformed.
     """
+    decoder = decoder or Decoder()
     if os.fspath(data).startswith("scenes:"):
-        train, test = render_splits(os.fspath(data), workers, progress)
-        splits = ((train, "train"), (test, "test"))
-        rendered = [_rendered(scenes, name, kind, decoder) for scenes, name in splits]
-        return rendered[0], rendered[1]
+        parts = render_splits(os.fspath(data), workers, progress)
+        train, test = (_rendered(*part, kind, decoder) for part in zip(parts, ("train", "test")))
+        return train, test
     folder = Path(data)
     if _scene_file(folder / "CLEVR_v1.0", "train").is_file():
         folder /= "CLEVR_v1.0"
@@ -73,12 +67,12 @@ def _scene_file(folder: Path, split: str) -> Path:
     return folder / "scenes" / f"CLEVR_{split}_scenes.json"
 
 
-def _read(folder: Path, split: str, kind: Kind, decoder: Decoder | None) -> Split:
+def _read(folder: Path, split: str, kind: Kind, decoder: Decoder) -> Split:
     path, images = _scene_file(folder, split), folder / "images" / split
     try:
         scenes = json.loads(path.read_text(encoding="utf-8"))["scenes"]
         labels = {scene["image_filename"]: _label(scene["objects"], kind) for scene in scenes}
-        present = set(os.listdir(images))
+        missing = labels.keys() - set(os.listdir(images))
     except OSError as error:
         raise DataError(
             f"'{error.filename}' cannot be read ({error.strerror}): give the folder of an unpacked "
@@ -88,17 +82,13 @@ def _read(folder: Path, split: str, kind: Kind, decoder: Decoder | None) -> Spli
         raise DataError(
             f"'{path}' is not a scene file of CLEVR ({type(error).__name__}: {error})"
         ) from error
-    files = [name for name in labels if name in present]
-    if not files:
-        raise DataError(f"'{images}' has none of the {len(labels)} images that '{path}' names")
-    missing = [name for name in labels if name not in present]
-    notes = []
     if missing:
-        count = f"{len(missing)} of {len(labels)}"
-        notes.append(f"{count} images are missing in '{images}', such as {missing[0]}")
-    numbers = np.array([labels[name] for name in files], np.int64)
-    names = _class_names(numbers, kind)
-    return list_split(images, files, numbers, names, split, notes, decoder)
+        raise DataError(
+            f"'{images}' lacks {len(missing)} of the {len(labels)} images of '{path}', such as "
+            f"{min(missing)}: unpack all of CLEVR_v1.0.zip"
+        )
+    names = _class_names(np.array([*labels.values()]), kind)
+    return list_split(images, labels, names, split, decoder)
 
 
 def _label(objects: list[dict[str, Any]], kind: Kind) -> int:
@@ -107,17 +97,15 @@ def _label(objects: list[dict[str, Any]], kind: Kind) -> int:
     return distance_class(min(item["pixel_coords"][2] for item in objects))
 
 
-def _rendered(
-    scenes: dict[str, np.ndarray[Any, Any]], split: str, kind: Kind, decoder: Decoder | None
-) -> Split:
+def _rendered(scenes: dict[str, Targets], split: str, kind: Kind, decoder: Decoder) -> Split:
     numbers = scenes["count"]
     if kind == "distance":
         numbers = np.array([distance_class(d) for d in scenes["distance"].tolist()], np.int64)
-    images = ArrayDataset([scenes["images"]], decoder or Decoder(), f"scenes-{split}")
+    images = ArrayDataset([scenes["images"]], decoder, f"scenes-{split}")
     return Split(images, numbers, _class_names(numbers, kind), split)
 
 
-def _class_names(numbers: np.ndarray[Any, Any], kind: Kind) -> dict[int, str]:
+def _class_names(numbers: Targets, kind: Kind) -> dict[int, str]:
     if kind == "distance":
         return dict(enumerate(_DISTANCES))
     return {number: f"{number} objects" for number in sorted(set(numbers.tolist()))}

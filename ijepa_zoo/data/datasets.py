@@ -1,12 +1,10 @@
-"""Map-style datasets of images from files, tar shards, arrays, Hugging Face and user code."""
+"""Map-style datasets of images in files, tar shards and arrays."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import struct
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -17,25 +15,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import Image
 
-from ..errors import DataError, ImageError, some
+from ..errors import DataError, ImageError
 from .decode import Decoder, Pixels, Raw
 from .files import File, is_compressed, open_shard
 
 Targets = npt.NDArray[np.int64]  # class numbers or indices
 Labels = npt.NDArray[Any]  # Targets, or several labels per image: uint8 0/1, `[n, C]`
 
-_SAMPLED = 64  # images that a fingerprint reads
+SAMPLED = 64  # images that a fingerprint reads
 _OPEN_SHARDS = 64  # open files that random access to many shards may hold
 _BYTES_PER_PIXEL, _METADATA = 8, 1 << 26  # no file of an image is larger
 _INDEX_VERSION = 2
-# attributes of torchvision's datasets: class numbers, (image, class) or (class, image), names
-_NUMBERS = ("targets", "labels", "_labels", "y", "attr")
-_PAIRS = {"_samples": 1, "samples": 1, "index": 0}
-_NAMES = ("classes", "categories", "all_categories", "attr_names")
-_log = logging.getLogger(__name__)
+_INDEX_ARRAYS = ("folder_of", "names", "ends", "offsets", "sizes", "targets")
 
 
 class ImageDataset(ABC):
@@ -43,13 +35,13 @@ class ImageDataset(ABC):
 
     Args:
         decoder: See `Decoder`.
-        name: What messages call the dataset.
+        name: Name of the dataset in messages.
 
     Attributes:
-        decoder: Makes pixels of what `raw` gives.
+        decoder: Decodes what `raw` returns.
         targets: `[n]` class of each image, -1 for none, or a 0/1 matrix `[n, C]` where images
-            have several; None where there are no classes.
-        classes: Names of the classes, where they are known.
+            have several; None without classes.
+        classes: Names of the classes, if known.
         skipped: Files that are not images by their names: the number of the image they come
             before, path and reason.
     """
@@ -65,7 +57,7 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def raw(self, index: int) -> Raw:
-        """What the decoder takes: the bytes of a file, an array or an image.
+        """The undecoded image: bytes of a file, an array or a Pillow image.
 
         Raises:
             ImageError: It cannot be read.
@@ -95,10 +87,7 @@ class ImageDataset(ABC):
         return -1 if self.targets is None or self.targets.ndim > 1 else int(self.targets[index])
 
     def label(self, index: int) -> str | None:
-        """Name of an image's class, or its number where it has no name; None without a class.
-
-        The names of several are joined by `;`.
-        """
+        """Names of an image's classes, joined by `;`; numbers without names; None for no class."""
         if self.targets is None:
             return None
         target = self.targets[index]
@@ -111,12 +100,7 @@ class ImageDataset(ABC):
 
 
 class Subset(ImageDataset):
-    """Some images of a dataset.
-
-    Args:
-        dataset: All of them.
-        indices: `[n]`, which.
-    """
+    """The images of a dataset at `indices` `[n]`."""
 
     def __init__(self, dataset: ImageDataset, indices: Targets) -> None:
         super().__init__(dataset.decoder)
@@ -193,19 +177,13 @@ class FileDataset(ImageDataset):
         self.ends, self.offsets, self.sizes = (
             np.array(values, np.int64) for values in (ends, offsets, sizes)
         )
-        self._set_classes([label for label in labels if label is not None], targets)
+        if found := [label for label in labels if label is not None]:
+            # numbered in the order of the names; the last entry is for -1, no class
+            rank = {label: number for number, label in enumerate(sorted(found))}
+            renumbered = np.array([*(rank[label] for label in found), -1], np.int64)
+            self.targets = renumbered[np.array(targets, np.int64)]
+            self.classes = dict(enumerate(rank))
         self._shards: tuple[int, dict[str, BinaryIO]] = (0, {})
-
-    def _set_classes(self, labels: list[str], targets: array[int]) -> None:
-        """Number the classes in the order of their names."""
-        if not labels:
-            return
-        ordered = sorted(labels)
-        rank = {label: number for number, label in enumerate(ordered)}
-        # the last entry is for -1, no class
-        renumbered = np.array([*(rank[label] for label in labels), -1], np.int64)
-        self.targets = renumbered[np.array(targets, np.int64)]
-        self.classes = dict(enumerate(ordered))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -278,7 +256,7 @@ class FileDataset(ImageDataset):
         return [shard for shard in shards if is_compressed(shard)]
 
     def real_paths(self) -> npt.NDArray[np.int64]:
-        """A hash for each image of its file without links, and of its place in a shard."""
+        """A hash for each image of its real path, and of its name in a shard."""
         real = {path: os.path.realpath(path) for path, _, _ in self.folders if "\0" not in path}
         keys = array("q")
         for index in range(len(self)):
@@ -293,7 +271,7 @@ class FileDataset(ImageDataset):
         return {**self.__dict__, "_shards": (0, {})}
 
     def save_index(self, path: Path, shards: list[str]) -> None:
-        """Keep the list of `shards`, whose every member was visited to make it."""
+        """Save the list of all members of `shards`."""
         about = {
             "version": _INDEX_VERSION,
             "shards": _file_states(shards),
@@ -302,32 +280,29 @@ class FileDataset(ImageDataset):
             "skipped": self.skipped,
             "classes": list(self.classes.items()),
         }
-        arrays = {name: getattr(self, name) for name in ("folder_of", "names", "ends", "offsets")}
-        if self.targets is not None:
-            arrays["targets"] = self.targets
+        arrays = {name: getattr(self, name) for name in _INDEX_ARRAYS}
+        arrays = {name: values for name, values in arrays.items() if values is not None}
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with temporary.open("wb") as file:
-            np.savez(file, about=np.array(json.dumps(about)), sizes=self.sizes, **arrays)
+            np.savez(file, about=np.array(json.dumps(about)), **arrays)
         temporary.replace(path)
 
     @classmethod
     def load_index(cls, path: Path, shards: list[str], decoder: Decoder) -> FileDataset | None:
-        """The list of `shards`; None where none was kept, or a shard has changed since."""
+        """The saved list of `shards`; None without one, or if a shard has changed since."""
         try:
             with np.load(path, allow_pickle=False) as saved:
                 about = json.loads(str(saved["about"]))
-                arrays = {name: saved[name] for name in saved.files if name != "about"}
+                arrays = {name: saved[name] for name in saved.files if name in _INDEX_ARRAYS}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
             return None  # missing or damaged: it is made again
         if about.get("version") != _INDEX_VERSION or about["shards"] != _file_states(shards):
             return None
         found = cls((), decoder)
-        for name, values in arrays.items():
-            setattr(found, name, values)
+        found.__dict__.update(arrays)
         found.folders = [tuple(folder) for folder in about["folders"]]
-        found.problems = {int(number): reason for number, reason in about["problems"]}
+        found.problems, found.classes = dict(about["problems"]), dict(about["classes"])
         found.skipped = [tuple(skipped) for skipped in about["skipped"]]
-        found.classes = {int(number): name for number, name in about["classes"]}
         return found
 
 
@@ -342,11 +317,11 @@ class ArrayDataset(ImageDataset):
     Args:
         arrays: Each `[n, H, W, C]` or `[n, H, W]`; uint8, or others that the decoder scales.
         decoder: See `Decoder`.
-        name: What messages call the images, or such a name for each array.
+        name: Name of the images in messages, or such a name for each array.
         targets: `[n]` class numbers of all images.
 
     Raises:
-        DataError: An array is of another type or shape, or targets do not fit.
+        DataError: An array has another type or shape, or targets do not fit.
     """
 
     def __init__(
@@ -381,27 +356,27 @@ class ArrayDataset(ImageDataset):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Which array holds an image, and where."""
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Number of the array and index in it."""
         which = int(np.searchsorted(self.starts, index, side="right")) - 1
         return which, int(index - self.starts[which])
 
     def raw(self, index: int) -> Raw:
         """The array `[H, W, C]` or `[H, W]` of an image."""
-        which, place = self._place(index)
-        return np.asarray(self.arrays[which][place])
+        which, row = self._locate(index)
+        return np.asarray(self.arrays[which][row])
 
     def name(self, index: int) -> str:
         """Name of the array and number in it."""
-        which, place = self._place(index)
-        return f"{self._names[which]}[{place}]"
+        which, row = self._locate(index)
+        return f"{self._names[which]}[{row}]"
 
     def files(self) -> list[str]:
         """See `ImageDataset`."""
         return [str(a.filename) for a in self.arrays if isinstance(a, np.memmap)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Files on the disk are opened again in other processes instead of copied there."""
+        """Other processes open files on disk again instead of copying them."""
         arrays = [str(a.filename) if isinstance(a, np.memmap) else a for a in self.arrays]
         return {**self.__dict__, "arrays": arrays}
 
@@ -413,80 +388,9 @@ class ArrayDataset(ImageDataset):
         """Hash of the shapes and of some images."""
         shapes = [images.shape for images in self.arrays]
         digest = hashlib.blake2b(str(shapes).encode(), digest_size=8)
-        for index in evenly_spaced(len(self), _SAMPLED):
+        for index in evenly_spaced(len(self), SAMPLED):
             digest.update(np.asarray(self.raw(index)).tobytes())
         return digest.hexdigest()
-
-
-class ObjectDataset(ImageDataset):
-    """A map-style dataset of the user's own, or one of torchvision's.
-
-    Args:
-        data: Has `__len__` and `__getitem__`; items are Pillow images, arrays `[H, W, C]`, tensors
-            `[C, H, W]`, or tuples that begin with one. Its `targets` or `labels`, or what
-            torchvision calls them, are the classes if they are integers `[n]` or 0/1 `[n, C]`,
-            and its `classes` their names.
-        decoder: See `Decoder`.
-        name: What messages call it.
-    """
-
-    # What damaged files lead to; anything else is a fault of the dataset's code.
-    _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-
-    def __init__(self, data: Any, decoder: Decoder, name: str) -> None:
-        super().__init__(decoder, name)
-        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
-            raise DataError(
-                f"{name} is a {type(data).__name__}, and images are read by number: it needs "
-                "__len__ and __getitem__ (a map-style Dataset)"
-            )
-        if isinstance(data, str | bytes | Mapping) or not len(data):
-            raise DataError(f"{name} is a {type(data).__name__} without images")
-        self.data = data
-        self.targets = _labels_of(data, name)
-        names = (getattr(data, attribute, None) for attribute in _NAMES)
-        found = next((names for names in names if isinstance(names, list | tuple)), ())
-        if self.targets is not None:
-            self.classes = {
-                number: ", ".join(name) if isinstance(name, tuple) else str(name)
-                for number, name in enumerate(found)
-            }
-            if len({*self.classes.values()}) < len(self.classes):
-                raise DataError(f"{name} has two classes of the same name: {some(found)}")
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def raw(self, index: int) -> Raw:
-        """The image of an item."""
-        try:
-            item = self.data[index]
-            image = item[0] if isinstance(item, tuple | list) and item else item
-            if isinstance(image, Image.Image):
-                image.load()
-        except self._DAMAGED as error:
-            raise ImageError(f"{type(error).__name__}: {error}") from error
-        if isinstance(image, Image.Image | np.ndarray | torch.Tensor):
-            return image
-        raise DataError(
-            f"{self.name(index)} is a {type(image).__name__}; an item is a Pillow image, an array "
-            "[H, W, C], a tensor [C, H, W], or a tuple that begins with one"
-        )
-
-    def fingerprint(self) -> str:
-        """Hash of number, classes and those of some images that are the same when read twice."""
-        targets = b"" if self.targets is None else self.targets.astype("<i8").tobytes()
-        digest = hashlib.blake2b(f"{len(self)} ".encode() + targets, digest_size=8)
-        for index in evenly_spaced(len(self), _SAMPLED):
-            first, second = self._content(index), self._content(index)
-            digest.update(first if first == second else b"")
-        return digest.hexdigest()
-
-    def _content(self, index: int) -> bytes:
-        try:
-            return np.asarray(self.raw(index)).tobytes()
-        except ImageError:
-            return b""
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
@@ -501,38 +405,3 @@ def indicator_matrix(labels: Sequence[Iterable[int]], num_classes: int = 0) -> L
     matrix = np.zeros((len(labels), max(num_classes, numbers.max(initial=-1) + 1)), np.uint8)
     matrix[rows, numbers] = 1
     return matrix
-
-
-def _labels_of(data: Any, name: str) -> Labels | None:
-    """The labels of a map-style dataset, by the first attribute that has them."""
-    for attribute in _NUMBERS:
-        values = getattr(data, attribute, None)
-        if values is None or callable(values):
-            continue
-        if (found := _class_numbers(values, len(data))) is not None:
-            return found
-        if attribute in ("targets", "labels"):
-            _log.warning(
-                "%s.%s are neither one integer for each image nor 0 or 1 for each class, so they "
-                "are not its classes", name, attribute,
-            )  # fmt: skip
-    for attribute, place in _PAIRS.items():
-        pairs = getattr(data, attribute, None)
-        if isinstance(pairs, list) and all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-            return _class_numbers([pair[place] for pair in pairs], len(data))
-    return None
-
-
-def _class_numbers(values: Any, length: int) -> Labels | None:
-    """One integer for each image, or a matrix of 0 and 1; None for anything else."""
-    if isinstance(values, list | tuple):  # torchvision has None in hidden test splits
-        values = [-1 if value is None else value for value in values]
-    try:
-        numbers = np.asarray(values)
-    except (ValueError, TypeError):  # rows of different lengths
-        return None
-    if numbers.shape == (length,) and np.issubdtype(numbers.dtype, np.integer):
-        return numbers.astype(np.int64)
-    if numbers.ndim == 2 and len(numbers) == length and np.isin(numbers, (0, 1)).all():
-        return numbers.astype(np.uint8)
-    return None

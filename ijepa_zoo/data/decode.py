@@ -1,4 +1,4 @@
-"""Decode image files, arrays and Pillow images to upright pixels of 8 bits."""
+"""Decode image files, arrays and Pillow images to upright 8-bit pixels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import ImageError, MissingPackageError, SettingsError
+from .tiff import loses_bands, read_tiff, select_bands, stack_pages, tiff_bands, too_large
 
 MAX_PIXELS = 178_956_970  # Pillow's limit, about 13,000 x 13,000
 Pixels = Image.Image | torch.Tensor  # RGB or greyscale image, or uint8 [C, H, W]
 Raw = bytes | Image.Image | npt.NDArray[Any] | torch.Tensor
 
-# Formats that hold photographs. Pillow reads more, some by starting other programs (EPS).
+# Formats of photos. Pillow reads more, some by starting other programs (EPS).
 _FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000"),
     *("MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
@@ -58,7 +59,7 @@ class Decoder:
     as_tensor: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
+        """Check the settings."""
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise SettingsError(
                 f"value_range is {self.value_range}; the first value must be below the second"
@@ -100,7 +101,7 @@ class Decoder:
 
     def _decode_file(self, content: bytes) -> Pixels:
         with _pillow_limits(self.max_pixels), _reasons(self.max_pixels):
-            bands = _tiff_bands(content)
+            bands = tiff_bands(content)
             if bands > 4:  # Pillow does not open it
                 return self._decode_bands(content, bands)
             try:
@@ -112,16 +113,16 @@ class Decoder:
                     "not an image, or of a kind that Pillow cannot read here"
                 ) from None
             if image.width * image.height > self.max_pixels:
-                raise _too_large(image.width * image.height, self.max_pixels)
+                raise too_large(image.width * image.height, self.max_pixels)
             if 0 in image.size:
                 raise ImageError(f"an image of {image.width} x {image.height} pixels")
-            if _loses_bands(image, bands):
+            if loses_bands(image, bands):
                 return self._decode_bands(content, bands)
             pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
             deep = _is_deep_color(image)
             if self.bands is not None:
-                array = _read_deep(content, image) if deep else _stack(image, pages)
-                return self._from_array(_select(array, self.bands))
+                array = _read_deep(content, image) if deep else stack_pages(image, pages)
+                return self._from_array(select_bands(array, self.bands))
             if pages > 1:
                 raise ImageError(f"a file of {pages} pages: choose some with --bands or data.bands")
             if deep and self.value_range is not None:
@@ -130,10 +131,10 @@ class Decoder:
             return self._convert(_upright(image))
 
     def _decode_bands(self, content: bytes, bands: int) -> Pixels:
-        """A TIFF of more bands than a picture has."""
+        """A TIFF of bands that Pillow does not read."""
         if self.bands is None:
             raise ImageError(f"an image of {bands} bands: choose some with --bands or data.bands")
-        return self._from_array(_select(_read_tiff(content, self.max_pixels), self.bands))
+        return self._from_array(select_bands(read_tiff(content, self.max_pixels), self.bands))
 
     def _convert(self, image: Image.Image) -> Image.Image:
         """A Pillow image as RGB or greyscale."""
@@ -173,16 +174,10 @@ class Decoder:
 def to_uint8(
     values: npt.NDArray[Any], value_range: tuple[float, float] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """Scale values of any type to 0 to 255.
+    """Scale values of any type and shape from `value_range` to 0..255, clipped.
 
-    Args:
-        values: Of any shape.
-        value_range: Values that become 0 and 255; beyond them values are clipped. None: integers
-            within 0 to 65,535 are taken as 16 bits and floats within 0 to 1 or 0 to 255 as shares
-            or levels; anything else is stretched from its smallest to its largest value.
-
-    Raises:
-        ImageError: Values are not finite.
+    By default the range of integers within 0..65,535 is 16 bits, that of floats within 0..1 or
+    0..255 the same, and that of any others from their smallest to their largest value.
     """
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ImageError("an image with values that are not finite")
@@ -204,11 +199,7 @@ def _natural_range(values: npt.NDArray[Any]) -> tuple[float, float]:
 
 
 def deep_range(raw: Raw) -> tuple[int, int] | None:
-    """Smallest and largest value of an image of integers of more than 8 bits; None for any other.
-
-    Args:
-        raw: See `Decoder.__call__`.
-    """
+    """Smallest and largest value of an image of integers of more than 8 bits; None for others."""
     try:
         if not isinstance(raw, bytes):
             values = np.asarray(raw)
@@ -224,7 +215,7 @@ def deep_range(raw: Raw) -> tuple[int, int] | None:
 
 
 def _deep_values(content: bytes) -> npt.NDArray[Any]:
-    """Values of a file of 16 bits, of color to the upper 8 bits."""
+    """Values of a 16-bit file; those of color from their upper 8 bits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(content), formats=["PNG", "TIFF", "PPM"])
@@ -234,19 +225,19 @@ def _deep_values(content: bytes) -> npt.NDArray[Any]:
 
 
 def _is_deep_color(image: Image.Image) -> bool:
-    """Whether a file has 16 bits for each channel, of which Pillow keeps the upper 8."""
+    """Whether a color file has 16 bits per channel, of which Pillow keeps the upper 8."""
     return len(image.getbands()) > 1 and ";16" in str(getattr(image, "tile", ""))
 
 
 def _read_deep(content: bytes, image: Image.Image) -> npt.NDArray[Any]:
-    """Color of 16 bits as `[H, W, C]`; in the other byte order Pillow keeps the lower 8 of them."""
+    """16-bit color `[H, W, C]`; read in the other byte order, Pillow keeps the lower 8 bits."""
     lower = Image.open(io.BytesIO(content), formats=[image.format or ""])
     lower.tile = [tile._replace(args=_other_order(tile.args)) for tile in lower.tile]
     return np.asarray(image).astype(np.uint16) * 256 + np.asarray(lower)
 
 
 def _other_order(args: Any) -> Any:
-    """Arguments of Pillow's decoders, which are or begin with a mode such as `RGB;16B`."""
+    """Decoder arguments of Pillow in the other byte order; they begin with, or are, `RGB;16B`."""
     if not isinstance(args, str):
         return (_other_order(args[0]), *args[1:])
     native = "L" if sys.byteorder == "little" else "B"
@@ -257,7 +248,7 @@ def _other_order(args: Any) -> Any:
 def _scale_color(
     content: bytes, image: Image.Image, value_range: tuple[float, float]
 ) -> Image.Image:
-    """Color of 16 bits in 8 bits, with the transparency that the file has."""
+    """16-bit color in 8 bits, with its transparency."""
     values = _read_deep(content, image)
     scaled = Image.fromarray(to_uint8(values[..., :3], value_range))
     if "A" in image.getbands():
@@ -283,74 +274,16 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _stack(image: Image.Image, pages: int) -> npt.NDArray[Any]:
-    """Bands, or the pages of greyscale, as `[H, W, C]`."""
-    found = []
-    for page in range(pages):
-        image.seek(page)
-        array = np.asarray(image)
-        found.append(array if array.ndim == 3 else array[..., None])
-    if len({array.shape for array in found}) > 1:
-        raise ImageError(f"a file of {pages} pages that differ in size")
-    return np.concatenate(found, axis=-1)
-
-
-def _select(array: npt.NDArray[Any], bands: tuple[int, ...]) -> npt.NDArray[Any]:
-    if max(bands) >= array.shape[-1]:
-        raise ImageError(f"an image of {array.shape[-1]} bands or pages has no band {max(bands)}")
-    return array[..., list(bands)]
-
-
-def _tiff_bands(content: bytes) -> int:
-    """Bands of a TIFF file; 0 for another or damaged file."""
-    if content[:4] not in (b"II*\0", b"MM\0*", b"II+\0"):
-        return 0
-    file = io.BytesIO(content)
-    try:
-        header = file.read(16 if content[2:3] == b"+" else 8)  # + is BigTIFF
-        directory = TiffImagePlugin.ImageFileDirectory_v2(header)
-        file.seek(directory.next)
-        directory.load(file)
-        return int(directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
-    except Exception:  # a damaged header can make it raise anything
-        return 0
-
-
-def _loses_bands(image: Image.Image, bands: int) -> bool:
-    """Whether Pillow drops bands of a TIFF, or takes 16-bit ones, each in its plane, for 8 bits."""
-    tags = getattr(image, "tag_v2", {})
-    planar = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
-    deep = tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))[0] > 8
-    return bands > len(image.getbands()) or (bands > 1 and planar and deep)
-
-
-def _read_tiff(content: bytes, max_pixels: int) -> npt.NDArray[Any]:
-    """A TIFF as `[H, W, C]`."""
-    try:
-        import tifffile
-    except ImportError as error:
-        raise MissingPackageError(
-            "TIFF files of many bands need tifffile: pip install tifffile"
-        ) from error
-    with tifffile.TiffFile(io.BytesIO(content)) as file:
-        pixels = file.pages.first.imagewidth * file.pages.first.imagelength
-        if pixels > max_pixels:
-            raise _too_large(pixels, max_pixels)
-        axes, array = file.series[0].axes, file.asarray()
-    return np.moveaxis(array, 0, -1) if axes.startswith("S") else array
-
-
 def _load_array(content: bytes) -> npt.NDArray[Any]:
     try:
-        array: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+        return np.load(io.BytesIO(content), allow_pickle=False)
     except Exception as error:  # damaged headers make NumPy raise almost anything
         raise ImageError(f"broken array: {error}") from error
-    return array
 
 
 @contextmanager
 def _pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Set Pillow's process-wide limits; it refuses above twice `MAX_IMAGE_PIXELS`."""
+    """Set Pillow's process-wide limits; its error comes above twice `MAX_IMAGE_PIXELS`."""
     limit, truncated = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -370,15 +303,11 @@ def _reasons(max_pixels: int) -> Iterator[None]:
     except (ImageError, MissingPackageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise _too_large(int(re.findall(r"\d+", str(error))[0]), max_pixels) from None
+        raise too_large(int(re.findall(r"\d+", str(error))[0]), max_pixels) from None
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
         kind = "truncated" if "truncated" in reason.lower() else "broken"
         raise ImageError(f"{kind} image: {reason}") from error
-
-
-def _too_large(pixels: int, limit: int) -> ImageError:
-    return ImageError(f"too large: {pixels:,} pixels, the limit is {limit:,} (max_pixels)")
 
 
 @cache
@@ -415,7 +344,6 @@ def _torchcodec() -> Callable[[bytes], torch.Tensor] | None:
     except ImportError:  # not installed, or older than 0.16
         return None
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        _log.warning("torchcodec cannot be used, so Pillow decodes JPEG files: %s", reason)
+        _log.warning("torchcodec cannot be used, so Pillow decodes JPEG files: %s", error)
         return None
     return decode_jpeg

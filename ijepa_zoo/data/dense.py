@@ -1,39 +1,41 @@
 """Images with a depth map or a segmentation mask each: NYU Depth v2, ADE20K, VOC, folders of pairs.
 
-NYU's own file has depths with missing values filled in by its authors. The copies with lists
-(`nyu_train.txt`) usually have the camera's raw depths, and 24,231 training images instead of 795.
+NYU's own file has depths with missing values filled in by its authors.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from ..errors import DataError, ImageError, MissingPackageError
 from ..progress import progress_bar
 from ..seeds import Stream, numpy_generator
 from .decode import Decoder, Pixels, Raw
-from .files import list_files
+from .dense_files import (
+    DEPTH_WORDS,
+    MASK_WORDS,
+    Pair,
+    Target,
+    known_depth,
+    pairs_by_name,
+    read_depth,
+    read_mask,
+)
+from .dense_files import IGNORE_INDEX as IGNORE_INDEX
 from .loading import load_in_order
 from .scenes import SEGMENTATION_CLASSES, render_splits
 from .transforms import pixel_size
 
-Target = npt.NDArray[Any]
-Pair = tuple[str, str]  # paths of an image and of its target
-
 NYU_FILE, NYU_SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
-IGNORE_INDEX = 255  # class id of pixels that do not count
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
     *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
@@ -41,35 +43,23 @@ VOC_CLASSES = (
 )
 
 _UNPACKED_FOLDERS = ("ADEChallengeData2016", "VOCdevkit", "VOC2012")  # of the official archives
-_NYU_LIST_ROOTS = ("", "sync", "train", "official_splits/test", "test")
-_IMAGE_WORDS = {"rgb", "image", "images", "img", "color", "colors", "colour", "sync"}
-_DEPTH_WORDS = {"depth", "depths", "depthmap"}
-_MASK_WORDS = {"mask", "masks", "annotation", "annotations", "label", "labels", "segmentation"}
-_TRAIN_WORDS = {"train", "training", "nyu2_train"}
-_TEST_WORDS = {"test", "testing", "val", "validation", "nyu2_test"}
 _TEST_SHARE = 0.2
 _SPLIT_SEED = 0  # a run's seed must not change what it is tested on
 _MAX_ASPECT_DIFFERENCE = 0.02  # relative; beyond it a target belongs to another image
 _MOST_CLASSES = 4096  # masks of larger ids hold something else, such as instances
-# Of np.load and Pillow.
-_DAMAGED_FILE = (
-    *(ValueError, EOFError, MemoryError, SyntaxError, OSError),
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True)
 class DenseDataset:
-    """A map-style dataset of images with dense targets.
+    """A map-style dataset: `dataset[i]` is an image, its target `[H, W]` and its name.
 
-    Indexing returns an image, its target `[H, W]` and its name, and raises `ImageError` where one
-    of the two cannot be read or their aspect ratios differ.
+    Indexing raises `ImageError` where one of the two cannot be read or their aspect ratios differ.
 
     Attributes:
         names: Name of each image.
         load: From index to undecoded image and target; picklable.
         fingerprint: Identifies the data.
-        decoder: Makes pixels of the images.
+        decoder: Decodes the images.
         skip_broken: Whether probes leave out pairs that cannot be read.
     """
 
@@ -97,7 +87,7 @@ class DenseDataset:
 
 @dataclass(frozen=True)
 class DenseData:
-    """Training and test set, and what is known about their targets.
+    """Training and test set.
 
     Attributes:
         train, test: The two sets.
@@ -135,8 +125,6 @@ def open_depth(
         source: One of
 
             - NYU Depth v2's `nyu_depth_v2_labeled.mat`, or its folder, which also has `splits.mat`;
-            - a folder of a copy with `nyu_train.txt` and `nyu_test.txt` (lines of image, depth map
-              and focal length);
             - a folder of pairs. Depth maps are `.npy` files or have the word `depth` in their own
               or a folder's name. An image has the same name except for such words and `rgb`,
               `image`, `color` or `sync`: `rgb/a/1.jpg` and `depth/a/1.png`, or `1_colors.png` and
@@ -160,18 +148,11 @@ def open_depth(
         limit = max(float(train[i][1].max()) for i in range(len(train)))
         return DenseData(train, test, "rendered scenes", "rendered", "scene units", limit)
     root = Path(source)
-    lists = [root / "nyu_train.txt", root / "nyu_test.txt"]
-    has_lists = all(path.is_file() for path in lists)
     file = root if root.suffix.lower() == ".mat" else root / NYU_FILE
-    if file == root or (file.is_file() and not has_lists):
+    if file == root or file.is_file():
         train, test = _nyu_file(file)
         return DenseData(train, test, "NYU Depth v2, labelled", NYU_SPLITS, "m", 10.0, "eigen")
-    read = partial(read_depth, depth_scale=depth_scale)
-    if has_lists:
-        train, test = (_files(_nyu_list(path), read) for path in lists)
-        split = "nyu_train.txt and nyu_test.txt"
-        return DenseData(train, test, "NYU Depth v2", split, "m", 10.0, "eigen")
-    return _folder(source, _DEPTH_WORDS, read)
+    return _folder(source, DEPTH_WORDS, partial(read_depth, depth_scale=depth_scale))
 
 
 def open_segmentation(
@@ -220,40 +201,12 @@ def open_segmentation(
         train, test = (_files(_voc_list(lists / f"{s}.txt"), read) for s in ("train", "val"))
         data = DenseData(train, test, "PASCAL VOC", "train.txt and val.txt")
         return replace(data, num_classes=len(VOC_CLASSES), class_names=VOC_CLASSES)
-    data = _folder(str(root), _MASK_WORDS, read)
+    data = _folder(str(root), MASK_WORDS, read)
     if ade20k:
         count = 150 if reduce else 151
         found = _ade20k_names(root, count)
         return replace(data, name="ADE20K", num_classes=count, class_names=found)
     return replace(data, num_classes=_count_classes(data, workers, progress))
-
-
-def read_depth(path: str, depth_scale: float | None = None) -> npt.NDArray[np.float32]:
-    """Read a depth map, float32 `[H, W]` in meters, with 0 where the depth is unknown."""
-    stored = _read_map(path, "uif")
-    if depth_scale is None and stored.dtype.itemsize == 1:
-        raise ImageError(
-            f"the depth map '{path}' has 8 bits of an unknown unit: give the units per meter, "
-            "depth_scale=25.5 where 255 is 10 m (--depth-scale)"
-        )
-    if depth_scale is None:
-        depth_scale = 1.0 if stored.dtype.kind == "f" else 1000.0
-    return _known_depth(stored.astype(np.float32) / np.float32(depth_scale))
-
-
-def read_mask(path: str, reduce_zero_label: bool = False) -> Target:
-    """Read class ids `[H, W]` (of a palette image its indices), uint8 from 8-bit files, else int64.
-
-    With `reduce_zero_label`, 0 becomes 255 (ignored), and 1 is subtracted from the others.
-    """
-    if path.lower().endswith((".jpg", ".jpeg")):
-        raise ImageError("a JPEG file, which changes class ids: save masks as PNG")
-    stored = _read_map(path, "uib")
-    mask = stored.astype(np.uint8 if stored.dtype.itemsize == 1 else np.int64)
-    if reduce_zero_label:
-        ignored = (mask == 0) | (mask == IGNORE_INDEX)
-        mask = np.where(ignored, mask.dtype.type(IGNORE_INDEX), mask - 1)
-    return mask
 
 
 @dataclass(frozen=True)
@@ -288,28 +241,6 @@ def _count_classes(data: DenseData, workers: int, progress: bool) -> int:
             "without one"
         )
     return largest + 1
-
-
-def _known_depth(depth: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float32]:
-    """Depths with 0 where they are unknown: not finite, or not positive."""
-    return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
-
-
-def _read_map(path: str, kinds: str) -> Target:
-    """The numbers `[H, W]` that a file stores, whose type must be one of NumPy's `kinds`."""
-    try:
-        is_array = path.lower().endswith(".npy")
-        stored = np.load(path, allow_pickle=False) if is_array else np.asarray(Image.open(path))
-    except _DAMAGED_FILE as error:
-        raise ImageError(f"'{path}' is damaged: {error}") from error
-    if stored.ndim == 3 and stored.shape[2] == 1:
-        stored = stored[:, :, 0]
-    if stored.ndim != 2 or stored.size == 0 or stored.dtype.kind not in kinds:
-        raise ImageError(
-            f"'{path}' is {stored.dtype} {list(stored.shape)}, but must have one number per pixel, "
-            "a depth or a class id, not a color"
-        )
-    return stored
 
 
 def _rendered(
@@ -393,20 +324,7 @@ def _load_nyu(file: Path, rows: npt.NDArray[np.int64], index: int) -> tuple[Raw,
     except (OSError, RuntimeError, IndexError, ValueError) as error:
         raise ImageError(f"the file is damaged there ({error})") from error
     # MATLAB stores columns first.
-    return np.ascontiguousarray(image.T), _known_depth(depth.T)
-
-
-def _nyu_list(path: Path) -> list[Pair]:
-    """The pairs of a list of lines IMAGE DEPTH FOCAL_LENGTH; DEPTH is None for some images."""
-    lines = [line.split() for line in _read(path).splitlines()]
-    named = [(line[0].lstrip("/"), line[1].lstrip("/")) for line in lines if len(line) > 1]
-    named = [pair for pair in named if pair[1] != "None"]
-    if not named:
-        raise DataError(f"'{path}' has no pairs: each line is IMAGE DEPTH FOCAL_LENGTH")
-    for root in (path.parent / root for root in _NYU_LIST_ROOTS):
-        if (root / named[0][0]).is_file():
-            return [(str(root / image), str(root / depth)) for image, depth in named]
-    raise DataError(f"'{path}' names '{named[0][0]}', which is not below '{path.parent}'")
+    return np.ascontiguousarray(image.T), known_depth(depth.T)
 
 
 def _voc_list(path: Path) -> list[Pair]:
@@ -438,7 +356,7 @@ def _read(path: Path) -> str:
 
 def _folder(source: str, target_words: set[str], read_target: Callable[[str], Target]) -> DenseData:
     """A folder of pairs."""
-    splits = _pairs_by_name(source, target_words)
+    splits = pairs_by_name(source, target_words)
     split = "folders named train and test (or val)"
     if splits.keys() == {""}:
         pairs = splits[""]
@@ -455,34 +373,3 @@ def _folder(source: str, target_words: set[str], read_target: Callable[[str], Ta
             )
     train, test = (_files(splits[part], read_target) for part in ("train", "test"))
     return DenseData(train, test, "pairs", split)
-
-
-def _pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]:
-    """The pairs below a folder, by `train`, `test` or `""` for those below neither."""
-    if not os.path.isdir(source):
-        raise DataError(f"'{source}' is not a directory")
-    found: dict[tuple[str, tuple[str, ...]], dict[bool, str]] = {}
-    for path in (file.path for file in list_files([source]) if file.skipped is None):
-        parts = os.path.splitext(os.path.relpath(path, source))[0].lower().split(os.sep)
-        words = [re.split(r"[_\-. ]", part) for part in parts]
-        is_target = path.lower().endswith(".npy") or any(target_words & set(w) for w in words)
-        folders = set(parts[:-1])
-        split = "train" if folders & _TRAIN_WORDS else "test" if folders & _TEST_WORDS else ""
-        names = [
-            "_".join(w for w in part if w not in target_words | _IMAGE_WORDS) for part in words
-        ]
-        pair = found.setdefault((split, tuple(filter(None, names))), {})
-        if is_target in pair:
-            raise DataError(f"'{pair[is_target]}' and '{path}' have one pair's name: rename one")
-        pair[is_target] = path
-    alone = [path for pair in found.values() if len(pair) == 1 for path in pair.values()]
-    if alone:
-        raise DataError(
-            f"{len(alone)} files below '{source}' have no partner, for example '{alone[0]}': an "
-            "image and its target have the same name, such as images/a/1.jpg and "
-            f"{'masks' if 'masks' in target_words else 'depth'}/a/1.png"
-        )
-    splits: dict[str, list[Pair]] = {}
-    for (split, _), pair in sorted(found.items(), key=lambda item: os.fsencode(item[1][False])):
-        splits.setdefault(split, []).append((pair[False], pair[True]))
-    return splits

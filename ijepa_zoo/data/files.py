@@ -26,23 +26,24 @@ IMAGE_SUFFIXES = frozenset(
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_ZIP = "a zip archive: unpack it, or pack the images as .tar"
 _TAR_BLOCK = 512  # bytes of a header
 _LONGEST_LABEL = 4096  # bytes of a .cls member
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file, or a member of a tar shard, as the listing found it.
+    """A file, or a member of a tar shard.
 
     Attributes:
         path: Path as users see it; `shard.tar/name.jpg` for a member of a shard.
-        root: The part of the path above the input, which is not part of its fingerprint.
+        root: The part of the path above the input, which the fingerprint leaves out.
         label: Class: the first folder below the root, or below its split folders (`train`, ...);
             for a member of a shard with a `.cls` file, that file's text.
         shard: The tar file that holds it; None for a plain file.
         offset: First byte of the member in the uncompressed shard.
         size: Bytes of the member.
-        problem: Why it cannot be read, if that is known.
+        problem: Why it cannot be read, if known.
         skipped: Why it is not an image of the input, which is not a failure.
         is_link: Whether the file is a symbolic link.
     """
@@ -59,19 +60,15 @@ class File:
 
 
 def expand(path: str) -> list[str]:
-    """Paths that match a glob or `{000..012}`, sorted; any other path as it is.
-
-    Raises:
-        DataError: A pattern matches nothing.
-    """
+    """Paths that match a glob or `{000..012}`, sorted; any other path unchanged."""
     if os.path.lexists(path):
         return [path]
     if braces := _BRACES.search(path):
         first, last = braces.groups()
-        numbers = range(int(first), int(last) + 1)
         head, tail = path[: braces.start()], path[braces.end() :]
-        named = (f"{head}{number:0{len(first)}}{tail}" for number in numbers)
-        return [path for name in named for path in expand(name)]
+        numbers = range(int(first), int(last) + 1)
+        names = (f"{head}{number:0{len(first)}}{tail}" for number in numbers)
+        return [path for name in names for path in expand(name)]
     if not glob.has_magic(path):
         return [path]
     matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
@@ -81,49 +78,37 @@ def expand(path: str) -> list[str]:
 
 
 def list_files(paths: Sequence[str]) -> Iterator[File]:
-    """List the files of all inputs: inputs in the given order, folders sorted by path bytes.
-
-    Args:
-        paths: Folders, with everything below them but hidden files; image files; `.tar` shards;
-            `.txt` lists of paths, one a line, relative to the current folder. Already expanded.
-
-    Raises:
-        DataError: An input does not exist or is of another kind.
-    """
+    """List folders (sorted by path bytes), files, shards and `.txt` lists, in the given order."""
     for path in paths:
         try:
             mode = os.stat(path).st_mode
         except OSError as error:
             raise DataError(f"'{path}' cannot be read: {error.strerror}") from error
-        lower = path.lower()
+        parent = os.path.join(os.path.dirname(path), "")
+        suffix = path.lower()
         if stat.S_ISDIR(mode):
-            shards = shards_in(path)
-            if shards:
-                for shard in shards:
-                    yield from list_shard(shard, os.path.join(path, ""))
-            else:
+            if not (shards := shards_in(path)):
                 yield from _Walk(path).files()
-        elif not stat.S_ISREG(mode) and lower.endswith((*SHARD_SUFFIXES, ".txt")):
+            for shard in shards:
+                yield from list_shard(shard, os.path.join(path, ""))
+        elif not stat.S_ISREG(mode) and suffix.endswith((*SHARD_SUFFIXES, ".txt")):
             raise DataError(f"'{path}' is not a regular file")  # opening a pipe would block
-        elif lower.endswith(SHARD_SUFFIXES):
-            yield from list_shard(path, os.path.join(os.path.dirname(path), ""))
-        elif lower.endswith(".txt"):
+        elif suffix.endswith(SHARD_SUFFIXES):
+            yield from list_shard(path, parent)
+        elif suffix.endswith(".txt"):
             yield from _read_list(path)
-        elif lower.endswith(".zip"):
-            raise DataError(f"'{path}' is a zip archive: unpack it, or pack the images as .tar")
+        elif suffix.endswith(".zip"):
+            raise DataError(f"'{path}' is {_ZIP}")
         else:
-            root = os.path.join(os.path.dirname(path), "")
-            yield File(path, root, is_link=os.path.islink(path))
+            yield File(path, parent, is_link=os.path.islink(path))
 
 
 def shards_in(folder: str) -> list[str]:
     """The tar shards of a folder that holds no images and no other folders."""
-    with os.scandir(folder) as listing:
-        entries = [entry for entry in listing if not entry.name.startswith(".")]
-    shards = [entry.path for entry in entries if entry.name.lower().endswith(SHARD_SUFFIXES)]
+    entries = _entries(folder)
     if any(entry.is_dir() or _is_image(entry.name) for entry in entries):
         return []
-    return sorted(shards, key=os.fsencode)
+    return [entry.path for entry in entries if entry.name.lower().endswith(SHARD_SUFFIXES)]
 
 
 class _Walk:
@@ -135,7 +120,7 @@ class _Walk:
         self.visited: set[tuple[int, int]] = set()
 
     def files(self) -> Iterator[File]:
-        entries = self._entries(self.root)
+        entries = _entries(self.root)
         folders = [entry.name for entry in entries if _is_folder(entry)]
         has_splits = bool(folders) and SPLITS.issuperset(folders)
         for entry in entries:
@@ -156,7 +141,7 @@ class _Walk:
                 return
         try:
             state = entry.stat()
-            entries = self._entries(entry.path)
+            entries = _entries(entry.path)
         except OSError as error:
             reason = f"the folder cannot be listed: {error.strerror}"
             yield File(entry.path, self.root, label, problem=reason)
@@ -169,11 +154,12 @@ class _Walk:
             own = below.name if is_split and _is_folder(below) else label
             yield from self._below(below, own)
 
-    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
-        """Sorted, folders as names with a slash, so that all paths are in order."""
-        with os.scandir(folder) as listing:
-            entries = [entry for entry in listing if not entry.name.startswith(".")]
-        return sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * _is_folder(entry)))
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """Entries that are not hidden; folders sorted as names with a slash: all paths in order."""
+    with os.scandir(folder) as listing:
+        entries = [entry for entry in listing if not entry.name.startswith(".")]
+    return sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * _is_folder(entry)))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -192,6 +178,8 @@ def _skip_reason(name: str) -> str | None:
         return None
     if name.lower().endswith(SHARD_SUFFIXES):
         return "a tar shard beside other files; name it as an input to read it"
+    if name.lower().endswith(".zip"):
+        return _ZIP
     return f"not an image by its name ({os.path.splitext(name)[1] or 'no suffix'})"
 
 
@@ -219,21 +207,18 @@ def is_compressed(path: str) -> bool:
 
 
 def list_shard(path: str, root: str) -> list[File]:
-    """List the members of a shard in their order.
-
-    A damaged shard gives the members before the damage, and one file that names it.
-    """
+    """The members of a shard; of a damaged one, those before the damage and one that names it."""
     files: list[File] = []
     labels: dict[str, str] = {}
-    seen: set[str] = set()
     try:
         with open_shard(path) as file:
-            for name, member, text in _members(file):
-                if text is not None:
-                    labels[_sample_key(name)] = text
+            for name, member in _members(file):
+                if name.endswith(".cls") and member.isfile():
+                    file.seek(member.offset_data)
+                    text = file.read(min(member.size, _LONGEST_LABEL))
+                    labels[_sample_key(name)] = text.decode("utf-8", "surrogateescape").strip()
                 else:
-                    files.append(_member_file(path, root, name, member, name in seen))
-                seen.add(name)
+                    files.append(_member_file(path, root, name, member))
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
         files.append(File(path, root, problem=f"a damaged tar shard: {error}"))
     if not files:
@@ -241,23 +226,16 @@ def list_shard(path: str, root: str) -> list[File]:
     return _with_labels(files, labels)
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, str | None]]:
-    """Yield name, member and, for `.cls` members, their text; hidden files are left out."""
+def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Name and header of each member that is not hidden."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
             if not 0 <= member.size < 1 << 60:  # below 0 the next header would be before this one
                 raise tarfile.ReadError(f"'{member.name}' has an impossible size")
             name = member.name.removeprefix("./")
-            parts = name.split("/")
-            if member.isdir() or any(part.startswith(".") and part != ".." for part in parts):
-                continue
-            text = None
-            if name.endswith(".cls") and member.isfile():
-                file.seek(member.offset_data)
-                content = file.read(min(member.size, _LONGEST_LABEL))
-                text = content.decode("utf-8", "surrogateescape").strip()
-            yield name, member, text
+            if not member.isdir() and not re.search(r"(^|/)\.(?!\./)", name):
+                yield name, member
         # tarfile takes a broken header, and the end of a cut file, for the end of the archive
         file.seek(tar.offset)
         end = file.read(_TAR_BLOCK)
@@ -267,19 +245,13 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo, str | None]
             raise tarfile.ReadError("it ends without the mark of a tar's end, so it may be cut")
 
 
-def _member_file(path: str, root: str, name: str, member: tarfile.TarInfo, repeated: bool) -> File:
+def _member_file(path: str, root: str, name: str, member: tarfile.TarInfo) -> File:
     problem, skipped = None, _skip_reason(name)
-    if skipped is None:
-        if not member.isfile() or member.issparse():
-            problem = "refused: a link, device or sparse file inside a tar shard"
-        elif name.startswith("/") or ".." in name.split("/"):
-            problem = "refused: a path that leads out of the tar shard"
-        elif repeated:
-            problem = "refused: the tar shard has another member of this name"
+    if skipped is None and (not member.isfile() or member.issparse()):
+        problem = "refused: a link, device or sparse file inside a tar shard"
     label = name.split("/")[0] if "/" in name and problem is None else None
-    return File(
-        f"{path}/{name}", root, label, path, member.offset_data, member.size, problem, skipped
-    )
+    place = (member.offset_data, member.size)
+    return File(f"{path}/{name}", root, label, path, *place, problem, skipped)
 
 
 def _with_labels(files: list[File], texts: dict[str, str]) -> list[File]:

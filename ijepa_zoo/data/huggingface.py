@@ -19,7 +19,7 @@ from .decode import Decoder, Raw
 from .files import SHARD_SUFFIXES
 
 _PREFIX = "hfds/"
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # what `save_to_disk` leaves
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # written by `save_to_disk`
 _SAMPLED = 16  # images that the fingerprint reads
 _log = logging.getLogger(__name__)
 
@@ -30,12 +30,9 @@ class HFDataset(ImageDataset):
     Args:
         data: A `datasets.Dataset`.
         decoder: See `Decoder`.
-        name: What messages call it.
+        name: Name of the dataset in messages.
         image: Column of the images; None for the only one.
         label: Column of the classes; None for a column of class labels, or `label`.
-
-    Raises:
-        DataError: It has no such columns, or cannot be read by number.
     """
 
     def __init__(
@@ -78,8 +75,8 @@ class HFDataset(ImageDataset):
             lists = [[number_of[label] for label in row] for row in lists]
         elif not getattr(item, "dtype", "").startswith(("int", "uint", "bool")):
             _log.warning(
-                "%s: column '%s' is %s, not classes, so the images have no classes; name another "
-                "with label=COLUMN", self._name, column, kind,
+                "%s: column '%s' is %s, not classes, and is ignored; name another with "
+                "label=COLUMN", self._name, column, kind,
             )  # fmt: skip
             return
         if several is None:
@@ -158,11 +155,7 @@ def _is_saved(folder: str) -> bool:
 
 
 def hf_splits(path: str) -> list[str]:
-    """Names of the splits of a dataset; none where a split is named.
-
-    Raises:
-        DataError: It cannot be loaded.
-    """
+    """Names of the splits of a dataset; none where a split is named."""
     name, options = _name_and_options(path)
     if "split" in options or _is_parquet(name) or os.path.isfile(os.path.join(name, _SAVED[0])):
         return []
@@ -173,11 +166,7 @@ def hf_splits(path: str) -> list[str]:
 
 
 def open_hf(path: str, decoder: Decoder) -> ImageDataset:
-    """Open a dataset; its split `train` unless another is named.
-
-    Raises:
-        DataError: The dataset, split or column does not exist.
-    """
+    """Open a dataset; its split `train` unless another is named."""
     name, options = _name_and_options(path)
     split = options.get("split")
     with _datasets(name) as datasets:
@@ -216,11 +205,7 @@ def _name_and_options(path: str) -> tuple[str, dict[str, str]]:
 
 
 def parse_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """`NAME:key=value,key=value` as name and options.
-
-    Raises:
-        DataError: An option is unknown or has no value.
-    """
+    """`NAME:key=value,key=value` as name and options."""
     name, text = _split_options(path)
     options = dict(part.partition("=")[::2] for part in text.split(",") if part)
     for key, value in options.items():

@@ -16,24 +16,16 @@ from .files import File
 TRAIN = ("train", "training")
 TEST = ("test", "val", "valid", "validation", "testing")  # in the order of preference
 _SPLITS = {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
-_BETWEEN = ";"  # between the labels of a cell
 
 
 class LabeledFiles(FileDataset):
-    """The images of a CSV with the columns `path` and `label`, and perhaps `split`.
+    """The images of a CSV with the columns `path` and `label`, and optionally `split`.
 
     Paths are relative to the folder of the CSV. Several lines of a path, or `;` in a label, are
-    several labels of an image; then `targets` is a 0/1 matrix, else an empty label is no class.
-
-    Args:
-        path: The CSV.
-        decoder: See `Decoder`.
+    several labels of an image; then `targets` is a 0/1 matrix. An empty label is no class.
 
     Attributes:
         splits: Indices of the images by the name of their split; empty without such a column.
-
-    Raises:
-        DataError: The CSV cannot be read, has no such columns, or names a file that is missing.
     """
 
     def __init__(self, path: str, decoder: Decoder) -> None:
@@ -48,21 +40,22 @@ class LabeledFiles(FileDataset):
             if "split" in row and split not in (*TRAIN, *TEST):
                 raise DataError(f"line {line} of '{path}' has the split '{split}': use train, test")
             file = os.path.normpath(os.path.join(folder, name))
-            found = (label.strip() for label in row["label"].split(_BETWEEN))
+            found = (label.strip() for label in row["label"].split(";"))
             labels.setdefault(file, {}).update((label, None) for label in found if label)
             if split_of.setdefault(file, split) != split:
                 raise DataError(f"'{path}' has '{name}' in '{split_of[file]}' and in '{split}'")
-        _refuse_missing(path, list(labels))
-        several = any(len(found) > 1 for found in labels.values())
+        if missing := [file for file in labels if not os.path.isfile(file)]:
+            raise DataError(
+                f"{len(missing)} of {len(labels)} images of '{path}' are missing, such as "
+                f"'{missing[0]}': give paths relative to the folder of the CSV"
+            )
         root = os.path.join(folder, "") if folder else ""
-        super().__init__(
-            (
-                File(file, root, next(iter(found), None), is_link=os.path.islink(file))
-                for file, found in labels.items()
-            ),
-            decoder,
+        files = (
+            File(file, root, next(iter(found), None), is_link=os.path.islink(file))
+            for file, found in labels.items()
         )
-        if several:
+        super().__init__(files, decoder)
+        if any(len(found) > 1 for found in labels.values()):
             names = sorted({label for found in labels.values() for label in found})
             number_of = {label: number for number, label in enumerate(names)}
             numbers = [[number_of[label] for label in found] for found in labels.values()]
@@ -75,6 +68,7 @@ class LabeledFiles(FileDataset):
 
 def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells of each line."""
+    empty = True
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="", skipinitialspace=True)
@@ -85,9 +79,8 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
                 raise DataError(
                     f"'{path}' needs a header line with the columns path and label, not '{header}'"
                 )
-            empty = True
             for row in reader:
-                if len(row) > len(reader.fieldnames):
+                if None in row:  # DictReader's key of cells beyond the header
                     raise DataError(
                         f"line {reader.line_num} of '{path}' has more cells than the first line: "
                         'put names with commas in quotes, "a, b"'
@@ -98,12 +91,3 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise DataError(f"'{path}' cannot be read as a CSV: {error}") from error
     if empty:
         raise DataError(f"'{path}' lists no images")
-
-
-def _refuse_missing(path: str, files: list[str]) -> None:
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(files)} images of '{path}' are missing, such as "
-            f"'{missing[0]}': give paths relative to the folder of the CSV"
-        )

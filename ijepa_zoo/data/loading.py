@@ -18,15 +18,15 @@ T = TypeVar("T", covariant=True)
 
 
 class Items(Protocol[T]):
-    """Anything that gives items by number."""
+    """Anything indexed by number."""
 
     def __getitem__(self, index: int, /) -> T: ...
 
 
 def usable_cpus() -> int:
-    """CPUs of this process: those it may use, shared with its neighbors under torchrun."""
-    own = hasattr(os, "sched_getaffinity")  # Linux
-    cpus = len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1
+    """CPUs of this process: those it may use, divided by the ranks of the node under torchrun."""
+    is_linux = hasattr(os, "sched_getaffinity")
+    cpus = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
     if "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return cpus  # Slurm binds each task to its CPUs
     return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -35,13 +35,7 @@ def usable_cpus() -> int:
 def load_in_order(
     items: Items[T], order: Sequence[int], workers: int | None = None, pin_memory: bool = False
 ) -> Iterator[T]:
-    """Items by number, in order, loaded ahead of their use.
-
-    Args:
-        items: Indexed by each number; copied or forked into the workers.
-        order: The numbers.
-        workers: Processes; 0 loads items in this one. Default: one per CPU.
-        pin_memory: See `DataLoader`.
+    """`items[i]` for each number of `order`; 0 `workers` load in this process, None is one per CPU.
 
     Raises:
         UserError: Loading an item raised one; its traceback in the worker is left out.
@@ -59,7 +53,7 @@ def load_in_order(
         sampler=order,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_ignore_signals,
         # forked workers share a list of millions of images with this process, others copy it
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
@@ -90,7 +84,7 @@ class _Caught(Dataset[Any]):
             return error
 
 
-def _leave_signals(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """Keep workers alive on signals to the process group: the main process ends its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # where the sender of a signal is known

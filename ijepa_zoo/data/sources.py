@@ -1,4 +1,4 @@
-"""`open_images`: whatever holds images, as one map-style dataset that is read by number."""
+"""`open_images`: images of any origin, as one map-style dataset that is read by number."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ import numpy.typing as npt
 import torch
 
 from ..errors import DataError, ImageError
-from .datasets import ArrayDataset, FileDataset, ImageDataset, ObjectDataset, evenly_spaced
+from .datasets import ArrayDataset, FileDataset, ImageDataset, evenly_spaced
 from .decode import Decoder, deep_range
 from .files import SHARD_SUFFIXES, expand, list_files, shards_in
 from .huggingface import HFDataset, is_hf, open_hf, parse_options
 from .labels import LabeledFiles
+from .objects import ObjectDataset
 
 _ARRAYS = (".npy", ".npz")
 _ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -61,22 +62,22 @@ def open_images(
             - paths, one or several: folders (everything below them), image files, `.npy` files of
               one image, globs, `{000..012}`, `.txt` lists of paths, `.tar` shards, also gzipped,
               folders of shards;
-            - `.npy` files `[n, H, W, C]` or, for greyscale, `[n, H, W]`, which stay on the disk, or
-              an `.npz` file with `images` and, if there are classes, `labels`;
+            - `.npy` files `[n, H, W, C]` or, for greyscale, `[n, H, W]`, which are memory-mapped,
+              or an `.npz` file with `images` and optionally `labels`;
             - `hfds/NAME` or a local folder of the Hugging Face `datasets` package, a Parquet file
               or a folder of them; `hfds/NAME:split=test,image=COLUMN,label=COLUMN` chooses;
             - a `.csv` file with the columns `path` and `label`; see `LabeledFiles`;
             - `torch/NAME:root=DIR`, a dataset of torchvision by the name of its class, such as
               `torch/food101` or `torch/oxford_iiit_pet`, also `,split=NAME` and `,download=true`;
-            - `module:attribute`, a map-style Dataset, or a callable that makes one;
+            - `module:attribute`, a map-style Dataset, or a callable that returns one;
             - such a Dataset, an array `[n, H, W, C]`, a tensor `[n, C, H, W]`, or an
-              `ImageDataset`, which is returned as it is.
+              `ImageDataset`, which is returned unchanged.
         in_chans: See `Decoder`.
         value_range: See `Decoder`.
         bands: See `Decoder`.
         decoder: Instead of the three.
-        index: A file that keeps the list of tar shards, whose every member is visited otherwise.
-        exclude: Whether a file is not part of the input, by its path.
+        index: A file that caches the list of tar shards; without it every member is visited.
+        exclude: Whether to leave a file out, by its path.
 
     Raises:
         DataError: An input does not exist, holds no images, or cannot be read by number.
@@ -172,7 +173,7 @@ def _checked(images: FileDataset, paths: list[str]) -> FileDataset:
         raise DataError(f"no images found in {named}")
     _, path, reason = images.skipped[0]
     raise DataError(
-        f"no images found in {named}: {len(images.skipped)} other files were seen, for example "
+        f"no images found in {named}, but {len(images.skipped)} other files, for example "
         f"'{path}': {reason}"
     )
 
@@ -186,12 +187,7 @@ def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         with found:
             if "images" in found:
                 return found["images"], found.get("labels")
-            raise DataError(
-                f"'{path}' holds {list(found)}; the array must be called images "
-                "(and that of class numbers labels)"
-            )
-    except DataError:
-        raise
+            raise ValueError(f"it has {list(found)}, and needs images (and labels)")
     except Exception as error:  # damaged headers make NumPy raise almost anything
         raise DataError(f"'{path}' cannot be read as an array: {error}") from error
 
@@ -245,7 +241,7 @@ def _open_attribute(path: str, decoder: Decoder) -> ImageDataset:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and imports something that is not
+            raise  # the module exists, and imports one that does not
         raise DataError(
             f"'{path}' is neither a file or folder nor module:attribute: there is no module "
             f"'{error.name}'"
@@ -256,9 +252,7 @@ def _open_attribute(path: str, decoder: Decoder) -> ImageDataset:
         found = getattr(found, part)
     if isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__")):
         found = found()
-    if isinstance(found, ImageDataset):
-        return found
-    return ObjectDataset(found, decoder, path)
+    return found if isinstance(found, ImageDataset) else ObjectDataset(found, decoder, path)
 
 
 def _warn_of_dark_files(images: ImageDataset) -> None:

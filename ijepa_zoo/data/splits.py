@@ -1,4 +1,4 @@
-"""The training and the test split of images with classes, from what a user names."""
+"""The training and the test split of images with classes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .sources import open_images, torch_splits
 
 _ALSO_TRAIN, _ALSO_TEST = ("trainval", "train-standard", "2021_train"), ("2021_valid",)
 _CIFAR = {"cifar-10-batches-py": "torch/cifar10", "cifar-100-python": "torch/cifar100"}
+_PLACES_LISTS = (".", "trainvalsplit_places205")  # of the official archives, as the images
 _PLACES_IMAGES = (".", "images256", "data/vision/torralba/deeplearning/images256")
-_PLACES_LISTS = (".", "trainvalsplit_places205")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Split:
         images: The images, n.
         targets: `[n]` int64, class numbers, -1 for an image without one; or uint8 `[n, C]`, 1 for
             each class of an image.
-        classes: Names of the numbers, where they are known.
-        name: What the dataset calls this split.
+        classes: Names of the numbers, if known.
+        name: The dataset's name of this split.
         notes: Remarks for the user, such as images that were left out.
     """
 
@@ -50,11 +50,9 @@ class Split:
         return Split(images, self.targets[indices], self.classes, name, (*self.notes, *notes))
 
     def with_classes(self, names: Sequence[str], several: bool) -> Split:
-        """The same images, with the numbers that their classes have in `names`.
+        """The same images, with classes numbered as in `names`; a matrix of targets if `several`.
 
-        Args:
-            names: Names of all classes; images of other classes have none.
-            several: Make a matrix of targets.
+        Images of other classes have none.
         """
         number_of = {name: number for number, name in enumerate(names)}
         is_matrix = self.targets.ndim > 1
@@ -74,7 +72,7 @@ class Split:
 def open_splits(
     data: Any, test: Any = None, decoder: Decoder | None = None
 ) -> tuple[Split, Split | None]:
-    """Open images with classes; none is decoded.
+    """Open the training and the test split (None without one), with classes numbered alike.
 
     Args:
         data: All images, or the training split if `test` is given. Anything that `open_images`
@@ -85,10 +83,6 @@ def open_splits(
             `torch/NAME` and a CSV with a column `split` both splits are taken.
         test: The test split, if `data` does not hold it.
         decoder: See `open_images`.
-
-    Returns:
-        The training and the test split, None where there is none. Both number classes alike, and
-        both have a matrix of targets if one has.
 
     Raises:
         DataError: There are no such images, they have no classes, or an image is in both splits.
@@ -133,24 +127,26 @@ def _of_csv(whole: Split, names: Sequence[str]) -> Split | None:
 
 
 def _open_pair(train: Any, test: Any, decoder: Decoder) -> tuple[Split, Split]:
-    names = [os.path.basename(os.path.normpath(str(s))) if isinstance(s, str | os.PathLike) else d
-             for s, d in ((train, "train"), (test, "test"))]  # fmt: skip
-    first, second = _open(train, names[0], decoder), _open(test, names[1], decoder)
+    first, second = (
+        _open(data, os.path.basename(os.path.normpath(data)), decoder)
+        if isinstance(data, str | os.PathLike)
+        else _open(data, name, decoder)
+        for data, name in ((train, "train"), (test, "test"))
+    )
     first, second = _of_csv(first, TRAIN) or first, _of_csv(second, TEST) or second
-    _refuse_shared_images(first.images, second.images)
+    _check_disjoint(first.images, second.images)
     return _same_classes(first, second)
 
 
-def _refuse_shared_images(train: ImageDataset, test: ImageDataset) -> None:
+def _check_disjoint(train: ImageDataset, test: ImageDataset) -> None:
     trained, tested = _real_paths(train), _real_paths(test)
     if trained is None or tested is None:
         return
-    shared = np.isin(tested, trained)
-    if shared.any():
-        index = int(np.flatnonzero(shared)[0])
+    shared = np.flatnonzero(np.isin(tested, trained))
+    if len(shared):
         raise DataError(
-            f"{int(shared.sum())} test images are training images too, by links or because one "
-            f"input is inside the other, for example '{test.name(index)}'"
+            f"{len(shared)} test images are training images too, by links or because one input is "
+            f"inside the other, for example '{test.name(int(shared[0]))}'"
         )
 
 
@@ -165,8 +161,7 @@ def _same_classes(train: Split, test: Split) -> tuple[Split, Split]:
     """Number the classes of both by the names of all; numbers without names stay."""
     several = train.targets.ndim > 1 or test.targets.ndim > 1
     if several and not (train.classes and test.classes):
-        sizes = {split.targets.shape[-1] for split in (train, test)}
-        if len(sizes) > 1 or train.targets.ndim != test.targets.ndim:
+        if train.targets.shape[1:] != test.targets.shape[1:]:
             raise DataError(
                 f"the labels of '{train.name}' and '{test.name}' are {train.targets.shape} and "
                 f"{test.targets.shape}: both need [n, C] with as many classes, or names of classes"
@@ -240,56 +235,50 @@ def _inaturalist(root: Path, split: str, decoder: Decoder) -> Split:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         files = {image["id"]: image["file_name"] for image in found["images"]}
-        pairs = [(files[a["image_id"]], a["category_id"]) for a in found["annotations"]]
+        targets = {files[a["image_id"]]: a["category_id"] for a in found["annotations"]}
         classes = {c["id"]: c["name"] for c in found.get("categories", ())}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"'{path}' is not a list of iNaturalist 2018: {error!r}") from error
-    return _listed(path, root, pairs, classes, split, decoder)
+    return _listed(path, root, targets, classes, split, decoder)
 
 
 def _places(root: Path, lists: Path, split: str, decoder: Decoder) -> Split:
     path = lists / f"{split}_places205.csv"
-    pairs = []
     try:
-        for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
-            name, _, label = line.strip().rpartition(" ")
-            pairs.append((name, int(label)))
+        lines = filter(str.strip, path.read_text(encoding="utf-8").splitlines())
+        pairs = (line.strip().rpartition(" ")[::2] for line in lines)
+        targets = {name: int(label) for name, label in pairs}
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' is not a list of names and class numbers: {error}") from error
-    first = pairs[0][0] if pairs else ""
+    first = next(iter(targets), "")
     images = next((root / p for p in _PLACES_IMAGES if (root / p / first).is_file()), root)
-    return _listed(path, images, pairs, {}, split, decoder)
+    return _listed(path, images, targets, {}, split, decoder)
 
 
 def _listed(
     path: Path,
     root: Path,
-    pairs: list[tuple[str, int]],
-    classes: dict[int, str],
+    targets: Mapping[str, int],
+    classes: Mapping[int, str],
     split: str,
     decoder: Decoder,
 ) -> Split:
-    """Images and class numbers of a list."""
-    if not pairs or not (root / pairs[0][0]).is_file():
-        name = pairs[0][0] if pairs else "no image"
-        raise DataError(
-            f"'{path}' lists '{name}', which is not in '{root}': unpack the images there"
-        )
-    targets = np.array([number for _, number in pairs], np.int64)
-    return list_split(root, [name for name, _ in pairs], targets, classes, split, (), decoder)
+    """The images of a list, if the first one exists."""
+    first = next(iter(targets), "no image")
+    if not (root / first).is_file():
+        raise DataError(f"'{path}' lists '{first}', which is not in '{root}': unpack the images")
+    return list_split(root, targets, classes, split, decoder)
 
 
 def list_split(
     root: Path,
-    files: Sequence[str],
-    targets: Targets,
+    targets: Mapping[str, int],
     classes: Mapping[int, str],
     name: str,
-    notes: Sequence[str] = (),
-    decoder: Decoder | None = None,
+    decoder: Decoder,
 ) -> Split:
-    """Images named by a list, relative to a folder, and their classes."""
+    """Images of a list of files, relative to a folder, and their classes."""
     start = os.path.join(root, "")
-    images = FileDataset((File(start + file, start) for file in files), decoder or Decoder())
-    images.targets, images.classes = targets, classes
-    return Split(images, targets, classes, name, tuple(notes))
+    images = FileDataset((File(start + file, start) for file in targets), decoder)
+    images.targets, images.classes = np.array([*targets.values()], np.int64), classes
+    return Split(images, images.targets, classes, name)

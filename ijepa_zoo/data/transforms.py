@@ -26,13 +26,6 @@ class ModelTransform:
 
     The resize and the crop are timm's. Images more than 32 times longer than wide are cut first:
     1 x 60,000 pixels would be resized to 256 x 15,360,000 before the crop takes 224 of them.
-
-    Args:
-        config: See `transform_config`.
-        normalize: False returns uint8 pixels, before scaling to 0..1 and mean and std.
-
-    Attributes:
-        input_size: Channels, height and width of the result.
     """
 
     def __init__(self, config: dict[str, Any], normalize: bool = True) -> None:
@@ -69,22 +62,11 @@ class ModelTransform:
             return tensor
         return tensor.float().div_(255).sub_(self.mean).div_(self.std)
 
-    def __repr__(self) -> str:
-        steps = ", ".join(map(repr, self.geometry))
-        mean, std = (
-            [round(value, 4) for value in values.flatten().tolist()]
-            for values in (self.mean, self.std)
-        )
-        return f"ModelTransform({steps}, mean={mean}, std={std})"
-
 
 def transform_config(model: nn.Module) -> dict[str, Any]:
-    """The data config of a timm model, at the image size and channels that the model has now.
+    """The data config of a timm model, at its current image size and channels.
 
-    Returns:
-        `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`. The resize before
-        the crop scales with the input size by `crop_pct`. Where the config has mean and std of RGB
-        and the model takes other channels, each gets the average of the three.
+    A model of other channels than RGB gets the average of mean and std for each.
     """
     from timm.data import resolve_model_data_config
 

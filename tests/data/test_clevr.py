@@ -94,16 +94,6 @@ def test_the_test_set_is_val_or_else_test(tmp_path):
         assert (test.name if test else None) == (None if split == "train" else split)
 
 
-def test_scenes_without_image_are_left_out_and_counted(tmp_path):
-    write(tmp_path, "train", [[9.0] * n for n in (3, 4, 5)], without=(1,))
-    train, _ = open_clevr(tmp_path, "count")
-    assert train.targets.tolist() == [3, 5]
-    assert len(train.images) == 2
-    (note,) = train.notes
-    assert "1 of 3" in note
-    assert "CLEVR_train_000001.png" in note
-
-
 @pytest.mark.parametrize("text", ["{", "[]", '{"scenes": 3}', '{"scenes": [{"objects": []}]}'])
 def test_malformed_scene_files_are_named(tmp_path, text):
     path = write(tmp_path, "train", [[9.0]])

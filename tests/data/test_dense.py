@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa_zoo.data.dense import open_depth, open_segmentation, read_depth, read_mask
+from ijepa_zoo.data.dense import open_depth, open_segmentation
+from ijepa_zoo.data.dense_files import read_depth, read_mask
 from ijepa_zoo.data.scenes import SPLIT_STARTS, render_scene
 from ijepa_zoo.errors import DataError, ImageError
 
@@ -136,29 +137,6 @@ def test_damaged_files_and_colors_are_named(tmp_path, read):
             read(str(tmp_path / name))
     with pytest.raises(ImageError):
         read(str(tmp_path / "absent.png"))
-
-
-def test_nyu_lists(tmp_path):
-    for split, root in (("train", "sync"), ("test", "official_splits/test")):
-        lines = ["/room/rgb_00009.jpg None 518.8579"]
-        for n in (1, 2, 3):
-            image, depth = f"{split}_1/rgb_{n:05}.png", f"{split}_1/sync_depth_{n:05}.png"
-            save_pair(tmp_path / root / image, tmp_path / root / depth, n)
-            lines.append(f"/{image} /{depth} 518.8579")
-        (tmp_path / f"nyu_{split}.txt").write_text("\n".join(lines) + "\n")
-    data = open_depth(tmp_path, depth_scale=1)
-    assert (values(data.train), data.max_depth, data.crop) == (
-        [(n, n) for n in (1, 2, 3)],
-        10,
-        "eigen",
-    )
-    assert values(data.test) == values(data.train)
-    (tmp_path / "sync/train_1/sync_depth_00002.png").unlink()
-    with pytest.raises(DataError, match=r"sync_depth_00002\.png"):
-        open_depth(tmp_path)
-    (tmp_path / "nyu_train.txt").write_text("/kitchen/rgb.jpg /kitchen/depth.png 1\n")
-    with pytest.raises(DataError, match=r"nyu_train\.txt.*kitchen/rgb\.jpg"):
-        open_depth(tmp_path)
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("nan")])

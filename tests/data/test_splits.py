@@ -1,23 +1,22 @@
 """The training and the test split, from what a user names."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from inputs import labels, levels, noise, png, put, shard
+from test_datasets import Photos
 from test_sources import cifar10
 
-from ijepa_zoo.data import Decoder
-from ijepa_zoo.data.splits import Split, list_split, open_splits
+from ijepa_zoo.data.splits import open_splits
 from ijepa_zoo.errors import DataError
 
 
-def classes(split: Split) -> list[str]:
+def classes(split):
     return [split.classes[int(number)] for number in split.targets]
 
 
-def test_one_folder_of_classes_is_one_split(tmp_path: Path) -> None:
+def test_one_folder_of_classes_is_one_split(tmp_path):
     put(tmp_path, {"cat/1.png": png(1), "dog/2.png": png(2)})
     train, test = open_splits(tmp_path)
     assert test is None
@@ -28,7 +27,7 @@ def test_one_folder_of_classes_is_one_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("training", "validation"), ("train", "val")])
-def test_folders_of_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_folders_of_splits(tmp_path, names):
     put(tmp_path / names[0], {"cat/day/1.png": png(1), "dog/night/2.png": png(2)})
     put(tmp_path / names[1], {"ape/3.png": png(3), "dog/images/4.png": png(4)})
     train, test = open_splits(tmp_path)
@@ -39,14 +38,18 @@ def test_folders_of_splits(tmp_path: Path, names: tuple[str, str]) -> None:
     assert [classes(split) for split in pair] == [classes(train), classes(test)]
 
 
-def test_the_test_split_comes_before_the_validation_split(tmp_path: Path) -> None:
+def test_the_test_split_comes_before_the_validation_split(tmp_path):
     put(tmp_path, {f"{name}/cat/1.png": png() for name in ("train", "val", "test")})
     assert open_splits(tmp_path)[1].name == "test"
     put(tmp_path / "hidden", {"train/cat/1.png": png(), "val/cat/1.png": png(), "test/1.png": b""})
     assert open_splits(tmp_path / "hidden")[1].name == "val"
+    put(tmp_path / "alone", {"train/cat/1.png": png()})
+    train, test = open_splits(tmp_path / "alone")
+    assert (train.name, test) == ("train", None)
 
 
-def test_shards_named_after_their_split(tmp_path: Path) -> None:
+def test_shards_named_after_their_split_beside_parquet(tmp_path):
+    put(tmp_path, {"train-0.parquet": b"PAR1"})
     shard(tmp_path / "set-train-0.tar", {"1.png": png(1), "1.cls": b"3"})
     shard(tmp_path / "set-train-1.tar", {"2.png": png(2), "2.cls": b"4"})
     shard(tmp_path / "set-val-0.tar", {"3.png": png(3), "3.cls": b"4"})
@@ -56,7 +59,7 @@ def test_shards_named_after_their_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_images_of_both_splits_are_reported(tmp_path: Path, kind: str) -> None:
+def test_images_of_both_splits_are_reported(tmp_path, kind):
     put(tmp_path, {"train/cat/1.png": png(1), "train/dog/2.png": png(2), "val/dog/3.png": png(3)})
     if kind == "file":
         (tmp_path / "val/dog/x.png").symlink_to(tmp_path / "train/cat/1.png")
@@ -66,14 +69,7 @@ def test_images_of_both_splits_are_reported(tmp_path: Path, kind: str) -> None:
         open_splits(tmp_path)
 
 
-def test_an_image_linked_into_two_classes_of_one_split_is_allowed(tmp_path: Path) -> None:
-    put(tmp_path, {"train/cat/1.png": png(1), "val/dog/3.png": png(3), "val/cat/4.png": png(4)})
-    (tmp_path / "train/dog").mkdir()
-    (tmp_path / "train/dog/1.png").symlink_to("../cat/1.png")
-    assert classes(open_splits(tmp_path)[0]) == ["cat", "dog"]
-
-
-def test_a_test_set_inside_the_training_set_is_reported(tmp_path: Path) -> None:
+def test_a_test_set_inside_the_training_set_is_reported(tmp_path):
     put(tmp_path, {"all/cat/1.png": png(), "all/dog/2.png": png()})
     with pytest.raises(DataError, match=r"2 .*cat/1\.png"):
         open_splits(tmp_path / "all", tmp_path / "all")
@@ -91,30 +87,43 @@ def test_a_test_set_inside_the_training_set_is_reported(tmp_path: Path) -> None:
         (["train/n01/images/1.png", "val/images/2.png"], "images"),  # Tiny-ImageNet as unpacked
     ],
 )
-def test_splits_without_classes(tmp_path: Path, files: list[str], named: str) -> None:
+def test_splits_without_classes(tmp_path, files, named):
     put(tmp_path, dict.fromkeys(files, png()))
     with pytest.raises(DataError, match=named):
         open_splits(tmp_path)
 
 
-def test_objects_and_arrays() -> None:
-    class Images:
-        targets = (0, 1, 1)
-
-        def __len__(self) -> int:
-            return 3
-
-        def __getitem__(self, index: int) -> np.ndarray:
-            return np.full((4, 4, 3), index, np.uint8)
-
-    train, test = open_splits(Images(), Images())
+def test_objects_and_arrays():
+    train, test = open_splits(Photos(targets=[0, 1, 1]), Photos(targets=[1, 0, 1]))
     assert (train.name, test.name) == ("train", "test")
-    assert train.targets.tolist() == [0, 1, 1]
-    with pytest.raises(DataError, match="no classes"):
-        open_splits(noise(8, 8).reshape(2, 4, 8, 3))
+    assert (train.targets.tolist(), test.targets.tolist()) == ([0, 1, 1], [1, 0, 1])
+    for data in (noise(8, 8).reshape(2, 4, 8, 3), Photos(targets=[-1, -1, -1])):
+        with pytest.raises(DataError, match="no classes"):
+            open_splits(data)
+    first, second = Photos(targets=np.eye(3, dtype=int)), Photos(targets=np.eye(3, 4, dtype=int))
+    for other in (second, Photos(targets=[0, 1, 1])):
+        with pytest.raises(DataError, match=r"\(3, 3\) and \(3"):
+            open_splits(first, other)
+    train, test = open_splits(first, first)
+    assert train.targets.tolist() == test.targets.tolist() == np.eye(3).tolist()
 
 
-def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_label_per_image_beside_several():
+    """Both become matrices; images of unknown classes have none."""
+    train = Photos(targets=np.array([[1, 1], [0, 1], [0, 0]]), classes=["a", "c"])
+    test = Photos(targets=[1, -1, 0], classes=["b", "c"])
+    splits = open_splits(train, test)
+    assert [split.targets.tolist() for split in splits] == [
+        [[1, 0, 1], [0, 0, 1], [0, 0, 0]],
+        [[0, 0, 1], [0, 0, 0], [0, 1, 0]],
+    ]
+    known = splits[0].with_classes(["c"], several=True)
+    assert known.targets.tolist() == [[1], [1], [0]]
+    known = open_splits(test)[0].with_classes(["c", "x"], several=False)
+    assert (known.targets.tolist(), known.classes) == ([0, -1, -1], {0: "c", 1: "x"})
+
+
+def test_cifar10(tmp_path, monkeypatch):
     cifar10(tmp_path, monkeypatch)
     for data in (tmp_path, tmp_path / "cifar-10-batches-py", f"torch/cifar10:root={tmp_path}"):
         train, test = open_splits(data)
@@ -124,28 +133,20 @@ def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(train.images), test) == (10, None)
 
 
-def test_hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-    def data(numbers: list[int]) -> object:
-        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])}
-        rows = {"image": [{"bytes": png(i), "path": None} for i in range(len(numbers))]}
-        features = datasets.Features(features)
-        return datasets.Dataset.from_dict({**rows, "label": numbers}, features=features)
-
-    splits = {"train": data([0, 1, 1]), "test": data([-1, -1]), "validation": data([1, 0])}
-    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
-    for name, split in splits.items():
-        split.to_parquet(tmp_path / f"parquet/{name}.parquet")
-    for source in (tmp_path / "saved", f"hfds/{tmp_path}/parquet", f"{tmp_path}/saved:image=image"):
-        train, test = open_splits(source)
-        assert (train.name, test.name) == ("train", "validation")  # classes of `test` are hidden
-        assert (classes(train), classes(test)) == (["x", "y", "y"], ["y", "x"])
-    assert open_splits(f"{tmp_path}/saved:split=validation")[1] is None
+def test_other_datasets_of_torchvision(tmp_path):
+    pets, breeds = tmp_path / "oxford-iiit-pet", ["Abyssinian_1", "beagle_3", "Abyssinian_2"]
+    put(pets, {f"images/{name}.jpg": png(i) for i, name in enumerate(breeds)})
+    lines = {"trainval": b"Abyssinian_1 1 1 1\nbeagle_3 2 2 1\n", "test": b"Abyssinian_2 1 1 1\n"}
+    put(pets, {f"annotations/{split}.txt": text for split, text in lines.items()})
+    train, test = open_splits(f"torch/oxford_iiit_pet:root={tmp_path}")
+    assert (train.name, classes(train)) == ("trainval", ["Abyssinian", "Beagle"])
+    assert classes(test) == ["Abyssinian"]
+    put(tmp_path / "eurosat/2750", {"Forest/1.jpg": png(1), "River/2.jpg": png(2)})
+    train, test = open_splits(f"torch/eurosat:root={tmp_path}")  # in one part
+    assert (classes(train), test) == (["Forest", "River"], None)
 
 
-def test_inaturalist_and_places(tmp_path: Path) -> None:
+def test_inaturalist_and_places(tmp_path):
     put(tmp_path / "i", {"train_val2018/a/1.png": png(1), "train_val2018/b/2.png": png(2)})
     for split, name, number in (("train", "a/1.png", 7), ("val", "b/2.png", 5)):
         found = {
@@ -157,27 +158,13 @@ def test_inaturalist_and_places(tmp_path: Path) -> None:
     train, test = open_splits(tmp_path / "i")
     assert (classes(train), classes(test)) == (["seven"], ["five"])
     assert (levels(train.images), levels(test.images)) == ([1], [2])
-
-    put(tmp_path / "p", {"images256/a/a b.png": png(1), "images256/c.png": png(2)})
-    put(
-        tmp_path / "p",
-        {"train_places205.csv": b"a/a b.png 12\n", "val_places205.csv": b"c.png 3\n"},
-    )
+    lists = {"train_places205.csv": b"a/a b.png 12\n", "val_places205.csv": b"c.png 3\n\n"}
+    put(tmp_path / "p", {"images256/a/a b.png": png(1), "images256/c.png": png(2), **lists})
     train, test = open_splits(tmp_path / "p")
     assert (train.targets.tolist(), test.targets.tolist()) == ([12], [3])
     assert (levels(train.images), levels(test.images)) == ([1], [2])
     (tmp_path / "i/val2018.json").write_text('{"images": []}')
-    with pytest.raises(DataError, match=r"val2018\.json"):
-        open_splits(tmp_path / "i")
-    (tmp_path / "p/images256/c.png").unlink()
-    with pytest.raises(DataError, match=r"c\.png"):
-        open_splits(tmp_path / "p")
-
-
-def test_list_split_and_decoder(tmp_path: Path) -> None:
-    put(tmp_path, {"a/1.png": png(1), "2.png": png(2)})
-    targets = np.array([4, 2])
-    split = list_split(tmp_path, ["2.png", "a/1.png"], targets, {}, "some", decoder=Decoder(1))
-    assert levels(split.images) == [2, 1]
-    assert split.images.read(0).mode == "L"
-    assert (split.images.target(0), split.images.label(1)) == (4, "2")
+    put(tmp_path / "p", {"val_places205.csv": b"d.png 3\n"})
+    for folder, named in (("i", r"val2018\.json"), ("p", r"d\.png")):
+        with pytest.raises(DataError, match=named):
+            open_splits(tmp_path / folder)

@@ -1,0 +1,131 @@
+"""Datasets of Hugging Face: objects, folders, Parquet, columns."""
+
+import logging
+
+import numpy as np
+import pytest
+from inputs import labels, levels, png
+
+from ijepa_zoo.data import open_images
+from ijepa_zoo.data.splits import open_splits
+from ijepa_zoo.errors import DataError, ImageError, MissingPackageError
+
+datasets = pytest.importorskip("datasets")
+STORED = [{"bytes": png(i), "path": None} for i in (1, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def data(column, kind=None, images=None, **more):
+    kind = kind or datasets.ClassLabel(names=["x", "y"])
+    rows = {"image": images or STORED[: len(column)], "label": column}
+    features = {"image": datasets.Image(), "label": kind}
+    for name, (values, feature) in more.items():
+        rows[name], features[name] = values, feature
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+
+
+def test_objects_and_folders(tmp_path):
+    (tmp_path / "4.png").write_bytes(png(4))
+    odd = [{"bytes": None, "path": str(tmp_path / "4.png")}, {"bytes": b"x", "path": ""}, None]
+    whole = data([0, 1, 1, 0, 1, 0], images=[*STORED, *odd])
+    whole.save_to_disk(tmp_path / "plain")
+    both = datasets.DatasetDict({"train": whole, "test": whole.select([2])})
+    both.save_to_disk(tmp_path / "both")
+    (tmp_path / "parquet/data").mkdir(parents=True)
+    file = tmp_path / "parquet/data/train-00000.parquet"
+    whole.to_parquet(file)
+    whole.select([1]).to_parquet(tmp_path / "parquet/data/test-00000.parquet")
+    prints = set()
+    for source in (whole, *(tmp_path / name for name in ("plain", "both", "parquet")), file):
+        images = open_images(source)
+        assert [int(np.asarray(images.read(i))[0, 0, 0]) for i in range(4)] == [1, 2, 3, 4]
+        for index in (4, 5):
+            with pytest.raises(ImageError):
+                images.read(index)
+        assert images.targets.tolist() == [0, 1, 1, 0, 1, 0]
+        assert labels(images)[:2] == ["x", "y"]
+        assert images.name(2).endswith("[2]")
+        prints.add(images.fingerprint())
+    assert len(prints) == 2  # with the file, and with its bytes
+    assert levels(open_images(f"{tmp_path}/both:split=test", in_chans=1)) == [3]
+    assert levels(open_images(f"hfds/{tmp_path}/parquet:split=test")) == [2]
+    assert len(open_images(f"{file}:image=image,label=label")) == 6
+    for source, named in (
+        (f"{tmp_path}/both:split=val", "val"),
+        (f"hfds/{tmp_path}/absent", "absent"),
+        (f"{tmp_path}/both:test", "test"),
+        (f"{tmp_path}/both:image=label", "label"),
+        (f"{tmp_path}/both:label=absent", "absent"),
+        (both, "DatasetDict"),
+        (whole.to_iterable_dataset(), "IterableDataset"),
+        (whole.select_columns(["label"]), "0 columns"),
+    ):
+        with pytest.raises(DataError, match=named):
+            open_images(source)
+    file.write_bytes(b"PAR1 junk")
+    with pytest.raises(DataError, match="parquet"):
+        open_images(tmp_path / "parquet")
+
+
+def test_columns_can_be_named_also_below_a_folder_with_a_colon(tmp_path):
+    more = {"img": (STORED[::-1], datasets.Image())}
+    more["fine_label"] = ([5, 4, 3], datasets.Value("int32"))
+    data([0, 1, 1], **more).save_to_disk(tmp_path / "a:" / "d")
+    with pytest.raises(DataError, match="2 columns"):
+        open_images(tmp_path / "a:" / "d")
+    images = open_images(f"{tmp_path}/a:/d:image=img,label=fine_label")  # as C:\data:label=label
+    assert images.targets.tolist() == [5, 4, 3]
+    assert images.label(0) == "5"
+    assert levels(images) == [3, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "expected"),
+    [
+        ([[0, 1], None, [1]], datasets.Sequence(datasets.ClassLabel(names=["x", "y"])),
+         ["x;y", None, "y"]),
+        (["b", None, "a"], datasets.Value("string"), ["b", None, "a"]),
+        ([["b"], ["a", "b"], []], datasets.Sequence(datasets.Value("string")), ["b", "a;b", None]),
+        ([4, None, 2], datasets.Value("int64"), ["4", None, "2"]),
+        ([True, False, True], datasets.Value("bool"), ["1", "0", "1"]),
+        ([0, None, 1], None, ["x", None, "y"]),
+        ([{"a": 1}] * 3, {"a": datasets.Value("int64")}, None),
+        ([0.5] * 3, datasets.Value("float32"), None),
+    ],
+)  # fmt: skip
+def test_columns_of_other_kinds(caplog, column, kind, expected):
+    with caplog.at_level(logging.WARNING):
+        images = open_images(data(column, kind))
+    if expected is None:
+        assert images.targets is None
+        assert "'label'" in caplog.text
+    else:
+        assert labels(images) == expected
+
+
+def test_splits(tmp_path):
+    # classes of `test` are hidden
+    splits = {"train": data([0, 1, 1]), "test": data([-1, -1]), "validation": data([1, 0])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    for name, split in splits.items():
+        split.to_parquet(tmp_path / f"parquet/{name}.parquet")
+    for source in (tmp_path / "saved", f"hfds/{tmp_path}/parquet", f"{tmp_path}/saved:image=image"):
+        train, test = open_splits(source)
+        assert (train.name, test.name) == ("train", "validation")
+        assert (labels(train.images), labels(test.images)) == (["x", "y", "y"], ["y", "x"])
+    assert open_splits(f"{tmp_path}/saved:split=validation")[1] is None
+
+
+def test_rows_without_an_image_and_a_missing_package(tmp_path, monkeypatch):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    stored = pa.array([STORED[0], {"bytes": None, "path": None}])
+    parquet.write_table(pa.table({"image": stored}), tmp_path / "a.parquet")
+    with pytest.raises(ImageError, match="no image"):
+        open_images(tmp_path / "a.parquet").read(1)
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(MissingPackageError, match="pip install datasets"):
+        open_images("hfds/owner/name")
