@@ -37,7 +37,7 @@ def create_model(
     name: str,
     pretrained: bool = True,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Networks | None = None,
     network: str | None = None,
     **kwargs: Any,
 ) -> Any:
@@ -86,7 +86,7 @@ def create_model(
     model = timm.create_model(
         name,
         pretrained=pretrained,
-        checkpoint=str(checkpoint) if checkpoint is not None else None,
+        checkpoint=str(checkpoint) if isinstance(checkpoint, Path) else checkpoint,
         network=network,
         **kwargs,
     )
@@ -111,8 +111,8 @@ def _open_classifier(name: str, kwargs: Mapping[str, Any]) -> nn.Module | None:
 
 
 def _resolve_name(
-    name: str, pretrained: bool, checkpoint: str | Path | None, kwargs: dict[str, Any]
-) -> tuple[str, str | Path | None, dict[str, Any], Mapping[str, Any]]:
+    name: str, pretrained: bool, checkpoint: str | Path | Networks | None, kwargs: dict[str, Any]
+) -> tuple[str, str | Path | Networks | None, dict[str, Any], Mapping[str, Any]]:
     """Registered name, checkpoint, arguments and predictor size that a name stands for.
 
     A folder or repository has its own architecture, which the caller's arguments override.
@@ -217,7 +217,7 @@ def create_ijepa(
     predictor_embed_dim: int | None = None,
     predictor_depth: int | None = None,
     predictor_context: Literal["repeated", "shared"] | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Networks | None = None,
     regularizer: nn.Module | None = None,
     loss: Literal["smooth_l1", "l2"] = "smooth_l1",
     target_layers: int = 1,
@@ -289,7 +289,8 @@ def create_ijepa(
             f"{networks.origin} has no {' and no '.join(absent)}: create_ijepa needs all three "
             f"networks, as {', '.join(complete)} have them"
         )
-    source = {"checkpoint": checkpoint} if checkpoint is not None else {"pretrained": True}
+    # a checkpoint is opened once for all networks
+    source = {"checkpoint": networks} if checkpoint is not None else {"pretrained": True}
     made = {
         network: _load(create_encoder(name, **encoder_kwargs), networks, network)
         if is_other

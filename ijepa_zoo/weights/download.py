@@ -6,7 +6,6 @@ caches them as a safetensors file.
 """
 
 import hashlib
-import http.client
 import io
 import json
 import logging
@@ -15,12 +14,10 @@ import os
 import pickle
 import re
 import struct
-import threading
-import urllib.request
 import zipfile
 import zlib
 from collections import OrderedDict
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
@@ -32,24 +29,18 @@ from tqdm import tqdm
 
 from ..errors import FetchError, some
 from .formats import safetensors_header
+from .remote import RemoteFile
 
 _log = logging.getLogger(__name__)
 
-ATTEMPTS = 5  # in a row without one byte received
-BACKOFF_SECONDS = 0.5  # doubles with every attempt
-TIMEOUT_SECONDS = 30.0
-BLOCK = 1 << 18  # bytes per request while reading the zip directory and the pickle
 REQUEST = 16 << 20  # neighboring tensors are joined into requests of up to this many bytes,
 GAP = 1 << 16  # across gaps of up to this many
-_TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP status codes worth another attempt
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Return the folder of downloaded official networks; it may not exist yet.
+    """Folder of downloaded official networks.
 
-    Args:
-        cache_dir: Default: ``$IJEPA_ZOO_CACHE``, else ``$XDG_CACHE_HOME/ijepa_zoo``, else
-            ``~/.cache/ijepa_zoo``.
+    By default ``$IJEPA_ZOO_CACHE``, ``$XDG_CACHE_HOME/ijepa_zoo`` or ``~/.cache/ijepa_zoo``.
     """
     chosen = cache_dir or os.environ.get("IJEPA_ZOO_CACHE")
     if chosen:
@@ -74,9 +65,8 @@ def fetch_official(
     others wait.
 
     The first download of a URL records its size, ETag and the SHA-256 of the network in a JSON
-    file beside the cached file. Later downloads from that URL, of this or another network, are
-    compared with it: another size or SHA-256 is refused, another ETag alone gives a warning, since
-    the same file may have been copied to another server.
+    file beside the cached file. A later download from that URL with another size or SHA-256 is
+    refused; another ETag alone gives a warning, since copies of a file differ in it.
 
     Args:
         url: Address of a zip-format ``torch.save`` file, on a server that supports ranges.
@@ -86,12 +76,6 @@ def fetch_official(
         sha256: Expected SHA-256 of the network: of the bytes after the safetensors header.
         progress: Show a progress bar.
         workers: Number of parallel requests.
-
-    Returns:
-        A safetensors file; tensors have their names in the remote file.
-
-    Raises:
-        FetchError: The network cannot be downloaded, or is not the expected one.
     """
     from huggingface_hub import constants
 
@@ -109,7 +93,7 @@ def fetch_official(
     with FileLock(record.with_suffix(".lock")):
         if path.exists():  # another process has downloaded it meanwhile
             return _checked(path, record, network, size, sha256)
-        remote = _RemoteFile(url)
+        remote = RemoteFile(url)
         known = {"url": url, "size": remote.size, "etag": remote.etag, **_read_record(record)}
         _require_equal(f"size of {url}", remote.size, size or known["size"], record)
         if remote.etag != known["etag"]:
@@ -134,17 +118,7 @@ def fetch_hub(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Download one file of a Hugging Face repository, or return its cached file.
-
-    Args:
-        repo_id: Such as ``facebook/ijepa_vith14_1k``.
-        filename: Path inside the repository.
-        revision: Branch, tag or commit; default: the default branch.
-        cache_dir: Default: the cache of ``huggingface_hub``.
-
-    Raises:
-        FetchError: With the reason that ``huggingface_hub`` gives.
-    """
+    """``huggingface_hub.hf_hub_download``, whose failures are :class:`FetchError`."""
     from huggingface_hub import errors, hf_hub_download
 
     transport = getattr(errors, "HTTPError", OSError)  # from version 1.0 on, of httpx
@@ -161,7 +135,7 @@ def fetch_hub(
 
 
 def _checked(path: Path, record: Path, network: str, size: int | None, sha256: str | None) -> Path:
-    """A cached network, compared with what is expected of it."""
+    """A cached network of the expected size and hash."""
     known = _read_record(record)
     _require_equal(f"remote size of {path}", known.get("size"), size, record)
     if sha256 is not None:
@@ -229,9 +203,9 @@ class _Tensor(NamedTuple):
 
 
 def _download(
-    remote: "_RemoteFile", network: str, partial: Path, progress: bool, workers: int
+    remote: RemoteFile, network: str, partial: Path, progress: bool, workers: int
 ) -> None:
-    """Write a network into a safetensors file, or add what an earlier call has left out."""
+    """Write a network into a safetensors file, or the rest of it after an interruption."""
     tensors = _find_tensors(remote, network)
     header, offsets = safetensors_header(
         {name: (meta.dtype, tuple(meta.shape)) for name, (_, meta) in tensors.items()},
@@ -292,9 +266,9 @@ def _join_neighbors(tensors: dict[str, _Tensor]) -> list[dict[str, _Tensor]]:
 
 
 def _fetch_group(
-    remote: "_RemoteFile", group: dict[str, _Tensor], partial: Path, offsets: dict[str, int]
+    remote: RemoteFile, group: dict[str, _Tensor], partial: Path, offsets: dict[str, int]
 ) -> int:
-    """Fetch, check and write neighboring tensors; return their size."""
+    """Fetch, check and write neighboring tensors; returns their size."""
     start = min(tensor.storage.start for tensor in group.values())
     stop = max(tensor.storage.stop for tensor in group.values())
     content = memoryview(remote.fetch(start, stop))
@@ -314,7 +288,7 @@ def _fetch_group(
     return sum(tensor.meta.nbytes for tensor in group.values())
 
 
-def _find_tensors(remote: "_RemoteFile", network: str) -> dict[str, _Tensor]:
+def _find_tensors(remote: RemoteFile, network: str) -> dict[str, _Tensor]:
     """Read the zip directory and the pickle; return a network's tensors in file order."""
     try:
         with zipfile.ZipFile(remote) as archive:
@@ -374,83 +348,3 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> tuple[_Storage, Tensor]:
         _, dtype, key, _, numel = pid  # "storage", dtype, key, device, number of elements
         return self.storages[key], torch.empty(numel, dtype=dtype, device="meta")
-
-
-class _RemoteFile:
-    """A file on a web server, read by ranged requests; file-like for `zipfile`."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.size, self.etag = url, 0, ""
-        self.cancelled = threading.Event()
-        self._position = 0
-        self._blocks: dict[int, bytearray] = {}
-        self.fetch(0, 1)  # sets size and etag
-
-    def fetch(self, start: int, stop: int) -> bytearray:
-        """Return the bytes ``[start, stop)``; reconnect where the connection breaks."""
-        content, failures = bytearray(), 0
-        while (first := start + len(content)) < stop:
-            headers = {"Range": f"bytes={first}-{stop - 1}", "User-Agent": "ijepa-zoo"}
-            request = urllib.request.Request(self.url, headers=headers)
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-                    self._check(response, first, stop)
-                    while piece := response.read(1 << 18):
-                        content += piece
-                        failures = 0
-                        if self.cancelled.is_set():
-                            raise CancelledError
-                if start + len(content) < stop:
-                    raise ConnectionError("the connection was cut")
-            except (OSError, http.client.HTTPException) as error:
-                failures += 1
-                status = getattr(error, "code", None)  # of an HTTPError
-                permanent = status not in _TRANSIENT if status else not self.size
-                if permanent or failures == ATTEMPTS:
-                    raise FetchError(
-                        f"cannot read {self.url} ({error}); check the address, the network and the "
-                        "proxy settings (HTTPS_PROXY), and run again to resume"
-                    ) from error
-                if self.cancelled.wait(BACKOFF_SECONDS * 2**failures):
-                    raise CancelledError from error
-        return content
-
-    def _check(self, response: http.client.HTTPResponse, first: int, stop: int) -> None:
-        """Refuse an answer that is not the requested range of the same file."""
-        given = response.headers.get("Content-Range", "")
-        matched = re.fullmatch(rf"bytes {first}-{stop - 1}/(\d+)", given)
-        if response.status != 206 or matched is None:
-            raise FetchError(
-                f"{self.url}: asked for bytes {first}-{stop - 1}, the server or a proxy answered "
-                f"{response.status} {given!r}; download the whole file and open it by its path"
-            )
-        size = int(matched[1])
-        etag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        if not self.size:
-            self.size, self.etag = size, etag
-        if (size, etag) != (self.size, self.etag):
-            raise FetchError(f"{self.url} changed on the server during the download; run again")
-
-    def read(self, count: int = -1) -> bytes:
-        """Read at the position, through blocks that are kept."""
-        start = self._position
-        self._position = self.size if count < 0 else min(start + count, self.size)
-        numbers = range(start // BLOCK, math.ceil(self._position / BLOCK))
-        for number in numbers:
-            if number not in self._blocks:
-                stop = min((number + 1) * BLOCK, self.size)
-                self._blocks[number] = self.fetch(number * BLOCK, stop)
-        content = b"".join(self._blocks[number] for number in numbers)
-        skip = start - numbers.start * BLOCK
-        return content[skip : skip + self._position - start]
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def seekable(self) -> bool:
-        return True

@@ -22,10 +22,8 @@ from ..models.factory import create_encoder, create_model
 from ..models.jepa import IJepa
 from . import configs, load, registry
 from .formats import UNLABELED, State
-from .read import FOLDER_PREFIX, Networks, open_checkpoint, open_entry
+from .read import FOLDER_PREFIX, PREPROCESSING, Networks, open_checkpoint, open_entry
 from .writers import WRITERS, WRITTEN
-
-_PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def export(
@@ -102,16 +100,7 @@ def export(
 
 
 def check_destination(folder: Path, written: Collection[str], overwrite: bool) -> None:
-    """Refuse a folder that is not to be replaced.
-
-    Args:
-        folder: Where a folder is to be written.
-        written: Names of the files that an earlier one may have.
-        overwrite: Whether an earlier one may be replaced.
-
-    Raises:
-        RunError: It exists and ``overwrite`` is false, or it has other files.
-    """
+    """Refuse a folder that exists without ``overwrite``, or that has files besides ``written``."""
     if not folder.exists():
         return
     if not overwrite:
@@ -126,13 +115,7 @@ def check_destination(folder: Path, written: Collection[str], overwrite: bool) -
 
 @contextmanager
 def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Iterator[Path]:
-    """A temporary folder to fill, renamed to ``folder`` when it is complete.
-
-    Args:
-        folder: See :func:`check_destination`, as the other arguments.
-        written: See there.
-        overwrite: See there.
-    """
+    """A temporary folder, renamed to ``folder`` when complete; see :func:`check_destination`."""
     check_destination(folder, written, overwrite)
     folder = folder.resolve()  # a link stays a link
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,12 +147,7 @@ def _refuse_source(source: str | Path, folder: Path) -> None:
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Refuse a model that :func:`export` cannot write, before long work.
-
-    Raises:
-        SettingsError: It is not a ViT of timm.
-        CheckpointError: No format can express it.
-    """
+    """Refuse a model that :func:`export` cannot write, before long work."""
     if not isinstance(model, VisionTransformer):
         raise SettingsError(f"{type(model).__name__} is not a VisionTransformer of timm: use one")
     _describe(model, "a model in memory")
@@ -226,15 +204,15 @@ def _from_source(
     if entry is not None:
         networks = open_entry(entry, cache_dir)
     elif name in registry.ARCHITECTURES and not Path(text).exists():
-        networks = load.resolve(name, pretrained_cfg=tag or None).networks  # tells what there is
+        networks = load.resolve(name, pretrained_cfg=tag or None).networks  # its error names all
     else:
         networks = open_checkpoint(text, cache_dir)
     model_name = model_name or networks.model
     if model_name is None:
         raise CheckpointError(
-            f"{text} does not say which model it is: give it, for example --model vit_huge14_ijepa"
+            f"{text} does not name its model: give it, for example --model vit_huge14_ijepa"
         )
-    if UNLABELED in networks.states:  # the caller says what the file does not
+    if UNLABELED in networks.states:  # the caller may name it
         states = {network or UNLABELED: networks.states[UNLABELED]()}
     else:
         chosen = networks.choose(network, entry.network if entry else "target_encoder")
@@ -276,7 +254,7 @@ def _predictor_args(state: State, known: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe(encoder: VisionTransformer, origin: str) -> Networks:
-    """What an export says of an encoder, without tensors."""
+    """Metadata of an encoder, without tensors."""
     cfg = getattr(encoder, "pretrained_cfg", None) or {}
     if is_ours := isinstance(encoder, IJepaEncoder):
         _check_plain(encoder)
@@ -289,7 +267,7 @@ def _describe(encoder: VisionTransformer, origin: str) -> Networks:
     config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
     preprocessing: dict[str, Any] = {
         key: list(config[key]) if isinstance(config[key], tuple) else config[key]
-        for key in _PREPROCESSING
+        for key in PREPROCESSING
     }
     if len(names := cfg.get("label_names") or ()) == encoder.num_classes > 0:
         preprocessing["label_names"] = list(names)
@@ -319,7 +297,7 @@ def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
 
 
 def timm_args(encoder: VisionTransformer) -> dict[str, Any]:
-    """timm arguments that build another ViT again, beside its name."""
+    """timm arguments that, with its name, build another ViT again."""
     block = encoder.blocks[0]
     args = {
         "img_size": list(encoder.patch_embed.img_size),

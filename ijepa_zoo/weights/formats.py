@@ -1,7 +1,7 @@
-"""Checkpoint formats: tensor names of other people's files <-> ours (timm's).
+"""Checkpoint formats: tensor names of other libraries' files <-> timm's.
 
-Pure functions on dictionaries. A set of names is one of the known formats or refused, every name is
-accounted for, and the inverse of each direction gives back the same tensors.
+Pure functions on dictionaries. Unknown formats are refused, every name is accounted for, and each
+direction is the exact inverse of the other.
 """
 
 import json
@@ -59,23 +59,12 @@ _ANCHORS = (
 
 
 def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]]:
-    """Find the networks in a loaded checkpoint.
+    """The networks in a checkpoint: tensors with timm's parameter names, and the format.
 
     Accepts official files, ``IJepa.state_dict()``, one network's state dict, and any of them
     under a key such as ``state_dict`` and with prefixes such as ``module.``, ``_orig_mod.`` or the
-    attribute names of a LightningModule.
-
-    Args:
-        content: What the file holds.
-        origin: The file, for messages.
-
-    Returns:
-        For each network its tensors with timm's parameter names, and its format: 'official',
-        'timm' or 'transformers'. The key is 'unlabeled' where the file does not say which network
-        it is.
-
-    Raises:
-        CheckpointError: The content is none of these, or names one tensor twice.
+    attribute names of a LightningModule. Formats are 'official', 'timm' and 'transformers'; the
+    key of a network that the file does not name is 'unlabeled'.
     """
     named = {key: content[key] for key in NETWORKS if isinstance(content.get(key), Mapping)}
     if named:
@@ -171,12 +160,9 @@ def to_official(state: Mapping[str, Tensor]) -> State:
 
 
 def from_transformers(state: Mapping[str, Tensor], origin: str) -> State:
-    """Names of transformers' ``IJepaModel`` or ``IJepaForImageClassification`` to ours.
+    """Names of transformers' ``IJepaModel`` or ``IJepaForImageClassification`` to timm's.
 
     Query, key and value are stacked into timm's ``attn.qkv``.
-
-    Raises:
-        CheckpointError: A tensor has no counterpart, or a query, key or value is missing.
     """
     inverse = {theirs: ours for ours, theirs in _TRANSFORMERS.items()}
     inverse_block = {theirs: ours for ours, theirs in _TRANSFORMERS_BLOCK.items()}
@@ -204,13 +190,10 @@ def from_transformers(state: Mapping[str, Tensor], origin: str) -> State:
 
 
 def to_transformers(state: Mapping[str, Tensor], origin: str) -> State:
-    """Our names to those in a file of transformers' ``IJepaModel``.
+    """timm's names to those of transformers' ``IJepaModel``.
 
-    With a classifier they are those of ``IJepaForImageClassification``, whose body has the prefix
+    With a classifier to those of ``IJepaForImageClassification``, whose body has the prefix
     ``ijepa.``.
-
-    Raises:
-        CheckpointError: A tensor has no counterpart.
     """
     out: State = {}
     prefix = "ijepa." if "head.weight" in state else ""
@@ -255,21 +238,11 @@ def safetensors_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str],
 ) -> tuple[bytes, dict[str, int]]:
-    """First bytes of a safetensors file that is then written piece by piece.
+    """Header of a safetensors file, and the byte at which each tensor starts.
 
-    The safetensors package writes tensors that are all in memory, with its metadata in random
+    The safetensors package writes only tensors that are all in memory, with its metadata in random
     order. This gives the same bytes every time; tensors are stored by dtype, then by name, as the
     package does. Format: https://github.com/huggingface/safetensors#format
-
-    Args:
-        tensors: dtype and shape of each tensor.
-        metadata: Strings for the ``__metadata__`` field.
-
-    Returns:
-        The header, and the byte of the file at which each tensor starts.
-
-    Raises:
-        SettingsError: The format has no such dtype.
     """
     ranks = {dtype: rank for rank, dtype in enumerate(_SAFETENSORS_NAMES)}
     for name, (dtype, _) in tensors.items():

@@ -1,4 +1,4 @@
-"""Put weights into models: construct on meta, map the file, fit shapes as timm does, assign."""
+"""Load weights: construct on meta, map the file, fit shapes as timm does, assign."""
 
 import logging
 import math
@@ -45,19 +45,16 @@ class Weights:
 
 def resolve(
     variant: str,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Networks | None = None,
     network: str | None = None,
     pretrained_cfg: Any = None,
     overlay: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
 ) -> Weights:
-    """Find the weights that a call of ``create_model`` means.
+    """The weights of a call of ``create_model``.
 
-    A checkpoint of the user's own comes first, then timm's ``pretrained_cfg_overlay={'file': ...}``
-    and 'local-dir:' and 'hf-hub:' sources, then the registry.
-
-    Raises:
-        CheckpointError: There are no such weights.
+    The user's checkpoint comes first, then timm's ``pretrained_cfg_overlay={'file': ...}`` and
+    'local-dir:' and 'hf-hub:' sources, then the registry.
     """
     cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
     tag = cfg if isinstance(cfg, str) else None
@@ -70,7 +67,10 @@ def resolve(
     if checkpoint is None and overlay:
         checkpoint = overlay.get("file")
     if checkpoint is not None:
-        networks = open_checkpoint(checkpoint, cache_dir)
+        if isinstance(checkpoint, Networks):
+            networks = checkpoint
+        else:
+            networks = open_checkpoint(checkpoint, cache_dir)
         return Weights(networks, networks.choose(network))
     entry = registry.find(variant, tag)
     if entry is None:
@@ -85,16 +85,7 @@ def resolve(
 
 
 def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weights) -> M:
-    """Construct an encoder without initializing it and map its weights in.
-
-    Args:
-        cls: Encoder class, taking timm's arguments. The result has ``weights_origin``.
-        arguments: Those arguments; ``device`` and ``dtype`` are those of the result.
-        weights: What to load.
-
-    Raises:
-        CheckpointError: The weights do not fit the network that the arguments describe.
-    """
+    """Construct an encoder from timm's arguments, uninitialized, and assign its weights."""
     arguments = dict(arguments)
     device = arguments.pop("device", None)
     networks = weights.networks
@@ -105,7 +96,7 @@ def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weig
     check_architecture(model, networks.args, networks.origin)
     state = fit(weights.read(), model, networks.origin, networks.grid_size)
     assign(model, state, networks.origin, device)
-    # for the records of features and probes, and for exports
+    # for the records of features, probes and exports
     model.weights_origin, model.weights_network = weights.origin, weights.network
     return model
 
@@ -116,16 +107,7 @@ def num_heads(vit: Any) -> int:
 
 
 def check_architecture(model: Any, known: Mapping[str, Any], origin: str) -> None:
-    """Compare what shapes alone cannot tell (the number of heads) with the checkpoint's config.
-
-    Args:
-        model: The encoder, may be on meta.
-        known: timm arguments of the checkpoint's encoder, as far as they are known.
-        origin: The checkpoint, for messages.
-
-    Raises:
-        CheckpointError: They differ.
-    """
+    """Compare the checkpoint's known timm arguments; shapes alone do not tell the heads."""
     actual = {
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
@@ -145,14 +127,7 @@ def check_architecture(model: Any, known: Mapping[str, Any], origin: str) -> Non
 def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None = None) -> State:
     """Adapt an encoder's tensors to a model of another image, patch or channel size, as timm does.
 
-    Args:
-        state: Tensors with timm's parameter names.
-        model: The encoder, may be on meta.
-        origin: The checkpoint, for messages.
-        old_grid: Rows and columns of the grid that ``pos_embed`` was made for; None if square.
-
-    Raises:
-        CheckpointError: positions cannot be resampled or channels cannot be adapted.
+    ``old_grid`` has rows and columns of the checkpoint's ``pos_embed``; None if it is square.
     """
     if "cls_token" in state and getattr(model, "cls_token", None) is None:
         raise CheckpointError(
@@ -186,15 +161,7 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
 
 
 def drop_class_token(state: State, origin: str) -> State:
-    """Leave out the class token of a ViT, with its position; other encoders stay as they are.
-
-    Args:
-        state: Tensors in timm's names.
-        origin: The checkpoint, for messages.
-
-    Raises:
-        CheckpointError: It has register tokens.
-    """
+    """Drop the class token of a ViT, with its position."""
     if "reg_token" in state:
         raise CheckpointError(f"{origin} has register tokens (reg_token), I-JEPA has none")
     if "cls_token" not in state:
@@ -245,18 +212,9 @@ def _fit_positions(
 
 
 def check(model: nn.Module, state: State, origin: str) -> set[str]:
-    """Compare names and shapes of a checkpoint with a model.
+    """Refuse tensors that are missing, left over, of another shape or not weights.
 
-    Args:
-        model: Module, may be on meta.
-        state: Tensors with timm's parameter names.
-        origin: The checkpoint, for messages.
-
-    Returns:
-        Names of a classifier or attention pooling that the model has beyond the checkpoint.
-
-    Raises:
-        CheckpointError: A tensor is missing, left over, of another shape or not a weight.
+    Returns the names of a classifier or attention pooling that the checkpoint lacks.
     """
     expected = model.state_dict()
     added = {name for name in expected if name.startswith(_ADDED) and name not in state}
@@ -297,19 +255,10 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
 def assign(
     model: nn.Module, state: State, origin: str, device: torch.device | str | None = None
 ) -> None:
-    """Make the tensors the model's own, strictly, in its dtype, without a copy on the CPU.
+    """Assign fitted tensors to a model on meta, strictly, in its dtype, without a copy on the CPU.
 
-    A classifier or attention pooling that the checkpoint lacks is initialized.
-
-    Args:
-        model: Module on meta.
-        state: Tensors with timm's parameter names, already fitted; it is empty afterwards, so that
-            a tensor of another dtype is gone when the next one is converted.
-        origin: The checkpoint, for messages.
-        device: Where the model goes; None for the CPU.
-
-    Raises:
-        CheckpointError: a tensor is missing, left over or of another shape.
+    A classifier or attention pooling that the checkpoint lacks is initialized. ``state`` is empty
+    afterwards, so that a tensor of another dtype is freed before the next one is converted.
     """
     expected = model.state_dict()
     added = check(model, state, origin)

@@ -7,10 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import SettingsError
-
 NETWORKS = ("target_encoder", "encoder", "predictor")
-FORMATS = ("official", "transformers", "native")
 
 # timm arguments of the registered models.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -68,7 +65,7 @@ class Checkpoint:
         network: The network that ``create_model`` loads.
         networks: All networks in the source.
         source: Where the weights are.
-        format: Checkpoint format, one of :data:`FORMATS`.
+        format: Checkpoint format: 'official', 'transformers' or 'native'.
         license: License of the weights (SPDX).
         input_size: ``(channels, height, width)`` of pretraining.
         mean: Channel means of the preprocessing.
@@ -120,26 +117,9 @@ def registry_file() -> Path:
 
 
 def parse(entry: Mapping[str, Any]) -> Checkpoint:
-    """Turn one JSON entry into a :class:`Checkpoint`.
-
-    Raises:
-        SettingsError: A field is missing, unknown or has a wrong value.
-    """
-    label = f"checkpoints.json, entry {entry.get('model')}.{entry.get('tag')}"
-    try:
-        source = Source(**entry["source"])
-        sequences = {key: tuple(entry[key]) for key in ("networks", "input_size", "mean", "std")}
-        checkpoint = Checkpoint(**{**entry, **sequences, "source": source})
-    except (KeyError, TypeError) as error:
-        raise SettingsError(f"{label}: {error}") from error
-    if checkpoint.format not in FORMATS:
-        raise SettingsError(f"{label}: format must be one of {FORMATS}")
-    known = checkpoint.network in checkpoint.networks and set(checkpoint.networks) <= set(NETWORKS)
-    if not known:
-        raise SettingsError(f"{label}: networks must be of {NETWORKS}")
-    if sum(map(bool, (source.url, source.hf_hub_id, source.folder))) != 1:
-        raise SettingsError(f"{label}: give one of url, hf_hub_id, folder")
-    return checkpoint
+    """Turn one JSON entry into a :class:`Checkpoint`."""
+    sequences = {key: tuple(entry[key]) for key in ("networks", "input_size", "mean", "std")}
+    return Checkpoint(**{**entry, **sequences, "source": Source(**entry["source"])})
 
 
 @cache
@@ -181,32 +161,22 @@ def is_ijepa(name: str) -> bool:
 
 
 def model_name(args: Mapping[str, Any], architecture: str | None = None) -> str:
-    """The registered name of an encoder by its sizes.
+    """The registered name of an encoder with these timm arguments, else :data:`CUSTOM`.
 
-    Args:
-        args: Its timm arguments.
-        architecture: What its config calls it.
-
-    Returns:
-        That name if the arguments have its sizes, else the name with these sizes, else
-        :data:`CUSTOM`.
+    Of several names of the same sizes, that of its config's architecture is taken.
     """
     named = registered_name(architecture or "")
     side = args.get("img_size", 224)
     large = max(side) > 224 if isinstance(side, list | tuple) else side > 224
     candidates = [named, *(("vit_huge16_448_ijepa",) if large else ()), *ARCHITECTURES]
     for name in candidates:
-        if (
-            name is not None
-            and name in ARCHITECTURES
-            and _sizes(ARCHITECTURES[name]) == _sizes(args)
-        ):
+        if name in ARCHITECTURES and _sizes(ARCHITECTURES[name]) == _sizes(args):
             return name
     return CUSTOM
 
 
 def timm_name(model: str | None) -> str:
-    """Name of a network of stock timm from which ``model_args`` build this model."""
+    """Name of timm's network that ``model_args`` turn into this model."""
     return {ours: theirs for theirs, ours in _TIMM_NAMES.items()}.get(
         model or "", "vit_base_patch16_gap_224"
     )

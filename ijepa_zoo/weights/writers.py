@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import CheckpointError, RunError
-from . import formats, registry
+from . import configs, formats, registry
 from .formats import UNLABELED, State
 from .read import LABEL_KEY, OFFICIAL_FILE, Networks
 
@@ -39,12 +39,12 @@ def save_tensors(state: State, path: Path, dtype: torch.dtype | None) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that people may read."""
+    """Write an indented JSON file."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _timm_config(networks: Networks) -> dict[str, Any]:
-    """config.json of a timm folder: a network of stock timm and all arguments that matter."""
+    """config.json of a timm folder: a network of timm and all arguments that matter."""
     classes = networks.args["num_classes"]
     license = {"license": networks.license.lower()} if networks.license else {}
     cfg = dict(networks.pretrained_cfg)
@@ -148,7 +148,7 @@ def _write_transformers(
         "patch_size": _square(args["patch_size"]),
         "num_channels": args["in_chans"],
         "qkv_bias": args["qkv_bias"],
-        "dtype": "float32",  # in memory, whatever the file's: half precision is the user's choice
+        "dtype": "float32",  # in memory, whatever the file's
         LABEL_KEY: chosen,
         **({"license": networks.license} if networks.license else {}),
     }
@@ -175,11 +175,7 @@ def _square(size: list[int]) -> int | list[int]:
 
 
 def _image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Our evaluation transform in transformers' words.
-
-    Raises:
-        CheckpointError: No image processor resizes as timm does for this size and crop mode.
-    """
+    """Our evaluation transform as transformers' preprocessor_config.json."""
     height, width = preprocessing["input_size"][-2:]
     scaled = [math.floor(side / preprocessing["crop_pct"]) for side in (height, width)]
     mode = preprocessing["crop_mode"]
@@ -192,13 +188,12 @@ def _image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
             f"transformers cannot resize images to {height}x{width} with crop mode {mode!r}: "
             "export to timm instead"
         )
-    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": size,
-        "resample": filters[preprocessing["interpolation"]],
+        "resample": configs.FILTERS.index(preprocessing["interpolation"]),
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
@@ -234,7 +229,7 @@ def _write_official(
     }
     try:
         torch.save(content | _fresh_training(states), folder / OFFICIAL_FILE)
-    except RuntimeError as error:  # what torch makes of a full disk
+    except RuntimeError as error:  # torch's error for a full disk
         reason = str(error).splitlines()[0]
         raise RunError(f"{OFFICIAL_FILE} cannot be written: {reason}") from error
 

@@ -52,7 +52,6 @@ class FileServer:
         files: Content by path, such as ``/ijepa/a.pth.tar``.
         repositories: By name, such as ``facebook/ijepa_vith14_1k``; served as the Hub does.
         token: If set, repositories are shown only to requests that carry it.
-        etags: Send ETags.
         faults: What goes wrong.
         answered: All requests so far.
     """
@@ -61,7 +60,6 @@ class FileServer:
         self.files: dict[str, bytes] = {}
         self.repositories: dict[str, Repository] = {}
         self.token: str | None = None
-        self.etags = True
         self.forget()
         self._http = ThreadingHTTPServer(
             ("127.0.0.1", 0), type("H", (_Handler,), {"server_": self})
@@ -161,8 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(content, {"X-Repo-Commit": repository.commit, "ETag": _etag(content)})
 
     def _file(self, content: bytes, headers: dict[str, str]) -> None:
-        if self.server_.etags:
-            headers["ETag"] = _etag(content)
+        headers["ETag"] = _etag(content)
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None or self.server_.faults.ignore_ranges:
             self._say(200, headers, content)

@@ -1,6 +1,7 @@
 """Exports: loaded by the other libraries, exact in round trips, safe to overwrite, described."""
 
 import shutil
+from unittest.mock import Mock, call
 
 import pytest
 import timm
@@ -309,6 +310,28 @@ def test_interrupted_export_leaves_nothing_behind(source, tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.rglob("*")] == (["a", "README.md"] if exists else [])
 
 
+def test_a_link_stays_a_link_and_a_folder_that_appears_meanwhile_is_kept(
+    source, tmp_path, monkeypatch
+):
+    source(tmp_path / "real", "timm")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    source(tmp_path / "link", "timm", dtype=torch.bfloat16, overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    tensors = load_file(tmp_path / "real" / "model.safetensors")
+    assert tensors["norm.weight"].dtype == torch.bfloat16
+    folder, write = tmp_path / "out", WRITERS["timm"]
+
+    def write_and_make(*args):
+        write(*args)
+        folder.mkdir()
+        (folder / "precious.txt").write_text("mine")
+
+    monkeypatch.setitem(WRITERS, "timm", write_and_make)
+    with pytest.raises(RunError, match=str(folder)):
+        source(folder, "timm")
+    assert (folder / "precious.txt").read_text() == "mine"
+
+
 # --- labels and cards
 
 
@@ -319,7 +342,7 @@ def front_matter(folder):
 
 
 @pytest.mark.parametrize("network", ["target_encoder", "encoder"])
-@pytest.mark.parametrize("to", ["native", "timm", "transformers"])
+@pytest.mark.parametrize("to", ["native", "transformers"])
 def test_folder_and_card_name_network_license_and_preprocessing(
     source, official, tmp_path, to, network
 ):
@@ -381,64 +404,15 @@ def test_code_in_the_card_runs(encoder, tmp_path, to, num_classes):
 
 
 def test_push_creates_the_repository_and_uploads_the_folder(source, tmp_path, monkeypatch):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, **kwargs):
-            calls.append(("repo", repo_id, kwargs))
-
-        def create_branch(self, repo_id, **kwargs):
-            calls.append(("branch", repo_id, kwargs))
-
-        def upload_folder(self, *, repo_id, folder_path, revision):
-            calls.append(
-                ("upload", repo_id, revision, {path.name for path in folder_path.iterdir()})
-            )
-
-    files = {"config.json", "model.safetensors", "README.md"}
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    source(tmp_path / "a", "timm", push_to="me/ijepa")
-    assert calls == [
-        ("repo", "me/ijepa", {"private": False, "exist_ok": True}),
-        ("upload", "me/ijepa", None, files),
+    api = Mock()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    folder = source(tmp_path / "a", "timm", push_to="me/ijepa", private=True, revision="v2")
+    assert api.mock_calls == [
+        call.create_repo("me/ijepa", private=True, exist_ok=True),
+        call.create_branch("me/ijepa", branch="v2", exist_ok=True),
+        call.upload_folder(repo_id="me/ijepa", folder_path=folder, revision="v2"),
     ]
-    calls.clear()
-    source(tmp_path / "b", "timm", push_to="me/ijepa", private=True, revision="v2")
-    assert calls == [
-        ("repo", "me/ijepa", {"private": True, "exist_ok": True}),
-        ("branch", "me/ijepa", {"branch": "v2", "exist_ok": True}),
-        ("upload", "me/ijepa", "v2", files),
-    ]
-    monkeypatch.setattr(Api, "create_repo", _refuse)
+    api.create_repo.side_effect = OSError("401 unauthorized")
     with pytest.raises(FetchError, match="me/ijepa"):
         source(tmp_path / "c", "timm", push_to="me/ijepa")
     assert (tmp_path / "c" / "config.json").exists()
-
-
-def _refuse(*_, **__):
-    raise OSError("401 unauthorized")
-
-
-def test_a_folder_that_appears_meanwhile_is_kept(source, tmp_path, monkeypatch):
-    folder = tmp_path / "out"
-    write = WRITERS["timm"]
-
-    def write_and_make(*args):
-        write(*args)
-        folder.mkdir()
-        (folder / "precious.txt").write_text("mine")
-
-    monkeypatch.setitem(WRITERS, "timm", write_and_make)
-    with pytest.raises(RunError, match=str(folder)):
-        source(folder, "timm")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (folder / "precious.txt").read_text() == "mine"
-
-
-def test_a_link_stays_a_link(source, tmp_path):
-    source(tmp_path / "real", "timm")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    source(tmp_path / "link", "timm", dtype=torch.bfloat16, overwrite=True)
-    assert (tmp_path / "link").is_symlink()
-    tensors = load_file(tmp_path / "real" / "model.safetensors")
-    assert tensors["norm.weight"].dtype == torch.bfloat16

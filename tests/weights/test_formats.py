@@ -5,6 +5,8 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import ijepa_zoo
@@ -12,6 +14,7 @@ from ijepa_zoo.errors import CheckpointError, SettingsError
 from ijepa_zoo.weights import formats
 
 WIDTH, DEPTH, CLASSES = 8, 2, 5
+ONE = torch.ones(())
 
 
 @pytest.fixture
@@ -27,16 +30,49 @@ def state(request):
 
 @pytest.mark.parametrize("state", [False, True], indirect=True)
 def test_transformers_names_and_back_are_exact(state):
-    theirs = formats.to_transformers(state, "memory")
-    assert_close(formats.from_transformers(_body(theirs), "memory"), state, rtol=0, atol=0)
-    qkv = state["blocks.1.attn.qkv.weight"].split(WIDTH)
-    for part, expected in zip(("query", "key", "value"), qkv, strict=True):
-        name = f"encoder.layer.1.attention.attention.{part}.weight"
-        assert torch.equal(_body(theirs)[name], expected)
+    theirs = _body(formats.to_transformers(state, "memory"))
+    assert_close(formats.from_transformers(theirs, "memory"), state, rtol=0, atol=0)
+    for kind in ("weight", "bias"):
+        qkv = state[f"blocks.1.attn.qkv.{kind}"].split(WIDTH)
+        for part, expected in zip(("query", "key", "value"), qkv, strict=True):
+            name = f"encoder.layer.1.attention.attention.{part}.{kind}"
+            assert torch.equal(theirs[name], expected)
+    for name, other in (("norm1", "layernorm_before"), ("mlp.fc2", "output.dense")):
+        expected = state[f"blocks.1.{name}.weight"]
+        assert torch.equal(theirs[f"encoder.layer.1.{other}.weight"], expected)
 
 
 def _body(theirs):
     return {name.removeprefix("ijepa."): tensor for name, tensor in theirs.items()}
+
+
+PREFIXES = st.lists(
+    st.sampled_from(["module.", "_orig_mod.", "model.", "backbone.", "_fsdp_wrapped_module."]),
+    max_size=3,
+).map("".join)
+
+
+@given(PREFIXES, st.sampled_from(["", "state_dict", "model", "teacher"]), st.booleans())
+def test_any_prefix_and_wrapper_is_removed(prefix, wrapper, is_transformers):
+    state = {"pos_embed": ONE, "patch_embed.proj.weight": ONE + 1, "blocks.0.norm1.bias": ONE + 2}
+    names = formats.to_transformers(state, "memory") if is_transformers else state
+    content = {prefix + name: tensor for name, tensor in names.items()}
+    content = {wrapper: content, "epoch": 3} if wrapper else content
+    found = formats.find_networks(content, "some/file")
+    assert found == {"unlabeled": (state, "transformers" if is_transformers else "timm")}
+
+
+@given(PREFIXES, st.sets(st.sampled_from(["encoder", "target_encoder", "predictor"]), min_size=2))
+def test_networks_of_one_module_are_told_apart(prefix, networks):
+    own = {name: {"pos_embed": ONE, "patch_embed.proj.weight": ONE} for name in networks}
+    if "predictor" in own:
+        own["predictor"] = {"predictor_embed.weight": ONE, "mask_token": ONE}
+    content = {f"{prefix}{n}.{key}": t for n, state in own.items() for key, t in state.items()}
+    found = formats.find_networks(content, "some/file")
+    assert found == {name: (state, "timm") for name, state in own.items()}
+    nested = formats.find_networks(own, "some/file")
+    known = "official" if len(networks) == 3 else "timm"
+    assert nested == {name: (state, known) for name, state in own.items()}
 
 
 @pytest.mark.parametrize("state", [False, True], indirect=True)

@@ -135,12 +135,24 @@ def test_state_dict_of_an_ijepa(create, tiny, tiny_predictor, official, tmp_path
     assert torch.equal(create(path, network="encoder").norm.weight, ijepa.encoder.norm.weight)
 
 
-def test_classifier_is_kept_where_num_classes_fits(create, official, tmp_path):
+def test_classifier_is_kept_where_num_classes_fits(create, official, state, tmp_path):
     model = create(official, num_classes=6)
     torch.save(model.state_dict(), tmp_path / "a.pth")
     assert torch.equal(create(tmp_path / "a.pth", num_classes=6).head.weight, model.head.weight)
     other = create(tmp_path / "a.pth", num_classes=4)
     assert other.head.weight.std().item() == pytest.approx(0.02, rel=0.3)
+    head = {"head.weight": torch.randn(5, 48), "head.bias": torch.randn(5)}
+    torch.save({"state_dict": {**prefixed(state, "backbone."), **head}}, tmp_path / "b.ckpt")
+    beside = create(tmp_path / "b.ckpt", num_classes=5)  # the prefix of its body
+    assert torch.equal(beside.head.weight, head["head.weight"])
+
+
+def test_a_file_is_opened_once_for_all_networks(official, tiny, tiny_predictor, monkeypatch):
+    opened = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **kw: opened.append(path) or load(path, **kw))
+    ijepa_zoo.create_ijepa("vit_tiny16_ijepa", checkpoint=official, **tiny, **tiny_predictor)
+    assert opened == [official]
 
 
 # --- contents that are refused
@@ -157,6 +169,9 @@ def test_classifier_is_kept_where_num_classes_fits(create, official, tmp_path):
         (lambda s: s.update(pos_embed=torch.zeros(1, 15, 48)), "15"),
         (lambda s: s.update({"norm.bias": torch.ones(48, dtype=torch.int8)}), r"norm\.bias.*int8"),
         (lambda s: s.clear(), "nothing"),
+        (lambda s: s.update(cls_token=torch.zeros(1, 1, 48)), "cls_token"),
+        (lambda s: s.update({"a.predictor_embed.weight": torch.ones(1)}), "several networks"),
+        (lambda s: s.update(epoch=3) or s.pop("pos_embed"), "pos_embed"),
     ],
 )
 def test_tensors_missing_left_over_twice_or_unusable_are_refused(
@@ -222,7 +237,7 @@ def test_objects_of_other_classes_are_named_and_not_loaded(
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.9])
+@pytest.mark.parametrize("share", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_truncated_files_are_refused(kind, share, state, file, create, tmp_path):
     path = tmp_path / f"part.{'safetensors' if kind == 'safetensors' else 'pth'}"
@@ -237,8 +252,8 @@ def test_truncated_files_are_refused(kind, share, state, file, create, tmp_path)
 @pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
 @pytest.mark.parametrize(
     "content",
-    [b"<!DOCTYPE html>\n" * 9, b"version https://git-lfs", pickle.dumps([1.5], protocol=2)],
-    ids=["page", "pointer", "pickle"],
+    [b"<!DOCTYPE html>\n" * 9, pickle.dumps([1.5], protocol=2)],
+    ids=["page", "pickle"],
 )
 def test_files_of_something_else_are_refused(content, suffix, create, tmp_path):
     (tmp_path / f"weights{suffix}").write_bytes(content)
@@ -320,11 +335,10 @@ def test_features_only_of_a_checkpoint(official, create, expected):
 # --- tensors
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype_and_device_of_the_call_hold(official, create, state, dtype):
-    model = create(official, dtype=dtype, device="cpu")
+def test_dtype_and_device_of_the_call_hold(official, create, state):
+    model = create(official, dtype=torch.bfloat16, device="cpu")
     for name, tensor in model.state_dict().items():
-        assert_close(tensor, state[name].to(dtype), rtol=0, atol=0)
+        assert_close(tensor, state[name].to(torch.bfloat16), rtol=0, atol=0)
     assert {t.device.type for t in create(official, device="meta").parameters()} == {"meta"}
 
 
@@ -374,18 +388,3 @@ def test_tensors_are_mapped_from_the_file_without_a_copy(file, create, state):
         opened.write(torch.full((48,), 7.0).numpy().tobytes())
     assert (load_file(file)["norm.bias"] == 7).all()
     assert (model.norm.bias == 7).all()
-
-
-def test_classifier_beside_the_prefix_of_its_body_is_loaded(state, create, tmp_path):
-    head = {"head.weight": torch.randn(5, 48), "head.bias": torch.randn(5)}
-    body = {f"backbone.{name}": tensor for name, tensor in state.items()}
-    torch.save({"state_dict": {**body, **head}}, tmp_path / "classifier.ckpt")
-    model = create(tmp_path / "classifier.ckpt", num_classes=5)
-    assert torch.equal(model.head.weight, head["head.weight"])
-
-
-def test_class_tokens_are_refused_by_name(state, create, tmp_path):
-    state["cls_token"] = torch.zeros(1, 1, 48)
-    torch.save(state, tmp_path / "mae.pth")
-    with pytest.raises(CheckpointError, match=r"mae\.pth.*cls_token"):
-        create(tmp_path / "mae.pth")

@@ -23,10 +23,14 @@ REPOSITORIES = {  # and the first three features of the first token, as the mode
 }
 
 
-def test_registered_names_are_those_of_the_file():
+def test_names_and_defaults():
     names = [checkpoint.name for checkpoint in CHECKPOINTS]
     assert len(set(names)) == len(names)
     assert set(names) == set(ijepa_zoo.list_models(pretrained=True))
+    for model in {checkpoint.model for checkpoint in CHECKPOINTS}:
+        assert registry.find(model).network == "target_encoder"
+        assert registry.find(model).tag == timm.get_pretrained_cfg(model).tag
+    assert registry.find("vit_huge14_ijepa", "in2k") is None
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
@@ -39,18 +43,15 @@ def test_pretrained_cfg_and_sizes(checkpoint):
     assert cfg.description.startswith(f"{checkpoint.network} of I-JEPA, {checkpoint.data}")
     assert checkpoint.mean == (0.485, 0.456, 0.406)  # not 0.5, as in the authors' repositories
     assert checkpoint.std == (0.229, 0.224, 0.225)
-    if checkpoint.predictor:
-        ijepa = ijepa_zoo.create_ijepa(checkpoint.model, pretrained=False, device="meta")
-        assert tuple(ijepa.encoder.patch_embed.img_size) == checkpoint.input_size[1:]
-        assert ijepa.predictor.mask_token.shape[-1] == checkpoint.predictor["embed_dim"]
-        assert len(ijepa.predictor.predictor_blocks) == checkpoint.predictor["depth"]
 
 
-def test_default_of_a_model_is_a_target_encoder():
-    for model in {checkpoint.model for checkpoint in CHECKPOINTS}:
-        assert registry.find(model).network == "target_encoder"
-        assert registry.find(model).tag == timm.get_pretrained_cfg(model).tag
-    assert registry.find("vit_huge14_ijepa", "in2k") is None
+@pytest.mark.parametrize("name", ["vit_nano8_64_ijepa", "vit_huge16_448_ijepa"])
+def test_predictor_of_a_name_is_that_of_its_weights(name):
+    checkpoint = registry.find(name)
+    ijepa = ijepa_zoo.create_ijepa(name, pretrained=False, device="meta")
+    assert tuple(ijepa.encoder.patch_embed.img_size) == checkpoint.input_size[1:]
+    assert ijepa.predictor.mask_token.shape[-1] == checkpoint.predictor["embed_dim"]
+    assert len(ijepa.predictor.predictor_blocks) == checkpoint.predictor["depth"]
 
 
 @pytest.mark.parametrize(("name", "file"), OFFICIAL.items())
@@ -58,16 +59,13 @@ def test_official_files_have_all_networks(name, file):
     checkpoint = registry.find(*name.split("."))
     assert checkpoint.source.url == f"https://dl.fbaipublicfiles.com/ijepa/{file}"
     assert set(checkpoint.networks) == set(registry.NETWORKS)
-    assert checkpoint.network == "target_encoder"
     assert (checkpoint.format, checkpoint.license) == ("official", "CC-BY-NC-4.0")
 
 
 @pytest.mark.parametrize(("name", "source"), REPOSITORIES.items())
 def test_repositories_have_the_context_encoder(name, source):
     checkpoint = registry.find(*name.split("."))
-    assert checkpoint.networks == ("encoder",)
-    assert checkpoint.format == "transformers"
+    assert (checkpoint.networks, checkpoint.format) == (("encoder",), "transformers")
     assert checkpoint.source.hf_hub_id == source[0]
-    assert checkpoint.source.filename == "model.safetensors"
     assert re.fullmatch("[0-9a-f]{40}", checkpoint.source.revision)
     assert checkpoint.check["tokens_0_3_0_3"][0] == source[1]
