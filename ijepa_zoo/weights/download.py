@@ -184,22 +184,10 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A tensor in the pickle: a view of a storage."""
+    """A tensor in the pickle, which is all of its storage."""
 
     storage: _Storage
-    meta: Tensor  # on the meta device, with dtype, shape, stride and offset
-
-    @property
-    def is_whole_storage(self) -> bool:
-        return self.meta.is_contiguous() and self.meta.nbytes == self.storage.nbytes
-
-    def elements(self, storage: memoryview) -> memoryview:
-        """The tensor's bytes in C order, given those of its storage."""
-        if self.is_whole_storage:
-            return storage
-        meta, flat = self.meta, torch.frombuffer(bytearray(storage), dtype=self.meta.dtype)
-        tensor = flat.as_strided(meta.shape, meta.stride(), meta.storage_offset()).contiguous()
-        return tensor.view(-1).view(torch.uint8).numpy().data
+    meta: Tensor  # on the meta device, with dtype and shape
 
 
 def _download(
@@ -244,10 +232,9 @@ def _download(
 
 
 def _is_downloaded(tensor: _Tensor, offset: int, file: BinaryIO) -> bool:
-    """Whether the file has a tensor's bytes; parts of a storage have no CRC-32 to tell."""
+    """Whether the file has a tensor's bytes."""
     file.seek(offset)
-    content = file.read(tensor.meta.nbytes)
-    return tensor.is_whole_storage and zlib.crc32(content) == tensor.storage.crc
+    return zlib.crc32(file.read(tensor.meta.nbytes)) == tensor.storage.crc
 
 
 def _join_neighbors(tensors: dict[str, _Tensor]) -> list[dict[str, _Tensor]]:
@@ -256,8 +243,7 @@ def _join_neighbors(tensors: dict[str, _Tensor]) -> list[dict[str, _Tensor]]:
     start = stop = -math.inf
     for name, tensor in tensors.items():
         storage = tensor.storage
-        shared = storage.stop == stop  # with the tensor before: fetched once, however large
-        if not shared and (storage.start > stop + GAP or storage.stop > start + REQUEST):
+        if storage.start > stop + GAP or storage.stop > start + REQUEST:
             groups.append({})
             start = storage.start
         groups[-1][name] = tensor
@@ -284,7 +270,7 @@ def _fetch_group(
                     "and if it stays so, the file on the server is corrupt"
                 )
             file.seek(offsets[name])
-            file.write(tensor.elements(storage))
+            file.write(storage)
     return sum(tensor.meta.nbytes for tensor in group.values())
 
 
@@ -310,6 +296,12 @@ def _find_tensors(remote: RemoteFile, network: str) -> dict[str, _Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, _Tensor) for t in tensors.values()):
         found = some(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint)
         raise FetchError(f"{remote.url} has no dict of tensors named {network!r}, but {found}")
+    for name, (storage, meta) in tensors.items():
+        if not meta.is_contiguous() or meta.nbytes != storage.nbytes:
+            raise FetchError(
+                f"{name} of {remote.url} is a part of another tensor; download the whole file and "
+                "open it by its path"
+            )
     return dict(sorted(tensors.items(), key=lambda item: item[1].storage.start))
 
 

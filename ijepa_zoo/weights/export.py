@@ -256,13 +256,14 @@ def _predictor_args(state: State, known: Mapping[str, Any]) -> dict[str, Any]:
 def _describe(encoder: VisionTransformer, origin: str) -> Networks:
     """Metadata of an encoder, without tensors."""
     cfg = getattr(encoder, "pretrained_cfg", None) or {}
-    if is_ours := isinstance(encoder, IJepaEncoder):
-        _check_plain(encoder)
-        args = encoder_args(encoder)
-        model = registry.model_name(args, cfg.get("architecture"))
-    else:
-        args, model = timm_args(encoder), str(cfg.get("architecture"))
-        _check_timm(encoder, model, args)
+    is_ours, args, model = (
+        isinstance(encoder, IJepaEncoder),
+        vit_args(encoder),
+        str(cfg.get("architecture")),
+    )
+    if is_ours:
+        model = registry.model_name(args, model)
+    _check_twin(encoder, model, args)
     config = resolve_model_data_config(encoder)
     config["input_size"] = [encoder.patch_embed.proj.in_channels, *encoder.patch_embed.img_size]
     preprocessing: dict[str, Any] = {
@@ -277,27 +278,8 @@ def _describe(encoder: VisionTransformer, origin: str) -> Networks:
     return Networks(origin, {}, "memory", model, args, norm_eps, pretrained_cfg=preprocessing)
 
 
-def encoder_args(encoder: IJepaEncoder) -> dict[str, Any]:
-    """timm arguments that build an encoder of the same shapes."""
-    block = encoder.blocks[0]
-    return {
-        "img_size": list(encoder.patch_embed.img_size),
-        "patch_size": list(encoder.patch_embed.patch_size),
-        "in_chans": encoder.patch_embed.proj.in_channels,
-        "num_classes": encoder.num_classes,
-        "embed_dim": encoder.embed_dim,
-        "depth": len(encoder.blocks),
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": configs.mlp_ratio(block.mlp.fc1.out_features, encoder.embed_dim),
-        "qkv_bias": block.attn.qkv.bias is not None,
-        "class_token": False,
-        "global_pool": encoder.global_pool,
-        "fc_norm": False,
-    }
-
-
-def timm_args(encoder: VisionTransformer) -> dict[str, Any]:
-    """timm arguments that, with its name, build another ViT again."""
+def vit_args(encoder: VisionTransformer) -> dict[str, Any]:
+    """timm arguments that, with its name, build an encoder of the same shapes."""
     block = encoder.blocks[0]
     args = {
         "img_size": list(encoder.patch_embed.img_size),
@@ -308,52 +290,44 @@ def timm_args(encoder: VisionTransformer) -> dict[str, Any]:
         "depth": len(encoder.blocks),
         "num_heads": load.num_heads(encoder),
         "class_token": encoder.cls_token is not None,
-        "reg_tokens": encoder.num_reg_tokens,
-        "no_embed_class": encoder.no_embed_class,
         "global_pool": encoder.global_pool,
         "fc_norm": not isinstance(encoder.fc_norm, nn.Identity),
     }
+    if isinstance(encoder, IJepaEncoder):
+        args["qkv_bias"] = block.attn.qkv.bias is not None
+    else:
+        args["reg_tokens"] = encoder.num_reg_tokens
+        args["no_embed_class"] = encoder.no_embed_class
     if hasattr(block, "mlp") and hasattr(block.mlp, "fc1"):
         args["mlp_ratio"] = configs.mlp_ratio(block.mlp.fc1.out_features, encoder.embed_dim)
     return args
 
 
-def _check_timm(encoder: VisionTransformer, name: str, args: Mapping[str, Any]) -> None:
-    """Refuse a ViT that timm does not build again from its name and :func:`timm_args`."""
-    if not timm.is_model(name):
-        raise CheckpointError(
-            f"timm has no model {name!r}: export one that timm creates by its name"
-        )
-    twin = timm.create_model(name, device="meta", weight_init="skip", **args)
-    shapes = [{k: v.shape for k, v in vit.state_dict().items()} for vit in (encoder, twin)]
-    if differences := dict(shapes[0].items() ^ shapes[1].items()):
-        raise CheckpointError(
-            f"timm's {name} of this size differs from the model by {some(differences)}: export a "
-            "model that timm creates by its name"
-        )
-
-
-def _check_plain(encoder: IJepaEncoder) -> None:
-    """Refuse an encoder that :func:`encoder_args` does not build again, such as one of SwiGLU."""
-    eps = getattr(encoder.norm, "eps", 1e-6)
-    twin = IJepaEncoder(
-        **{**encoder_args(encoder), "norm_layer": partial(LayerNorm, eps=eps)},
-        device="meta",
-        weight_init="skip",
-    )
-    inactive = (nn.Identity, nn.Dropout, DropPath)  # in evaluation mode
-    kinds = [
-        {
-            nn.LayerNorm if isinstance(part, nn.LayerNorm) else type(part)
-            for part in model.modules()
-            if not isinstance(part, inactive)
-        }
-        for model in (encoder, twin)
-    ]
-    differences = encoder.state_dict().keys() ^ twin.state_dict().keys()
-    differences |= {kind.__name__ for kind in kinds[0] ^ kinds[1]}
+def _check_twin(encoder: VisionTransformer, name: str, args: Mapping[str, Any]) -> None:
+    """Refuse a model that its name and arguments do not build again, such as one of SwiGLU."""
+    meta: dict[str, Any] = {"device": "meta", "weight_init": "skip"}
+    if isinstance(encoder, IJepaEncoder):
+        eps = getattr(encoder.norm, "eps", 1e-6)
+        twin = IJepaEncoder(**args, norm_layer=partial(LayerNorm, eps=eps), **meta)
+    elif timm.is_model(name):
+        twin = timm.create_model(name, **args, **meta)
+    else:
+        raise CheckpointError(f"timm has no model {name!r}: export one that it creates by its name")
+    models = (encoder, twin)
+    shapes, others = ({k: v.shape for k, v in vit.state_dict().items()} for vit in models)
+    differences = dict(shapes.items() ^ others.items()).keys() | _kinds(encoder) ^ _kinds(twin)
     if differences:
         raise CheckpointError(
-            f"the model is not a plain I-JEPA encoder, which no format can express: it differs by "
+            f"no format can express the model: it differs from {name} of these sizes by "
             f"{some(differences)}"
         )
+
+
+def _kinds(model: nn.Module) -> set[str]:
+    """Names of the layers that compute something in evaluation mode."""
+    inactive = (nn.Identity, nn.Dropout, DropPath)
+    return {
+        "LayerNorm" if isinstance(part, nn.LayerNorm) else type(part).__name__
+        for part in model.modules()
+        if not isinstance(part, (*inactive, VisionTransformer))
+    }

@@ -295,39 +295,19 @@ tags:
 ---
 # {model}
 
-{what}.
-
-| | |
-|---|---|
-| source | {origin} |
-| width, depth, heads | {embed_dim}, {depth}, {num_heads} |
-| patch, image | {patch}, {size} |
-| networks | {networks} |
-| preprocessing | resize to {size}{crop} ({interpolation}), {mode} crop, mean {mean}, std {std} |
-| license | {license} |
+{what} ([paper](https://arxiv.org/abs/2301.08243)). Source: {origin}. License: {license}.
 
 ```python
 {usage}
 ```
 
 Features: tokens after the final LayerNorm, averaged over the patches.
-
-```bibtex
-@inproceedings{{assran2023ijepa,
-  title={{Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture}},
-  author={{Assran, Mahmoud and Duval, Quentin and Misra, Ishan and Bojanowski, Piotr and Vincent,
-          Pascal and Rabbat, Michael and LeCun, Yann and Ballas, Nicolas}},
-  booktitle={{CVPR}},
-  year={{2023}}
-}}
-```
 """
 
 
 def _write_card(networks: Networks, folder: Path, to: str, network: str) -> None:
     """README.md with the Hub's metadata."""
-    args, preprocessing = networks.args, networks.pretrained_cfg
-    classes, crop_pct = args["num_classes"], preprocessing["crop_pct"]
+    classes = networks.args["num_classes"]
     what = _NETWORK.get(network, "An encoder of I-JEPA; its source did not say which network it is")
     usage = _USAGE[to]
     if classes:
@@ -340,19 +320,6 @@ def _write_card(networks: Networks, folder: Path, to: str, network: str) -> None
         model=networks.model,
         what=what,
         origin=networks.origin.rsplit("/", 1)[-1],
-        embed_dim=args["embed_dim"],
-        depth=args["depth"],
-        num_heads=args["num_heads"],
-        patch="x".join(map(str, args["patch_size"])),
-        size="x".join(map(str, preprocessing["input_size"][1:])),
-        networks=", ".join(networks.states if to == "native" else [network]).replace(
-            UNLABELED, "encoder"
-        ),
-        crop="" if crop_pct == 1 else f" / {crop_pct:.4g}",
-        interpolation=preprocessing["interpolation"],
-        mode=preprocessing["crop_mode"],
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
         license=networks.license or "unknown; that of the source, if any",
         usage=usage,
     )

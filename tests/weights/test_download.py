@@ -110,20 +110,12 @@ def test_only_the_network_is_downloaded_in_few_requests(server, tmp_path, checkp
 
 
 def test_tensors_of_every_kind_in_an_archive_without_padding(server, tmp_path, monkeypatch):
-    base = torch.arange(60_000, dtype=torch.float32)
     network = torch.nn.Linear(3, 2).state_dict()  # an OrderedDict with attributes
     network |= {
         "parameter": torch.nn.Parameter(torch.randn(3)),
-        "whole": base,
-        "tied": base,
-        "row": base.view(60, 1000)[7],
-        "transposed": base.view(60, 1000).t(),
-        "steps": base[12::3].view(-1, 2)[::2],
-        "expanded": torch.tensor([1.0, 2.0]).expand(3, 2),
+        "large": torch.arange(60_000, dtype=torch.float32).view(60, 1000),
         "scalar": torch.tensor(2.5, dtype=torch.float64),
         "empty": torch.zeros(0, 3),
-        "empty part": base[:0],
-        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     }
     for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool):
         network[str(dtype)] = torch.randn(1001).mul(9).to(dtype)
@@ -312,6 +304,8 @@ class _Runs:
         (save({"target_encoder": {}}, _use_new_zipfile_serialization=False), "zip"),
         (save({"encoder": {}, "opt": 1}), "'target_encoder', but encoder, opt"),
         (save({"target_encoder": {"lr": 1}}), "'target_encoder'"),
+        (save({"target_encoder": {"part": torch.zeros(9)[3:]}}), "part"),
+        (save({"target_encoder": {"turned": torch.eye(3)[:, :2].t()}}), "turned"),
         (save({"target_encoder": {"a": torch.eye(2)}, "opt": _Runs()}), "posix.mkdir"),
     ],
 )
