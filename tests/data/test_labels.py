@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shutil
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -56,6 +57,11 @@ def test_one_label_per_image(folder, monkeypatch):
     assert (labels(train.images), levels(train.images)) == (["cat", "dog", "2"], [3, 1, 0])
     monkeypatch.chdir(folder)
     assert labels(open_images("labels.csv")) == ["cat", "dog", "2"]
+    shutil.copytree(folder / "photos", folder / "moved/photos")
+    (folder / "labels.csv").write_text("path,label\nphotos/3.png,cat\n")
+    shutil.copy(folder / "labels.csv", folder / "moved")
+    first, moved = (open_images(folder / path) for path in ("labels.csv", "moved/labels.csv"))
+    assert first.fingerprint() == moved.fingerprint()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

@@ -26,7 +26,9 @@ def test_one_folder_of_classes_is_one_split(tmp_path):
     assert labels(some.images) == ["dog"]
 
 
-@pytest.mark.parametrize("names", [("train", "test"), ("training", "validation"), ("train", "val")])
+@pytest.mark.parametrize(
+    "names", [("train", "testing"), ("training", "validation"), ("train", "valid")]
+)
 def test_folders_of_splits(tmp_path, names):
     put(tmp_path / names[0], {"cat/day/1.png": png(1), "dog/night/2.png": png(2)})
     put(tmp_path / names[1], {"ape/3.png": png(3), "dog/images/4.png": png(4)})
