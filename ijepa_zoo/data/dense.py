@@ -54,20 +54,13 @@ class DenseDataset:
     """A map-style dataset: `dataset[i]` is an image, its target `[H, W]` and its name.
 
     Indexing raises `ImageError` where one of the two cannot be read or their aspect ratios differ.
-
-    Attributes:
-        names: Name of each image.
-        load: From index to undecoded image and target; picklable.
-        fingerprint: Identifies the data.
-        decoder: Decodes the images.
-        skip_broken: Whether probes leave out pairs that cannot be read.
     """
 
     names: Sequence[str]
-    load: Callable[[int], tuple[Raw, Target]]
+    load: Callable[[int], tuple[Raw, Target]]  # undecoded image and target of an index; picklable
     fingerprint: str
     decoder: Decoder = field(default_factory=Decoder)
-    skip_broken: bool = False
+    skip_broken: bool = False  # whether probes leave out pairs that cannot be read
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,28 +80,16 @@ class DenseDataset:
 
 @dataclass(frozen=True)
 class DenseData:
-    """Training and test set.
-
-    Attributes:
-        train, test: The two sets.
-        name: Name of the data.
-        split: Where the test set comes from.
-        unit: Unit of depths.
-        max_depth: The largest depth that counts: 10 m for NYU, the largest training depth for
-            rendered scenes, else None.
-        crop: 'eigen' where metrics are customarily computed in Eigen's crop, else None.
-        num_classes: Number of classes of masks; None for depths.
-        class_names: Their names, if known.
-    """
+    """Training and test set."""
 
     train: DenseDataset
     test: DenseDataset
     name: str
-    split: str
+    split: str  # where the test set comes from
     unit: str = "m"
-    max_depth: float | None = None
-    crop: str | None = None
-    num_classes: int | None = None
+    max_depth: float | None = None  # the largest depth that counts, if the data have one
+    crop: str | None = None  # 'eigen' where metrics are customarily computed in Eigen's crop
+    num_classes: int | None = None  # of masks
     class_names: tuple[str, ...] | None = None
 
 
@@ -122,23 +103,16 @@ def open_depth(
     """Open images with depth maps.
 
     Args:
-        source: One of
-
-            - NYU Depth v2's `nyu_depth_v2_labeled.mat`, or its folder, which also has `splits.mat`;
-            - a folder of pairs. Depth maps are `.npy` files or have the word `depth` in their own
-              or a folder's name. An image has the same name except for such words and `rgb`,
-              `image`, `color` or `sync`: `rgb/a/1.jpg` and `depth/a/1.png`, or `1_colors.png` and
-              `1_depth.png`. Folders `train` and `test` (or `val`) anywhere in the paths are the
-              split; without them a fixed 20 % are the test set;
-            - `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`.
+        source: NYU Depth v2's `nyu_depth_v2_labeled.mat` or its folder, which also has
+            `splits.mat`; `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`; or a folder of pairs.
+            There depth maps are `.npy` files or have the word `depth` in their own or a folder's
+            name. An image has the same name except for such words and `rgb`, `image`, `color` or
+            `sync`: `rgb/a/1.jpg` and `depth/a/1.png`. Folders `train` and `test` (or `val`)
+            anywhere in the paths are the split; without them a fixed 20 % are the test set.
         depth_scale: Stored units per meter in the depth files of a folder; by default 1000
             (millimeters) in integer files of 16 bits or more, 1 in floating-point arrays.
         workers: Processes that render scenes.
         progress: Show a progress bar while rendering.
-
-    Raises:
-        DataError: The source is missing, damaged or without pairs, or one of the two sets is empty.
-        ImportError: NYU's own file needs h5py and scipy.
     """
     source = os.fspath(source)
     if depth_scale is not None and not depth_scale > 0:
@@ -165,24 +139,14 @@ def open_segmentation(
     """Open images with segmentation masks.
 
     Args:
-        source: One of
-
-            - `ADEChallengeData2016` of ADE20K with `images/{training,validation}` and
-              `annotations/{training,validation}` (150 classes, whose names are read from
-              `objectInfo150.txt`), or the folder above it;
-            - `VOC2012` of PASCAL VOC with `JPEGImages`, `SegmentationClass` and
-              `ImageSets/Segmentation/{train,val}.txt` (21 classes), or a folder above it;
-            - a folder of pairs as for `open_depth`, with the word `mask`, `annotation`, `label` or
-              `segmentation` (or its plural) instead of `depth`: `images/train/1.jpg` and
-              `masks/train/1.png`;
-            - `scenes:TRAIN,TEST[,SIZE]` (4 classes), see `render_splits`.
+        source: The unpacked archive of ADE20K (`ADEChallengeData2016`, 150 classes) or PASCAL VOC
+            (`VOCdevkit` or `VOC2012`, 21 classes); a folder of pairs as for `open_depth`, with the
+            word `mask`, `annotation`, `label` or `segmentation` instead of `depth`; or
+            `scenes:TRAIN,TEST[,SIZE]`.
         reduce_zero_label: Ignore class 0 and subtract 1 from the others; by default for ADE20K
             alone, whose class 0 is everything else.
         workers: Processes that render scenes or count classes.
         progress: Show a progress bar while they do.
-
-    Raises:
-        DataError: The source is missing or without pairs, or one of the two sets is empty.
     """
     source = os.fspath(source)
     if source.startswith("scenes:"):

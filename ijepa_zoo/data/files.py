@@ -33,30 +33,17 @@ _LONGEST_LABEL = 4096  # bytes of a .cls member
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file, or a member of a tar shard.
+    """A file, or a member of a tar shard."""
 
-    Attributes:
-        path: Path as users see it; `shard.tar/name.jpg` for a member of a shard.
-        root: The part of the path above the input, which the fingerprint leaves out.
-        label: Class: the first folder below the root, or below its split folders (`train`, ...);
-            for a member of a shard with a `.cls` file, that file's text.
-        shard: The tar file that holds it; None for a plain file.
-        offset: First byte of the member in the uncompressed shard.
-        size: Bytes of the member.
-        problem: Why it cannot be read, if known.
-        skipped: Why it is not an image of the input, which is not a failure.
-        is_link: Whether the file is a symbolic link.
-    """
-
-    path: str
-    root: str = ""
-    label: str | None = None
-    shard: str | None = None
-    offset: int = 0
-    size: int = 0
-    problem: str | None = None
-    skipped: str | None = None
-    is_link: bool = False
+    path: str  # as users see it; `shard.tar/name.jpg` for a member of a shard
+    root: str = ""  # the part of the path above the input, which the fingerprint leaves out
+    label: str | None = None  # class
+    shard: str | None = None  # the tar file that holds it
+    offset: int = 0  # first byte of the member in the uncompressed shard
+    size: int = 0  # bytes of the member
+    problem: str | None = None  # why it cannot be read, if known
+    skipped: str | None = None  # why it is not an image of the input, which is not a failure
+    is_link: bool = False  # whether the file is a symbolic link
 
 
 def expand(path: str) -> list[str]:

@@ -34,25 +34,15 @@ COLORS = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object with CLEVR's attributes.
-
-    Attributes:
-        shape: One of `SHAPES`.
-        color: A color name of CLEVR.
-        material: 'rubber' or 'metal'.
-        size: 'large' or 'small'.
-        position: Center x, y, z in scene units.
-        yaw: Rotation around the vertical axis in radians.
-        pixel_coords: Projected center x, y in pixels (0 at the left and top edges of the image)
-            and its depth in scene units along the viewing direction.
-    """
+    """One object with CLEVR's attributes."""
 
     shape: str
     color: str
-    material: str
-    size: str
-    position: Vector
-    yaw: float
+    material: str  # rubber or metal
+    size: str  # large or small
+    position: Vector  # center x, y, z in scene units
+    yaw: float  # rotation around the vertical axis in radians
+    # center x, y in pixels from the left and top edges, and its depth along the viewing direction
     pixel_coords: Vector
 
     @property

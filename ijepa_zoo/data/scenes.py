@@ -53,19 +53,12 @@ class Scene:
 
     Masks and depth are those of one ray per pixel (through its center, or right of and below it
     where `supersample` is even).
-
-    Attributes:
-        image: uint8 `[H, W, 3]`, sRGB.
-        masks: uint8 `[H, W]`, 0 for the background and k for `objects[k - 1]`.
-        segmentation: uint8 `[H, W]`, indices into `SEGMENTATION_CLASSES`; 0 is the background.
-        depth: float32 `[H, W]`, scene units along the viewing direction.
-        objects: The objects.
     """
 
-    image: NDArray[np.uint8]
-    masks: NDArray[np.uint8]
-    segmentation: NDArray[np.uint8]
-    depth: Floats
+    image: NDArray[np.uint8]  # [H, W, 3], sRGB
+    masks: NDArray[np.uint8]  # [H, W], 0 for the background and k for `objects[k - 1]`
+    segmentation: NDArray[np.uint8]  # [H, W], indices into `SEGMENTATION_CLASSES`
+    depth: Floats  # [H, W], scene units along the viewing direction
     objects: tuple[SceneObject, ...]
 
     @property

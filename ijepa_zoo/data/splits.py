@@ -27,22 +27,13 @@ _PLACES_IMAGES = (".", "images256", "data/vision/torralba/deeplearning/images256
 
 @dataclass(frozen=True)
 class Split:
-    """Images with classes.
-
-    Attributes:
-        images: The images, n.
-        targets: `[n]` int64, class numbers, -1 for an image without one; or uint8 `[n, C]`, 1 for
-            each class of an image.
-        classes: Names of the numbers, if known.
-        name: The dataset's name of this split.
-        notes: Remarks for the user, such as images that were left out.
-    """
+    """Images with classes."""
 
     images: ImageDataset
-    targets: Labels
-    classes: Mapping[int, str] = field(default_factory=dict)
-    name: str = "all"
-    notes: tuple[str, ...] = ()
+    targets: Labels  # as those of `ImageDataset`, but never None
+    classes: Mapping[int, str] = field(default_factory=dict)  # names of the numbers, if known
+    name: str = "all"  # the dataset's name of this split
+    notes: tuple[str, ...] = ()  # for the user, such as images that were left out
 
     def subset(self, indices: Targets, name: str, notes: Sequence[str] = ()) -> Split:
         """Some of the images, under another name; `notes` are added."""

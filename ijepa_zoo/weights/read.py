@@ -33,29 +33,18 @@ Locate = Callable[[str], Path]  # from the name of a file of a folder to its loc
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of one model: those of a checkpoint, and those of an export.
+    """The networks of one model: those of a checkpoint, and those of an export."""
 
-    Attributes:
-        origin: Where they come from, for messages and model cards.
-        states: A reader of each network; files are opened, or fetched, when it is called. The key
-            is 'unlabeled' if the checkpoint has one network and does not name it.
-        format: 'official', 'timm', 'transformers' or 'native'; 'memory' for modules.
-        model: Registered name of the model, if known; timm's name of another ViT.
-        args: timm arguments of the encoder, if known.
-        norm_eps: Epsilon of its LayerNorms.
-        predictor: ``embed_dim``, ``depth`` and ``context`` of the predictor, if known.
-        pretrained_cfg: timm's description of input and preprocessing, if known.
-        license: License of the weights, if known.
-    """
-
-    origin: str
+    origin: str  # where they come from, for messages and model cards
+    # A reader of each network, which opens or fetches files. The key is 'unlabeled' if the
+    # checkpoint has one network and does not name it.
     states: Mapping[str, Callable[[], State]]
-    format: str
-    model: str | None = None
-    args: Mapping[str, Any] = field(default_factory=dict)
+    format: str  # official, timm, transformers or native; memory for modules
+    model: str | None = None  # registered name, if known; timm's name of another ViT
+    args: Mapping[str, Any] = field(default_factory=dict)  # timm's, of the encoder, if known
     norm_eps: float = 1e-6
-    predictor: Mapping[str, Any] = field(default_factory=dict)
-    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)
+    predictor: Mapping[str, Any] = field(default_factory=dict)  # embed_dim, depth and context
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)  # timm's, if known
     license: str | None = None
 
     @property

@@ -34,68 +34,40 @@ _TIMM_NAMES = {  # timm's own name of the same network -> ours
 
 @dataclass(frozen=True)
 class Source:
-    """Location of released weights: exactly one of a URL, a Hub repository or a packaged folder.
-
-    Attributes:
-        url: Address of a file on a web server.
-        hf_hub_id: Repository on the Hugging Face Hub, with ``revision`` and ``filename``.
-        folder: Folder inside this package.
-        size: Bytes of the source file, if known exactly: another size is refused.
-        gigabytes: Its size, rounded.
-        sha256: Hash of each network (official files: of the fetched tensor bytes), if known.
-    """
+    """Location of released weights: exactly one of a URL, a Hub repository or a packaged folder."""
 
     url: str | None = None
-    hf_hub_id: str | None = None
+    hf_hub_id: str | None = None  # with ``revision`` and ``filename``
     revision: str | None = None
     filename: str | None = None
-    folder: str | None = None
-    size: int | None = None
-    gigabytes: float | None = None
+    folder: str | None = None  # inside this package
+    size: int | None = None  # exact bytes of the source file: another size is refused
+    gigabytes: float | None = None  # its size, rounded
+    # of each network (official files: of the fetched tensor bytes), if known
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One entry of the registry.
-
-    Attributes:
-        model: Registered model name.
-        tag: timm tag; ``name`` is ``model.tag``.
-        network: The network that ``create_model`` loads.
-        networks: All networks in the source.
-        source: Where the weights are.
-        format: Checkpoint format: 'official', 'transformers' or 'native'.
-        license: License of the weights (SPDX).
-        input_size: ``(channels, height, width)`` of pretraining.
-        mean: Channel means of the preprocessing.
-        std: Channel standard deviations of the preprocessing.
-        crop_pct: Side of the center crop relative to the resized image.
-        interpolation: Resize filter of the preprocessing.
-        data: Pretraining data set.
-        epochs: Epochs of pretraining on it.
-        predictor: ``embed_dim`` and ``depth`` of the predictor, if the source has one.
-        check: Expected outputs of these weights, for tests.
-        metrics: Measured quality of these weights.
-    """
+    """One entry of the registry."""
 
     model: str
     tag: str
-    network: str
-    networks: tuple[str, ...]
+    network: str  # that ``create_model`` loads
+    networks: tuple[str, ...]  # all in the source
     source: Source
-    format: str
-    license: str
-    input_size: tuple[int, int, int]
+    format: str  # official, transformers or native
+    license: str  # SPDX
+    input_size: tuple[int, int, int]  # channels, height, width of pretraining
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    crop_pct: float
+    crop_pct: float  # side of the center crop relative to the resized image
     interpolation: str
-    data: str
+    data: str  # of pretraining
     epochs: float
-    predictor: Mapping[str, int] = field(default_factory=dict)
-    check: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    predictor: Mapping[str, int] = field(default_factory=dict)  # ``embed_dim`` and ``depth``
+    check: Mapping[str, Any] = field(default_factory=dict)  # expected outputs, for tests
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # measured quality
 
     @property
     def name(self) -> str:
