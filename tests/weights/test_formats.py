@@ -52,7 +52,11 @@ PREFIXES = st.lists(
 ).map("".join)
 
 
-@given(PREFIXES, st.sampled_from(["", "state_dict", "model", "teacher"]), st.booleans())
+WRAPPERS = ["state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module"]
+WRAPPERS += ["teacher", "net", "network", "weights", ""]
+
+
+@given(PREFIXES, st.sampled_from(WRAPPERS), st.booleans())
 def test_any_prefix_and_wrapper_is_removed(prefix, wrapper, is_transformers):
     state = {"pos_embed": ONE, "patch_embed.proj.weight": ONE + 1, "blocks.0.norm1.bias": ONE + 2}
     names = formats.to_transformers(state, "memory") if is_transformers else state
