@@ -136,22 +136,14 @@ class FileDataset(ImageDataset):
 
     The list is packed into arrays: 14 million Python objects take gigabytes, and each loader worker
     would copy them, because reference counts are written on access.
-
-    Args:
-        files: In their order.
-        decoder: See `Decoder`.
-
-    Attributes:
-        problems: Why an image cannot be read, by its number.
-        links: Numbers of the files that are symbolic links.
     """
 
     def __init__(self, files: Iterable[File], decoder: Decoder) -> None:
         super().__init__(decoder)
         folders: dict[tuple[str, str | None, str], int] = {}
         labels: dict[str | None, int] = {None: -1}
-        self.problems: dict[int, str] = {}
-        self.links: set[int] = set()
+        self.problems: dict[int, str] = {}  # why an image cannot be read, by its number
+        self.links: set[int] = set()  # numbers of the files that are symbolic links
         names = bytearray()
         folder_of, ends, offsets, sizes, targets = array("i"), *(array("q") for _ in range(4))
         for file in files:
@@ -319,9 +311,6 @@ class ArrayDataset(ImageDataset):
         decoder: See `Decoder`.
         name: Name of the images in messages, or such a name for each array.
         targets: `[n]` class numbers of all images.
-
-    Raises:
-        DataError: An array has another type or shape, or targets do not fit.
     """
 
     def __init__(

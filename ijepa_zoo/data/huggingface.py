@@ -25,14 +25,9 @@ _log = logging.getLogger(__name__)
 
 
 class HFDataset(ImageDataset):
-    """A dataset of the Hugging Face `datasets` package.
+    """A `datasets.Dataset` of Hugging Face.
 
-    Args:
-        data: A `datasets.Dataset`.
-        decoder: See `Decoder`.
-        name: Name of the dataset in messages.
-        image: Column of the images; None for the only one.
-        label: Column of the classes; None for a column of class labels, or `label`.
+    By default its only column of images and its column of class labels (or called `label`).
     """
 
     def __init__(

@@ -23,9 +23,7 @@ class LabeledFiles(FileDataset):
 
     Paths are relative to the folder of the CSV. Several lines of a path, or `;` in a label, are
     several labels of an image; then `targets` is a 0/1 matrix. An empty label is no class.
-
-    Attributes:
-        splits: Indices of the images by the name of their split; empty without such a column.
+    `splits` has the indices of each split; it is empty without such a column.
     """
 
     def __init__(self, path: str, decoder: Decoder) -> None:

@@ -126,6 +126,7 @@ def test_safetensors_header_is_that_of_the_package(tmp_path):
     dtypes += (torch.float16, torch.int16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.bool)
     tensors = {f"{kind}ä{n}": torch.arange(n).to(kind) for n in (0, 3) for kind in dtypes}
     tensors["scalar"] = torch.tensor(3.5)
+    tensors |= {"a": torch.arange(9.0), "z": torch.arange(2.0)}  # by name, not by shape
     metadata = {"format": "pt"}
     described = {name: (t.dtype, tuple(t.shape)) for name, t in reversed(tensors.items())}
     header, starts = formats.safetensors_header(described, metadata)
