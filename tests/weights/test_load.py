@@ -131,6 +131,8 @@ def test_checkpoints_as_people_save_them(create, state, tmp_path, kind, caplog):
     torch.save(SAVED[kind](state), tmp_path / "a.pth")
     assert_close(dict(create(tmp_path / "a.pth").state_dict()), state, rtol=0, atol=0)
     assert LOGGED.get(kind, "") in caplog.text
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert bool(warned) == (kind in ("timm train", "lightning", "classifier"))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod.module."])
