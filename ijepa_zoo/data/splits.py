@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ class Split:
 
     images: ImageDataset
     targets: Labels  # as those of `ImageDataset`, but never None
-    classes: Mapping[int, str] = field(default_factory=dict)  # names of the numbers, if known
-    name: str = "all"  # the dataset's name of this split
+    classes: Mapping[int, str]  # names of the numbers, if known
+    name: str  # the dataset's name of this split
     notes: tuple[str, ...] = ()  # for the user, such as images that were left out
 
     def subset(self, indices: Targets, name: str, notes: Sequence[str] = ()) -> Split:
