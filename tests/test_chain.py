@@ -11,10 +11,10 @@ from ijepa_zoo.cli import main
 
 CHANNELS = 12
 SMALL = [
-    "model.name=vit_nano8_64_ijepa", f"model.in_chans={CHANNELS}", "model.img_size=32",
+    "model.name=vit_nano8_64_ijepa", f"model.in_chans={CHANNELS}", "model.img_size=64",
     "model.embed_dim=24", "model.depth=4", "model.num_heads=2", "model.predictor_embed_dim=12",
     "model.predictor_depth=1", "data.mean=0.5", "data.std=0.25", "data.held_out=0",
-    "mask.group_size=4", "mask.min_keep=2", "optim.batch_size=8", "optim.duration=3 steps",
+    "mask.group_size=4", "mask.min_keep=4", "optim.batch_size=8", "optim.duration=3 steps",
     "optim.warmup=1 steps", "runtime.workers=0", "runtime.device=cpu",
 ]  # fmt: skip
 
@@ -40,7 +40,7 @@ def test_twelve_channels_from_pretraining_to_a_probe(images):
     assert main(["export", "run", "exported", "--network", "target_encoder"]) == 0
     model = ijepa_zoo.create_model("local-dir:exported")
     assert model.patch_embed.proj.weight.shape == (24, CHANNELS, 8, 8)
-    assert ijepa_zoo.create_transform(model).input_size == (CHANNELS, 32, 32)
+    assert ijepa_zoo.create_transform(model).input_size == (CHANNELS, 64, 64)
 
     options = ["--model", "local-dir:exported", "--device", "cpu", "--workers", "0"]
     assert main(["features", "data/train", *options, "--out", "features.npy"]) == 0

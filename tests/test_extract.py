@@ -313,7 +313,7 @@ def test_truncated_files_are_not_taken_for_finished(images, tmp_path, damaged):
     assert files(tmp_path) == before
 
 
-def test_files_of_somebody_else_are_refused(images, tmp_path):
+def test_files_that_are_not_of_a_run_are_refused(images, tmp_path):
     (tmp_path / "f.index.jsonl").write_text("mine")
     with pytest.raises(RunError, match=r"f\.index\.jsonl"):
         extract(images, tmp_path / "f.npy")

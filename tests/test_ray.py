@@ -42,7 +42,7 @@ def table(contents: list[bytes | None], **columns) -> pa.Table:
 
 
 def write_images(folder: Path, count: int, broken: int) -> list[Path]:
-    """Crops of the example photographs; every so many files are broken."""
+    """Crops of the example photos, some of them broken."""
     folder.mkdir()
     photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
     numbers = np.random.default_rng(0)

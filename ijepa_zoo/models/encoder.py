@@ -180,7 +180,7 @@ def _encode_layers(vit: Any, images: Tensor, layers: int = 1) -> list[Tensor]:
 
 def check_encoder(vit: Any) -> None:
     """Refuse a network that :func:`encode_visible` does not serve."""
-    own = ("_pos_embed", "forward_features")  # of a subclass with a forward path of its own
+    own = ("_pos_embed", "forward_features")  # overridden by other ViTs
     if getattr(vit, "rope", None) is not None:
         reason = "has rotary positions"
     elif not isinstance(vit, VisionTransformer) or any(

@@ -232,10 +232,8 @@ def create_ijepa(
     Raises:
         CheckpointError: The weights lack one of the three networks, or do not fit.
     """
-    if encoder_kwargs.get("features_only"):
-        raise SettingsError("create_ijepa makes whole networks: leave features_only out")
-    if "network" in encoder_kwargs:
-        raise SettingsError("create_ijepa makes all three networks: leave network out")
+    if encoder_kwargs.get("features_only") or "network" in encoder_kwargs:
+        raise SettingsError("create_ijepa makes all networks: leave features_only and network out")
     own: Mapping[str, Any] = {}
     if not (is_other := is_other_vit(name)):
         name, checkpoint, encoder_kwargs, own = _resolve_name(
@@ -248,26 +246,18 @@ def create_ijepa(
     objective |= {"target_layers": target_layers, "position_noise": position_noise}
     asked = dict(embed_dim=predictor_embed_dim, depth=predictor_depth, context=predictor_context)
     asked = {key: value for key, value in asked.items() if value is not None}
-    if not (pretrained or checkpoint is not None):
+    size = PREDICTORS.get(model, _DEFAULT_PREDICTOR)
+    if not pretrained and checkpoint is None:
         encoder = create_encoder(name, **encoder_kwargs)
         device = next(encoder.parameters()).device
-        predictor = _predictor(
-            encoder, {**PREDICTORS.get(model, _DEFAULT_PREDICTOR), **own, **asked}, device
-        )
-        return IJepa(encoder, predictor, **objective)
+        return IJepa(encoder, _predictor(encoder, {**size, **own, **asked}, device), **objective)
     networks = load.resolve(
         model,
         checkpoint=checkpoint,
         pretrained_cfg=tag or None,
         cache_dir=encoder_kwargs.get("cache_dir"),
     ).networks
-    absent = [network for network in registry.NETWORKS if network not in networks.states]
-    if absent:
-        complete = [c.name for c in registry.checkpoints() if len(c.networks) == 3]
-        raise CheckpointError(
-            f"{networks.origin} has no {' and no '.join(absent)}: create_ijepa needs all three "
-            f"networks, as {', '.join(complete)} have them"
-        )
+    _require_all(networks)
     source = {"checkpoint": checkpoint} if checkpoint is not None else {"pretrained": True}
     made = {
         network: _load(create_encoder(name, **encoder_kwargs), networks, network)
@@ -275,18 +265,31 @@ def create_ijepa(
         else create_model(name, network=network, **source, **copy.deepcopy(encoder_kwargs))
         for network in ("encoder", "target_encoder")
     }
-    size = {**PREDICTORS.get(model, _DEFAULT_PREDICTOR), **networks.predictor, **asked}
-    predictor = _predictor(made["encoder"], size, torch.device("meta"))
-    state = load.fit_predictor(
-        networks.states["predictor"](), predictor, networks.origin, networks.grid_size
-    )
-    device = next(made["encoder"].parameters()).device
-    load.assign(predictor, state, networks.origin, device)
+    predictor = _load_predictor(made["encoder"], {**size, **networks.predictor, **asked}, networks)
     return IJepa(made["encoder"], predictor, made["target_encoder"], **objective)
 
 
-def _predictor(encoder: Any, arguments: Mapping[str, Any], device: torch.device) -> Predictor:
-    sizes = dict(arguments)
+def _require_all(networks: Networks) -> None:
+    absent = [network for network in registry.NETWORKS if network not in networks.states]
+    if absent:
+        complete = [c.name for c in registry.checkpoints() if len(c.networks) == 3]
+        raise CheckpointError(
+            f"{networks.origin} has no {' and no '.join(absent)}: create_ijepa needs all three "
+            f"networks, as {', '.join(complete)} have them"
+        )
+
+
+def _load_predictor(encoder: Any, size: Mapping[str, Any], networks: Networks) -> Predictor:
+    predictor = _predictor(encoder, size, torch.device("meta"))
+    state = load.fit_predictor(
+        networks.states["predictor"](), predictor, networks.origin, networks.grid_size
+    )
+    load.assign(predictor, state, networks.origin, next(encoder.parameters()).device)
+    return predictor
+
+
+def _predictor(encoder: Any, size: Mapping[str, Any], device: torch.device) -> Predictor:
+    sizes = dict(size)
     return Predictor(
         tuple(encoder.patch_embed.grid_size),
         encoder.embed_dim,

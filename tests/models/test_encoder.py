@@ -8,6 +8,7 @@ import math
 import pickle
 
 import pytest
+import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -16,7 +17,12 @@ from torch.testing import assert_close
 
 import ijepa_zoo
 from ijepa_zoo.errors import SettingsError
-from ijepa_zoo.models.encoder import IJepaEncoder, sincos_positions
+from ijepa_zoo.models.encoder import (
+    IJepaEncoder,
+    as_encoder,
+    encode_visible,
+    sincos_positions,
+)
 from ijepa_zoo.weights import registry
 
 OFFICIAL = {  # names in golden/state_dicts.json
@@ -244,6 +250,47 @@ def test_keeping_all_patches_is_encoding_the_image(size, kwargs):
     everything = torch.arange(size // 4).repeat(2, 1)
     assert_close(model.encode(images, everything), model.encode(images))
     assert_close(model.encode(images), model.forward_features(images), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_kept_patches_of_a_vit_with_class_and_register_tokens():
+    vit = VisionTransformer(**SMALL, reg_tokens=2, pre_norm=True, num_classes=0).eval()
+    for parameter in vit.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    images, keep = draw(), torch.cat([KEEP, KEEP.flip(0)])  # two rows for each image
+    embedded, tokens = vit._pos_embed(vit.patch_embed(images)), encode_visible(vit, images, keep)
+    for row, indices in enumerate(keep):
+        x = embedded[row // 2][[0, 1, 2, *(3 + indices)]][None]
+        assert_close(tokens[row], vit.norm(vit.blocks(vit.norm_pre(x)))[0, 3:])
+    assert_close(encode_visible(vit, images), vit.forward_features(images)[:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "reason"),
+    [
+        ("eva02_tiny_patch14_224", {}, "rotary"),
+        ("resnet10t", {}, "VisionTransformer"),
+        ("vit_tiny_patch16_224", {"patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ("vit_tiny_patch16_224", {"pos_embed": "none"}, "positions"),
+    ],
+)
+def test_networks_that_cannot_encode_chosen_patches_are_refused(name, kwargs, reason):
+    with torch.device("meta"):
+        network = timm.create_model(name, **kwargs)
+    with pytest.raises(SettingsError, match=f"{name}.*{reason}"):
+        as_encoder(network)
+
+
+@torch.no_grad()
+def test_layers_of_a_vit_that_is_not_ijepas():
+    vit = as_encoder(VisionTransformer(**SMALL, num_classes=0).eval())
+    images = draw()
+    last = vit.encode_layers(images)
+    assert_close(last, [vit.encode(images)])
+    both = vit.encode_layers(images, 2)
+    assert_close(both[1:], last)
+    assert both[0].shape == (2, 16, 48)
+    assert not torch.allclose(*both)
 
 
 @pytest.mark.parametrize(
