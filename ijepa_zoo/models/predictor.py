@@ -196,7 +196,7 @@ class SharedBlock(Block):
     predictor, where the context is processed again with every target block.
     """
 
-    def forward(self, context: Tensor, masked: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(self, context: Tensor, masked: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """Update context ``[B, K, C]``, unless ``last``, and mask tokens ``[B, M, L, C]``."""
         blocks = masked.shape[1]
         own = _heads(self, self.attn.qkv(self.norm1(context)), 3)
