@@ -87,7 +87,7 @@ def test_any_step_of_a_run(here, stopped, capsys):
 
 @needs_onnx
 def test_name_to_onnx_served_by_the_example(here, capfd):
-    assert main(["export", NANO, "served", "--to", "onnx", "--layers", "last4"]) == 0
+    assert main(["export", NANO, "served", "--to", "onnx", "--layers", "last4", "--quiet"]) == 0
     out, err = capfd.readouterr()
     assert "features float32 ['batch', 512]" in out
     assert not err

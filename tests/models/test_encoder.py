@@ -278,8 +278,9 @@ def test_kept_patches_of_a_vit_with_class_and_register_tokens():
 def test_networks_that_cannot_encode_chosen_patches_are_refused(name, kwargs, reason):
     with torch.device("meta"):
         network = timm.create_model(name, **kwargs)
-    with pytest.raises(SettingsError, match=f"{name}.*{reason}"):
-        as_encoder(network)
+    for refuse in (as_encoder, lambda network: encode_visible(network, draw())):
+        with pytest.raises(SettingsError, match=f"{name}.*{reason}"):
+            refuse(network)
 
 
 @torch.no_grad()
