@@ -257,7 +257,13 @@ def create_ijepa(
         pretrained_cfg=tag or None,
         cache_dir=encoder_kwargs.get("cache_dir"),
     ).networks
-    _require_all(networks)
+    absent = [network for network in registry.NETWORKS if network not in networks.states]
+    if absent:
+        complete = [c.name for c in registry.checkpoints() if len(c.networks) == 3]
+        raise CheckpointError(
+            f"{networks.origin} has no {' and no '.join(absent)}: create_ijepa needs all three "
+            f"networks, as {', '.join(complete)} have them"
+        )
     source = {"checkpoint": checkpoint} if checkpoint is not None else {"pretrained": True}
     made = {
         network: _load(create_encoder(name, **encoder_kwargs), networks, network)
@@ -267,16 +273,6 @@ def create_ijepa(
     }
     predictor = _load_predictor(made["encoder"], {**size, **networks.predictor, **asked}, networks)
     return IJepa(made["encoder"], predictor, made["target_encoder"], **objective)
-
-
-def _require_all(networks: Networks) -> None:
-    absent = [network for network in registry.NETWORKS if network not in networks.states]
-    if absent:
-        complete = [c.name for c in registry.checkpoints() if len(c.networks) == 3]
-        raise CheckpointError(
-            f"{networks.origin} has no {' and no '.join(absent)}: create_ijepa needs all three "
-            f"networks, as {', '.join(complete)} have them"
-        )
 
 
 def _load_predictor(encoder: Any, size: Mapping[str, Any], networks: Networks) -> Predictor:
