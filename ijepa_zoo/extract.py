@@ -142,7 +142,7 @@ def extract_features(
 
     outputs = _outputs(Path(out), format, dtype, pool)
     return run_extraction(
-        *(inputs, model, make_encoder, outputs, write_rows),
+        *(inputs, model, make_encoder, outputs, _write_rows),
         batch_size=batch_size,
         device=device,
         workers=workers,
@@ -219,7 +219,7 @@ def extract_batches(
     settings: dict[str, Any],
     distributed: Distributed,
     *,
-    write: Writer,
+    write: Writer | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     is_cache: bool = False,
@@ -241,7 +241,7 @@ def extract_batches(
         show = progress and distributed.is_main
         extracted = _work(parts, images, batches, encoder, distributed, workers, show, title)
         if distributed.is_main:
-            merge(outputs, parts, images, encoder.row_shape, settings, write)
+            merge(outputs, parts, images, encoder.row_shape, settings, write or _write_rows)
     return extracted
 
 
@@ -348,7 +348,7 @@ def require_pyarrow() -> None:
         raise MissingPackageError("parquet needs pyarrow: pip install pyarrow")
 
 
-def write_rows(
+def _write_rows(
     file: BinaryIO,
     parts: Parts,
     outputs: Outputs,

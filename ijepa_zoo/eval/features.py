@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.datasets import Targets
 from ..encode import Batch, Encoder, fast_precision, hash_texts
 from ..errors import DataError, RunError, SettingsError
-from ..extract import extract_batches, write_rows
+from ..extract import extract_batches
 from ..parts import Outputs
 from .batches import OrderedBatches
 from .models import Subject
@@ -176,7 +176,6 @@ def cached_features(
     outputs = Outputs.beside(folder / "rows.npy", "rows", "npy")
     extracted = extract_batches(
         *(part.images, _Pixels(batches, mirrored), source, outputs, settings, probe.distributed),
-        write=write_rows,
         workers=probe.config.workers,
         is_cache=True,
         progress=probe.config.progress,
