@@ -92,7 +92,9 @@ def test_maps_of_rectangles_and_dynamic_sizes() -> None:
         ("vit_base_patch16_siglip_gap_224", "avg"),
     ],
 )
-def test_default_is_the_models_own_pooling(name: str, pool: str) -> None:
+def test_default_is_the_models_own_pooling(
+    name: str, pool: str, caplog: pytest.LogCaptureFixture
+) -> None:
     patch_size = {} if "patch16" in name else {"patch_size": 16}
     model = small(name, **patch_size)
     extractor = FeatureExtractor(model)
@@ -101,6 +103,9 @@ def test_default_is_the_models_own_pooling(name: str, pool: str) -> None:
     own = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
     torch.testing.assert_close(got, own)
     assert extractor.num_features == got.shape[1]
+    assert caplog.text == ""
+    model.reset_classifier(7)  # a classifier changes no feature
+    torch.testing.assert_close(FeatureExtractor(model)(IMAGES), own)
     if pool == "map":
         with pytest.raises(SettingsError, match="last block"):
             FeatureExtractor(model, [0])
