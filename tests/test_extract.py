@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from filelock import FileLock
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
@@ -476,6 +476,7 @@ def test_killed_workers_are_named(images, tmp_path, monkeypatch):
         extract(images, tmp_path / "f.npy", workers=1)
 
 
+@settings(deadline=None, max_examples=30)
 @given(images=st.integers(1, 2_000_000), batch_size=st.integers(1, 5000))
 def test_parts_have_every_image_once_and_stay_few(images, batch_size):
     parts = Parts(Path(), images, batch_size, 192)
