@@ -21,13 +21,14 @@ parser.add_argument("out", nargs="?", default="attention.png")
 parser.add_argument("--model", default="vit_nano8_64_ijepa")
 parser.add_argument("--size", type=int, default=192)
 parser.add_argument("--block", type=int, default=-1)
+parser.add_argument("--images", type=int, default=8, help="how many, from the first")
 parser.add_argument("--query", type=float, nargs=2, default=(0.5, 0.5), help="row, column in 0..1")
 args = parser.parse_args()
 
 set_fused_attn(False)  # fused attention never stores the weights; set it before building the model
 model = ijepa_zoo.create_model(args.model, img_size=args.size).eval()
 images = ijepa_zoo.open_images(args.folder)
-pictures = [images.read(index) for index in range(len(images))]
+pictures = [images.read(index) for index in range(min(args.images, len(images)))]
 normalize = ijepa_zoo.create_transform(model)
 crop = ijepa_zoo.create_transform(model, normalize=False)
 

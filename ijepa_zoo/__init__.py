@@ -1,29 +1,19 @@
 """I-JEPA for people who use it: encoders, weights, features. Importing registers the models."""
 
-from .data.sources import open_images
-from .data.transforms import create_transform
-from .errors import UserError
-from .extract import extract_features
-from .features import FeatureExtractor
-from .models.encoder import encode_visible
-from .models.factory import create_ijepa, create_model, list_models
-from .models.jepa import IJepa
-from .predictions import predict
-from .weights.export import export
+import sys
+from importlib import import_module
+from os.path import basename
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "FeatureExtractor",
-    "IJepa",
-    "UserError",
-    "create_ijepa",
-    "create_model",
-    "create_transform",
-    "encode_visible",
-    "export",
-    "extract_features",
-    "list_models",
-    "open_images",
-    "predict",
-]
+# The command `ijepa-zoo` imports torch and timm late: `--help` and errors of usage take no seconds.
+if TYPE_CHECKING or basename("".join(sys.argv[:1])) not in ("ijepa-zoo", "ijepa-zoo.exe"):
+    from .api import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        api = import_module(".api", __name__)
+        if name not in api.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(api, name)

@@ -86,8 +86,6 @@ def export_graph(
     Raises:
         RunError: If the file disagrees with the model, the model's own features are not finite or
             all zero, or ``folder`` exists; an existing folder is left as it was.
-        ImportError: If a package for ONNX is missing.
-        ValueError: If the options do not fit each other or the model.
     """
     folder = Path(folder)
     check_request(folder, to, dtype=dtype, quantize=quantize, overwrite=overwrite)
@@ -111,14 +109,13 @@ def export_graph(
         "file": FILES[to],
         "preprocessing": _preprocessing(model),
         **_description(model, license),
-        **(
-            {"classes": names}
-            if computed is None
-            else {"layers": graph.computed.layers, "pool": graph.computed.pool}
-        ),
         "precision": precision,
         "versions": {name: version(name) for name in packages},
     }
+    if computed is None:
+        record["classes"] = names
+    else:
+        record |= {"layers": graph.computed.layers, "pool": graph.computed.pool}
     expected = _expected(reference)
     with (
         progress_bar(progress, 3, "export", "step") as bar,
@@ -137,13 +134,7 @@ def export_graph(
 def check_request(
     folder: str | Path, to: str, *, dtype: str, quantize: str | None, overwrite: bool
 ) -> None:
-    """Refuse what `export_graph` would, before weights are downloaded.
-
-    Raises:
-        ValueError: If the options do not fit each other.
-        RunError: If ``folder`` cannot be written.
-        ImportError: If a package for ONNX is missing.
-    """
+    """Refuse what `export_graph` would, before weights are downloaded."""
     for name, value, known in (
         ("to", to, FILES),
         ("dtype", dtype, DTYPES),
@@ -152,15 +143,9 @@ def check_request(
         if value not in known:
             raise SettingsError(f"{name} is {value!r}; use one of {', '.join(map(str, known))}")
     if to == "onnx" and dtype == "bfloat16":
-        raise SettingsError(
-            "onnxruntime has no bfloat16 convolution on CPUs: use dtype float16 or quantize int8, "
-            "or torch-export"
-        )
+        raise SettingsError("onnxruntime has no bfloat16 convolution on CPUs: use dtype float16")
     if quantize and (to, dtype) != ("onnx", "float32"):
-        raise SettingsError(
-            f"quantize={quantize!r} needs onnx and dtype float32, got {to} and {dtype}; use dtype "
-            "bfloat16 for a fast torch-export"
-        )
+        raise SettingsError(f"quantize={quantize!r} needs onnx and dtype float32: leave it out")
     check_destination(Path(folder), WRITTEN, overwrite)
     if to == "onnx":
         try:
@@ -232,7 +217,6 @@ def _accept_other_sizes(model: Any) -> tuple[int, int]:
 
 def _trace(graph: _Graph) -> ExportedProgram:
     height, width = graph.size
-    # torch 2.6 does not trace class tokens for a batch size without an upper bound
     dynamic: dict[int, Any] = {0: Dim("batch", min=1, max=2**31 - 1)}
     if graph.patch_size is not None:
         patch_height, patch_width = graph.patch_size
@@ -265,7 +249,6 @@ def _write(
         input_names=["images"],
         output_names=[output],
         dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
-        optimize=True,  # folds the transposes of weights, which int8 needs; default since torch 2.7
         verbose=False,
     )
     assert onnx_program is not None  # only torch's older exporter returns None
@@ -347,7 +330,7 @@ def _check(
 
 
 def _shapes(graph: _Graph, features: Tensor) -> dict[str, Any]:
-    """Input and output of the graph; a name stands for a size that is free."""
+    """Input and output of the graph; free sizes have names."""
     size: list[Any] = list(graph.size)
     maps: list[Any] = list(features.shape[2:])
     multiple = {}
@@ -393,12 +376,12 @@ def _description(model: nn.Module, license: str | None) -> dict[str, Any]:
     weights = getattr(model, "weights_origin", "not from a checkpoint")
     network = getattr(model, "weights_network", "").replace("_", " ")
     known = f"{network} of " if weights.startswith(f"{network} of ") else ""
-    place = weights.removeprefix(known)
-    if Path(place).is_absolute():  # no folders of this machine in what is served
-        place = Path(place).name
+    source = weights.removeprefix(known)
+    if Path(source).is_absolute():  # no folders of this machine in what is served
+        source = Path(source).name
     return {
         "model": model_name(model),
-        "weights": f"{known}{place}",
+        "weights": f"{known}{source}",
         "weights_hash": weights_fingerprint(model),
         "license": license or cfg.get("license"),
     }

@@ -24,6 +24,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "bfloat16-weights")
 Batch = tuple[Tensor, list[str | None]]
 
+_PACKAGES = ("torch", "timm", "pillow")
 _TOKENS = 512  # that one CPU thread works on at a time; more is hardly faster
 _GPU_TOKENS = 65_536  # of a batch that fills a GPU
 _BATCH = 32  # images, elsewhere and at least
@@ -36,13 +37,9 @@ class Encoder:
     batch is computed by one thread, and several pieces at a time: the features are the same to the
     last bit for any number of threads.
 
-    Args are those of :func:`ijepa_zoo.extract_features`, and:
-        host: False leaves the features on the device.
-        extractor: Computes something else of the model, see `ijepa_zoo.predictions`.
-
-    Attributes:
-        settings: Everything that decides the numbers.
-        size: Height and width of the images.
+    Arguments are those of :func:`ijepa_zoo.extract_features`; `extractor` computes something else
+    of the model, see `ijepa_zoo.predictions`, and without `host` results stay on the device.
+    `settings` are everything that decides the numbers.
     """
 
     def __init__(
@@ -85,9 +82,7 @@ class Encoder:
             "precision": precision,
             "device": self.device.type,
             "images_at_once": self.piece,
-            "versions": ", ".join(
-                f"{name} {version(name)}" for name in ("torch", "timm", "pillow")
-            ),
+            "versions": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         }
         if precision == "bfloat16-weights":
             extractor = copy.deepcopy(extractor).to(torch.bfloat16)
@@ -111,16 +106,10 @@ class Encoder:
         return shape
 
     def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-        """Encode batches; several are in flight, and results are yielded in order.
+        """Features of the good images of each batch, and its reasons; several are in flight.
 
-        The model is in evaluation mode until the generator is exhausted.
-
-        Args:
-            batches: uint8 `[B, C, H, W]`, and for each image None or the reason why its slot is to
-                be left out; further slots are padding.
-
-        Yields:
-            Features of the good images, and the reasons.
+        Batches are uint8 `[B, C, H, W]`, and for each image None or the reason why its slot is left
+        out; further slots are padding. The model is in evaluation mode until the end.
         """
         waiting: deque[tuple[list[Future[Tensor]], list[str | None]]] = deque()
         before = torch.get_num_threads()

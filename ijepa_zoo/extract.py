@@ -11,20 +11,17 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import nn
 
 from .data.datasets import ImageDataset
 from .data.decode import MAX_PIXELS, Decoder
@@ -35,15 +32,12 @@ from .distributed import Distributed, init_distributed
 from .encode import DTYPES, Batch, Encoder, hash_texts
 from .errors import ImageError, MissingPackageError, RunError, SettingsError
 from .features import Layers
+from .parts import Outputs, Parts, Writer, lock_outputs, merge
 from .progress import progress_bar
 from .weights.formats import safetensors_header
 
 FORMATS = {".safetensors": "safetensors", ".npy": "npy", ".parquet": "parquet"}
-_MOST_PARTS = 4096
-_IMAGES = {"inputs", "paths"}  # settings that are hashes of the list of images
 _WEEK = 604_800.0  # seconds; ranks wait for the slowest one
-# File, parts, all outputs, shape of the rows, settings.
-Writer: TypeAlias = "Callable[[BinaryIO, Parts, Outputs, tuple[int, ...], dict[str, Any]], None]"
 
 
 @dataclass(frozen=True)
@@ -139,12 +133,14 @@ def extract_features(
     """
     if min(1 if batch_size is None else batch_size, threads or 1) < 1 or (workers or 0) < 0:
         raise SettingsError("batch_size and threads must be at least 1, workers at least 0")
-    outputs = _outputs(Path(out), format, dtype, pool)
 
     def make_encoder(device: torch.device) -> Encoder:
-        computed: dict[str, Any] = {"layers": layers, "pool": pool, "dtype": dtype}
-        return Encoder(model, **computed, precision=precision, device=device, threads=threads)
+        return Encoder(
+            model, layers=layers, pool=pool, dtype=dtype, precision=precision, device=device,
+            threads=threads,
+        )  # fmt: skip
 
+    outputs = _outputs(Path(out), format, dtype, pool)
     return run_extraction(
         *(inputs, model, make_encoder, outputs, _write_rows),
         batch_size=batch_size,
@@ -176,24 +172,7 @@ def run_extraction(
     overwrite: bool = False,
     progress: bool = False,
 ) -> ExtractionReport | None:
-    """Turn images into one file, resumable; the engine of features and predictions.
-
-    Args:
-        inputs: See :func:`extract_features`, as the options.
-        model: The model whose transform is applied.
-        make_encoder: Makes what turns pixels into rows, on a device.
-        outputs: The files to write.
-        write: Writes the file of all rows.
-        device: See :func:`extract_features`.
-        batch_size: See there.
-        workers: See there.
-        strict: See there.
-        value_range: See there.
-        bands: See there.
-        max_pixels: See there.
-        overwrite: See there.
-        progress: See there.
-    """
+    """The engine of features and predictions; options are those of `extract_features`."""
     with init_distributed(device, timeout=_WEEK) as distributed:
         encoder = make_encoder(distributed.device)
         decoder = Decoder(encoder.in_chans, value_range, bands, max_pixels)
@@ -225,22 +204,11 @@ def run_extraction(
 
 @dataclass(frozen=True)
 class Extracted:
-    """What one session of a run did.
-
-    Attributes:
-        already_done: Whether a finished run with the same settings was found.
-        computed: Images of this session, of all processes.
-        seconds: Time that they took.
-    """
+    """Images that this session computed, of all processes, and the seconds that it took."""
 
     already_done: bool
     computed: int = 0
     seconds: float = 0.0
-
-    @property
-    def images_per_second(self) -> float:
-        """Rate of all processes; 0 if nothing was left to do."""
-        return self.computed / self.seconds if self.computed else 0.0
 
 
 def extract_batches(
@@ -260,33 +228,20 @@ def extract_batches(
 ) -> Extracted:
     """Turn batches of images into files, resumable; every process must call this.
 
-    Args:
-        images: The images.
-        batches: Gives a `Batch` by its number, and has `batch_size` and `strict`; see
-            `ImageBatches`.
-        encoder: Has `row_shape`, `dtype`, `device` and `encode`; see `Encoder`.
-        outputs: The files to write.
-        settings: Everything that decides the numbers, plain values.
-        distributed: The processes.
-        write: Writes the file of all rows; default: in the format of `outputs`.
-        workers: Processes that decode images.
-        overwrite: Replace finished files, and parts made with other settings.
-        is_cache: Replace files that are damaged or of other settings; a size above 1 GB is told.
-        progress: Show progress.
-        title: What the progress bar calls it.
+    `batches` gives a `Batch` by its number, see `ImageBatches`; `encoder` turns them into rows, see
+    `Encoder`; `settings` are everything that decides the numbers, plain values. With `is_cache`,
+    files that are damaged or of other settings are replaced.
     """
     settings = json.loads(json.dumps(settings))  # as they are read back
-    with _lock_outputs(outputs, settings, overwrite, is_cache, distributed) as finished:
+    with lock_outputs(outputs, settings, overwrite, is_cache, distributed) as finished:
         if finished:
             return Extracted(already_done=True)
         row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
         parts = Parts(outputs.parts, len(images), batches.batch_size, row_bytes)
         show = progress and distributed.is_main
-        if show and is_cache and (size := parts.images * row_bytes / 1e9) >= 1:
-            print(f"{title}: {size:.3g} GB in {outputs.features.parent}", file=sys.stderr)
         extracted = _work(parts, images, batches, encoder, distributed, workers, show, title)
         if distributed.is_main:
-            _merge(outputs, parts, images, encoder.row_shape, settings, write or _write_rows)
+            merge(outputs, parts, images, encoder.row_shape, settings, write or _write_rows)
     return extracted
 
 
@@ -339,12 +294,6 @@ class ImageBatches:
 
     Slots of broken images and those past the last image hold zeros: an image is in the same slot
     of the same shape whatever its neighbors are, so its features are the same to the last bit.
-
-    Args:
-        images: What to decode.
-        model: The model whose transform is applied.
-        batch_size: Slots of a batch.
-        strict: Raise at an image that cannot be decoded.
     """
 
     def __init__(
@@ -355,12 +304,7 @@ class ImageBatches:
         self.shape = transform_config(model)["input_size"]
 
     def __getitem__(self, batch: int) -> Batch:
-        """Decode one batch.
-
-        Returns:
-            Images, uint8 `[batch_size, C, H, W]`, and for each image of the batch None or the
-            reason why it could not be decoded.
-        """
+        """Images, uint8 `[batch_size, C, H, W]`; for each, None or why it cannot be decoded."""
         pixels = torch.zeros(self.batch_size, *self.shape, dtype=torch.uint8)
         first = batch * self.batch_size
         errors: list[str | None] = []
@@ -375,51 +319,6 @@ class ImageBatches:
                     raise RunError(f"{name!r}: {error} (strict: stopped here)") from None
             errors.append(error)
         return pixels, errors
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """The files of a run.
-
-    Attributes:
-        features: The features, in the order of the input.
-        index: One JSON line per input file: its row, or why it has none.
-        record: Settings, counts and file sizes of the finished run; written last.
-        parts: Folder of the unfinished run.
-        format: One of the values of `FORMATS`.
-    """
-
-    features: Path
-    index: Path
-    record: Path
-    parts: Path
-    format: str
-
-    @classmethod
-    def beside(cls, path: Path, stem: str, format: str) -> Outputs:
-        """The files of a run whose features are `path`."""
-        index, record = path.with_name(f"{stem}.index.jsonl"), path.with_name(f"{stem}.run.json")
-        return cls(path, index, record, path.with_name(f"{path.name}.parts"), format)
-
-    def own(self, path: str) -> bool:
-        """Whether a run wrote this file; without the traces of a run, a file is the user's."""
-        folder, name = os.path.split(os.path.abspath(path))
-        if name in (self.features.name, self.index.name, self.record.name):
-            traces = self.record.exists() or self.parts.exists()
-            return traces and folder == os.path.abspath(self.features.parent)
-        inside = os.path.basename(folder) == self.parts.name
-        return inside and folder == os.path.abspath(self.parts)
-
-    def refuse_inputs(self, images: ImageDataset) -> None:
-        """Refuse to write over a file that is read."""
-        written = {os.path.abspath(path) for path in (self.features, self.index, self.record)}
-        for path in images.files():
-            if os.path.abspath(path) in written:
-                raise SettingsError(f"'{path}' is an input and an output: choose another output")
-
-    def sizes(self) -> list[int]:
-        """Bytes of the features and of the index."""
-        return [path.stat().st_size for path in (self.features, self.index)]
 
 
 def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> Outputs:
@@ -438,255 +337,15 @@ def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> Ou
         raise SettingsError(f"{chosen} cannot hold bfloat16; use safetensors or float16")
     if chosen == "parquet" and pool is None:
         raise SettingsError("parquet holds one vector per image; use safetensors or npy for maps")
-    if chosen == "parquet" and find_spec("pyarrow") is None:
-        raise MissingPackageError("parquet needs pyarrow: pip install pyarrow")
+    if chosen == "parquet":
+        require_pyarrow()
     return Outputs.beside(path, path.stem if by_suffix else path.name, chosen)
 
 
-@contextmanager
-def _lock_outputs(
-    outputs: Outputs,
-    settings: dict[str, Any],
-    overwrite: bool,
-    is_cache: bool,
-    distributed: Distributed,
-) -> Iterator[bool]:
-    """Lock and prepare the outputs, as rank 0; yields whether such a run is finished already.
-
-    Raises:
-        RunError: Other results are in the way, or another process is at work; on every rank.
-    """
-    with ExitStack() as stack:
-        refusal, finished = None, False
-        if distributed.is_main:
-            try:
-                finished = not overwrite and _is_finished(outputs, settings, is_cache)
-                if not finished:
-                    outputs.parts.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(FileLock(outputs.parts / "lock", timeout=0))
-                    _prepare(outputs, settings, overwrite or is_cache)
-            except Timeout:
-                refusal = (
-                    f"another process is writing '{outputs.features}' now: wait for it, or choose "
-                    "another output"
-                )
-            except RunError as error:
-                refusal = str(error)
-        refusal, finished, first = distributed.broadcast_object((refusal, finished, settings))
-        if refusal is not None:
-            raise RunError(refusal)
-        if first != settings:
-            different = _differences(first, settings)
-            raise RunError(f"rank {distributed.rank} differs from rank 0: {different}")
-        yield finished
-        if distributed.is_main:
-            _remove_parts(outputs)
-
-
-def _is_finished(outputs: Outputs, settings: dict[str, Any], is_cache: bool) -> bool:
-    """Whether the files are those of such a run; other files are refused, unless `is_cache`."""
-    files = (outputs.features, outputs.index, outputs.record)
-    found = [path for path in files if path.exists()]
-    resumes = not outputs.record.exists() and (outputs.parts / "settings.json").exists()
-    if not found or resumes:
-        return False
-    record = _read(outputs.record)
-    before = record.get("settings", {})
-    if before != settings:
-        why = f"was made with other settings ({_differences(before, settings)})"
-    elif len(found) < len(files) or outputs.sizes() != record.get("bytes", outputs.sizes()):
-        why = "is from a run whose files have been changed or removed since"
-    else:
-        return True
-    if is_cache:
-        return False
-    if not before:
-        why = "is not from a finished run"
-    raise RunError(
-        f"'{found[0]}' {why}: choose another output, or --overwrite (overwrite=True) to replace it"
-    )
-
-
-def _prepare(outputs: Outputs, settings: dict[str, Any], overwrite: bool) -> None:
-    """Keep the parts of a run with these settings, or start a new one."""
-    before = _read(outputs.parts / "settings.json")
-    if before != settings:
-        has_parts = any(outputs.parts.glob("[0-9]*.json"))
-        if before and has_parts and not overwrite:
-            raise RunError(
-                f"'{outputs.parts}' holds an unfinished run with other settings "
-                f"({_differences(before, settings)}): use those settings to resume it, or "
-                "--overwrite (overwrite=True) to start over"
-            )
-        _remove_part_files(outputs)
-        with whole_file(outputs.parts / "settings.json") as file:
-            file.write(json.dumps(settings).encode())
-    outputs.record.unlink(missing_ok=True)  # from here on the old files are no finished run
-
-
-def _remove_part_files(outputs: Outputs) -> None:
-    for pattern in ("[0-9]*.rows*", "[0-9]*.json*", "merged.tmp"):
-        for file in outputs.parts.glob(pattern):
-            file.unlink(missing_ok=True)
-
-
-def _remove_parts(outputs: Outputs) -> None:
-    """Remove the parts of a finished run, then the settings that say whose they are."""
-    _remove_part_files(outputs)
-    for pattern in ("settings.json*", "*lock"):
-        for file in outputs.parts.glob(pattern):
-            file.unlink(missing_ok=True)
-    with suppress(OSError):  # it does not exist, or a new run has just opened its lock in it
-        outputs.parts.rmdir()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """JSON object in a file; empty where there is none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    shown = [key for key in changed if key not in _IMAGES]
-    texts = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in shown]
-    return "; ".join(texts + ["other images"] * (len(shown) < len(changed)))
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Fixed ranges of a run's batches, each written as two files when it is complete.
-
-    `000007.rows` holds the features of the good images, C order, little-endian; `000007.json`,
-    renamed into place after it, null or a reason for each image.
-
-    Attributes:
-        folder: Their folder.
-        images: Images of the whole run.
-        batch_size: Images per batch.
-        row_bytes: Bytes of the features of one image.
-    """
-
-    folder: Path
-    images: int
-    batch_size: int
-    row_bytes: int
-
-    @property
-    def batches_each(self) -> int:
-        """Batches per part: one, or more where there would be too many files."""
-        batches = -(-self.images // self.batch_size)
-        return -(-batches // _MOST_PARTS)
-
-    @property
-    def images_each(self) -> int:
-        """Images per part; the last part may hold fewer."""
-        return self.batches_each * self.batch_size
-
-    def __len__(self) -> int:
-        return -(-self.images // self.images_each)
-
-    def size(self, part: int) -> int:
-        """Images of a part."""
-        return min(self.images, (part + 1) * self.images_each) - part * self.images_each
-
-    def batches(self, part: int) -> range:
-        """Batch numbers of a part."""
-        first = part * self.batches_each
-        return range(first, first + -(-self.size(part) // self.batch_size))
-
-    def complete(self) -> set[int]:
-        """Numbers of the complete parts whose two files agree; others are computed again."""
-        return {part for part in range(len(self)) if self._is_complete(part)}
-
-    def _is_complete(self, part: int) -> bool:
-        try:
-            errors, size = self.errors(part), self.rows_file(part).stat().st_size
-        except (ValueError, FileNotFoundError):
-            return False
-        return len(errors) == self.size(part) and size == errors.count(None) * self.row_bytes
-
-    def write(self, part: int, rows: Sequence[Tensor], errors: Sequence[str | None]) -> None:
-        """Write a complete part; a half-written one is never taken for complete."""
-        with whole_file(self.rows_file(part)) as file:
-            for row in rows:
-                file.write(row.contiguous().view(torch.uint8).numpy().tobytes())
-        with whole_file(self._errors_file(part)) as file:
-            file.write(json.dumps(errors).encode())
-
-    def errors(self, part: int) -> list[str | None]:
-        """For each image of a part, None or why it has no row."""
-        errors: list[str | None] = json.loads(self._errors_file(part).read_bytes())
-        return errors
-
-    def rows_file(self, part: int) -> Path:
-        """File of the features of a part."""
-        return self.folder / f"{part:06}.rows"
-
-    def _errors_file(self, part: int) -> Path:
-        return self.folder / f"{part:06}.json"
-
-
-@contextmanager
-def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
-    """Write a file that appears under its name when it is complete and on disk, or not at all."""
-    temporary = temporary or path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _merge(
-    outputs: Outputs,
-    parts: Parts,
-    images: ImageDataset,
-    row_shape: tuple[int, ...],
-    settings: dict[str, Any],
-    write: Writer,
-) -> None:
-    """Join the parts into the final files; each appears when it is complete, the record last."""
-    counts = {"rows": 0, "failed": 0, "skipped": 0}
-    temporary = outputs.parts / "merged.tmp"
-    with whole_file(outputs.index, temporary) as file:
-        for line in _index_lines(images, parts):
-            kind = "failed" if "error" in line else "skipped" if "skipped" in line else "rows"
-            counts[kind] += 1
-            file.write(json.dumps(line).encode() + b"\n")
-    shape, dtype = (counts["rows"], *row_shape), settings["dtype"]
-    with whole_file(outputs.features, temporary) as file:
-        write(file, parts, outputs, shape, settings)
-    about = {"shape": list(shape), "dtype": dtype, "bytes": outputs.sizes(), "settings": settings}
-    with whole_file(outputs.record, temporary) as file:
-        file.write(json.dumps({**counts, **about}, indent=1).encode() + b"\n")
-
-
-def _index_lines(images: ImageDataset, parts: Parts) -> Iterator[dict[str, Any]]:
-    """The index of a run whose parts are complete, in the order of the input.
-
-    Yields:
-        `{"row": 17, "path": ..., "label": ...}` for a row, `row` None and `error` for an image
-        without one, `row` None and `skipped` for a file that is not an image by its name.
-    """
-    reasons = (error for part in range(len(parts)) for error in parts.errors(part))
-    skipped = deque(images.skipped)
-    row = 0
-    for index in range(len(images) + 1):
-        while skipped and skipped[0][0] == index:
-            _, path, why = skipped.popleft()
-            yield {"row": None, "path": path, "label": None, "skipped": why}
-        if index == len(images):
-            return
-        about = {"path": images.name(index), "label": images.label(index)}
-        if (reason := next(reasons)) is not None:
-            yield {"row": None, **about, "error": reason}
-        else:
-            yield {"row": row, **about}
-            row += 1
+def require_pyarrow() -> None:
+    """Raise MissingPackageError if pyarrow is not installed."""
+    if find_spec("pyarrow") is None:
+        raise MissingPackageError("parquet needs pyarrow: pip install pyarrow")
 
 
 def _write_rows(
@@ -699,18 +358,18 @@ def _write_rows(
     """The features in one of `FORMATS`."""
     dtype = settings["dtype"]
     if outputs.format == "parquet":
-        return _write_parquet(file, parts, outputs.index, shape, dtype)
+        _write_parquet(file, parts, outputs.index, shape, dtype)
+        return
     file.write(_header(outputs.format, shape, dtype, settings))
     for part in range(len(parts)):
         with parts.rows_file(part).open("rb") as rows:
             shutil.copyfileobj(rows, file, 1 << 20)
-    return None
 
 
 def _header(format: str, shape: tuple[int, ...], dtype: str, settings: dict[str, Any]) -> bytes:
     if format == "safetensors":
         metadata = {
-            key: str(_utf8(value)) if isinstance(value, str) else json.dumps(value)
+            key: str(utf8(value)) if isinstance(value, str) else json.dumps(value)
             for key, value in settings.items()
         }
         return safetensors_header({"features": (DTYPES[dtype], shape)}, metadata)[0]
@@ -737,25 +396,16 @@ def _write_parquet(
             named = [next(rows) for _ in range(len(values) // width)]
             if named:
                 columns = [
-                    pa.array([_utf8(line["path"]) for line in named], pa.string()),
-                    pa.array([_utf8(line["label"]) for line in named], pa.string()),
+                    pa.array([utf8(line["path"]) for line in named], pa.string()),
+                    pa.array([utf8(line["label"]) for line in named], pa.string()),
                     pa.FixedSizeListArray.from_arrays(pa.array(values), width),
                 ]
                 writer.write_table(pa.table(columns, schema=schema))
 
 
-def _utf8(text: str | None) -> str | None:
+def utf8(text: str | None) -> str | None:
     r"""Parquet and safetensors hold UTF-8 only: other bytes of a name become `\udcXX`."""
     return text and text.encode("utf-8", "backslashreplace").decode()
-
-
-def failures(outputs: Outputs) -> dict[int, tuple[str, str]]:
-    """Path and reason of each image without a row, by its index, of a finished run."""
-    if not json.loads(outputs.record.read_bytes())["failed"]:
-        return {}
-    with outputs.index.open("rb") as file:
-        lines = [line for line in map(json.loads, file) if "skipped" not in line]
-    return {i: (line["path"], line["error"]) for i, line in enumerate(lines) if "error" in line}
 
 
 def _report(outputs: Outputs, extracted: Extracted) -> ExtractionReport:
@@ -766,9 +416,9 @@ def _report(outputs: Outputs, extracted: Extracted) -> ExtractionReport:
         record=outputs.record,
         shape=tuple(record["shape"]),
         dtype=record["dtype"],
-        failed=[*failures(outputs).values()],
+        failed=[*outputs.failures().values()],
         skipped=record["skipped"],
-        images_per_second=extracted.images_per_second,
+        images_per_second=extracted.computed / max(extracted.seconds, 1e-9),
         already_done=extracted.already_done,
         settings=record["settings"],
     )

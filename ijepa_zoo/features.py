@@ -50,10 +50,6 @@ class FeatureExtractor(nn.Module):
         layers: The chosen block indices, ascending; [-1] without blocks.
         pool: The pooling, never 'auto'.
         num_features: Width of the features.
-
-    Raises:
-        SettingsError: The model cannot give such features, a block index is out of range or given
-            twice, or `pool` is unknown.
     """
 
     model: Any  # timm models are untyped
@@ -228,7 +224,6 @@ def _is_channels_last(model: Any) -> bool:
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    # torch.promote_types would not load with torch.export of torch 2.6
     return tensor.dtype if tensor.dtype.itemsize > 4 else torch.float32
 
 

@@ -10,7 +10,6 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .encode import Encoder, class_names, is_multi_label
-from .errors import MissingPackageError, SettingsError
-from .extract import ExtractionReport, Outputs, Parts, run_extraction
+from .errors import SettingsError
+from .extract import ExtractionReport, require_pyarrow, run_extraction, utf8
 from .features import FeatureExtractor
 from .models.classifier import Classifier
+from .parts import Outputs, Parts
 
 TABLES = {".csv": "csv", ".parquet": "parquet"}
 _MILLI = 1000  # units of a map of one channel, such as meters, in a 16-bit PNG
@@ -60,11 +60,6 @@ def predict(
 
     Returns:
         What was done; None on ranks other than 0.
-
-    Raises:
-        SettingsError: The model has no classifier, or an argument is out of range.
-        DataError: An input does not exist or there are no images.
-        RunError: See :func:`ijepa_zoo.extract_features`.
     """
     names = class_names(model)
     if names is None:
@@ -76,12 +71,12 @@ def predict(
     is_dense = isinstance(model, Classifier) and model.is_dense
     if not is_dense and not 1 <= topk <= len(names):
         raise SettingsError(f"topk is {topk}: the model has {len(names)} classes")
-    computed = _Maps(model) if is_dense else _TopK(model, topk)
     outputs = _map_outputs(path) if is_dense else _table_outputs(path)
+    predictions = Predictions(model, topk)
 
     def make_encoder(device: torch.device) -> Encoder:
         encoder = Encoder(
-            model, precision=precision, device=device, threads=threads, extractor=computed
+            model, precision=precision, device=device, threads=threads, extractor=predictions
         )
         encoder.settings |= {"classes": names, "topk": topk}
         return encoder
@@ -90,70 +85,47 @@ def predict(
     return run_extraction(inputs, model, make_encoder, outputs, write, **options)
 
 
-class _Predictions(nn.Module):
-    """Something that an `Encoder` computes of a classifier."""
+class Predictions(nn.Module):
+    """What an `Encoder` computes of a classifier.
 
-    def __init__(self, model: Any) -> None:
+    Probabilities of all classes `[B, classes]`; with `topk`, those of the likeliest and their
+    numbers `[B, 2 topk]`. Of a dense head: class numbers, or values of the only channel times
+    1000, `[B, H, W]`.
+    """
+
+    def __init__(self, model: Any, topk: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.topk = model, topk
         is_ours = isinstance(model, Classifier)
+        self.is_dense = is_ours and model.is_dense
         features = model.extractor if is_ours else FeatureExtractor(model)
         self.layers, self.pool, self.grid = features.layers, features.pool, features.grid
 
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Of each class, `[B, classes]`."""
+    def row_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of the predictions of one image of `size` pixels."""
+        if self.is_dense:
+            return size
+        return (2 * self.topk if self.topk else self.model.num_classes,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
         logits: Tensor = self.model(images).float()
-        return logits.sigmoid() if is_multi_label(self.model) else logits.softmax(dim=1)
-
-
-class _TopK(_Predictions):
-    """Probabilities and numbers of the likeliest classes, `[B, 2 k]`."""
-
-    def __init__(self, model: Any, topk: int) -> None:
-        super().__init__(model)
-        self.topk = topk
-
-    def row_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Shape of a row."""
-        return (2 * self.topk,)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        best = self.probabilities(images).topk(self.topk)
+        if self.is_dense:
+            one = logits.shape[1] == 1
+            return logits[:, 0] * _MILLI if one else logits.argmax(dim=1).float()
+        found = logits.sigmoid() if is_multi_label(self.model) else logits.softmax(dim=1)
+        if self.topk is None:
+            return found
+        best = found.topk(self.topk)
         return torch.cat([best.values, best.indices.float()], dim=1)
-
-
-class Probabilities(_Predictions):
-    """Probabilities of all classes, `[B, classes]`."""
-
-    def row_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Shape of a row."""
-        return (self.model.num_classes,)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        return self.probabilities(images)
-
-
-class _Maps(_Predictions):
-    """Class numbers of a dense head, or the values of its only channel, `[B, H, W]`."""
-
-    def row_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Shape of a row."""
-        return size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
-        maps = self.model(images).float()
-        return maps[:, 0] * _MILLI if maps.shape[1] == 1 else maps.argmax(dim=1).float()
 
 
 def _table_outputs(path: Path) -> Outputs:
     format = TABLES.get(path.suffix.lower())
     if format is None or path.is_dir():
         raise SettingsError(f"'{path}' is not the name of a table: end it in {', '.join(TABLES)}")
-    if format == "parquet" and find_spec("pyarrow") is None:
-        raise MissingPackageError("parquet needs pyarrow: pip install pyarrow")
+    if format == "parquet":
+        require_pyarrow()
     return Outputs.beside(path, path.stem, format)
 
 
@@ -211,13 +183,8 @@ def _write_parquet(file: BinaryIO, columns: list[str], lines: Iterator[list[Any]
     schema = pa.schema(list(zip(columns, kinds)))
     with parquet.ParquetWriter(file, schema) as writer:
         while group := [line for _, line in zip(range(65_536), lines)]:
-            values = ([_utf8(value) for value in column] for column in zip(*group))
+            values = ([utf8(v) if isinstance(v, str) else v for v in c] for c in zip(*group))
             writer.write_table(pa.table([*map(pa.array, values, kinds)], schema=schema))
-
-
-def _utf8(value: Any) -> Any:
-    """Parquet holds UTF-8 only: other bytes of a name are escaped."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _write_maps(

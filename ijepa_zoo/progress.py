@@ -28,15 +28,7 @@ class _Lines:
 def progress_bar(
     show: bool, total: int, description: str, unit: str = "image", initial: int = 0
 ) -> Any:
-    """tqdm's bar with rate and time left; where standard error is not a terminal, lines.
-
-    Args:
-        show: False for neither.
-        total: What is to be done, in units.
-        description: What the bar calls it.
-        unit: The unit.
-        initial: What was done before.
-    """
+    """tqdm's bar with rate and time left; where standard error is not a terminal, lines."""
     if not show or sys.stderr.isatty():
         return tqdm(
             total=total, initial=initial, desc=description, unit=unit, smoothing=0.05,

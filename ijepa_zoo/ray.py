@@ -24,7 +24,7 @@ from .encode import Encoder, class_names
 from .errors import DataError, ImageError, MissingPackageError, RunError, SettingsError
 from .features import Layers
 from .models.factory import create_model
-from .predictions import Probabilities
+from .predictions import Predictions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,22 +43,15 @@ def decode_images(
     decoder: Decoder | None = None,
     column: str | None = None,
 ) -> pa.Table:
-    """Decode and transform image files.
+    """Decode and transform image files, `pixels` uint8 `[C, H, W]` and `error` instead of them.
 
     Args:
         batch: Rows with the bytes of an image file, or with a struct of `bytes` and `path`, as in
             Parquet files of the Hugging Face Hub.
         transform: Of the model, `create_transform(model, normalize=False)`.
         decoder: Default: that of the transform.
-        column: Holds the files. Default: the first that is not null of `bytes`, `image`, and
-            columns named like an image suffix (`jpg`, `png`), as WebDataset samples have them.
-
-    Returns:
-        The other columns, `pixels`, uint8 `[C, H, W]`, and `error`, null or why the image could
-        not be decoded; its pixels are zeros.
-
-    Raises:
-        DataError: There is no such column.
+        column: Of the files. Default: the first that is not null of `bytes`, `image`, and columns
+            named like an image suffix (`jpg`, `png`), as WebDataset samples have them.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -102,9 +95,6 @@ class FeatureActor:
         device: See there.
         threads: Threads of the computation on a CPU. Default: torch's, which are the CPUs that Ray
             assigns to the actor.
-
-    Raises:
-        SettingsError: An argument is out of range, or the model's output is not one vector.
     """
 
     def __init__(
@@ -129,7 +119,7 @@ class FeatureActor:
             precision=precision,
             device=device,
             threads=threads or torch.get_num_threads(),
-            extractor=Probabilities(network) if is_classifier else None,
+            extractor=Predictions(network) if is_classifier else None,
         )
         is_dense = getattr(network, "is_dense", False)
         if is_dense or len(self.encoder.row_shape) != 1 or dtype == "bfloat16":
@@ -139,18 +129,7 @@ class FeatureActor:
             )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Compute the features of one batch.
-
-        Args:
-            batch: With the columns `pixels` and `error` of :func:`decode_images`.
-
-        Returns:
-            The batch with `features` or `probabilities`, a list `[D]`, instead of `pixels`; null
-            where there is an error.
-
-        Raises:
-            RunError: Features are not finite.
-        """
+        """Replace `pixels` by `features` or `probabilities`, a list `[D]`; null after an error."""
         import pyarrow as pa
 
         errors, size = batch["error"].to_pylist(), self.encoder.batch_size
@@ -178,9 +157,6 @@ def read_images(paths: str | Sequence[str], filesystem: Any = None) -> Dataset:
             of the first tells Parquet files and tar shards from images and folders of images, which
             give the columns `bytes` and `path`.
         filesystem: Of pyarrow. Default: by the paths.
-
-    Raises:
-        MissingPackageError: Ray is not installed.
     """
     data = _ray_data()
     paths = [paths] if isinstance(paths, str) else list(paths)
@@ -222,9 +198,6 @@ def map_features(
         num_gpus: GPUs that each actor reserves.
         batch_size: Images per call of an actor. Default: 256 with GPUs, else 32.
         options: Arguments of :class:`FeatureActor`.
-
-    Raises:
-        MissingPackageError: Ray is not installed.
     """
     least, most = (actors, actors) if isinstance(actors, int) else actors
     pool = _ray_data().ActorPoolStrategy(min_size=least, max_size=most)

@@ -19,14 +19,10 @@ _SIDE = 192  # pixels of a picture's shorter side, at least
 
 
 def pca_colors(maps: Tensor) -> Tensor:
-    """Three principal components of patch features, fitted over all patches together.
+    """Three principal components of features `[n, D, h, w]`, over all patches: `[n, 3, h, w]`.
 
-    Args:
-        maps: Features `[n, D, h, w]`.
-
-    Returns:
-        `[n, 3, h, w]` in 0..1, float64. Components are scaled from their 1st to their 99th
-        percentile; the sign is such that the loading of largest size is positive.
+    In float64, scaled from their 1st to their 99th percentile to 0..1; the sign is such that the
+    loading of largest size is positive.
     """
     count, width, height, columns = maps.shape
     patches = maps.double().permute(0, 2, 3, 1).reshape(-1, width)
@@ -42,15 +38,7 @@ def pca_colors(maps: Tensor) -> Tensor:
 
 
 def pca_picture(pixels: Tensor, maps: Tensor) -> Image.Image:
-    """A grid of pairs: the image as the model sees it, and the colors of its patch features.
-
-    Args:
-        pixels: uint8 `[n, 3, H, W]`.
-        maps: Patch features `[n, D, h, w]` of the same images.
-
-    Returns:
-        An RGB image on white.
-    """
+    """A grid of images, uint8 `[n, 3, H, W]`, each beside the colors of its maps `[n, D, h, w]`."""
     scale = max(1, math.ceil(_SIDE / min(pixels.shape[-2:])))
     height, width = (side * scale for side in pixels.shape[-2:])
     colors = F.interpolate(pca_colors(maps), (height, width), mode="bicubic").clamp(0, 1)
@@ -77,15 +65,7 @@ def save_pca_picture(
 ) -> None:
     """Draw the patch features (last block) of some images, evenly spaced over the input.
 
-    Args:
-        images: The input; instead of an image that cannot be decoded, the next one is drawn.
-        model: A timm model.
-        path: Picture to write; the suffix gives the format.
-        count: How many images.
-        device: As for :func:`ijepa_zoo.extract_features`.
-
-    Raises:
-        DataError: None of the images can be decoded.
+    Instead of an image that cannot be decoded, the next one is drawn.
     """
     transform = create_transform(model, normalize=False)
     chosen: list[Tensor] = []

@@ -59,18 +59,6 @@ def test_gpu_run_goes_on_when_a_step_fails_or_hangs(tmp_path, monkeypatch):
     assert "why" in (tmp_path / "log.txt").read_text()
 
 
-def test_pretraining_keeps_its_export_in_pieces(tmp_path):
-    photos = ROOT / "examples" / "images" / "photos"
-    run(SCRIPTS / "gpu.py", "--smoke", "--imagenette", photos, "--out", tmp_path)
-    pieces = sorted(tmp_path.glob("export.tar.*"))
-    (tmp_path / "whole.tar").write_bytes(b"".join(piece.read_bytes() for piece in pieces))
-    run("-m", "tarfile", "-e", tmp_path / "whole.tar", tmp_path)
-    import ijepa_zoo
-
-    model = ijepa_zoo.create_model(f"local-dir:{tmp_path / 'export'}")
-    assert model.embed_dim == 128
-
-
 @pytest.mark.skipif("IJEPA_OFFICIAL" not in os.environ, reason="IJEPA_OFFICIAL: the official clone")
 @pytest.mark.parametrize(
     "command",

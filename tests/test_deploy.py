@@ -14,7 +14,7 @@ from PIL import Image
 import ijepa_zoo
 from ijepa_zoo import deploy
 from ijepa_zoo.deploy import export_graph
-from ijepa_zoo.errors import RunError
+from ijepa_zoo.errors import MissingPackageError, RunError, SettingsError
 
 PHOTOS = sorted((Path(__file__).parents[1] / "examples" / "images" / "photos").glob("*.jpg"))
 HAVE_ONNX = all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime")))
@@ -45,6 +45,7 @@ def normalized(pixels):
     return (pixels / 255 - mean) / std
 
 
+@torch.no_grad()
 def maps(model, pixels, blocks):
     """Maps of the blocks by hooks."""
     outputs = {}
@@ -52,9 +53,8 @@ def maps(model, pixels, blocks):
         model.blocks[i].register_forward_hook(lambda _, __, out, i=i: outputs.update({i: out}))
         for i in blocks
     ]
-    with torch.no_grad():
-        model.forward_features(normalized(pixels))
-        tokens = torch.cat([model.norm(outputs[i]) for i in blocks], -1)
+    model.forward_features(normalized(pixels))
+    tokens = torch.cat([model.norm(outputs[i]) for i in blocks], -1)
     for hook in hooks:
         hook.remove()
     height, width = (side // 16 for side in pixels.shape[-2:])
@@ -94,7 +94,7 @@ def relative_error(got, wanted):
 @pytest.mark.parametrize("to", FORMATS)
 def test_features_of_any_batch(model, tmp_path, to):
     folder = export_graph(model, tmp_path / "served", to)
-    for count in (1, 2, 3, 7):
+    for count in (1, 2, 7):
         pixels = some_pixels(count)
         torch.testing.assert_close(run(folder, pixels), features(model, pixels))
     about = record(folder)
@@ -108,47 +108,34 @@ def test_features_of_any_batch(model, tmp_path, to):
             assert str(Path(place).parent).encode() not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize("to", FORMATS)
-def test_maps_of_several_blocks(model, tmp_path, to):
-    folder = export_graph(model, tmp_path / "served", to, layers=[0, -1], pool=None)
-    for count in (1, 5):
-        pixels = some_pixels(count)
-        torch.testing.assert_close(run(folder, pixels), maps(model, pixels, [0, 1]))
-
-
-@pytest.mark.parametrize("pool", [None, "avg"])
 @pytest.mark.parametrize("to", FREE_FORMATS)
-def test_other_sizes_resample_positions_as_timm_does(model, tmp_path, to, pool):
-    folder = export_graph(model, tmp_path / "served", to, pool=pool, dynamic_size=True)
+def test_maps_of_other_sizes_resample_positions_as_timm_does(model, tmp_path, to):
+    options = {"layers": [0, -1], "pool": None, "dynamic_size": True}
+    folder = export_graph(model, tmp_path / "served", to, **options)
     assert record(folder)["input"]["shape"] == ["batch", 3, "height", "width"]
     assert record(folder)["input"]["multiple_of"] == [16, 16]
-    dynamic = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY, dynamic_img_size=True).eval()
-    dynamic.load_state_dict(model.state_dict())
     resized = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY).eval()
-    for size in ((48, 48), (32, 112), (96, 64), (144, 144)):
+    for size in ((48, 48), (32, 112), (144, 144)):
         resized.load_state_dict(model.state_dict())
         resized.set_input_size(size)
         pixels = some_pixels(3, *size)
-        got = run(folder, pixels)
-        for reference in (dynamic, resized):
-            wanted = maps(reference, pixels, [1])
-            torch.testing.assert_close(got, wanted if pool is None else wanted.mean((2, 3)))
+        torch.testing.assert_close(run(folder, pixels), maps(resized, pixels, [0, 1]))
         resized.set_input_size((48, 48))
     assert not model.dynamic_img_size
-    torch.testing.assert_close(features(model, some_pixels(1)), features(dynamic, some_pixels(1)))
 
 
 @needs_new_timm
 def test_other_sizes_need_absolute_positions(tmp_path):
     eva = timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28)
-    with pytest.raises(ValueError, match="Eva"):
+    with pytest.raises(SettingsError, match="Eva"):
         export_graph(eva, tmp_path / "served", "torch-export", dynamic_size=True)
 
 
-@pytest.mark.parametrize("to", FREE_FORMATS)
-def test_class_token_of_a_timm_model(tmp_path, to):
+@needs_new_timm
+def test_class_token_of_a_timm_model(tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=48).eval()
-    folder = export_graph(vit, tmp_path / "served", to, output="features", dynamic_size=True)
+    options = {"output": "features", "dynamic_size": True}
+    folder = export_graph(vit, tmp_path / "served", "torch-export", **options)
     pixels = some_pixels(2)
     with torch.no_grad():
         wanted = vit.forward_features((pixels / 255 - 0.5) / 0.5)[:, 0]
@@ -160,7 +147,6 @@ def test_class_token_of_a_timm_model(tmp_path, to):
     ("to", "dtype", "limit"),
     [
         pytest.param("onnx", "float16", 2e-3, marks=needs_onnx),
-        ("torch-export", "float16", 2e-3),
         ("torch-export", "bfloat16", 2e-2),
     ],
 )
@@ -176,28 +162,22 @@ def test_half_precision_is_smaller_and_close(model, tmp_path, to, dtype, limit):
 
 
 @needs_onnx
-def test_int8_has_all_linear_layers_and_is_close(model, tmp_path):
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_int8_and_weights_beyond_one_file(model, tmp_path, monkeypatch, quantize):
     import onnx
 
-    folder = export_graph(model, tmp_path / "served", quantize="int8")
-    operators = [node.op_type for node in onnx.load(folder / "model.onnx").graph.node]
-    assert operators.count("MatMulInteger") == 4 * 2  # qkv, proj, fc1, fc2 of two blocks
-    pixels = some_pixels(4)
-    assert 0 < relative_error(run(folder, pixels), features(model, pixels)) < 0.05
-    assert record(folder)["precision"] == "int8"
-
-
-@needs_onnx
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_weights_beyond_one_file(model, tmp_path, monkeypatch, quantize):
     monkeypatch.setattr(deploy, "_ONE_FILE", 10_000)
     folder = export_graph(model, tmp_path / "served", quantize=quantize)
     names = {"model.onnx", "serving.json"} | ({"model.onnx.data"} if quantize is None else set())
     assert {path.name for path in folder.iterdir()} == names
+    operators = [node.op_type for node in onnx.load(folder / "model.onnx").graph.node]
+    linear = 4 * 2 if quantize else 0  # qkv, proj, fc1, fc2 of two blocks
+    assert operators.count("MatMulInteger") == linear
     moved = folder.rename(tmp_path / "elsewhere")
     pixels = some_pixels(3)
     limit = 0.05 if quantize else 1e-5
     assert relative_error(run(moved, pixels), features(model, pixels)) < limit
+    assert record(moved)["precision"] == (quantize or "float32")
 
 
 @pytest.mark.parametrize(
@@ -208,49 +188,36 @@ def test_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch, damage):
     earlier.mkdir()
     (earlier / "serving.json").write_text("earlier")
     load = deploy._load
-
-    def damaged(folder, to):
-        right = load(folder, to)
-        return lambda images: damage(right(images))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(deploy, "_load", damaged)
-        with pytest.raises(RunError, match="differs"):
-            export_graph(model, earlier, "torch-export", overwrite=True)
+    monkeypatch.setattr(deploy, "_load", lambda *args: lambda images: damage(load(*args)(images)))
+    with pytest.raises(RunError, match="differs"):
+        export_graph(model, earlier, "torch-export", overwrite=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["served", "serving.json"]
     assert (earlier / "serving.json").read_text() == "earlier"
-    export_graph(model, earlier, "torch-export", overwrite=True)
-    assert record(earlier)["layers"] == [1]
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
-def test_weights_without_features_are_refused_before_tracing(tmp_path, monkeypatch, value):
+def test_weights_without_features_are_refused(tmp_path, value):
     broken = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY).eval()
     torch.nn.init.constant_(broken.norm.weight, value)
     torch.nn.init.constant_(broken.norm.bias, value)
-    monkeypatch.setattr(deploy, "_trace", lambda _: pytest.fail("traced"))
     with pytest.raises(RunError, match="the model itself"):
         export_graph(broken, tmp_path / "served", "torch-export")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dynamic_size", [False, pytest.param(True, marks=needs_new_timm)])
-def test_model_is_left_as_it_was(tmp_path, dynamic_size):
-    model = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY).train()
+def test_model_is_left_as_it_was(tmp_path):
+    model = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY).double().train()
     model.blocks[1].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [part.training for part in model.modules()]
-    export_graph(model, tmp_path / "a", "torch-export", dynamic_size=dynamic_size)
-    export_graph(model.double(), tmp_path / "b", "torch-export", dynamic_size=dynamic_size)
+    export_graph(model, tmp_path / "served", "torch-export")
+    export_graph(model, tmp_path / "served", "torch-export", overwrite=True)
     assert [part.training for part in model.modules()] == modes
     assert model.patch_embed.strict_img_size
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(tensor, before[name].double(), rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_described_preprocessing_gives_the_pixels_of_the_transform(tmp_path, size):
-    model = ijepa_zoo.create_model("vit_tiny16_ijepa", **{**TINY, "img_size": size})
+def test_described_preprocessing_gives_the_pixels_of_the_transform(model, tmp_path):
     about = record(export_graph(model, tmp_path / "served", "torch-export"))["preprocessing"]
     transform = ijepa_zoo.create_transform(model, normalize=False)
     for path in PHOTOS:
@@ -263,12 +230,9 @@ def test_described_preprocessing_gives_the_pixels_of_the_transform(tmp_path, siz
             left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
             pixels = np.asarray(resized.crop((left, top, left + width, top + height)))
             np.testing.assert_array_equal(pixels.transpose(2, 0, 1), transform(image))
-
-
-def test_preprocessing_that_cannot_be_described_is_refused(tmp_path):
-    model = ijepa_zoo.create_model("vit_tiny16_ijepa", **{**TINY, "img_size": (32, 48)})
-    with pytest.raises(ValueError, match="32x48"):
-        export_graph(model, tmp_path / "served", "torch-export")
+    wide = ijepa_zoo.create_model("vit_tiny16_ijepa", **{**TINY, "img_size": (32, 48)})
+    with pytest.raises(SettingsError, match="32x48"):
+        export_graph(wide, tmp_path / "wide", "torch-export")
 
 
 @pytest.mark.parametrize(
@@ -279,15 +243,15 @@ def test_preprocessing_that_cannot_be_described_is_refused(tmp_path):
         ({"quantize": "int4"}, "int4"),
         ({"to": "onnx", "dtype": "bfloat16"}, "bfloat16"),
         ({"to": "torch-export", "quantize": "int8"}, "int8"),
-        ({"to": "onnx", "quantize": "int8", "dtype": "float16"}, "float16"),
+        ({"output": "logits", "to": "torch-export"}, "no classifier"),
     ],
 )
 def test_impossible_options(model, tmp_path, options, named):
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(SettingsError, match=named):
         export_graph(model, tmp_path / "served", **options)
 
 
 def test_missing_packages_are_named(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"onnxscript.*pip install onnx onnxscript"):
+    with pytest.raises(MissingPackageError, match=r"onnxscript.*pip install onnx onnxscript"):
         export_graph(model, tmp_path / "served", "onnx")

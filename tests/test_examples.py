@@ -54,7 +54,10 @@ def test_predict_region(tmp_path: Path) -> None:
 
 
 def test_attention_maps(tmp_path: Path) -> None:
-    out = run("attention_maps.py", "examples/images/photos", str(tmp_path / "a.png"))
+    out = run(
+        "attention_maps.py", "examples/images/photos", str(tmp_path / "a.png"), "--images", "2"
+    )
+    assert Image.open(tmp_path / "a.png").height == 2 * 200 - 8
     peak = float(out.split("patch has ")[1].split()[0])
     assert peak > 4  # uniform attention gives 1
     assert colors(tmp_path / "a.png") > 1000

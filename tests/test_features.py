@@ -87,14 +87,14 @@ def test_maps_of_rectangles_and_dynamic_sizes() -> None:
     ("name", "pool"),
     [
         ("vit_tiny_patch16_224", "cls"),
-        ("deit_tiny_patch16_224", "cls"),
-        ("vit_small_patch14_dinov2", "cls"),
         ("vit_small_patch14_reg4_dinov2", "cls"),
         ("vit_base_patch16_siglip_224", "map"),
         ("vit_base_patch16_siglip_gap_224", "avg"),
     ],
 )
-def test_default_is_the_models_own_pooling(name: str, pool: str) -> None:
+def test_default_is_the_models_own_pooling(
+    name: str, pool: str, caplog: pytest.LogCaptureFixture
+) -> None:
     patch_size = {} if "patch16" in name else {"patch_size": 16}
     model = small(name, **patch_size)
     extractor = FeatureExtractor(model)
@@ -103,6 +103,12 @@ def test_default_is_the_models_own_pooling(name: str, pool: str) -> None:
     own = model.forward_head(model.forward_features(IMAGES), pre_logits=True)
     torch.testing.assert_close(got, own)
     assert extractor.num_features == got.shape[1]
+    assert caplog.text == ""
+    model.reset_classifier(7)  # a classifier changes no feature
+    torch.testing.assert_close(FeatureExtractor(model)(IMAGES), own)
+    if pool == "map":
+        with pytest.raises(SettingsError, match="last block"):
+            FeatureExtractor(model, [0])
     avg = FeatureExtractor(model, pool="avg")(IMAGES)
     patches = model.forward_features(IMAGES)[:, model.num_prefix_tokens :]
     torch.testing.assert_close(avg, patches.mean(1))
@@ -139,11 +145,15 @@ def test_another_family_of_vits() -> None:
     torch.testing.assert_close(got.flatten(2).transpose(1, 2), model.fc_norm(tokens))
 
 
+SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 2)}
+
+
 @pytest.mark.parametrize(
-    "name", ["resnet10t", "convnext_atto", "efficientnet_b0", "swin_tiny_patch4_window7_224"]
+    ("name", "options"),
+    [("resnet10t", {}), ("convnext_atto", {}), ("swin_tiny_patch4_window7_224", SWIN)],
 )
-def test_networks_without_blocks(name: str) -> None:
-    model: Any = timm.create_model(name, num_classes=0).train()
+def test_networks_without_blocks(name: str, options: dict[str, Any]) -> None:
+    model: Any = timm.create_model(name, num_classes=0, **options).train()
     images = torch.randn(2, 3, 224, 224)
     extractor = FeatureExtractor(model)
     assert model.training
@@ -152,15 +162,14 @@ def test_networks_without_blocks(name: str) -> None:
     pooled = extractor(images)
     torch.testing.assert_close(pooled, model(images))
     assert pooled.shape[1] == extractor.num_features
-    maps = FeatureExtractor(model, pool=None)(images)
-    assert maps.shape == (2, extractor.num_features, *extractor.grid((224, 224)))
-    assert extractor.grid((224, 224)) == (7, 7)
+    extractor = FeatureExtractor(model, pool=None)
+    maps = extractor(images)
+    assert maps[0].shape == extractor.row_shape((224, 224)) == (extractor.num_features, 7, 7)
     if not name.startswith("convnext"):  # which has a norm behind the pooling
         torch.testing.assert_close(maps.mean((2, 3)), pooled)
-    with pytest.raises(SettingsError, match=type(model).__name__):
-        FeatureExtractor(model, "last4")
-    with pytest.raises(SettingsError, match=type(model).__name__):
-        FeatureExtractor(model, pool="cls")
+    for wrong in ({"layers": "last4"}, {"pool": "cls"}):
+        with pytest.raises(SettingsError, match=type(model).__name__):
+            FeatureExtractor(model, **wrong)
 
 
 def test_later_blocks_are_not_run() -> None:
@@ -196,13 +205,6 @@ def test_pooled_in_float32_and_differentiable(pool: str) -> None:
 def test_wrong_options(options: dict[str, Any], named: str) -> None:
     with pytest.raises(SettingsError, match=named):
         FeatureExtractor(vit(), **options)
-
-
-def test_attention_pooling_is_for_the_last_block() -> None:
-    model = small("vit_base_patch16_siglip_224")
-    with pytest.raises(SettingsError, match="last block"):
-        FeatureExtractor(model, [0])
-    assert FeatureExtractor(model, [0], pool="avg").num_features == 768
 
 
 def test_other_models_are_refused_by_name() -> None:

@@ -106,7 +106,8 @@ def test_export_to_other_libraries(folder: Path) -> None:
 
 
 def test_pretrain(folder: Path) -> None:
-    small = ("optim.duration=1 steps", "optim.warmup=0 steps", "optim.batch_size=4")
+    small = ("optim.duration=1 steps", "optim.warmup=0 steps", "optim.batch_size=4",
+             "data.held_out=0")  # fmt: skip
     text = block("load_config").replace('"optim.duration=100 epochs"', str(small)[1:-1])
     names: dict = {}
     exec(text.replace("custom_small", "nano").replace("workers=4", "workers=0"), names)

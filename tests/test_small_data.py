@@ -1,6 +1,5 @@
 """examples/small_data: arms of the study, its table, and MAE beside them."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import timm
 import torch
 from PIL import Image
 
-from ijepa_zoo.data import open_images
 from ijepa_zoo.train import Trainer
 from ijepa_zoo.train.networks import build_networks
 
@@ -54,23 +52,6 @@ def arguments(photos, *arms):
     ]  # fmt: skip
 
 
-def test_every_arm_has_known_settings_and_sees_as_many_images(study):
-    arms = [study.settings(arm, 3, 45, []).optim for arm in study.ARMS]
-    assert {(optim.batch_size, optim.duration) for optim in arms} == {(64, "45 epochs")}
-
-
-def test_table_has_means_over_seeds_and_the_best_arm_first(study):
-    rows = [
-        {"arm": "low", "seed": 0, "kNN": 20.0, "linear": 30.0},
-        {"arm": "high", "seed": 0, "kNN": 30.0, "linear": 40.0, "images seen": 6400.0},
-        {"arm": "high", "seed": 1, "kNN": 33.0, "linear": 43.0, "images seen": 6400.0},
-    ]
-    assert study.table(rows).splitlines()[2:] == [
-        "| high | 2 | 31.5 (30.0-33.0) | 41.5 (40.0-43.0) |  |  |  | 6,400 |  |",
-        "| low | 1 | 20.0 | 30.0 |  |  |  |  |  |",
-    ]
-
-
 def test_the_study_trains_probes_and_repeats_nothing(study, photos, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", arguments(photos, "random", "mae", "term"))
     study.main()
@@ -105,12 +86,3 @@ def test_mae_is_a_timm_model_that_knows_where_patches_are(study, photos):
     assert trained.isfinite().all()
     positions = mae.decoder.decoder_pos_embed[0, 1:]
     assert len(torch.unique(positions, dim=0)) == 36
-
-
-def test_mae_sees_the_batches_of_the_other_arms(study, photos):
-    args = argparse.Namespace(train=photos / "train")
-    found = [
-        torch.cat([b.images for b in list(Trainer(config, open_images(args.train)).batches())[3]])
-        for config in (study.settings(arm, 5, 2, SMALL) for arm in ("mae", "term"))
-    ]
-    assert torch.equal(*found)

@@ -1,4 +1,7 @@
-"""The command `ijepa-zoo`. Every subcommand calls public functions of the package."""
+"""The command `ijepa-zoo`. Every subcommand calls public functions of the package.
+
+Nothing here imports torch before the arguments are parsed.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,28 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-
-import torch
+from importlib import import_module
 
 from .. import __version__
 from ..errors import UserError
-from .eval import add_eval
-from .images import add_features, add_predict
-from .models import add_export, add_list
-from .pretrain import INTERRUPTED, add_plot, add_pretrain
 
-FAILED = 1
+FAILED, INTERRUPTED = 1, 130
+_COMMANDS = {  # module here, help
+    "list": ("models", "models and their weights"),
+    "features": ("images", "features of images into a file"),
+    "predict": ("images", "classes of images into a table"),
+    "pretrain": ("pretrain", "pretrain on your own images"),
+    "export": ("models", "weights for other libraries, or a model for servers"),
+    "plot": ("pretrain", "curves and masks of a pretraining run, a PNG"),
+    "eval": ("eval", "the paper's probes on your data"),
+}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _PATH = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
     *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
-_NO_MEMORY = (  # of torch's allocator on CPUs, its shared memory, Python's threads
-    *("can't allocate memory", "not enough memory", "Cannot allocate memory"),
+_NO_MEMORY = (  # of torch's allocators, its shared memory, Python's threads
+    *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"),
     "can't start new thread",
 )
 
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         Exception: Any error but a `UserError`, a full disk, a wrong path and a lack of memory.
     """
-    args = _parse(argv)
+    args = _parse(sys.argv[1:] if argv is None else argv)
     logging.getLogger("ijepa_zoo").setLevel(logging.INFO)  # such as prefixes that are removed
     if logging.lastResort is not None:
         logging.lastResort.setLevel(logging.INFO)
@@ -71,12 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _describe(error: Exception, memory: str | None) -> str | None:
-    """A sentence about an error that a user can fix; None for any other, which is a bug.
-
-    Args:
-        error: The error.
-        memory: Options that need less memory.
-    """
+    """A sentence about an error that a user can fix; None for any other, which is a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno != errno.ENOMEM:
@@ -86,19 +88,18 @@ def _describe(error: Exception, memory: str | None) -> str | None:
             ]
             return ": ".join([str(error.strerror), *(repr(os.fspath(name)) for name in names)])
         return None
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+    out_of_memory = isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _NO_MEMORY)
     )
     if not out_of_memory:
         return None
-    lines = str(error).splitlines() or [""]
-    reason = f" ({lines[0]})" if lines[0] else ""
+    reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
     return f"out of memory{reason}{f': use {memory}' if memory else ''}"
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse; the recipe and settings of `pretrain` may be before, between and after its options."""
-    parser = _parser()
+    parser = _parser(next((word for word in argv if not word.startswith("-")), None))
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -107,16 +108,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands, of which only the given one has its options."""
     parser = argparse.ArgumentParser(prog="ijepa-zoo", description="I-JEPA encoders for timm code")
     parser.add_argument("--version", action="version", version=__version__)
     help_debug = "print the traceback of every error"
     parser.add_argument("--debug", action="store_true", help=help_debug)
     parser.set_defaults(interrupted="interrupted", memory=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_list, add_features, add_predict, add_pretrain, add_export, add_plot, add_eval):
-        for command in add(commands):
-            command.add_argument(
+    for name, (module, purpose) in _COMMANDS.items():
+        if name != command:
+            commands.add_parser(name, help=purpose)
+            continue
+        for own in getattr(import_module(f".{module}", __name__), f"add_{name}")(commands):
+            own.add_argument(
                 "--debug", action="store_true", default=argparse.SUPPRESS, help=help_debug
             )
     return parser

@@ -10,14 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..deploy import FILES, RECORD, check_request, export_graph
 from ..errors import SettingsError
-from ..models.factory import create_model, list_models
-from ..train import export_run, load_run
-from ..weights.export import export
-from ..weights.registry import Checkpoint, checkpoints
 from .options import (
     DTYPES,
     Commands,
@@ -29,7 +22,7 @@ from .options import (
     positive,
 )
 
-_WEIGHTS = ("native", "timm", "transformers", "official")
+_WEIGHTS, _GRAPHS = ("native", "timm", "transformers", "official"), ("onnx", "torch-export")
 _SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans", "mlp_ratio")
 # Options of some formats or sources only; all are None or False unless given.
 _OF_GRAPHS = ("layers", "pool", "quantize", "dynamic_size", "quiet")
@@ -39,7 +32,7 @@ _OF_CHECKPOINTS = ("model", *_SIZES)
 
 def add_list(commands: Commands) -> list[argparse.ArgumentParser]:
     """`list`."""
-    parser = commands.add_parser("list", help="models and their weights")
+    parser = commands.add_parser("list", description="List the models and their weights.")
     parser.add_argument("--pretrained", action="store_true", help="only names with weights")
     parser.set_defaults(run=_list)
     return [parser]
@@ -49,7 +42,6 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
     """`export`."""
     parser = commands.add_parser(
         "export",
-        help="weights for other libraries, or a model for servers",
         description="Export weights to a folder that another library loads without this package "
         "(native, timm, transformers, official), or a model that a server runs, from uint8 pixels "
         "to features or, of a classifier without --layers and --pool, logits (onnx, torch-export).",
@@ -59,7 +51,7 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
         help="NAME[.TAG], a checkpoint file or folder, hf-hub:REPO, or the folder of a "
         "pretraining run")  # fmt: skip
     add("folder", nargs="?", metavar="DST", help="folder to write (a run: default RUN/export)")
-    add("--to", choices=(*_WEIGHTS, *FILES), default="native",
+    add("--to", choices=(*_WEIGHTS, *_GRAPHS), default="native",
         help="format (default: native); official needs all three networks")  # fmt: skip
     add("--dtype", choices=DTYPES, help="of the weights (default: theirs; of graphs: float32)")
     add("--license", metavar="SPDX", help="license of the weights (default: as in the source)")
@@ -94,38 +86,36 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
 
 
 def _list(args: argparse.Namespace) -> int:
-    rows: list[tuple[str, ...]] = [
-        ("model", "network", "parameters", "input", "data, epochs", "license of the weights")
-    ]
-    rows += [_weights_row(checkpoint) for checkpoint in checkpoints()]
-    if not args.pretrained:
-        released = {checkpoint.model for checkpoint in checkpoints()}
-        rows += [
-            (name, "-", _millions(name), "-", "no released weights", "-")
-            for name in list_models()
-            if name not in released
-        ]
+    from ..models.factory import list_models
+    from ..weights.registry import checkpoints
+
+    rows = [("model", "network", "parameters", "input", "data, epochs", "license of the weights")]
+    for checkpoint in checkpoints():
+        size = "x".join(map(str, checkpoint.input_size[1:]))
+        trained = f"{checkpoint.data}, {checkpoint.epochs:g}"
+        first = checkpoint.name, checkpoint.network, _millions(checkpoint.model)
+        rows.append((*first, size, trained, checkpoint.license))
+    released = {checkpoint.model for checkpoint in checkpoints()}
+    for name in () if args.pretrained else list_models():
+        if name not in released:
+            rows.append((name, "-", _millions(name), "-", "no released weights", "-"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     return 0
 
 
-def _weights_row(checkpoint: Checkpoint) -> tuple[str, ...]:
-    size = "x".join(map(str, checkpoint.input_size[1:]))
-    trained = f"{checkpoint.data}, {checkpoint.epochs:g}"
-    millions = _millions(checkpoint.model)
-    return checkpoint.name, checkpoint.network, millions, size, trained, checkpoint.license
-
-
 @cache
 def _millions(name: str) -> str:
-    state = create_model(name, pretrained=False, device="meta").state_dict()
+    from ..models.factory import create_model
+
+    skip: dict[str, Any] = {"device": "meta", "weight_init": "skip"}
+    state = create_model(name, pretrained=False, **skip).state_dict()
     return f"{sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M"
 
 
 def _export(args: argparse.Namespace) -> int:
-    to_graph = args.to in FILES
+    to_graph = args.to in _GRAPHS
     is_run = os.path.isfile(os.path.join(args.source, "config.yaml"))
     unused = [
         *(_OF_WEIGHTS if to_graph else _OF_GRAPHS),
@@ -139,10 +129,22 @@ def _export(args: argparse.Namespace) -> int:
         raise SettingsError(
             f"name the folder to write: ijepa-zoo export {args.source} DST --to {args.to}"
         )
-    return _export_graph(args, is_run) if to_graph else _export_weights(args, is_run)
+    folder = _export_graph(args, is_run) if to_graph else _export_weights(args, is_run)
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        print(f"{file}  {file.stat().st_size:,} bytes")
+    if args.to == "native":
+        print(f'load it with ijepa_zoo.create_model("local-dir:{folder}")')
+    if to_graph:
+        _print_graph(json.loads((folder / "serving.json").read_text(encoding="utf-8")))
+    return 0
 
 
-def _export_weights(args: argparse.Namespace, is_run: bool) -> int:
+def _export_weights(args: argparse.Namespace, is_run: bool) -> Path:
+    import torch
+
+    from ..train import export_run
+    from ..weights.export import export
+
     options: dict[str, Any] = {
         "to": args.to,
         "network": args.network,
@@ -154,19 +156,16 @@ def _export_weights(args: argparse.Namespace, is_run: bool) -> int:
     if args.push_to:
         options |= {"push_to": args.push_to, "private": args.private, "revision": args.revision}
     if is_run:
-        folder = export_run(args.source, args.folder, step=args.step, **options)
-    else:
-        folder = export(args.source, args.folder, model_name=args.model, **options)
-    _print_files(folder)
-    if args.to == "native":
-        print(f'load it with ijepa_zoo.create_model("local-dir:{folder}")')
-    return 0
+        return export_run(args.source, args.folder, step=args.step, **options)
+    return export(args.source, args.folder, model_name=args.model, **options)
 
 
-def _export_graph(args: argparse.Namespace, is_run: bool) -> int:
+def _export_graph(args: argparse.Namespace, is_run: bool) -> Path:
+    from ..deploy import check_request, export_graph
+
     options: dict[str, Any] = {"dtype": args.dtype or "float32", "quantize": args.quantize}
     check_request(args.folder, args.to, overwrite=args.overwrite, **options)
-    folder = export_graph(
+    return export_graph(
         _run_encoder(args) if is_run else _open_encoder(args),
         args.folder,
         args.to,
@@ -178,12 +177,11 @@ def _export_graph(args: argparse.Namespace, is_run: bool) -> int:
         progress=not args.quiet,
         **options,
     )
-    _print_files(folder)
-    _print_graph(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    return 0
 
 
 def _run_encoder(args: argparse.Namespace) -> Any:
+    from ..train import load_run
+
     networks, _ = load_run(args.source, args.step)
     encoder = getattr(networks, args.network or "target_encoder")
     if args.img_size:
@@ -193,6 +191,8 @@ def _run_encoder(args: argparse.Namespace) -> Any:
 
 
 def _open_encoder(args: argparse.Namespace) -> Any:
+    from ..models.factory import create_model
+
     source, options = args.source, {"network": args.network, **_sizes(args)}
     if args.model:
         return create_model(args.model, checkpoint=source, **options)
@@ -209,11 +209,6 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
         for name in ("img_size", *_SIZES)
         if getattr(args, name) is not None
     }
-
-
-def _print_files(folder: Path) -> None:
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        print(f"{file}  {file.stat().st_size:,} bytes")
 
 
 def _print_graph(record: dict[str, Any]) -> None:

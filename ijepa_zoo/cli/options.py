@@ -6,31 +6,17 @@ import argparse
 import os
 from typing import Any, TypeAlias
 
-import timm
-
-from ..distributed import read_environment
 from ..errors import SettingsError
-from ..models.factory import create_model
-from ..weights.registry import ARCHITECTURES, CUSTOM
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DTYPES = ("float32", "float16", "bfloat16")
-LAYERS = "last (default), last4, or block indices such as 3,7,11 (from the end: --layers=-4,-1)"
 RESUME = "interrupted: run the same command again to resume"
 
 
 def add_model_options(
     parser: argparse.ArgumentParser, required: bool = True
 ) -> argparse._ArgumentGroup:
-    """The model that computes features, and its weights.
-
-    Args:
-        parser: Of the command.
-        required: Whether there is no other way to name a model.
-
-    Returns:
-        The group, for the command's own options.
-    """
+    """The model that computes features, and its weights; returns the group."""
     group = parser.add_argument_group("model options")
     names = "a name of `ijepa-zoo list` or of timm, local-dir:FOLDER or hf-hub:REPO"
     group.add_argument("--model", required=required, metavar="NAME[.TAG]",
@@ -71,15 +57,7 @@ def add_pixel_options(group: argparse._ActionsContainer) -> None:
 def add_run_options(
     parser: argparse.ArgumentParser, batch_size: str | None = None
 ) -> argparse._ArgumentGroup:
-    """How the work is done.
-
-    Args:
-        parser: Of the command.
-        batch_size: Default of `--batch-size`, for the help; None for a command without that option.
-
-    Returns:
-        The group, for the command's own options.
-    """
+    """How the work is done; `batch_size` is the default in the help, None for no such option."""
     group = parser.add_argument_group("run options")
     if batch_size is not None:
         group.add_argument("--batch-size", type=positive, metavar="N",
@@ -96,7 +74,9 @@ def add_run_options(
 
 def add_feature_options(group: argparse._ActionsContainer) -> None:
     """Which features of the model."""
-    group.add_argument("--layers", type=layers, metavar="WHICH", help=LAYERS)
+    group.add_argument("--layers", type=layers, metavar="WHICH",
+        help="last (default), last4, or block indices such as 3,7,11 (from the end: "
+        "--layers=-4,-1)")  # fmt: skip
     group.add_argument("--pool", choices=("auto", "avg", "cls", "cls_avg", "map", "none"),
         help="avg: mean over patches; cls: class token; cls_avg: both; map: attention pooling; "
         "none: maps; auto (default): as the model's global_pool, avg for I-JEPA")  # fmt: skip
@@ -110,9 +90,14 @@ def feature_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def open_model(args: argparse.Namespace) -> Any:
     """The model of `add_model_options`, in evaluation mode; also models of timm by name."""
+    import timm
+
+    from ..models.factory import create_model
+    from ..weights.registry import is_ijepa
+
     size = {"img_size": args.img_size} if args.img_size else {}
     name = args.model.partition(".")[0]
-    if timm.is_model(name) and name not in (*ARCHITECTURES, CUSTOM):
+    if timm.is_model(name) and not is_ijepa(name):
         if args.checkpoint or args.network:
             raise SettingsError(f"--checkpoint and --network are for I-JEPA models, not {name}")
         return timm.create_model(args.model, pretrained=True, num_classes=0, **size).eval()
@@ -121,6 +106,8 @@ def open_model(args: argparse.Namespace) -> Any:
 
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of those of torchrun or Slurm."""
+    from ..distributed import read_environment
+
     found = read_environment(os.environ)
     return found is None or found[0] == 0
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..data.datasets import Targets
 from ..encode import Batch, Encoder, fast_precision, hash_texts
 from ..errors import DataError, RunError, SettingsError
-from ..extract import Outputs, extract_batches, failures
+from ..extract import extract_batches
+from ..parts import Outputs
 from .batches import OrderedBatches
 from .models import Subject
 from .sets import EvalSet
@@ -181,7 +182,7 @@ def cached_features(
         title=f"features, {part.split}{', mirrored' if mirrored else ''}",
     )
     probe.distributed.barrier()  # rank 0 has written the files
-    broken = {index: reason for index, (_, reason) in failures(outputs).items()}
+    broken = {index: reason for index, (_, reason) in outputs.failures().items()}
     if broken and not part.skip_broken:
         part.read(next(iter(broken)))  # says which image, and what to do
     # copy on write: torch wants writable memory

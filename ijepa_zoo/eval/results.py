@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import DataError, SettingsError
-from ..extract import whole_file
+from ..parts import whole_file
 
 RESULT, TABLE = "result.json", "results.csv"
 LAST_EPOCH = "the last epoch"  # `selection` where there is nothing to choose

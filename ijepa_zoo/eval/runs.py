@@ -22,7 +22,7 @@ from ..data.loading import usable_cpus
 from ..distributed import Distributed
 from ..encode import hash_texts
 from ..errors import RunError
-from ..extract import whole_file
+from ..parts import whole_file
 from .results import RESULT, Result, read_result
 
 _VERSION = 1  # of the states of unfinished evaluations

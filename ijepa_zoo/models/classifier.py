@@ -34,11 +34,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, in_features: int, num_classes: int, batch_norm: bool = False) -> None:
         super().__init__()
-        self.args = {
-            "in_features": in_features,
-            "num_classes": num_classes,
-            "batch_norm": batch_norm,
-        }
+        self.args = dict(in_features=in_features, num_classes=num_classes, batch_norm=batch_norm)
         self.norm = nn.BatchNorm1d(in_features) if batch_norm else nn.Identity()
         self.linear = nn.Linear(in_features, num_classes)
 
@@ -60,12 +56,8 @@ class AttentiveHead(nn.Module):
         self, embed_dim: int, num_classes: int, num_heads: int, mlp_ratio: float = 4.0
     ) -> None:
         super().__init__()
-        self.args = {
-            "embed_dim": embed_dim,
-            "num_classes": num_classes,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-        }
+        self.args: dict[str, Any] = dict(embed_dim=embed_dim, num_classes=num_classes)
+        self.args |= {"num_heads": num_heads, "mlp_ratio": mlp_ratio}
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.norm1 = nn.LayerNorm(embed_dim)
@@ -114,11 +106,8 @@ class DenseHead(nn.Module):
         upsample: int = 1,
     ) -> None:
         super().__init__()
-        self.args: dict[str, Any] = {
-            "in_features": in_features,
-            "num_outputs": num_outputs,
-            "batch_norm": batch_norm,
-        }
+        self.args: dict[str, Any] = dict(in_features=in_features, num_outputs=num_outputs)
+        self.args["batch_norm"] = batch_norm
         self.depth_range, self.upsample = depth_range, upsample
         if depth_range is not None:
             self.args |= {"depth_range": list(depth_range), "upsample": upsample}
@@ -159,9 +148,6 @@ class Classifier(nn.Module):
         multi_label: The logits are of independent classes (sigmoid instead of softmax).
         transform: Entries of timm's data config that differ from the encoder's: crop_pct,
             crop_mode, interpolation.
-
-    Raises:
-        SettingsError: The head does not have the width of the features, or a name is missing.
     """
 
     def __init__(
@@ -219,11 +205,7 @@ class Classifier(nn.Module):
         return getattr(self.encoder, "patch_embed", None)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, num_classes]`; maps `[B, num_outputs, H, W]` with a dense head.
-
-        Args:
-            images: `[B, C, H, W]`, transformed by :func:`ijepa_zoo.create_transform`.
-        """
+        """Logits `[B, num_classes]` of images; maps `[B, num_outputs, H, W]` of a dense head."""
         features = self.extractor(images)
         if isinstance(self.head, AttentiveHead):
             features = features.flatten(2).transpose(1, 2)
@@ -261,10 +243,6 @@ def save_classifier(
 
     Returns:
         The folder.
-
-    Raises:
-        SettingsError: There is neither a source nor ``with_encoder``.
-        RunError: The folder exists.
     """
     if encoder is None and not with_encoder:
         raise SettingsError("an encoder in memory has no source: save it too, with_encoder=True")
@@ -300,12 +278,7 @@ def save_classifier(
 
 
 def load_classifier(folder: str | Path) -> Classifier:
-    """Open a folder that :func:`save_classifier` has written.
-
-    Raises:
-        CheckpointError: It is damaged, or the encoder's weights are not those it was trained on.
-        FetchError: The encoder cannot be fetched.
-    """
+    """Open a folder that :func:`save_classifier` has written."""
     folder = Path(folder).expanduser()
     if (config := read_classifier_config(folder)) is None:
         raise CheckpointError(f"{folder} is not a classifier folder: it has no such {CONFIG}")

@@ -24,21 +24,11 @@ from ..weights.read import packaged_folder
 
 
 def sincos_positions(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """Fixed sine-cosine positions of a grid of patches in raster order.
+    """Fixed sine-cosine positions of a grid in raster order, ``[1, rows * columns, embed_dim]``.
 
     The first half of the channels varies along the width, the second along the height; each half
     is ``[sin(p * w_k), cos(p * w_k)]`` with ``w_k = 10000 ** (-k / (embed_dim / 4))`` (Vaswani et
     al., 2017, applied per axis as in MAE and I-JEPA). Computed in float64.
-
-    Args:
-        embed_dim: Number of channels, a multiple of 4.
-        grid_size: Rows and columns of the grid.
-
-    Returns:
-        ``[1, rows * columns, embed_dim]``, float32.
-
-    Raises:
-        SettingsError: ``embed_dim`` is not a multiple of 4.
     """
     if embed_dim % 4:
         raise SettingsError(f"embed_dim must be a multiple of 4, got {embed_dim}")
@@ -59,10 +49,6 @@ class IJepaEncoder(VisionTransformer):
 
     ``pos_embed`` is a buffer, not a parameter: it is saved and loaded under timm's name, and no
     optimizer, EMA or weight decay ever sees it.
-
-    Raises:
-        SettingsError: Class or register tokens are asked for (I-JEPA has neither), or a size is
-            impossible.
     """
 
     def __init__(
@@ -101,14 +87,10 @@ class IJepaEncoder(VisionTransformer):
             self.register_buffer("pos_embed", positions.detach())
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialize as the official repository does, or by one of timm's modes.
+        """Initialize as the official repository does (mode ''), or by one of timm's modes.
 
         Linear layers and the patch embedding: truncated normal, std 0.02, biases 0. Its
         classes also divide by the depth, but its training script undoes that.
-
-        Args:
-            mode: '' for the official repository's; timm's 'jax', 'jax_nlhb', 'moco' or 'reset'.
-            needs_reset: Also reset modules that initialize themselves, for models made on meta.
         """
         mode = mode or self.weight_init_mode
         super().init_weights(mode, needs_reset)
@@ -125,15 +107,7 @@ class IJepaEncoder(VisionTransformer):
         img_size: tuple[int, int] | None = None,
         patch_size: tuple[int, int] | None = None,
     ) -> None:
-        """Change image or patch size in place; positions are resampled as timm does.
-
-        Args:
-            img_size: New ``(height, width)`` in pixels, or None to keep it.
-            patch_size: New ``(height, width)`` of a patch in pixels, or None to keep it.
-
-        Raises:
-            SettingsError: The patches do not fill the image.
-        """
+        """Change image or patch size in place; positions are resampled as timm does."""
         embed = self.patch_embed
         if not embed.dynamic_img_pad:
             _check_patches(
@@ -143,27 +117,11 @@ class IJepaEncoder(VisionTransformer):
         self._positions_to_buffer()
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens of all patches or of some, see :func:`encode_visible`.
-
-        Args:
-            images: ``[B, C, H, W]``, normalized.
-            keep: Patch indices ``[B * R, K]``, int64; None for all.
-
-        Returns:
-            Tokens ``[B, N, D]``, or ``[B * R, K, D]`` with ``keep``.
-        """
+        """Tokens ``[B, N, D]`` of all patches or of some, see :func:`encode_visible`."""
         return encode_visible(self, images, keep)
 
     def encode_layers(self, images: Tensor, layers: int = 1) -> list[Tensor]:
-        """Tokens after the last blocks, each followed by the final LayerNorm.
-
-        Args:
-            images: ``[B, C, H, W]``, normalized.
-            layers: How many blocks.
-
-        Returns:
-            Tokens ``[B, N, D]`` of each, the last block's at the end.
-        """
+        """Tokens ``[B, N, D]`` after each of the last blocks, followed by the final LayerNorm."""
         return _encode_layers(self, images, layers)
 
 
@@ -221,16 +179,8 @@ def _encode_layers(vit: Any, images: Tensor, layers: int = 1) -> list[Tensor]:
 
 
 def check_encoder(vit: Any) -> None:
-    """Refuse a network that :func:`encode_visible` does not serve.
-
-    Args:
-        vit: A timm model, may be on meta.
-
-    Raises:
-        SettingsError: It is not a timm ``VisionTransformer`` with a grid of patches and absolute
-            positions, or it drops patches at random.
-    """
-    own = ("_pos_embed", "forward_features")  # of a subclass with a forward path of its own
+    """Refuse a network that :func:`encode_visible` does not serve."""
+    own = ("_pos_embed", "forward_features")  # overridden by other ViTs
     if getattr(vit, "rope", None) is not None:
         reason = "has rotary positions"
     elif not isinstance(vit, VisionTransformer) or any(
@@ -254,19 +204,10 @@ def check_encoder(vit: Any) -> None:
 
 
 def as_encoder(vit: Any) -> Any:
-    """Give a timm ViT the methods of :class:`IJepaEncoder`, `encode` and `encode_layers`.
+    """Give a timm ViT the methods `encode` and `encode_layers`, in place.
 
     FSDP2 gathers the parameters around registered methods of a module, so functions alone would
     not do.
-
-    Args:
-        vit: A timm ViT; changed in place. An I-JEPA encoder stays as it is.
-
-    Returns:
-        The same object.
-
-    Raises:
-        SettingsError: See :func:`check_encoder`.
     """
     if not hasattr(vit, "encode"):
         check_encoder(vit)
@@ -284,8 +225,8 @@ def _check_sizes(kwargs: Mapping[str, Any]) -> None:
     width, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
     if width % heads:
         raise SettingsError(f"embed_dim {width} must be divisible by num_heads {heads}")
-    patch = to_2tuple(kwargs.get("patch_size", 16))
-    image = to_2tuple(patch if kwargs.get("img_size", 224) is None else kwargs.get("img_size", 224))
+    patch, image = to_2tuple(kwargs.get("patch_size", 16)), kwargs.get("img_size", 224)
+    image = to_2tuple(patch if image is None else image)
     if min(patch) < 1 or any(side < piece for side, piece in zip(image, patch)):
         raise SettingsError(f"img_size {image} must hold at least one patch of patch_size {patch}")
     if not kwargs.get("dynamic_img_pad"):
@@ -377,11 +318,8 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **{**registry.ARCHITECTURES.get(variant, {}), **kwargs},
     )
-    if (
-        weights is not None
-        and checkpoint is not None
-        and not isinstance(kwargs.get("pretrained_cfg"), dict)
-    ):
+    has_own_cfg = isinstance(kwargs.get("pretrained_cfg"), dict)
+    if weights is not None and checkpoint is not None and not has_own_cfg:
         model.pretrained_cfg = {**model.pretrained_cfg, **weights.networks.preprocessing}
         model.default_cfg = model.pretrained_cfg
     return model

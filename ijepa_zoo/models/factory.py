@@ -138,12 +138,7 @@ def _resolve_name(
 
 
 def create_timm_model(name: str, **kwargs: Any) -> nn.Module:
-    """timm's `create_model`, whose failures are errors of ours.
-
-    Raises:
-        FetchError: The weights cannot be fetched.
-        SettingsError: There is no such model, tag or weights.
-    """
+    """timm's `create_model`, with our errors."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -162,19 +157,11 @@ def create_timm_model(name: str, **kwargs: Any) -> nn.Module:
 
 
 def create_encoder(name: str, **kwargs: Any) -> Any:
-    """Create an encoder to pretrain, with random weights.
+    """Create an encoder to pretrain, with random weights: a ViT with the method ``encode``.
 
-    Args:
-        name: As for :func:`create_model`; or a ViT of timm, by its name or a folder or repository
-            of it. Such a ViT keeps its architecture, but has its final norm before the pooling,
-            over patches, and no classifier or attention pooling.
-        **kwargs: timm's arguments.
-
-    Returns:
-        A timm ViT with the methods ``encode`` and ``encode_layers``.
-
-    Raises:
-        SettingsError: The model is not a ViT with absolute positions, or a size is impossible.
+    ``name`` is as for :func:`create_model`, or a ViT of timm by its name, folder or repository.
+    Such a ViT keeps its architecture, but has its final norm before the pooling, over patches, and
+    no classifier or attention pooling.
     """
     if not is_other_vit(name):
         return create_model(name, pretrained=False, **kwargs)
@@ -236,19 +223,17 @@ def create_ijepa(
         predictor_context: 'repeated', the official predictor, or 'shared', see
             :class:`~ijepa_zoo.models.predictor.Predictor`; default: that of the weights.
         checkpoint: Your own weights, of all three networks.
-        regularizer: See :class:`~ijepa_zoo.models.jepa.IJepa`.
-        loss: See :class:`~ijepa_zoo.models.jepa.IJepa`.
-        target_layers: See :class:`~ijepa_zoo.models.jepa.IJepa`.
-        position_noise: See :class:`~ijepa_zoo.models.jepa.IJepa`.
+        regularizer: See :class:`ijepa_zoo.IJepa`, as the next three.
+        loss: See there.
+        target_layers: See there.
+        position_noise: See there.
         **encoder_kwargs: timm's arguments of the encoder.
 
     Raises:
         CheckpointError: The weights lack one of the three networks, or do not fit.
     """
-    if encoder_kwargs.get("features_only"):
-        raise SettingsError("create_ijepa makes whole networks: leave features_only out")
-    if "network" in encoder_kwargs:
-        raise SettingsError("create_ijepa makes all three networks: leave network out")
+    if encoder_kwargs.get("features_only") or "network" in encoder_kwargs:
+        raise SettingsError("create_ijepa makes all networks: leave features_only and network out")
     own: Mapping[str, Any] = {}
     if not (is_other := is_other_vit(name)):
         name, checkpoint, encoder_kwargs, own = _resolve_name(
@@ -257,25 +242,15 @@ def create_ijepa(
     elif pretrained and checkpoint is None and name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
         checkpoint = name
     model, _, tag = name.partition(".")
-    objective: dict[str, Any] = {
-        "regularizer": regularizer,
-        "loss": loss,
-        "target_layers": target_layers,
-        "position_noise": position_noise,
-    }
-    asked = {
-        "embed_dim": predictor_embed_dim,
-        "depth": predictor_depth,
-        "context": predictor_context,
-    }
+    objective: dict[str, Any] = dict(regularizer=regularizer, loss=loss)
+    objective |= {"target_layers": target_layers, "position_noise": position_noise}
+    asked = dict(embed_dim=predictor_embed_dim, depth=predictor_depth, context=predictor_context)
     asked = {key: value for key, value in asked.items() if value is not None}
-    if not (pretrained or checkpoint is not None):
+    size = PREDICTORS.get(model, _DEFAULT_PREDICTOR)
+    if not pretrained and checkpoint is None:
         encoder = create_encoder(name, **encoder_kwargs)
         device = next(encoder.parameters()).device
-        predictor = _predictor(
-            encoder, {**PREDICTORS.get(model, _DEFAULT_PREDICTOR), **own, **asked}, device
-        )
-        return IJepa(encoder, predictor, **objective)
+        return IJepa(encoder, _predictor(encoder, {**size, **own, **asked}, device), **objective)
     networks = load.resolve(
         model,
         checkpoint=checkpoint,
@@ -297,18 +272,21 @@ def create_ijepa(
         else create_model(name, network=network, **source, **copy.deepcopy(encoder_kwargs))
         for network in ("encoder", "target_encoder")
     }
-    size = {**PREDICTORS.get(model, _DEFAULT_PREDICTOR), **networks.predictor, **asked}
-    predictor = _predictor(made["encoder"], size, torch.device("meta"))
-    state = load.fit_predictor(
-        networks.states["predictor"](), predictor, networks.origin, networks.grid_size
-    )
-    device = next(made["encoder"].parameters()).device
-    load.assign(predictor, state, networks.origin, device)
+    predictor = _load_predictor(made["encoder"], {**size, **networks.predictor, **asked}, networks)
     return IJepa(made["encoder"], predictor, made["target_encoder"], **objective)
 
 
-def _predictor(encoder: Any, arguments: Mapping[str, Any], device: torch.device) -> Predictor:
-    sizes = dict(arguments)
+def _load_predictor(encoder: Any, size: Mapping[str, Any], networks: Networks) -> Predictor:
+    predictor = _predictor(encoder, size, torch.device("meta"))
+    state = load.fit_predictor(
+        networks.states["predictor"](), predictor, networks.origin, networks.grid_size
+    )
+    load.assign(predictor, state, networks.origin, next(encoder.parameters()).device)
+    return predictor
+
+
+def _predictor(encoder: Any, size: Mapping[str, Any], device: torch.device) -> Predictor:
+    sizes = dict(size)
     return Predictor(
         tuple(encoder.patch_embed.grid_size),
         encoder.embed_dim,

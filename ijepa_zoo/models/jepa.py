@@ -74,17 +74,10 @@ class IJepa(nn.Module):
 
     @torch.no_grad()
     def target_tokens(self, images: Tensor, targets: Tensor) -> Tensor:
-        """What the predictor has to predict: normalized target encoder tokens of the blocks.
+        """What the predictor has to predict, ``[B * R, M, L, D]``; arguments as `forward`.
 
         The target encoder sees the whole image; blocks are cut from its output after a LayerNorm
         without affine parameters over the features.
-
-        Args:
-            images: ``[B, C, H, W]``, normalized.
-            targets: Patch indices ``[B * R, M, L]``, int64, R rows for each image.
-
-        Returns:
-            Tokens ``[B * R, M, L, D]``.
         """
         layers = self.target_encoder.encode_layers(images, self.target_layers)
         normed = [F.layer_norm(tokens, tokens.shape[-1:]) for tokens in layers]
@@ -93,16 +86,7 @@ class IJepa(nn.Module):
         return tokens.gather(1, index).view(*targets.shape, -1)
 
     def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
-        """Predict the tokens of hidden blocks from the visible context.
-
-        Args:
-            images: ``[B, C, H, W]``, normalized; only the context patches are read.
-            context: Patch indices ``[B * R, K]``, int64, R rows for each image.
-            targets: Patch indices ``[B * R, M, L]``, int64.
-
-        Returns:
-            Predictions ``[B * R, M, L, D]`` in the space of :meth:`target_tokens`.
-        """
+        """Predictions of :meth:`target_tokens`, ``[B * R, M, L, D]``; arguments as `forward`."""
         prediction: Tensor = self.predictor(self.encoder.encode(images, context), context, targets)
         return prediction
 
@@ -112,8 +96,8 @@ class IJepa(nn.Module):
         With ``position_noise`` the mask token at position j is ``m + p_j + W n_j + b``, where W and
         b are the predictor's embedding of context tokens and ``n_j`` is drawn from
         ``N(0, position_noise^2 I)``. The paper draws for every mask token; here all images of an
-        update share the draw of a position, so that it neither depends on how the batch is shared
-        out nor costs anything.
+        update share the draw of a position, which costs nothing and does not depend on the number
+        of processes.
 
         Args:
             images: ``[B, C, H, W]``, normalized.
@@ -141,14 +125,7 @@ class IJepa(nn.Module):
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        """Move the target encoder towards the encoder: ``momentum * target + (1 - m) * encoder``.
-
-        Args:
-            momentum: Share of the old target encoder that stays, 0 to 1.
-
-        Raises:
-            ValueError: If ``momentum`` is outside 0 to 1.
-        """
+        """Move the target encoder: ``momentum * target + (1 - momentum) * encoder``."""
         if not 0 <= momentum <= 1:
             raise SettingsError(f"momentum must be between 0 and 1, got {momentum}")
         targets: Any = list(self.target_encoder.parameters())

@@ -32,19 +32,15 @@ class Predictor(nn.Module):
     Args:
         grid_size: Rows and columns of the encoder's patch grid.
         embed_dim: Width of the encoder.
-        predictor_embed_dim: Width of the predictor.
+        predictor_embed_dim: Width of the predictor, a multiple of ``num_heads``.
         depth: Number of blocks.
         num_heads: Attention heads per block: as many as the encoder has.
         mlp_ratio: Hidden width of the blocks' MLP over ``predictor_embed_dim``.
         context: ``repeated`` is the official predictor, where the context is processed again
             with every target block. ``shared`` processes it once: it does not see the mask
             tokens, which costs less and is another method. The parameters are the same.
-        device: Device to construct on.
-        dtype: Data type of the parameters.
-
-    Raises:
-        SettingsError: ``predictor_embed_dim`` is not divisible by ``num_heads``, a size is 0, or
-            ``context`` is unknown.
+        device: As in torch.
+        dtype: As in torch.
     """
 
     predictor_pos_embed: Tensor
@@ -120,14 +116,10 @@ class Predictor(nn.Module):
             tokens: The context encoder's tokens ``[B, K, D]``.
             context: Their patch indices ``[B, K]``, int64.
             targets: Patch indices of the target blocks ``[B, M, L]``, int64.
-            noise: Added to the mask token of each position, embedded like context tokens:
-                ``[N, D]``; see :meth:`ijepa_zoo.models.jepa.IJepa.forward`.
+            noise: Added to the mask tokens, embedded like context tokens, ``[N, D]``; see `IJepa`.
 
         Returns:
             Predicted tokens ``[B, M, L, D]``.
-
-        Raises:
-            SettingsError: the shapes of the indices are others.
         """
         if context.shape != tokens.shape[:2] or targets.ndim != 3 or len(targets) != len(tokens):
             raise SettingsError(
@@ -174,16 +166,7 @@ class OpeningBlock(Block):
     """The first block: queries, keys and values once per context and once per position."""
 
     def forward(self, context: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        """Append the mask tokens of every target block to its context, and attend.
-
-        Args:
-            context: Context tokens ``[B, K, C]``.
-            table: The mask token at every position of the grid ``[N, C]``.
-            targets: Patch indices ``[B, M, L]``, int64.
-
-        Returns:
-            ``[B * M, K + L, C]``.
-        """
+        """Append mask tokens, from the table ``[N, C]``, to contexts: ``[B * M, K + L, C]``."""
         x = _append(context, F.embedding(targets, table))
         table_qkv = self.attn.qkv(self.norm1(table))
         # In float32: the gradients of many tokens add up in one position.
@@ -196,15 +179,7 @@ class ClosingBlock(Block):
     """The last block: all tokens are attended to, only target tokens are computed."""
 
     def forward(self, x: Tensor, length: int) -> Tensor:
-        """Attend and update the last tokens only.
-
-        Args:
-            x: Tokens ``[B, T, C]``.
-            length: How many of them.
-
-        Returns:
-            ``[B, length, C]``.
-        """
+        """The last tokens of ``[B, T, C]``, updated: ``[B, length, C]``."""
         width, first = x.shape[-1], x.shape[1] - length
         weight, bias = self.attn.qkv.weight, self.attn.qkv.bias
         normed = self.norm1(x)
@@ -221,17 +196,8 @@ class SharedBlock(Block):
     predictor, where the context is processed again with every target block.
     """
 
-    def forward(self, context: Tensor, masked: Tensor, last: bool = False) -> tuple[Tensor, Tensor]:
-        """Update context and mask tokens.
-
-        Args:
-            context: Context tokens ``[B, K, C]``.
-            masked: Mask tokens ``[B, M, L, C]``.
-            last: Skip the context, which nothing reads any more.
-
-        Returns:
-            Both, of the same shapes.
-        """
+    def forward(self, context: Tensor, masked: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Update context ``[B, K, C]``, unless ``last``, and mask tokens ``[B, M, L, C]``."""
         blocks = masked.shape[1]
         own = _heads(self, self.attn.qkv(self.norm1(context)), 3)
         q, k, v = _heads(self, self.attn.qkv(self.norm1(masked)).flatten(0, 1), 3)
@@ -264,5 +230,4 @@ def _attend(block: Block, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     else:
         mixed = (q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1) @ v
     x = x + attn.proj(mixed.transpose(1, 2).flatten(2))
-    x = x + block.mlp(block.norm2(x))
-    return x
+    return x + block.mlp(block.norm2(x))

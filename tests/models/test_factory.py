@@ -119,17 +119,6 @@ def test_all_networks_at_another_image_size(all_networks):
     assert ijepa(torch.randn(1, 3, 96, 64), torch.tensor([[0, 1, 20]]), targets).isfinite()
 
 
-@pytest.mark.parametrize("loaded", [True, False])
-def test_device_and_dtype_hold_for_all_networks(all_networks, loaded):
-    kwargs = {"device": "meta", "dtype": torch.bfloat16}
-    if loaded:
-        ijepa = all_networks(**kwargs)
-    else:
-        ijepa = ijepa_zoo.create_ijepa(NANO, pretrained=False, **kwargs)
-    tensors = ijepa.state_dict().values()
-    assert {(t.device.type, t.dtype) for t in tensors} == {("meta", torch.bfloat16)}
-
-
 @pytest.mark.parametrize(
     ("sizes", "named"),
     [

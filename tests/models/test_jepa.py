@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
 import ijepa_zoo
+from ijepa_zoo.errors import SettingsError
+from ijepa_zoo.seeds import standard_normal
 
 CONTEXT = torch.tensor([[0, 1, 4, 5, 8], [2, 3, 6, 7, 11]])
 TARGETS = torch.tensor([[[10, 11], [14, 15], [2, 3]], [[0, 1], [4, 5], [12, 13]]])
@@ -36,6 +39,26 @@ def test_targets_are_normalized_tokens_of_the_whole_image(make, images):
     normalized = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     expected = torch.stack([normalized[image][TARGETS[image]] for image in range(2)])
     assert_close(ijepa.target_tokens(images, TARGETS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_of_several_layers_are_their_mean(make, images):
+    ijepa = make(target_layers=2)
+    layers = ijepa.target_encoder.forward_intermediates(
+        images, norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    tokens = torch.stack([F.layer_norm(layer, layer.shape[-1:]) for layer in layers]).mean(0)
+    expected = torch.stack([tokens[image][TARGETS[image]] for image in range(2)])
+    assert_close(ijepa.target_tokens(images, TARGETS), expected)
+
+
+@torch.no_grad()
+def test_noise_of_positions_is_a_function_of_its_seed(make, images):
+    ijepa = make(position_noise=0.25)
+    ijepa.noise_seed = 5
+    tokens, truth = ijepa.encoder.encode(images, CONTEXT), ijepa.target_tokens(images, TARGETS)
+    noise = 0.25 * standard_normal((16, 48), 5, images.device)
+    predicted = ijepa.predictor(tokens, CONTEXT, TARGETS, noise)
+    assert_close(ijepa(images, CONTEXT, TARGETS), F.smooth_l1_loss(predicted, truth))
 
 
 @pytest.mark.parametrize("loss", ["smooth_l1", "l2"])
@@ -70,6 +93,15 @@ def test_target_encoder_starts_as_a_copy_and_stays_in_evaluation_mode(make, imag
     with torch.no_grad():
         ijepa.encoder.norm.bias.fill_(3.0)
     assert (ijepa.target_encoder.norm.bias == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"loss": "l1"}, "'l1'"), ({"target_layers": 3}, "3"), ({"position_noise": -1.0}, "-1")],
+)
+def test_impossible_options_are_refused(make, options, named):
+    with pytest.raises(SettingsError, match=named):
+        make(**options)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.996, 1.0])

@@ -123,6 +123,27 @@ def test_indices_outside_the_grid_are_refused(shift):
 
 
 @pytest.mark.parametrize(
+    ("context", "targets"),
+    [(CONTEXT[:, :4], TARGETS), (CONTEXT, TARGETS[0]), (CONTEXT, TARGETS[:1])],
+)
+def test_indices_of_other_shapes_are_refused(context, targets):
+    with pytest.raises(SettingsError, match="targets"):
+        make(1)(torch.randn(2, 5, 48), context, targets)
+
+
+@torch.no_grad()
+def test_noise_is_embedded_and_moves_the_position_of_targets():
+    predictor, tokens, noise = make(1), torch.randn(2, 5, 48), torch.zeros(16, 48)
+    predictor.predictor_embed.bias.zero_()
+    plain, noise[10] = predictor(tokens, CONTEXT, TARGETS), torch.randn(48)
+    found = predictor(tokens, CONTEXT, TARGETS, noise)
+    predictor.predictor_pos_embed[0, 10] += predictor.predictor_embed(noise[10])
+    assert_close(found, predictor(tokens, CONTEXT, TARGETS))
+    assert not torch.allclose(found[0, 0], plain[0, 0])
+    assert torch.equal(found[0, 1:], plain[0, 1:])  # position 10 is in the first block alone
+
+
+@pytest.mark.parametrize(
     "arguments", [{"num_heads": 3, "predictor_embed_dim": 32}, {"context": "once"}]
 )
 def test_impossible_arguments_are_refused(arguments):

@@ -1,0 +1,306 @@
+"""Files of a resumable run: parts while it is unfinished, then features, index and record."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from .data.datasets import ImageDataset
+from .distributed import Distributed
+from .errors import RunError, SettingsError
+
+_MOST_PARTS = 4096
+_IMAGES = {"inputs", "paths"}  # settings that are hashes of the list of images
+# File, parts, all outputs, shape of the rows, settings.
+Writer: TypeAlias = "Callable[[BinaryIO, Parts, Outputs, tuple[int, ...], dict[str, Any]], None]"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files of a run: `record` is written last, `parts` is the folder until then."""
+
+    features: Path
+    index: Path
+    record: Path
+    parts: Path
+    format: str
+
+    @classmethod
+    def beside(cls, path: Path, stem: str, format: str) -> Outputs:
+        """The files of a run whose features are `path`."""
+        index, record = path.with_name(f"{stem}.index.jsonl"), path.with_name(f"{stem}.run.json")
+        return cls(path, index, record, path.with_name(f"{path.name}.parts"), format)
+
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """Those of a finished run."""
+        return self.features, self.index, self.record
+
+    def own(self, path: str) -> bool:
+        """Whether a run wrote this file; without record or parts, a file is the user's."""
+        folder, name = os.path.split(os.path.abspath(path))
+        if name in (self.features.name, self.index.name, self.record.name):
+            beside = folder == os.path.abspath(self.features.parent)
+            return beside and (self.record.exists() or self.parts.exists())
+        return folder == os.path.abspath(self.parts)
+
+    def refuse_inputs(self, images: ImageDataset) -> None:
+        """Refuse to write over a file that is read."""
+        written = {os.path.abspath(path) for path in self.files}
+        for path in images.files():
+            if os.path.abspath(path) in written:
+                raise SettingsError(f"'{path}' is an input and an output: choose another output")
+
+    def sizes(self) -> list[int]:
+        """Bytes of the features and of the index."""
+        return [path.stat().st_size for path in (self.features, self.index)]
+
+    def failures(self) -> dict[int, tuple[str, str]]:
+        """Path and reason of each image without a row, by its number, of a finished run."""
+        if not json.loads(self.record.read_bytes())["failed"]:
+            return {}
+        with self.index.open("rb") as file:
+            lines = [line for line in map(json.loads, file) if "skipped" not in line]
+        return {i: (line["path"], line["error"]) for i, line in enumerate(lines) if "error" in line}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Fixed ranges of a run's batches, each written as two files when it is complete.
+
+    `000007.rows` has the features of the good images, C order, little-endian; `000007.json`,
+    renamed after it, null or a reason for each image.
+    """
+
+    folder: Path
+    images: int
+    batch_size: int
+    row_bytes: int
+
+    @property
+    def batches_each(self) -> int:
+        """Batches per part: one, or more where there would be too many files."""
+        return -(-self.images // (self.batch_size * _MOST_PARTS))
+
+    @property
+    def images_each(self) -> int:
+        """Images per part; the last part may have fewer."""
+        return self.batches_each * self.batch_size
+
+    def __len__(self) -> int:
+        return -(-self.images // self.images_each)
+
+    def size(self, part: int) -> int:
+        """Images of a part."""
+        return min(self.images, (part + 1) * self.images_each) - part * self.images_each
+
+    def batches(self, part: int) -> range:
+        """Batch numbers of a part."""
+        first = part * self.batches_each
+        return range(first, first + -(-self.size(part) // self.batch_size))
+
+    def complete(self) -> set[int]:
+        """Numbers of the complete parts whose two files agree; others are computed again."""
+        return {part for part in range(len(self)) if self._is_complete(part)}
+
+    def _is_complete(self, part: int) -> bool:
+        try:
+            errors, size = self.errors(part), self.rows_file(part).stat().st_size
+        except (ValueError, FileNotFoundError):
+            return False
+        return len(errors) == self.size(part) and size == errors.count(None) * self.row_bytes
+
+    def write(self, part: int, rows: Sequence[Tensor], errors: Sequence[str | None]) -> None:
+        """Write a complete part."""
+        with whole_file(self.rows_file(part)) as file:
+            for row in rows:
+                file.write(row.contiguous().view(torch.uint8).numpy().tobytes())
+        with whole_file(self._errors_file(part)) as file:
+            file.write(json.dumps(errors).encode())
+
+    def errors(self, part: int) -> list[str | None]:
+        """For each image of a part, None or why it has no row."""
+        errors: list[str | None] = json.loads(self._errors_file(part).read_bytes())
+        return errors
+
+    def rows_file(self, part: int) -> Path:
+        """File of the features of a part."""
+        return self.folder / f"{part:06}.rows"
+
+    def _errors_file(self, part: int) -> Path:
+        return self.folder / f"{part:06}.json"
+
+
+@contextmanager
+def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name when it is complete and on disk, or not at all."""
+    temporary = temporary or path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def lock_outputs(
+    outputs: Outputs,
+    settings: dict[str, Any],
+    overwrite: bool,
+    is_cache: bool,
+    distributed: Distributed,
+) -> Iterator[bool]:
+    """Lock and prepare the outputs, on rank 0; yields whether such a run is finished already.
+
+    Raises:
+        RunError: Other results exist, or another process is at work; on every rank.
+    """
+    lock = FileLock(outputs.parts / "lock", timeout=0)
+
+    def prepare() -> tuple[bool, dict[str, Any]]:
+        finished = not overwrite and _is_finished(outputs, settings, is_cache)
+        if not finished:
+            outputs.parts.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise RunError(
+                    f"another process is writing '{outputs.features}' now: wait for it, or choose "
+                    "another output"
+                ) from None
+            _start_or_resume(outputs, settings, overwrite or is_cache)
+        return finished, settings
+
+    try:
+        finished, first = distributed.run_on_main(prepare)
+        if first != settings:
+            different = _differences(first, settings)
+            raise RunError(f"rank {distributed.rank} differs from rank 0: {different}")
+        yield finished
+        if distributed.is_main:
+            _remove_parts(outputs)
+    finally:
+        lock.release()
+
+
+def _is_finished(outputs: Outputs, settings: dict[str, Any], is_cache: bool) -> bool:
+    """Whether the files are those of such a run; other files are refused, unless `is_cache`."""
+    found = [path for path in outputs.files if path.exists()]
+    resumes = not outputs.record.exists() and (outputs.parts / "settings.json").exists()
+    if not found or resumes:
+        return False
+    record = _read(outputs.record)
+    before = record.get("settings")
+    is_whole = len(found) == len(outputs.files) and outputs.sizes() == record.get("bytes")
+    if before == settings and is_whole:
+        return True
+    if is_cache:
+        return False
+    if not before:
+        why = "is not from a finished run"
+    elif before != settings:
+        why = f"was made with other settings ({_differences(before, settings)})"
+    else:
+        why = "is from a run whose files have been changed or removed since"
+    raise RunError(
+        f"'{found[0]}' {why}: choose another output, or --overwrite (overwrite=True) to replace it"
+    )
+
+
+def _start_or_resume(outputs: Outputs, settings: dict[str, Any], overwrite: bool) -> None:
+    """Keep the parts of a run with these settings, or start a new one."""
+    before = _read(outputs.parts / "settings.json")
+    if before != settings:
+        has_parts = any(outputs.parts.glob("[0-9]*.json"))
+        if before and has_parts and not overwrite:
+            raise RunError(
+                f"'{outputs.parts}' has an unfinished run with other settings "
+                f"({_differences(before, settings)}): use those settings to resume it, or "
+                "--overwrite (overwrite=True) to start over"
+            )
+        _remove(outputs, "[0-9]*.rows*", "[0-9]*.json*", "merged.tmp")
+        with whole_file(outputs.parts / "settings.json") as file:
+            file.write(json.dumps(settings).encode())
+    outputs.record.unlink(missing_ok=True)  # from here on the old files are no finished run
+
+
+def _remove_parts(outputs: Outputs) -> None:
+    """Remove the parts of a finished run, then the settings that say whose they are."""
+    _remove(outputs, "[0-9]*.rows*", "[0-9]*.json*", "merged.tmp", "settings.json*", "*lock")
+    with suppress(OSError):  # it does not exist, or a new run has just opened its lock in it
+        outputs.parts.rmdir()
+
+
+def _remove(outputs: Outputs, *patterns: str) -> None:
+    for pattern in patterns:
+        for file in outputs.parts.glob(pattern):
+            file.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """JSON object in a file; empty where there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    shown = [key for key in changed if key not in _IMAGES]
+    texts = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in shown]
+    return "; ".join(texts + ["other images"] * (len(shown) < len(changed)))
+
+
+def merge(
+    outputs: Outputs,
+    parts: Parts,
+    images: ImageDataset,
+    row_shape: tuple[int, ...],
+    settings: dict[str, Any],
+    write: Writer,
+) -> None:
+    """Join the parts into the final files; each appears when it is complete, the record last."""
+    counts = {"rows": 0, "failed": 0, "skipped": 0}
+    temporary = outputs.parts / "merged.tmp"
+    with whole_file(outputs.index, temporary) as file:
+        for line in _index_lines(images, parts):
+            kind = "failed" if "error" in line else "skipped" if "skipped" in line else "rows"
+            counts[kind] += 1
+            file.write(json.dumps(line).encode() + b"\n")
+    shape, dtype = (counts["rows"], *row_shape), settings["dtype"]
+    with whole_file(outputs.features, temporary) as file:
+        write(file, parts, outputs, shape, settings)
+    about = {"shape": list(shape), "dtype": dtype, "bytes": outputs.sizes(), "settings": settings}
+    with whole_file(outputs.record, temporary) as file:
+        file.write(json.dumps({**counts, **about}, indent=1).encode() + b"\n")
+
+
+def _index_lines(images: ImageDataset, parts: Parts) -> Iterator[dict[str, Any]]:
+    """Row, path and label of every image; `error` or `skipped` where there is no row."""
+    reasons = (error for part in range(len(parts)) for error in parts.errors(part))
+    skipped = deque(images.skipped)
+    row = 0
+    for index in range(len(images) + 1):
+        while skipped and skipped[0][0] == index:
+            _, path, why = skipped.popleft()
+            yield {"row": None, "path": path, "label": None, "skipped": why}
+        if index == len(images):
+            return
+        about = {"path": images.name(index), "label": images.label(index)}
+        if (reason := next(reasons)) is not None:
+            yield {"row": None, **about, "error": reason}
+        else:
+            yield {"row": row, **about}
+            row += 1
