@@ -23,7 +23,7 @@ from ..train import (
 )
 from ..train.config import official_folders
 from ..weights.registry import checkpoints
-from .options import RESUME, Commands, count, is_main_process
+from .options import RESUME, Commands, is_main_process
 
 STOPPED, INTERRUPTED = 75, 130
 _CHANGE = re.compile(r"(seed|[a-z]+\.[a-z_]+)=")
@@ -58,8 +58,6 @@ def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
         "from its latest checkpoint, or WHICH: previous or a step")  # fmt: skip
     add("--resume-from", type=_checkpoint, default="latest", metavar="WHICH",
         help="latest (default), previous or a step")  # fmt: skip
-    add("--skip-nonfinite", type=count, default=0, metavar="N",
-        help="leave out up to N steps of non-finite loss or gradient (default: 0)")  # fmt: skip
     add("--dry-run", action="store_true", help="a few steps, then memory, speed and duration")
     add("--recipes", action="store_true", help="list the recipes")
     add("--settings", action="store_true", help="print all settings of the recipe")
@@ -100,7 +98,6 @@ def _pretrain(args: argparse.Namespace) -> int:
             init=args.init,
             resume_optimizer=args.resume_optimizer,
             resume_from=args.resume_from,
-            skip_nonfinite=args.skip_nonfinite,
             progress=not args.quiet,
         )
     except Interrupted as stop:

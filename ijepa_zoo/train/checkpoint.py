@@ -16,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -38,14 +39,7 @@ _READERS = 4  # files that are hashed at a time
 
 
 class CheckpointManager:
-    """Saves the checkpoints of a run and loads them. Every process calls its methods together.
-
-    Args:
-        folder: Where they are, on a file system that all processes see; made by the first save.
-        distributed: The processes of the run.
-        keep: How many of the newest are kept.
-        keep_every: Those at multiples of so many steps are kept too; None for none.
-    """
+    """Saves the checkpoints of a run and loads them. Every process calls its methods together."""
 
     def __init__(
         self, folder: Path, distributed: Distributed, keep: int = 2, keep_every: int | None = None
@@ -64,27 +58,14 @@ class CheckpointManager:
         _accept_single_process()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
-        """Copy the state to the CPU and write it in the background.
-
-        Args:
-            step: Updates done.
-            tensors: By name; sharded ones (DTensor) on every process, others equal on all.
-            extra: JSON values to keep with them.
-
-        Raises:
-            RunError: The save before this one failed.
-        """
+        """Copy the state to the CPU and write it in the background."""
         state = json.dumps({"step": step, "extra": extra})
         self.wait()
         staged = self._stager.stage(own_part(tensors, self._distributed))
         self._pending = self._writer.submit(self._write, step, staged, state)
 
     def wait(self) -> None:
-        """Return when the last save is complete.
-
-        Raises:
-            RunError: It failed; the checkpoints before it are intact.
-        """
+        """Return when the last save is complete."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -112,19 +93,7 @@ class CheckpointManager:
     def load(
         self, step: int, tensors: Mapping[str, Tensor], folder: Path | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint into tensors in place, sharded in any way.
-
-        Args:
-            step: Of a checkpoint that was verified.
-            tensors: By name; the same names and global shapes as were saved.
-            folder: Folder of another run's checkpoints.
-
-        Returns:
-            The `extra` values that were saved.
-
-        Raises:
-            CheckpointError: It has other names or shapes.
-        """
+        """Read a checkpoint into tensors in place, sharded in any way."""
         path = checkpoint_path(folder or self.folder, step)
         _check_shapes(path, tensors)
         _load(path, dict(tensors), self._group)
@@ -147,10 +116,9 @@ class CheckpointManager:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)  # make room
             reason = error.strerror or str(error).splitlines()[0]
-            free = shutil.disk_usage(_existing(self.folder)).free / 2**20
             raise RunError(
-                f"cannot write checkpoint {target}: {reason} ({free:.0f} MiB free "
-                f"on the disk); checkpoints before it, {checkpoint_steps(self.folder)}, are intact"
+                f"cannot write checkpoint {target}: {reason}; checkpoints before it, "
+                f"{checkpoint_steps(self.folder)}, are intact"
             ) from error
 
     def _write_tensors(self, partial: Path, tensors: dict[str, Any]) -> None:
@@ -197,18 +165,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def select_checkpoint(folder: Path, resume_from: ResumeFrom = "latest") -> int | None:
-    """Choose a checkpoint and compare its files with its manifest.
-
-    Args:
-        folder: A run's `checkpoints`.
-        resume_from: `latest`; `previous` for the newest one that is not damaged; or a step.
-
-    Returns:
-        A step, None if nothing was saved yet.
-
-    Raises:
-        CheckpointError: It is missing or damaged; names the file and the checkpoints to use.
-    """
+    """Choose a checkpoint and compare its files with its manifest."""
     if isinstance(resume_from, str) and resume_from not in ("latest", "previous"):
         raise SettingsError(f"resume_from is {resume_from!r}: use 'latest', 'previous' or a step")
     steps = checkpoint_steps(folder)
@@ -236,11 +193,7 @@ def select_checkpoint(folder: Path, resume_from: ResumeFrom = "latest") -> int |
 
 
 def verify(folder: Path) -> None:
-    """Compare the files of a checkpoint with its manifest.
-
-    Raises:
-        CheckpointError: A file is missing or damaged; names it.
-    """
+    """Compare the files of a checkpoint with its manifest."""
     manifest = _read_json(folder / _MANIFEST)
 
     def fault(name: str) -> str | None:
@@ -266,15 +219,7 @@ def verify(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path, prefix: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """Whole tensors of a checkpoint by name, read in one process after verifying it.
-
-    Args:
-        folder: A checkpoint's folder.
-        prefix: Beginnings of the names to read; all by default.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-    """
+    """Whole tensors of a checkpoint by name, read in one process after verifying it."""
     verify(folder)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -366,16 +311,10 @@ def _delete_unfinished(folder: Path) -> None:
 
 def _newest_intact(folder: Path, steps: list[int]) -> int | None:
     for step in reversed(steps):
-        try:
+        with suppress(CheckpointError):
             verify(checkpoint_path(folder, step))
-        except CheckpointError:
-            continue
-        return step
+            return step
     return None
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def _sync(path: Path) -> None:

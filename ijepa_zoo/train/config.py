@@ -1,9 +1,7 @@
 """Settings of a pretraining run: their schema, and how recipes, YAML and `key=value` are read.
 
-pydantic, because it checks values from YAML, the shell and Python against one declaration.
-
 All defaults are the official ViT-H/14 run on ImageNet-1k. The functions here raise SettingsError;
-calling a section's class in Python raises pydantic's ValidationError.
+constructing a section in Python raises pydantic's ValidationError.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import difflib
 import math
 import re
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +25,6 @@ from . import official
 _DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(step|epoch|image)s?", re.ASCII)
 _RECIPES = Path(__file__).with_name("recipes")
 _FREE = ("log.", "runtime.", "data.max_broken")  # the weights do not depend on these
-_RENAMED = {"machine.": "runtime.", "mask.cut": "mask.group_size"}  # names in version 0.1
 
 
 def _not_bool(value: Any) -> Any:
@@ -65,7 +62,7 @@ def _model(name: str) -> str:
     if name.startswith(("local-dir:", "hf-hub:")):
         return name
     if model not in PREDICTORS and not timm.is_model(model):
-        raise ValueError(f"this model is not registered, {_use_one_of(name, PREDICTORS)}")
+        raise ValueError(f"this model is not registered: use one of {', '.join(PREDICTORS)}")
     if tag:
         raise ValueError(f"use {model} here and --init {name} for its weights")
     return name
@@ -95,7 +92,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp8"]
 
 
 class Section(BaseModel):
-    """Settings that refuse unknown names, infinity and nan, and do not change."""
+    """Immutable settings without infinity and nan."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -116,7 +113,9 @@ class ModelConfig(Section):
     embed_dim: Count | None = _field(None, "width of the encoders")
     depth: Count | None = _field(None, "blocks of the encoders")
     num_heads: Count | None = _field(None, "attention heads of encoders and predictor")
-    mlp_ratio: Positive | None = _field(None, "hidden width of the encoders' MLPs over embed_dim")
+    mlp_ratio: Float | None = _field(
+        None, "hidden width of the encoders' MLPs over embed_dim", ge=0.25
+    )
     predictor_embed_dim: Count | None = _field(None, "width of the predictor")
     predictor_depth: Count | None = _field(None, "blocks of the predictor")
     predictor_context: Literal["repeated", "shared"] | None = _field(
@@ -154,8 +153,8 @@ class MaskConfig(Section):
 
     mode: Literal["published", "unbiased"] = _field(
         "published",
-        "published: the official sampler; unbiased: scale and aspect are drawn independently, "
-        "blocks use the whole grid, long contexts are cut at random",
+        "published: the official sampler; unbiased: independent scale and aspect, blocks on the "
+        "whole grid, long contexts cut at random",
     )
     group_size: Count | Literal["global"] = _field(
         128, "images that share a context length (official: those of a GPU); global: the batch"
@@ -261,12 +260,8 @@ class PretrainConfig(Section):
 def micro_batch_size(config: PretrainConfig, world: int) -> int:
     """Images of one forward pass of one of `world` processes.
 
-    The largest number that divides both the process's share of the batch and `mask.group_size`,
-    and is not above `runtime.micro_batch_size`.
-
-    Raises:
-        SettingsError: `world` or the group size does not divide the batch, or the regularizer
-            would not see a whole group, or a group of one image.
+    The largest number up to `runtime.micro_batch_size` that divides both the process's part of the
+    batch and `mask.group_size`.
     """
     optim, batch, group = config.optim, config.optim.batch_size, config.group_size
     if batch % world:
@@ -294,16 +289,7 @@ def micro_batch_size(config: PretrainConfig, world: int) -> int:
 
 
 def steps_of(duration: str, *, batch_size: int, images: int) -> int:
-    """Steps of a duration, rounded to the nearest.
-
-    Args:
-        duration: `300 epochs`, `187500 steps` or `1e8 images`.
-        batch_size: Images per step.
-        images: Images of the training set; an epoch is `images // batch_size` steps.
-
-    Raises:
-        SettingsError: `duration` is written in another way.
-    """
+    """Steps of a duration such as `300 epochs`; an epoch is `images // batch_size` steps."""
     found = _DURATION.fullmatch(duration.strip())
     if not found or float(found[1]) > 1e15:
         raise SettingsError(
@@ -351,15 +337,7 @@ def load_config(
 
 
 def parse_config(text: str, origin: str) -> PretrainConfig:
-    """Settings from the text of a YAML file; what it leaves out stays at the defaults.
-
-    Args:
-        text: The file's text.
-        origin: The file's name, for messages.
-
-    Raises:
-        SettingsError: It is not YAML, or a setting is unknown or wrong.
-    """
+    """Settings from the text of a YAML file; what it leaves out stays at the defaults."""
     return _validate(_read(text, origin, world=1))
 
 
@@ -378,11 +356,7 @@ def override(config: PretrainConfig, *changes: str, **values: Any) -> PretrainCo
 
 
 def official_folders(file: str | Path) -> tuple[str, str] | None:
-    """Folders of images and of the run in a YAML file of the official repository, else None.
-
-    Raises:
-        SettingsError: It is not YAML, or lacks settings.
-    """
+    """Folders of images and of the run in a YAML file of the official repository, else None."""
     values = _flat(_load_yaml(Path(file).read_bytes(), str(file)), str(file))
     return official.folders(values, str(file)) if official.is_official(values) else None
 
@@ -410,13 +384,7 @@ def describe_config(config: Section) -> str:
 
 
 def differences(before: PretrainConfig, now: PretrainConfig, result_only: bool = True) -> list[str]:
-    """What differs between two runs' settings: `optim.lr: 0.001 then, 0.0005 now`.
-
-    Args:
-        before: Earlier settings.
-        now: Later settings.
-        result_only: Leave out what may change on resume.
-    """
+    """Changed settings, as `optim.lr: 0.001 then, 0.0005 now`."""
     then = named_values(before)
     return [
         f"{name}: {then[name]} then, {value} now"
@@ -442,12 +410,10 @@ class _Loader(yaml.SafeLoader):
 
 def _load_yaml(text: str | bytes, origin: str) -> Any:
     try:
-        value = yaml.load(text, _Loader)
-        repr(value)  # integers of thousands of digits have none, and messages need it
+        return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises others than YAMLError for text such as `!!bool x`
         reason = getattr(error, "problem", None) or error  # without PyYAML's lines of context
         raise SettingsError(f"{origin} is not YAML: {reason}") from None
-    return value
 
 
 def _read(text: str | bytes, origin: str, world: int) -> dict[str, Any]:
@@ -462,7 +428,7 @@ def _read(text: str | bytes, origin: str, world: int) -> dict[str, Any]:
 def _read_recipe(name: str) -> dict[str, Any]:
     names = [recipe for recipe, _ in recipe_table()]
     if name not in names:
-        raise SettingsError(f"there is no recipe or file {name!r}: {_use_one_of(name, names)}")
+        raise SettingsError(f"no recipe or file {name!r}: use one of {', '.join(names)}")
     return _read((_RECIPES / f"{name}.yaml").read_bytes(), name, world=1)
 
 
@@ -495,7 +461,8 @@ def _validate(values: Mapping[str, Any]) -> PretrainConfig:
     tree: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise SettingsError(_unknown(name, known))
+            near = difflib.get_close_matches(name, known, cutoff=0.5) or known
+            raise SettingsError(f"there is no setting {name}: use one of {', '.join(near)}")
         section, _, leaf = name.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[leaf] = value
     try:
@@ -508,18 +475,3 @@ def _validate(values: Mapping[str, Any]) -> PretrainConfig:
         raise SettingsError(f"{name} is {values[name]!r:.80}: {text}") from None
     micro_batch_size(config, world=1)  # before images are read
     return config
-
-
-def _unknown(name: str, known: Collection[str]) -> str:
-    for old, new in _RENAMED.items():
-        if name.startswith(old):
-            return f"there is no setting {name}: it is now {new}{name.removeprefix(old)}"
-    return f"there is no setting {name}: {_use_one_of(name, known)}"
-
-
-def _use_one_of(name: str, known: Collection[str]) -> str:
-    """Names that are close to this one, else those of its section, else all."""
-    near = difflib.get_close_matches(name, known, cutoff=0.8)
-    section = f"{name.partition('.')[0]}."
-    related = [k for k in known if k.startswith(section) or k.endswith(f".{name}")]
-    return f"use one of {', '.join(near or related or known)}"

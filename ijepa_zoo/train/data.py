@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from ..masks import MultiBlockMasks
 from ..seeds import Stream, numpy_generator
 from .config import MaskConfig, PretrainConfig
 
-_log = logging.getLogger(__name__)
 _REPLACEMENTS = 20  # images that are tried instead of a broken one
 
 _Indices = npt.NDArray[np.int64]
@@ -32,16 +31,7 @@ _Indices = npt.NDArray[np.int64]
 def open_training_images(
     config: PretrainConfig, data: Any, index: Path | None = None
 ) -> ImageDataset:
-    """The images of a run.
-
-    Args:
-        config: Settings.
-        data: See `open_images`.
-        index: See `open_images`.
-
-    Raises:
-        DataError: There are none, or they cannot be read in any order.
-    """
+    """The images of a run; refuses those that cannot be read in any order."""
     chosen = config.data
     decoder = Decoder(config.model.in_chans or 3, chosen.value_range, chosen.bands, as_tensor=True)
     images = open_images(data, decoder=decoder, index=index)
@@ -54,24 +44,11 @@ def open_training_images(
             f"'{compressed[0]}' is compressed, and training reads images in any order: unpack it "
             "once (gunzip; images do not get larger) and name the .tar"
         )
-    repeated = len(images) - len(np.unique(images.real_paths()))
-    if repeated:
-        _log.warning(
-            "%d images are named twice, directly or by links, so that held-out images may be "
-            "trained on", repeated,
-        )  # fmt: skip
     return images
 
 
 def split(n: int, held_out: int, seed: int) -> tuple[_Indices, _Indices]:
-    """Hold out images at random for the monitors.
-
-    Returns:
-        Sorted indices of the training images and of the `held_out` others.
-
-    Raises:
-        SettingsError: No image would be left to train on.
-    """
+    """Sorted indices of the training images, and of `held_out` random others for the monitors."""
     if held_out >= n:
         raise SettingsError(
             f"data.held_out={held_out} leaves none of {n} images to train on: use "
@@ -88,12 +65,6 @@ def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> _Indices:
 
     Every epoch of `n // B` steps has its own permutation, of which the last `n % B` images are
     dropped, as in the official repository.
-
-    Args:
-        n: Images of the training set.
-        batch_size: Images per step, B; at most n.
-        seed: The run's seed.
-        step: Updates done.
     """
     epoch, position = divmod(step, n // batch_size)
     chosen = _permutation(n, seed, epoch)[position * batch_size : (position + 1) * batch_size]
@@ -131,29 +102,13 @@ class Batch:
 
 
 def mask_sampler(mask: MaskConfig, grid_size: tuple[int, int]) -> MultiBlockMasks:
-    """The sampler that the settings describe, for a grid of `(height, width)` patches.
-
-    Raises:
-        ValueError: The settings do not fit the grid.
-    """
+    """The sampler that the settings describe, for a grid of `(height, width)` patches."""
     names = {field.name for field in fields(MultiBlockMasks)} - {"grid_size"}
     return MultiBlockMasks(grid_size, **{name: getattr(mask, name) for name in names})
 
 
 class TrainBatches:
-    """The micro-batches of one process, by number; each is a function of its number alone.
-
-    Args:
-        images: Dataset.
-        indices: Numbers of the training images.
-        config: Settings.
-        image_size: Height and width of the model's input, in pixels.
-        masks: Sampler of context and targets.
-        rank: Number of this process.
-        world: Number of processes that share a batch.
-        micro: Images of a micro-batch; divides the process's part of a batch and
-            `mask.group_size`.
-    """
+    """The micro-batches of one process, by number; each is a function of its number alone."""
 
     def __init__(
         self,
@@ -172,11 +127,7 @@ class TrainBatches:
         self.per_step = config.optim.batch_size // world // micro
 
     def __getitem__(self, number: int) -> Batch:
-        """Micro-batch `number % per_step` of step `number // per_step`.
-
-        Raises:
-            DataError: An image cannot be decoded, nor any of those that were tried instead.
-        """
+        """Micro-batch `number % per_step` of step `number // per_step`."""
         step, part = divmod(number, self.per_step)
         seed, batch_size = self.config.seed, self.config.optim.batch_size
         first = (self.rank * self.per_step + part) * self.micro
@@ -191,6 +142,18 @@ class TrainBatches:
             chosen[i], image = self._read(index, step, first + i, broken)
             pixels.append(self._crop(image, draws[i]))
         return Batch(torch.stack(pixels), context, targets, torch.from_numpy(chosen), broken)
+
+    def steps(
+        self, first: int, last: int, workers: int | None, pin_memory: bool
+    ) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from `first` to before `last`.
+
+        Workers load micro-batches: whole steps of many images would fill the memory.
+        """
+        numbers = range(first * self.per_step, last * self.per_step)
+        batches = load_in_order(self, numbers, workers, pin_memory)
+        while step := list(islice(batches, self.per_step)):
+            yield step
 
     def _sample_masks(self, step: int, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks of some images of a step: `mask.per_image` for each, one after the other."""
@@ -230,53 +193,14 @@ class TrainBatches:
         return pixels.flip(-1) if data.horizontal_flip and draws[-1] < 0.5 else pixels
 
 
-def loader(
-    batches: TrainBatches,
-    first_step: int,
-    last_step: int,
-    workers: int | None,
-    pin_memory: bool,
-) -> Iterator[list[Batch]]:
-    """The micro-batches of each step from `first_step` to before `last_step`.
-
-    Workers load micro-batches, not steps: whole steps of many images would fill the memory.
-
-    Args:
-        batches: Micro-batches by number.
-        first_step: Steps done.
-        last_step: Steps at the end.
-        workers: See `load_in_order`.
-        pin_memory: See `load_in_order`.
-
-    Raises:
-        DataError: Too many broken images in a row.
-        RunError: A worker was killed.
-    """
-    numbers = range(first_step * batches.per_step, last_step * batches.per_step)
-    step: list[Batch] = []
-    for batch in load_in_order(batches, numbers, workers, pin_memory):
-        step.append(batch)
-        if len(step) == batches.per_step:
-            yield step
-            step = []
-
-
 def evaluation_images(
     images: ImageDataset, indices: _Indices, image_size: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[str, str]]]:
-    """Images of the monitors: resized and center-cropped.
-
-    Args:
-        images: Dataset.
-        indices: Numbers of the images.
-        image_size: Height and width of the result in pixels.
+    """Images of the monitors, resized and center-cropped.
 
     Returns:
-        uint8 `[m, C, H, W]`; class numbers int64 `[m]`, None if the dataset has none; name and
-        reason of every broken image, which is left out.
-
-    Raises:
-        DataError: None of them can be decoded.
+        uint8 `[m, C, H, W]`; classes `[m]`, None without one class per image; name and reason of
+        every broken image, which is left out.
     """
     aspect = image_size[1] / image_size[0]
     pixels, kept, broken = [], [], []

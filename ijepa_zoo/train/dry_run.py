@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,14 @@ from typing import Any
 import torch
 
 from ..distributed import init_distributed
+from ..progress import progress_bar
 from .config import PretrainConfig
-from .data import Batch, open_training_images
-from .flops import Flops, Masks, flops_per_image, largest_masks, typical_masks
+from .data import open_training_images
+from .flops import Masks, flops_per_image, typical_and_largest
 from .networks import build_networks
-from .trainer import Trainer
+from .trainer import NETWORKS, Trainer
 
-_TIMED = 3  # updates whose median counts
 _GIB = 2**30
-_NETWORKS = ("encoder", "predictor", "target_encoder")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DryRunReport:
     """
 
     parameters: dict[str, int]
-    flops: Flops
+    flops: int
     images: int
     steps: int
     batch_size: int
@@ -63,7 +63,7 @@ class DryRunReport:
 
     def __str__(self) -> str:
         """The report, one line per topic."""
-        flops, rate = self.flops, self.batch_size / self.step_seconds
+        rate = self.batch_size / self.step_seconds
         own_rate = rate / self.world_size
         limit = f" of {self.memory_limit / _GIB:.1f}" if self.memory_limit else ""
         lines = {
@@ -72,12 +72,10 @@ class DryRunReport:
             f"images ({self.world_size} processes, {self.parts} micro-batches each)",
             "masks": f"context {self.typical[0]} tokens, target blocks {self.typical[1]}; largest "
             f"{self.largest[0]} and {self.largest[1]}",
-            "GFLOP/image": f"{flops.total / 1e9:.4g}: target encoder {flops.target / 1e9:.4g}, "
-            f"context encoder {flops.context_forward / 1e9:.4g} forward and "
-            f"{flops.context_backward / 1e9:.4g} backward, predictor {flops.predictor / 1e9:.4g}",
             "memory": f"peak of a process {self.memory / _GIB:.2f}{limit} GiB ({self.device})",
-            "speed": f"{rate:.4g} images/s, {own_rate * flops.total / 1e12:.3g} TFLOP/s per "
-            f"device, {self.step_seconds:.3g} s per update",
+            "speed": f"{rate:.4g} images/s of {self.flops / 1e9:.4g} GFLOP, "
+            f"{own_rate * self.flops / 1e12:.3g} TFLOP/s per device, {self.step_seconds:.3g} s per "
+            "update",
             "loader": f"{self.read_rate:.4g} images/s per loader process, so each process needs "
             f"runtime.workers={math.ceil(own_rate / self.read_rate)}",
             "time": f"{_duration(self.steps * self.step_seconds)} for the whole run, without "
@@ -92,9 +90,9 @@ def dry_run(
 ) -> DryRunReport | None:
     """Build everything that a run needs, time some updates, and keep nothing.
 
-    The first updates have the largest masks and show the memory, later ones have masks of typical
-    size and show the speed. They have one micro-batch, and two if the run has more: the difference
-    is the time of each further one.
+    The first updates have large masks and show the memory, later ones have masks of typical size
+    and show the speed. They have one micro-batch, and two if the run has more: the difference is
+    the time of each further one.
 
     Args:
         config: Settings.
@@ -111,40 +109,63 @@ def dry_run(
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     with init_distributed(config.runtime.device, config.runtime.timeout) as distributed:
-        images = open_training_images(config, data)
-        trainer = Trainer(config, images, distributed, init=init)
-        batch, reading = trainer.data[0], _reading_seconds(trainer)
+        trainer = Trainer(config, open_training_images(config, data), distributed, init=init)
+        if distributed.is_main:
+            print(trainer, flush=True)
         group = config.group_size * config.mask.per_image
-        largest = largest_masks(trainer.masks, group, config.seed)
-        typical = typical_masks(trainer.masks, group, config.seed)
-        if distributed.rank == 0:
-            print(f"{trainer}\ntiming updates of {trainer.micro_batch_size} images ...")
-        for _ in range(2):
-            _timed_update(trainer, batch, largest, min(trainer.data.per_step, 2))
-        memory = float(_peak_memory(distributed.device))
-        update = _update_seconds(trainer, batch, typical)
-        measured = torch.tensor([[update, reading, memory]], dtype=torch.float64)
+        typical, largest = typical_and_largest(trainer.masks, group, config.seed)
+        times = _measure(trainer, typical, largest)
+        measured = torch.tensor([times], dtype=torch.float64)
         slowest = distributed.all_gather(measured).amax(dim=0).tolist()
-        return None if distributed.rank else _report(trainer, largest, typical, slowest)
+        return _report(trainer, typical, largest, slowest) if distributed.is_main else None
 
 
-def _report(trainer: Trainer, largest: Masks, typical: Masks, slowest: list[float]) -> DryRunReport:
+def _measure(trainer: Trainer, typical: Masks, largest: Masks) -> list[float]:
+    """Seconds of an update, seconds of reading a micro-batch, and bytes of peak memory."""
+    device, parts = trainer.distributed.device, trainer.data.per_step
+    size = trainer.micro_batch_size * trainer.config.mask.per_image
+    batch = trainer.data[0]
+    # A GPU compiles for new lengths and varies; on a CPU an update can take a minute.
+    repeats = 3 if device.type == "cuda" else 1
+
+    def update(masks: Masks, count: int) -> float:
+        part = replace(batch, context=masks[0][:size], targets=masks[1][:size], broken=[])
+        part = part.pin_memory() if device.type == "cuda" else part  # as the loader does
+        times = []
+        for _ in range(repeats):
+            trainer.distributed.barrier()
+            times.append(_seconds(lambda: trainer.train_step([part] * count), device))
+            bar.update()
+        return statistics.median(times)
+
+    with progress_bar(trainer.distributed.is_main, 3 * repeats, "timing", "update") as bar:
+        update(largest, min(parts, 2))
+        memory = float(_peak_memory(device))
+        one, two = update(typical, 1), update(typical, min(parts, 2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader process
+    reading = _seconds(lambda: [trainer.data[number] for number in range(3)], device) / 3
+    torch.set_num_threads(threads)
+    return [one + (parts - 1) * max(0.0, two - one), reading, memory]
+
+
+def _report(trainer: Trainer, typical: Masks, largest: Masks, slowest: list[float]) -> DryRunReport:
     config, device = trainer.config, trainer.distributed.device
     update, reading, memory = slowest
     with torch.device("meta"):  # the trained networks may be sharded, compiled, recomputing
         model = build_networks(config)
-    (context, target), mask, cuda = _lengths(typical), config.mask, device.type == "cuda"
+    cuda = device.type == "cuda"
     return DryRunReport(
-        parameters={n: sum(p.numel() for p in getattr(model, n).parameters()) for n in _NETWORKS},
-        flops=flops_per_image(model, context, mask.num_targets, target, mask.per_image),
+        parameters={n: sum(p.numel() for p in getattr(model, n).parameters()) for n in NETWORKS},
+        flops=flops_per_image(config),
         images=len(trainer.train_indices),
         steps=trainer.schedule.steps,
         batch_size=config.optim.batch_size,
         parts=trainer.data.per_step,
         world_size=trainer.distributed.world_size,
         device=torch.cuda.get_device_name(device) if cuda else device.type,
-        largest=_lengths(largest),
-        typical=(context, target),
+        largest=(largest[0].shape[1], largest[1].shape[2]),
+        typical=(typical[0].shape[1], typical[1].shape[2]),
         memory=int(memory),
         memory_limit=torch.cuda.get_device_properties(device).total_memory if cuda else None,
         step_seconds=update,
@@ -152,46 +173,14 @@ def _report(trainer: Trainer, largest: Masks, typical: Masks, slowest: list[floa
     )
 
 
-def _update_seconds(trainer: Trainer, batch: Batch, masks: Masks) -> float:
-    """Seconds of an update of all parts, from those of updates of one and of two."""
-
-    def measure(parts: int) -> float:
-        return statistics.median(_timed_update(trainer, batch, masks, parts) for _ in range(_TIMED))
-
-    _timed_update(trainer, batch, masks, 1)  # compiles and fills caches for these lengths
-    one, parts = measure(1), trainer.data.per_step
-    further = max(0.0, measure(2) - one) if parts > 1 else 0.0
-    return one + (parts - 1) * further
-
-
-def _reading_seconds(trainer: Trainer) -> float:
-    """Seconds in which a loader process reads a micro-batch."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a loader process
-    started = time.perf_counter()
-    for number in range(_TIMED):
-        trainer.data[number]
-    torch.set_num_threads(threads)
-    return (time.perf_counter() - started) / _TIMED
-
-
-def _timed_update(trainer: Trainer, batch: Batch, masks: Masks, parts: int) -> float:
-    """Seconds of an update of `parts` times `batch` with `masks`."""
-    device = trainer.distributed.device
-    size = trainer.micro_batch_size * trainer.config.mask.per_image
-    part = replace(batch, context=masks[0][:size], targets=masks[1][:size], broken=[])
-    part = part.pin_memory() if device.type == "cuda" else part  # as the loader does
-    trainer.distributed.barrier()
-    _synchronize(device)
-    started = time.perf_counter()
-    trainer.train_step([part] * parts)
-    _synchronize(device)
-    return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -203,10 +192,6 @@ def _peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _lengths(masks: Masks) -> tuple[int, int]:
-    return masks[0].shape[1], masks[1].shape[2]
 
 
 def _duration(seconds: float) -> str:

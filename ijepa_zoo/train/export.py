@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some
 from ..models.jepa import IJepa
 from ..weights.export import export
 from .checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint
@@ -94,17 +94,9 @@ def _find_step(run: Path, step: int | None) -> int:
 
 def _load_networks(model: IJepa, checkpoint: Path) -> None:
     tensors = read_checkpoint(checkpoint, tuple(f"{network}." for network in NETWORKS))
-    stored = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(stored.keys() | shapes):
-        if stored.get(name) != shapes.get(name):
-            raise CheckpointError(
-                f"{checkpoint} does not match config.yaml: {name} is {stored.get(name)} there, "
-                f"{shapes.get(name)} by the settings"
-            )
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{checkpoint} has weights that are not finite ({name}): use an earlier checkpoint"
-            )
-    model.load_state_dict(tensors)
+    if ruined := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{checkpoint} has weights that are not finite: {some(ruined)}")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint} does not match config.yaml: {error}") from error

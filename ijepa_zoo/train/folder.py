@@ -33,18 +33,7 @@ _OLD = re.compile(r"^(machine:|  cut:)", re.MULTILINE)  # names of settings in v
 
 
 def open_folder(out: str | Path, data: Any, distributed: Distributed, stack: ExitStack) -> Path:
-    """Create a run's folder and lock it; rank 0 holds the lock for all.
-
-    Args:
-        out: The folder.
-        data: The images of the run, which must not contain it.
-        distributed: The processes of the run.
-        stack: Keeps the lock.
-
-    Raises:
-        SettingsError: The folder has no name or is inside the images.
-        RunError: Another process trains in it.
-    """
+    """Create a run's folder and lock it; rank 0 holds the lock for all."""
     if not str(out):
         raise SettingsError("the run's folder has no name: give one, for example runs/first")
     folder = Path(out)
@@ -71,20 +60,7 @@ def open_folder(out: str | Path, data: Any, distributed: Distributed, stack: Exi
 def reconcile_settings(
     out: Path, config: PretrainConfig, images: ImageDataset, source: Path | None
 ) -> PretrainConfig:
-    """Compare settings and images with those of the checkpoints in the folder, if there are any.
-
-    Args:
-        out: The run's folder.
-        config: Settings; `optim.precision` is resolved.
-        images: What to train on.
-        source: The run that a new one branches from.
-
-    Returns:
-        The settings of the run: `optim.extended_from` is completed where the run is extended.
-
-    Raises:
-        RunError: The folder has a run with other settings or images, or lost its checkpoints.
-    """
+    """Compare settings and images with those of the checkpoints in the folder, if there are any."""
     check_destination(out / "export", WRITTEN, overwrite=True)
     if checkpoint_steps(out / "checkpoints"):
         before = read_settings(out)
@@ -123,11 +99,7 @@ def run_precision(out: Path, config: PretrainConfig, distributed: Distributed) -
 
 
 def read_settings(run: Path) -> PretrainConfig:
-    """Settings of a run.
-
-    Raises:
-        RunError: `config.yaml` is missing, damaged or of version 0.1.
-    """
+    """Settings of a run."""
     path = run / _SETTINGS
     try:
         text = path.read_text(encoding="utf-8")
@@ -136,8 +108,9 @@ def read_settings(run: Path) -> PretrainConfig:
                 f"{run} is a run of ijepa-zoo 0.1, which has other settings: resume, export or "
                 "plot it with that version"
             )
-        if not text.strip():
-            raise RunError(f"{path} is damaged: it is empty")
+        missing = [name for name in PretrainConfig.model_fields if f"\n{name}:" not in f"\n{text}"]
+        if missing:  # cut off; its settings would be the defaults
+            raise RunError(f"{path} is damaged: it has no {', '.join(missing)}")
         return parse_config(text, str(path))
     except FileNotFoundError:
         raise RunError(f"{run} is not a pretraining run: it has no {_SETTINGS}") from None

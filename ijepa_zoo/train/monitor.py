@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed import Distributed
 from ..errors import SettingsError
@@ -29,19 +29,7 @@ _PROBES = {"knn": knn_accuracy, "linear": linear_accuracy}
 
 
 class Monitor:
-    """Metrics of the target encoder on images that are not trained on.
-
-    Args:
-        images: uint8 `[m, C, H, W]`, at least two.
-        labels: Classes `[m]`, int64, -1 for an image without one; None: no labels.
-        mean: Mean of the channels, of values from 0 to 1.
-        std: Standard deviation of the channels, of values from 0 to 1.
-        batch_size: Images of every forward pass of a process; the last one is padded.
-        precision: Precision of the forward pass: the run's own, bf16 for fp8.
-
-    Raises:
-        SettingsError: There are fewer than two images.
-    """
+    """Metrics of the target encoder on images that are not trained on."""
 
     def __init__(
         self,
@@ -62,20 +50,7 @@ class Monitor:
 
     @torch.no_grad()
     def measure(self, model: IJepa, distributed: Distributed) -> dict[str, float]:
-        """Measure the model; every process must call this, and gets the same metrics.
-
-        Args:
-            model: The networks, sharded or not.
-            distributed: The processes that share the images.
-
-        Returns:
-            `rankme`, `spread`, `cosine` and `ema_distance` (relative L2 distance of the encoders);
-            `position_variance` and `image_variance`, the shares of the variance of target tokens
-            that their position and their image explain: where position explains most of it, the
-            predictor needs no image (CAPI, arXiv 2502.08769, section 3.1); with labels of two or
-            more classes also `knn` and `linear`, accuracies in percent.
-            NaN if features are not finite.
-        """
+        """Measure the model; every process must call this, and gets the same metrics."""
         features, moments = self._features(model, distributed)
         finite = bool(features.isfinite().all())
         metrics = {k: f(features) if finite else math.nan for k, f in _FEATURE_METRICS.items()}
@@ -135,39 +110,6 @@ def explained_variance(
     }
 
 
-def update_norms(model: IJepa, optimizer: torch.optim.AdamW) -> dict[str, float]:
-    """Size of the last update, `update_encoder` and `update_predictor`.
-
-    L2 norm of the change of the parameters over their own; around 1e-3 is common. The change is
-    computed from the optimizer's state, so no copy of the weights is needed. With sharded networks
-    every process must call this, after an update and before the next.
-    """
-    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-    return {
-        f"update_{name}": total_norm(_changes(network.parameters(), groups, optimizer))
-        / total_norm(network.parameters())
-        for name, network in (("encoder", model.encoder), ("predictor", model.predictor))
-    }
-
-
-def _changes(
-    parameters: Iterable[nn.Parameter],
-    groups: dict[nn.Parameter, dict[str, Any]],
-    optimizer: torch.optim.AdamW,
-) -> Iterable[Tensor]:
-    """What AdamW's last update subtracted from each parameter (arXiv 1711.05101, algorithm 2)."""
-    step = 0.0  # one for all parameters, so it is read from the device once
-    for parameter in parameters:
-        group, state = groups[parameter], optimizer.state[parameter]
-        step = step or float(state["step"])
-        first, second = (1 - beta**step for beta in group["betas"])
-        change = state["exp_avg_sq"].div(second).sqrt_().add_(group["eps"])
-        change = (state["exp_avg"] / change).mul_(group["lr"] / first)
-        decay = group["lr"] * group["weight_decay"]
-        # p_after = (1 - decay) * p_before - change
-        yield change.add_((parameter.detach() + change).mul_(decay / (1 - decay)))
-
-
 def total_norm(tensors: Iterable[Tensor]) -> float:
     """L2 norm of all tensors together; those of sharded tensors are summed over processes."""
     norms = [torch.linalg.vector_norm(tensor.detach()) for tensor in tensors]
@@ -188,9 +130,6 @@ _WARMUP_PATIENCE = 8  # at the start healthy runs fall far below initialization,
 _SAME = 1.02  # values that differ by less are equal
 _WINDOW, _FIRST_LOSSES, _LAST_LOSSES = 50, 20, 3
 _JUMP = 2.0  # times the median of the losses before
-_PROBED, _FIRST_PROBES = 5, 8
-_GAIN = 1.03  # times the accuracy at initialization
-_REGULARIZE = "a regularizer (optim.regularizer_weight=0.1 optim.regularizer_over=residuals)"
 
 
 class CollapseWatch:
@@ -201,9 +140,6 @@ class CollapseWatch:
       eight while the learning rate still rises.
     - Jump: three losses in a row above twice the median of up to 50 before. The slow rise after
       the first fall is normal and not reported.
-    - No gain: kNN and linear accuracy of the last five measurements are on average no better than
-      at initialization; after eight measurements, and not while the learning rate rises.
-    - Metrics that are not finite.
 
     The state is a function of the rows alone, so `replay` of a log restores it.
 
@@ -217,7 +153,6 @@ class CollapseWatch:
         self._last: dict[str, float] = {}
         self._low = dict.fromkeys(_HEALTH, 0)
         self._losses: deque[float] = deque(maxlen=_WINDOW)
-        self._probes: dict[str, list[float]] = {name: [] for name in _PROBES}
         self._lr, self._rising = 0.0, False
         self._reported: set[str] = set()
 
@@ -227,20 +162,17 @@ class CollapseWatch:
             self.update(int(row["step"]) + 1, row)
 
     def update(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """Read a row of the log.
+        """Read a row of the log, and return new warnings.
 
         Args:
             step: Updates done.
             metrics: Values by column of the log; any may be missing.
-
-        Returns:
-            New warnings: the problem, and what to try.
         """
         if "lr" in metrics:
             self._rising, self._lr = metrics["lr"] > self._lr, metrics["lr"]
         warnings = []
         # a check returns a warning, "" if all is well, or None if it cannot tell
-        for check in (self._not_finite, self._jump, self._collapse, self._no_gain):
+        for check in (self._jump, self._collapse):
             name, text = check.__name__, check(metrics)
             if text and name not in self._reported:
                 warnings.append(f"step {step}: {text}")
@@ -249,16 +181,6 @@ class CollapseWatch:
             elif text is not None:
                 self._reported.discard(name)
         return warnings
-
-    def _not_finite(self, metrics: dict[str, float]) -> str | None:
-        measured = [name for name in (*_HEALTH, *_PROBES) if name in metrics]
-        bad = [name for name in measured if not math.isfinite(metrics[name])]
-        if not bad:
-            return "" if measured else None
-        return (
-            f"features of held-out images are not finite ({', '.join(bad)}): use "
-            "optim.precision=fp32, or a lower optim.lr"
-        )
 
     def _jump(self, metrics: dict[str, float]) -> str | None:
         if not math.isfinite(metrics.get("loss", math.nan)):
@@ -272,9 +194,9 @@ class CollapseWatch:
             return ""
         self._losses.clear()  # later jumps are measured against the new level
         return (
-            f"the loss jumped from {usual:.3g} to {last[-1]:.3g}, which often means a partial "
-            "collapse: look at rankme and spread (ijepa-zoo plot); if they fall, go back to an "
-            f"earlier checkpoint with a lower optim.lr{self._rate()} or another optim.momentum"
+            f"the loss jumped from {usual:.3g} to {last[-1]:.3g}, often a partial collapse: if "
+            "rankme and spread fall (ijepa-zoo plot), resume from an earlier checkpoint with a "
+            f"lower optim.lr{self._rate()} or another optim.momentum"
         )
 
     def _collapse(self, metrics: dict[str, float]) -> str | None:
@@ -295,7 +217,8 @@ class CollapseWatch:
         return (
             f"the features are collapsing: {', '.join(map(self._compared, measured))}. This rarely "
             f"recovers: start again with a lower optim.lr{self._rate()}, another optim.momentum "
-            f"(0.995, 0.996 or 0.998), {_REGULARIZE}, a longer optim.warmup, or larger targets "
+            "(0.995, 0.996 or 0.998), a regularizer (optim.regularizer_weight=0.1 "
+            "optim.regularizer_over=residuals), a longer optim.warmup, or larger targets "
             "(mask.target_scale)"
         )
 
@@ -306,21 +229,3 @@ class CollapseWatch:
 
     def _rate(self) -> str:
         return f" (now {self._lr:.2g})" if self._lr else ""
-
-    def _no_gain(self, metrics: dict[str, float]) -> str | None:
-        names = [
-            k for k in _PROBES if k in self.initial and math.isfinite(metrics.get(k, math.nan))
-        ]
-        for name in names:
-            self._probes[name].append(metrics[name])
-        if not names or self._rising or len(self._probes[names[0]]) < _FIRST_PROBES:
-            return None
-        recent = {name: sum(self._probes[name][-_PROBED:]) / _PROBED for name in names}
-        if any(value > _GAIN * self.initial[name] for name, value in recent.items()):
-            return ""
-        seen = ", ".join(f"{k} {v:.1f} % (then {self.initial[k]:.1f} %)" for k, v in recent.items())
-        return (
-            f"the features are no better than at initialization: {seen}, mean of five "
-            f"measurements. Try a lower optim.lr{self._rate()} with more steps, {_REGULARIZE}, "
-            "smaller targets (mask.target_scale) on small images, or released weights (--init)"
-        )

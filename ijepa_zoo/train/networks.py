@@ -154,8 +154,8 @@ def _without_pooling(state: State) -> State:
 def _start_from(model: IJepa, state: State, networks: Networks) -> None:
     """Load one encoder into both; the predictor stays as it was initialized."""
     _log.warning("both encoders start from %s; the predictor is new", networks.origin)
+    load.check_architecture(model.encoder, networks.args, networks.origin)
+    fitted = load.fit(state, model.encoder, networks.origin, networks.grid_size)
+    load.check(model.encoder, fitted, networks.origin)
     for encoder in (model.encoder, model.target_encoder):
-        load.check_architecture(encoder, networks.args, networks.origin)
-        fitted = load.fit(state, encoder, networks.origin, networks.grid_size)
-        load.check(encoder, fitted, networks.origin)
         encoder.load_state_dict(fitted)

@@ -12,14 +12,13 @@ from typing import Any
 from ..errors import SettingsError, some
 from ..models.predictor import PREDICTORS
 
-_MODELS = {  # meta.model_name, mask.patch_size, data.crop_size; other sizes change the first
-    ("vit_tiny", 16, 224): "vit_tiny16_ijepa",
-    ("vit_small", 16, 224): "vit_small16_ijepa",
-    ("vit_base", 16, 224): "vit_base16_ijepa",
-    ("vit_large", 16, 224): "vit_large16_ijepa",
-    ("vit_huge", 14, 224): "vit_huge14_ijepa",
-    ("vit_huge", 16, 448): "vit_huge16_448_ijepa",
-    ("vit_giant", 16, 224): "vit_giant16_ijepa",
+_MODELS = {  # meta.model_name -> our name, patch size, image size
+    "vit_tiny": ("vit_tiny16_ijepa", 16, 224),
+    "vit_small": ("vit_small16_ijepa", 16, 224),
+    "vit_base": ("vit_base16_ijepa", 16, 224),
+    "vit_large": ("vit_large16_ijepa", 16, 224),
+    "vit_huge": ("vit_huge14_ijepa", 14, 224),
+    "vit_giant": ("vit_giant16_ijepa", 16, 224),
 }
 _SAME = {  # theirs -> ours, with the same meaning
     "data.batch_size": "mask.group_size",
@@ -68,16 +67,7 @@ def folders(values: Mapping[str, Any], origin: str) -> tuple[str, str]:
 
 
 def translate(values: Mapping[str, Any], origin: str, world: int) -> dict[str, Any]:
-    """Our settings by full name, for the file's run on `world` GPUs.
-
-    Args:
-        values: What the YAML file holds, by full name such as `meta.model_name`.
-        origin: The file's name, for messages.
-        world: Number of processes.
-
-    Raises:
-        SettingsError: A key is missing, unknown, or asks for what is not supported.
-    """
+    """Our settings by full name, for the file's run on `world` GPUs."""
     _check_names(values, origin)
     batch, ema = values["data.batch_size"], values["optimization.ema"]
     if type(batch) is not int or not isinstance(ema, list) or len(ema) != 2:
@@ -110,16 +100,21 @@ def _check_names(values: Mapping[str, Any], origin: str) -> None:
 
 def _model(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The registered model, and those sizes of the file that are not its own."""
-    name = values["meta.model_name"]
-    sizes = [values["mask.patch_size"], values["data.crop_size"]]
-    models = [model for model in _MODELS if model[0] == name]
-    if not models:
-        known = ", ".join(sorted({model[0] for model in _MODELS}))
-        raise SettingsError(f"{origin}: meta.model_name is {name!r}: use one of {known}")
-    model = next((m for m in models if [*m[1:]] == sizes), models[0])
-    ours = _MODELS[model]
-    own = [*model[1:], PREDICTORS[ours]["embed_dim"], PREDICTORS[ours]["depth"]]
-    given = [*sizes, values["meta.pred_emb_dim"], values["meta.pred_depth"]]
-    names = ("patch_size", "img_size", "predictor_embed_dim", "predictor_depth")
-    changed = {f"model.{n}": g for n, g, o in zip(names, given, own) if g != o}
-    return {"model.name": ours, **changed}
+    theirs, patch, size = (
+        values[key] for key in ("meta.model_name", "mask.patch_size", "data.crop_size")
+    )
+    if theirs not in _MODELS:
+        known = ", ".join(_MODELS)
+        raise SettingsError(f"{origin}: meta.model_name is {theirs!r}: use one of {known}")
+    model = _MODELS[theirs]
+    if (theirs, patch, size) == ("vit_huge", 16, 448):
+        model = ("vit_huge16_448_ijepa", 16, 448)
+    predictor = PREDICTORS[model[0]]
+    sizes = {
+        "patch_size": (patch, model[1]),
+        "img_size": (size, model[2]),
+        "predictor_embed_dim": (values["meta.pred_emb_dim"], predictor["embed_dim"]),
+        "predictor_depth": (values["meta.pred_depth"], predictor["depth"]),
+    }
+    changed = {f"model.{name}": given for name, (given, own) in sizes.items() if given != own}
+    return {"model.name": model[0], **changed}

@@ -139,13 +139,6 @@ def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.Adam
     have learned positions, class and register tokens; I-JEPA encoders have none of these.
     Learning rate and weight decay are set before every update by `set_rates`. The state is made
     here and not by the first update, so a checkpoint has the same names at every step.
-
-    Args:
-        encoder: Context encoder.
-        predictor: Predictor.
-
-    Returns:
-        The optimizer; its groups carry a `decayed` flag.
     """
     groups = [
         {
@@ -190,23 +183,13 @@ def clip_gradients(optimizer: torch.optim.AdamW, max_norm: float, norms: Tensor)
     """Scale all gradients by one factor, so that their L2 norm together is at most `max_norm`.
 
     As torch.nn.utils.clip_grad_norm_ does, without its synchronization.
-
-    Args:
-        optimizer: Of `make_optimizer`.
-        max_norm: Largest norm, above 0.
-        norms: Of `gradient_norms`.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     clip_grads_with_norm_(parameters, max_norm, torch.linalg.vector_norm(norms))
 
 
 def step_if_finite(optimizer: torch.optim.AdamW, norms: Tensor) -> None:
-    """Update the parameters, unless a gradient is not finite; the device decides.
-
-    Args:
-        optimizer: Of `make_optimizer`.
-        norms: Of `gradient_norms`.
-    """
+    """Update the parameters, unless a gradient is not finite; the device decides."""
     # Fused optimizers read this attribute, by which torch's GradScaler skips updates.
     optimizer.found_inf = (~norms.isfinite()).any().float()  # type: ignore[attr-defined]
     optimizer.step()

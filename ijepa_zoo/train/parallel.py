@@ -36,24 +36,11 @@ def parallelize(
     three networks; `encode` may be called on its own, by all processes together. Unless in `fp32`,
     on GPUs it gathers parameters in bfloat16 and reduces gradients in float32; as with DDP the
     forward pass belongs under `autocast`, so that residuals stay in float32.
-
-    Args:
-        model: The networks; changed in place. Names and shapes of the parameters stay. With FSDP2
-            the weights of rank 0 count, so that the other processes may have them on `meta`.
-        runtime: Settings.
-        distributed: The processes of the run.
-        precision: Precision of the forward pass.
-
-    Returns:
-        A module with the forward pass of `model`: a DDP wrapper, or `model` itself.
-
-    Raises:
-        ValueError: No layer of the networks can compute in `fp8`.
     """
     if precision != "fp32" and distributed.device.type == "cpu":
         _plain_attention(model)
     if precision == "fp8":
-        use_float8(model, distributed.device)
+        use_float8(model)
     student = [*model.encoder.blocks, *model.predictor.predictor_blocks]
     if runtime.activation_checkpointing:
         for block in student:
@@ -92,9 +79,6 @@ def choose_kernels(device: torch.device) -> None:
 
     To try cuDNN's, call `torch.backends.cuda.enable_cudnn_sdp(True)` after this and before the
     first step.
-
-    Args:
-        device: Where the networks will be.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -103,12 +87,7 @@ def choose_kernels(device: torch.device) -> None:
 
 @contextmanager
 def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """Reduce the gradients of a micro-batch over the processes, or only accumulate them.
-
-    Args:
-        module: What `parallelize` returned.
-        enabled: Whether this is the last micro-batch of the step.
-    """
+    """Reduce the gradients of a micro-batch over the processes, or only accumulate them."""
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
@@ -123,12 +102,7 @@ def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def own_part(tensors: Mapping[str, Tensor], distributed: Distributed) -> dict[str, Tensor]:
-    """What this process saves: its shards, and its part of the tensors that all have whole.
-
-    Args:
-        tensors: By name, the same names on every process.
-        distributed: The processes of the run.
-    """
+    """What this process saves: its shards, and its part of the tensors that all have whole."""
     from torch.distributed.tensor import DTensor
 
     loads = [0] * distributed.world_size

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from ..errors import MissingPackageError, SettingsError
-from ..masks import MultiBlockMasks
-from ..models.factory import create_encoder
 from .config import PretrainConfig
 from .data import mask_sampler
 from .folder import read_settings
 from .logger import read_initial, read_log
+from .networks import build_networks
 
 # Okabe and Ito's colors, which color-blind readers can tell apart
-_BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_COLORS = _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _GRAY = "#8c8c8c"
 # title, label of the y axis, columns of the log
 _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -31,19 +30,13 @@ _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("Classifiers on held-out features", "accuracy (%)", ("knn", "linear")),
     ("Learning rate, and momentum of the target encoder", "learning rate", ("lr",)),
-    (
-        "Gradients, and updates relative to the weights", "L2 norm",
-        ("grad_encoder", "grad_predictor", "update_encoder", "update_predictor"),
-    ),
+    ("Gradients", "L2 norm", ("grad_encoder", "grad_predictor")),
     ("Context encoder and target encoder", "relative L2 distance", ("ema_distance",)),
     ("Speed", "images / s", ("images_per_second",)),
 )  # fmt: skip
 _LABELS = {"knn": "kNN", "rankme": "RankMe",
            "position_variance": "position", "image_variance": "image"}  # fmt: skip
-_DRAWS = 6
-_COVERAGE_STEPS = 200
-_MOST_IMAGES = 128  # of a draw's group: more change nothing visible
-_Floats = npt.NDArray[np.float64]
+_DRAWS = 8
 
 
 def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
@@ -93,7 +86,7 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
 def _plot_panel(
     axis: Any, rows: Sequence[dict[str, float]], initial: dict[str, float], columns: Sequence[str]
 ) -> None:
-    for column, color in zip(columns, (_BLUE, _ORANGE, _GREEN, _PURPLE)):
+    for column, color in zip(columns, _COLORS):
         points = _points(rows, column)
         if column in initial:  # measured before the first step
             points.insert(0, (0.0, initial[column]))
@@ -141,63 +134,25 @@ def _smooth(axis: Any, points: Sequence[tuple[float, float]]) -> None:
 
 
 def _plot_masks(figure: Any, config: PretrainConfig) -> None:
-    masks, images = _masks(config), min(config.group_size, _MOST_IMAGES)
-    axes = figure.subplots(1, _DRAWS + 2, width_ratios=[1] * _DRAWS + [1.3] * 2)
-    for step, axis in enumerate(axes[:_DRAWS]):
-        context, targets = masks.sample(images, seed=config.seed, step=step)
-        axis.imshow(_picture(masks.grid_size, context[0].numpy(), targets[0].numpy()))
-        axis.set_title(f"step {step}", fontsize=9)
-    axes[0].set_ylabel("white: context, gray: neither,\ncolored: targets", fontsize=9)
-    shares = _coverage(masks, images, config.seed)
-    for axis, share, name in zip(axes[_DRAWS:], shares, ("context", "targets")):
-        shown = axis.imshow(100 * share, vmin=0, cmap="cividis")
-        axis.set_title(f"{name} (% of images)", fontsize=9)
-        figure.colorbar(shown, ax=axis, shrink=0.7)
-    for axis in axes:
-        axis.set(xticks=[], yticks=[])
+    """Masks of one image in each of the first steps."""
+    from matplotlib.colors import ListedColormap
+
+    with torch.device("meta"):
+        embed = build_networks(config).encoder.patch_embed
+    masks = mask_sampler(config.mask, embed.grid_size)
     height, width = masks.grid_size
+    for step, axis in enumerate(figure.subplots(1, _DRAWS)):
+        context, targets = masks.sample(config.group_size, seed=config.seed, step=step)
+        pixels = np.full(height * width, 0)
+        pixels[context[0].numpy()] = 1
+        for number, target in enumerate(targets[0].numpy()):
+            pixels[target] = 2 + number % len(_COLORS)
+        colors = ListedColormap([_GRAY, "white", *_COLORS])
+        axis.imshow(pixels.reshape(height, width), colors, vmin=0, vmax=1 + len(_COLORS))
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(f"step {step}", fontsize=9)
     figure.suptitle(
-        f"Masks ({config.mask.mode}, grid of {height} x {width} patches, contexts cut to the "
-        f"shortest of {images}): examples, and means over {_COVERAGE_STEPS} steps",
+        f"Masks ({config.mask.mode}, grid of {height} x {width} patches): context white, targets "
+        "colored",
         fontsize=11,
     )
-
-
-def _masks(config: PretrainConfig) -> MultiBlockMasks:
-    sizes = ("img_size", "patch_size", "embed_dim", "num_heads")
-    given = {k: v for k in sizes if (v := getattr(config.model, k)) is not None}
-    model = create_encoder(config.model.name, device="meta", depth=1, **given)
-    return mask_sampler(config.mask, tuple(model.patch_embed.grid_size))
-
-
-def _picture(
-    grid: tuple[int, int], context: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]
-) -> _Floats:
-    """RGB `[h, w, 3]`: the context white, targets colored, mixed where they overlap."""
-    from matplotlib.colors import to_rgb
-
-    pixels = np.full((grid[0] * grid[1], 3), 0.55)
-    pixels[context] = 1.0
-    colors = np.array([to_rgb(c) for c in (_BLUE, _ORANGE, _GREEN, _PURPLE)])
-    hits = np.zeros((len(pixels), len(targets)))
-    for number, target in enumerate(targets):
-        hits[target, number] = 1
-    inside = hits.any(axis=1)
-    mixed = hits[inside] @ colors[np.arange(len(targets)) % len(colors)]
-    pixels[inside] = mixed / hits[inside].sum(axis=1, keepdims=True)
-    return pixels.reshape(*grid, 3)
-
-
-def _coverage(masks: MultiBlockMasks, images: int, seed: int) -> tuple[_Floats, _Floats]:
-    """Shares `[h, w]` of images with a patch in their context, and in any of their targets."""
-    patches = masks.grid_size[0] * masks.grid_size[1]
-    in_context, in_targets = np.zeros(patches), np.zeros(patches)
-    rows = np.arange(images)[:, None]
-    for step in range(_COVERAGE_STEPS):
-        context, targets = masks.sample(images, seed=seed, step=step)
-        for total, indices in ((in_context, context), (in_targets, targets.flatten(1))):
-            hit = np.zeros((images, patches), np.bool_)
-            hit[rows, indices.numpy()] = True
-            total += hit.mean(axis=0)
-    shape = masks.grid_size
-    return in_context.reshape(shape) / _COVERAGE_STEPS, in_targets.reshape(shape) / _COVERAGE_STEPS

@@ -13,10 +13,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import MissingPackageError, SettingsError
 from ..models.jepa import IJepa
@@ -24,7 +23,7 @@ from .config import Precision, PretrainConfig, override
 
 _log = logging.getLogger(__name__)
 
-_MIN_TORCHAO = "0.18"  # older ones miscompile with torch from 2.14 on: values that are not finite
+_MIN_TORCHAO = 0, 18  # older ones miscompile with torch from 2.14 on: values that are not finite
 _MIN_CAPABILITY = 8, 9  # Ada; Hopper is 9.0
 _MULTIPLE = 16  # sizes that the kernels take
 
@@ -45,14 +44,7 @@ def has_native_bf16(device: torch.device) -> bool:
 def resolve_precision(
     config: PretrainConfig, device: torch.device, before: PretrainConfig | None = None
 ) -> PretrainConfig:
-    """Replace `optim.precision=auto` by the precision that a run uses.
-
-    Args:
-        config: Settings.
-        device: Where a new run computes.
-        before: Settings of the run that is resumed, whose precision stays on every device: another
-            one would change the result.
-    """
+    """Replace `optim.precision=auto` by the precision that a run uses."""
     if config.optim.precision != "auto":
         return config
     new: Precision = "bf16" if has_native_bf16(device) else "fp32"
@@ -70,60 +62,36 @@ def warn_of_emulated_bf16(precision: Precision, device: torch.device) -> None:
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context of a forward pass: bfloat16 by autocast, unless in `fp32`.
-
-    Args:
-        device: Where the networks are.
-        precision: See `OptimConfig`, not `auto`; `fp8` needs `use_float8` as well.
-    """
+    """The context of a forward pass: bfloat16 by autocast, unless in `fp32`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32")
 
 
 def require_float8(device: torch.device) -> None:
-    """Check that float8 products can work, before anything is built.
-
-    Raises:
-        MissingPackageError: torchao is missing or too old.
-        SettingsError: The device has no float8 products. CPUs emulate them.
-    """
+    """Check that float8 products work here, before anything is built."""
     try:
         import torchao.float8  # noqa: F401
 
-        found = version("torchao")
+        found = tuple(int(part) for part in version("torchao").split(".")[:2])
     except ImportError:
-        found = "0.0"
-    if [int(part) for part in found.split(".")[:2]] < [int(p) for p in _MIN_TORCHAO.split(".")]:
+        found = (0, 0)
+    if found < _MIN_TORCHAO:
         raise MissingPackageError(
-            f"optim.precision=fp8 needs torchao {_MIN_TORCHAO}: pip install "
-            f"'torchao>={_MIN_TORCHAO}' 'torch>=2.11', or use optim.precision=bf16"
+            "optim.precision=fp8 needs torchao 0.18: pip install 'torchao>=0.18' 'torch>=2.11', or "
+            "use optim.precision=bf16"
         )
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if device.type != "cpu" and capability < _MIN_CAPABILITY:
+    if capability < _MIN_CAPABILITY:
         raise SettingsError(
             f"{device} has no float8 products, which need a GPU of compute capability 8.9 or more: "
             "use optim.precision=bf16"
         )
 
 
-def float8_remark(device: torch.device, compiled: bool) -> str:
-    """What a user should know about a run in fp8 before it starts; empty when all is well."""
-    if device.type == "cpu":
-        return " (emulated on a CPU: slower than bf16, for trials)"
-    return "" if compiled else " (meant for runtime.compile=true)"
-
-
-def use_float8(model: IJepa, device: torch.device) -> None:
+def use_float8(model: IJepa) -> None:
     """Let the Linear layers of the encoders' blocks multiply in float8.
 
     The layers are replaced; their parameters and names stay. Layers whose sizes are not multiples
     of 16 stay as they are.
-
-    Args:
-        model: The networks; changed in place.
-        device: Where they will run; on a CPU the products are emulated.
-
-    Raises:
-        SettingsError: No layer has such sizes.
     """
     from torchao import float8
 
@@ -131,7 +99,6 @@ def use_float8(model: IJepa, device: torch.device) -> None:
     config = float8.Float8LinearConfig(
         cast_config_input_for_grad_weight=float8.CastConfig(scaling_type=off),
         cast_config_grad_output_for_grad_weight=float8.CastConfig(scaling_type=off),
-        emulate=device.type == "cpu",
     )
     for encoder in (model.encoder, model.target_encoder):
         before = set(encoder.blocks.modules())
@@ -142,9 +109,6 @@ def use_float8(model: IJepa, device: torch.device) -> None:
                 f"optim.precision=fp8 needs layers whose sizes are multiples of {_MULTIPLE}, and "
                 f"model.embed_dim={encoder.embed_dim} has none: use optim.precision=bf16"
             )
-        if device.type == "cpu":
-            for layer in changed:
-                layer.register_forward_pre_hook(_autocast_on_cpu)
 
 
 @contextmanager
@@ -153,9 +117,6 @@ def without_float8(network: nn.Module) -> Iterator[None]:
 
     For metrics of features: rounding is noise in all directions, which adds a tenth to the
     effective rank of the features of a small random network.
-
-    Args:
-        network: Changed or not, sharded or not, compiled or not.
     """
     layers = [m for m in network.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
     kinds = [type(layer) for layer in layers]
@@ -170,10 +131,3 @@ def without_float8(network: nn.Module) -> Iterator[None]:
 
 def _fits(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and all(s % _MULTIPLE == 0 for s in module.weight.shape)
-
-
-def _autocast_on_cpu(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """torchao's layers ask whether CUDA is under autocast, and do not see that a CPU is."""
-    if torch.is_autocast_enabled("cpu"):
-        return tuple(x.to(torch.get_autocast_dtype("cpu")) for x in inputs)
-    return None

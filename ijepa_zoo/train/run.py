@@ -29,7 +29,7 @@ from .checkpoint import CheckpointManager, ResumeFrom, checkpoint_steps, select_
 from .config import PretrainConfig, steps_of
 from .data import Batch, open_training_images
 from .export import export_run, exported_step
-from .flops import peak_flops, training_flops
+from .flops import flops_per_image, peak_flops
 from .folder import (
     open_folder,
     reconcile_settings,
@@ -38,8 +38,8 @@ from .folder import (
     write_settings,
 )
 from .logger import Meter, RunLogger, check_log_targets, read_initial, read_log
-from .monitor import CollapseWatch, Monitor, total_norm, update_norms
-from .trainer import NonFiniteLossError, StepResult, Trainer
+from .monitor import CollapseWatch, Monitor, total_norm
+from .trainer import NonFiniteLossError, Trainer
 
 _SIGNALS = [  # Windows has no SIGUSR1
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
@@ -68,7 +68,6 @@ def pretrain(
     init: str | Path | None = None,
     resume_optimizer: ResumeFrom | None = None,
     resume_from: ResumeFrom = "latest",
-    skip_nonfinite: int = 0,
     progress: bool = True,
 ) -> Path:
     """Pretrain without labels, or resume the run in `out`.
@@ -87,8 +86,6 @@ def pretrain(
             when the run resumes.
         resume_from: Which checkpoint to resume from: `latest`, `previous` (the newest that is not
             damaged) or a step.
-        skip_nonfinite: How many steps whose loss or gradient is not finite are left out before the
-            run stops. Two in a row always stop it: then the weights are ruined.
         progress: Show a progress bar.
 
     Returns:
@@ -98,7 +95,7 @@ def pretrain(
         SettingsError: Settings or images do not fit.
         RunError: The folder is in use, or has a run of other settings or images.
         CheckpointError: A checkpoint is damaged, or has other networks.
-        NonFiniteLossError: Loss or gradient is not finite, more often than `skip_nonfinite`.
+        NonFiniteLossError: Loss, gradient or weights are not finite.
         Interrupted: The run was stopped and saved.
     """
     check_log_targets(config.log)
@@ -122,7 +119,7 @@ def pretrain(
         fresh = step is None and source is None
         trainer = Trainer(config, images, distributed, init=init if fresh else None)
         distributed.run_on_main(lambda: write_settings(out, config, images))
-        loop = Loop(trainer, checkpoints, out, skip_nonfinite, progress)
+        loop = Loop(trainer, checkpoints, out, progress)
         if step is not None:
             loop.resume(step)
         elif source is not None and resume_optimizer is not None:
@@ -146,30 +143,17 @@ def pretrain(
 class Loop:
     """The loop of one process over the steps, with checkpoints, monitors and the log.
 
-    Args:
-        trainer: Does the steps.
-        checkpoints: Of the run.
-        out: The run's folder.
-        skip_nonfinite: See `pretrain`.
-        progress: Show a progress bar.
-
     Attributes:
-        extra: What a checkpoint has beside tensors: `skipped` steps, number of `broken` images and
-            `initial` metrics of the monitor.
+        extra: What a checkpoint has beside tensors: number of `broken` images and `initial`
+            metrics of the monitor.
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        checkpoints: CheckpointManager,
-        out: Path,
-        skip_nonfinite: int,
-        progress: bool,
+        self, trainer: Trainer, checkpoints: CheckpointManager, out: Path, progress: bool
     ) -> None:
         self.trainer, self.checkpoints, self.out = trainer, checkpoints, out
-        self.skip_nonfinite = skip_nonfinite
         self.distributed, self.config = trainer.distributed, trainer.config
-        self.extra: dict[str, Any] = {"skipped": [], "broken": 0, "initial": {}}
+        self.extra: dict[str, Any] = {"broken": 0, "initial": {}}
         self.saved = 0
         self.broken_images = _BrokenImages(out / f"broken-{self.distributed.rank}.jsonl")
         self.progress = progress and self.distributed.is_main
@@ -183,16 +167,7 @@ class Loop:
         self._print(f"{self.out} is finished" if finished else f"resuming after step {step}")
 
     def branch(self, source: Path, resume_from: ResumeFrom) -> None:
-        """Load a checkpoint of another run, which becomes the first checkpoint of this one.
-
-        Args:
-            source: Folder of the other run.
-            resume_from: Which of its checkpoints, see `select_checkpoint`.
-
-        Raises:
-            CheckpointError: There is none, it is damaged, or it has other networks.
-            SettingsError: The checkpoint is not before the end of this run.
-        """
+        """Load a checkpoint of another run, which becomes the first checkpoint of this one."""
         folder = source / "checkpoints"
         step = self.distributed.run_on_main(lambda: select_checkpoint(folder, resume_from))
         if step is None:
@@ -214,11 +189,7 @@ class Loop:
         self._print(f"continuing {source} after step {step}")
 
     def train(self, received: list[int]) -> None:
-        """Train until the last step, or until a process is asked to stop.
-
-        Args:
-            received: Signals that asked this process to stop; grows meanwhile.
-        """
+        """Train until the last step, or until some process has received a signal to stop."""
         trainer, steps = self.trainer, self.trainer.schedule.steps
         stop = int(self.distributed.all_reduce(torch.tensor([len(received)])))
         if trainer.step >= steps or stop:
@@ -262,7 +233,8 @@ class Loop:
         watch = CollapseWatch(self.extra["initial"])
         if logger is not None:
             watch.replay(read_log(self.out))
-        meter, measured = self._meter(), {}
+        meter = self._meter()
+        measured: dict[str, float] = {}
         shown: dict[str, str] = {}
         batches = trainer.batches()
         while trainer.step < trainer.schedule.steps:
@@ -270,20 +242,15 @@ class Loop:
             micro_batches = next(batches)
             waited = time.perf_counter() - started
             self.broken_images.note(micro_batches)
-            result = self._train_step(micro_batches, bool(received), logger)
+            result = trainer.train_step(micro_batches, bool(received))
+            meter.update(result.metrics, time.perf_counter() - started, waited)
+            self._check_broken(result.broken)
             bar.update()
-            if result is not None:
-                meter.update(result.metrics, time.perf_counter() - started, waited)
-                self._check_broken(result.broken)
             step, last = trainer.step, trainer.step == trainer.schedule.steps
-            row = {}
-            if step % every.log_every == 0 or last:
-                row = meter.row(step)
-                if row:
-                    row |= update_norms(trainer.model, trainer.optimizer)
+            row = meter.row(step) if step % every.log_every == 0 or last else {}
             if step % every.monitor_every == 0 or last:
                 measured = monitor.measure(trainer.model, self.distributed)
-                row = {"step": step - 1.0, **(row or meter.row(step)), **measured}
+                row = (row or meter.row(step)) | measured
             if row and logger is not None:
                 logger.write(row)
                 for warning in watch.update(step, row):
@@ -292,42 +259,20 @@ class Loop:
                 bar.set_postfix(shown, refresh=False)
             if step % save_every == 0 or (keep_every and step % keep_every == 0):
                 self._save()
-            if result is not None and result.stop:
+            if result.stop:
                 break
         return measured
-
-    def _train_step(
-        self, micro_batches: list[Batch], stop: bool, logger: RunLogger | None
-    ) -> StepResult | None:
-        """One step, or None where it is not finite and may be left out."""
-        trainer, skipped = self.trainer, self.extra["skipped"]
-        try:
-            return trainer.train_step(micro_batches, stop)
-        except NonFiniteLossError as error:
-            if trainer.step - 1 in skipped:
-                raise NonFiniteLossError(f"{error}; {self._ruined()}") from error
-            if len(skipped) >= self.skip_nonfinite:
-                raise
-            skipped.append(trainer.step)
-            if logger is not None:
-                logger.event(trainer.step, "skipped", str(error))
-            trainer.step += 1
-            return None
 
     def _save(self) -> None:
         trainer = self.trainer
         if not math.isfinite(total_norm(trainer.model.parameters())):
             raise NonFiniteLossError(
-                f"the weights are not finite after step {trainer.step} and were not saved; "
-                + self._ruined()
+                f"the weights are not finite after step {trainer.step} and were not saved: start "
+                f"again with a lower optim.lr; steps {checkpoint_steps(self.checkpoints.folder)} "
+                "are saved"
             )
         self.checkpoints.save(trainer.step, trainer.tensors(), self.extra)
         self.saved = trainer.step
-
-    def _ruined(self) -> str:
-        steps = checkpoint_steps(self.checkpoints.folder)
-        back = f"resume with --resume-from one of {steps}" if steps else "start again"
-        return f"an earlier update has ruined the weights: {back}, with a lower optim.lr"
 
     def _duration(self, text: str) -> int:
         images = len(self.trainer.train_indices)
@@ -336,8 +281,8 @@ class Loop:
     def _meter(self) -> Meter:
         optim, epoch_steps = self.config.optim, self.trainer.schedule.epoch_steps
         peak = peak_flops(self.distributed.device, optim.precision)
-        flops = training_flops(self.config) if peak else 0.0
-        return Meter(optim.batch_size, epoch_steps, flops, peak, self.distributed.world_size)
+        rate = peak and peak * self.distributed.world_size / flops_per_image(self.config)
+        return Meter(optim.batch_size, epoch_steps, rate)
 
     def _check_broken(self, broken: int) -> None:
         """Stop when too many images cannot be decoded; the first epoch counts as a whole."""

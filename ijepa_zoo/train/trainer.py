@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,7 +29,6 @@ from .data import (
     TrainBatches,
     batch_indices,
     evaluation_images,
-    loader,
     mask_sampler,
     normalize,
     split,
@@ -44,13 +44,7 @@ from .optim import (
     step_if_finite,
 )
 from .parallel import choose_kernels, gradient_sync, in_group, parallelize
-from .precision import (
-    autocast,
-    float8_remark,
-    require_float8,
-    resolve_precision,
-    warn_of_emulated_bf16,
-)
+from .precision import autocast, require_float8, resolve_precision, warn_of_emulated_bf16
 from .regularizers import Regularizer
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
@@ -117,6 +111,7 @@ class Trainer:
         self.schedule = Schedule.of(config.optim, len(self.train_indices))
         self.micro_batch_size = micro_batch_size(config, self.distributed.world_size)
         self.model = self._networks(init)
+        self.regularizer = cast("Regularizer | None", self.model.regularizer)
         embed = self.model.encoder.patch_embed
         self.image_size: tuple[int, int] = embed.img_size
         try:
@@ -153,7 +148,7 @@ class Trainer:
         """This process's micro-batches of every step from the next one to the last."""
         pinned = self.distributed.device.type == "cuda"
         workers = self.config.runtime.workers
-        return loader(self.data, self.step, self.schedule.steps, workers, pinned)
+        return self.data.steps(self.step, self.schedule.steps, workers, pinned)
 
     def train_step(self, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
         """Do one step: batch and masks in, one update of the three networks out.
@@ -170,16 +165,21 @@ class Trainer:
         self._seed_random_terms()
         self.optimizer.zero_grad()
         losses: list[Tensor] = []
+        terms: list[Tensor] = []
         for number, batch in enumerate(micro_batches, 1):
             last = number == len(micro_batches)
             with gradient_sync(self.module, last):
                 loss = self.loss(batch)
-                losses += [loss.detach(), *self._regularizer_value()]
+                losses.append(loss.detach())
+                if self.regularizer is not None:
+                    terms.append(self.regularizer.value)
                 if last:  # before the backward pass: the host reads it while the device works
-                    read = self._gather(losses, micro_batches, stop)
+                    read = self._gather(losses + terms, micro_batches, stop)
                 torch.autograd.backward(loss / len(micro_batches))
         gathered, (broken, stopped, context_tokens) = read()
-        metrics = self._losses(gathered, rates["lr"])
+        metrics = self._losses(gathered[:, : len(losses)], rates["lr"])
+        if terms:
+            metrics["regularizer"] = gathered[:, len(losses) :].mean().item()
         set_rates(self.optimizer, lr=rates["lr"], weight_decay=rates["weight_decay"])
         norms = gradient_norms(self.optimizer)
         if self.config.optim.clip_grad is not None:
@@ -216,21 +216,16 @@ class Trainer:
 
     def _seed_random_terms(self) -> None:
         self.model.noise_seed = fold(self.config.seed, Stream.POSITIONS, self.step)
-        if isinstance(self.model.regularizer, Regularizer):
-            self.model.regularizer.seed = fold(self.config.seed, Stream.DIRECTIONS, self.step)
-
-    def _regularizer_value(self) -> list[Tensor]:
-        regularizer = self.model.regularizer
-        return [regularizer.value] if isinstance(regularizer, Regularizer) else []
+        if self.regularizer is not None:
+            self.regularizer.seed = fold(self.config.seed, Stream.DIRECTIONS, self.step)
 
     def _gather(
-        self, losses: Sequence[Tensor], micro_batches: Sequence[Batch], stop: bool
+        self, values: Sequence[Tensor], micro_batches: Sequence[Batch], stop: bool
     ) -> Callable[[], tuple[Tensor, list[float]]]:
         """Send the numbers of every process to the host.
 
-        Returns:
-            A function that waits for them: losses, a row for each process, and the sums of broken
-            images, stop requests and context tokens.
+        The result waits for them: values, a row for each process, and the sums of broken images,
+        stop requests and context tokens.
         """
         broken = sum(len(batch.broken) for batch in micro_batches)
         context = sum(batch.context.shape[1] for batch in micro_batches) / len(micro_batches)
@@ -238,7 +233,7 @@ class Trainer:
         # From pageable memory the copy would wait for the forward pass.
         counts = torch.tensor([broken, stop, context], pin_memory=device.type == "cuda")
         counts = counts.to(device, non_blocking=True)
-        row = torch.cat([torch.stack([*losses]).float(), counts])
+        row = torch.cat([torch.stack([*values]).float(), counts])
         wait = copy_to_host(self.distributed.all_gather(row.unsqueeze(0)))
 
         def read() -> tuple[Tensor, list[float]]:
@@ -247,34 +242,20 @@ class Trainer:
 
         return read
 
-    def _losses(self, gathered: Tensor, lr: float) -> dict[str, float]:
-        """Means of the losses, and of the regularizer's terms, which follow each of them."""
-        if self._regularizer_value():
-            losses, terms = gathered[:, 0::2], gathered[:, 1::2]
-            metrics = {"loss": losses.mean().item(), "regularizer": terms.mean().item()}
-        else:
-            losses = gathered
-            metrics = {"loss": losses.mean().item()}
-        if not math.isfinite(metrics["loss"]):
-            raise NonFiniteLossError(self._describe(losses) + _advice(lr))
-        return metrics
-
-    def _describe(self, losses: Tensor) -> str:
-        """Processes and images whose loss is not finite."""
-        bad = (~losses.isfinite()).nonzero().tolist()
-        indices = batch_indices(
-            len(self.train_indices),
-            self.config.optim.batch_size,
-            seed=self.config.seed,
-            step=self.step,
-        )
-        images = self.train_indices[indices].reshape(*losses.shape, -1)
-        names = [self.images.name(int(index)) for rank, part in bad for index in images[rank, part]]
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        ranks = ", ".join(sorted({str(rank) for rank, _ in bad}))
-        return (
-            f"the loss of step {self.step} is {losses[tuple(bad[0])].item()} on rank {ranks} "
-            f"(images {', '.join(names[:_SHOWN])}{more})"
+    def _losses(self, losses: Tensor, lr: float) -> dict[str, float]:
+        """Mean of the losses, a row for each process."""
+        mean = losses.mean().item()
+        if math.isfinite(mean):
+            return {"loss": mean}
+        rank, part = (~losses.isfinite()).nonzero()[0].tolist()
+        batch_size, seed = self.config.optim.batch_size, self.config.seed
+        order = batch_indices(len(self.train_indices), batch_size, seed=seed, step=self.step)
+        images = self.train_indices[order].reshape(*losses.shape, -1)[rank, part]
+        names = [self.images.name(int(index)) for index in images[:_SHOWN]]
+        more = f" and {len(images) - _SHOWN} more" if len(images) > _SHOWN else ""
+        raise NonFiniteLossError(
+            f"the loss of step {self.step} is {losses[rank, part].item()} on rank {rank} "
+            f"(images {', '.join(names)}{more}){_advice(lr)}"
         )
 
     def monitor(self) -> tuple[Monitor, list[tuple[str, str]]]:
@@ -313,8 +294,8 @@ class Trainer:
         patch = self.model.encoder.patch_embed.patch_size[0]
         steps, world = self.schedule.steps, self.distributed.world_size
         precision: str = optim.precision
-        if precision == "fp8":
-            precision += float8_remark(device, runtime.compile)
+        if precision == "fp8" and not runtime.compile:
+            precision += " (meant for runtime.compile=true)"
         elif precision == "fp32" and device.type == "cuda":
             precision += " (TF32 products)"
         parallel = f", {runtime.parallel}" if in_group() else ""
@@ -331,7 +312,6 @@ class Trainer:
 
 def _advice(lr: float) -> str:
     return (
-        f"; the step was not done: lower optim.lr ({lr:.2g} in this step), use "
-        "optim.precision=fp32, or "
-        "leave out up to N such steps with --skip-nonfinite N"
+        f"; the step was not done: resume with a lower optim.lr ({lr:.2g} in this step) in another "
+        "folder (--init RUN --resume-optimizer), or use optim.precision=fp32"
     )
