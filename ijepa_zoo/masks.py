@@ -88,6 +88,21 @@ class MultiBlockMasks:
                     f"which is not more than min_keep={self.min_keep} patches: use {fewer}a larger "
                     f"{name}_scale or a larger grid (a larger image or smaller patches)"
                 )
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Refuse targets that leave no patch for the context, wherever the blocks are."""
+        height, width = max(
+            self._possible_sizes(self.target_scale, self.target_aspect), key=math.prod
+        )
+        spare = 1 if self.mode == "published" else 0  # of the last row and column
+        left = (self.grid_size[0] - spare) * (self.grid_size[1] - spare) - height * width
+        if left <= self.min_keep and not self.allow_overlap:
+            raise SettingsError(
+                f"on a grid of {self.grid_size} a target block can be {height} x {width}, which "
+                f"leaves no context of more than min_keep={self.min_keep} patches: use a smaller "
+                "target_scale"
+            )
 
     def block_sizes(self, step: int) -> tuple[_Size, _Size]:
         """Sizes (height, width) of the target blocks and of the context block at `step`."""

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from ijepa_zoo.models.jepa import IJepa
+from ijepa_zoo.train import Interrupted, pretrain
 from ijepa_zoo.train.checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint
 from ijepa_zoo.train.config import (
     DataConfig,
@@ -86,3 +89,12 @@ def after_updates(monkeypatch, updates, action):
             action()
 
     monkeypatch.setattr(IJepa, "update_target", update_target)
+
+
+def stop_after(monkeypatch, updates, folder, config=CONFIG, images=None, **options):
+    """Train until update number `updates`, and be stopped there by SIGTERM."""
+    with monkeypatch.context() as patch:
+        after_updates(patch, updates, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            images = pictures() if images is None else images
+            pretrain(config, images, folder, progress=False, **options)

@@ -172,21 +172,6 @@ def test_swapped_files_and_folders_are_noticed(manager):
         manager.select()
 
 
-def test_all_damaged(manager):
-    for step in (5, 600):
-        damage(checkpoint_path(manager.folder, step) / "__0_0.distcp", "flipped")
-    for choice in ("latest", "previous"):
-        with pytest.raises(CheckpointError, match="no earlier checkpoint"):
-            manager.select(choice)
-
-
-def test_unknown_steps_and_words(manager):
-    with pytest.raises(CheckpointError, match=r"step 6: it has \[5, 600\]"):
-        manager.select(6)
-    with pytest.raises(SettingsError, match="'newest'"):
-        manager.select("newest")
-
-
 def test_other_networks_are_refused(manager):
     tensors = make(5)
     tensors["encoder.b"] = tensors.pop("optimizer.encoder.a.weight.step")
@@ -253,17 +238,6 @@ def test_full_disk(tmp_path):
         assert manager.select() == 900
     finally:
         subprocess.run(["umount", tmp_path], check=True)
-
-
-def test_file_size_limit(manager):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
-    try:
-        assert_fails_and_keeps(manager)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_failure_is_raised_by_the_next_save(manager):

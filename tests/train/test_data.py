@@ -94,79 +94,6 @@ def test_every_epoch_is_a_permutation_without_its_rest() -> None:
     assert batch_indices(11, 3, seed=1, step=77).tolist() == steps[77].tolist()
 
 
-@pytest.mark.parametrize(
-    ("size", "scale", "ratio"),
-    [
-        ((64, 64), (0.3, 1.0), (3 / 4, 4 / 3)),
-        ((48, 200), (0.3, 1.0), (3 / 4, 4 / 3)),  # many fallbacks
-        ((375, 500), (0.08, 0.5), (0.5, 1.0)),
-    ],
-)
-def test_boxes_follow_torchvision(
-    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
-) -> None:
-    """Moments of all coordinates agree with torchvision's own draws within their error."""
-    draws = np.random.default_rng(0).random((4000, DRAWS)).tolist()
-    ours = np.array([crop_box(row, size, scale=scale, ratio=ratio) for row in draws], float)
-    image = torch.zeros(3, *size)
-    theirs = [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(4000)]
-    for moment in (
-        lambda b: b,
-        lambda b: b**2,
-        lambda b: b[:, 2:] * b[:, 3:],
-        lambda b: b[:, :2] * b[:, 2:],
-        lambda b: b[:, :1] * b[:, 1:2],
-    ):
-        a, b = moment(ours), moment(np.array(theirs, float))
-        error = np.sqrt(a.var(axis=0) / len(a) + b.var(axis=0) / len(b))
-        assert (np.abs(a.mean(axis=0) - b.mean(axis=0)) <= 5 * error).all()
-    assert (ours[:, :2] >= 0).all()
-    assert (ours[:, :2] + ours[:, 2:] <= size).all()
-    assert ((ours[:, :2] + ours[:, 2:]).max(axis=0) >= 0.97 * np.array(size)).all()
-
-
-def test_boxes_reach_all_borders() -> None:
-    wide = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3)}
-    for first in np.random.default_rng(0).random((50, 20)).tolist():
-        top, left, height, width = crop_box([*first, 0.0, 0.0, 0.0], (50, 70), **wide)
-        assert (top, left) == (0, 0)
-        end = 1 - 2**-53
-        assert crop_box([*first, end, end, 0.0], (50, 70), **wide) == (
-            *(50 - height, 70 - width),
-            *(height, width),
-        )
-
-
-@pytest.mark.parametrize("size", [(20, 200), (200, 20), (21, 20), (1, 90)])
-def test_fallback_is_that_of_torchvision(size: tuple[int, int]) -> None:
-    """Boxes that are larger than any image never fit."""
-    ratio = (3 / 4, 4 / 3)
-    theirs = RandomResizedCrop.get_params(torch.zeros(3, *size), [9.0, 9.0], list(ratio))
-    assert crop_box([0.5] * DRAWS, size, scale=(9.0, 9.0), ratio=ratio) == theirs
-
-
-@pytest.mark.parametrize("box", [(0, 0, 50, 70), (3, 7, 20, 31), (49, 69, 1, 1), (5, 5, 9, 60)])
-@pytest.mark.parametrize("size", [(32, 32), (64, 48), (50, 70)])
-def test_crop_is_the_published_one(box: tuple[int, ...], size: tuple[int, int]) -> None:
-    """That of torchvision's first transforms on Pillow images, but for rounding."""
-    pixels = np.random.default_rng(1).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    for image in (Image.fromarray(pixels), Image.fromarray(pixels[..., 0])):
-        expected = published.resized_crop(image, *box, list(size), InterpolationMode.BILINEAR)
-        difference = crop_resize(image, box, size).int() - published.pil_to_tensor(expected).int()
-        assert difference.abs().max() <= 1
-        assert difference.abs().float().mean() < 0.1
-
-
-def test_crop_of_many_channels_is_that_of_each() -> None:
-    pixels = np.random.default_rng(2).integers(0, 256, (40, 50, 7), dtype=np.uint8)
-    found = crop_resize(torch.from_numpy(pixels).movedim(2, 0), (4, 3, 30, 41), (16, 24))
-    assert found.dtype == torch.uint8
-    for channel in range(7):
-        image = Image.fromarray(np.ascontiguousarray(pixels[..., channel]))
-        single = crop_resize(image, (4, 3, 30, 41), (16, 24))[0]
-        assert (found[channel].int() - single.int()).abs().max() <= 1  # rounding
-
-
 def test_a_batch_is_its_images_cropped() -> None:
     """Worked out once more from the index of every image and the draws of its place."""
     data = batches()
@@ -213,16 +140,6 @@ def test_processes_and_micro_batches_share_one_batch(world: int, micro: int) -> 
     assert_same(whole, shared)
 
 
-def test_steps_seeds_and_positions_differ() -> None:
-    one, other = joined(step_batches(batches(), 0)), joined(step_batches(batches(), 1))
-    assert one["indices"].tolist() != other["indices"].tolist()
-    seeded = joined(step_batches(batches(config=change(CONFIG, seed=4)), 0))
-    assert one["indices"].tolist() != seeded["indices"].tolist()
-    same = step_batches(batches(open_images(np.repeat(ARRAY[:1], 90, axis=0))), 0)
-    pictures = {bytes(picture.numpy()) for picture in joined(same)["images"]}
-    assert len(pictures) == 16
-
-
 def test_flip_turns_half_of_the_images_and_nothing_else() -> None:
     flipping = change(CONFIG, data={"horizontal_flip": True})
     turned = 0
@@ -235,18 +152,6 @@ def test_flip_turns_half_of_the_images_and_nothing_else() -> None:
             assert torch.equal(a, b) or torch.equal(a.flip(-1), b)
             turned += not torch.equal(a, b)
     assert abs(turned - 160) < 5 * np.sqrt(320 / 4)
-
-
-def test_flip_does_not_depend_on_the_crop() -> None:
-    ramp = np.tile(np.arange(0, 240, 3, dtype=np.uint8)[:, None], (90, 60, 1, 3))
-    data = {"crop_scale": (0.3, 0.3), "crop_ratio": (1.0, 1.0), "horizontal_flip": True}
-    flipping = batches(open_images(ramp), change(CONFIG, data=data))
-    steps = [joined(step_batches(flipping, step)) for step in range(20)]
-    rows = torch.cat([step["images"][:, 0, 6].float() for step in steps])
-    turned = rows[:, 0] > rows[:, -1]
-    lefts = rows.amin(dim=1)
-    difference = lefts[turned].mean() - lefts[~turned].mean()
-    assert difference.abs() < 5 * lefts.std() * np.sqrt(2 / 160)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -299,12 +204,6 @@ class Broken:
         return ""
 
 
-def test_a_damaged_shard_without_images_is_named(tmp_path: Path) -> None:
-    (tmp_path / "cut.tar").write_bytes(b"not a tar file")
-    with pytest.raises(DataError, match=r"cut\.tar"):
-        open_training_images(CONFIG, str(tmp_path / "cut.tar"))
-
-
 def test_broken_images_are_named_and_replaced() -> None:
     broken = set(range(0, 90, 3))
     data, intact = batches(Broken(broken)), batches()
@@ -337,34 +236,6 @@ def test_too_many_broken_images_end_the_run(workers: int) -> None:
         next(loader(data, 2, 4, workers, False))
 
 
-class Deadly(Broken):
-    def read(self, index: int) -> object:
-        if os.getpid() != self.parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(index)
-
-
-def test_a_killed_worker_is_told() -> None:
-    images = Deadly(set())
-    images.parent = os.getpid()
-    with pytest.raises(RunError, match="fewer workers"):
-        list(loader(batches(images), 0, 3, 2, False))
-
-
-class Asked(Broken):
-    """Workers that get the signals by which a run is asked to stop."""
-
-    def read(self, index: int) -> object:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            os.kill(os.getpid(), number)
-        return super().read(index)
-
-
-def test_workers_leave_signals_to_the_run() -> None:
-    found = list(loader(batches(Asked(set())), 0, 2, 2, False))
-    assert_same(found[1], step_batches(batches(), 1))
-
-
 ABANDONED = """
 from test_data import batches, loader
 steps = loader(batches(), 0, 100, 2, False)
@@ -379,21 +250,6 @@ def test_workers_end_with_the_run() -> None:
         [sys.executable, "-c", ABANDONED], env=environment, capture_output=True, timeout=60
     )
     assert (done.returncode, done.stderr.decode().strip()) == (1, "gone")
-
-
-def test_faults_of_a_data_set_keep_their_kind() -> None:
-    class Faulty(Broken):
-        def read(self, index: int) -> object:
-            raise KeyError("no such column")
-
-    with pytest.raises(KeyError, match="no such column"):
-        list(loader(batches(Faulty(set())), 0, 1, 1, False))
-
-
-def test_loader_warns_of_nothing() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        list(loader(batches(), 0, 1, 1, False))
 
 
 def test_images_for_monitors(tmp_path: Path) -> None:

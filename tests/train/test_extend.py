@@ -127,33 +127,6 @@ def test_extended_run_keeps_its_schedule(tmp_path, monkeypatch):
         train(tmp_path, longer("cosine"))
 
 
-def test_extend_of_a_new_run_does_nothing(tmp_path):
-    train(tmp_path, change(BEFORE, optim={"extend": "constant"}))
-    assert read_settings(tmp_path).optim == BEFORE.optim
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        (["optim.extend=linear"], "optim.extend"),
-        (["optim.extended_from=9 steps"], "20000 steps None"),
-        (["optim.extended_from=9 steps,soon constant", "optim.extend=cosine"], "soon"),
-    ],
-)
-def test_wrong_schedules_of_extensions_are_refused(changes, named):
-    with pytest.raises(SettingsError, match=named):
-        Schedule.of(load_config("nano", changes).optim, images=100)
-
-
-def test_ends_of_extensions_must_grow():
-    optim = OptimConfig(
-        batch_size=10, duration="90 steps", warmup="0 steps", extend="cosine",
-        extended_from=["100 steps"],
-    )  # fmt: skip
-    with pytest.raises(SettingsError, match=r"extended_from=\['100 steps'\]"):
-        Schedule.of(optim, images=100)
-
-
 def test_branch_keeps_optimizer_and_step(tmp_path, monkeypatch, finished):
     branch, source = tmp_path / "branch", tmp_path / "source"
     stop(monkeypatch, 5, source)

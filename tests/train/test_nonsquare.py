@@ -81,37 +81,3 @@ def test_export_opens_with_the_grid_and_the_transform(run, tmp_path):
         assert resolve_model_data_config(opened)["input_size"] == (3, *SIZE)
     with pytest.raises(CheckpointError, match="48x64"):
         export_run(run, tmp_path / "transformers", to="transformers")
-
-
-def test_features_of_a_run(run, tmp_path):
-    PHOTO.save(tmp_path / "photo.png")
-    out = tmp_path / "features.npy"
-    model = ijepa_zoo.create_model(f"local-dir:{run}").eval()
-    ijepa_zoo.extract_features([tmp_path / "photo.png"], model, out, device="cpu", workers=0)
-    expected = model(ijepa_zoo.create_transform(model)(PHOTO)[None])
-    np.testing.assert_allclose(np.load(out), expected.detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_weights_start_a_run_of_another_shape(run, tmp_path):
-    short = {"duration": "1 steps", "warmup": "0 steps"}
-    square = change(WIDE, model={"img_size": 64}, optim=short)
-    train(tmp_path, square, init=run / "export")
-    assert state(tmp_path)[0]["encoder.pos_embed"].shape[1] == 64
-
-
-def test_dry_run_counts_the_operations_of_the_grid():
-    found = dry_run(WIDE, IMAGES)
-    square = dry_run(change(WIDE, model={"img_size": 64}), pictures())
-    tokens, all_tokens = math.prod(GRID), 64
-    assert tokens / all_tokens * 0.9 < found.flops.target / square.flops.target < 0.75
-    assert found.largest[0] <= tokens
-    assert found.memory > 0
-
-
-def test_plot_draws_the_grid(run):
-    pytest.importorskip("matplotlib")
-    assert plot_run(run).stat().st_size > 0
-
-
-def test_settings_are_written_and_read_again():
-    assert parse_config(dump_config(WIDE), "here") == WIDE

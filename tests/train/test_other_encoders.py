@@ -64,29 +64,6 @@ def test_some_patches_equal_a_forward_pass_that_does_not_attend_to_the_others(na
         assert_close(tokens[row], masked[0, prefix + visible])
 
 
-@torch.no_grad()
-def test_masked_pixels_do_not_matter_and_others_do():
-    vit, keep = make(DINOV2), torch.tensor([[0, 1, 9], [0, 1, 9]])
-    tokens = ijepa_zoo.encode_visible(vit, IMAGES, keep)
-    changed = IMAGES.clone()
-    changed[:, :, 16:] += 1
-    assert torch.equal(ijepa_zoo.encode_visible(vit, changed, keep), tokens)
-    changed[:, :, :8] += 1
-    assert not torch.equal(ijepa_zoo.encode_visible(vit, changed, keep), tokens)
-
-
-def test_a_copy_encodes_with_its_own_weights():
-    model = build_networks(CONFIG)
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    for encoder in (copied.encoder, copied.target_encoder):
-        assert encoder.encode(IMAGES).any()
-    (last,) = copied.target_encoder.encode_layers(IMAGES)
-    assert torch.equal(copied.target_encoder.encode_layers(IMAGES, 2)[-1], last)
-
-
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -103,19 +80,6 @@ def test_other_networks_are_refused_by_name(name, reason):
         build_networks(change(CONFIG, model={"name": name}))
     with pytest.raises(SettingsError, match=rf"{name}.*{reason}"), torch.device("meta"):
         ijepa_zoo.encode_visible(timm.create_model(name), IMAGES)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"), [({"patch_drop_rate": 0.5}, "patch_drop"), ({"pos_embed": ""}, "posit")]
-)
-def test_vits_without_a_position_for_every_patch_are_refused(options, reason):
-    with pytest.raises(SettingsError, match=rf"{MAE}.*{reason}"):
-        ijepa_zoo.encode_visible(make(MAE, **options), IMAGES)
-
-
-def test_sizes_that_timm_cannot_build_are_refused():
-    with pytest.raises(SettingsError, match=DINOV2):
-        build_networks(change(CONFIG, model={"num_heads": None, "embed_dim": 25}))
 
 
 def test_learned_positions_and_tokens_have_no_weight_decay():
@@ -214,12 +178,6 @@ def test_exports_are_copied_and_other_formats_are_refused(run, tmp_path):
             export_run(run, tmp_path / to, to=to)
     with pytest.raises(CheckpointError, match="ls1"):
         ijepa_zoo.export(make(MAE, init_values=0.1), tmp_path / "other")
-
-
-def test_the_mask_picture_knows_the_grid(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    shutil.copytree(run, tmp_path / "run")
-    assert plot_run(tmp_path / "run")
 
 
 # --- weights of timm

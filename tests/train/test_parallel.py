@@ -160,14 +160,6 @@ def test_a_gradient_that_is_not_finite_on_one_process_updates_none(two):
     assert largest_difference(two["fsdp2 ruined"], alone(limit=0.01, ruined=True)) < 3e-7
 
 
-@pytest.mark.slow
-def test_four_processes_equal_one(one, tmp_path):
-    several_processes.run(TRAIN_MANY, 4, tmp_path / "results.pt", "ddp", "fsdp2")
-    four = torch.load(tmp_path / "results.pt")
-    assert largest_difference(four["ddp"], one) < 3e-7
-    assert largest_difference(four["fsdp2"], one) < 3e-7
-
-
 def test_a_single_process_needs_no_group(one):
     for arguments in ({"parallel": "fsdp2"}, {"activation_checkpointing": True}):
         assert largest_difference(alone(**arguments), one) == 0
@@ -221,16 +213,3 @@ def test_the_first_steps_make_all_graphs(monkeypatch):
     assert len(batches) == graphs == 6
     assert all(type(size) is int for sizes in batches for size in sizes)
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-def test_kernels_are_chosen_on_a_gpu_only(monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", calls.append)
-    trainer = Trainer(CONFIG, open_images(pictures()), Distributed())
-    assert not calls
-    assert "1 x cpu" in str(trainer)
-    choose_kernels(torch.device("cuda", 1))
-    assert calls == [False, "high"]
-    trainer.distributed = Distributed(device=torch.device("cuda", 0))
-    assert "1 x cuda:0, fp32 (TF32 products)" in str(trainer)

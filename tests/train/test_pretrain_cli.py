@@ -51,13 +51,6 @@ def test_dry_run_leaves_nothing(folder, capsys):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_changes_may_stand_behind_the_data(folder):
-    words = ["--config", "own.yaml", "--out", "run", "--data", "images.npy", "optim.lr=5e-4"]
-    assert main(["pretrain", *words, "seed=3"]) == 0
-    assert "lr: 0.0005" in (folder / "run" / "config.yaml").read_text()
-    assert "seed: 3" in (folder / "run" / "config.yaml").read_text()
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_stopped_runs_have_their_own_exit_status(folder, monkeypatch, capsys, number, status):
     def stop(*args, **kwargs):
@@ -66,15 +59,6 @@ def test_stopped_runs_have_their_own_exit_status(folder, monkeypatch, capsys, nu
     monkeypatch.setattr("ijepa_zoo.cli.pretrain.pretrain", stop)
     assert main(RUN) == status
     assert "step 7" in capsys.readouterr().err
-
-
-def test_interrupted_dry_run_cannot_be_resumed(folder, monkeypatch, capsys):
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("ijepa_zoo.cli.pretrain.dry_run", stop)
-    assert main([*RUN, "--dry-run"]) == 130
-    assert "resume" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
@@ -164,8 +148,3 @@ def test_wrong_options_are_named(folder, capsys, words):
     with pytest.raises(SystemExit, match="2"):
         main(["pretrain", "custom_small", *words])
     assert words[0] in capsys.readouterr().err
-
-
-def test_plot_names_the_folder(folder, capsys):
-    assert main(["plot", "absent"]) in (1, 2)
-    assert "absent" in capsys.readouterr().err

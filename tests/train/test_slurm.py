@@ -56,12 +56,6 @@ def test_sbatch_starts_every_process_and_queues_again_what_was_saved(tmp_path, s
     assert not list(tmp_path.glob(".requeue*"))
 
 
-def test_sbatch_is_signalled_as_the_run_understands():
-    text = (SCRIPTS / "pretrain.sbatch").read_text()
-    assert re.search(r"^#SBATCH --signal=USR1@\d+$", text, re.MULTILINE)
-    assert re.search(r"^#SBATCH --requeue$", text, re.MULTILINE)
-
-
 FILES = """
 import sys
 from pathlib import Path
