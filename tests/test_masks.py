@@ -132,7 +132,7 @@ def test_groups_have_lengths_of_their_own_and_targets_do_not_overlap_the_context
             for m in range(4):
                 assert not (coverage(context, 256) & coverage(targets[:, m], 256)).any()
     assert len(lengths) > 6
-    with pytest.raises(SettingsError, match="3 to 6.*group_size=4"):
+    with pytest.raises(SettingsError, match=r"3 to 6.*group_size=4"):
         masks.sample(12, seed=0, step=0, part=slice(3, 6), group_size=4)
 
 

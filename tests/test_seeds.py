@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_zoo.seeds import Stream, fold, numpy_generator, standard_normal, torch_generator
+from ijepa_zoo.seeds import Stream, fold, standard_normal
 
 
 def test_fold_is_stable():

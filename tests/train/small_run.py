@@ -93,8 +93,8 @@ def after_updates(monkeypatch, updates, action):
 
 def stop_after(monkeypatch, updates, folder, config=CONFIG, images=None, **options):
     """Train until update number `updates`, and be stopped there by SIGTERM."""
+    images = pictures() if images is None else images
     with monkeypatch.context() as patch:
         after_updates(patch, updates, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted):
-            images = pictures() if images is None else images
             pretrain(config, images, folder, progress=False, **options)

@@ -3,8 +3,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -140,8 +138,11 @@ def damage(file, how):
 FILES = ["__0_0.distcp", ".metadata", "state.json", "manifest.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("__0_0.distcp", "flipped"), (".metadata", "truncated"), ("state.json", "flipped"),
+     ("manifest.json", "truncated"), ("manifest.json", "missing"), ("__0_0.distcp", "missing")],
+)  # fmt: skip
 def test_damage_is_named_and_skipped_only_on_request(manager, name, how):
     damage(newest(manager) / name, how)
     named = r"step-000000600" if name == "manifest.json" else rf"step-000000600/{name}"
@@ -156,6 +157,15 @@ def test_damage_is_named_and_skipped_only_on_request(manager, name, how):
     manager.delete_after(5)  # what was done later is done again
     save(manager, 7)
     assert checkpoint_steps(manager.folder) == [5, 7]
+    for step in (5, 7):
+        damage(checkpoint_path(manager.folder, step) / "__0_0.distcp", "flipped")
+    for choice in ("latest", "previous"):
+        with pytest.raises(CheckpointError, match="no earlier checkpoint"):
+            manager.select(choice)
+    with pytest.raises(CheckpointError, match=r"step 6: it has \[5, 7\]"):
+        manager.select(6)
+    with pytest.raises(SettingsError, match="'newest'"):
+        manager.select("newest")
 
 
 def test_swapped_files_and_folders_are_noticed(manager):
@@ -224,20 +234,17 @@ def assert_fails_and_keeps(manager):
     assert_loads(manager, 600)
 
 
-def test_full_disk(tmp_path):
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("may not mount a small tmpfs")
+def test_full_disk(manager):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
     try:
-        manager = CheckpointManager(tmp_path / "checkpoints", ALONE)
-        save(manager, 5, 600)
         assert_fails_and_keeps(manager)
-        save(manager, 900)
-        assert manager.select() == 900
     finally:
-        subprocess.run(["umount", tmp_path], check=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    save(manager, 900)
+    assert manager.select() == 900
 
 
 def test_a_failure_is_raised_by_the_next_save(manager):
@@ -246,23 +253,6 @@ def test_a_failure_is_raised_by_the_next_save(manager):
     manager.save(7, make(7), {})
     with pytest.raises(RunError, match="step-000000007"):
         manager.save(8, make(8), {})
-
-
-AT_EXIT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, HERE)
-from test_checkpoint import ALONE, EXTRA, CheckpointManager, make
-CheckpointManager(Path(sys.argv[1]), ALONE).save(3, make(3), EXTRA)
-"""
-
-
-def test_the_end_of_the_program_waits_for_a_save(tmp_path):
-    script = AT_EXIT.replace("HERE", repr(os.path.dirname(__file__)))
-    path = os.pathsep.join([str(several_processes.ROOT), str(several_processes.ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", script, tmp_path], env=environment, check=True)
-    assert_holds(read_checkpoint(checkpoint_path(tmp_path, 3)), 3)
 
 
 RESHARD = """
@@ -308,7 +298,7 @@ with init_distributed("cpu", 60) as distributed:
 
 
 def test_other_numbers_of_processes_and_other_sharding(tmp_path):
-    chain = [(2, "ddp"), (2, "fsdp2"), (1, "ddp"), (4, "fsdp2"), (2, "ddp"), (4, "ddp"), (1, "ddp")]
+    chain = [(2, "ddp"), (2, "fsdp2"), (1, "ddp"), (3, "fsdp2")]
     folder, states = tmp_path / "checkpoints", []
     for step, (world, parallel) in enumerate(chain, 1):
         several_processes.run(RESHARD, world, folder, step - 1, step, parallel)

@@ -2,11 +2,9 @@
 
 import io
 import os
-import signal
 import subprocess
 import sys
 import tarfile
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,23 +12,19 @@ import pytest
 import torch
 from PIL import Image
 from small_run import change, step_batches
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as published
 
 from ijepa_zoo.data import ImageDataset, open_images
-from ijepa_zoo.data.transforms import DRAWS, crop_resize
-from ijepa_zoo.errors import DataError, ImageError, RunError
+from ijepa_zoo.data.transforms import crop_resize
+from ijepa_zoo.errors import DataError, ImageError
 from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.train.config import MaskConfig, OptimConfig, PretrainConfig
 from ijepa_zoo.train.data import (
     Batch,
     TrainBatches,
     batch_indices,
-    crop_box,
     evaluation_images,
-    loader,
     normalize,
-    open_training_images,
     split,
 )
 
@@ -127,8 +121,7 @@ def test_masks_are_those_of_the_batch() -> None:
     assert torch.equal(part.targets, targets)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize(("world", "micro"), [(1, 2), (2, 4), (4, 1)])
 def test_processes_and_micro_batches_share_one_batch(world: int, micro: int) -> None:
     whole = step_batches(batches(micro=4), 7)
     shared = [
@@ -154,16 +147,16 @@ def test_flip_turns_half_of_the_images_and_nothing_else() -> None:
     assert abs(turned - 160) < 5 * np.sqrt(320 / 4)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_loader_is_exact_from_any_step(workers: int) -> None:
     data = batches()
     for first, last in ((0, 6), (4, 9)):
-        found = list(loader(data, first, last, workers, pin_memory=False))
+        found = list(data.steps(first, last, workers, pin_memory=False))
         assert len(found) == last - first
         for step, parts in enumerate(found, first):
             assert [len(part.images) for part in parts] == [4] * 4
             assert_same(parts, step_batches(data, step))
-    assert list(loader(data, 9, 9, workers, pin_memory=False)) == []
+    assert list(data.steps(9, 9, workers, pin_memory=False)) == []
 
 
 def test_shards_files_and_arrays_give_the_same_batches(tmp_path: Path) -> None:
@@ -177,7 +170,7 @@ def test_shards_files_and_arrays_give_the_same_batches(tmp_path: Path) -> None:
             (tmp_path / "files").mkdir(exist_ok=True)
             (tmp_path / "files" / info.name).write_bytes(file.getvalue())
     for source in (tmp_path / "all.tar", tmp_path / "files"):
-        for step, parts in enumerate(loader(batches(open_images(source)), 0, 3, 2, False)):
+        for step, parts in enumerate(batches(open_images(source)).steps(0, 3, 2, False)):
             assert_same(parts, step_batches(batches(), step))
 
 
@@ -222,23 +215,22 @@ def test_broken_images_are_named_and_replaced() -> None:
                 assert not kept or torch.equal(part.images[row], wanted.images[row])
                 replaced += not kept
     assert replaced > 10
-    for step, parts in enumerate(loader(data, 0, 5, 2, False)):  # the same in any process
+    for step, parts in enumerate(data.steps(0, 5, 2, False)):  # the same in any process
         assert_same(parts, step_batches(data, step))
         assert [p.broken for p in parts] == [p.broken for p in step_batches(data, step)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_broken_images_end_the_run(workers: int) -> None:
-    data = batches(Broken(set(range(90))))
+def test_too_many_broken_images_end_the_run() -> None:
+    data, workers = batches(Broken(set(range(90)))), 2
     with pytest.raises(
         DataError, match=r"^step 2: image \d+ cannot be decoded, nor can 20 others.*: spoilt \d+$"
     ):
-        next(loader(data, 2, 4, workers, False))
+        next(data.steps(2, 4, workers, False))
 
 
 ABANDONED = """
-from test_data import batches, loader
-steps = loader(batches(), 0, 100, 2, False)
+from test_data import batches
+steps = batches().steps(0, 100, 2, False)
 next(steps)
 raise SystemExit("gone")  # with workers at work
 """
@@ -247,7 +239,7 @@ raise SystemExit("gone")  # with workers at work
 def test_workers_end_with_the_run() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [sys.executable, "-c", ABANDONED], env=environment, capture_output=True, timeout=60
+        [sys.executable, "-c", ABANDONED], env=environment, capture_output=True, timeout=250
     )
     assert (done.returncode, done.stderr.decode().strip()) == (1, "gone")
 

@@ -1,16 +1,15 @@
 """Longer runs: in the same folder with a stated schedule, or in another one from a checkpoint."""
 
-import signal
+import shutil
 
 import pytest
 import torch
-from small_run import CONFIG, after_updates, change, pictures, rows, same_state
+from small_run import CONFIG, change, pictures, rows, same_state, stop_after
 
 import ijepa_zoo
 from ijepa_zoo.cli import main
 from ijepa_zoo.errors import CheckpointError, RunError, SettingsError
-from ijepa_zoo.train import Interrupted, pretrain
-from ijepa_zoo.train.config import OptimConfig, load_config
+from ijepa_zoo.train import pretrain
 from ijepa_zoo.train.folder import read_settings
 from ijepa_zoo.train.optim import Schedule
 
@@ -28,17 +27,7 @@ def train(folder, config=BEFORE, **options):
 
 
 def stop(monkeypatch, updates, folder, config=BEFORE, **options):
-    with monkeypatch.context() as patch:
-        after_updates(patch, updates, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(Interrupted):
-            train(folder, config, **options)
-
-
-def crash(monkeypatch, updates, folder, config):
-    with monkeypatch.context() as patch:
-        after_updates(patch, updates, lambda: 1 // 0)
-        with pytest.raises(ZeroDivisionError):
-            train(folder, config)
+    stop_after(monkeypatch, updates, folder, config, **options)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +58,9 @@ def test_rates_of_extensions():
     assert tail[9]["lr"] == pytest.approx(1e-6)
 
 
-@pytest.mark.parametrize("extend", ["constant", "cosine"])
-def test_stopped_extension_equals_uninterrupted(tmp_path, monkeypatch, extend):
-    extended = tmp_path / "extended"
-    train(extended)
-    crash(monkeypatch, 2, extended, longer(extend))
+def test_stopped_extension_equals_uninterrupted(tmp_path, monkeypatch, finished):
+    extended, extend = tmp_path / "extended", "cosine"
+    shutil.copytree(finished, extended)
     stop(monkeypatch, 2, extended, longer(extend))
     before = ijepa_zoo.create_model(f"local-dir:{extended}").norm.bias.clone()
     train(extended, longer(extend))

@@ -48,7 +48,7 @@ def test_events_and_metrics_are_kept_and_shown(tmp_path, capsys):
     name = os.fsdecode("ü\udcff.png".encode("utf-8", "surrogateescape"))  # not UTF-8
     with RunLogger(tmp_path, 0, CONFIG) as log:
         log.initial({"rankme": 3.0, "knn": float("nan")})
-        log.event(3, "warning", f"the loss jumped\n{ascii(name)}")
+        log.event(3, "warning", f"the loss jumped\n{name!a}")
         log.final({"rankme": 12.0, "ema_distance": 0.5}, {"rankme": 3.0})
     with RunLogger(tmp_path, 4, CONFIG):
         pass

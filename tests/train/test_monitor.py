@@ -9,7 +9,7 @@ import torch
 from ijepa_zoo import create_ijepa
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.metrics import knn_accuracy, linear_accuracy, mean_cosine, rankme, spread
-from ijepa_zoo.train.monitor import Monitor, total_norm, update_norms
+from ijepa_zoo.train.monitor import Monitor, update_norms
 from ijepa_zoo.train.optim import make_optimizer, set_rates
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)

@@ -8,15 +8,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from small_run import CONFIG, after_updates, change, pictures, rows, same_state, state
+from small_run import CONFIG, after_updates, change, pictures, rows, same_state
 from timm.data import create_transform as timm_transform
 from timm.data import resolve_model_data_config
 
 import ijepa_zoo
 from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError
-from ijepa_zoo.train import Interrupted, Trainer, dry_run, export_run, plot_run, pretrain
-from ijepa_zoo.train.config import dump_config, parse_config
+from ijepa_zoo.train import Interrupted, Trainer, export_run, pretrain
 
 SIZE, GRID = (48, 64), (6, 8)
 WIDE = change(

@@ -1,8 +1,5 @@
 """Pretraining of timm's ViTs that are not I-JEPA's: class token, registers, learned positions."""
 
-import copy
-import shutil
-
 import pytest
 import several_processes
 import timm
@@ -12,7 +9,7 @@ from torch.testing import assert_close
 
 import ijepa_zoo
 from ijepa_zoo.errors import CheckpointError, SettingsError
-from ijepa_zoo.train import export_run, plot_run, pretrain
+from ijepa_zoo.train import export_run, pretrain
 from ijepa_zoo.train.networks import build_networks
 from ijepa_zoo.train.optim import make_optimizer
 

@@ -6,7 +6,6 @@ from small_run import CONFIG, change, pictures
 from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed, copy_to_host
 from ijepa_zoo.train import Trainer
-from ijepa_zoo.train.parallel import choose_kernels
 
 # Three updates with batch 8; masks are cut per group of two images
 TRAIN = """

@@ -1,7 +1,6 @@
 """The Slurm scripts, with stand-ins for Slurm's commands."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
