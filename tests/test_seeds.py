@@ -10,6 +10,7 @@ def test_fold_is_stable():
     assert fold(0) == 1786884285633530058
     assert fold(1, 2) == 11868681386100499350
     assert fold(-1) == 3246705950370657501
+    assert list(Stream.__members__.values()) == list(range(1, len(Stream) + 1))
 
 
 def test_fold_depends_on_order_and_number_of_keys():

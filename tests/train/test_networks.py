@@ -54,6 +54,12 @@ def test_class_token_of_a_plain_vit_is_dropped(no_embed_class, tmp_path, caplog)
     assert "class token is dropped" in caplog.text
 
 
+def test_a_classifier_is_dropped_with_one_warning(tmp_path, caplog):
+    torch.save(VisionTransformer(**SIZES, num_classes=3).state_dict(), tmp_path / "with_head.pth")
+    build_networks(CONFIG, tmp_path / "with_head.pth")
+    assert caplog.text.count("classifier is dropped") == 1
+
+
 def test_start_from_a_vit_of_timm_by_name(monkeypatch, caplog):
     model, create = vit(), timm.create_model
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": CONFIG.data.std}

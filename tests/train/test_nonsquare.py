@@ -1,21 +1,20 @@
 """Images of another shape than a square: trained on, resumed, drawn, exported and opened."""
 
 import math
-import signal
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from small_run import CONFIG, after_updates, change, pictures, rows, same_state
+from small_run import CONFIG, change, pictures
 from timm.data import create_transform as timm_transform
 from timm.data import resolve_model_data_config
 
 import ijepa_zoo
 from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError
-from ijepa_zoo.train import Interrupted, Trainer, export_run, pretrain
+from ijepa_zoo.train import Trainer, export_run, pretrain
 
 SIZE, GRID = (48, 64), (6, 8)
 WIDE = change(
@@ -52,16 +51,6 @@ def test_batches_have_the_shape_and_masks_the_grid_of_the_images():
         assert len(block) == len(rows_.unique()) * len(columns.unique())
     assert trainer.monitor()[0].images.shape[-2:] == SIZE
     assert "48x64" in str(trainer)
-
-
-def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, run):
-    with monkeypatch.context() as patch:
-        after_updates(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(Interrupted):
-            train(tmp_path)
-    train(tmp_path)
-    assert rows(run) == rows(tmp_path)
-    assert same_state(run, tmp_path)
 
 
 def test_export_opens_with_the_grid_and_the_transform(run, tmp_path):

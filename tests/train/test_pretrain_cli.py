@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_pretrain_plot_export_features(folder, capsys):
-    words = ["--config", "own.yaml", "optim.lr=5e-4", "--data", "images.npy", "--out", "run"]
+    words = ["--config", "own.yaml", "optim.lr=5e-4", "--out", "run", "--data", "images.npy"]
     assert main(["pretrain", *words, "mask.num_targets=3"]) == 0
     out = capsys.readouterr().out
     assert "local-dir:run" in out
@@ -129,6 +129,8 @@ def test_file_of_the_official_repository_brings_its_folders(folder, capsys):
         ([], 2, "--recipes"),
         (["custom_small", "vith14_in1k"], 2, "custom_small, vith14_in1k"),
         (["custom_small"], 2, "--data"),
+        (["--config", "own.yaml", "mask.target_scale=1,1", "--data", "images.npy", "--out", "r"], 2,
+         "mask.target_scale"),
         (["custom_small", "--data", "images.npy"], 2, "--out"),
         (["custom_small", "--data", "absent", "--out", "run"], 1, "'absent'"),
         (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
