@@ -150,8 +150,8 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
     if mine:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
-        # A group of its own name: under an earlier one's, a process that is ahead would find the
-        # addresses of the earlier group and wait for them in vain.
+        # Each group has another name: under an earlier one's, a process that is ahead would find
+        # the addresses of the earlier group and wait for them in vain.
         store = dist.PrefixStore(  # type: ignore[attr-defined]
             f"ijepa_zoo {next(_groups)}", _store(rank, world_size, limit)
         )

@@ -38,3 +38,4 @@ def test_normal_is_a_function_of_its_seed():
 def test_refuses_keys(keys):
     with pytest.raises(ValueError, match=r"fold|64 bits"):
         fold(*keys)
+    assert fold(-(2**63)) != fold(2**64 - 1)  # the smallest and the largest are accepted

@@ -49,7 +49,7 @@ class CheckpointManager:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._distributed = distributed
         self._group: Any = None
-        if distributed.world_size > 1:  # of its own: saving runs beside training's collectives
+        if distributed.world_size > 1:  # not training's: saving runs beside it
             self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
         pinned = distributed.device.type == "cuda"
         self._stager = BlockingAsyncStager(cache_staged_state_dict=pinned)

@@ -79,7 +79,7 @@ Count = Annotated[Int, Field(ge=1)]
 Natural = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Float, Field(gt=0)]
 NonNegative = Annotated[Float, Field(ge=0)]
-Share = Annotated[Float, Field(ge=0, le=1)]
+Ratio = Annotated[Float, Field(ge=0, le=1)]
 Area = Annotated[Float, Field(gt=0, le=1)]
 AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered), BeforeValidator(_pair)]
 RatioRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered), BeforeValidator(_pair)]
@@ -139,7 +139,7 @@ class DataConfig(Section):
         "standard deviation of the pixels: one value for each, or for all",
     )
     held_out: Natural = _field(512, "images for the monitors, never trained on")
-    max_broken: Share = _field(0.01, "stop above this share of broken images; may change on resume")
+    max_broken: Ratio = _field(0.01, "stop above this share of broken images; may change on resume")
     value_range: Annotated[tuple[Float, Float], BeforeValidator(_pair)] | None = _field(
         None, "values of black and white in images and arrays of more than 8 bits"
     )
@@ -189,8 +189,8 @@ class OptimConfig(Section):
     weight_decay: NonNegative = _field(0.04, "weight decay at the start")
     final_weight_decay: NonNegative = _field(0.4, "weight decay at the end")
     weight_decay_schedule: Literal["cosine", "linear"] = _field("cosine", "curve between these two")
-    momentum: Share = _field(0.996, "momentum of the target encoder's moving average at the start")
-    final_momentum: Share = _field(1.0, "momentum at the end; linear in between")
+    momentum: Ratio = _field(0.996, "momentum of the target encoder's moving average at the start")
+    final_momentum: Ratio = _field(1.0, "momentum at the end; linear in between")
     clip_grad: Positive | None = _field(
         None, "largest L2 norm of all gradients together; null: not clipped (official)"
     )

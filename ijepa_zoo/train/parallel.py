@@ -66,7 +66,7 @@ def parallelize(
 
 
 def in_group() -> bool:
-    """Whether this process belongs to a process group of torch, be it the only one."""
+    """Whether there is a process group, even of this process alone."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -183,7 +183,7 @@ def _shard(model: IJepa, distributed: Distributed, precision: Precision) -> None
     set_model_state_dict(model, weights, options=options)
     # In-place changes of what the predictor returns would be wrong; there are none.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPPredictor\) returned a view")
-    # Each network is a root of its own: monitors call encode before and between updates.
+    # Each network is an FSDP root: monitors call encode before and between updates.
     for encoder in (model.encoder, model.target_encoder):
         fsdp.register_fsdp_forward_method(encoder, "encode")
         fsdp.register_fsdp_forward_method(encoder, "encode_layers")

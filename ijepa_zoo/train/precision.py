@@ -1,7 +1,7 @@
 """Precision of matrix products: what a device multiplies natively, autocast, and float8.
 
 Products in float8 are those of the Linear layers of the encoders' blocks, by torchao. Every tensor
-is scaled anew (one scale each), so there is no state: checkpoints are those of any run, and
+is scaled dynamically (one scale each), so there is no state: checkpoints are those of any run, and
 resuming is exact. Outputs and gradients of inputs are products of float8 matrices; gradients of
 weights are products of bfloat16 matrices, as is everything else under autocast. The predictor
 stays in bfloat16: at a width of 384 rounding its tensors costs more than it saves.
