@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,8 @@ from .config import OptimConfig, split_end, steps_of
 _NOT_DECAYED = ("pos_embed", "cls_token", "reg_token")
 
 
-@dataclass(frozen=True)
-class Extension:
-    """Steps that were added to a run.
-
-    Attributes:
-        start: Updates before the first of them.
-        end: Updates after the last of them.
-        curve: `constant` or `cosine`, see `OptimConfig.extend`.
-    """
+class Extension(NamedTuple):
+    """Updates `start` to `end` that were added to a run; `curve` is `OptimConfig.extend`."""
 
     start: int
     end: int

@@ -76,9 +76,6 @@ def choose_kernels(device: torch.device) -> None:
     Attention: flash, memory-efficient or plain. cuDNN's, which torch prefers on Hopper, builds a
     plan for every new pair of query and key lengths, and masks of ViT-H/14 make 207 pairs in 1,500
     steps. Products of float32 matrices, of which bf16 has few: in TF32.
-
-    To try cuDNN's, call `torch.backends.cuda.enable_cudnn_sdp(True)` after this and before the
-    first step.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -129,9 +129,7 @@ def kill(run, world, chance):
     return [(world, aim.strip(), victim, *hit)]
 
 
-@pytest.mark.parametrize(
-    ("world", "resumed", "least"), [(1, 1, 20), (2, 2, 20), (1, 2, 5), (2, 1, 5)]
-)
+@pytest.mark.parametrize(("world", "resumed", "least"), [(1, 1, 10), (2, 2, 10), (1, 2, 5)])
 def test_killed_and_resumed_equals_uninterrupted(work, whole, world, resumed, least):
     """Also with another number of processes: a step is two micro-batches of 4 on any."""
     chance, kills, runs = random.Random(f"{world} {resumed}"), [], 0
@@ -151,8 +149,6 @@ def damage(file, other, how, chance):
         after, place = before.copy(), chance.randrange(len(before))
         if how == "flip":
             after[place] ^= 1 << chance.randrange(8)
-        elif how == "zero":
-            after[place : place + 512] = bytes(len(after[place : place + 512]))
         elif how == "truncate":
             del after[place:]
         else:
@@ -161,21 +157,17 @@ def damage(file, other, how, chance):
     file.write_bytes(after)
 
 
-FILES = {1: ["__0_0.distcp", ".metadata", "state.json", "manifest.json"]}
-FILES[2] = ["__1_0.distcp", *FILES[1]]
+FILES = ["__1_0.distcp", ".metadata", "state.json", "manifest.json"]
 
 
-@pytest.mark.parametrize("how", ["flip", "zero", "truncate", "swap", "delete"])
-@pytest.mark.parametrize(("world", "name"), [(w, name) for w in FILES for name in FILES[w]])
+@pytest.mark.parametrize("how", ["flip", "truncate", "swap"])
+@pytest.mark.parametrize(("world", "name"), [(2, name) for name in FILES])
 def test_damaged_checkpoint_is_refused_or_left_out(work, whole, world, name, how):
     chance = random.Random(f"{world} {name} {how}")
     run = work / f"{how}{world}{name}"
     shutil.copytree(whole[world], run, ignore=shutil.ignore_patterns("export*"))
     *others, newest = sorted((run / "checkpoints").iterdir())
-    if how == "delete":
-        (newest / name).unlink()
-    else:
-        damage(newest / name, chance.choice(others) / name, how, chance)
+    damage(newest / name, chance.choice(others) / name, how, chance)
     before = contents(run)
     for status, text in several_processes.finish(start(run, world)):
         assert status == 1
