@@ -247,5 +247,6 @@ def test_bounds_of_what_is_accepted():
     MultiBlockMasks((8, 8), min_keep=8).sample(4, seed=0, step=0)  # as the refusal suggests
     MultiBlockMasks((16, 16), target_scale=(0.95, 0.95), mode="unbiased")
     MultiBlockMasks((16, 16), target_scale=(1.0, 1.0), allow_overlap=True)
+    MultiBlockMasks((16, 16), num_targets=1, min_keep=0, target_scale=(0.2, 0.2))
     with pytest.raises(SettingsError, match="batch_size is 0"):
         MultiBlockMasks((16, 16)).sample(0, seed=0, step=0)
