@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)
 SCRIPTS = Path(__file__).parents[2] / "examples" / "slurm"
 COMMANDS = {
     # two tasks on each of two nodes; the status of srun is the highest of its tasks'
@@ -97,7 +98,7 @@ def test_submitit_starts_processes_that_train_together(tmp_path, environment):
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "submitit_launch.py"), "--cluster", "local", "--gpus", "2",
          "--logs", str(tmp_path / "logs"), "--", *run],
-        env=environment, capture_output=True, text=True, timeout=120,
+        env=environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "export" / "config.json").exists()
@@ -115,11 +116,11 @@ def test_submitit_queues_again_what_was_saved(tmp_path, environment):
              "SUBMITIT_EXECUTOR": "slurm"},
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 200
     while not list(tmp_path.glob("run/checkpoints/step-*[0-9]")) and time.monotonic() < limit:
         time.sleep(0.1)
     task.send_signal(signal.SIGUSR2)  # submitit's: Slurm sends it before the time limit
-    errors = task.communicate(timeout=60)[1]
+    errors = task.communicate(timeout=200)[1]
     assert task.returncode == 0, errors
     assert "run the same command again" in errors
     assert (tmp_path / "record").read_text() == "scontrol requeue 4242\n"
