@@ -15,6 +15,7 @@ from test_finetune import PLAIN
 from test_heads import batches, grid_of, specs_of
 from test_multi_label import write_pictures as write_labeled
 
+from ijepa_zoo.distributed import init_distributed
 from ijepa_zoo.eval import (
     EvalModel,
     evaluate_attentive,
@@ -48,10 +49,10 @@ def run(name, data, out):
     return probe(*task, model, Path(data) / source, Path(out) / name, **options)
 
 
-@pytest.fixture(scope="module")
-def data(pictures, tmp_path_factory):
+@pytest.fixture
+def data(pictures, tmp_path):
     """Data with images that only one of the processes reads, and cannot decode."""
-    root = tmp_path_factory.mktemp("data")
+    root = tmp_path / "data"
     shutil.copytree(pictures, root / "pictures")
     break_files([root / "pictures" / "train" / "class1" / "5.png"])
     break_files(root / "pictures" / "test" / "class0" / f"{n}.png" for n in (0, 1))
@@ -66,56 +67,42 @@ def data(pictures, tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def shared(data, tmp_path_factory):
-    """The folder of what two processes computed, one probe after the other."""
-    out = tmp_path_factory.mktemp("two")
+def test_two_processes_do_what_one_does(data, tmp_path):
     script = """
         import sys
         sys.path.insert(0, sys.argv[3])
         import test_processes as t
         for name in t.RUNS:
             t.run(name, *sys.argv[1:3])
+        t.average_gradients(sys.argv[2])
     """
-    several_processes.run(script, 2, data, out, Path(__file__).parent)
-    return out
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_do_what_one_does(data, shared, tmp_path, name):
-    one = run(name, data, tmp_path)
-    two = read_result(the_one(shared / name, "*/result.json"))
-    assert two.runtime["processes"] == 2
-    assert two.value == pytest.approx(one.value, rel=1e-3)
-    assert (two.images, two.notes) == (one.images, one.notes)
-    assert two.baselines == pytest.approx(one.baselines, rel=1e-6)
-    for ours, theirs in zip(two.heads, one.heads, strict=True):
-        assert ours.val == (theirs.val and pytest.approx(theirs.val, rel=1e-3))
-        assert ours.loss == (theirs.loss and pytest.approx(theirs.loss, rel=1e-3))
-    if "labels" not in name:
-        assert "could not be decoded: 3 (" in " ".join(one.notes)
-
-
-def test_gradients_of_shares_are_averaged_to_those_of_the_whole_batch(tmp_path):
-    script = """
-        import sys
-        sys.path[:0] = sys.argv[2:]
-        import torch
-        import test_heads as t
-        from ijepa_zoo.distributed import init_distributed
-        grid = t.grid_of(t.specs_of()[2:4])
-        with init_distributed("cpu") as distributed:
-            for features, labels in t.batches(4, size=30):
-                rows = slice(10 * distributed.rank, 10 * distributed.rank + 10)
-                part = {r: x[rows] for r, x in features.items()}
-                grid.step(part, labels[rows], 1.0, distributed, 30)
-        torch.save(grid.heads.state_dict(), f"{sys.argv[1]}/{distributed.rank}.pt")
-    """
-    tests = several_processes.ROOT / "tests"
-    several_processes.run(script, 3, tmp_path, tests, tests / "eval")
+    several_processes.run(script, 2, data, tmp_path / "two", Path(__file__).parent)
+    for name in RUNS:
+        one = run(name, data, tmp_path / "one")
+        two = read_result(the_one(tmp_path / "two" / name, "*/result.json"))
+        assert two.runtime["processes"] == 2
+        assert two.value == pytest.approx(one.value, rel=1e-3), name
+        assert (two.images, two.notes) == (one.images, one.notes)
+        assert two.baselines == pytest.approx(one.baselines, rel=1e-6)
+        for ours, theirs in zip(two.heads, one.heads, strict=True):
+            assert ours.val == (theirs.val and pytest.approx(theirs.val, rel=1e-3)), name
+            assert ours.loss == (theirs.loss and pytest.approx(theirs.loss, rel=1e-3)), name
+        if "labels" not in name:
+            assert "could not be decoded: 3 (" in " ".join(one.notes)
     whole = grid_of(specs_of()[2:4])
     for features, labels in batches(4, size=30):
         whole.step(features, labels, 1.0)
-    for rank in range(3):
-        for name, tensor in torch.load(tmp_path / f"{rank}.pt").items():
+    for rank in range(2):
+        for name, tensor in torch.load(tmp_path / "two" / f"{rank}.pt").items():
             torch.testing.assert_close(tensor, whole.heads.state_dict()[name])
+
+
+def average_gradients(out):
+    """Heads of two processes that have unequal shares of each batch."""
+    grid = grid_of(specs_of()[2:4])
+    with init_distributed("cpu") as distributed:
+        for features, labels in batches(4, size=30):
+            rows = slice(0, 11) if distributed.is_main else slice(11, 30)
+            part = {name: x[rows] for name, x in features.items()}
+            grid.step(part, labels[rows], 1.0, distributed, 30)
+    torch.save(grid.heads.state_dict(), f"{out}/{distributed.rank}.pt")
