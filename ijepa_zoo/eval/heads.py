@@ -153,10 +153,8 @@ class LARS(torch.optim.Optimizer):
     take plain steps (`exclude_bias_and_norm`).
     """
 
-    def __init__(
-        self, params: Any, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Any, momentum: float) -> None:
+        super().__init__(params, {"momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
