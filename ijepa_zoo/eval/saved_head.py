@@ -28,7 +28,7 @@ from ..models.classifier import (
     save_classifier,
 )
 from .accuracy import compute_metrics
-from .features import BlockFeatures, Source, encoded
+from .features import BlockFeatures, encoded
 from .models import EvalModel
 from .probe import EvalConfig, Probe, make_result, run_once
 from .results import Result, data_name
@@ -126,8 +126,20 @@ def evaluate_head(
         weights = hashlib.sha256((Path(head) / HEAD).read_bytes()).hexdigest()[:16]
         settings = {"head": f"{about['chosen']} of {Path(head)}", "head_hash": weights}
 
+        module = classifier.head.to(source.device).eval()
+        name = list(source.widths)[-1 if len(classifier.extractor.layers) > 1 else 0]
+
+        def logits(features: dict[str, Tensor]) -> list[Tensor]:
+            return [module(features[name].float())]
+
         def work(folder: Path) -> Result:
-            return _test(probe, source, classifier, about["chosen"], settings)
+            batches = probe.in_order(part, np.arange(len(part)), source.size)
+            broken: dict[str, str] = {}
+            rows = encoded(probe, source, batches, range(len(batches)), broken)
+            metrics = compute_metrics(probe, source, rows, logits, 1)
+            args = (source.about, "saved head", settings, [about["chosen"]], 0, None)
+            selection = "the probe that trained it"
+            return make_result(probe, *args, metrics, broken, selection=selection)
 
         return run_once(probe, source, "saved-head", settings, work)[0]
 
@@ -153,22 +165,3 @@ def _open_test(config: EvalConfig, task: Task, classifier: Classifier, decoder: 
     chosen = part.subset(rows, part.name, notes)
     name, skip_broken = data_name(config.data), config.skip_broken
     return EvalSet(**vars(chosen), data=name, skip_broken=skip_broken)
-
-
-def _test(
-    probe: Probe, source: Source, classifier: Classifier, chosen: str, protocol: dict[str, Any]
-) -> Result:
-    head = classifier.head.to(source.device).eval()
-    name = list(source.widths)[-1 if len(classifier.extractor.layers) > 1 else 0]
-    broken: dict[str, str] = {}
-    batches = probe.in_order(probe.test, np.arange(len(probe.test)), source.size)
-
-    def logits(features: dict[str, Tensor]) -> list[Tensor]:
-        return [head(features[name].float())]
-
-    rows = encoded(probe, source, batches, range(len(batches)), broken)
-    metrics = compute_metrics(probe, source, rows, logits, 1)
-    return make_result(
-        *(probe, source.about, "saved head", protocol, [chosen], 0, None, metrics, broken),
-        selection="the probe that trained it",
-    )

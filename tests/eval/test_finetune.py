@@ -58,12 +58,12 @@ def _layers_above(name):
     return next(above for layer, above in ABOVE.items() if name.startswith(f"{layer}."))
 
 
-def _training(recipe=QUICK, network=None, task="classes", name="small", **more):
-    train, none, task = _labeled(), np.arange(0), find_task(task)
+def _training(recipe=QUICK, network=None, **more):
+    train, none, task = _labeled(), np.arange(0), find_task("classes")
     config = EvalConfig(model=None, data=None, workers=0)
     probe = Probe(config, Distributed(), task, task.protocol, train, train, none, none)
     network = network or _model()
-    return FineTuning(network, EvalModel(network, name, name), probe, recipe, **more)
+    return FineTuning(network, EvalModel(network, "small"), probe, recipe, **more)
 
 
 class _Bar:
@@ -311,21 +311,21 @@ def test_the_trained_classifier_is_kept(folder, tmp_path, timm_model):
 
 @pytest.mark.parametrize(
     ("follows", "change"),
-    [(True, {}), (False, {"epochs": 1}), (False, {"batch_size": 64}), (False, {"size": 40})],
+    [(True, {}), (False, {"epochs": 2}), (False, {"batch_size": 10}), (False, {"size": 64})],
 )
-def test_the_papers_accuracy_is_beside_its_recipe_alone(monkeypatch, follows, change):
-    from ijepa_zoo.eval import finetune
-
-    published = replace(FULL, batch_size=24)
-    monkeypatch.setattr(finetune, "FULL", published)
-    name = "vit_huge16_448_ijepa.in1k"  # weights for which the paper has an accuracy
-    training = _training(published, task="imagenet1k", name=name)
-    training.model.pretrained_cfg = {"input_size": (3, 32, 32)}
-    training.recipe = published.change(change.get("epochs"), change.get("batch_size"))
-    training.size = (change.get("size", 32),) * 2
-    paper, notes = finetune._paper_accuracy(training)
-    assert paper == (87.1 if follows else None)
-    assert any("not comparable" in note for note in notes) != follows
+def test_the_papers_accuracy_is_beside_its_recipe_alone(
+    folder, tmp_path, monkeypatch, follows, change
+):
+    published = replace(PLAIN, epochs=1, warmup_epochs=0, batch_size=20, paper={"weights": 87.1})
+    monkeypatch.setattr("ijepa_zoo.eval.finetune.FULL", published)
+    network, size = _model(), change.get("size", 32)
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, size, size)}
+    task = replace(find_task("imagenet1k"), num_classes=None)
+    options = {key: value for key, value in change.items() if key != "size"} | OPTIONS
+    model = EvalModel(network, "small", "weights")
+    result = evaluate_finetune(task, model, folder, tmp_path / "out", **options)
+    assert result.paper == (87.1 if follows else None)
+    assert any("not comparable" in note for note in result.notes) != follows
 
 
 def test_few_labels_are_those_of_a_list(folder, tmp_path):
