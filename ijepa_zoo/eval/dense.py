@@ -160,8 +160,9 @@ def _evaluate(
     make_task: Callable[[DenseData, Any], DenseTask],
     usual: DenseProtocol,
 ) -> Result:
-    if config.test is not None:
-        raise SettingsError(f"{option('test')}: DATA holds training and test pairs")
+    for name in ("test", "lrs", "wds"):
+        if getattr(config, name) is not None:
+            raise SettingsError(f"{option(name)} is not for dense probes: use `protocol` or `data`")
     given: dict[str, Any] = {"epochs": config.epochs, "batch_size": config.batch_size}
     protocol = replace(usual, **{name: n for name, n in given.items() if n is not None})
 

@@ -309,6 +309,8 @@ def test_depths_in_other_units_are_noticed_before_the_work(model, tmp_path):
         depth(model, data, tmp_path / "out", skip_broken=True)
     result = depth(model, data, tmp_path / "out", max_depth=80, skip_broken=True)
     assert result.protocol["max_depth"] == 80
+    with pytest.raises(SettingsError, match="lrs"):
+        depth(model, data, tmp_path, lrs=(0.1,))
     for wrong in (0, -1.0, math.nan, math.inf):
         with pytest.raises(SettingsError, match="--max-depth"):
             depth(model, data, tmp_path, max_depth=wrong)
