@@ -76,7 +76,9 @@ def test_two_processes_do_what_one_does(data, tmp_path):
             t.run(name, *sys.argv[1:3])
         t.average_gradients(sys.argv[2])
     """
-    several_processes.run(script, 2, data, tmp_path / "two", Path(__file__).parent)
+    arguments = (script, 2, data, tmp_path / "two", Path(__file__).parent)
+    ended = several_processes.finish(several_processes.start(*arguments), seconds=240)
+    assert [status for status, _ in ended] == [0, 0], ended
     for name in RUNS:
         one = run(name, data, tmp_path / "one")
         two = read_result(the_one(tmp_path / "two" / name, "*/result.json"))
