@@ -46,33 +46,19 @@ _MASKS = (
 )
 _PROBES = {  # help, layout of the data, options of an example
     "linear": ("linear classifiers on frozen features", _CLASSES, "--data photos --cached"),
-    "attentive": (
-        "attention pooling of patch tokens, then a linear classifier",
-        _CLASSES,
-        "--data photos",
-    ),
+    "attentive": ("attention pooling of patch tokens, then a linear classifier", _CLASSES,
+                  "--data photos"),
     "count": ("number of objects in CLEVR's scenes", _SCENES, "--data scenes:5000,1000 --cached"),
-    "depth": (
-        "distance of the nearest object; dense depth maps",
-        f"{_SCENES}\n{_PAIRS}",
-        "--task dense --data nyu",
-    ),
-    "segmentation": (
-        "mean IoU of linear heads on patch features",
-        _MASKS,
-        "--data scenes:2000,500 --cached",
-    ),
+    "depth": ("distance of the nearest object; dense depth maps", f"{_SCENES}\n{_PAIRS}",
+              "--task dense --data nyu"),
+    "segmentation": ("mean IoU of linear heads on patch features", _MASKS,
+                     "--data scenes:2000,500 --cached"),
     "knn": ("nearest neighbors among frozen features", _CLASSES, "--data photos --baseline"),
     "finetune": ("train all weights with the paper's recipes", _CLASSES, "--data photos"),
-    "logreg": (
-        "logistic regression on frozen features; few labels",
-        _CLASSES,
-        "--data photos --per-class 10",
-    ),
-}
-_LINEAR, _TRAINING = ("linear", "count", "depth"), ("finetune",)
-_HEADS = (*_LINEAR, "attentive")
-_DENSE = ("segmentation",)
+    "logreg": ("logistic regression on frozen features; few labels", _CLASSES,
+               "--data photos --per-class 10"),
+}  # fmt: skip
+_HEADS = ("linear", "count", "depth", "attentive")
 _OF_TRAINING = (
     *("model", "test", "checkpoint", "network", "img_size", "random", "baseline", "cached"),
     *("select_on_test", "with_encoder", "epochs", "batch_size", "lrs", "wds", "pool"),
@@ -117,13 +103,13 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
             help="names of the training images to use, one a line (ImageNet's 1 %%)")  # fmt: skip
         own.add_argument("--per-class", type=positive, metavar="K",
             help="use K training images per class")  # fmt: skip
-    if name not in _TRAINING:
+    if name != "finetune":
         own.add_argument("--baseline", action="store_true",
             help="also evaluate random weights and raw pixels")  # fmt: skip
         own.add_argument("--select-on-test", action="store_true",
             help="choose the best setting on the test set, as much of the literature does",
         )  # fmt: skip
-    if name in (*_HEADS, *_DENSE):
+    if name in (*_HEADS, "segmentation"):
         own.add_argument("--cached", action="store_true",
             help="encode each image once, then train on the features")  # fmt: skip
     if name in _HEADS:
@@ -131,13 +117,13 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
             help="learning rates per 256 images (default: those of the protocol)")  # fmt: skip
         own.add_argument("--wds", type=options.numbers, metavar="WD,WD",
             help="weight decays (default: those of the protocol)")  # fmt: skip
-    if name in (*_HEADS, *_DENSE, "logreg"):
+    if name in (*_HEADS, "segmentation", "logreg"):
         own.add_argument("--with-encoder", action="store_true",
             help="save the encoder beside the chosen head (default: a reference)")  # fmt: skip
-    if name in (*_HEADS, *_DENSE, *_TRAINING):
+    if name in (*_HEADS, "segmentation", "finetune"):
         own.add_argument("--epochs", type=positive, metavar="N",
             help="default: those of the paper's protocol")  # fmt: skip
-    if name in _TRAINING:
+    if name == "finetune":
         own.add_argument("--list", metavar="FILE",
             help="names of the training images to use, one a line: the paper's recipe for 1 %% of "
             "ImageNet")  # fmt: skip
@@ -150,30 +136,27 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
             help="test a saved head (RUN/model) on --data instead of training one")  # fmt: skip
     model = options.add_model_options(parser, required=not keeps_head)
     model.add_argument("--random", action="store_true", help="random weights, drawn by --seed")
-    if name not in (*_TRAINING, *_DENSE, "attentive"):
+    if name not in ("finetune", "segmentation", "attentive"):
         model.add_argument("--pool", choices=("auto", "avg", "cls", "cls_avg"), default="auto",
             help="pooling of patches and class token (default: auto, the class token if the model "
             "uses it, else the mean over patches)")  # fmt: skip
     data = parser.add_argument_group("data options")
     data.add_argument("--data", required=True, metavar="DATA",
         help="required: folder, hfds/NAME, ..., for scenes also scenes:TRAIN,TEST")  # fmt: skip
-    if name not in _DENSE:
+    if name != "segmentation":
         data.add_argument("--test", metavar="DATA", help="test images, if they are not in --data")
     options.add_pixel_options(data)
     data.add_argument("--skip-broken", action="store_true",
         help="leave out and count images that cannot be decoded (default: stop)")  # fmt: skip
-    batch = (
-        None
-        if name in ("knn", "logreg")
-        else "that of the paper's protocol; learning rates grow with it"
-    )
+    trained = name not in ("knn", "logreg")
+    batch = "that of the paper's protocol; learning rates grow with it" if trained else None
     run = options.add_run_options(parser, batch)
     run.add_argument("--seed", type=count, default=0, metavar="N", help="default: 0")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
-    smaller = {"knn": "", "logreg": ""} | dict.fromkeys(_HEADS, "a smaller --batch-size, ")
-    smaller |= dict.fromkeys(_DENSE, "a smaller --batch-size, ")
-    smaller |= dict.fromkeys(_TRAINING, "a smaller --micro-batch-size, --grad-checkpointing, ")
-    memory = f"{smaller[name]}a smaller --img-size, --precision bfloat16 or fewer --workers"
+    smaller = "a smaller --batch-size, " if trained else ""
+    if name == "finetune":
+        smaller = "a smaller --micro-batch-size, --grad-checkpointing, "
+    memory = f"{smaller}a smaller --img-size, --precision bfloat16 or fewer --workers"
     parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME, memory=memory)
     return parser
 
@@ -193,7 +176,7 @@ def _add_task(own: argparse._ArgumentGroup, probe: str) -> None:
         own.add_argument("--reduce-zero-label", action=argparse.BooleanOptionalAction,
             help="ignore class 0 and count classes from 1 (default: for ADE20K only)")  # fmt: skip
     else:
-        scenes = "" if probe in _TRAINING else "; count, depth: scenes"
+        scenes = "" if probe == "finetune" else "; count, depth: scenes"
         own.add_argument("--task", default="classes", metavar="NAME",
             help="imagenet1k, cifar100, cifar10, places205, inat18, or classes (default): any "
             f"labels{scenes}")  # fmt: skip

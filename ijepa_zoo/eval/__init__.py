@@ -7,8 +7,8 @@ from .finetune import evaluate_finetune
 from .knn import evaluate_knn
 from .linear import evaluate_linear
 from .logreg import evaluate_logreg
-from .models import Subject, open_model
-from .probe import EvalConfig
+from .models import EvalModel, open_model
+from .probe import EvalConfig, HeadsConfig
 from .results import Result, read_result, write_report
 from .saved_head import evaluate_head
 from .tasks import TASKS, Protocol, Task, find_task
@@ -17,10 +17,11 @@ __all__ = [
     "TASKS",
     "DataError",
     "EvalConfig",
+    "EvalModel",
+    "HeadsConfig",
     "Protocol",
     "Result",
     "RunError",
-    "Subject",
     "Task",
     "evaluate_attentive",
     "evaluate_dense_depth",

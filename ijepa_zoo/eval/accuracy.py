@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,82 +21,34 @@ TOP = 5  # for top-5 accuracy
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Correct answers of K heads."""
+class Metrics:
+    """Test or validation metrics of heads, all of the same images.
 
-    correct: Tensor
-    top: Tensor
-    images: Tensor
-    name = "top-1 accuracy"
+    Attributes:
+        name: What `values` are.
+        images: Number of images.
+        values: In percent, one for each head.
+        intervals: 95 % intervals of the values; None where the value is not a share of images.
+        others: Further metrics of each head, in percent.
+    """
+
+    name: str
+    images: int
+    values: list[float]
+    intervals: Sequence[tuple[float, float] | None]
+    others: list[dict[str, float]]
 
     @property
-    def total(self) -> int:
-        """Number of images."""
-        return int(self.images.sum())
-
-    def values(self) -> list[float]:
-        """Top-1 accuracy of each head in percent."""
-        return [100 * int(n) / self.total for n in self.correct.sum(dim=1)]
-
-    def only(self, head: int) -> Counts:
-        """The counts of one head."""
-        one = slice(head, head + 1)
-        return Counts(self.correct[one], self.top[one], self.images)
-
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the first head's accuracy in percent."""
-        return wilson_interval(int(self.correct[0].sum()), self.total)
-
-    def others(self) -> dict[str, float]:
-        """Further metrics of the first head, in percent."""
-        seen = self.images > 0
-        per_class = self.correct[0, seen].double() / self.images[seen]
-        found = {"mean per-class accuracy": 100 * float(per_class.mean())}
-        if len(self.images) > TOP:
-            found["top-5 accuracy"] = 100 * int(self.top[0]) / self.total
-        return found
+    def best(self) -> int:
+        """Index of the best head, the first of equal ones."""
+        return self.values.index(max(self.values))
 
 
-@dataclass(frozen=True)
-class AveragePrecisions:
-    """Average precision of K heads for images that may have several classes."""
-
-    precisions: Tensor
-    total: int
-    name = "mean average precision"
-
-    def values(self) -> list[float]:
-        """Mean over the classes with an image, of each head, in percent."""
-        return [100 * float(mean) for mean in self.precisions.nanmean(dim=1)]
-
-    def only(self, head: int) -> AveragePrecisions:
-        """Those of one head."""
-        return AveragePrecisions(self.precisions[head : head + 1], self.total)
-
-    def interval(self) -> None:
-        """None: an average precision is not a share of images."""
-
-    def others(self) -> dict[str, float]:
-        """No further metrics."""
-        return {}
-
-
-Metrics = Counts | AveragePrecisions
-
-
-def join_heads(parts: Sequence[Any]) -> Any:
+def join_heads(parts: Sequence[Metrics]) -> Metrics:
     """Metrics of the heads of several parts, all of the same images."""
-    first = parts[0]
-    if isinstance(first, AveragePrecisions):
-        return replace(first, precisions=torch.cat([part.precisions for part in parts]))
-    correct, top = (torch.cat([getattr(p, name) for p in parts]) for name in ("correct", "top"))
-    return Counts(correct, top, first.images)
-
-
-def best_head(metrics: Metrics) -> int:
-    """Index of the best head, the first of equal ones."""
-    values = metrics.values()
-    return values.index(max(values))
+    columns = zip(*((p.values, p.intervals, p.others) for p in parts))
+    joined: Any = [[entry for part in column for entry in part] for column in columns]
+    return Metrics(parts[0].name, parts[0].images, *joined)
 
 
 def compute_metrics(
@@ -106,7 +58,7 @@ def compute_metrics(
     logits: Callable[[Any], Sequence[Tensor]],
     heads: int,
 ) -> Metrics:
-    """Metrics of all processes' images: average precision where images may have several classes."""
+    """Accuracies of heads, or average precision where images may have several classes."""
     if not probe.train.multi_label:
 
         def predict(features: Any) -> Tensor:
@@ -124,7 +76,8 @@ def compute_metrics(
         if not labels.any():
             raise DataError("none of the images to choose by, or to test on, has a label")
         found = [average_precision(whole[:, head], labels) for head in range(heads)]
-    return AveragePrecisions(torch.stack(found), len(labels))
+    values = [100 * float(precisions.nanmean()) for precisions in found]
+    return Metrics("mean average precision", len(labels), values, [None] * heads, [{}] * heads)
 
 
 @torch.inference_mode()
@@ -134,8 +87,8 @@ def count_correct(
     batches: Iterable[tuple[Tensor, Tensor]],
     predict: Callable[[Any], Tensor],
     heads: int,
-) -> Counts:
-    """Count the correct answers of all processes; waits for the device only at the end."""
+) -> Metrics:
+    """Accuracies over the images of all processes; waits for the device only at the end."""
     classes, device = probe.num_classes, source.device
     correct = torch.zeros(heads, classes, dtype=torch.int64, device=device)
     top = torch.zeros(heads, dtype=torch.int64, device=device)
@@ -146,8 +99,20 @@ def count_correct(
         top += right.any(dim=2).sum(dim=1)
         images.index_add_(0, labels, torch.ones_like(labels))
     flat = torch.cat([correct.flatten(), top, images]).cpu()
-    parts = torch.split(probe.distributed.all_reduce(flat), [heads * classes, heads, classes])
-    return Counts(parts[0].view(heads, classes), parts[1], parts[2])
+    sizes = [heads * classes, heads, classes]
+    correct, top, images = torch.split(probe.distributed.all_reduce(flat), sizes)
+    correct, total, seen = correct.view(heads, classes), int(images.sum()), images > 0
+    if not total:
+        raise DataError("none of the images to choose by, or to test on, can be decoded")
+    answers = correct.sum(dim=1).tolist()
+    per_class = (correct[:, seen].double() / images[seen]).mean(dim=1).tolist()
+    others = [{"mean per-class accuracy": 100 * share} for share in per_class]
+    if classes > TOP:
+        for found, number in zip(others, top.tolist()):
+            found["top-5 accuracy"] = 100 * number / total
+    intervals = [wilson_interval(number, total) for number in answers]
+    values = [100 * number / total for number in answers]
+    return Metrics("top-1 accuracy", total, values, intervals, others)
 
 
 def likeliest(logits: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ training images. As in capi, rates are given per 256 images and grow with the ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,16 @@ from torch import nn
 from ..models.classifier import AttentiveHead
 from ..seeds import Stream, fold
 from .features import Source
-from .heads import Grid, HeadSpec, evaluate_heads
-from .models import Subject
-from .probe import EvalConfig, Probe
+from .heads import Grid, HeadSpec
+from .linear import evaluate_heads
+from .models import EvalModel
+from .probe import HeadsConfig, Probe
 from .results import Result
-from .tasks import Protocol, Task, View
+from .tasks import CROP, Protocol, Task
 
 ATTENTIVE = Protocol(
     20,
-    View("crop", "bicubic"),
+    CROP,
     optimizer="adamw",
     lrs=(5e-3, 3e-3, 1e-3, 3e-4, 1e-4),
     weight_decays=(0.01, 0.1, 0.4, 0.8),
@@ -41,59 +41,30 @@ ATTENTIVE = Protocol(
 
 def evaluate_attentive(
     task: str | Task,
-    model: str | nn.Module | Subject,
+    model: str | nn.Module | EvalModel,
     data: Any,
     out: str | Path = "results",
-    *,
-    cached: bool = False,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lrs: Sequence[float] | None = None,
-    wds: Sequence[float] | None = None,
     **options: Any,
 ) -> Result:
     """Train attentive heads on the patch tokens of a frozen encoder, and test the best one.
 
-    All heads of the grid are trained at once on one pass of the encoder. The best one on a seeded
-    10 % of the training images, which no head is fitted to, is tested once, and saved as a
-    classifier in the folder of the result (`model`). The same call resumes after an interruption,
-    at the last finished epoch. Processes share the images of each batch and average gradients.
-
-    Args:
-        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
-        model: See there.
-        data: See there.
-        out: See there.
-        cached: Encode each image and its mirror image once, and train on these tokens. The files
-            are large: 256 tokens of 1280 numbers are 655 kB per image in half precision.
-        epochs: Default: 20.
-        batch_size: Default: 256; learning rates grow linearly with it.
-        lrs: Learning rates per 256 images.
-        wds: Weight decays.
-        options: Further fields of `EvalConfig`.
-
-    Raises:
-        DataError: The data cannot be used, or do not fit the task.
-        SettingsError: An option or the model does not fit.
-        RunError: Another process works on the same evaluation, or features are not finite.
+    As :func:`evaluate_linear`, but processes average gradients instead of exchanging features.
+    Files of cached tokens are large: 256 tokens of 1280 numbers are 655 kB per image in half
+    precision, and as much for its mirror image.
     """
-    return evaluate_heads(
-        EvalConfig(task=task, model=model, data=data, out=out, **options),
-        *("attentive", ATTENTIVE, attentive_grid, epochs, batch_size, lrs, wds),
-        cached=cached,
-        patches=True,
-    )
+    config = HeadsConfig(task=task, model=model, data=data, out=out, **options)
+    return evaluate_heads(config, "attentive", ATTENTIVE, attentive_grid, "tokens")
 
 
 def attentive_grid(probe: Probe, source: Source) -> Grid:
     """Heads of equal first weights for each rate and decay, with the encoder's attention heads."""
-    block: Any = source.subject.model.blocks[-1]  # type: ignore[union-attr,index]
+    block: Any = source.model.model.blocks[-1]  # type: ignore[union-attr,index]
     width, half = source.widths["patches"], source.settings["precision"] != "float32"
     heads: dict[HeadSpec, nn.Module] = {}
     groups = []
     for lr, wd in product(probe.protocol.lrs, probe.protocol.weight_decays):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(fold(probe.seed, Stream.EVAL_INIT))
+            torch.manual_seed(fold(probe.config.seed, Stream.EVAL_INIT))
             head = AttentiveHead(width, probe.num_classes, block.attn.num_heads)
         heads[HeadSpec("patches", "attentive", lr, wd)] = head.to(source.device)
         decayed = [p for p in head.parameters() if p.ndim > 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,11 +17,11 @@ from torchvision.transforms.v2 import functional as tv
 
 from ..data.datasets import Targets
 from ..data.decode import Pixels
-from ..data.transforms import DRAWS, crop_box, limit_aspect, pixel_size
+from ..data.transforms import DRAWS, ModelTransform, crop_box, pixel_size
 from ..errors import DataError, ImageError
 from ..seeds import Stream, fold, numpy_generator
 from .sets import EvalSet
-from .tasks import View
+from .tasks import EvalTransform
 
 _REPLACEMENTS = 20  # images that are tried instead of a broken one
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
@@ -74,7 +74,7 @@ class TrainBatches(Dataset[EvalBatch]):
         self,
         data: EvalSet,
         rows: Targets,
-        view: View,
+        transform: EvalTransform,
         size: Size,
         batch_size: int,
         *,
@@ -86,7 +86,7 @@ class TrainBatches(Dataset[EvalBatch]):
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         batch_size = min(batch_size, len(rows)) // unit * unit
-        self.data, self.rows, self.view, self.size = data, rows, view, size
+        self.data, self.rows, self.transform, self.size = data, rows, transform, size
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
         self.share = share(batch_size, rank, world, unit)
         self.micro = min(micro, -(-batch_size // (world * unit)) * unit)
@@ -99,33 +99,34 @@ class TrainBatches(Dataset[EvalBatch]):
         return range(first_epoch * each, last_epoch * each)
 
     def __getitem__(self, number: int) -> EvalBatch:
-        """A piece of a batch; other images take the place of those that cannot be decoded."""
+        """A piece of a batch; images that cannot be decoded are replaced by others."""
         step, part = divmod(number, self.parts)
         epoch, step = divmod(step, self.steps)
         first = self.share.start + part * self.micro
-        places = range(first, min(first + self.micro, self.share.stop))
         order = _permutation(len(self.rows), self.seed, epoch)[step * self.batch_size :]
         rng = numpy_generator(self.seed, Stream.EVAL_AUGMENT, epoch, step)
         draws = rng.random((self.batch_size, DRAWS)).tolist()
         broken: list[tuple[str, str]] = []
         images, indices = [], []
-        for place in places:
-            at = (epoch, step, place)
-            index, image = self._read(int(self.rows[order[place]]), at, broken)
-            pixels = random_pixels(image, self.view, self.size, draws[place])
+        for slot in range(first, min(first + self.micro, self.share.stop)):
+            keys = (epoch, step, slot)
+            index, image = self._read(int(self.rows[order[slot]]), keys, broken)
+            pixels = random_pixels(image, self.transform, self.size, draws[slot])
             if self.augment is not None:
-                with library_seeds(self.seed, Stream.EVAL_AUGMENT, *at):
+                with library_seeds(self.seed, Stream.EVAL_AUGMENT, *keys):
                     pixels = self.augment(pixels)
             images.append(pixels)
             indices.append(index)
-        labels = torch.from_numpy(self.data.labels[indices])
+        labels = torch.from_numpy(self.data.targets[indices])
         return EvalBatch(torch.stack(images), labels, [None] * len(labels), broken)
 
     def _read(
-        self, index: int, at: tuple[int, int, int], broken: list[tuple[str, str]]
+        self, index: int, keys: tuple[int, int, int], broken: list[tuple[str, str]]
     ) -> tuple[int, Pixels]:
-        """The image, or another one where it is broken, and its index."""
-        for candidate in self._candidates(index, at):
+        """The image, or another one where it cannot be decoded, and its index."""
+        rng = numpy_generator(self.seed, Stream.EVAL_ORDER, *keys)
+        others = self.rows[rng.integers(len(self.rows), size=_REPLACEMENTS)].tolist()
+        for candidate in (index, *others):
             try:
                 return candidate, self.data.read(candidate)
             except ImageError as error:
@@ -135,11 +136,6 @@ class TrainBatches(Dataset[EvalBatch]):
             f"{self.data.images.name(index)} cannot be decoded, nor can {_REPLACEMENTS} others "
             f"drawn instead; the last was {name}: {reason}"
         )
-
-    def _candidates(self, index: int, at: tuple[int, int, int]) -> Iterator[int]:
-        yield index
-        rng = numpy_generator(self.seed, Stream.EVAL_ORDER, *at)
-        yield from self.rows[rng.integers(len(self.rows), size=_REPLACEMENTS)].tolist()
 
 
 class OrderedBatches(Dataset[EvalBatch]):
@@ -153,15 +149,16 @@ class OrderedBatches(Dataset[EvalBatch]):
         self,
         data: EvalSet,
         rows: Targets,
-        view: View,
+        transform: EvalTransform,
         size: Size,
         batch_size: int,
         *,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.data, self.rows, self.view, self.size = data, rows, view, size
+        self.data, self.rows, self.size = data, rows, size
         self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.transform = fixed_transform(transform, data.in_chans, size)
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.world))
@@ -170,7 +167,7 @@ class OrderedBatches(Dataset[EvalBatch]):
         """A batch; images that cannot be decoded leave their slots empty."""
         first = (number * self.world + self.rank) * self.batch_size
         chosen = self.rows[first : first + self.batch_size].tolist()
-        labels = torch.from_numpy(self.data.labels[chosen])
+        labels = torch.from_numpy(self.data.targets[chosen])
         batch = EvalBatch(
             torch.zeros(self.batch_size, self.data.in_chans, *self.size, dtype=torch.uint8),
             labels.new_zeros(self.batch_size, *labels.shape[1:]),
@@ -179,7 +176,7 @@ class OrderedBatches(Dataset[EvalBatch]):
         for slot, index in enumerate(chosen):
             reason = None
             try:
-                batch.images[slot] = fixed_pixels(self.data.read(index), self.view, self.size)
+                batch.images[slot] = self.transform(self.data.read(index))
                 batch.labels[slot] = labels[slot]
             except ImageError as error:
                 reason = str(error)
@@ -193,40 +190,24 @@ def _permutation(n: int, seed: int, epoch: int) -> Targets:
     return numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(n)
 
 
-def random_pixels(image: Pixels, view: View, size: Size, draws: Sequence[float]) -> Tensor:
+def random_pixels(
+    image: Pixels, transform: EvalTransform, size: Size, draws: Sequence[float]
+) -> Tensor:
     """An image as a probe trains on it: uint8 `[C, *size]`, by `DRAWS` uniform numbers."""
-    if view.shape == "crop":
+    if transform.crop_mode == "center":
         top, left, height, width = crop_box(draws, pixel_size(image), scale=_SCALE, ratio=_RATIO)
         image = tv.crop(image, top, left, height, width)
-    pixels = _tensor(_resized(image, view, size))
+    mode = InterpolationMode(transform.interpolation)
+    image = tv.resize(image, list(size), interpolation=mode)
+    pixels: Tensor = image if isinstance(image, Tensor) else tv.pil_to_tensor(image)
     return pixels.flip(-1) if draws[-1] < 0.5 else pixels
 
 
-def fixed_pixels(image: Pixels, view: View, size: Size) -> Tensor:
-    """An image as a probe is tested on it, and as features are cached: uint8 `[C, *size]`."""
-    if view.shape == "square":
-        return _tensor(_resized(image, view, size))
-    image = limit_aspect(image)
-    covering = _covering(pixel_size(image), view.resize_to(size))
-    return _tensor(tv.center_crop(_resized(image, view, covering), list(size)))
-
-
-def _tensor(image: Pixels) -> Tensor:
-    tensor: Tensor = image if isinstance(image, Tensor) else tv.pil_to_tensor(image)
-    return tensor
-
-
-def _resized(image: Pixels, view: View, size: Size) -> Pixels:
-    resized: Pixels = tv.resize(image, list(size), interpolation=InterpolationMode(view.filter))
-    return resized
-
-
-def _covering(image: Size, size: Size) -> Size:
-    """Height and width at which an image just covers `size`, in torchvision's rounding."""
-    height, width = image
-    if width * size[0] <= height * size[1]:
-        return size[1] * height // width, size[1]
-    return size[0], size[0] * width // height
+def fixed_transform(transform: EvalTransform, in_chans: int, size: Size) -> ModelTransform:
+    """The transform of test images and cached features, to uint8 `[C, *size]`."""
+    normalization = {"mean": (0.0,) * in_chans, "std": (1.0,) * in_chans}  # not applied
+    config = {**asdict(transform), "input_size": (in_chans, *size), **normalization}
+    return ModelTransform(config, normalize=False)
 
 
 @contextmanager

@@ -36,13 +36,16 @@ class DenseProtocol:
     epochs: int = 32
     batch_size: int = 16
     lrs: tuple[float, ...] = (1e-3, 1e-2)
-    batch_norm: tuple[bool, ...] = (False, True)
     weight_decay: float = 1e-4
 
-    def lr_scale(self, step: int, steps: int) -> float:
-        """Share of the learning rate: linear to 0, times a warm-up over 3.75 % of the steps."""
-        warm_up = max(1, round(steps * 1_500 / 40_000))
-        return min(1.0, (step + 1) / warm_up) * (steps - step) / steps
+    def lr_scale(self, step: int, steps: int, batch_size: int) -> float:
+        """Share of the learning rate at a step of a run whose epochs have `steps`.
+
+        Linear to 0, times a warm-up over 3.75 % of the run.
+        """
+        total = steps * self.epochs
+        warm_up = max(1, round(total * 1_500 / 40_000))
+        return min(1.0, (step + 1) / warm_up) * (total - step) / total
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,15 @@ class DepthProtocol(DenseProtocol):
     bins: int = 256
     upsample: int = 4
 
-    def lr_scale(self, step: int, steps: int) -> float:
-        """Share of the learning rate: a cosine to 0, times a warm-up over a third of the steps.
+    def lr_scale(self, step: int, steps: int, batch_size: int) -> float:
+        """Share of the learning rate: a cosine to 0, times a warm-up over a third of the run.
 
-        So mmcv's `CosineAnnealing` has it, which DINOv2's configurations name, with 12,800 of
-        38,400 steps.
+        As mmcv's `CosineAnnealing`, which DINOv2's configurations name, with 12,800 of 38,400
+        steps.
         """
-        warm_up = max(1, round(steps / 3))
-        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        total = steps * self.epochs
+        warm_up = max(1, round(total / 3))
+        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 class Depth:

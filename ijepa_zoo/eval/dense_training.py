@@ -1,11 +1,10 @@
-"""Training of dense heads on frozen patch features, which are encoded in every epoch or once."""
+"""Pairs and heads of the dense probes: features are encoded in every epoch or once."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -17,34 +16,53 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from ..data.dense import DenseDataset
-from ..data.loading import load_in_order
-from ..distributed import Distributed
-from ..encode import Encoder
-from ..errors import DataError, ImageError, RunError, option
-from ..features import Layers
-from ..progress import progress_bar
+from ..data.dense import DenseData, DenseDataset
+from ..errors import DataError, ImageError, option
 from ..seeds import Stream, numpy_generator, torch_generator
 from .dense_tasks import DenseProtocol, DenseTask
-from .probe import EvalConfig, of_all_processes
-from .runs import EpochState
+from .features import Source
+from .heads import Grid, HeadSpec
+from .probe import Evaluation, HeadsConfig
 
 Indices = npt.NDArray[np.int64]
 Flips = npt.NDArray[np.bool_]
 Plan = Sequence[tuple[Indices, Flips]]  # of each batch
 
-_VAL_SHARE = 0.1
 _CLIP_GRAD = 35.0  # of mmsegmentation's depth recipes; segmentation never reaches it
 _STD = 0.01  # of the initial weights, as in mmsegmentation's heads
 
 
-@dataclass(frozen=True, kw_only=True)
-class DenseConfig(EvalConfig):
-    """The options of a dense probe."""
+@dataclass(frozen=True)
+class DenseProbe(Evaluation):
+    """Pairs of images and targets, and how heads are trained on them."""
 
-    epochs: int | None = None
-    batch_size: int | None = None
-    cached: bool = False
+    config: HeadsConfig
+    pairs: DenseData
+    task: DenseTask
+    protocol: DenseProtocol
+    train_rows: Indices
+    val_rows: Indices
+    target_options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the task."""
+        return f"{self.config.task}-{self.pairs.name}"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the metrics except the model, as plain values."""
+        config = self.config
+        return {
+            "protocol": vars(self.protocol),
+            **self.task.settings,
+            "seed": self.config.seed,
+            "train": self.pairs.train.fingerprint,
+            "test": self.pairs.test.fingerprint,
+            "select_on_test": config.select_on_test,
+            "value_range": config.value_range,
+            "bands": config.bands,
+            **self.target_options,
+        }
 
 
 class DenseBatch(NamedTuple):
@@ -57,10 +75,7 @@ class DenseBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Batches:
-    """Decoded batches of a plan, for loader processes.
-
-    Images are resized as a whole, so no part of a target is left out.
-    """
+    """Decoded batches of a plan, for loader processes; `full` targets keep their size."""
 
     data: DenseDataset
     plan: Plan
@@ -98,213 +113,96 @@ class _Batches:
         self.task.check(target)
         if not self.full:  # nearest, since unknown depths and classes must not be mixed
             target = F.interpolate(target[None, None], self.size, mode="nearest")[0, 0]
+        # the whole image, so that no part of a target is left out
         resized: Any = tv.resize(image, list(self.size), interpolation=InterpolationMode.BICUBIC)
         return (resized if isinstance(resized, Tensor) else tv.pil_to_tensor(resized)), target
 
 
-@dataclass
 class DenseLoader:
-    """Encodes the pairs of a data set, and notes why some could not be read, by their names."""
+    """Encodes pairs, and notes by their names why some could not be read."""
 
-    data: DenseDataset
-    encoder: Encoder
-    task: DenseTask
-    workers: int | None = None
-    broken: dict[str, str] = field(default_factory=dict)
+    gathered = True
 
-    def in_order(
-        self, indices: Indices, batch_size: int, *, full: bool, mirrored: bool
-    ) -> Iterator[DenseBatch]:
-        """Encode images one after the other; see `encode`."""
-        parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        plan = [(part, np.zeros(len(part), np.bool_)) for part in parts]
-        return self.encode(plan, full=full, mirrored=mirrored)
+    def __init__(self, probe: DenseProbe, source: Source, bar: Any) -> None:
+        self.probe, self.source, self.bar = probe, source, bar
+        self.batch_size = probe.protocol.batch_size
+        self.steps = max(1, len(probe.train_rows) // self.batch_size)
+        self.broken: dict[str, str] = {}
 
-    def encode(self, plan: Plan, *, full: bool, mirrored: bool) -> Iterator[DenseBatch]:
-        """Encode batches."""
-        items = _Batches(self.data, plan, self.task, self.encoder.size, full, mirrored)
-        on_gpu = self.encoder.device.type == "cuda"
-        loader = load_in_order(items, range(len(plan)), self.workers, pin_memory=on_gpu)
-        waiting: deque[tuple[list[Tensor], Indices]] = deque()
-
-        def batches() -> Iterator[tuple[Tensor, list[str | None]]]:
-            for (indices, _), (pixels, targets, reasons) in zip(plan, loader):
-                for index, reason in zip(indices.tolist(), reasons):
-                    if reason is not None:
-                        self.broken[self.data.names[index]] = reason
-                good = [slot for slot, reason in enumerate(reasons) if reason is None]
-                waiting.append((targets, indices[good]))
-                yield pixels, reasons * (2 if mirrored else 1)
-
-        for number, (maps, _) in enumerate(self.encoder.encode(batches())):
-            targets, indices = waiting.popleft()
-            if not number and not maps.isfinite().all():  # once: a GPU would wait for each answer
-                raise RunError(
-                    f"features of '{self.data.names[int(indices[0])]}' or its neighbors are not "
-                    "finite: the model's weights are damaged, or need another precision (float32)"
-                )
-            yield DenseBatch(maps, targets, indices)
-
-
-class GridHead(nn.Module):
-    """One head of a grid; heads that differ in the learning rate begin with equal weights."""
-
-    def __init__(
-        self, task: DenseTask, width: int, seed: int, layers: Layers, batch_norm: bool, lr: float
-    ) -> None:
-        super().__init__()
-        self.layers, self.lr = layers, lr
-        self.name = f"{layers}{' bn' if batch_norm else ''} lr={lr:g}"
-        self.width = width if layers == "last4" else width // 4
-        self.head = task.head(self.width, batch_norm)
-        generator = torch_generator(seed, Stream.EVAL_INIT, self.width, int(batch_norm))
-        weight, bias = self.head.conv.parameters()
-        with torch.no_grad():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * _STD)
-            bias.zero_()
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Output for `last4` maps `[b, 4D, h, w]`, whose last channels are those of `last`."""
-        output: Tensor = self.head(maps[:, -self.width :])
-        return output
-
-
-@dataclass
-class DenseTraining:
-    """Trains the heads of a grid, resumable after each epoch."""
-
-    config: DenseConfig
-    protocol: DenseProtocol
-    loader: DenseLoader
-    distributed: Distributed
-    epoch: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        seed, images, width = (
-            self.config.seed,
-            len(self.loader.data),
-            self.loader.encoder.row_shape[0],
-        )
-        order = numpy_generator(seed, Stream.EVAL_SPLIT, 1).permutation(images)
-        held_out = 0 if self.config.select_on_test else max(1, round(_VAL_SHARE * images))
-        self.val_rows, self.train_rows = np.sort(order[:held_out]), np.sort(order[held_out:])
-        self.task = self.loader.task
-        layers: tuple[Layers, ...] = ("last", "last4")
-        grid = product(layers, self.protocol.batch_norm, self.protocol.lrs)
-        heads = [GridHead(self.task, width, seed, *settings) for settings in grid]
-        self.heads: Any = nn.ModuleList(heads).to(self.distributed.device)
-        groups = [{"params": [*head.parameters()], "lr": head.lr} for head in heads]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=self.protocol.weight_decay)
-        self.sums = torch.zeros((), dtype=torch.float64)
-        self.steps = max(1, len(self.train_rows) // self.protocol.batch_size)
-
-    def bar(self, total: int, what: str, unit: str = "image", done: int = 0) -> Any:
-        """A progress bar, in rank 0."""
-        shown = self.config.progress and self.distributed.is_main
-        return progress_bar(shown, total, what, unit, done)
-
-    def train(self, state: EpochState) -> None:
-        """Train from the last finished epoch on."""
-        self._resume(state)
-        epochs = self.protocol.epochs
-        started = time.monotonic() - self.seconds
-        store = self._encode_once() if self.config.cached and self.epoch < epochs else None
-        total, done = self.steps * epochs, self.steps * self.epoch
-        with self.bar(total, f"{self.task.method} heads", "step", done) as bar:
-            while self.epoch < epochs:
-                self._train_epoch(store, bar)
-                self.epoch += 1
-                self.seconds = time.monotonic() - started
-                self._save(state)
-        for tensor in self.heads.state_dict().values():  # GPUs may round differently
-            self.distributed.broadcast(tensor)
-
-    def _train_epoch(self, store: _Store | None, bar: Any) -> None:
-        self.heads.train()
-        losses = torch.zeros(len(self.heads), device=self.distributed.device)
-        for step, (maps, targets) in enumerate(self._batches(store)):
-            done = self.epoch * self.steps + step
-            scale = self.protocol.lr_scale(done, self.steps * self.protocol.epochs)
-            for group, head in zip(self.optimizer.param_groups, self.heads):
-                group["lr"] = head.lr * scale
-            self.sums = self.sums + self.task.count(targets)
-            if int(self.task.valid(targets).sum()) >= 2:  # on the CPU
-                losses += self._update(maps, targets.to(maps.device, non_blocking=True))
-            bar.update()
-        self.losses = (losses / self.steps).tolist()
-
-    def _batches(self, store: _Store | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Maps and targets of whole batches, the same ones in all processes.
+    def training(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Maps and targets of the whole batches of epochs, the same ones in all processes.
 
         Each process reads its share of a batch: every n-th image, or those that it has stored. An
         incomplete last batch is left out.
         """
-        seed, size, world = self.config.seed, self.protocol.batch_size, self.distributed.world_size
-        gather = self.distributed.all_gather_rows
-        order = numpy_generator(seed, Stream.EVAL_ORDER, self.epoch).permutation(
-            len(self.train_rows)
-        )
-        flips = numpy_generator(seed, Stream.EVAL_AUGMENT, self.epoch).random(len(order)) < 0.5
-        owner = (np.arange(len(order)) if store is None else order) % world
-        plan = []
-        for start in range(0, self.steps * size, size):
-            mine = start + np.flatnonzero(owner[start : start + size] == self.distributed.rank)
-            plan.append((self.train_rows[order[mine]], flips[mine]))
-        for maps, targets in self._encoded(plan) if store is None else map(store.read, plan):
-            yield gather(maps), gather(targets)
+        probe, size, distributed = self.probe, self.batch_size, self.probe.distributed
+        store = self._encode_once() if probe.config.cached and first < last else None
+        for epoch in range(first, last):
+            rng = numpy_generator(probe.config.seed, Stream.EVAL_ORDER, epoch)
+            order = rng.permutation(len(probe.train_rows))
+            rng = numpy_generator(probe.config.seed, Stream.EVAL_AUGMENT, epoch)
+            flips = rng.random(len(order)) < 0.5
+            owner = (np.arange(len(order)) if store is None else order) % distributed.world_size
+            plan = []
+            for start in range(0, self.steps * size, size):
+                mine = start + np.flatnonzero(owner[start : start + size] == distributed.rank)
+                plan.append((probe.train_rows[order[mine]], flips[mine]))
+            for maps, targets in self._encoded(plan) if store is None else map(store.read, plan):
+                yield distributed.all_gather_rows(maps), distributed.all_gather_rows(targets)
+                self.bar.update(size)
+
+    def in_order(
+        self, data: DenseDataset, indices: Indices, *, full: bool, mirrored: bool
+    ) -> Iterator[DenseBatch]:
+        """Pairs one after the other, the share of this process."""
+        mine = indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
+        starts = range(0, len(mine), self.batch_size)
+        parts = [mine[start : start + self.batch_size] for start in starts]
+        plan = [(part, np.zeros(len(part), np.bool_)) for part in parts]
+        return self._encode(data, plan, full, mirrored)
+
+    def _encode(
+        self, data: DenseDataset, plan: Plan, full: bool, mirrored: bool
+    ) -> Iterator[DenseBatch]:
+        items = _Batches(data, plan, self.probe.task, self.source.size, full, mirrored)
+        waiting: deque[tuple[list[Tensor], Indices]] = deque()
+
+        def batches() -> Iterator[tuple[Tensor, list[str | None]]]:
+            loaded = self.probe.loaded(items, range(len(plan)))
+            for (indices, _), (pixels, targets, reasons) in zip(plan, loaded):
+                for index, reason in zip(indices.tolist(), reasons):
+                    if reason is not None:
+                        self.broken[data.names[index]] = reason
+                good = [slot for slot, reason in enumerate(reasons) if reason is None]
+                waiting.append((targets, indices[good]))
+                yield pixels, reasons * (2 if mirrored else 1)
+
+        for maps, _ in self.source.encode(batches()):
+            yield DenseBatch(maps, *waiting.popleft())
 
     def _encoded(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.loader.encode(plan, full=False, mirrored=False):
-            size = self.loader.encoder.size
-            targets = torch.stack(batch.targets) if batch.targets else torch.empty(0, *size)
+        for batch in self._encode(self.probe.pairs.train, plan, full=False, mirrored=False):
+            empty = torch.empty(0, *self.source.size)
+            targets = torch.stack(batch.targets) if batch.targets else empty
             yield batch.maps.clone(), targets  # autograd refuses tensors of inference mode
 
     def _encode_once(self) -> _Store:
         """Features of both sides of this process's share of the images."""
-        mine = self.train_rows[self.distributed.rank :: self.distributed.world_size]
-        encoder, size = self.loader.encoder, self.protocol.batch_size
-        maps = torch.empty(2, len(mine), *encoder.row_shape)
-        targets = torch.empty(len(mine), *encoder.size)
+        probe, source = self.probe, self.source
+        count = len(probe.train_rows[probe.distributed.rank :: probe.distributed.world_size])
+        maps = torch.empty(2, count, *source.row_shape)
+        targets = torch.empty(count, *source.size)
         rows: dict[int, int] = {}
-        with self.bar(len(mine), "encoding") as bar:
-            for batch in self.loader.in_order(mine, size, full=False, mirrored=True):
-                first, count = len(rows), len(batch.indices)
-                if count:
-                    maps[:, first : first + count] = torch.stack(batch.maps.cpu().chunk(2))
-                    targets[first : first + count] = torch.stack(batch.targets)
-                rows |= zip(batch.indices.tolist(), range(first, first + count))
-                bar.update(count)
-        return _Store(maps, targets, rows, encoder.device)
-
-    def _update(self, maps: Tensor, targets: Tensor) -> Tensor:
-        """One step of all heads; returns their losses."""
-        self.optimizer.zero_grad()
-        losses = []
-        for head in self.heads:  # one graph at a time: less memory
-            loss = self.task.loss(head(maps), targets)
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(head.parameters(), _CLIP_GRAD)
-            losses.append(loss.detach())
-        self.optimizer.step()
-        return torch.stack(losses)
-
-    def _save(self, state: EpochState) -> None:
-        broken = of_all_processes(self.loader.broken, self.distributed)
-        if self.distributed.is_main:
-            content = {"epoch": self.epoch, "seconds": self.seconds, "losses": self.losses}
-            content |= {"sums": self.sums, "broken": broken, "heads": self.heads.state_dict()}
-            state.save({**content, "optimizer": self.optimizer.state_dict()})
-
-    def _resume(self, state: EpochState) -> None:
-        found = state.load()
-        if found is not None:
-            self.heads.load_state_dict(found["heads"])
-            self.optimizer.load_state_dict(found["optimizer"])
-            self.losses, self.sums = found["losses"], found["sums"]
-            self.epoch, self.seconds = found["epoch"], found["seconds"]
-            self.loader.broken.update(found["broken"])
+        train = probe.pairs.train
+        with probe.bar(count, "encoding") as bar:
+            for batch in self.in_order(train, probe.train_rows, full=False, mirrored=True):
+                first, last = len(rows), len(rows) + len(batch.indices)
+                if last > first:
+                    maps[:, first:last] = torch.stack(batch.maps.cpu().chunk(2))
+                    targets[first:last] = torch.stack(batch.targets)
+                rows |= zip(batch.indices.tolist(), range(first, last))
+                bar.update(last - first)
+        return _Store(maps, targets, rows, source.device)
 
 
 class _Store(NamedTuple):
@@ -322,3 +220,54 @@ class _Store(NamedTuple):
         flipped = torch.tensor(sides, dtype=torch.bool)[:, None, None]
         targets = torch.where(flipped, self.targets[rows].flip(-1), self.targets[rows])
         return self.maps[sides, rows].to(self.device), targets
+
+
+class DenseGrid(Grid):
+    """Dense heads, and the sums of targets, for predictions that see no image."""
+
+    sums: Tensor
+
+    def __init__(
+        self,
+        task: DenseTask,
+        heads: dict[HeadSpec, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        size: tuple[int, int],
+    ) -> None:
+        super().__init__(heads, optimizer, loss=task.loss, clip_grad=_CLIP_GRAD)
+        self.task = task
+        self.register_buffer("sums", task.count(torch.empty(0, *size)))
+
+    def step(
+        self, features: dict[str, Tensor], targets: Tensor, lr_scale: float, *shared: Any
+    ) -> Tensor:
+        """One step, if two pixels count; targets `[b, H, W]` are on the CPU."""
+        self.sums += self.task.count(targets)
+        device = features["last"].device
+        if int(self.task.valid(targets).sum()) < 2:
+            return torch.zeros(len(self.specs), device=device)
+        return super().step(features, targets.to(device, non_blocking=True), lr_scale, *shared)
+
+
+def make_dense_grid(
+    task: DenseTask,
+    protocol: DenseProtocol,
+    widths: dict[str, int],
+    size: tuple[int, int],
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> DenseGrid:
+    """Heads of `last` and `last4`, with and without BatchNorm, for each learning rate."""
+    heads: dict[HeadSpec, nn.Module] = {}
+    groups = []
+    for name, kind, lr in product(widths, ("linear", "bn"), protocol.lrs):
+        head = task.head(widths[name], kind == "bn")
+        generator = torch_generator(seed, Stream.EVAL_INIT, widths[name], int(kind == "bn"))
+        weight, bias = head.conv.parameters()
+        with torch.no_grad():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * _STD)
+            bias.zero_()
+        heads[HeadSpec(name, kind, lr, protocol.weight_decay)] = head.to(device)
+        groups.append({"params": [*head.parameters()], "lr": lr, "base_lr": lr})
+    optimizer = torch.optim.AdamW(groups, weight_decay=protocol.weight_decay)
+    return DenseGrid(task, heads, optimizer, size)

@@ -1,11 +1,14 @@
-"""Features that probes read: of a frozen encoder or raw pixels, and their cache on disk."""
+"""Features that probes read, of a frozen encoder or raw pixels: in every epoch, or cached."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Mapping
+import math
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +17,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.datasets import Targets
+from ..data.transforms import DRAWS
 from ..encode import Batch, Encoder, fast_precision, hash_texts
-from ..errors import DataError, RunError, SettingsError
+from ..errors import DataError, SettingsError
 from ..extract import extract_batches
 from ..parts import Outputs
-from .batches import OrderedBatches
-from .models import Subject
+from ..seeds import Stream, numpy_generator
+from .batches import OrderedBatches, TrainBatches, share
+from .models import EvalModel
 from .sets import EvalSet
 
 if TYPE_CHECKING:
     from .probe import Probe
 
-_SIDE = 32  # pixels of the images that stand for themselves
+Kind = Literal["vectors", "tokens", "maps"]
+
+_SIDE = 32  # pixels of the images that are their own features
+_VALUES = 2**24  # of cached rows that are read at a time
+_PIECE = 128  # images of a forward pass in training
+CACHED_AS_IS = (
+    "cached: each image and its mirror image are encoded once, as the protocol has them (its only "
+    "random transform is the flip)"
+)
+_CACHED_WITHOUT_CROPS = (
+    "cached: each image and its mirror image are encoded once, with the test transform instead of "
+    "the protocol's random crops"
+)
 
 
 class BlockFeatures:
@@ -33,68 +50,64 @@ class BlockFeatures:
 
     The final LayerNorm is applied to the output of each block, and the patches are averaged
     (arXiv 2301.08243, appendix A.1). `last` is the end of `last4`, so rows hold the latter alone.
-    With `patches`, the patch tokens of the last block instead, as `patches` `[B, N, D]`, which are
-    kept in half precision if the encoder runs in half precision.
+    They are pooled vectors `[B, D]`, maps `[B, D, h, w]`, or tokens, the patches of the last block
+    `[B, N, D]`, which are kept in half precision if the encoder runs in half precision.
     """
 
     def __init__(
         self,
-        subject: Subject,
+        model: EvalModel,
         pool: str | None = "auto",
-        patches: bool = False,
+        kind: Kind = "vectors",
         device: str | torch.device = "cpu",
         precision: str = "auto",
     ) -> None:
-        blocks = getattr(subject.model, "blocks", None)
+        blocks = getattr(model.model, "blocks", None)
         if blocks is not None and len(blocks) < 4:
             raise SettingsError(
                 f"the model has {len(blocks)} blocks, and the paper's probes read the last four: "
                 "use a model of at least four"
             )
-        if pool == "auto" and getattr(subject.model, "attn_pool", None) is not None:
+        if pool == "auto" and getattr(model.model, "attn_pool", None) is not None:
             pool = "avg"  # the model's attention pooling is of its last block alone
-        if not patches and pool is None:
+        if kind == "vectors" and pool is None:
             raise SettingsError("this probe reads one vector per image: use pool avg, cls, ...")
         if precision == "auto":
             precision = fast_precision(torch.device(device))
         self.encoder = Encoder(
-            subject.model,
-            layers="last" if patches else "last4",
-            pool=None if patches else pool,
-            dtype="float16" if patches and precision != "float32" else "float32",
+            model.model,
+            layers="last" if kind == "tokens" else "last4",
+            pool=pool if kind == "vectors" else None,
+            dtype="float16" if kind == "tokens" and precision != "float32" else "float32",
             device=device,
             precision=precision,
             host=False,
         )
-        self.subject, self.patches = subject, patches
+        self.model, self.kind = model, kind
         self.row_shape, self.dtype = self.encoder.row_shape, self.encoder.dtype
         self.device, self.settings = self.encoder.device, self.encoder.settings
-        self.size, self.about = self.encoder.size, subject.describe()
-        self.paper_name = subject.paper_name
+        self.size, self.about = self.encoder.size, model.describe()
+        self.encode, self.paper_name = self.encoder.encode, model.paper_name
         width = self.row_shape[0]
-        self.widths = {"patches": width} if patches else {"last": width // 4, "last4": width}
-
-    def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-        """Rows of the good images of each batch, in order; see :class:`Encoder`."""
-        return self.encoder.encode(batches)
+        self.widths = {"last": width // 4, "last4": width}
+        if kind == "tokens":
+            self.widths = {"patches": width}
 
     def split(self, rows: Tensor) -> dict[str, Tensor]:
         """The representations in rows, without a copy."""
-        if self.patches:
+        if self.kind == "tokens":
             return {"patches": rows.flatten(2).transpose(1, 2)}
-        return {"last": rows[..., -self.widths["last"] :], "last4": rows}
+        return {"last": rows[:, -self.widths["last"] :], "last4": rows}
 
 
 class RawPixels:
     """The pixels themselves, 32 x 32, from 0 to 1: what a probe reaches without any encoder."""
 
-    paper_name: str | None = None
-
     def __init__(self, size: tuple[int, int], in_chans: int, device: torch.device) -> None:
         self.size, self.device = size, device
         self.widths = {"pixels": in_chans * _SIDE * _SIDE}
         self.row_shape: tuple[int, ...] = (self.widths["pixels"],)
-        self.dtype = torch.float32
+        self.dtype, self.paper_name = torch.float32, None
         shown = f"{_SIDE} x {_SIDE} pixels"
         self.settings: dict[str, Any] = {"model": "raw pixels", "size": shown}
         self.about: dict[str, Any] = {
@@ -136,7 +149,6 @@ class CachedFeatures:
     rows: Tensor
     indices: npt.NDArray[np.int64]
     broken: dict[int, str]
-    computed: int
 
 
 class _Pixels:
@@ -168,42 +180,181 @@ def cached_features(
         "images": part.images.fingerprint(),
         "files": part.files_state,
         **pixel_options(part),
-        "transform": probe.protocol.view.describe(source.size, train=False),
+        "transform": probe.protocol.transform.describe(source.size, train=False),
         "mirrored": mirrored,
         "batch_size": batches.batch_size,
     }
-    folder = probe.out / "cache" / hash_texts([json.dumps(settings, sort_keys=True)])
+    folder = Path(probe.config.out) / "cache" / hash_texts([json.dumps(settings, sort_keys=True)])
     outputs = Outputs.beside(folder / "rows.npy", "rows", "npy")
-    extracted = extract_batches(
+    extract_batches(
         *(part.images, _Pixels(batches, mirrored), source, outputs, settings, probe.distributed),
         workers=probe.config.workers,
         is_cache=True,
         progress=probe.config.progress,
-        title=f"features, {part.split}{', mirrored' if mirrored else ''}",
+        title=f"features, {part.name}{', mirrored' if mirrored else ''}",
     )
     probe.distributed.barrier()  # rank 0 has written the files
     broken = {index: reason for index, (_, reason) in outputs.failures().items()}
     if broken and not part.skip_broken:
-        part.read(next(iter(broken)))  # says which image, and what to do
+        part.read(next(iter(broken)))  # raises the error that names the image
     # copy on write: torch wants writable memory
     rows: np.memmap[Any, Any] = np.lib.format.open_memmap(outputs.features, mode="c")
     good = np.setdiff1d(np.arange(len(part)), [*broken]).astype(np.int64)
-    return CachedFeatures(torch.from_numpy(rows), good, broken, extracted.computed)
+    return CachedFeatures(torch.from_numpy(rows), good, broken)
 
 
-def not_finite(source: Source) -> RunError:
-    """The error of features that are NaN or infinite."""
-    exact = source.settings.get("precision") == "float32"
-    advice = "check the model's weights" if exact else "use --precision float32"
-    return RunError(f"features of {source.about['name']} are NaN or infinite: {advice}")
+LabeledRows = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
 
 
-def refuse_undecoded(
-    what: str, part: EvalSet, rows: Targets, count: int, broken: Mapping[str, str]
-) -> None:
-    """Refuse images of a set, by their indices, if the count of those that were decoded is 0."""
-    if count:
-        return
-    names = (part.images.name(row) for row in rows.tolist())
-    first = next((f" (first: {name}: {broken[name]})" for name in names if name in broken), "")
-    raise DataError(f"none of the {len(rows)} {what} images can be decoded{first}")
+class OnlineLoader:
+    """Every epoch encodes every image with another random crop, as in the protocols."""
+
+    name, notes = "online", ()
+
+    def __init__(self, probe: Probe, source: Source, bar: Any, *, gather: bool = True) -> None:
+        self.probe, self.source, self.bar, self.gathered = probe, source, bar, gather
+        protocol = probe.protocol
+        self.batches = TrainBatches(
+            *(probe.train, probe.train_rows, protocol.transform, source.size, protocol.batch_size),
+            seed=probe.config.seed,
+            rank=probe.distributed.rank,
+            world=probe.distributed.world_size,
+            micro=_PIECE,
+        )
+        self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
+        self.broken: dict[str, str] = {}
+
+    def training(self, first: int, last: int) -> Iterator[LabeledRows]:
+        """The steps of the epochs from `first` to before `last`."""
+        numbers = self.batches.numbers(first, last)
+        gather = self.probe.distributed.all_gather_rows
+        pieces: list[LabeledRows] = []
+        for piece in self._encode(self.batches, numbers):
+            pieces.append(piece)
+            if len(pieces) == self.batches.parts:
+                rows, labels = (torch.cat(column) for column in zip(*pieces))
+                if self.gathered:
+                    rows, labels = gather(rows), gather(labels)
+                yield rows, labels
+                pieces = []
+
+    def validation(self) -> Iterator[LabeledRows]:
+        """The images that choose the head, the share of this process."""
+        return self._in_order(self.probe.train, self.probe.val_rows)
+
+    def testing(self) -> Iterator[LabeledRows]:
+        """The test images, the share of this process."""
+        return self._in_order(self.probe.test, np.arange(len(self.probe.test)))
+
+    def _in_order(self, part: EvalSet, rows: Targets) -> Iterator[LabeledRows]:
+        batches = self.probe.in_order(part, rows, self.source.size)
+        return self._encode(batches, range(len(batches)))
+
+    def _encode(self, batches: Any, numbers: Any) -> Iterator[LabeledRows]:
+        for rows, labels in encoded(self.probe, self.source, batches, numbers, self.broken):
+            self.bar.update(len(labels) * self.probe.distributed.world_size)
+            yield rows.float(), labels
+
+
+def encoded(
+    probe: Probe, source: Source, batches: Any, numbers: Sequence[int], broken: dict[str, str]
+) -> Iterator[LabeledRows]:
+    """Rows and classes of the images of batches, by their numbers, that could be decoded.
+
+    Name and reason of the others are added to `broken`.
+    """
+    waiting: deque[Tensor] = deque()
+
+    def pixels() -> Iterator[Batch]:
+        for batch in probe.loaded(batches, numbers):
+            broken.update(batch.broken)
+            waiting.append(batch.labels[batch.valid])
+            yield batch.images, batch.reasons
+
+    for rows, _ in source.encode(pixels()):
+        labels = waiting.popleft()
+        if len(labels):  # the last process may have no image of a set
+            yield rows, labels.to(rows.device, non_blocking=True)
+
+
+class CachedLoader:
+    """Features computed once, of every image and its mirror image.
+
+    Random crops of the protocol, if it has any, are replaced by the test transform. Without `flips`
+    there are no mirror images, for classifiers that are not trained in epochs.
+    """
+
+    name = "cached"
+
+    def __init__(
+        self, probe: Probe, source: Source, bar: Any, *, flips: bool = True, gather: bool = True
+    ) -> None:
+        self.probe, self.bar, self.device, self.gathered = probe, bar, source.device, gather
+        self.train = cached_features(probe, probe.train, source)
+        self.mirrored = (
+            cached_features(probe, probe.train, source, mirrored=True) if flips else None
+        )
+        self.test = cached_features(probe, probe.test, source)
+        self.broken = {
+            part.images.name(index): reason
+            for part, found in ((probe.train, self.train), (probe.test, self.test))
+            for index, reason in found.broken.items()
+        }
+        self.train_rows = np.flatnonzero(np.isin(self.train.indices, probe.train_rows))
+        self.val_rows = np.flatnonzero(np.isin(self.train.indices, probe.val_rows))
+        if len(self.train_rows) < 2:
+            raise DataError("fewer than two training images can be decoded")
+        self.batch_size = min(probe.protocol.batch_size, len(self.train_rows))
+        self.steps = len(self.train_rows) // self.batch_size
+        crops = probe.protocol.transform.crop_mode == "center"
+        self.notes = (_CACHED_WITHOUT_CROPS if crops else CACHED_AS_IS,)
+
+    def labels(self, part: EvalSet, found: CachedFeatures, indices: Targets) -> Tensor:
+        """Classes of cached rows."""
+        return torch.from_numpy(part.targets[found.indices[indices]]).to(self.device)
+
+    def share(self, indices: Targets) -> Targets:
+        """Those of the indices that belong to this process."""
+        return indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
+
+    def training(self, first: int, last: int) -> Iterator[LabeledRows]:
+        """The steps of the epochs; images and flips are those of `OnlineLoader`."""
+        seed, batch, distributed = self.probe.config.seed, self.batch_size, self.probe.distributed
+        shared = (0, 1) if self.gathered else (distributed.rank, distributed.world_size)
+        own = share(batch, *shared)
+        for epoch in range(first, last):
+            order = numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(
+                len(self.train_rows)
+            )
+            for step in range(self.steps):
+                chosen = self.train_rows[order[step * batch : (step + 1) * batch]][own]
+                draws = numpy_generator(seed, Stream.EVAL_AUGMENT, epoch, step)
+                flips = draws.random((batch, DRAWS))[own, -1] < 0.5
+                rows = self.train.rows[chosen]
+                if self.mirrored is not None:
+                    rows[flips] = self.mirrored.rows[chosen[flips]]
+                labels = self.labels(self.probe.train, self.train, chosen)
+                yield rows.to(self.device).float(), labels
+                self.bar.update(batch)
+
+    def validation(self) -> Iterator[LabeledRows]:
+        """See :class:`OnlineLoader`."""
+        return self._in_order(self.probe.train, self.train, self.val_rows)
+
+    def testing(self) -> Iterator[LabeledRows]:
+        """See :class:`OnlineLoader`."""
+        return self._in_order(self.probe.test, self.test, np.arange(len(self.test.indices)))
+
+    def _in_order(
+        self, part: EvalSet, found: CachedFeatures, indices: Targets
+    ) -> Iterator[LabeledRows]:
+        mine = self.share(indices)
+        count = max(1, _VALUES // math.prod(found.rows.shape[1:]))
+        for start in range(0, len(mine), count):
+            chosen = mine[start : start + count]
+            labels = self.labels(part, found, chosen)
+            yield found.rows[chosen].to(self.device).float(), labels
+            self.bar.update(len(chosen) * self.probe.distributed.world_size)
+
+
+FeatureLoader = OnlineLoader | CachedLoader

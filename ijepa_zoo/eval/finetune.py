@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as tv
+from torchvision.transforms import v2 as transforms
 
 from ..data.transforms import transform_config
 from ..distributed import init_distributed
@@ -42,25 +41,26 @@ from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
 from .accuracy import classification_loss, compute_metrics
 from .batches import EvalBatch, TrainBatches, library_seeds
-from .features import refuse_undecoded
-from .logreg import with_rows
-from .models import Subject
+from .logreg import choose_rows
+from .models import EvalModel
 from .probe import (
     EvalConfig,
     Probe,
+    epochs_note,
     make_result,
     of_all_processes,
     open_probe,
-    other_epochs,
+    run_once,
 )
-from .results import LAST_EPOCH, Result
-from .runs import EpochState, once, run_folder
+from .results import Result
+from .runs import EpochState
 from .sets import listed_rows
-from .tasks import Task, View, find_task
+from .tasks import CROP, Task, find_task
 
 MICRO_BATCH = 32
 _HEAD_STD = 2e-5
 _LARGE = 1024  # width of a ViT-L
+_CROPPED = 224  # pixels; larger images are tested whole
 _ONE_PERCENT = 12_811  # images of the list of 1 % of ImageNet
 
 
@@ -86,12 +86,12 @@ class FineTuneRecipe:
     def change(self, epochs: int | None, batch_size: int | None) -> FineTuneRecipe:
         """The recipe for other epochs, with the warm-up in proportion, or another batch."""
         epochs = self.epochs if epochs is None else epochs
-        if epochs < 1:
-            raise SettingsError(f"epochs is {epochs}; fine-tuning needs at least 1")
-        warmup = self.warmup_epochs * epochs / self.epochs
         size = self.batch_size if batch_size is None else batch_size
-        if size < 2:
-            raise SettingsError(f"batch_size is {size}; fine-tuning needs at least 2 (mixup pairs)")
+        if epochs < 1 or size < 2:
+            raise SettingsError(
+                f"epochs is {epochs} and batch_size {size}: fine-tuning needs at least 1 and 2"
+            )
+        warmup = self.warmup_epochs * epochs / self.epochs
         return replace(self, epochs=epochs, warmup_epochs=warmup, batch_size=size)
 
 
@@ -115,7 +115,7 @@ def few_labels_recipe(model: Any) -> FineTuneRecipe:
 
 def evaluate_finetune(
     task: str | Task,
-    model: str | nn.Module | Subject,
+    model: str | nn.Module | EvalModel,
     data: Any,
     out: str | Path = "results",
     *,
@@ -163,69 +163,62 @@ def evaluate_finetune(
     config = EvalConfig(task=chosen, model=model, data=data, out=out, **options)
     if config.baseline or config.select_on_test or config.with_encoder:
         raise SettingsError("fine-tuning has no baseline, select_on_test or with_encoder")
-    subject = config.open_model()
+    opened = config.open_model()
     with init_distributed(config.device) as distributed:
-        probe = open_probe(config, distributed, subject)
+        probe = open_probe(config, distributed, opened)
         if list is not None:
-            rows = listed_rows(probe.train, list)
-            probe = with_rows(probe, rows, {"list": Path(list).name})
-        check_exportable(subject.model)
-        network: Any = copy.deepcopy(subject.model)
+            probe = choose_rows(probe, listed_rows(probe.train, list), {"list": Path(list).name})
+        check_exportable(opened.model)
+        network: Any = copy.deepcopy(opened.model)
         network.set_grad_checkpointing(grad_checkpointing)
         usual = recipe or (FULL if list is None else few_labels_recipe(network))
         changed = usual.change(epochs, batch_size)
-        training = FineTuning(network, probe, changed, micro_batch_size)
-        result = _run(subject, training, other_epochs(changed.epochs, usual.epochs, "recipe"))
+        training = FineTuning(network, opened, probe, changed, micro_batch_size)
+        result = _run(training, epochs_note(changed.epochs, usual.epochs, "recipe"))
         distributed.barrier()
     return result
 
 
-def _run(subject: Subject, training: FineTuning, notes: list[str]) -> Result:
-    """Train, test and save; from the folder if the result is there already."""
-    probe, about, protocol = training.probe, subject.describe(), training.settings()
+def _run(training: FineTuning, notes: list[str]) -> Result:
+    """Train, test and save; from the folder if it is finished."""
+    probe, protocol = training.probe, training.protocol()
     method = "finetune-list" if probe.subset else "finetune"
-    # another number of processes resumes too
-    same = {k: v for k, v in protocol.items() if k not in ("processes", "micro_batch_size")}
-    settings = {**probe.settings(), "model": about, **same}
-    folder = run_folder(probe.out, probe.task.name, method, about["name"], settings)
-    state = EpochState(folder / "state.pt", probe.distributed)
 
-    def work() -> Result:
+    def work(folder: Path) -> Result:
         images = training.recipe.epochs * training.batches.steps * training.batches.batch_size
         with probe.bar(images, folder.name) as bar:
-            training.run(state, bar)
-        paper, note = _paper_figure(subject, training)
-        result = training.test(method, about, [*notes, *note], paper=paper)
-        probe.distributed.run_on_main(lambda: _save(training, subject, folder / "model"))
-        return result
+            training.run(EpochState(folder / "state.pt", probe.distributed), bar)
+        paper, note = _paper_accuracy(training)
+        result = training.test(method, [*notes, *note], paper=paper)
+        probe.distributed.run_on_main(lambda: _save(training, folder / "model"))
+        return replace(result, seconds=training.earlier)
 
-    result = once(folder, probe.distributed, training.precision, work)
-    if probe.distributed.is_main:
-        state.remove()
-    return result
+    # another number of processes resumes too
+    same = {k: v for k, v in protocol.items() if k not in ("processes", "micro_batch_size")}
+    return run_once(probe, training, method, same, work)[0]
 
 
-def _save(training: FineTuning, subject: Subject, folder: Path) -> None:
+def _save(training: FineTuning, folder: Path) -> None:
     """The trained classifier as a timm folder, with the transform that it was tested with."""
-    network, view, classes = training.model, training.view, training.probe.train.classes
+    network, train = training.model, training.probe.train
     network.set_grad_checkpointing(False)
-    network.multi_label = training.probe.train.multi_label
+    network.multi_label = train.multi_label
     cfg = network.pretrained_cfg = {
         **network.pretrained_cfg,
-        "label_names": [*classes],
-        "num_classes": len(classes),
-        **view.timm_config(),
+        "label_names": train.class_names,
+        "num_classes": len(train.classes),
+        **vars(training.transform),
     }
-    origin = f"fine-tuned from {subject.name}"
+    origin = f"fine-tuned from {training.about['name']}"
     export(network, folder, license=cfg.get("license"), overwrite=True, origin=origin)
 
 
-def _paper_figure(subject: Subject, training: FineTuning) -> tuple[float | None, list[str]]:
+def _paper_accuracy(training: FineTuning) -> tuple[float | None, list[str]]:
     """The paper's accuracy if this run follows its recipe, else a note."""
     probe, model = training.probe, training.model
     published = few_labels_recipe(model) if probe.subset else FULL
-    paper = published.paper.get(subject.paper_name or "")
-    if paper is None or probe.task.name != "imagenet1k":
+    paper = published.paper.get(training.paper_name or "")
+    if paper is None or probe.name != "imagenet1k":
         return None, []
     if (
         training.recipe == published
@@ -241,29 +234,38 @@ class FineTuning:
     """A timm ViT that gets a classifier, its optimizer and its data; every process makes one."""
 
     def __init__(
-        self, model: Any, probe: Probe, recipe: FineTuneRecipe, micro_batch_size: int = MICRO_BATCH
+        self,
+        network: Any,
+        model: EvalModel,
+        probe: Probe,
+        recipe: FineTuneRecipe,
+        micro_batch_size: int = MICRO_BATCH,
     ) -> None:
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe = network, recipe
+        self.about, self.paper_name = model.describe(), model.paper_name
         self.distributed, self.device = probe.distributed, probe.distributed.device
-        self.precision = _resolve_precision(probe.config.precision, self.device)
-        self.epoch, self.loss, self.seconds = 0, 0.0, 0.0
+        self.epoch, self.loss, self.earlier = 0, 0.0, 0.0
         self.broken: dict[str, str] = {}
-        add_head(model, probe.num_classes, probe.seed)
-        set_drop_path(model, recipe.drop_path)
-        model.to(self.device).requires_grad_(True)
-        config = transform_config(model)
+        precision = _resolve_precision(probe.config.precision, self.device)
+        self.half = precision == "bfloat16"
+        self.settings = {"model": self.about, "precision": precision}
+        _add_head(network, probe.num_classes, probe.config.seed)
+        set_drop_path(network, recipe.drop_path)
+        network.to(self.device).requires_grad_(True)
+        config = transform_config(network)
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
-        self.view = View("crop", "bicubic", whole=max(self.size) > 224)
-        everything, protocol = np.arange(len(probe.train)), replace(probe.protocol, view=self.view)
-        self.probe = replace(
-            probe, protocol=protocol, train_rows=everything, val_rows=everything[:0]
+        self.transform = replace(CROP, crop_pct=1.0) if max(self.size) > _CROPPED else CROP
+        rows, protocol = (
+            np.arange(len(probe.train)),
+            replace(probe.protocol, transform=self.transform),
         )
+        self.probe = replace(probe, protocol=protocol, train_rows=rows, val_rows=rows[:0])
         self.mean, self.std = (
             torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
         )
         self.batches = TrainBatches(
-            *(probe.train, np.arange(len(probe.train)), self.view, self.size, recipe.batch_size),
-            seed=probe.seed,
+            *(probe.train, rows, self.transform, self.size, recipe.batch_size),
+            seed=probe.config.seed,
             rank=self.distributed.rank,
             world=self.distributed.world_size,
             micro=max(2, micro_batch_size // 2 * 2),
@@ -276,10 +278,10 @@ class FineTuning:
             classes = probe.num_classes
             self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0, num_classes=classes)
         self.optimizer, self.scheduler = self._optimizer()
-        self.module: Any = model
+        self.module: Any = network
         if self.distributed.world_size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            self.module = nn.parallel.DistributedDataParallel(model, device_ids=devices)
+            self.module = nn.parallel.DistributedDataParallel(network, device_ids=devices)
 
     def _optimizer(self) -> tuple[torch.optim.AdamW, Any]:
         """AdamW with a learning rate for each layer, and timm's schedule of steps."""
@@ -302,8 +304,8 @@ class FineTuning:
         )
         return optimizer, scheduler
 
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the numbers beside model and data, as plain values."""
+    def protocol(self) -> dict[str, Any]:
+        """The recipe as used, as plain values."""
         recipe = asdict(self.recipe)
         del recipe["paper"]
         return {
@@ -311,35 +313,34 @@ class FineTuning:
             "batch_size": self.batches.batch_size,
             "micro_batch_size": self.batches.micro,
             "processes": self.distributed.world_size,
-            "precision": self.precision,
-            "test_transform": self.view.describe(self.size, train=False),
-            **self.probe.subset,
+            "precision": self.settings["precision"],
+            "test_transform": self.transform.describe(self.size, train=False),
         }
 
     def run(self, state: EpochState, bar: Any) -> None:
         """Train from the last finished epoch to the end; the state is saved after each."""
-        epochs, kept = self.recipe.epochs, ("epoch", "loss", "seconds", "broken")
+        epochs, started = self.recipe.epochs, time.perf_counter()
         if (found := state.load()) is not None:
             self.model.load_state_dict(found["model"])
             self.optimizer.load_state_dict(found["optimizer"])
-            for name in kept:
-                setattr(self, name, found[name])
+            self.epoch, self.loss = found["epoch"], found["loss"]
+            self.earlier, self.broken = found["seconds"], found["broken"]
         skip(bar, self.epoch * self.batches.steps * self.batches.batch_size)
         pieces = self.probe.loaded(self.batches, self.batches.numbers(self.epoch, epochs))
+        self.model.train()
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             while self.epoch < epochs:
-                started = time.perf_counter()
-                self.model.train()
                 self.loss = self._train_epoch(pieces, bar)
                 self.epoch += 1
-                self.seconds += time.perf_counter() - started
                 shown = {"epoch": f"{self.epoch}/{epochs}", "loss": f"{self.loss:.3g}"}
                 bar.set_postfix(**shown, refresh=False)
                 self.broken = of_all_processes(self.broken, self.distributed)
                 if self.distributed.is_main:
+                    seconds = self.earlier + time.perf_counter() - started
+                    kept = {"epoch": self.epoch, "loss": self.loss, "broken": self.broken}
                     weights, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-                    plain = {name: getattr(self, name) for name in kept}
-                    state.save({**plain, "model": weights, "optimizer": optimizer})
+                    kept |= {"seconds": seconds, "model": weights, "optimizer": optimizer}
+                    state.save(kept)
 
     def _train_epoch(self, pieces: Iterator[EvalBatch], bar: Any) -> float:
         steps, parts = self.batches.steps, self.batches.parts
@@ -364,7 +365,7 @@ class FineTuning:
         """Add the gradients of a micro-batch, weighted by its share; returns its loss."""
         self.broken.update(batch.broken)
         rank, world = self.distributed.rank, self.distributed.world_size
-        keys = (self.probe.seed, Stream.EVAL_AUGMENT, self.epoch, step, part, rank)
+        keys = (self.probe.config.seed, Stream.EVAL_AUGMENT, self.epoch, step, part, rank)
         images, labels = (
             self._normalize(batch.images),
             batch.labels.to(self.device, non_blocking=True),
@@ -389,20 +390,18 @@ class FineTuning:
         smoothing = self.recipe.label_smoothing
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
-    def test(self, method: str, about: dict[str, Any], notes: list[str], **more: Any) -> Result:
+    def test(self, method: str, notes: list[str], **more: Any) -> Result:
         """The result; every process must call this."""
-        probe, tests = self.probe, np.arange(len(self.probe.test))
-        source: Any = self  # whose features are the images themselves
+        probe, broken = self.probe, self.broken
+        source: Any = self  # whose features are the images
         metrics = compute_metrics(probe, source, self._test_images(), self._logits, heads=1)
-        refuse_undecoded("test", probe.test, tests, metrics.total, self.broken)
         if probe.train.multi_label:
             notes = [*notes, "several labels: no mixup, cutmix or label smoothing"]
         return make_result(
-            *(probe, about, method, self.settings(), ["last epoch"], 0, None, metrics, self.broken),
+            *(probe, self.about, method, self.protocol(), ["last epoch"], 0, None, metrics, broken),
             losses=[self.loss],
             notes=notes,
-            selection=LAST_EPOCH,
-            seconds=self.seconds,
+            selection="the last epoch",
             **more,
         )
 
@@ -415,7 +414,7 @@ class FineTuning:
             yield batch.images[batch.valid], batch.labels[batch.valid].to(self.device)
 
     def split(self, images: Tensor) -> Any:
-        """The images, where `compute_metrics` asks for features."""
+        """The images, as `compute_metrics` asks for features."""
         return images
 
     def _logits(self, images: Any) -> list[Tensor]:
@@ -427,8 +426,7 @@ class FineTuning:
         return images.sub_(self.mean).div_(self.std)
 
     def _autocast(self) -> Any:
-        half = self.precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half)
 
 
 def _resolve_precision(precision: str, device: torch.device) -> str:
@@ -441,19 +439,14 @@ def _resolve_precision(precision: str, device: torch.device) -> str:
 def rand_augment(
     name: str, size: tuple[int, int], mean: tuple[float, ...]
 ) -> Callable[[Tensor], Tensor]:
-    """timm's augmentation of that name for uint8 tensors; draws from `random` and NumPy."""
+    """timm's augmentation for uint8 tensors; draws from `random` and NumPy."""
     _, augment, _ = create_transform(
         size, is_training=True, auto_augment=name, interpolation="bicubic", mean=mean, separate=True
     )
     for operation in augment.transforms[0].ops:
         if operation.aug_fn is posterize:
             operation.aug_fn = _posterize
-    return partial(_augmented, augment)
-
-
-def _augmented(augment: Any, image: Tensor) -> Tensor:
-    tensor: Tensor = tv.pil_to_tensor(augment(tv.to_pil_image(image)))
-    return tensor
+    return transforms.Compose([transforms.ToPILImage(), augment, transforms.PILToTensor()])
 
 
 def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
@@ -463,7 +456,7 @@ def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
-def add_head(model: Any, num_classes: int, seed: int) -> None:
+def _add_head(model: Any, num_classes: int, seed: int) -> None:
     """Give a timm model a classifier for `num_classes`, with small weights."""
     model.reset_classifier(num_classes)
     head = model.get_classifier()

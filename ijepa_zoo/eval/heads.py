@@ -5,39 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..distributed import Distributed
+from ..errors import RunError
 from ..models.classifier import LinearHead
 from ..progress import skip
 from ..seeds import Stream, torch_generator
-from .accuracy import Metrics, best_head, classification_loss, compute_metrics
-from .features import BlockFeatures, Source, not_finite, refuse_undecoded
-from .loaders import CachedLoader, FeatureLoader, OnlineLoader
-from .probe import (
-    EvalConfig,
-    Probe,
-    describe_protocol,
-    evaluate,
-    make_result,
-    of_all_processes,
-    paper_figure,
-    pooling,
-    run_once,
-    save_probe_head,
-    with_protocol,
-)
-from .results import Result
+from .accuracy import Metrics, classification_loss, compute_metrics
+from .dense_tasks import DenseProtocol
+from .features import FeatureLoader, Source
+from .probe import Probe, of_all_processes
 from .runs import EpochState
 from .tasks import Protocol
 
+_MOMENTUM = 0.9
 _TRUST = 0.001  # VISSL's eta
 
 
@@ -56,58 +43,65 @@ class HeadSpec:
         return f"{self.representation} {self.kind} lr={self.lr:g} wd={self.weight_decay:g}"
 
 
-class Grid:
-    """Heads that are trained together, each as if it were alone."""
+class Grid(nn.Module):
+    """Heads that are trained together; the optimizer's groups have their rate as `base_lr`."""
 
     def __init__(
         self,
         heads: Mapping[HeadSpec, nn.Module],
         optimizer: torch.optim.Optimizer,
         autocast: torch.dtype | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] = classification_loss,
+        clip_grad: float | None = None,
     ) -> None:
-        self.specs = list(heads)
-        self.modules = nn.ModuleList(heads.values())
+        super().__init__()
+        self.specs, self.heads = list(heads), nn.ModuleList(heads.values())
         self.optimizer, self.autocast = optimizer, autocast
+        self.loss, self.clip_grad = loss, clip_grad
 
     @property
     def names(self) -> list[str]:
         """Names of the heads."""
         return [spec.name for spec in self.specs]
 
-    def logits(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """Logits `[B, C]` of each head, in float32."""
-        return [self.logits_of(index, features) for index in range(len(self.specs))]
+    def outputs(self, features: dict[str, Tensor], heads: Sequence[int]) -> list[Tensor]:
+        """Outputs of some heads, in float32: logits `[B, C]`, or maps of dense heads."""
+        return [self.output(head, features) for head in heads]
 
-    def logits_of(self, index: int, features: dict[str, Tensor]) -> Tensor:
-        """Logits `[B, C]` of one head, in float32."""
-        rows = features[self.specs[index].representation]
+    def output(self, head: int, features: dict[str, Tensor]) -> Tensor:
+        """Output of one head, in float32."""
+        rows = features[self.specs[head].representation]
         with torch.autocast(rows.device.type, self.autocast, enabled=self.autocast is not None):
-            logits: Tensor = self.modules[index](rows)
-        return logits.float()
+            output: Tensor = self.heads[head](rows)
+        return output.float()
 
     def step(
         self,
         features: dict[str, Tensor],
-        labels: Tensor,
+        targets: Tensor,
         lr_scale: float,
         distributed: Distributed | None = None,
         batch_size: int | None = None,
     ) -> Tensor:
-        """One step of every head; returns their losses before it, `[H]`."""
+        """One step of every head; returns their losses before it, `[H]`.
+
+        With `distributed`, features are the share of this process of a batch of `batch_size`.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
         weight = 1.0
         if distributed is not None and batch_size is not None:
-            weight = len(labels) * distributed.world_size / batch_size
+            weight = len(targets) * distributed.world_size / batch_size
         self.optimizer.zero_grad()
         losses = []
-        for index in range(len(self.specs)):  # one graph at a time: less memory
-            loss = weight * classification_loss(self.logits_of(index, features), labels)
+        for index, head in enumerate(self.heads):  # one graph at a time: less memory
+            loss = weight * self.loss(self.output(index, features), targets)
             torch.autograd.backward(loss)
             losses.append(loss.detach())
-        if distributed is not None and distributed.world_size > 1:
-            for head in self.modules:
+            if distributed is not None and distributed.world_size > 1:
                 _average_gradients(head, distributed)
+            if self.clip_grad is not None:
+                nn.utils.clip_grad_norm_(head.parameters(), self.clip_grad)
         self.optimizer.step()
         return torch.stack(losses)
 
@@ -141,18 +135,13 @@ def make_grid(
         for parameter in head.linear.parameters():  # as torch.nn.Linear
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
         heads[spec] = head.to(device)
-        rates = {"lr": spec.lr, "base_lr": spec.lr}
-        decay = {"weight_decay": spec.weight_decay}
+        rates, decay = {"lr": spec.lr, "base_lr": spec.lr}, {"weight_decay": spec.weight_decay}
         groups.append({"params": [*head.linear.parameters()], **rates, **decay})
         if spec.kind == "bn":
             groups.append({"params": [*head.norm.parameters()], **rates, "weight_decay": 0.0})
-    optimizer: torch.optim.Optimizer
     if protocol.optimizer == "lars":
-        optimizer = LARS(groups, momentum=protocol.momentum)
-    else:
-        momentum, nesterov = protocol.momentum, protocol.nesterov
-        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=nesterov)
-    return Grid(heads, optimizer)
+        return Grid(heads, LARS(groups, momentum=_MOMENTUM))
+    return Grid(heads, torch.optim.SGD(groups, lr=0.1, momentum=_MOMENTUM, nesterov=True))
 
 
 class LARS(torch.optim.Optimizer):
@@ -164,14 +153,12 @@ class LARS(torch.optim.Optimizer):
     take plain steps (`exclude_bias_and_norm`).
     """
 
-    def __init__(
-        self, params: Any, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Any, momentum: float) -> None:
+        super().__init__(params, {"momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Change the parameters."""
+        """One step."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 update = parameter.grad.add(parameter, alpha=group["weight_decay"])
@@ -186,105 +173,55 @@ class LARS(torch.optim.Optimizer):
                 parameter.sub_(momentum, alpha=group["lr"])
 
 
-def evaluate_heads(
-    config: EvalConfig,
-    method: str,
-    usual: Protocol | None,
-    make: Callable[[Probe, Source], Grid],
-    epochs: int | None,
-    batch_size: int | None,
-    lrs: Sequence[float] | None,
-    wds: Sequence[float] | None,
-    *,
-    cached: bool,
-    patches: bool = False,
-) -> Result:
-    """Train a grid of heads on features, choose one, test it and save it.
-
-    `usual` is the protocol with the task's transform; None for the task's own.
-    """
-    loader_class = CachedLoader if cached else OnlineLoader
-
-    def prepare(probe: Probe) -> Probe:
-        own = probe.task.protocol
-        protocol = own if usual is None else replace(usual, view=own.view)
-        return with_protocol(probe, protocol, epochs, batch_size, lrs, wds)
-
-    def run(probe: Probe, source: Source) -> tuple[Result, Path]:
-        protocol = describe_protocol(probe, loader_class.name, source.size)
-
-        def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
-            started = time.perf_counter()
-            images = (
-                probe.protocol.epochs * len(probe.train_rows)
-                + len(probe.val_rows)
-                + len(probe.test)
-            )
-            with probe.bar(images, f"{probe.task.name}, {source.about['name']}") as bar:
-                loader = loader_class(probe, source, bar, gather=not patches)
-                grid = make(probe, source)
-                state = EpochState(folder / "state.pt", probe.distributed)
-                losses, earlier = train(probe, source, loader, grid, state)
-                chosen, val, test = choose_and_test(probe, source, loader, grid)
-            spec, head = grid.specs[chosen], grid.modules[chosen]
-            if isinstance(source, BlockFeatures):
-                layers = "last" if patches else spec.representation
-                save_probe_head(probe, source, head, layers, folder, chosen=spec.name)
-            used = {**pooling(source), **protocol, "batch_size": loader.batch_size}
-            paper, notes = paper_figure(probe, source, usual or probe.task.protocol, cached)
-            result = make_result(
-                *(probe, source.about, method, used, grid.names, chosen, val, test, loader.broken),
-                losses=losses,
-                paper=paper,
-                notes=[*loader.notes, *notes],
-            )
-            rate = loader.rate(time.perf_counter() - started)
-            return replace(result, seconds=earlier), rate
-
-        return run_once(probe, source, f"{method}-{loader_class.name}", protocol, work)
-
-    return evaluate(config, run, patches=patches, prepare=prepare)
-
-
 def train(
-    probe: Probe, source: Source, loader: FeatureLoader, grid: Grid, state: EpochState
+    protocol: Protocol | DenseProtocol,
+    distributed: Distributed,
+    source: Source,
+    loader: Any,
+    grid: Grid,
+    state: EpochState,
 ) -> tuple[list[float], float]:
-    """Train all heads; returns the last losses, and the seconds of earlier sessions."""
-    protocol, distributed = probe.protocol, probe.distributed
+    """Train all heads; returns the last losses, and the seconds of earlier sessions.
+
+    `loader` has `training`, `steps`, `batch_size`, `bar`, `broken` and `gathered`: whether each
+    process has the rows of the whole batch.
+    """
     losses, earlier, done = [0.0] * len(grid.specs), 0.0, 0
     started = time.perf_counter()
     if (found := state.load()) is not None:
-        grid.modules.load_state_dict(found["heads"])
+        grid.load_state_dict(found["heads"])
         grid.optimizer.load_state_dict(found["optimizer"])
         done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
         loader.broken.update(found["broken"])
     skip(loader.bar, done * loader.steps * loader.batch_size)
-    steps = loader.training(done, protocol.epochs)
+    batches = loader.training(done, protocol.epochs)
     mine = None if loader.gathered else distributed
-    grid.modules.train()
+    grid.train()
     for epoch in range(done, protocol.epochs):
         # the last number counts batches that are not finite; nothing waits for the device
         total = torch.zeros(len(grid.specs) + 1, device=source.device)
-        for step, (rows, labels) in enumerate(islice(steps, loader.steps)):
-            at = epoch + step / loader.steps if protocol.per_step else epoch
-            scale = protocol.lr_scale(at, loader.batch_size)
-            total[:-1] += grid.step(source.split(rows), labels, scale, mine, loader.batch_size)
+        for step, (rows, targets) in enumerate(islice(batches, loader.steps), epoch * loader.steps):
+            scale = protocol.lr_scale(step, loader.steps, loader.batch_size)
+            total[:-1] += grid.step(source.split(rows), targets, scale, mine, loader.batch_size)
             total[-1] += ~rows.isfinite().all()
         if mine is not None:
             total = distributed.all_reduce(total) / distributed.world_size
         *losses, bad = (total / loader.steps).tolist()
         if bad:
-            raise not_finite(source)
-        loader.bar.set_postfix(
-            epoch=f"{epoch + 1}/{protocol.epochs}", loss=f"{min(losses):.3g}", refresh=False
-        )
+            exact = source.settings.get("precision") == "float32"
+            advice = "check the model's weights" if exact else "use --precision float32"
+            raise RunError(f"features of {source.about['name']} are NaN or infinite: {advice}")
+        shown = {"epoch": f"{epoch + 1}/{protocol.epochs}", "loss": f"{min(losses):.3g}"}
+        loader.bar.set_postfix(**shown, refresh=False)
         broken = of_all_processes(loader.broken, distributed)
         if distributed.is_main:
             seconds = earlier + time.perf_counter() - started
             kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
-            heads, optimizer = grid.modules.state_dict(), grid.optimizer.state_dict()
+            heads, optimizer = grid.state_dict(), grid.optimizer.state_dict()
             state.save({**kept, "heads": heads, "optimizer": optimizer})
-    grid.modules.eval()
+    grid.eval()
+    for tensor in grid.heads.state_dict().values():  # GPUs may round differently
+        distributed.broadcast(tensor)
     return losses, earlier
 
 
@@ -292,19 +229,16 @@ def choose_and_test(
     probe: Probe, source: Source, loader: FeatureLoader, grid: Grid
 ) -> tuple[int, Metrics | None, Metrics]:
     """Choose a head on validation images and test it alone; all are tested if there are none."""
-    heads = len(grid.specs)
-    tests = ("test", probe.test, np.arange(len(probe.test)))
+
+    def measure(batches: Any, heads: Sequence[int]) -> Metrics:
+        def logits(features: dict[str, Tensor]) -> list[Tensor]:
+            return grid.outputs(features, heads)
+
+        return compute_metrics(probe, source, batches, logits, len(heads))
+
+    everyone = range(len(grid.specs))
     if not len(probe.val_rows):
-        test = compute_metrics(probe, source, loader.testing(), grid.logits, heads)
-        refuse_undecoded(*tests, test.total, loader.broken)
-        return best_head(test), None, test
-    val = compute_metrics(probe, source, loader.validation(), grid.logits, heads)
-    refuse_undecoded("validation", probe.train, probe.val_rows, val.total, loader.broken)
-    chosen = best_head(val)
-
-    def logits(features: dict[str, Tensor]) -> list[Tensor]:
-        return [grid.logits_of(chosen, features)]
-
-    test = compute_metrics(probe, source, loader.testing(), logits, 1)
-    refuse_undecoded(*tests, test.total, loader.broken)
-    return chosen, val, test
+        test = measure(loader.testing(), everyone)
+        return test.best, None, test
+    val = measure(loader.validation(), everyone)
+    return val.best, val, measure(loader.testing(), [val.best])

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .features import Source
-from .heads import Grid, HeadSpec, evaluate_heads, make_grid
-from .models import Subject
-from .probe import EvalConfig, Probe
+from .features import BlockFeatures, CachedLoader, Kind, OnlineLoader, Source
+from .heads import Grid, HeadSpec, choose_and_test, make_grid, train
+from .models import EvalModel
+from .probe import (
+    HeadsConfig,
+    Probe,
+    epochs_note,
+    evaluate_classes,
+    make_result,
+    pooling,
+    run_once,
+)
 from .results import Result
-from .tasks import Task
+from .runs import EpochState
+from .saved_head import save_probe_head
+from .tasks import Protocol, Task
 
 
 def evaluate_linear(
     task: str | Task,
-    model: str | nn.Module | Subject,
+    model: str | nn.Module | EvalModel,
     data: Any,
     out: str | Path = "results",
-    *,
-    cached: bool = False,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lrs: Sequence[float] | None = None,
-    wds: Sequence[float] | None = None,
     **options: Any,
 ) -> Result:
     """Train linear heads on a frozen encoder with the protocol of the task, and test the best one.
@@ -41,28 +46,15 @@ def evaluate_linear(
     at once if it is finished. Processes started by torchrun share the images of each batch and
     exchange their features, so heads and BatchNorm see whole batches.
 
-    Args:
-        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`, as `model`, `data` and `out`.
-        model: See there.
-        data: See there.
-        out: See there.
-        cached: Encode each image and its mirror image once, and train on these features.
-        epochs: Default: those of the protocol.
-        batch_size: Default: that of the protocol; learning rates grow linearly with it.
-        lrs: Learning rates per 256 images; default: those of the protocol.
-        wds: Weight decays; default: those of the protocol.
-        options: Further fields of `EvalConfig`.
+    The arguments are fields of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
 
     Raises:
         DataError: The data cannot be used, or do not fit the task.
         SettingsError: An option or the model does not fit.
         RunError: Another process works on the same evaluation, or features are not finite.
     """
-    return evaluate_heads(
-        EvalConfig(task=task, model=model, data=data, out=out, **options),
-        *("linear", None, linear_grid, epochs, batch_size, lrs, wds),
-        cached=cached,
-    )
+    config = HeadsConfig(task=task, model=model, data=data, out=out, **options)
+    return evaluate_heads(config, "linear", None, linear_grid)
 
 
 def linear_grid(probe: Probe, source: Source) -> Grid:
@@ -70,4 +62,80 @@ def linear_grid(probe: Probe, source: Source) -> Grid:
     protocol = probe.protocol
     rates = protocol.lrs, protocol.weight_decays
     specs = [HeadSpec(*values) for values in product(source.widths, ("linear", "bn"), *rates)]
-    return make_grid(specs, source.widths, probe.num_classes, protocol, probe.seed, source.device)
+    return make_grid(
+        specs, source.widths, probe.num_classes, protocol, probe.config.seed, source.device
+    )
+
+
+def evaluate_heads(
+    config: HeadsConfig,
+    method: str,
+    usual: Protocol | None,
+    make: Callable[[Probe, Source], Grid],
+    kind: Kind = "vectors",
+) -> Result:
+    """Train a grid of heads on features, choose one, test it and save it.
+
+    `usual` is the protocol, which takes the task's transform; None for the task's own.
+    """
+    loader_class = CachedLoader if config.cached else OnlineLoader
+
+    def prepare(probe: Probe) -> Probe:
+        own = probe.task.protocol
+        protocol = own if usual is None else replace(usual, transform=own.transform)
+        return replace(probe, protocol=config.change(protocol))
+
+    def run(probe: Probe, source: Source) -> tuple[Result, Path]:
+        transform = probe.protocol.transform
+        protocol = {
+            **asdict(probe.protocol),
+            "features": loader_class.name,
+            "train_transform": transform.describe(source.size, train=not config.cached),
+            "test_transform": transform.describe(source.size, train=False),
+        }
+
+        def work(folder: Path) -> Result:
+            images = probe.protocol.epochs * len(probe.train_rows)
+            images += len(probe.val_rows) + len(probe.test)
+            with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:
+                loader = loader_class(probe, source, bar, gather=kind == "vectors")
+                grid = make(probe, source)
+                state = EpochState(folder / "state.pt", probe.distributed)
+                losses, earlier = train(
+                    *(probe.protocol, probe.distributed, source, loader, grid, state)
+                )
+                chosen, val, test = choose_and_test(probe, source, loader, grid)
+            spec = grid.specs[chosen]
+            if isinstance(source, BlockFeatures):
+                layers = "last" if kind == "tokens" else spec.representation
+                save_probe_head(probe, source, grid.heads[chosen], layers, folder, chosen=spec.name)
+            used = {**pooling(source), **protocol, "batch_size": loader.batch_size}
+            paper, notes = _paper_accuracy(
+                probe, source, usual or probe.task.protocol, config.cached
+            )
+            return make_result(
+                *(probe, source.about, method, used, grid.names, chosen, val, test, loader.broken),
+                losses=losses,
+                paper=paper,
+                notes=[*loader.notes, *notes],
+                seconds=earlier,
+            )
+
+        return run_once(probe, source, f"{method}-{loader_class.name}", protocol, work)
+
+    return evaluate_classes(config, run, kind=kind, prepare=prepare)
+
+
+def _paper_accuracy(
+    probe: Probe, source: Source, usual: Protocol, cached: bool
+) -> tuple[float | None, list[str]]:
+    """The paper's accuracy if this run follows its protocol, and notes on what differs."""
+    paper = probe.task.paper.get(source.paper_name or "")
+    notes = epochs_note(probe.protocol.epochs, usual.epochs, "protocol")
+    config = probe.config
+    different = probe.protocol != probe.task.protocol or not len(probe.val_rows)
+    different |= config.img_size is not None or config.pool != "auto"
+    different |= cached and probe.protocol.transform.crop_mode == "center"
+    if paper is not None and different:
+        notes.append(f"the paper has {paper:g} % with another protocol: not comparable")
+    return (None if different else paper), notes

@@ -16,21 +16,13 @@ from ..data.datasets import Subset, Targets
 from ..errors import DataError, SettingsError, option
 from ..models.classifier import LinearHead
 from ..seeds import Stream, numpy_generator
-from .accuracy import Metrics, best_head, compute_metrics, join_heads
-from .features import BlockFeatures, Source
-from .loaders import CachedLoader
-from .models import Subject
-from .probe import (
-    EvalConfig,
-    Probe,
-    evaluate,
-    make_result,
-    pooling,
-    run_once,
-    save_probe_head,
-)
+from .accuracy import Metrics, compute_metrics, join_heads
+from .features import BlockFeatures, CachedLoader, Source
+from .models import EvalModel
+from .probe import EvalConfig, Probe, evaluate_classes, make_result, pooling, run_once
 from .results import Result
-from .sets import listed_rows, split_off_val
+from .saved_head import save_probe_head
+from .sets import listed_rows
 from .tasks import Task
 
 CS = tuple(10.0 ** float(e) for e in np.linspace(-6, 5, 45))  # DINOv2's `C_POWER_RANGE`
@@ -39,7 +31,7 @@ _ROWS = 8192  # whose logits are in memory at once
 
 def evaluate_logreg(
     task: str | Task,
-    model: str | nn.Module | Subject,
+    model: str | nn.Module | EvalModel,
     data: Any,
     out: str | Path = "results",
     *,
@@ -55,10 +47,10 @@ def evaluate_logreg(
     `dinov2/eval/log_regression.py`) does the same on one layer, with the same 45 values of C.
 
     Args:
-        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
-        model: See there.
-        data: See there.
-        out: See there.
+        task: As `model`, `data`, `out` and the options, a field of `EvalConfig`.
+        model: See `EvalConfig`.
+        data: See `EvalConfig`.
+        out: See `EvalConfig`.
         list: Text file with the names of the training images to use, one a line, such as
             ImageNet's 1 %; see `listed_rows`.
         per_class: Number of training images of each class, drawn by the seed.
@@ -68,63 +60,57 @@ def evaluate_logreg(
     Raises:
         DataError: The data or the list cannot be used, or do not fit the task.
         SettingsError: An option or the model does not fit.
-        RunError: Another process works on the same evaluation, or features are not finite.
     """
     if list is not None and per_class is not None:
         raise SettingsError(f"use {option('list')} or {option('per_class')}, not both")
 
     def few(probe: Probe) -> Probe:
         if list is not None:
-            return with_rows(probe, listed_rows(probe.train, list), {"list": Path(list).name})
+            return choose_rows(probe, listed_rows(probe.train, list), {"list": Path(list).name})
         if per_class is not None:
             probe.train.refuse_several_labels(option("per_class"))
-            rows = draw_per_class(probe.train.labels, per_class, probe.seed)
-            return with_rows(probe, rows, {"per_class": per_class})
+            rows = draw_per_class(probe.train.targets, per_class, probe.config.seed)
+            return choose_rows(probe, rows, {"per_class": per_class})
         return probe
 
     def run(probe: Probe, source: Source) -> tuple[Result, Path]:
-        transform = probe.protocol.view.describe(source.size, train=False)
+        transform = probe.protocol.transform.describe(source.size, train=False)
         protocol = {"cs": [*cs], "transform": transform}
 
-        def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
+        def work(folder: Path) -> Result:
             with probe.bar(0, "logistic regression") as bar:
                 loader = CachedLoader(probe, source, bar, flips=False)
-                return _sweep(probe, source, loader, cs, protocol, folder), loader.rate(0)
+                return _sweep(probe, source, loader, cs, protocol, folder)
 
         return run_once(probe, source, "logreg", protocol, work)
 
     config = EvalConfig(task=task, model=model, data=data, out=out, **options)
-    return evaluate(config, run, prepare=few)
+    return evaluate_classes(config, run, prepare=few)
 
 
 def draw_per_class(labels: Targets, number: int, seed: int) -> Targets:
     """Sorted indices of `number` images of each class, or of all where there are fewer."""
     order = np.lexsort((numpy_generator(seed, Stream.EVAL_SPLIT, 2).random(len(labels)), labels))
     starts = np.concatenate([[0], np.cumsum(np.bincount(labels))])
-    place = np.arange(len(labels)) - starts[labels[order]]  # within the class
-    return np.sort(order[place < number])
+    rank = np.arange(len(labels)) - starts[labels[order]]  # within the class
+    return np.sort(order[rank < number])
 
 
-def with_rows(probe: Probe, rows: Targets, chosen: dict[str, Any]) -> Probe:
-    """The probe with some of the training images; refused if they are of one class."""
+def choose_rows(probe: Probe, rows: Targets, subset: dict[str, Any]) -> Probe:
+    """The probe with some of the training images."""
     train = probe.train
     sizes = train.class_sizes(rows)
     present = sizes[sizes > 0]
     if len(present) < 2:
-        raise DataError(f"the chosen images ({chosen}) are of one class; use at least two")
-    how = ", ".join(f"{key}={value}" for key, value in chosen.items())
-    fewest, most = present.min(), present.max()
-    each = f"{fewest} to {most}" if fewest < most else f"{most}"
-    notes = [
-        f"{how}: {len(rows)} of {len(train)} training images, {each} of each of {len(present)} "
-        "classes"
-    ]
-    images, labels = Subset(train.images, rows), train.labels[rows]
-    few = replace(train, images=images, labels=labels, notes=(*train.notes, *notes))
-    fit, choose = split_off_val(few, probe.seed)
-    if probe.config.select_on_test:
-        fit, choose = np.arange(len(few)), choose[:0]
-    return replace(probe, train=few, train_rows=fit, val_rows=choose, subset=chosen)
+        raise DataError(f"the chosen images ({subset}) are of one class; use at least two")
+    how = ", ".join(f"{key}={value}" for key, value in subset.items())
+    note = (
+        f"{how}: {len(rows)} of {len(train)} training images, at most {present.max()} "
+        f"of each of {len(present)} classes"
+    )
+    images, targets = Subset(train.images, rows), train.targets[rows]
+    few = replace(train, images=images, targets=targets, notes=(*train.notes, note))
+    return probe.with_rows(few, subset=subset)
 
 
 def _sweep(
@@ -135,40 +121,42 @@ def _sweep(
     protocol: dict[str, Any],
     folder: Path,
 ) -> Result:
-    def share(indices: Targets) -> tuple[dict[str, Tensor], Tensor]:
+    def own_rows(indices: Targets) -> tuple[dict[str, Tensor], Tensor]:
         mine = loader.share(indices)
         rows = loader.train.rows[mine].to(loader.device)
         return source.split(rows), loader.labels(probe.train, loader.train, mine)
 
-    def metrics(fitted: Logistic, name: str, batches: Any) -> Metrics:
+    def measure(fitted: Logistic, name: str, batches: Any) -> Metrics:
         def logits(features: dict[str, Tensor]) -> list[Tensor]:
             return [fitted.logits(features[name])]
 
         return compute_metrics(probe, source, batches, logits, 1)
 
     on_test = not len(loader.val_rows)
-    fit, labels = share(loader.train_rows)
-    classes, all_reduce = probe.num_classes, probe.distributed.all_reduce
+    features, labels = own_rows(loader.train_rows)
+    shared: dict[str, Any] = {
+        "num_classes": probe.num_classes,
+        "all_reduce": probe.distributed.all_reduce,
+    }
     heads, found = [], []
     for name in source.widths:
         fitted = None
         for c in sorted(cs):
-            fitted = fit_logistic(
-                fit[name], labels, c, classes, start=fitted, all_reduce=all_reduce
-            )
+            fitted = fit_logistic(features[name], labels, c, start=fitted, **shared)
             batches = loader.testing() if on_test else loader.validation()
-            found.append(metrics(fitted, name, batches))
+            found.append(measure(fitted, name, batches))
             heads.append((name, c))
+    del features  # before those of all images
     val = join_heads(found)
-    chosen = best_head(val)
+    chosen = val.best
     names = [f"{name} C={c:.3g}" for name, c in heads]
     name, c = heads[chosen]
-    features, labels = share(np.concatenate([loader.train_rows, loader.val_rows]))
-    best = fit_logistic(features[name], labels, c, classes, all_reduce=all_reduce)
+    features, labels = own_rows(np.concatenate([loader.train_rows, loader.val_rows]))
+    best = fit_logistic(features[name], labels, c, **shared)
     if isinstance(source, BlockFeatures):
         save_probe_head(probe, source, best.head(), name, folder, chosen=names[chosen])
     failed = [] if best.converged else ["the last fit did not converge"]
-    tested = (None, val) if on_test else (val, metrics(best, name, loader.testing()))
+    tested = (None, val) if on_test else (val, measure(best, name, loader.testing()))
     return make_result(
         *(probe, source.about, "logreg", {**pooling(source), **protocol}, names, chosen),
         *(*tested, loader.broken),
@@ -214,7 +202,7 @@ def fit_logistic(
     """Minimize `C * sum of cross-entropies + sum of squared weights / 2`, as scikit-learn.
 
     That is the objective of `sklearn.linear_model.LogisticRegression`, biases without penalty. For
-    a matrix of labels, every class has a binary logistic regression of its own, as in
+    a matrix of labels, every class has its own binary logistic regression, as in
     `sklearn.multiclass.OneVsRestClassifier`.
 
     L-BFGS with a strong Wolfe line search, on features that are shifted and scaled so that their
@@ -230,7 +218,7 @@ def fit_logistic(
     variance = (square - mean.square()).clamp_min(0)
     spread = num_classes if labels.ndim == 1 else 4  # 1 / the variance of a class, about
     scale = (variance + spread * l2).sqrt()  # square root of the curvature's diagonal
-    x = (x - mean) / scale
+    x = (x - mean).div_(scale)
     weight, bias = x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes)
     if start is not None:
         weight, bias = start.weight * scale, start.bias + start.weight @ mean

@@ -23,7 +23,7 @@ _SOURCES = (_FOLDER, "hf-hub:")
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalModel:
     """A model that is evaluated.
 
     Attributes:
@@ -31,7 +31,7 @@ class Subject:
         name: What tables call it.
         paper_name: The name of its weights in the registry or in timm, by which the paper's value
             is looked up; None where they are others.
-        given: What `open_model` was called with to make it, None for a user's own object.
+        source: The name that `open_model` was called with, None for a user's own object.
         img_size: The image size that it was called with.
         is_random: Whether it has random weights.
     """
@@ -39,7 +39,7 @@ class Subject:
     model: nn.Module
     name: str
     paper_name: str | None = None
-    given: str | None = None
+    source: str | None = None
     img_size: int | tuple[int, int] | None = None
     is_random: bool = False
 
@@ -60,28 +60,11 @@ class Subject:
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
-    def untrained(self, seed: int) -> Subject:
-        """The same architecture with random weights.
-
-        Raises:
-            SettingsError: The model was not made by its name.
-        """
-        if self.given is None:
-            raise SettingsError(f"{option('baseline')} needs the model's name instead of the model")
-        return open_model(self.given, random=True, seed=seed, img_size=self.img_size)
-
-
-def as_subject(
-    model: str | nn.Module | Subject, *, random: bool = False, seed: int = 0, **options: Any
-) -> Subject:
-    """The model that a name, with the options of `open_model`, or an object stands for."""
-    if isinstance(model, str):
-        return open_model(model, random=random, seed=seed, **options)
-    if random or any(value is not None for value in options.values()):
-        raise SettingsError(
-            f"random, {', '.join(options)} are for a model that is given by its name"
-        )
-    return model if isinstance(model, Subject) else Subject(model, model_name(model))
+    def untrained(self, seed: int) -> EvalModel:
+        """The same architecture with random weights."""
+        if self.source is None:
+            raise SettingsError(f"{option('baseline')} needs a model that is given by its name")
+        return open_model(self.source, random=True, seed=seed, img_size=self.img_size)
 
 
 def open_model(
@@ -92,7 +75,7 @@ def open_model(
     checkpoint: str | None = None,
     network: str | None = None,
     img_size: int | tuple[int, int] | None = None,
-) -> Subject:
+) -> EvalModel:
     """Create the model that a user names, in evaluation mode.
 
     Args:
@@ -137,10 +120,10 @@ def open_model(
     model.eval()
     if random:
         shown = f"{name}, random weights"
-        return Subject(model, shown, given=name, img_size=img_size, is_random=True)
+        return EvalModel(model, shown, source=name, img_size=img_size, is_random=True)
     if source.startswith(_SOURCES) or checkpoint or network == "encoder":
-        extra = [str(given) for given in (checkpoint, network) if given]
-        return Subject(model, ", ".join([name, *extra]), given=name, img_size=img_size)
+        shown = ", ".join([name, *filter(None, (checkpoint, network))])
+        return EvalModel(model, shown, source=name, img_size=img_size)
     cfg = model.pretrained_cfg
     released = f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else None
-    return Subject(model, released or name, released, name, img_size)
+    return EvalModel(model, released or name, released, name, img_size)

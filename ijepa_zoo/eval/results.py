@@ -1,4 +1,4 @@
-"""What an evaluation found: a JSON file, a row of results.csv, and tables of several results."""
+"""Results: a JSON file, a row of results.csv, and a table of several results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,7 @@ from ..errors import DataError, SettingsError
 from ..parts import whole_file
 
 RESULT, TABLE = "result.json", "results.csv"
-LAST_EPOCH = "the last epoch"  # `selection` where there is nothing to choose
 TEST_SET = "the test set"
-_SHOWN = 5  # heads in the terminal
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
@@ -56,7 +54,7 @@ class Result:
         heads: Metrics of every head.
         protocol: Settings that were used, as plain values.
         data: Names, sizes and fingerprints of the data.
-        images: Images by use: `fit`, `choose`, `test`.
+        images: Images by use: `train`, `val`, `test`.
         seed: The seed.
         metric: What `value` is.
         unit: Its unit, empty for none.
@@ -65,12 +63,10 @@ class Result:
         metrics: Further test metrics of the chosen head.
         paper: The paper's value for these weights and this protocol.
         baselines: Values of the same protocol without learned weights.
-        check: Convex solution beside SGD on cached features.
         notes: Differences to the protocol, and warnings.
         runtime: Hardware, processes, precision.
         versions: Of libraries.
         seconds: Time of all sessions together.
-        images_per_second: Rate of encoding; None where features came from a cache.
         date: UTC, ISO 8601.
     """
 
@@ -92,12 +88,10 @@ class Result:
     metrics: dict[str, Any] = field(default_factory=dict)
     paper: float | None = None
     baselines: dict[str, float] = field(default_factory=dict)
-    check: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     runtime: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
-    images_per_second: float | None = None
     date: str = ""
 
     def write(self, folder: Path) -> Path:
@@ -110,15 +104,14 @@ class Result:
             DataError: `results.csv` is another table; the JSON file is written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / RESULT
-        with whole_file(path) as file:
+        with whole_file(folder / RESULT) as file:
             text = json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
             file.write(text.encode() + b"\n")
         self.write_row(folder)
-        return path
+        return folder / RESULT
 
     def write_row(self, folder: Path) -> None:
-        """Make sure that `results.csv` beside the folder has this result's row.
+        """Write the row of this result into `results.csv` beside its folder.
 
         Raises:
             DataError: `results.csv` is another table.
@@ -145,19 +138,30 @@ class Result:
             "seed": self.seed,
             "seconds": round(self.seconds, 1),
         }
-        _replace_row(folder.parent / TABLE, row)
+        path = folder.parent / TABLE
+        with FileLock(f"{path}.lock"):
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            table = csv.DictReader(io.StringIO(text))
+            if text and table.fieldnames != list(row):
+                raise DataError(f"{path} is not a table of this version: move it away")
+            rows = [old for old in table if old["result"] != row["result"]]
+            file = io.StringIO()
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*rows, row])
+            with whole_file(path) as written:
+                written.write(file.getvalue().encode())
 
     def table(self) -> str:
         """What the terminal shows."""
-        rows = [[f"{self.metric}{f' ({self.unit})' if self.unit else ''}", "val", "test"]]
-        if len(self.heads) > 1:
-            rows += [[*self._head_row(head)] for head in self._best_heads()]
-        if len(self.heads) > _SHOWN:
-            rows.append([f"  {len(self.heads) - _SHOWN} more heads in {RESULT}", "", ""])
-        name = "chosen head" if len(self.heads) > 1 else self.chosen
-        rows.append([name, "", self.show(self.value) + self._interval()])
-        rows += [[f"  {name}", "", f"{value:.4g}"] for name, value in self.metrics.items()
-                 if isinstance(value, int | float)]  # fmt: skip
+        unit = f" ({self.unit})" if self.unit else ""
+        chosen = next(head for head in self.heads if head.name == self.chosen)
+        rows = [
+            [f"{self.metric}{unit}", "val", "test"],
+            [self.chosen, self.show(chosen.val), self.show(self.value) + self._interval()],
+        ]
+        numbers = {k: v for k, v in self.metrics.items() if isinstance(v, int | float)}
+        rows += [[f"  {name}", "", f"{value:.4g}"] for name, value in numbers.items()]
         rows += [[name, "", self.show(value)] for name, value in self._references().items()]
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
@@ -166,7 +170,7 @@ class Result:
             [
                 f"{self.task}, {self.method}: {self.model['name']} ({self.model['weights']})",
                 *lines,
-                f"chosen by {self.selection}; images: {images}",
+                f"{len(self.heads)} heads, chosen by {self.selection}; images: {images}",
                 *(f"note: {note}" for note in self.notes),
             ]
         )
@@ -178,27 +182,13 @@ class Result:
     def _interval(self) -> str:
         return " ({}-{})".format(*map(self.show, self.interval)) if self.interval else ""
 
-    def _references(self) -> dict[str, float | None]:
+    def _references(self) -> dict[str, float]:
         """Values to compare with: the paper's, those of untrained models, chance."""
-        values: dict[str, float | None] = {} if self.paper is None else {"paper": self.paper}
+        paper = {} if self.paper is None else {"paper": self.paper}
         test = self.data.get("test", {})
-        if self.metric == "top-1 accuracy" and "most_frequent" in test:
-            return {**values, **self.baselines, "most frequent class": test["most_frequent"]}
-        return {**values, **self.baselines}
-
-    def _head_row(self, head: Head) -> list[str]:
-        mark = ">" if head.name == self.chosen else " "
-        return [f"{mark} {head.name}", self.show(head.val), self.show(head.test)]
-
-    def _best_heads(self) -> list[Head]:
-        """The heads to show: the chosen one, then the best."""
-        sign = -1 if self.higher_is_better else 1
-
-        def rank(head: Head) -> tuple[bool, float]:
-            value = head.test if head.val is None else head.val
-            return head.name != self.chosen, math.inf if value is None else sign * value
-
-        return sorted(self.heads, key=rank)[:_SHOWN]
+        has_chance = self.metric == "top-1 accuracy" and "most_frequent" in test
+        chance = {"most frequent class": test["most_frequent"]} if has_chance else {}
+        return {**paper, **self.baselines, **chance}
 
 
 def read_result(path: Path) -> Result:
@@ -209,25 +199,20 @@ def read_result(path: Path) -> Result:
     """
     try:
         content = json.loads(path.read_bytes())
+        content = {f.name: content[f.name] for f in fields(Result)}
         content["heads"] = [Head(**head) for head in content["heads"]]
-        if content["value"] is None:  # JSON has no NaN
-            content["value"] = math.nan
-        if content["interval"] is not None:
-            content["interval"] = tuple(content["interval"])
+        content["value"] = math.nan if content["value"] is None else content["value"]
+        content["interval"] = content["interval"] and tuple(content["interval"])
         return Result(**content)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"{path} is not a result of this version of `ijepa-zoo eval`, or damaged "
             f"({type(error).__name__}: {error}): move it away and evaluate again"
         ) from error
 
 
-def find_results(places: Iterable[str | Path]) -> list[Result]:
-    """All results in files and folders, with everything below them.
-
-    Raises:
-        DataError: A place holds none, or a damaged one.
-    """
+def _find_results(places: Iterable[str | Path]) -> list[Result]:
+    """All results in files and folders, with everything below them."""
     found: dict[Path, Result] = {}
     for place in map(Path, places):
         files = sorted(place.rglob(RESULT)) if place.is_dir() else [place]
@@ -252,14 +237,14 @@ def write_report(places: Iterable[str | Path], out: str | Path = "report.md") ->
     out = Path(out)
     if out.is_dir() or out.suffix.lower() not in (".md", ".txt"):
         raise SettingsError(f"'{out}' is not a Markdown file to write, such as report.md")
-    text = markdown(find_results(places))
+    text = _markdown(_find_results(places))
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as file:
         file.write(text.encode())
     return out
 
 
-def markdown(results: Sequence[Result]) -> str:
+def _markdown(results: Sequence[Result]) -> str:
     """A row for each result and each of its baselines; bold is the best of its group."""
     names = ("task", "data", "method", "model", "metric", "value", "paper", "settings", "seed")
     rows = [names, ("---",) * len(names)]
@@ -273,15 +258,15 @@ def markdown(results: Sequence[Result]) -> str:
             shown = value + result._interval() + "".join(f" [{mark}]" for mark in marks)
             about = (result.model["name"], result.metric, shown, result.show(result.paper))
             rows.append((*group, *about, _settings(result), str(result.seed)))
+        models = {result.model["name"] for result in found}
         references = {
             name: found[0].show(value)
             for result in reversed(found)
             for name, value in result._references().items()
-            if name != "paper" and all(name != other.model["name"] for other in found)
+            if name != "paper" and name not in models
         }
-        rows += [
-            (*group, name, found[0].metric, value, "", "", "") for name, value in references.items()
-        ]
+        for name, value in references.items():
+            rows.append((*group, name, found[0].metric, value, "", "", ""))
     cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
     text = "".join(f"| {line} |\n" for line in cells)
     listed = "".join(f"- [{mark}] {note}\n" for note, mark in notes.items())
@@ -289,20 +274,16 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def _group(result: Result) -> tuple[str, str, str]:
-    """Results that a reader compares."""
-    features = ", cached" if result.protocol.get("features") == "cached" else ""
-    return result.task, _data(result), f"{result.method}{features}"
+    """Task, data and method: results with equal ones are compared."""
+    train, test = (result.data.get(part, {}) for part in ("train", "test"))
+    data = f"{train.get('name', '')} {test.get('fingerprint', '')[:6]}".strip()
+    cached = ", cached" if result.protocol.get("features") == "cached" else ""
+    return result.task, data, f"{result.method}{cached}"
 
 
 def _rank(result: Result) -> tuple[Any, ...]:
-    value = result.value if math.isfinite(result.value) else math.inf
-    return *_group(result), -value if result.higher_is_better else value
-
-
-def _data(result: Result) -> str:
-    """Name of the data and the start of the test set's fingerprint."""
-    name = result.data.get("train", {}).get("name", "")
-    return f"{name} {result.data.get('test', {}).get('fingerprint', '')[:6]}".strip()
+    value = -result.value if result.higher_is_better else result.value
+    return *_group(result), value if math.isfinite(value) else math.inf
 
 
 def _settings(result: Result) -> str:
@@ -321,15 +302,11 @@ def _settings(result: Result) -> str:
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of an accuracy, in percent.
+    """95 % interval of an accuracy in percent, of `right` answers among `total`.
 
     Wilson's score interval (E. B. Wilson, "Probable inference, the law of succession, and
     statistical inference", JASA 22, 1927): unlike the normal approximation it stays in 0..100 and
     holds for small numbers and accuracies near the ends.
-
-    Args:
-        right: Right answers.
-        total: Answers, at least 1.
     """
     share, spread = right / total, _Z * _Z / total
     middle = share + spread / 2
@@ -339,40 +316,11 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def data_name(data: Any) -> str:
-    """Name of data in results: the last part of a folder's path; empty for objects."""
+    """Name of data in results: the last part of a path; empty for objects."""
     if not isinstance(data, str | os.PathLike):
         return ""
     path = Path(data)
     return path.resolve().name if path.exists() else str(data)
-
-
-def _replace_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file instead of an earlier one of the same result."""
-    new = ["" if value is None else str(value) for value in row.values()]
-    with FileLock(f"{path}.lock"):
-        rows: list[list[str]] = [list(row)]
-        try:
-            if path.exists():
-                with path.open(encoding="utf-8", newline="") as file:
-                    rows = list(csv.reader(file)) or rows
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise _strange_table(path) from error
-        if rows[0] != list(row):
-            raise _strange_table(path)
-        if new in rows:
-            return
-        kept = [old for old in rows if old[:1] != new[:1]]
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([*kept, new])
-        with whole_file(path) as table:
-            table.write(text.getvalue().encode())
-
-
-def _strange_table(path: Path) -> DataError:
-    return DataError(
-        f"{path} is not a table of this version: move it away; the new result is in the {RESULT} "
-        "of its own folder"
-    )
 
 
 def _finite(value: Any) -> Any:

@@ -25,7 +25,7 @@ from ..errors import RunError
 from ..parts import whole_file
 from .results import RESULT, Result, read_result
 
-_VERSION = 1  # of the states of unfinished evaluations
+_VERSION = 2  # of the states of unfinished evaluations
 
 
 def run_folder(out: str | Path, task: str, method: str, model: str, settings: Any) -> Path:
@@ -37,12 +37,12 @@ def run_folder(out: str | Path, task: str, method: str, model: str, settings: An
 def once(
     folder: Path, distributed: Distributed, precision: str, work: Callable[[], Result]
 ) -> Result:
-    """The result that is in the folder, or that of `work`, which is then written there."""
+    """The result of the folder, or that of `work`, which is then written there."""
     with ExitStack() as stack:
         finished = distributed.run_on_main(lambda: _lock(folder, stack))
         if finished is not None:
             if distributed.is_main:
-                finished.write_row(folder)  # a table that was in the way may be gone
+                finished.write_row(folder)  # the table may have been removed
                 print(f"finished before: {folder}; remove it to repeat", file=sys.stderr)
             return finished
         result = replace(work(), **_about_run(distributed, precision))
@@ -53,7 +53,7 @@ def once(
 
 
 def _lock(folder: Path, stack: ExitStack) -> Result | None:
-    """Keep other evaluations out of the folder; returns the result that is in it already."""
+    """Lock the folder; returns the result of a finished evaluation."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(FileLock(folder / ".lock", timeout=0))
@@ -67,7 +67,7 @@ def _lock(folder: Path, stack: ExitStack) -> Result | None:
 
 
 def _about_run(distributed: Distributed, precision: str) -> dict[str, Any]:
-    """The fields of a result that tell where and when."""
+    """Hardware, versions and date of a result."""
     cuda = distributed.device.type == "cuda"
     name = torch.cuda.get_device_name(distributed.device) if cuda else _cpu_name()
     return {
@@ -93,6 +93,17 @@ def _cpu_name() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
+def add_baselines(
+    folder: Path, result: Result, values: dict[str, float], distributed: Distributed
+) -> Result:
+    """A finished result with further baselines, in its folder too."""
+    result = replace(result, baselines={**result.baselines, **values})
+    if distributed.is_main:
+        with FileLock(folder / ".lock"):
+            result.write(folder)
+    return result
+
+
 @dataclass(frozen=True)
 class EpochState:
     """The state of an unfinished evaluation; after a kill it is that of the last whole epoch."""
@@ -102,18 +113,8 @@ class EpochState:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state, in rank 0 alone; tensors and plain values only."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        try:
-            with whole_file(self.path, temporary) as file:
-                torch.save({**state, "version": _VERSION}, file)
-        except RuntimeError as error:  # torch's, of a file that it could not write
-            cause = error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            temporary.unlink(missing_ok=True)
-            reason = f"{cause.strerror}: make room and repeat the command, which resumes"
-            raise OSError(cause.errno, reason, str(self.path)) from error
+        with whole_file(self.path) as file:
+            torch.save({**state, "version": _VERSION}, file)
 
     def load(self) -> dict[str, Any] | None:
         """The last state, its tensors on the CPU; None if there is none.
@@ -121,14 +122,13 @@ class EpochState:
         Raises:
             RunError: It is damaged.
         """
-        if not self.distributed.run_on_main(self._is_there):
+        if not self.distributed.run_on_main(self._exists):
             return None
         state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-        del state["version"]
         return state
 
-    def _is_there(self) -> bool:
-        """Whether there is a state; torch.load does not compare the checksums in the file."""
+    def _exists(self) -> bool:
+        """Whether there is a state, of which every byte is compared with the file's checksums."""
         if not self.path.exists():
             return False
         try:
@@ -137,7 +137,7 @@ class EpochState:
             found = torch.load(self.path, map_location="meta", weights_only=True)
             if found["version"] != _VERSION:
                 damaged = "it is of another version of the package"
-        except Exception as error:  # damaged bytes: whatever zip and pickle stumble over
+        except Exception as error:  # whatever zip and pickle raise for damaged bytes
             damaged = f"{type(error).__name__}: {error}"
         if damaged is not None:
             raise RunError(f"'{self.path}' cannot be resumed ({damaged}): remove it to start again")

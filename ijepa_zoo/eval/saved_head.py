@@ -1,38 +1,89 @@
-"""A saved head on another test set, such as ImageNet-V2 or photos of another camera."""
+"""The chosen head of a probe as a classifier folder, and its test on other data."""
 
 from __future__ import annotations
 
 import hashlib
-import time
-from dataclasses import replace
+import os
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.clevr import open_clevr
 from ..data.decode import Decoder
 from ..data.splits import open_splits
 from ..data.transforms import transform_config
-from ..distributed import init_distributed
+from ..distributed import Distributed, init_distributed
 from ..encode import model_name
 from ..errors import CheckpointError, DataError, some
+from ..features import Layers
 from ..models.classifier import (
     HEAD,
     AttentiveHead,
     Classifier,
     load_classifier,
     read_classifier_config,
+    save_classifier,
 )
 from .accuracy import compute_metrics
-from .features import BlockFeatures, Source, refuse_undecoded
-from .loaders import encoded
-from .models import Subject
+from .features import BlockFeatures, encoded
+from .models import EvalModel
 from .probe import EvalConfig, Probe, make_result, run_once
 from .results import Result, data_name
 from .sets import EvalSet
-from .tasks import TASKS, Task, View
+from .tasks import TASKS, EvalTransform, Task
+
+
+def save_head(
+    config: EvalConfig,
+    distributed: Distributed,
+    model: EvalModel,
+    classifier: Classifier,
+    folder: Path,
+    **record: Any,
+) -> None:
+    """Save encoder and chosen head as a classifier folder, `model` beside the result; rank 0 does.
+
+    The encoder is saved too if the user wants that, or if no name opens it again.
+    """
+    if not distributed.is_main:
+        return
+    name, path = None if model.is_random else model.source, config.checkpoint
+    if name is not None and os.path.isdir(name):
+        name = f"local-dir:{name}"
+    given = {
+        "checkpoint": os.path.abspath(path) if path and os.path.exists(path) else path,
+        "network": config.network,
+    }
+    save_classifier(
+        folder / "model",
+        classifier,
+        encoder=name,
+        encoder_args={key: value for key, value in given.items() if value is not None},
+        with_encoder=config.with_encoder or name is None,
+        overwrite=True,
+        model=model.name,
+        **record,
+    )
+
+
+def save_probe_head(
+    probe: Probe, source: BlockFeatures, head: nn.Module, layers: str, folder: Path, chosen: str
+) -> None:
+    """Save the chosen head of a task of classes."""
+    train, network = probe.train, source.model.model
+    classifier = Classifier(
+        *(network, head, cast("Layers", layers), source.settings["pool"], train.class_names),
+        train.multi_label,
+        vars(probe.protocol.transform),
+    )
+    save_head(
+        *(probe.config, probe.distributed, source.model, classifier, folder),
+        task=probe.name,
+        chosen=chosen,
+    )
 
 
 def evaluate_head(
@@ -54,35 +105,43 @@ def evaluate_head(
         RunError: Another process works on the same evaluation.
     """
     about = read_classifier_config(head) or {}
-    if not {"chosen", "task", "view"} <= about.keys():
+    if "chosen" not in about:
         raise CheckpointError(
             f"'{head}' is not a head of eval linear, attentive, logreg or count: give RESULT/model "
             "of one of these, and use `ijepa-zoo predict` for other models"
         )
     classifier = load_classifier(head)
     config = EvalConfig(model=classifier.encoder, data=data, out=out, **options)
-    channels = int(transform_config(classifier.encoder)["input_size"][0])
-    decoder = Decoder(channels, config.value_range, config.bands, as_tensor=True)
+    preprocessing = transform_config(classifier)
+    transform = EvalTransform(**{f.name: preprocessing[f.name] for f in fields(EvalTransform)})
     with init_distributed(config.device) as distributed:
         task = TASKS.get(about["task"]) or replace(TASKS["classes"], name=about["task"])
+        decoder = config.decoder(preprocessing["input_size"][0])
         part = _open_test(config, task, classifier, decoder)
-        trained_with = replace(task.protocol, view=View(**about["view"]))
-        none = np.empty(0, np.int64)
-        probe = Probe(config, task, trained_with, part, part, none, none, distributed)
-        subject = Subject(classifier.encoder, about["model"] or model_name(classifier.encoder))
-        patches = isinstance(classifier.head, AttentiveHead)
-        source = BlockFeatures(
-            subject, about["pool"], patches, distributed.device, config.precision
-        )
+        protocol, none = replace(task.protocol, transform=transform), np.empty(0, np.int64)
+        probe = Probe(config, distributed, task, protocol, part, part, none, none)
+        model = EvalModel(classifier.encoder, about["model"] or model_name(classifier.encoder))
+        kind: Any = "tokens" if isinstance(classifier.head, AttentiveHead) else "vectors"
+        source = BlockFeatures(model, about["pool"], kind, distributed.device, config.precision)
         weights = hashlib.sha256((Path(head) / HEAD).read_bytes()).hexdigest()[:16]
-        protocol = {"head": f"{about['chosen']} of {Path(head)}", "head_hash": weights}
+        settings = {"head": f"{about['chosen']} of {Path(head)}", "head_hash": weights}
 
-        def work(folder: Path, settings: dict[str, Any]) -> tuple[Result, float | None]:
-            started = time.perf_counter()
-            result = _test(probe, source, classifier, about["chosen"], protocol)
-            return result, result.images["test"] / (time.perf_counter() - started)
+        module = classifier.head.to(source.device).eval()
+        name = list(source.widths)[-1 if len(classifier.extractor.layers) > 1 else 0]
 
-        return run_once(probe, source, "saved-head", protocol, work)[0]
+        def logits(features: dict[str, Tensor]) -> list[Tensor]:
+            return [module(features[name].float())]
+
+        def work(folder: Path) -> Result:
+            batches = probe.in_order(part, np.arange(len(part)), source.size)
+            broken: dict[str, str] = {}
+            rows = encoded(probe, source, batches, range(len(batches)), broken)
+            metrics = compute_metrics(probe, source, rows, logits, 1)
+            args = (source.about, "saved head", settings, [about["chosen"]], 0, None)
+            selection = "the probe that trained it"
+            return make_result(probe, *args, metrics, broken, selection=selection)
+
+        return run_once(probe, source, "saved-head", settings, work)[0]
 
 
 def _open_test(config: EvalConfig, task: Task, classifier: Classifier, decoder: Decoder) -> EvalSet:
@@ -91,43 +150,18 @@ def _open_test(config: EvalConfig, task: Task, classifier: Classifier, decoder: 
         train, test = open_splits(config.data, None, decoder)
     else:
         train, test = open_clevr(config.data, task.kind, decoder=decoder)
-    part, several = train if test is None else test, classifier.multi_label
-    if part.targets.ndim > 1 and not several:
+    part = train if test is None else test
+    if part.targets.ndim > 1 and not classifier.multi_label:
         raise DataError(f"'{config.data}' has images of several classes, the head is for one")
     names = classifier.class_names or []
-    known = part.with_classes(names, several)
-    if several:
-        rows = np.arange(len(known.targets)) if known.targets.any() else np.empty(0, np.int64)
-    else:
-        rows = np.flatnonzero(known.targets >= 0)
+    part = part.with_classes(names, classifier.multi_label)
+    known = part.targets >= 0
+    if classifier.multi_label:
+        known = np.full(len(known), part.targets.any())
+    rows, others = np.flatnonzero(known), int((~known).sum())
     if not len(rows):
         raise DataError(f"no image of '{config.data}' is of a class of the head: {some(names)}")
-    others = len(known.targets) - len(rows)
-    notes = [f"{others} of {len(known.targets)} images are of other classes"] if others else []
-    chosen = known.subset(rows, known.name, notes)
-    return EvalSet(
-        *(chosen.images, chosen.targets, tuple(names), chosen.name, chosen.notes),
-        name=data_name(config.data),
-        skip_broken=config.skip_broken,
-    )
-
-
-def _test(
-    probe: Probe, source: Source, classifier: Classifier, chosen: str, protocol: dict[str, Any]
-) -> Result:
-    head = classifier.head.to(source.device).eval()
-    name = list(source.widths)[-1 if len(classifier.extractor.layers) > 1 else 0]
-    rows, broken = np.arange(len(probe.test)), dict[str, str]()
-    batches = probe.in_order(probe.test, rows, source.size)
-    numbers = range(len(batches))
-
-    def logits(features: dict[str, Tensor]) -> list[Tensor]:
-        return [head(features[name].float())]
-
-    rows_and_labels = encoded(probe, source, batches, numbers, broken)
-    metrics = compute_metrics(probe, source, rows_and_labels, logits, 1)
-    refuse_undecoded("test", probe.test, rows, metrics.total, broken)
-    return make_result(
-        *(probe, source.about, "saved head", protocol, [chosen], 0, None, metrics, broken),
-        selection="the probe that trained it",
-    )
+    notes = [f"{others} of {len(known)} images are of other classes"] if others else []
+    chosen = part.subset(rows, part.name, notes)
+    name, skip_broken = data_name(config.data), config.skip_broken
+    return EvalSet(**vars(chosen), data=name, skip_broken=skip_broken)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.clevr import open_clevr
-from ..data.datasets import ArrayDataset, ImageDataset, Labels, Subset, Targets
+from ..data.datasets import ArrayDataset, Labels, Subset, Targets
 from ..data.decode import Decoder, Pixels
 from ..data.splits import Split, open_splits
 from ..encode import hash_texts
@@ -29,35 +28,39 @@ from .tasks import Task
 VAL_SHARE = 0.1  # of the training images, to choose the head by
 _TEST_SHARE = 0.2  # of a data set that is in one piece
 _TEST_SEED = 0  # fixed, so that runs with other seeds are tested on the same images
-_SCENES = "scenes:"
 
 
 @dataclass(frozen=True)
-class EvalSet:
-    """Images and their classes."""
+class EvalSet(Split):
+    """A split whose classes are numbered from 0.
 
-    images: ImageDataset
-    labels: Labels
-    classes: tuple[str, ...]
-    split: str
-    notes: tuple[str, ...] = ()
-    name: str = ""
+    Attributes:
+        data: Name of the data.
+        skip_broken: Whether images that cannot be decoded are left out; otherwise they are errors.
+    """
+
+    data: str = ""
     skip_broken: bool = False
 
     @property
     def multi_label(self) -> bool:
         """Whether images may have several classes, or none."""
-        return self.labels.ndim > 1
+        return self.targets.ndim > 1
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+        return list(self.classes.values())
 
     def class_sizes(self, rows: Targets | None = None) -> Targets:
         """Number of images of each class, `[C]`; of some rows, or of all."""
-        labels = self.labels if rows is None else self.labels[rows]
+        targets = self.targets if rows is None else self.targets[rows]
         if self.multi_label:
-            return labels.sum(axis=0, dtype=np.int64)
-        return np.bincount(labels, minlength=len(self.classes))
+            return targets.sum(axis=0, dtype=np.int64)
+        return np.bincount(targets, minlength=len(self.classes))
 
     def refuse_several_labels(self, probe: str) -> None:
-        """Refuse images of several classes."""
+        """Raise a `DataError` if images may have several classes."""
         if self.multi_label:
             raise DataError(
                 f"{probe} takes images of one class, and these have several: use the linear, "
@@ -86,7 +89,7 @@ class EvalSet:
         return image
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     @cached_property
     def files_state(self) -> str:
@@ -103,9 +106,25 @@ class EvalSet:
     def fingerprint(self) -> str:
         """Some hexadecimal digits that are the same for the same images, labels and classes."""
         digest = hashlib.blake2b(self.images.fingerprint().encode(), digest_size=8)
-        digest.update(self.labels.astype("<i8").tobytes())
-        digest.update("\n".join(self.classes).encode("utf-8", "surrogateescape"))
+        digest.update(self.targets.astype("<i8").tobytes())
+        digest.update("\n".join(self.class_names).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """The data as results record them; `most_frequent` is the largest class in percent."""
+        sizes = self.class_sizes()
+        if self.multi_label:
+            frequency = {"labels_per_image": round(float(sizes.sum()) / len(self), 2)}
+        else:
+            frequency = {"most_frequent": round(100 * float(sizes.max()) / len(self), 2)}
+        return {
+            **({"name": self.data} if self.data else {}),
+            "split": self.name,
+            "images": len(self),
+            "classes": len(self.classes),
+            "fingerprint": self.fingerprint(),
+            **frequency,
+        }
 
 
 def open_task(
@@ -120,19 +139,53 @@ def open_task(
 ) -> tuple[EvalSet, EvalSet]:
     """Training and test set of a task; no image is decoded.
 
-    Data without a test part are split 80:20 with a fixed seed. `notes` of the sets say what was
+    Data without a test part are split 80:20 with a fixed seed. `notes` of the sets have what was
     left out or split.
     """
-    trained, tested = _open(task, data, test, workers, decoder, progress)
-    if not (known := (trained.targets >= 0)).all():
-        trained = _without(trained, known, "have no class")
-    if tested is None:
-        trained, tested = _split_off_test(trained)
-    train, matched = (
-        replace(part, name=data_name(data), skip_broken=skip_broken)
-        for part in _matched(task, trained, tested)
+    train, tested = _open(task, data, test, workers, decoder, progress)
+    train = _select(train, train.targets >= 0, "have no class")
+    train, tested = _split_off_test(train) if tested is None else (train, tested)
+    multi_label = train.targets.ndim > 1
+    numbers = np.flatnonzero(train.targets.any(axis=0)) if multi_label else np.unique(train.targets)
+    names = {-1: "no class", **tested.classes, **train.classes}
+    classes = {k: names.get(n, str(n)) for k, n in enumerate(numbers.tolist())}
+    notes = (*train.notes, *_check_classes(task, [*classes.values()]))
+    if multi_label:
+        others = int(np.delete(tested.targets, numbers, axis=1).any(axis=1).sum())
+        targets = [part.targets[:, numbers] for part in (train, tested)]
+        if not targets[1].any():
+            raise DataError(f"no image of the {tested.name} part has a class of training")
+        note = f"{others} of {len(tested.targets)} test images have classes not in training"
+        test_notes = (*tested.notes, *([note] if others else []))
+    else:
+        seen = np.isin(tested.targets, numbers)
+        unseen = some(names.get(n, str(n)) for n in np.unique(tested.targets[~seen]).tolist())
+        why = f"are of classes that training does not have ({unseen})"
+        tested = _select(tested, seen, why)
+        targets = [np.searchsorted(numbers, part.targets) for part in (train, tested)]
+        test_notes = tested.notes
+    given: dict[str, Any] = {"data": data_name(data), "skip_broken": skip_broken}
+    return (
+        EvalSet(train.images, targets[0], classes, train.name, notes, **given),
+        EvalSet(tested.images, targets[1], classes, tested.name, test_notes, **given),
     )
-    return train, matched
+
+
+def _check_classes(task: Task, names: list[str]) -> list[str]:
+    """Raise a `DataError` if a task does not have these classes; returns notes."""
+    if len(names) < 2:
+        raise DataError(f"all training images are of one class ({some(names)}): use at least two")
+    if task.num_classes in (None, len(names)):
+        return []
+    if task.kind == "classes":
+        raise DataError(
+            f"{task.title} has {task.num_classes} classes, these data have {len(names)} "
+            f"({some(names, 2)}): use --task classes"
+        )
+    return [
+        f"{task.title} has {task.num_classes} classes, these training scenes have {len(names)}: "
+        "accuracies do not compare with the paper's"
+    ]
 
 
 def split_classes(labels: Labels, share: float, seed: int, use: int = 0) -> tuple[Targets, Targets]:
@@ -161,7 +214,7 @@ def _rarest(labels: Labels) -> Targets:
 
 def split_off_val(train: EvalSet, seed: int) -> tuple[Targets, Targets]:
     """Indices of the training images that heads are fitted to, and of the 10 % that choose one."""
-    return split_classes(train.labels, VAL_SHARE, seed)
+    return split_classes(train.targets, VAL_SHARE, seed)
 
 
 def listed_rows(train: EvalSet, files: str | Path) -> Targets:
@@ -174,63 +227,27 @@ def listed_rows(train: EvalSet, files: str | Path) -> Targets:
         lines = Path(files).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the list '{files}' cannot be read: {error}") from error
-    wanted = dict.fromkeys(line.strip() for line in lines if line.strip())
-    if not wanted:
-        raise DataError(f"the list '{files}' is empty: it needs one file name a line")
-    rows = _by_name(train, {name.count("/") for name in wanted})
-    if missing := [name for name in wanted if name not in rows]:
-        raise DataError(
-            f"{len(missing)} of the {len(wanted)} images of '{files}' are not among the training "
-            f"images: {some(missing)}; those are called, for example, '{train.images.name(0)}'"
-        )
-    if several := [name for name in wanted if len(rows[name]) > 1]:
-        raise DataError(
-            f"{len(several)} names of '{files}' mean several images ({some(several)}): write them "
-            "with the folder, CLASS/NAME"
-        )
-    return np.array(sorted({rows[name][0] for name in wanted}), np.int64)
-
-
-def _by_name(train: EvalSet, depths: Iterable[int]) -> dict[str, list[int]]:
-    """Images by the ends of their names, with as many folders as `depths` has."""
-    found: dict[str, list[int]] = defaultdict(list)
+    wanted = {line.strip() for line in lines if line.strip()}
+    depths = {name.count("/") for name in wanted}
+    rows: dict[str, list[int]] = defaultdict(list)  # by the ends of their names
     for row in range(len(train)):
         parts = train.images.name(row).split("/")
         for depth in depths:
-            found["/".join(parts[-depth - 1 :])].append(row)
-    return found
-
-
-def data_record(train: EvalSet, test: EvalSet) -> dict[str, Any]:
-    """The data as results record them: names of the parts, numbers and fingerprints.
-
-    `most_frequent` is the share of the most frequent class in percent; of images with several
-    classes, `labels_per_image` is their mean number.
-    """
-    return {name: _record(part) for name, part in (("train", train), ("test", test))}
-
-
-def _record(part: EvalSet) -> dict[str, Any]:
-    sizes = part.class_sizes()
-    if part.multi_label:
-        frequency = {"labels_per_image": round(float(sizes.sum()) / len(part), 2)}
-    else:
-        frequency = {"most_frequent": round(100 * float(sizes.max()) / len(part), 2)}
-    return {
-        **({"name": part.name} if part.name else {}),
-        "split": part.split,
-        "images": len(part),
-        "classes": len(part.classes),
-        "fingerprint": part.fingerprint(),
-        **frequency,
-    }
+            rows["/".join(parts[-depth - 1 :])].append(row)
+    unclear = [name for name in wanted if len(rows[name]) != 1]
+    if unclear or not wanted:
+        raise DataError(
+            f"{len(unclear)} of the {len(wanted)} lines of '{files}' do not name one training "
+            f"image each ({some(unclear)}): use names such as '{train.images.name(0)}'"
+        )
+    return np.array(sorted({rows[name][0] for name in wanted}), np.int64)
 
 
 def _open(
     task: Task, data: Any, test: Any, workers: int, decoder: Decoder | None, progress: bool
 ) -> tuple[Split, Split | None]:
     if task.kind == "classes":
-        if isinstance(data, str) and data.startswith(_SCENES):
+        if isinstance(data, str) and data.startswith("scenes:"):
             raise DataError(f"'{data}' renders scenes without classes: use --task count or depth")
         return open_splits(data, test, decoder)
     if test is not None or not isinstance(data, str | os.PathLike):
@@ -244,70 +261,20 @@ def _split_off_test(whole: Split) -> tuple[Split, Split]:
         f"the data have no test part: {len(rows[0])} images train and {len(rows[1])} test, split "
         f"with seed {_TEST_SEED}, for every --seed"
     )
-    return whole.subset(rows[0], f"{whole.name} (80 %)", [note]), whole.subset(
-        rows[1], f"{whole.name} (20 %)"
-    )
+    train = whole.subset(rows[0], f"{whole.name} (80 %)", [note])
+    return train, whole.subset(rows[1], f"{whole.name} (20 %)")
 
 
-def _matched(task: Task, trained: Split, tested: Split) -> tuple[EvalSet, EvalSet]:
-    """Both with the classes of training, in the order of their numbers."""
-    several = trained.targets.ndim > 1
-    numbers = np.flatnonzero(trained.targets.any(axis=0)) if several else np.unique(trained.targets)
-    names = tuple(_name(trained, tested, number) for number in numbers.tolist())
-    if len(names) < 2:
-        raise DataError(
-            f"the training images are all of one class, {', '.join(names)}: a probe needs two"
-        )
-    if task.kind == "classes" and task.num_classes not in (None, len(names)):
-        raise DataError(
-            f"{task.title} has {task.num_classes} classes, these data have {len(names)} "
-            f"('{names[0]}', '{names[1]}', ...): use --task classes"
-        )
-    if several:
-        others = int(np.delete(tested.targets, numbers, axis=1).any(axis=1).sum())
-        labels = [part.targets[:, numbers] for part in (trained, tested)]
-        if not labels[1].any():
-            raise DataError(f"no image of the {tested.name} part has a class of training")
-        if others:
-            note = f"{others} of {len(labels[1])} test images have classes not in training"
-            tested = replace(tested, notes=(*tested.notes, note))
-    else:
-        if not (seen := np.isin(tested.targets, numbers)).all():
-            strange = np.unique(tested.targets[~seen]).tolist()
-            named = some([_name(trained, tested, number) for number in strange])
-            tested = _without(tested, seen, f"are of classes that training does not have ({named})")
-        labels = [np.searchsorted(numbers, part.targets) for part in (trained, tested)]
-    train, test = (
-        EvalSet(part.images, found, names, part.name, part.notes)
-        for part, found in zip((trained, tested), labels)
-    )
-    absent = [f"'{names[k]}'" for k in np.flatnonzero(test.class_sizes() == 0).tolist()]
-    if absent:
-        note = f"the {test.split} part has no image of {len(absent)} of {len(names)} classes"
-        test = replace(test, notes=(*test.notes, f"{note} ({some(absent)})"))
-    if task.kind != "classes" and task.num_classes != len(names):
-        note = (
-            f"{task.title} has {task.num_classes} classes, these training scenes have "
-            f"{len(names)}: accuracies do not compare with the paper's"
-        )
-        train = replace(train, notes=(*train.notes, note))
-    return train, test
-
-
-def _name(trained: Split, tested: Split, number: int) -> str:
-    if number < 0:
-        return "no class"
-    return trained.classes.get(number) or tested.classes.get(number) or str(number)
-
-
-def _without(part: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
+def _select(part: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
     """The images that are kept, and a note about the others."""
+    if kept.all():
+        return part
     if not kept.any():
         raise DataError(f"all images of the {part.name} part {why}")
-    gone = np.flatnonzero(~kept)
+    left_out = np.flatnonzero(~kept)
     note = (
-        f"{len(gone)} of {len(kept)} images of the {part.name} part {why} and are left out, "
-        f"for example '{part.images.name(int(gone[0]))}'"
+        f"{len(left_out)} of {len(kept)} images of the {part.name} part {why} and are left out, "
+        f"for example '{part.images.name(int(left_out[0]))}'"
     )
     return part.subset(np.flatnonzero(kept), part.name, [note])
 

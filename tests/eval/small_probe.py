@@ -5,12 +5,12 @@ import torch
 from PIL import Image
 
 from ijepa_zoo import FeatureExtractor, create_model
-from ijepa_zoo.eval.tasks import Protocol, Task, View
+from ijepa_zoo.eval.tasks import EvalTransform, Protocol, Task
 
 SIZE = 32
-PROTOCOL = Protocol(
-    epochs=3, view=View("square", "bilinear"), batch_size=64, schedule="cosine", lrs=(0.05, 0.5)
-)
+OPTIONS = {"device": "cpu", "workers": 0}
+SQUASH = EvalTransform("squash", "bilinear", crop_pct=1.0)
+PROTOCOL = Protocol(epochs=3, transform=SQUASH, batch_size=64, schedule="cosine", lrs=(0.05, 0.5))
 TASK = Task("small", "small", "classes", None, PROTOCOL)
 
 
@@ -42,11 +42,24 @@ def pixels_of(folder, split):
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255, labels
 
 
-def features_of(model, images):
-    """`last` and `last4` of images in 0..1, by the extractor."""
+def normalized(images):
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
+    return (images - mean) / std
+
+
+def features_of(model, images):
+    """`last` and `last4` of images in 0..1, by the extractor."""
     with torch.no_grad():
-        normal = (images - mean) / std
-        return {name: FeatureExtractor(model, name)(normal) for name in ("last", "last4")}
+        return {n: FeatureExtractor(model, n)(normalized(images)) for n in ("last", "last4")}
+
+
+def break_files(files):
+    for file in files:
+        file.write_bytes(b"no image")
+
+
+def the_one(folder, pattern):
+    (path,) = folder.glob(pattern)
+    return path

@@ -4,7 +4,7 @@ import inspect
 import json
 
 import pytest
-from small_probe import write_pictures
+from small_probe import the_one
 
 from ijepa_zoo import eval as probes
 from ijepa_zoo.cli import main
@@ -26,15 +26,10 @@ PROBES = {  # the functions of the package, their task, and further options
 
 
 class Table:
-    """In place of a result."""
+    """Instead of a result."""
 
     def table(self):
         return "the table"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -66,58 +61,32 @@ def test_options_are_arguments_of_the_function(monkeypatch, capsys, probe):
     signature.bind(**kwargs)
     if name in ("evaluate_linear", "evaluate_attentive", "evaluate_knn", "evaluate_logreg"):
         shared = {k: v for k, v in kwargs.items() if k not in signature.parameters}
-        probes.EvalConfig(**{"model": "m", "data": "d", **shared})
+        config = probes.HeadsConfig if own is HEADS else probes.EvalConfig
+        config(**{"model": "m", "data": "d", **shared})
 
 
-def test_pixel_options_have_defaults(monkeypatch):
-    calls = []
-
-    def evaluate(*args, **kwargs):
-        calls.append(kwargs)
-        return Table()
-
-    monkeypatch.setattr("ijepa_zoo.cli.eval.evaluate_knn", evaluate)
-    assert main(["eval", "knn", "--model", "m", "--data", "d"]) == 0
-    given = {"value_range": None, "bands": None, "skip_broken": False, "img_size": None}
-    assert calls[0].items() >= given.items()
-
-
-def test_linear_knn_and_report(pictures, tmp_path, capsys):
-    out = tmp_path / "results"
-    common = (*NANO, "--data", str(pictures), "--out", str(out))
-    assert main(["eval", "linear", *common, "--cached", "--epochs", "2"]) == 0
-    shown = capsys.readouterr().out
-    (file,) = out.glob("classes-linear-cached-*/result.json")
-    result = json.loads(file.read_bytes())
-    assert f"{result['value']:.1f}" in shown
-    assert main(["eval", "knn", *common]) == 0
-    report = tmp_path / "table.md"
-    capsys.readouterr()
-    assert main(["eval", "report", str(out), "--out", str(report)]) == 0
-    assert capsys.readouterr().out == f"{report}\n"
-    assert f"| {result['value']:.1f} (" in report.read_text()
-
-
-def test_a_saved_head_on_other_data(pictures, tmp_path, capsys):
+def test_probes_report_and_saved_head(pictures, tmp_path, capsys):
     data = ("--data", str(pictures), "--out", str(tmp_path))
     assert main(["eval", "linear", *NANO, *data, "--cached", "--epochs", "1"]) == 0
-    (model,) = tmp_path.glob("*/model")
-    assert main(["eval", "linear", "--head", str(model), *data, "--device", "cpu", "--quiet"]) == 0
-    figures = {json.loads(file.read_bytes())["value"] for file in tmp_path.glob("*/result.json")}
-    assert len(figures) == 1
+    result = json.loads(the_one(tmp_path, "classes-linear-cached-*/result.json").read_bytes())
+    assert f"{result['value']:.1f}" in capsys.readouterr().out
+    assert main(["eval", "knn", *NANO, *data, "--random", "--img-size", "32,64"]) == 0
+    assert "random weights" in capsys.readouterr().out
+    head = str(the_one(tmp_path, "*/model"))
+    assert main(["eval", "linear", "--head", head, *data, "--device", "cpu", "--quiet"]) == 0
+    again = json.loads(the_one(tmp_path, "*saved-head*/result.json").read_bytes())
+    assert again["value"] == result["value"]
     capsys.readouterr()
+    report = tmp_path / "table.md"
+    assert main(["eval", "report", str(tmp_path), "--out", str(report)]) == 0
+    assert capsys.readouterr().out == f"{report}\n"
+    assert f"| {result['value']:.1f} (" in report.read_text().replace("*", "")
     assert main(["eval", "linear", *data]) == 2
     assert "--head" in capsys.readouterr().err
 
 
-def test_random_weights_at_another_size(pictures, tmp_path, capsys):
-    command = ["eval", "knn", *NANO, "--data", str(pictures), "--out", str(tmp_path)]
-    assert main([*command, "--random", "--img-size", "32,64"]) == 0
-    assert "random weights" in capsys.readouterr().out
-
-
-def test_rendered_scenes(tmp_path, capsys):
-    arguments = [*NANO, "--data", "scenes:60,20", "--out", str(tmp_path)]
+def test_rendered_scenes(tmp_path):
+    arguments = [*NANO, "--data", "scenes:40,20", "--out", str(tmp_path), "--img-size", "32"]
     assert main(["eval", "knn", *arguments, "--task", "count"]) == 0
     for probe in ("count", "depth"):
         assert main(["eval", probe, *arguments, "--cached", "--epochs", "1"]) == 0
@@ -153,19 +122,6 @@ def test_wrong_values_are_named(pictures, tmp_path, capsys, words, statuses, nam
     assert errors.startswith("ijepa-zoo: error: ")
     assert named in errors
     assert not list(tmp_path.rglob("result.json"))
-
-
-def test_another_process_in_the_folder_is_an_error(pictures, tmp_path, capsys):
-    from filelock import FileLock
-
-    command = ["eval", "knn", *NANO, "--data", str(pictures), "--out", str(tmp_path)]
-    assert main(command) == 0
-    (file,) = tmp_path.glob("*/result.json")
-    file.unlink()
-    capsys.readouterr()
-    with FileLock(file.with_name(".lock")):
-        assert main(command) == 1
-    assert str(file.parent) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,34 @@
+"""Fine-tuning: recipes, updates against a plain loop, resumed runs, the saved model."""
+
 import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import several_processes
 import timm
 import torch
 import torch.nn.functional as F
+from small_probe import OPTIONS, break_files, the_one
 
 import ijepa_zoo
 from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import DataError, RunError, SettingsError
-from ijepa_zoo.eval import finetune
+from ijepa_zoo.eval import EvalConfig, EvalModel, evaluate_finetune, find_task
 from ijepa_zoo.eval.batches import TrainBatches
 from ijepa_zoo.eval.finetune import (
     FEW_LABELS,
     FULL,
     FineTuneRecipe,
     FineTuning,
-    evaluate_finetune,
     few_labels_recipe,
     rand_augment,
-    set_drop_path,
 )
-from ijepa_zoo.eval.models import Subject
-from ijepa_zoo.eval.probe import EvalConfig, Probe
-from ijepa_zoo.eval.results import read_result
+from ijepa_zoo.eval.probe import Probe
 from ijepa_zoo.eval.runs import EpochState
 from ijepa_zoo.eval.sets import EvalSet
-from ijepa_zoo.eval.tasks import View, find_task
+from ijepa_zoo.eval.tasks import CROP
 from ijepa_zoo.models.factory import create_model
 
 SMALL = {"embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -43,39 +41,36 @@ PLAIN = replace(
 )
 
 
-def _model(seed=0):
-    torch.manual_seed(seed)
+def _model():
+    torch.manual_seed(0)
     return create_model("vit_nano8_64_ijepa", pretrained=False, img_size=32, **SMALL)
 
 
-def _labelled(count=24, seed=0):
+def _labeled(count=24):
     """Two classes, dark and bright."""
     labels = np.arange(count) % 2
-    noise = np.random.default_rng(seed).integers(0, 60, (count, 40, 40, 3))
-    return EvalSet(
-        open_images((noise + 150 * labels[:, None, None, None]).astype(np.uint8)),
-        labels.astype(np.int64),
-        ("dark", "bright"),
-        "train",
-    )
+    noise = np.random.default_rng(0).integers(0, 60, (count, 40, 40, 3))
+    images = open_images((noise + 150 * labels[:, None, None, None]).astype(np.uint8))
+    return EvalSet(images, labels.astype(np.int64), {0: "dark", 1: "bright"}, "train")
 
 
 def _layers_above(name):
     return next(above for layer, above in ABOVE.items() if name.startswith(f"{layer}."))
 
 
-def _training(recipe=QUICK, **more):
-    train, none, task = _labelled(), np.arange(0), find_task("classes")
+def _training(recipe=QUICK, network=None, **more):
+    train, none, task = _labeled(), np.arange(0), find_task("classes")
     config = EvalConfig(model=None, data=None, workers=0)
-    probe = Probe(config, task, task.protocol, train, train, none, none, Distributed())
-    return FineTuning(_model(), probe, recipe, **more)
+    probe = Probe(config, Distributed(), task, task.protocol, train, train, none, none)
+    network = network or _model()
+    return FineTuning(network, EvalModel(network, "small"), probe, recipe, **more)
 
 
 class _Bar:
     disable = True
 
     def update(self, count): ...
-    def set_postfix(self, **figures): ...
+    def set_postfix(self, **shown): ...
 
 
 def test_recipes_are_the_papers():
@@ -116,27 +111,19 @@ def test_learning_rates_of_layers_and_steps():
 @pytest.mark.parametrize(("size", "resized"), [(224, (256, 256)), (448, (448, 448))])
 def test_the_test_crop_of_large_images_is_whole(size, resized):
     sizes = SMALL | {"img_size": size, "patch_size": 32}
-    training = _training()
-    other = FineTuning(
-        create_model("vit_nano8_64_ijepa", pretrained=False, **sizes), training.probe, PLAIN
-    )
-    assert other.view.resize_to((size, size)) == resized
+    network = create_model("vit_nano8_64_ijepa", pretrained=False, **sizes)
+    assert _training(network=network).transform.resize_to((size, size)) == resized
 
 
 def test_drop_path_grows_over_the_depth():
-    from timm.layers import DropPath
-
-    model = create_model("vit_nano8_64_ijepa", pretrained=False, **SMALL)
-    expected = create_model("vit_nano8_64_ijepa", pretrained=False, drop_path_rate=0.3, **SMALL)
-    set_drop_path(model, 0.3)
-
     def rates(network):
-        return [m.drop_prob for m in network.modules() if isinstance(m, DropPath)]
+        return [m.drop_prob for m in network.modules() if isinstance(m, timm.layers.DropPath)]
 
-    assert rates(model) == pytest.approx(rates(expected))
-    assert len(rates(model)) == 6
-    set_drop_path(model, 0.0)
-    assert rates(model) == []
+    expected = create_model("vit_nano8_64_ijepa", pretrained=False, drop_path_rate=0.3, **SMALL)
+    training = _training(replace(PLAIN, drop_path=0.3))
+    assert rates(training.model) == pytest.approx(rates(expected))
+    assert len(rates(expected)) == 6
+    assert rates(_training(PLAIN, network=training.model).model) == []
 
 
 def test_updates_are_those_of_a_plain_loop(tmp_path):
@@ -201,28 +188,12 @@ def test_mixup_goes_into_images_and_targets(monkeypatch):
     assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_random_erasing_is_a_function_of_seed_and_step():
-    training = _training(replace(PLAIN, random_erasing=1.0))
-    batch = training.batches[0]
-
-    def gradients(step):
-        training.model.zero_grad()
-        training.backward(batch, step, 0)
-        return training.model.patch_embed.proj.weight.grad.clone()
-
-    with torch.random.fork_rng():
-        first, again, other = gradients(0), gradients(0), gradients(1)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
 def test_augmentation_is_a_function_of_seed_epoch_step_and_place():
     augment = rand_augment("rand-m9-mstd0.5-inc1", (32, 32), (0.5, 0.5, 0.5))
 
     def batches(**more):
         settings = {"seed": 0, "augment": augment, "unit": 2, **more}
-        view = View("crop", "bicubic")
-        return TrainBatches(_labelled(), np.arange(24), view, (32, 32), 8, **settings)
+        return TrainBatches(_labeled(), np.arange(24), CROP, (32, 32), 8, **settings)
 
     state = np.random.get_state()[1].copy()
     whole = batches()[4].images
@@ -250,56 +221,51 @@ def folder(tmp_path):
     return tmp_path / "data"
 
 
-def _run(folder, out, **more):
-    arguments = {"recipe": replace(PLAIN, epochs=6), "workers": 0, "device": "cpu"}
-    arguments |= {"skip_broken": True, **more}
-    model = arguments.pop("model", None) or Subject(_model(), "small")
-    return evaluate_finetune("classes", model, folder, out, **arguments)
+def _run(folder, out, network=None, **more):
+    arguments = {"recipe": replace(PLAIN, epochs=4), "skip_broken": True, **OPTIONS, **more}
+    return evaluate_finetune(
+        "classes", EvalModel(network or _model(), "small"), folder, out, **arguments
+    )
 
 
 def test_bright_is_told_from_dark_and_the_given_model_stays_as_it_was(folder, tmp_path):
-    model = _model()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    result = evaluate_finetune(
-        "classes", Subject(model, "small"), folder, tmp_path / "out",
-        recipe=replace(PLAIN, epochs=6), workers=0, device="cpu",
-    )  # fmt: skip
+    network = _model()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    result = _run(folder, tmp_path / "out", network)
     assert result.value == 100
     assert result.interval[0] < 100
     assert result.images == {"train": 20, "test": 10}
     assert result.protocol["layer_decay"] == 0.9
-    for name, count in (("train", 20), ("test", 10)):
-        part = result.data[name]
-        assert (part["split"], part["images"], part["classes"]) == (name, count, 2)
-        assert part["most_frequent"] == 50
+    assert result.data["test"]["most_frequent"] == 50
     assert result.notes == []
     assert result.metrics["mean per-class accuracy"] == 100
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert model.num_classes == 0
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert network.num_classes == 0
 
 
-class _KilledError(Exception):
-    pass
-
-
-def test_a_killed_run_goes_on_with_the_same_numbers(folder, tmp_path, monkeypatch):
-    recipe = replace(QUICK, drop_path=0.2)
+def test_a_killed_run_resumes_with_the_same_numbers(folder, tmp_path, monkeypatch):
+    break_files([folder / "train" / "dark" / "3.png", folder / "test" / "dark" / "4.png"])
+    recipe = replace(QUICK, drop_path=0.2, batch_size=20)
     expected = _run(folder, tmp_path / "whole", recipe=recipe)
-    original = finetune.EpochState.save
+    original = EpochState.save
 
     def kill(self, state):
         original(self, state)
         if state["epoch"] == 2:
-            raise _KilledError
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune.EpochState, "save", kill)
-    with pytest.raises(_KilledError):
-        _run(folder, tmp_path / "killed", recipe=recipe)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochState, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            _run(folder, tmp_path / "killed", recipe=recipe)
     result = _run(folder, tmp_path / "killed", recipe=recipe)
     assert (result.heads, result.value) == (expected.heads, expected.value)
-    (found,) = (tmp_path / "killed").glob("*/result.json")
-    assert sorted(p.name for p in found.parent.iterdir()) == [".lock", "model", "result.json"]
+    assert result.images == expected.images == {"train": 19, "test": 9}
+    assert result.notes == expected.notes
+    assert "train/dark/3.png" in result.notes[-1]
+    assert "test/dark/4.png" in result.notes[-1]
+    found = the_one(tmp_path / "killed", "*/result.json").parent
+    assert sorted(p.name for p in found.iterdir()) == [".lock", "model", "result.json"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_the_state_is_written(folder, tmp_path):
@@ -308,17 +274,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_state_is_written(fold
     assert not list((tmp_path / "out").glob("*/result.json"))
 
 
-def test_unfit_arguments_are_refused(folder, tmp_path):
-    with pytest.raises(SettingsError, match="half"):
-        _run(folder, tmp_path, precision="half")
-    with pytest.raises(SettingsError, match="epochs"):
-        _run(folder, tmp_path, epochs=0)
-    with pytest.raises(SettingsError, match="Linear"):
-        evaluate_finetune("classes", Subject(torch.nn.Linear(2, 2), "x"), folder, tmp_path)
-    with pytest.raises(DataError, match="10 classes"):
-        evaluate_finetune("cifar10", Subject(_model(), "small"), folder, tmp_path)
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"precision": "half"}, SettingsError, "half"),
+        ({"epochs": 0}, SettingsError, "epochs"),
+        ({"batch_size": 1}, SettingsError, "batch_size"),
+        ({"baseline": True}, SettingsError, "baseline"),
+        ({"network": torch.nn.Linear(2, 2)}, SettingsError, "Linear"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(folder, tmp_path, options, error, named):
+    with pytest.raises(error, match=named):
+        _run(folder, tmp_path, **options)
     with pytest.raises(DataError, match="eval count"):
-        evaluate_finetune("count", Subject(_model(), "small"), "scenes:8000,4000", tmp_path)
+        evaluate_finetune("count", EvalModel(_model(), "small"), "scenes:8000,4000", tmp_path)
 
 
 @pytest.mark.parametrize("timm_model", [False, True])
@@ -327,8 +297,8 @@ def test_the_trained_classifier_is_kept(folder, tmp_path, timm_model):
     if timm_model:
         sizes = {"img_size": 32, "embed_dim": 24, "num_heads": 2, "depth": 4}
         model = timm.create_model("vit_tiny_patch16_224", **sizes)
-    _run(folder, tmp_path, model=Subject(model, "small"), epochs=1)
-    (saved,) = tmp_path.glob("*/model")
+    _run(folder, tmp_path, model, epochs=1)
+    saved = the_one(tmp_path, "*/model")
     source = f"local-dir:{saved}"
     stock = timm.create_model(source, pretrained=True).eval()
     ours = ijepa_zoo.create_model(source).eval()
@@ -339,27 +309,23 @@ def test_the_trained_classifier_is_kept(folder, tmp_path, timm_model):
     assert json.loads((saved / "config.json").read_text())["num_classes"] == 2
 
 
-def _as_h16(model):
-    """The model under the name of released weights for which the paper has an accuracy."""
-    return Subject(model, "vit_huge16_448_ijepa.in1k", "vit_huge16_448_ijepa.in1k")
-
-
 @pytest.mark.parametrize(
     ("follows", "change"),
-    [(True, {}), (False, {"epochs": 1}), (False, {"batch_size": 64}), (False, {"size": 40})],
+    [(True, {}), (False, {"epochs": 2}), (False, {"batch_size": 10}), (False, {"size": 64})],
 )
-def test_the_papers_accuracy_is_shown_beside_its_recipe_alone(monkeypatch, follows, change):
-    training = _training(replace(FULL, batch_size=24))
-    subject = _as_h16(training.model)
-    training.model.pretrained_cfg = {"input_size": (3, 32, 32)}
-    training.probe = replace(training.probe, task=find_task("imagenet1k"))
-    published = replace(FULL, batch_size=24)
-    monkeypatch.setattr(finetune, "FULL", published)
-    training.recipe = published.change(change.get("epochs"), change.get("batch_size"))
-    training.size = (change.get("size", 32),) * 2
-    paper, notes = finetune._paper_figure(subject, training)
-    assert paper == (87.1 if follows else None)
-    assert any("not comparable" in note for note in notes) != follows
+def test_the_papers_accuracy_is_beside_its_recipe_alone(
+    folder, tmp_path, monkeypatch, follows, change
+):
+    published = replace(PLAIN, epochs=1, warmup_epochs=0, batch_size=20, paper={"weights": 87.1})
+    monkeypatch.setattr("ijepa_zoo.eval.finetune.FULL", published)
+    network, size = _model(), change.get("size", 32)
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, size, size)}
+    task = replace(find_task("imagenet1k"), num_classes=None)
+    options = {key: value for key, value in change.items() if key != "size"} | OPTIONS
+    model = EvalModel(network, "small", "weights")
+    result = evaluate_finetune(task, model, folder, tmp_path / "out", **options)
+    assert result.paper == (87.1 if follows else None)
+    assert any("not comparable" in note for note in result.notes) != follows
 
 
 def test_few_labels_are_those_of_a_list(folder, tmp_path):
@@ -373,62 +339,3 @@ def test_few_labels_are_those_of_a_list(folder, tmp_path):
         "lr": recipe.lr, "weight_decay": 0.05, "mixup": 0,
     }  # fmt: skip
     assert result.protocol["list"] == "list.txt"
-
-
-MANY = """
-    import sys
-    from dataclasses import replace
-    from pathlib import Path
-    import torch
-    from ijepa_zoo.eval.finetune import FineTuneRecipe, evaluate_finetune
-    from ijepa_zoo.eval.models import Subject
-    from ijepa_zoo.models.factory import create_model
-    torch.manual_seed(0)
-    model = create_model(
-        "vit_nano8_64_ijepa", pretrained=False, img_size=32, embed_dim=24, depth=4, num_heads=2
-    )
-    recipe = FineTuneRecipe(
-        epochs=3, lr=2e-2 * 32, batch_size=8, warmup_epochs=1, layer_decay=0.9, mixup=0.0,
-        cutmix=0.0, drop_path=0.0, label_smoothing=0.0, random_erasing=0.0,
-    )
-    evaluate_finetune(
-        "classes", Subject(model, "small"), sys.argv[1], sys.argv[2], recipe=recipe,
-        micro_batch_size=2, workers=0, device="cpu", skip_broken=True,
-    )
-"""
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_do_what_one_does(folder, tmp_path, processes):
-    for n in range(2):  # one of each of the first processes
-        (folder / "test" / "dark" / f"{n}.png").write_bytes(b"no image")
-    several_processes.run(MANY, processes, folder, tmp_path / "many")
-    one = _run(folder, tmp_path / "one", recipe=PLAIN)
-    (file,) = (tmp_path / "many").glob("*/result.json")
-    many = read_result(file)
-    assert many.runtime["processes"] == processes
-    assert (many.value, many.images) == (one.value, one.images)
-    assert many.notes == one.notes
-    assert many.heads[0].loss == pytest.approx(one.heads[0].loss, rel=1e-3)
-
-
-def test_images_that_cannot_be_decoded_do_not_count(folder, tmp_path, monkeypatch):
-    (folder / "train" / "dark" / "3.png").write_bytes(b"no image")
-    (folder / "test" / "dark" / "4.png").write_bytes(b"no image")
-    arguments = {"recipe": replace(PLAIN, batch_size=20), "epochs": 1}
-    whole = _run(folder, tmp_path / "whole", **arguments)
-    with monkeypatch.context() as patch:
-        patch.setattr(FineTuning, "test", None)
-        with pytest.raises(TypeError, match="NoneType"):
-            _run(folder, tmp_path / "killed", **arguments)
-    resumed = _run(folder, tmp_path / "killed", **arguments)
-    for result in (whole, resumed):
-        assert result.images == {"train": 19, "test": 9}
-        _, undecoded = result.notes
-        assert undecoded.startswith("images that could not be decoded: 2 (")
-        assert "train/dark/3.png: " in undecoded
-        assert "test/dark/4.png: " in undecoded
-    for file in (folder / "test").rglob("*.png"):
-        file.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"10 test images.*png"):
-        _run(folder, tmp_path / "none", epochs=1)

@@ -12,24 +12,24 @@ from ijepa_zoo.eval.models import open_model
 
 
 def test_names_of_this_package_carry_their_weights():
-    subject = open_model("vit_nano8_64_ijepa")
-    assert subject.paper_name == subject.name == "vit_nano8_64_ijepa.scenes"
-    about = subject.describe()
+    model = open_model("vit_nano8_64_ijepa")
+    assert model.paper_name == model.name == "vit_nano8_64_ijepa.scenes"
+    about = model.describe()
     assert about["weights"] == "target encoder of vit_nano8_64_ijepa.scenes"
     assert about["image_size"] == [64, 64]
-    assert about["parameters"] == sum(p.numel() for p in subject.model.parameters())
-    assert not subject.model.training
+    assert about["parameters"] == sum(p.numel() for p in model.model.parameters())
+    assert not model.model.training
 
 
 def test_random_weights_depend_on_the_seed_alone():
-    subject = open_model("vit_nano8_64_ijepa")
+    model = open_model("vit_nano8_64_ijepa")
     state = torch.get_rng_state()
-    first, again, other = (subject.untrained(seed).describe() for seed in (0, 0, 1))
+    first, again, other = (model.untrained(seed).describe() for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert first == again
-    hashes = {d["weights_hash"] for d in (first, other, subject.describe())}
+    hashes = {d["weights_hash"] for d in (first, other, model.describe())}
     assert len(hashes) == 3
-    assert first["architecture"] == subject.describe()["architecture"]
+    assert first["architecture"] == model.describe()["architecture"]
     assert first["name"] == "vit_nano8_64_ijepa, random weights"
 
 
@@ -43,26 +43,26 @@ def test_timm_models_are_made_by_timm(monkeypatch, prefix):
         return create(name, pretrained=False, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    subject = open_model(f"{prefix}vit_tiny_patch16_224.augreg_in21k", img_size=32)
+    model = open_model(f"{prefix}vit_tiny_patch16_224.augreg_in21k", img_size=32)
     assert made == {"name": "vit_tiny_patch16_224.augreg_in21k", "pretrained": True}
-    assert subject.name == "vit_tiny_patch16_224.augreg_in21k"
-    assert subject.describe()["image_size"] == [32, 32]
-    assert subject.model.num_classes == 0
-    subject.untrained(0)
+    assert model.name == "vit_tiny_patch16_224.augreg_in21k"
+    assert model.describe()["image_size"] == [32, 32]
+    assert model.model.num_classes == 0
+    model.untrained(0)
     assert made["pretrained"] is False
     with pytest.raises(SettingsError, match="checkpoint"):
         open_model("vit_tiny_patch16_224", checkpoint="x.pth")
 
 
 def test_folders_are_opened_with_their_own_architecture(tmp_path):
-    model = encoder()
-    folder = export(model, tmp_path / "exported")
+    network = encoder()
+    folder = export(network, tmp_path / "exported")
     for name in (str(folder), f"local-dir:{folder}"):
-        subject = open_model(name)
-        assert subject.paper_name is None
-        for key, value in subject.model.state_dict().items():
-            assert torch.equal(value, model.state_dict()[key])
-        assert len(subject.untrained(0).model.blocks) == 4
+        model = open_model(name)
+        assert model.paper_name is None
+        for key, value in model.model.state_dict().items():
+            assert torch.equal(value, network.state_dict()[key])
+        assert len(model.untrained(0).model.blocks) == 4
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov3x", "qqq", "resnet18"])
@@ -100,9 +100,9 @@ def test_timms_weights_in_the_cache_need_no_hub(no_hub, tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     save_model(made, snapshot / "model.safetensors")
-    subject = open_model(NAME)
-    assert subject.paper_name == NAME
-    for key, value in subject.model.state_dict().items():
+    model = open_model(NAME)
+    assert model.paper_name == NAME
+    for key, value in model.model.state_dict().items():
         assert torch.equal(value, made.state_dict()[key]), key
 
 
@@ -113,15 +113,15 @@ def test_a_folder_of_timms_own_is_made_by_timm(tmp_path):
     made = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)
     config = {**made.pretrained_cfg, "num_classes": 0}
     save_for_hf(made, tmp_path, model_config=config, model_args={"img_size": 32})
-    subject = open_model(f"timm:local-dir:{tmp_path}")
-    assert subject.paper_name is None
-    for key, value in subject.model.state_dict().items():
+    model = open_model(f"timm:local-dir:{tmp_path}")
+    assert model.paper_name is None
+    for key, value in model.model.state_dict().items():
         assert torch.equal(value, made.state_dict()[key]), key
 
 
 def test_random_weights_by_name():
-    subject = open_model("vit_tiny16_ijepa", random=True, img_size=32)  # has no released weights
-    assert subject.name == "vit_tiny16_ijepa, random weights"
+    model = open_model("vit_tiny16_ijepa", random=True, img_size=32)  # has no released weights
+    assert model.name == "vit_tiny16_ijepa, random weights"
     twin = open_model("vit_nano8_64_ijepa").untrained(5).describe()
     assert open_model("vit_nano8_64_ijepa", random=True, seed=5).describe() == twin
 

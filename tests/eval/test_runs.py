@@ -1,19 +1,18 @@
 """Folders of evaluations: the same settings find them again, and states resume by epoch."""
 
 import csv
-import tracemalloc
+import resource
+import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import several_processes
 import torch
 from filelock import FileLock
 from test_results import RESULT
 
 from ijepa_zoo.distributed import Distributed
-from ijepa_zoo.errors import DataError, RunError
-from ijepa_zoo.eval.runs import EpochState, once, run_folder
+from ijepa_zoo.errors import RunError
+from ijepa_zoo.eval.runs import EpochState, add_baselines, once, run_folder
 
 
 def content(size=1000):
@@ -48,106 +47,56 @@ def test_other_settings_have_another_folder(tmp_path):
 
 
 def test_a_finished_evaluation_is_not_repeated(tmp_path):
-    table = tmp_path / "results.csv"
-    table.write_text("my,own\n1,2\n")
-
-    def run():
-        return once(tmp_path / "one", Distributed(), "float32", lambda: replace(RESULT, value=1.0))
-
-    for _ in range(2):  # the result is there, but its row is not
-        with pytest.raises(DataError, match=r"results\.csv"):
-            run()
-    table.unlink()
-    first, again = run(), once(tmp_path / "one", Distributed(), "float32", lambda: RESULT)
-    assert first == again
+    folder, alone = tmp_path / "one", Distributed()
+    first = once(folder, alone, "float32", lambda: replace(RESULT, value=1.0))
+    (tmp_path / "results.csv").unlink()
+    assert once(folder, alone, "float32", lambda: RESULT) == first
     assert first.runtime["precision"] == "float32"
-    (row,) = csv.DictReader(table.open())
+    more = add_baselines(folder, first, {"chance": 5.0}, alone)
+    assert more.baselines == {**RESULT.baselines, "chance": 5.0}
+    assert once(folder, alone, "float32", lambda: RESULT) == more
+    (row,) = csv.DictReader((tmp_path / "results.csv").open())
     assert float(row["value"]) == 1.0
-
-
-def test_a_folder_in_use_is_named(tmp_path):
-    (tmp_path / "one").mkdir()
-    with FileLock(tmp_path / "one" / ".lock"), pytest.raises(RunError, match=str(tmp_path / "one")):
-        once(tmp_path / "one", Distributed(), "float32", lambda: RESULT)
+    with FileLock(folder / ".lock"), pytest.raises(RunError, match=str(folder)):
+        once(folder, alone, "float32", lambda: RESULT)
 
 
 def test_the_state_that_was_saved_is_loaded(tmp_path):
-    state = EpochState(tmp_path / "run" / "state.pt")
+    state = EpochState(tmp_path / "state.pt")
     assert state.load() is None
     state.save(content())
-    assert_same(state.load(), content())
+    found = state.load()
+    assert found.pop("version")
+    assert_same(found, content())
     state.remove()
     assert state.load() is None
 
 
-@pytest.mark.parametrize("place", [0.3, 0.9])
-def test_a_changed_byte_or_a_cut_is_noticed(tmp_path, place):
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_changed_byte_or_a_cut_is_noticed(tmp_path, share):
     state = EpochState(tmp_path / "state.pt")
     state.save(content(10_000))
     whole = state.path.read_bytes()
-    where = int(len(whole) * place)
+    where = int(len(whole) * share)
     for damaged in (whole[:where] + bytes([whole[where] ^ 64]) + whole[where + 1 :], whole[:where]):
         state.path.write_bytes(damaged)
         with pytest.raises(RunError, match=r"state\.pt"):
             state.load()
-
-
-def test_a_state_of_another_version_is_named(tmp_path):
-    state = EpochState(tmp_path / "state.pt")
-    torch.save({"epoch": 1}, state.path)
+    torch.save({"epoch": 1, "version": 1}, state.path)  # of another version
     with pytest.raises(RunError, match=r"state\.pt"):
         state.load()
 
 
-def test_the_state_is_not_copied_whole(tmp_path):
-    heads = {str(i): torch.rand(250_000) for i in range(40)}  # 40 MB
-    tracemalloc.start()
-    EpochState(tmp_path / "state.pt").save({"epoch": 1, "heads": heads})
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 5e6
-
-
 def test_a_full_disk_keeps_the_previous_state(tmp_path):
-    script = """
-        import resource, signal, sys
-        sys.path.insert(0, sys.argv[2])
-        import test_runs as t
-        state = t.EpochState(t.Path(sys.argv[1]))
-        state.save(t.content())
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        try:
-            state.save(t.content(100_000))
-        except OSError as error:
-            assert error.filename == sys.argv[1], error
-        else:
-            raise AssertionError("it was written")
-        t.assert_same(state.load(), t.content())
-    """
-    (ended,) = several_processes.finish(
-        several_processes.start(script, 1, tmp_path / "state.pt", Path(__file__).parent)
-    )
-    assert ended[0] == 0, ended[1]
-    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
-
-
-def test_several_processes_load_one_state_and_one_error(tmp_path):
     state = EpochState(tmp_path / "state.pt")
     state.save(content())
-    script = """
-        import sys
-        sys.path.insert(0, sys.argv[2])
-        import test_runs as t
-        from ijepa_zoo.distributed import init_distributed
-        with init_distributed("cpu") as distributed:
-            state = t.EpochState(t.Path(sys.argv[1]), distributed)
-            t.assert_same(state.load(), t.content())
-            distributed.barrier()
-            if distributed.is_main:
-                state.path.write_bytes(state.path.read_bytes()[:-9])
-            distributed.barrier()
-            with t.pytest.raises(t.RunError):
-                state.load()
-    """
-    several_processes.run(script, 2, state.path, Path(__file__).parent)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            state.save(content(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_same(state.load(), {**content(), "version": 2})
