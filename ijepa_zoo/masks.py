@@ -38,8 +38,8 @@ class MultiBlockMasks:
         target_scale: Area of a target block as a fraction of the grid, (min, max).
         target_aspect: Height / width of a target block, (min, max).
         context_scale: Area of the (square) context block before targets are removed, (min, max).
-        min_keep: Every block has more than this many patches, the context also after the targets
-            were removed from it.
+        min_keep: Every block has more than this many patches, the context also after removal of
+            the targets.
         allow_overlap: Keep target patches in the context.
         mode: `published` reproduces the sampler of the official repository; `unbiased` draws scale
             and aspect independently, uses the whole grid and cuts long contexts at random.
@@ -106,7 +106,7 @@ class MultiBlockMasks:
 
     def block_sizes(self, step: int) -> tuple[_Size, _Size]:
         """Sizes (height, width) of the target blocks and of the context block at `step`."""
-        # Two or four numbers at once are those that the official repository draws one by one.
+        # The same numbers as in the official repository, which draws them one by one.
         draws = iter(torch.rand(4, generator=torch.Generator().manual_seed(step)).tolist())
 
         def draw(scale: tuple[float, float], aspect: tuple[float, float]) -> _Size:
@@ -140,7 +140,7 @@ class MultiBlockMasks:
             b images of `part`. K is the length of the shortest context of their group.
 
         Raises:
-            ValueError: `batch_size` is below 1, or `part` reaches over several groups.
+            ValueError: `batch_size` is below 1, or `part` spans several groups.
         """
         if batch_size < 1:
             raise SettingsError(f"batch_size is {batch_size}; it must be at least 1")
@@ -158,7 +158,7 @@ class MultiBlockMasks:
         else:
             blocked = self._blocks(target_size, tops.T, lefts.T)
         allowed, counts = self._contexts(rng, context_size, blocked)
-        if self.mode == "unbiased":  # keys of the whole batch: parts of it must not differ
+        if self.mode == "unbiased":  # drawn for the whole batch, so that `part` does not matter
             keys = rng.integers(2**32, size=allowed.shape, dtype=np.uint32)[first:last]
         else:
             keys = None
@@ -201,10 +201,7 @@ class MultiBlockMasks:
     def _contexts(
         self, rng: np.random.Generator, size: _Size, blocked: _Bool
     ) -> tuple[_Bool, _Int]:
-        """Context patches [B, H * W] of every image, given its blocked patches [M, B, H * W].
-
-        Their numbers [B] come with them.
-        """
+        """Context patches [B, H * W] and their numbers [B], given blocked patches [M, B, H * W]."""
         num_targets, batch_size, patches = blocked.shape
         allowed = np.empty((batch_size, patches), np.bool_)
         counts = np.empty(batch_size, np.int64)
@@ -222,8 +219,8 @@ class MultiBlockMasks:
         raise AssertionError("a context block without constraints is larger than min_keep")
 
     def _blocks(self, size: _Size, tops: _Int, lefts: _Int) -> _Bool:
-        """Patches [..., H * W] of blocks of `size` whose corners are given."""
-        # One row per possible top or left: taking whole rows is far faster than comparing.
+        """Patches [..., H * W] of blocks of `size` with the given corners."""
+        # One row per possible top or left: taking whole rows is faster than comparing.
         height, width = self.grid_size
         in_rows = _intervals(height, size[0]).repeat(width, axis=1)
         in_columns = np.tile(_intervals(width, size[1]), height)
@@ -237,8 +234,8 @@ class MultiBlockMasks:
         """Indices [b, shortest] of the allowed patches; the first ones, or those of lowest keys."""
         patches = allowed.shape[1]
         if keys is not None:
-            # The index in the low bits makes keys distinct; the top bit puts patches outside the
-            # context behind all others.
+            # The index in the low bits makes keys distinct; the top bit sorts patches outside the
+            # context last.
             low_bits = np.uint32((1 << (patches - 1).bit_length()) - 1)
             keys &= np.uint32(2**31 - 1) ^ low_bits
             keys |= np.arange(patches, dtype=np.uint32)
@@ -252,20 +249,20 @@ class MultiBlockMasks:
 
 
 def _group(first: int, last: int, size: int) -> slice:
-    """The group of `size` images in which images `first` to `last` lie."""
+    """The group of `size` images that contains images `first` to `last`."""
     start = first // size * size
     if not first < last <= start + size:
         raise SettingsError(
-            f"images {first} to {last} of the batch are in several groups of group_size={size}: "
+            f"images {first} to {last} of the batch span several groups of group_size={size}: "
             "draw each group on its own, or use group_size='global'"
         )
     return slice(start, start + size)
 
 
 def _intervals(length: int, size: int) -> _Bool:
-    """Places [length, length] of an interval, by its start."""
-    place = np.arange(length) - np.arange(length)[:, None]
-    return (place >= 0) & (place < size)
+    """Positions of an interval for each start, [length, length]."""
+    offset = np.arange(length) - np.arange(length)[:, None]
+    return (offset >= 0) & (offset < size)
 
 
 def _between(bounds: tuple[float, float], u: float) -> float:

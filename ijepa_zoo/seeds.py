@@ -20,7 +20,7 @@ _UINT64 = 2**64
 
 
 class Stream(IntEnum):
-    """What random numbers are for; give it as a key, so that two uses never share numbers."""
+    """Purpose of random numbers; as a key, it keeps two purposes from sharing numbers."""
 
     MASKS = 1
     DATA_ORDER = 2
@@ -39,19 +39,10 @@ class Stream(IntEnum):
 
 
 def fold(*keys: int) -> int:
-    """Mix integers into one well distributed 64-bit seed.
+    """Hash integers of at most 64 bits into a seed in [0, 2**64).
 
-    The order and the number of keys matter. The result is a BLAKE2b hash, so it is the same on
-    every platform and with every version of Python, NumPy and torch.
-
-    Args:
-        keys: Integers of at most 64 bits, from -2**63 to 2**64 - 1.
-
-    Returns:
-        An integer in [0, 2**64).
-
-    Raises:
-        ValueError: No key was given, or a key does not fit into 64 bits.
+    The order and the number of keys matter. The hash is BLAKE2b, the same on every platform and
+    with every version of Python, NumPy and torch.
     """
     if not keys:
         raise SettingsError(
@@ -72,12 +63,7 @@ def numpy_generator(*keys: int) -> np.random.Generator:
 def standard_normal(shape: Sequence[int], seed: int, device: torch.device) -> torch.Tensor:
     """Standard normal numbers that depend on `seed` alone, the same on every device.
 
-    They are drawn on the CPU and copied from pinned memory, so that nothing waits for a GPU.
-
-    Args:
-        shape: Of the result.
-        seed: An integer in [0, 2**64), for example of `fold`.
-        device: Where they are wanted.
+    They are drawn on the CPU and copied from pinned memory, without a synchronization.
     """
     draw = torch.Generator().manual_seed(seed)
     numbers = torch.randn(shape, generator=draw, pin_memory=device.type == "cuda")

@@ -1,6 +1,6 @@
 """The I-JEPA encoder: timm's VisionTransformer with fixed positions and one added method.
 
-Nothing of timm's forward path is overridden, so whatever works with a timm ViT works here.
+timm's forward path is not overridden, so whatever works with a timm ViT works here.
 """
 
 from collections.abc import Mapping
@@ -179,7 +179,7 @@ def _encode_layers(vit: Any, images: Tensor, layers: int = 1) -> list[Tensor]:
 
 
 def check_encoder(vit: Any) -> None:
-    """Refuse a network that :func:`encode_visible` does not serve."""
+    """Refuse a network that :func:`encode_visible` does not support."""
     own = ("_pos_embed", "forward_features")  # overridden by other ViTs
     if getattr(vit, "rope", None) is not None:
         reason = "has rotary positions"
@@ -206,8 +206,7 @@ def check_encoder(vit: Any) -> None:
 def as_encoder(vit: Any) -> Any:
     """Give a timm ViT the methods `encode` and `encode_layers`, in place.
 
-    FSDP2 gathers the parameters around registered methods of a module, so functions alone would
-    not do.
+    FSDP2 gathers the parameters around registered methods of a module, not around functions.
     """
     if not hasattr(vit, "encode"):
         check_encoder(vit)
@@ -218,7 +217,7 @@ def as_encoder(vit: Any) -> Any:
 
 
 def _check_sizes(kwargs: Mapping[str, Any]) -> None:
-    """Refuse sizes that no network has; timm leaves that to assertions deep inside."""
+    """Refuse invalid sizes, for which timm has only assertions."""
     for key in ("in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"):
         if not kwargs.get(key, 1) > 0:
             raise SettingsError(f"{key} must be above 0, got {kwargs[key]}")
@@ -276,13 +275,9 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
-    """Build one variant as timm does; weights are mapped into a model constructed on meta.
-
-    Besides timm's arguments every entrypoint takes ``checkpoint`` and ``network``, see
-    :func:`ijepa_zoo.create_model`.
-    """
+    """Build a variant from timm's arguments, ``checkpoint`` and ``network`` (`create_model`)."""
     checkpoint, network = kwargs.pop("checkpoint", None), kwargs.pop("network", None)
-    # timm records the arguments in the folders that it saves: weights there are newer than these
+    # timm saves these arguments with a model; the weights saved beside them take precedence.
     recorded = kwargs.get("pretrained_model_args") or {}
     checkpoint = None if checkpoint == recorded.get("checkpoint") else checkpoint
     network = None if network == recorded.get("network") else network

@@ -19,7 +19,7 @@ class IJepa(nn.Module):
 
     Args:
         encoder: Context encoder: an I-JEPA encoder, or any timm ViT that
-            :func:`~ijepa_zoo.models.encoder.encode_visible` serves.
+            :func:`~ijepa_zoo.models.encoder.encode_visible` supports.
         predictor: Predictor over its tokens.
         target_encoder: Its moving average; None for a copy of ``encoder``. Takes no gradient and
             stays in evaluation mode.
@@ -27,13 +27,13 @@ class IJepa(nn.Module):
             The official loss has none.
         loss: ``smooth_l1`` (beta 1, mean) is the official repository's; ``l2``, the squared
             distance averaged over features, is the paper's text.
-        target_layers: Blocks of the target encoder, the last ones, whose outputs are averaged into
-            the targets (as in data2vec, arXiv 2202.03555); the official number is 1.
+        target_layers: Number of last blocks of the target encoder whose outputs are averaged into
+            the targets (data2vec, arXiv 2202.03555); 1 in the official repository.
         position_noise: Standard deviation of the noise in the positions of the mask tokens (StoP,
             arXiv 2308.00566, whose code has 0.25); the official repository has none. See `forward`.
 
     Attributes:
-        noise_seed: The noise is a function of it; the trainer sets another one for every update.
+        noise_seed: Seed of the noise; the trainer changes it with every update.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class IJepa(nn.Module):
 
     @torch.no_grad()
     def target_tokens(self, images: Tensor, targets: Tensor) -> Tensor:
-        """What the predictor has to predict, ``[B * R, M, L, D]``; arguments as `forward`.
+        """Targets of the predictor, ``[B * R, M, L, D]``; arguments as `forward`.
 
         The target encoder sees the whole image; blocks are cut from its output after a LayerNorm
         without affine parameters over the features.
@@ -96,8 +96,7 @@ class IJepa(nn.Module):
         With ``position_noise`` the mask token at position j is ``m + p_j + W n_j + b``, where W and
         b are the predictor's embedding of context tokens and ``n_j`` is drawn from
         ``N(0, position_noise^2 I)``. The paper draws for every mask token; here all images of an
-        update share the draw of a position, which costs nothing and does not depend on the number
-        of processes.
+        update share one draw per position, which does not depend on the number of processes.
 
         Args:
             images: ``[B, C, H, W]``, normalized.

@@ -37,8 +37,8 @@ class Predictor(nn.Module):
         num_heads: Attention heads per block: as many as the encoder has.
         mlp_ratio: Hidden width of the blocks' MLP over ``predictor_embed_dim``.
         context: ``repeated`` is the official predictor, where the context is processed again
-            with every target block. ``shared`` processes it once: it does not see the mask
-            tokens, which costs less and is another method. The parameters are the same.
+            with every target block. ``shared`` processes it once, without the mask tokens: a
+            cheaper variant of the method with the same parameters.
         device: As in torch.
         dtype: As in torch.
     """
@@ -110,16 +110,10 @@ class Predictor(nn.Module):
     def forward(
         self, tokens: Tensor, context: Tensor, targets: Tensor, noise: Tensor | None = None
     ) -> Tensor:
-        """Predict the tokens of every target block.
+        """Predict the tokens ``[B, M, L, D]`` of the target blocks ``targets`` ``[B, M, L]``.
 
-        Args:
-            tokens: The context encoder's tokens ``[B, K, D]``.
-            context: Their patch indices ``[B, K]``, int64.
-            targets: Patch indices of the target blocks ``[B, M, L]``, int64.
-            noise: Added to the mask tokens, embedded like context tokens, ``[N, D]``; see `IJepa`.
-
-        Returns:
-            Predicted tokens ``[B, M, L, D]``.
+        ``tokens`` ``[B, K, D]`` are the context encoder's, at the patch indices ``context``
+        ``[B, K]``. ``noise`` ``[N, D]`` is embedded and added to the mask tokens, see `IJepa`.
         """
         if context.shape != tokens.shape[:2] or targets.ndim != 3 or len(targets) != len(tokens):
             raise SettingsError(
@@ -156,10 +150,10 @@ class Predictor(nn.Module):
         return predicted
 
 
-# The blocks are timm's, without the work that changes no number. The tokens of a context are the
-# same for every target block until the first attention, and mask tokens differ by their position
-# alone; after the last attention only target tokens are wanted. All of it happens in `forward`, so
-# that FSDP2 and torch.compile see the blocks as they see timm's.
+# timm's blocks without redundant computation. Until the first attention, the tokens of a context
+# are the same for every target block, and mask tokens differ only by position; after the last
+# attention only target tokens are needed. All of it is in `forward`, as FSDP2 and torch.compile
+# expect.
 
 
 class OpeningBlock(Block):
@@ -190,11 +184,7 @@ class ClosingBlock(Block):
 
 
 class SharedBlock(Block):
-    """A block that processes the context tokens once; they do not see the mask tokens.
-
-    The mask tokens of a target block attend to the context and to each other. Not the paper's
-    predictor, where the context is processed again with every target block.
-    """
+    """A block whose mask tokens attend to the context and to each other; the context to itself."""
 
     def forward(self, context: Tensor, masked: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """Update context ``[B, K, C]``, unless ``last``, and mask tokens ``[B, M, L, C]``."""
