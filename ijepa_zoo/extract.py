@@ -42,7 +42,7 @@ _WEEK = 604_800.0  # seconds; ranks wait for the slowest one
 
 @dataclass(frozen=True)
 class ExtractionReport:
-    """What a run did.
+    """Result of an extraction.
 
     Attributes:
         features: The file of features, `[rows, *row]` in the order of the input.
@@ -54,7 +54,7 @@ class ExtractionReport:
         skipped: Files in folders or shards that are not images by their names.
         images_per_second: Rate of all processes in this session; 0 if nothing was left to do.
         already_done: Whether a finished run with the same settings was found.
-        settings: What the run was made with.
+        settings: Settings of the run.
     """
 
     features: Path
@@ -96,7 +96,7 @@ def extract_features(
     `<out>.parts` until the end, so the same call after an interruption resumes, and the files are
     byte-identical to those of an uninterrupted run for any number of workers, threads, and
     processes under `torchrun` (on a shared file system). A run is resumed, or taken for finished,
-    by its settings and the paths of the images; the contents of the images are not compared.
+    by its settings and the paths of the images, not by their contents.
 
     Args:
         inputs: See :func:`ijepa_zoo.data.sources.open_images`.
@@ -123,13 +123,13 @@ def extract_features(
         progress: Show progress: a bar in a terminal, a line every 30 s elsewhere.
 
     Returns:
-        What was done; images that failed are in it and in the index. None on ranks other than 0.
+        The result; failed images are listed in it and in the index. None on ranks other than 0.
 
     Raises:
         DataError: An input does not exist or there are no images.
         SettingsError: An argument is out of range.
-        RunError: Other results are in the way, another process is at work, an image fails under
-            `strict`, or features are not finite in the chosen precision.
+        RunError: Other results exist, another process is writing, an image fails under `strict`,
+            or features are not finite in the chosen precision.
     """
     if min(1 if batch_size is None else batch_size, threads or 1) < 1 or (workers or 0) < 0:
         raise SettingsError("batch_size and threads must be at least 1, workers at least 0")
@@ -172,13 +172,13 @@ def run_extraction(
     overwrite: bool = False,
     progress: bool = False,
 ) -> ExtractionReport | None:
-    """The engine of features and predictions; options are those of `extract_features`."""
+    """Extract features or predictions; options are those of `extract_features`."""
     with init_distributed(device, timeout=_WEEK) as distributed:
         encoder = make_encoder(distributed.device)
         decoder = Decoder(encoder.in_chans, value_range, bands, max_pixels)
         images = open_images(inputs, decoder=decoder, exclude=outputs.own)
         outputs.refuse_inputs(images)
-        # Equal batches waste the fewest slots of the last one, down to a run of a single image.
+        # Equal batches leave the fewest empty slots in the last one.
         batch_size = -(-len(images) // -(-len(images) // (batch_size or encoder.batch_size)))
         settings = {
             **encoder.settings,
@@ -204,7 +204,7 @@ def run_extraction(
 
 @dataclass(frozen=True)
 class Extracted:
-    """Images that this session computed, of all processes, and the seconds that it took."""
+    """Number of images that all processes computed in this session, and its seconds."""
 
     already_done: bool
     computed: int = 0
@@ -229,8 +229,8 @@ def extract_batches(
     """Turn batches of images into files, resumable; every process must call this.
 
     `batches` gives a `Batch` by its number, see `ImageBatches`; `encoder` turns them into rows, see
-    `Encoder`; `settings` are everything that decides the numbers, plain values. With `is_cache`,
-    files that are damaged or of other settings are replaced.
+    `Encoder`; `settings` are plain values that determine the numbers. With `is_cache`, files that
+    are damaged or made with other settings are replaced.
     """
     settings = json.loads(json.dumps(settings))  # as they are read back
     with lock_outputs(outputs, settings, overwrite, is_cache, distributed) as finished:
@@ -239,13 +239,13 @@ def extract_batches(
         row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
         parts = Parts(outputs.parts, len(images), batches.batch_size, row_bytes)
         show = progress and distributed.is_main
-        extracted = _work(parts, images, batches, encoder, distributed, workers, show, title)
+        extracted = _compute(parts, images, batches, encoder, distributed, workers, show, title)
         if distributed.is_main:
             merge(outputs, parts, images, encoder.row_shape, settings, write or _write_rows)
     return extracted
 
 
-def _work(
+def _compute(
     parts: Parts,
     images: ImageDataset,
     batches: Any,
@@ -255,9 +255,9 @@ def _work(
     show: bool,
     title: str,
 ) -> Extracted:
-    """Compute the missing parts, every rank its own."""
+    """Compute the missing parts of this rank."""
     done = distributed.broadcast_object(parts.complete() if distributed.is_main else set())
-    if batches.strict:  # parts with failures are read again, to stop there
+    if batches.strict:  # parts with failures are computed again, to raise the error
         done = {part for part in done if not any(parts.errors(part))}
     own = range(distributed.rank, len(parts), distributed.world_size)
     missing = [part for part in own if part not in done]
@@ -279,8 +279,8 @@ def _work(
             if not all(torch.isfinite(batch).all() for batch in rows):
                 name = images.name(part * parts.images_each)
                 raise RunError(
-                    f"features in the batches from {name!r} on are NaN or infinite: use float32 "
-                    "for dtype and precision; if they are so then, the weights are damaged"
+                    f"features of the batches starting at {name!r} are NaN or infinite: use "
+                    "float32 for dtype and precision; if that fails too, the weights are damaged"
                 )
             parts.write(part, rows, errors)
             bar.update(parts.size(part))
@@ -355,7 +355,7 @@ def _write_rows(
     shape: tuple[int, ...],
     settings: dict[str, Any],
 ) -> None:
-    """The features in one of `FORMATS`."""
+    """Write the features in one of `FORMATS`."""
     dtype = settings["dtype"]
     if outputs.format == "parquet":
         _write_parquet(file, parts, outputs.index, shape, dtype)
@@ -404,7 +404,7 @@ def _write_parquet(
 
 
 def utf8(text: str | None) -> str | None:
-    r"""Parquet and safetensors hold UTF-8 only: other bytes of a name become `\udcXX`."""
+    r"""Text as UTF-8, which Parquet and safetensors require: other bytes become `\udcXX`."""
     return text and text.encode("utf-8", "backslashreplace").decode()
 
 

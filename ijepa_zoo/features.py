@@ -21,13 +21,13 @@ _log = logging.getLogger(__name__)
 class FeatureExtractor(nn.Module):
     """Features of a frozen timm model.
 
-    Of a ViT, the final norm is applied to the tokens of each chosen block before pooling. With
+    In a ViT, the final norm is applied to the tokens of each chosen block before pooling. With
     `avg`, 'last' and 'last4' are the two representations of the I-JEPA paper (arXiv 2301.08243,
-    appendix A.1). Where timm normalizes after pooling (`fc_norm`), it is applied to
-    the tokens all the same, so `avg` is not exactly timm's pooled output there.
+    appendix A.1). Where timm normalizes after pooling (`fc_norm`), `avg` therefore differs from
+    timm's pooled output.
 
-    Of a network without such blocks (ResNet, ConvNeXt, Swin), the features are the map of timm's
-    `forward_features`. The pooled map goes through the norm of the head, if any (ConvNeXt), as in
+    In a network without such blocks (ResNet, ConvNeXt, Swin), the features are the map of timm's
+    `forward_features`, pooled and normalized by the norm of the head, if any (ConvNeXt), as in
     timm.
 
     Args:
@@ -79,7 +79,7 @@ class FeatureExtractor(nn.Module):
         has_map = self._is_vit and getattr(self.model, "attn_pool", None) is not None
         if pool == "auto":
             own = getattr(self.model, "global_pool", "avg")
-            own = getattr(own, "pool_type", own)  # of networks without blocks, a module
+            own = getattr(own, "pool_type", own)  # a module in networks without blocks
             pool = "map" if has_map else "cls" if own == "token" and has_cls else "avg"
             if pool == "avg" and isinstance(own, str) and own != "avg":
                 _log.warning("%s has global_pool=%r: features are pooled by 'avg'", name, own)
@@ -89,13 +89,13 @@ class FeatureExtractor(nn.Module):
                 "'avg'"
             )
         if pool == "map" and not (has_map and self.layers == [len(self.model.blocks) - 1]):
-            why = "is for its last block" if has_map else "does not exist"
+            why = "takes its last block only" if has_map else "does not exist"
             raise SettingsError(f"the attention pooling of {name} {why}: use pool='avg'")
         return pool
 
     @property
     def final_norm(self) -> nn.Module:
-        """The final LayerNorm; some timm ViTs have it behind the pooling, as `fc_norm`."""
+        """The final LayerNorm; in some timm ViTs it is `fc_norm`, after the pooling."""
         candidates = (getattr(self.model, name, None) for name in ("norm", "fc_norm"))
         found = (n for n in candidates if n is not None and not isinstance(n, nn.Identity))
         return next(found, nn.Identity())
@@ -171,7 +171,7 @@ class FeatureExtractor(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every submodule gets its own mode back at the end."""
+    """Set evaluation mode; restore the mode of every submodule on exit."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

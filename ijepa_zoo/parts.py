@@ -43,7 +43,7 @@ class Outputs:
 
     @property
     def files(self) -> tuple[Path, Path, Path]:
-        """Those of a finished run."""
+        """The files of a finished run."""
         return self.features, self.index, self.record
 
     def own(self, path: str) -> bool:
@@ -89,7 +89,7 @@ class Parts:
 
     @property
     def batches_each(self) -> int:
-        """Batches per part: one, or more where there would be too many files."""
+        """Batches per part: one, or more to limit the number of files."""
         return -(-self.images // (self.batch_size * _MOST_PARTS))
 
     @property
@@ -143,7 +143,7 @@ class Parts:
 
 @contextmanager
 def whole_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
-    """Write a file that appears under its name when it is complete and on disk, or not at all."""
+    """Write a file atomically: it appears under its name when it is complete and on disk."""
     temporary = temporary or path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         yield file
@@ -160,11 +160,7 @@ def lock_outputs(
     is_cache: bool,
     distributed: Distributed,
 ) -> Iterator[bool]:
-    """Lock and prepare the outputs, on rank 0; yields whether such a run is finished already.
-
-    Raises:
-        RunError: Other results exist, or another process is at work; on every rank.
-    """
+    """Lock and prepare the outputs on rank 0; yields whether the run is finished already."""
     lock = FileLock(outputs.parts / "lock", timeout=0)
 
     def prepare() -> tuple[bool, dict[str, Any]]:
@@ -194,7 +190,7 @@ def lock_outputs(
 
 
 def _is_finished(outputs: Outputs, settings: dict[str, Any], is_cache: bool) -> bool:
-    """Whether the files are those of such a run; other files are refused, unless `is_cache`."""
+    """Whether the files are of a run with these settings; refuse others unless `is_cache`."""
     found = [path for path in outputs.files if path.exists()]
     resumes = not outputs.record.exists() and (outputs.parts / "settings.json").exists()
     if not found or resumes:
@@ -231,11 +227,11 @@ def _start_or_resume(outputs: Outputs, settings: dict[str, Any], overwrite: bool
         _remove(outputs, "[0-9]*.rows*", "[0-9]*.json*", "merged.tmp")
         with whole_file(outputs.parts / "settings.json") as file:
             file.write(json.dumps(settings).encode())
-    outputs.record.unlink(missing_ok=True)  # from here on the old files are no finished run
+    outputs.record.unlink(missing_ok=True)  # the old files no longer count as a finished run
 
 
 def _remove_parts(outputs: Outputs) -> None:
-    """Remove the parts of a finished run, then the settings that say whose they are."""
+    """Remove the parts of a finished run, then their settings."""
     _remove(outputs, "[0-9]*.rows*", "[0-9]*.json*", "merged.tmp", "settings.json*", "*lock")
     with suppress(OSError):  # it does not exist, or a new run has just opened its lock in it
         outputs.parts.rmdir()
@@ -248,7 +244,7 @@ def _remove(outputs: Outputs, *patterns: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """JSON object in a file; empty where there is none."""
+    """JSON object in a file, or an empty one."""
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -271,7 +267,7 @@ def merge(
     settings: dict[str, Any],
     write: Writer,
 ) -> None:
-    """Join the parts into the final files; each appears when it is complete, the record last."""
+    """Join the parts into the final files, atomically, the record last."""
     counts = {"rows": 0, "failed": 0, "skipped": 0}
     temporary = outputs.parts / "merged.tmp"
     with whole_file(outputs.index, temporary) as file:
