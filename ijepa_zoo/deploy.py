@@ -34,7 +34,7 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _OPSET = 18  # the lowest that torch writes and that has an antialiased Resize
 _ONE_FILE = 1_900_000_000  # bytes of weights inside model.onnx; protobuf ends at 2 GiB
 _BATCHES = (1, 2, 5)  # images of the checks
-# Largest |file - model in float32| / |model in float32|: rounding stays well below, errors do not.
+# Largest |file - model in float32| / |model in float32|: well above rounding, below real errors.
 _LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 1e-1}
 
 
@@ -56,11 +56,10 @@ def export_graph(
     """Export a model as a file that a server runs without this package.
 
     The graph takes uint8 RGB pixels ``images [B, 3, H, W]`` for any ``B``, normalizes them and
-    returns float32 ``features``: ``[B, nD]`` for n blocks, or maps ``[B, nD, h, w]``. Of a
-    classifier it returns ``logits``: ``[B, classes]``, or maps ``[B, classes, H, W]``.
-    ``serving.json`` beside it has the resize and crop that come before, the shapes, the model, its
-    license and the error of the file: it is compared with the model in float32 on rendered scenes,
-    and only kept if it agrees.
+    returns float32 ``features``: ``[B, nD]`` for n blocks, or maps ``[B, nD, h, w]``. A classifier
+    returns ``logits``: ``[B, classes]``, or maps ``[B, classes, H, W]``. ``serving.json`` beside it
+    has the preceding resize and crop, the shapes, the model, its license and the error of the file
+    against the model in float32 on rendered scenes. A file with a large error is not kept.
 
     Args:
         model: A timm model, for example from :func:`ijepa_zoo.create_model`.
@@ -85,7 +84,7 @@ def export_graph(
 
     Raises:
         RunError: If the file disagrees with the model, the model's own features are not finite or
-            all zero, or ``folder`` exists; an existing folder is left as it was.
+            all zero, or ``folder`` exists. An existing folder stays unchanged.
     """
     folder = Path(folder)
     check_request(folder, to, dtype=dtype, quantize=quantize, overwrite=overwrite)
@@ -134,7 +133,7 @@ def export_graph(
 def check_request(
     folder: str | Path, to: str, *, dtype: str, quantize: str | None, overwrite: bool
 ) -> None:
-    """Refuse what `export_graph` would, before weights are downloaded."""
+    """Raise the errors of `export_graph` for its arguments, before weights are downloaded."""
     for name, value, known in (
         ("to", to, FILES),
         ("dtype", dtype, DTYPES),
@@ -159,10 +158,7 @@ def check_request(
 
 
 class _Graph(nn.Module):
-    """From uint8 pixels ``[B, C, H, W]`` to float32 outputs, on the CPU in the given data type.
-
-    Without ``features``, layers and pool, the outputs are the model's own logits.
-    """
+    """uint8 pixels ``[B, C, H, W]`` to float32 ``features`` (layers, pool), or logits if None."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -228,7 +224,7 @@ def _trace(graph: _Graph) -> ExportedProgram:
         program = torch.export.export(
             graph, (example,), dynamic_shapes={"images": dynamic}, strict=False
         )
-    for node in program.graph.nodes:  # they name files of this machine
+    for node in program.graph.nodes:  # remove local file names
         node.meta.pop("stack_trace", None)
     return program
 
@@ -310,7 +306,7 @@ def _expected(reference: _Graph) -> list[tuple[Tensor, Tensor]]:
 def _check(
     run: Callable[[Tensor], Tensor], pairs: list[tuple[Tensor, Tensor]], precision: str
 ) -> dict[str, Any]:
-    """Compare the file with the model; raises RunError if its precision does not explain it."""
+    """Compare the file with the model; raise RunError above the limit of the precision."""
     limit, batches, cosines = _LIMITS[precision], [], []
     for images, expected in pairs:
         got = run(images)
@@ -346,10 +342,7 @@ def _shapes(graph: _Graph, features: Tensor) -> dict[str, Any]:
 
 
 def _preprocessing(model: nn.Module) -> dict[str, Any]:
-    """How an image becomes the pixels that the graph takes, for any image library.
-
-    ``resize`` is the short side in pixels, or ``[height, width]`` where the aspect ratio changes.
-    """
+    """Resize and crop before the graph; ``resize`` is the short side, or ``[height, width]``."""
     config = transform_config(model)
     height, width = config["input_size"][1:]
     mode = config["crop_mode"]
@@ -377,7 +370,7 @@ def _description(model: nn.Module, license: str | None) -> dict[str, Any]:
     network = getattr(model, "weights_network", "").replace("_", " ")
     known = f"{network} of " if weights.startswith(f"{network} of ") else ""
     source = weights.removeprefix(known)
-    if Path(source).is_absolute():  # no folders of this machine in what is served
+    if Path(source).is_absolute():  # leave out local folders
         source = Path(source).name
     return {
         "model": model_name(model),

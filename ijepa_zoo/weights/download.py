@@ -66,16 +66,8 @@ def fetch_official(
 
     The first download of a URL records its size, ETag and the SHA-256 of the network in a JSON
     file beside the cached file. A later download from that URL with another size or SHA-256 is
-    refused; another ETag alone gives a warning, since copies of a file differ in it.
-
-    Args:
-        url: Address of a zip-format ``torch.save`` file, on a server that supports ranges.
-        network: Top-level key of a dict of tensors, such as ``target_encoder``.
-        cache_dir: See `cache_folder`.
-        size: Expected size of the remote file, in bytes.
-        sha256: Expected SHA-256 of the network: of the bytes after the safetensors header.
-        progress: Show a progress bar.
-        workers: Number of parallel requests.
+    refused; another ETag alone only gives a warning, since mirrors may differ in it. ``sha256`` is
+    that of the bytes after the safetensors header.
     """
     from huggingface_hub import constants
 
@@ -118,7 +110,7 @@ def fetch_hub(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """``huggingface_hub.hf_hub_download``, whose failures are :class:`FetchError`."""
+    """Call ``huggingface_hub.hf_hub_download``; failures raise :class:`FetchError`."""
     from huggingface_hub import errors, hf_hub_download
 
     transport = getattr(errors, "HTTPError", OSError)  # from version 1.0 on, of httpx
@@ -126,7 +118,7 @@ def fetch_hub(
         return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir))
     except (
         *(errors.HfHubHTTPError, errors.HFValidationError, errors.EntryNotFoundError, transport),
-        *(OSError, RuntimeError),  # up to 1.32 it tries again over a client that it has closed
+        *(OSError, RuntimeError),  # up to 1.32 it retries with a closed client
     ) as error:
         raise FetchError(
             f"cannot fetch {filename!r} of the Hugging Face repository {repo_id!r}, revision "
@@ -161,7 +153,7 @@ def _read_record(record: Path) -> dict[str, Any]:
 def _require_equal(what: str, found: object, expected: object, record: Path) -> None:
     if None not in (found, expected) and found != expected:
         raise FetchError(
-            f"{what} is {found}, expected {expected}: these are other weights; upgrade ijepa-zoo, "
+            f"{what} is {found}, expected {expected}: the weights have changed; upgrade ijepa-zoo, "
             f"or delete {record} and the networks beside it to download again"
         )
 
@@ -184,7 +176,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A tensor in the pickle, which is all of its storage."""
+    """A tensor in the pickle that fills its storage."""
 
     storage: _Storage
     meta: Tensor  # on the meta device, with dtype and shape
@@ -266,8 +258,8 @@ def _fetch_group(
             storage = content[begin : begin + tensor.storage.nbytes]
             if zlib.crc32(storage) != tensor.storage.crc:
                 raise FetchError(
-                    f"{name} of {remote.url} was corrupted in transfer (wrong CRC-32); run again, "
-                    "and if it stays so, the file on the server is corrupt"
+                    f"{name} of {remote.url} was corrupted in transfer (wrong CRC-32): run again; "
+                    "if the error persists, the file on the server is corrupt"
                 )
             file.seek(offsets[name])
             file.write(storage)
@@ -299,14 +291,14 @@ def _find_tensors(remote: RemoteFile, network: str) -> dict[str, _Tensor]:
     for name, (storage, meta) in tensors.items():
         if not meta.is_contiguous() or meta.nbytes != storage.nbytes:
             raise FetchError(
-                f"{name} of {remote.url} is a part of another tensor; download the whole file and "
+                f"{name} of {remote.url} is a view of another tensor; download the whole file and "
                 "open it by its path"
             )
     return dict(sorted(tensors.items(), key=lambda item: item[1].storage.start))
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the pickle of ``torch.save``: descriptions of tensors, and no code."""
+    """Reads the pickle of ``torch.save``: descriptions of tensors, without running code."""
 
     GLOBALS: ClassVar[dict[str, Any]] = {
         "collections.OrderedDict": OrderedDict,

@@ -53,17 +53,17 @@ def export(
             'local-dir:FOLDER')``), 'transformers' (``IJepaModel.from_pretrained``) or 'official'
             (a .pth.tar of the official repository, with a fresh optimizer; needs all three
             networks).
-        network: Which network a format for one network gets; default 'target_encoder'. For a single
-            encoder, and for a file that does not say so: which network it is.
+        network: The network that a format for one network takes, default 'target_encoder'; the
+            name of a single encoder, or of the network in a file that does not record it.
         dtype: Store tensors in this dtype; None keeps theirs.
         license: License of the weights (SPDX), for the model card; default: that of the source.
         overwrite: Replace an earlier export, once the new one is complete.
         push_to: Also upload the folder to this repository of the Hugging Face Hub.
         private: Create that repository as a private one.
         revision: Branch to upload to; it is created if necessary.
-        model_name: Registered model of a file that does not say so.
+        model_name: Registered model name, for a file that does not record it.
         cache_dir: Cache of fetched files.
-        origin: Where the weights of a model in memory come from, for the model card.
+        origin: Source of the weights of a model in memory, for the model card.
         **encoder_kwargs: For a file: timm arguments of the encoder that differ from the model's.
 
     Returns:
@@ -138,11 +138,11 @@ def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Ite
 
 
 def _refuse_source(source: str | Path, folder: Path) -> None:
-    """The folder that is replaced must not contain what is copied."""
-    place = Path(str(source).removeprefix(FOLDER_PREFIX)).expanduser()
-    if place.exists() and folder.exists():
-        place, target = place.resolve(), folder.resolve()
-        if target in (place, *place.parents):
+    """Refuse to replace a folder that contains the source."""
+    path = Path(str(source).removeprefix(FOLDER_PREFIX)).expanduser()
+    if path.exists() and folder.exists():
+        path, target = path.resolve(), folder.resolve()
+        if target in (path, *path.parents):
             raise RunError(f"{folder} contains the source {source}: choose another name")
 
 
@@ -256,11 +256,8 @@ def _predictor_args(state: State, known: Mapping[str, Any]) -> dict[str, Any]:
 def _describe(encoder: VisionTransformer, origin: str) -> Networks:
     """Metadata of an encoder, without tensors."""
     cfg = getattr(encoder, "pretrained_cfg", None) or {}
-    is_ours, args, model = (
-        isinstance(encoder, IJepaEncoder),
-        vit_args(encoder),
-        str(cfg.get("architecture")),
-    )
+    is_ours, args = isinstance(encoder, IJepaEncoder), vit_args(encoder)
+    model = str(cfg.get("architecture"))
     if is_ours:
         model = registry.model_name(args, model)
     _check_twin(encoder, model, args)
@@ -274,7 +271,7 @@ def _describe(encoder: VisionTransformer, origin: str) -> Networks:
         preprocessing["label_names"] = list(names)
     if getattr(encoder, "multi_label", False):
         preprocessing["multi_label"] = True
-    norm_eps = encoder.norm.eps if is_ours else 1e-6  # timm's name stands for its own
+    norm_eps = encoder.norm.eps if is_ours else 1e-6  # other ViTs get theirs from the name
     return Networks(origin, {}, "memory", model, args, norm_eps, pretrained_cfg=preprocessing)
 
 
@@ -304,7 +301,7 @@ def vit_args(encoder: VisionTransformer) -> dict[str, Any]:
 
 
 def _check_twin(encoder: VisionTransformer, name: str, args: Mapping[str, Any]) -> None:
-    """Refuse a model that its name and arguments do not build again, such as one of SwiGLU."""
+    """Refuse a model that its name and arguments cannot rebuild, such as one with SwiGLU."""
     meta: dict[str, Any] = {"device": "meta", "weight_init": "skip"}
     if isinstance(encoder, IJepaEncoder):
         eps = getattr(encoder.norm, "eps", 1e-6)

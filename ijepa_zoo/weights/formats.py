@@ -1,7 +1,7 @@
 """Checkpoint formats: tensor names of other libraries' files <-> timm's.
 
-Pure functions on dictionaries. Unknown formats are refused, every name is accounted for, and each
-direction is the exact inverse of the other.
+Pure functions on dictionaries. Unknown formats and names are refused, and each direction is the
+exact inverse of the other.
 """
 
 import json
@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 UNLABELED = "unlabeled"  # key of a network when the file does not say which one it is
 
 _DISTRIBUTED_PREFIX = "module."  # DistributedDataParallel's, in every official file
-# Parts of names that wrappers of torch add anywhere.
+# Inserted into names by torch's wrappers.
 _WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Keys under which training scripts save a state dict; the first one present is taken.
 _STATE_KEYS = (
@@ -51,7 +51,7 @@ _HEADS = ("head.weight", "head.bias", "classifier.weight", "classifier.bias")
 _QKV = ("query", "key", "value")
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 _LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
-# Every network has one of these tensors: what precedes its name is the prefix of all its names.
+# Every network has one of these tensors; the text before it is the prefix of all its names.
 _ANCHORS = (
     *("patch_embed.proj.weight", _TRANSFORMERS["patch_embed.proj.weight"]),
     "predictor_embed.weight",
@@ -117,7 +117,7 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]
     used: set[str] = set()
     for prefix, network in zip(prefixes, networks):
         own = {name[len(prefix) :]: name for name in plain if name.startswith(prefix)}
-        if prefix and len(prefixes) == 1:  # a classifier beside its body, as transformers has it
+        if prefix and len(prefixes) == 1:  # the classifier of transformers has no prefix
             own |= {name: name for name in plain if name in _HEADS}
         used.update(own.values())
         tensors = {name: plain[full_name] for name, full_name in own.items()}
@@ -127,7 +127,7 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]
     if twice:
         raise CheckpointError(
             f"{origin} has {some(twice)} beside the same names with the prefix {prefixes[0]!r}: "
-            "it is not clear which ones to load"
+            "remove those that should not be loaded"
         )
     if rest:
         _log.warning("%s: %s are not used", origin, some(rest))
@@ -139,7 +139,7 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]
 
 
 def _prefix(name: str) -> str | None:
-    """What precedes the name of an anchor; None for other tensors."""
+    """Prefix of an anchor; None for other tensors."""
     for anchor in _ANCHORS:
         if name == anchor or name.endswith(f".{anchor}"):
             return name.removesuffix(anchor)
@@ -155,7 +155,7 @@ def _to_timm(state: State, origin: str) -> tuple[State, str]:
 
 
 def to_official(state: Mapping[str, Tensor]) -> State:
-    """Put ``module.`` before every name, as in the official repository's files."""
+    """Prefix every name with ``module.``, as in the official repository's files."""
     return {_DISTRIBUTED_PREFIX + name: tensor for name, tensor in state.items()}
 
 
@@ -192,8 +192,7 @@ def from_transformers(state: Mapping[str, Tensor], origin: str) -> State:
 def to_transformers(state: Mapping[str, Tensor], origin: str) -> State:
     """timm's names to those of transformers' ``IJepaModel``.
 
-    With a classifier to those of ``IJepaForImageClassification``, whose body has the prefix
-    ``ijepa.``.
+    With a classifier, to those of ``IJepaForImageClassification``: body prefixed with ``ijepa.``.
     """
     out: State = {}
     prefix = "ijepa." if "head.weight" in state else ""
@@ -217,7 +216,7 @@ def to_transformers(state: Mapping[str, Tensor], origin: str) -> State:
     return out
 
 
-# In the order in which the safetensors package stores them, so that every tensor is aligned.
+# In the order of the safetensors package, so that every tensor is aligned.
 _SAFETENSORS_NAMES: dict[torch.dtype, str] = {
     torch.int64: "I64",
     torch.float64: "F64",

@@ -107,7 +107,7 @@ def num_heads(vit: Any) -> int:
 
 
 def check_architecture(model: Any, known: Mapping[str, Any], origin: str) -> None:
-    """Compare the checkpoint's known timm arguments; shapes alone do not tell the heads."""
+    """Compare the checkpoint's known timm arguments; shapes alone do not show num_heads."""
     actual = {
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),

@@ -1,4 +1,4 @@
-"""Open a checkpoint of any known kind; its networks are read when asked for."""
+"""Open a checkpoint of any known format; its networks are read on demand."""
 
 import json
 import pickle
@@ -28,12 +28,12 @@ _DAMAGE = (
     *(TypeError, AttributeError, AssertionError, OSError, zipfile.BadZipFile),
 )
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
-Locate = Callable[[str], Path]  # from the name of a file of a folder to its local path
+Locate = Callable[[str], Path]  # name of a file in a folder -> its local path
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of one model: those of a checkpoint, and those of an export."""
+    """The networks of a checkpoint, or of modules to export."""
 
     origin: str  # where they come from, for messages and model cards
     # A reader of each network, which opens or fetches files. The key is 'unlabeled' if the
@@ -155,7 +155,7 @@ def packaged_folder(name: str) -> Path:
 def find_timm_config(
     location: str | Path, cache_dir: str | Path | None = None
 ) -> dict[str, Any] | None:
-    """config.json of a network of timm that is not an I-JEPA encoder; None for other locations."""
+    """config.json of a timm network that is not an I-JEPA encoder; None for other locations."""
     text = str(location)
     if text.startswith(HUB_PREFIX):
         locate = _hub_files(text, cache_dir)
@@ -173,7 +173,7 @@ def find_timm_config(
 
 
 def _find_export(folder: Path) -> Path:
-    """The export inside a pretraining run; any other folder as it is."""
+    """The export inside a pretraining run; any other folder unchanged."""
     if re.fullmatch(r"step-\d+", folder.name) and folder.parent.name == "checkpoints":
         run, step = folder.parent.parent, int(folder.name.removeprefix("step-"))
         raise CheckpointError(
@@ -217,7 +217,7 @@ def _read_safetensors(path: Path) -> State:
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     """Load a ``torch.save`` file, tensors and plain values only; mapped if the format allows."""
-    with path.open("rb") as file:  # a file without read permission is not a damaged one
+    with path.open("rb") as file:  # a missing read permission must not be reported as damage
         is_zip = zipfile.is_zipfile(file)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -239,11 +239,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
 def _open_folder(
     locate: Locate, origin: str, released: registry.Checkpoint | None = None
 ) -> Networks:
-    """Open a folder or repository by its config.json; ``locate`` fetches its files.
-
-    The preprocessing of a ``released`` repository replaces that of its preprocessor_config.json,
-    which is not that of pretraining.
-    """
+    """Open a folder or repository by its config.json; ``locate`` fetches its files."""
     config = _read_json(locate, "config.json", origin)
     if "ijepa_zoo" in config:
         return _open_native(config, locate, origin)
@@ -255,7 +251,7 @@ def _open_folder(
         norm_eps = args.pop("norm_eps")
         model, license = registry.model_name(args), config.get("license")
         cfg: dict[str, Any] = {}
-        if released is not None:
+        if released is not None:  # its preprocessor_config.json is not that of pretraining
             label, model, license = released.network, released.model, released.license
             cfg = released.preprocessing
         elif _optional(locate, "preprocessor_config.json") is not None:
@@ -345,7 +341,7 @@ def _locate_in(folder: Path, name: str) -> Path:
 
 
 def _optional(locate: Locate, name: str) -> Path | None:
-    """A file that the folder may lack."""
+    """Path of an optional file."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
@@ -353,7 +349,7 @@ def _optional(locate: Locate, name: str) -> Path | None:
     except (CheckpointError, FetchError) as error:
         cause = error.__cause__
         absent = isinstance(cause, FileNotFoundError | EntryNotFoundError)
-        if absent and not isinstance(cause, LocalEntryNotFoundError):  # that one is: offline
+        if absent and not isinstance(cause, LocalEntryNotFoundError):  # that one means offline
             return None
         raise
 

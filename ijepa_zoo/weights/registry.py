@@ -23,8 +23,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "mlp_ratio": 48 / 11,
     },
 }
-CUSTOM = "vit_custom_ijepa"  # the name of an encoder whose sizes are none of these
-_TIMM_NAMES = {  # timm's own name of the same network -> ours
+CUSTOM = "vit_custom_ijepa"  # an encoder of other sizes
+_TIMM_NAMES = {  # timm's name of the same network -> ours
     "vit_base_patch16_gap_224": "vit_base16_ijepa",
     "vit_huge_patch14_gap_224": "vit_huge14_ijepa",
     "vit_huge_patch16_gap_448": "vit_huge16_448_ijepa",
@@ -115,14 +115,14 @@ def find_repository(hf_hub_id: str) -> Checkpoint | None:
 
 
 def entrypoint_args(architecture: str) -> dict[str, Any]:
-    """timm arguments that an architecture has unless a config gives others."""
+    """Default timm arguments of an architecture."""
     if architecture == "vit_base_patch16_gap_224":  # timm's has 16 heads
         return {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 16}
     return dict(ARCHITECTURES.get(registered_name(architecture) or CUSTOM, {}))
 
 
 def registered_name(architecture: str) -> str | None:
-    """Our name of an architecture, which may have timm's; None for other networks."""
+    """Registered name of an architecture given by our name or timm's; None for other networks."""
     name = _TIMM_NAMES.get(architecture, architecture)
     return name if name in (*ARCHITECTURES, CUSTOM) else None
 
@@ -135,7 +135,7 @@ def is_ijepa(name: str) -> bool:
 def model_name(args: Mapping[str, Any], architecture: str | None = None) -> str:
     """The registered name of an encoder with these timm arguments, else :data:`CUSTOM`.
 
-    Of several names of the same sizes, that of its config's architecture is taken.
+    ``architecture`` is preferred among names of the same sizes.
     """
     named = registered_name(architecture or "")
     side = args.get("img_size", 224)
@@ -148,7 +148,7 @@ def model_name(args: Mapping[str, Any], architecture: str | None = None) -> str:
 
 
 def timm_name(model: str | None) -> str:
-    """Name of timm's network that ``model_args`` turn into this model."""
+    """timm's architecture that becomes this model with the right ``model_args``."""
     return {ours: theirs for theirs, ours in _TIMM_NAMES.items()}.get(
         model or "", "vit_base_patch16_gap_224"
     )

@@ -44,7 +44,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _timm_config(networks: Networks) -> dict[str, Any]:
-    """config.json of a timm folder: a network of timm and all arguments that matter."""
+    """config.json of a timm folder."""
     classes = networks.args["num_classes"]
     license = {"license": networks.license.lower()} if networks.license else {}
     cfg = dict(networks.pretrained_cfg)
@@ -75,7 +75,7 @@ def _timm_config(networks: Networks) -> dict[str, Any]:
 def _write_timm(
     networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
-    """One encoder as stock timm loads it."""
+    """Write one encoder that timm loads without this package."""
     if networks.norm_eps != 1e-6:
         raise CheckpointError(
             f"{networks.origin} has LayerNorm epsilon {networks.norm_eps}, timm builds 1e-6: "
@@ -93,7 +93,7 @@ def _write_timm(
 def _write_native(
     networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
-    """All networks; model.safetensors and config.json also are a timm folder."""
+    """Write all networks; model.safetensors and config.json are also a timm folder."""
     chosen = networks.choose(network)
     written = list(networks.states) if network is None else [chosen]
     # Below the top level: timm up to 1.0.27 fails on a second .safetensors file beside the model.
@@ -122,7 +122,7 @@ def _write_native(
 def _write_transformers(
     networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
-    """One encoder as transformers' ``IJepaModel`` loads it, with its preprocessing."""
+    """Write one encoder for transformers' ``IJepaModel``, with its preprocessing."""
     _refuse_other_vit(networks)
     chosen = networks.choose(network)
     state = formats.to_transformers(networks.states[chosen](), networks.origin)
@@ -207,7 +207,7 @@ def _image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 def _write_official(
     networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
-    """The official repository's checkpoint of all three networks, at epoch 0."""
+    """Write all three networks as a checkpoint of the official repository, at epoch 0."""
     _refuse_other_vit(networks)
     absent = [name for name in registry.NETWORKS if name not in networks.states]
     if network is not None or absent:
@@ -235,11 +235,8 @@ def _write_official(
 
 
 def _fresh_training(states: Mapping[str, State]) -> dict[str, Any]:
-    """Optimizer, scaler and counters of a run at step 0, without which it logs an error.
-
-    The parameter groups are those of the official repository: weights of the encoder and of the
-    predictor, then their biases and one-dimensional parameters; positions count.
-    """
+    """Optimizer, scaler and counters at step 0, which the official repository also loads."""
+    # Its groups: weights of encoder and predictor, positions included, then biases and 1-d tensors.
     groups: list[dict[str, Any]] = []
     for is_exempt in (False, True):
         for network in ("encoder", "predictor"):
