@@ -42,8 +42,8 @@ class ImageDataset(ABC):
         targets: `[n]` class of each image, -1 for none, or a 0/1 matrix `[n, C]` where images
             have several; None without classes.
         classes: Names of the classes, if known.
-        skipped: Files that are not images by their names: the number of the image they come
-            before, path and reason.
+        skipped: Number of the next image, path and reason of each file that is not an image by
+            its name.
     """
 
     def __init__(self, decoder: Decoder, name: str = "") -> None:
@@ -243,7 +243,7 @@ class FileDataset(ImageDataset):
         return digest.hexdigest()
 
     def compressed_shards(self) -> list[str]:
-        """Shards that cannot be read in any order, because they are compressed."""
+        """Shards that cannot be read in random order, because they are compressed."""
         shards = dict.fromkeys(shard for _, shard, _ in self.folders if shard is not None)
         return [shard for shard in shards if is_compressed(shard)]
 
@@ -287,7 +287,7 @@ class FileDataset(ImageDataset):
                 about = json.loads(str(saved["about"]))
                 arrays = {name: saved[name] for name in saved.files if name in _INDEX_ARRAYS}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            return None  # missing or damaged: it is made again
+            return None  # missing or damaged: build it again
         if about.get("version") != _INDEX_VERSION or about["shards"] != _file_states(shards):
             return None
         found = cls((), decoder)
@@ -304,14 +304,7 @@ def _file_states(files: list[str]) -> list[list[Any]]:
 
 
 class ArrayDataset(ImageDataset):
-    """Images of one size in one array or several.
-
-    Args:
-        arrays: Each `[n, H, W, C]` or `[n, H, W]`; uint8, or others that the decoder scales.
-        decoder: See `Decoder`.
-        name: Name of the images in messages, or such a name for each array.
-        targets: `[n]` class numbers of all images.
-    """
+    """Images in arrays `[n, H, W, C]` or `[n, H, W]`, each with a `name` for messages."""
 
     def __init__(
         self,

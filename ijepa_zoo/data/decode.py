@@ -22,7 +22,7 @@ from ..errors import ImageError, MissingPackageError, SettingsError
 from .tiff import loses_bands, read_tiff, select_bands, stack_pages, tiff_bands, too_large
 
 MAX_PIXELS = 178_956_970  # Pillow's limit, about 13,000 x 13,000
-Pixels = Image.Image | torch.Tensor  # RGB or greyscale image, or uint8 [C, H, W]
+Pixels = Image.Image | torch.Tensor  # RGB or grayscale image, or uint8 [C, H, W]
 Raw = bytes | Image.Image | npt.NDArray[Any] | torch.Tensor
 
 # Formats of photos. Pillow reads more, some by starting other programs (EPS).
@@ -39,10 +39,10 @@ _log = logging.getLogger(__name__)
 class Decoder:
     """Converts images of any kind to 8-bit pixels.
 
-    EXIF orientation is applied, transparency laid over white, palettes and CMYK converted.
+    EXIF orientation is applied, transparency composited over white, palettes and CMYK converted.
 
     Attributes:
-        in_chans: Channels of the result: 3 is RGB, 1 is greyscale. Other numbers need arrays
+        in_chans: Channels of the result: 3 is RGB, 1 is grayscale. Other numbers need arrays
             `[H, W, C]`, or files and `bands`.
         value_range: Values that become 0 and 255 in images and arrays of more than 8 bits; values
             beyond are clipped. None takes the range of the data type (see `to_uint8`).
@@ -80,7 +80,7 @@ class Decoder:
                 or `[H, W, C]`, or a tensor `[H, W]` or `[C, H, W]`.
 
         Raises:
-            ImageError: It is damaged, not an image, too large, or of other channels.
+            ImageError: It is damaged, not an image, too large, or has other channels.
         """
         if isinstance(raw, Image.Image):
             return self._convert(_upright(raw))
@@ -107,10 +107,10 @@ class Decoder:
             try:
                 image: Image.Image = Image.open(io.BytesIO(content), formats=_known_formats())
             except UnidentifiedImageError:
-                if bands > 1:  # greyscale by its header, which Pillow takes with one band only
+                if bands > 1:  # its header says grayscale, which Pillow reads with one band only
                     return self._decode_bands(content, bands)
                 raise ImageError(
-                    "not an image, or of a kind that Pillow cannot read here"
+                    "not an image, or in a format that the installed Pillow cannot read"
                 ) from None
             if image.width * image.height > self.max_pixels:
                 raise too_large(image.width * image.height, self.max_pixels)
@@ -131,13 +131,13 @@ class Decoder:
             return self._convert(_upright(image))
 
     def _decode_bands(self, content: bytes, bands: int) -> Pixels:
-        """A TIFF of bands that Pillow does not read."""
+        """Decode a TIFF whose bands Pillow cannot read."""
         if self.bands is None:
             raise ImageError(f"an image of {bands} bands: choose some with --bands or data.bands")
         return self._from_array(select_bands(read_tiff(content, self.max_pixels), self.bands))
 
     def _convert(self, image: Image.Image) -> Image.Image:
-        """A Pillow image as RGB or greyscale."""
+        """A Pillow image as RGB or grayscale."""
         if self.in_chans not in (1, 3):
             raise ImageError(
                 f"an image file, and the model takes {self.in_chans} channels: give arrays "
@@ -151,7 +151,7 @@ class Decoder:
         return _to_rgb(image)
 
     def _from_array(self, array: npt.NDArray[Any]) -> Pixels:
-        """An array as the Pillow image of the same pixels, or a tensor where there is none."""
+        """An array as a Pillow image, or as a tensor if it does not have 1 or 3 channels."""
         channels = array.shape[2] if array.ndim == 3 else 1
         if array.ndim not in (2, 3) or 0 in array.shape or array.dtype.kind not in "uif":
             raise ImageError(
@@ -176,8 +176,8 @@ def to_uint8(
 ) -> npt.NDArray[np.uint8]:
     """Scale values of any type and shape from `value_range` to 0..255, clipped.
 
-    By default the range of integers within 0..65,535 is 16 bits, that of floats within 0..1 or
-    0..255 the same, and that of any others from their smallest to their largest value.
+    The default range is 0..65,535 for integers within it, 0..1 or 0..255 for floats within them,
+    else from the smallest to the largest value.
     """
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ImageError("an image with values that are not finite")
@@ -215,7 +215,7 @@ def deep_range(raw: Raw) -> tuple[int, int] | None:
 
 
 def _deep_values(content: bytes) -> npt.NDArray[Any]:
-    """Values of a 16-bit file; those of color from their upper 8 bits."""
+    """Values of a 16-bit file; of color files from the upper 8 bits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(content), formats=["PNG", "TIFF", "PPM"])
@@ -230,14 +230,14 @@ def _is_deep_color(image: Image.Image) -> bool:
 
 
 def _read_deep(content: bytes, image: Image.Image) -> npt.NDArray[Any]:
-    """16-bit color `[H, W, C]`; read in the other byte order, Pillow keeps the lower 8 bits."""
+    """16-bit color `[H, W, C]`: Pillow keeps the upper 8 bits, in swapped byte order the lower."""
     lower = Image.open(io.BytesIO(content), formats=[image.format or ""])
     lower.tile = [tile._replace(args=_other_order(tile.args)) for tile in lower.tile]
     return np.asarray(image).astype(np.uint16) * 256 + np.asarray(lower)
 
 
 def _other_order(args: Any) -> Any:
-    """Decoder arguments of Pillow in the other byte order; they begin with, or are, `RGB;16B`."""
+    """Swap the byte order in Pillow's decoder arguments, `RGB;16B` or a tuple that begins so."""
     if not isinstance(args, str):
         return (_other_order(args[0]), *args[1:])
     native = "L" if sys.byteorder == "little" else "B"
@@ -248,7 +248,7 @@ def _other_order(args: Any) -> Any:
 def _scale_color(
     content: bytes, image: Image.Image, value_range: tuple[float, float]
 ) -> Image.Image:
-    """16-bit color in 8 bits, with its transparency."""
+    """Scale 16-bit color to 8 bits, with its transparency."""
     values = _read_deep(content, image)
     scaled = Image.fromarray(to_uint8(values[..., :3], value_range))
     if "A" in image.getbands():
@@ -270,7 +270,7 @@ def _upright(image: Image.Image) -> Image.Image:
         if image.getexif().get(_ORIENTATION, 1) == 1:
             return image  # exif_transpose would copy it
         return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF: the pixels are fine, and every viewer shows them
+    except Exception:  # damaged EXIF data, but intact pixels
         return image
 
 
@@ -283,7 +283,7 @@ def _load_array(content: bytes) -> npt.NDArray[Any]:
 
 @contextmanager
 def _pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Set Pillow's process-wide limits; its error comes above twice `MAX_IMAGE_PIXELS`."""
+    """Set Pillow's process-wide limits; it raises above twice `MAX_IMAGE_PIXELS`."""
     limit, truncated = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -297,7 +297,7 @@ def _pillow_limits(max_pixels: int) -> Iterator[None]:
 
 @contextmanager
 def _reasons(max_pixels: int) -> Iterator[None]:
-    """Errors of Pillow as `ImageError`."""
+    """Raise Pillow's errors as `ImageError`."""
     try:
         yield
     except (ImageError, MissingPackageError, MemoryError):
@@ -317,9 +317,9 @@ def _known_formats() -> list[str]:
 
 
 def _decode_jpeg(content: bytes, max_pixels: int) -> torch.Tensor | None:
-    """The pixels of a plain RGB JPEG file; None leaves any other to Pillow."""
+    """The pixels of a plain RGB JPEG file; None for other files, which Pillow decodes."""
     decoder = _torchcodec()
-    # torchcodec would fill the rest of a file that was cut short with grey
+    # torchcodec would fill the rest of a truncated file with gray
     if decoder is None or not (
         content.startswith(b"\xff\xd8\xff") and content.endswith(b"\xff\xd9")
     ):

@@ -99,7 +99,7 @@ def shards_in(folder: str) -> list[str]:
 
 
 class _Walk:
-    """Everything below a folder; a real folder is visited once, whatever links lead to it."""
+    """Walk a folder; each real folder is visited once, also if several links lead to it."""
 
     def __init__(self, root: str) -> None:
         self.root = os.path.join(root, "")
@@ -143,7 +143,7 @@ class _Walk:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """Entries that are not hidden; folders sorted as names with a slash: all paths in order."""
+    """Visible entries, sorted so that the paths of a walk are sorted."""
     with os.scandir(folder) as listing:
         entries = [entry for entry in listing if not entry.name.startswith(".")]
     return sorted(entries, key=lambda entry: os.fsencode(entry.name + "/" * _is_folder(entry)))
@@ -194,7 +194,7 @@ def is_compressed(path: str) -> bool:
 
 
 def list_shard(path: str, root: str) -> list[File]:
-    """The members of a shard; of a damaged one, those before the damage and one that names it."""
+    """Members of a shard; if it is damaged, those before the damage and an entry with the error."""
     files: list[File] = []
     labels: dict[str, str] = {}
     try:
@@ -223,13 +223,13 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo]]:
             name = member.name.removeprefix("./")
             if not member.isdir() and not re.search(r"(^|/)\.(?!\./)", name):
                 yield name, member
-        # tarfile takes a broken header, and the end of a cut file, for the end of the archive
+        # tarfile treats a broken header or a truncated file as the end of the archive
         file.seek(tar.offset)
         end = file.read(_TAR_BLOCK)
         if end.strip(b"\0"):
             raise tarfile.ReadError(f"no valid member header at byte {tar.offset}")
         if not end:
-            raise tarfile.ReadError("it ends without the mark of a tar's end, so it may be cut")
+            raise tarfile.ReadError("it has no end-of-archive marker, so it may be truncated")
 
 
 def _member_file(path: str, root: str, name: str, member: tarfile.TarInfo) -> File:
@@ -237,12 +237,12 @@ def _member_file(path: str, root: str, name: str, member: tarfile.TarInfo) -> Fi
     if skipped is None and (not member.isfile() or member.issparse()):
         problem = "refused: a link, device or sparse file inside a tar shard"
     label = name.split("/")[0] if "/" in name and problem is None else None
-    place = (member.offset_data, member.size)
-    return File(f"{path}/{name}", root, label, path, *place, problem, skipped)
+    extent = (member.offset_data, member.size)
+    return File(f"{path}/{name}", root, label, path, *extent, problem, skipped)
 
 
 def _with_labels(files: list[File], texts: dict[str, str]) -> list[File]:
-    """Labels from `.cls` texts, else folders, below the split folders where there are no others."""
+    """Set labels from `.cls` texts, else from folders, below split folders if there are those."""
     folders = {file.label for file in files} - {None}
     has_splits = bool(folders) and SPLITS.issuperset(folders)
     if not texts and not has_splits:

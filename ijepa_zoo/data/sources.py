@@ -1,4 +1,4 @@
-"""`open_images`: images of any origin, as one map-style dataset that is read by number."""
+"""`open_images`: images from any source as one map-style dataset."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TORCH_SPLITS = {  # that are not called train and test
     "inaturalist": ("2021_train", "2021_valid"),
 }
 _EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp")  # files that never have more
-_DEEP_SAMPLED = 16  # files whose range of values is looked at
+_DEEP_SAMPLED = 16  # files whose range of values is checked
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +54,7 @@ def open_images(
     index: Path | None = None,
     exclude: Callable[[str], bool] | None = None,
 ) -> ImageDataset:
-    """Open images of any origin. They are listed, not decoded.
+    """Open images from any source. They are listed, not decoded.
 
     Args:
         source: One of
@@ -62,7 +62,7 @@ def open_images(
             - paths, one or several: folders (everything below them), image files, `.npy` files of
               one image, globs, `{000..012}`, `.txt` lists of paths, `.tar` shards, also gzipped,
               folders of shards;
-            - `.npy` files `[n, H, W, C]` or, for greyscale, `[n, H, W]`, which are memory-mapped,
+            - `.npy` files `[n, H, W, C]` or, for grayscale, `[n, H, W]`, which are memory-mapped,
               or an `.npz` file with `images` and optionally `labels`;
             - `hfds/NAME` or a local folder of the Hugging Face `datasets` package, a Parquet file
               or a folder of them; `hfds/NAME:split=test,image=COLUMN,label=COLUMN` chooses;
@@ -75,9 +75,9 @@ def open_images(
         in_chans: See `Decoder`.
         value_range: See `Decoder`.
         bands: See `Decoder`.
-        decoder: Instead of the three.
-        index: A file that caches the list of tar shards; without it every member is visited.
-        exclude: Whether to leave a file out, by its path.
+        decoder: Replaces the three arguments before.
+        index: File that caches the list of members of tar shards.
+        exclude: Predicate on paths; files for which it is true are left out.
 
     Raises:
         DataError: An input does not exist, holds no images, or cannot be read by number.
@@ -150,8 +150,8 @@ def _open_files(
 ) -> FileDataset:
     inside = [shards_in(path) if os.path.isdir(path) else [path] for path in paths]
     shards = [shard for found in inside for shard in found]
-    only = all(inside) and all(s.lower().endswith(SHARD_SUFFIXES) for s in shards)
-    if index is None or not only or not all(map(os.path.isfile, shards)):
+    only_shards = all(inside) and all(s.lower().endswith(SHARD_SUFFIXES) for s in shards)
+    if index is None or not only_shards or not all(map(os.path.isfile, shards)):
         files = (file for file in list_files(paths) if exclude is None or not exclude(file.path))
         return _checked(FileDataset(files, decoder), paths)
     from filelock import FileLock
@@ -193,7 +193,7 @@ def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
 
 
 def _torch_class(path: str) -> tuple[str, Any]:
-    """The name in lower case and the class of a dataset of torchvision."""
+    """Lowercase name and class of a torchvision dataset."""
     from torchvision import datasets
 
     name = parse_options(path, _TORCH_OPTIONS)[0].removeprefix("torch/")
@@ -205,7 +205,7 @@ def _torch_class(path: str) -> tuple[str, Any]:
 
 
 def torch_splits(path: str) -> Sequence[str]:
-    """Names of the training and the test split of `torch/NAME`; none where there is one part."""
+    """Names of the training and the test split of `torch/NAME`; empty without splits."""
     plain, cls = _torch_class(path)
     chosen = "split" in parse_options(path, _TORCH_OPTIONS)[1]
     has_splits = not {"split", "train", "version"}.isdisjoint(signature(cls).parameters)
@@ -241,7 +241,7 @@ def _open_attribute(path: str, decoder: Decoder) -> ImageDataset:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, and imports one that does not
+            raise  # the module exists, but one that it imports does not
         raise DataError(
             f"'{path}' is neither a file or folder nor module:attribute: there is no module "
             f"'{error.name}'"
@@ -256,7 +256,7 @@ def _open_attribute(path: str, decoder: Decoder) -> ImageDataset:
 
 
 def _warn_of_dark_files(images: ImageDataset) -> None:
-    """Warn when 16-bit images use a small part of their range, which 8 bits would not resolve."""
+    """Warn if 16-bit images use a small part of their range, which 8 bits would not resolve."""
     if images.decoder.value_range is not None or isinstance(images, ObjectDataset):
         return
     ranges = {}
