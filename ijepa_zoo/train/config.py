@@ -212,7 +212,7 @@ class OptimConfig(Section):
 
 
 class LogConfig(Section):
-    """What is written how often; may change on resume."""
+    """Logs, monitors and checkpoints; may change on resume."""
 
     to: Annotated[tuple[LogTarget, ...], AfterValidator(_with_csv), Listed] = _field(
         ("csv",), "csv (log.csv, always), tensorboard, wandb (extra `log`)"
@@ -337,7 +337,7 @@ def load_config(
 
 
 def parse_config(text: str, origin: str) -> PretrainConfig:
-    """Settings from the text of a YAML file; what it leaves out stays at the defaults."""
+    """Settings from the text of a YAML file; missing ones have their defaults."""
     return _validate(_read(text, origin, world=1))
 
 
@@ -345,7 +345,7 @@ def override(config: PretrainConfig, *changes: str, **values: Any) -> PretrainCo
     """Settings with some of them changed.
 
     Args:
-        config: Settings; they stay as they are.
+        config: Settings; unchanged.
         *changes: Texts as on the command line: `optim.lr=5e-4`.
         **values: Values by name: `override(config, **{"optim.lr": 5e-4})`.
 
@@ -399,7 +399,7 @@ def named_values(config: PretrainConfig) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that is given twice; pydantic reads `5e-4`, which is text to PyYAML."""
+    """Refuses duplicate names. Numbers such as `5e-4`, text in PyYAML, are read by pydantic."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [str(key.value) for key, _ in node.value]
@@ -451,7 +451,7 @@ def _changes(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise SettingsError(f"{text!r} changes nothing: write {text}=VALUE")
+            raise SettingsError(f"{text!r} has no value: write {text}=VALUE")
         values[name.strip()] = _load_yaml(value, text)
     return values
 

@@ -23,7 +23,7 @@ from ..masks import MultiBlockMasks
 from ..seeds import Stream, numpy_generator
 from .config import MaskConfig, PretrainConfig
 
-_REPLACEMENTS = 20  # images that are tried instead of a broken one
+_REPLACEMENTS = 20  # images to try instead of a broken one
 
 _Indices = npt.NDArray[np.int64]
 
@@ -31,7 +31,7 @@ _Indices = npt.NDArray[np.int64]
 def open_training_images(
     config: PretrainConfig, data: Any, index: Path | None = None
 ) -> ImageDataset:
-    """The images of a run; refuses those that cannot be read in any order."""
+    """The images of a run; refuse those that cannot be read in random order."""
     chosen = config.data
     decoder = Decoder(config.model.in_chans or 3, chosen.value_range, chosen.bands, as_tensor=True)
     images = open_images(data, decoder=decoder, index=index)
@@ -41,7 +41,7 @@ def open_training_images(
         raise DataError(f"no image can be read: {images.name(0)}: {images.problems[0]}")
     if compressed := images.compressed_shards():
         raise DataError(
-            f"'{compressed[0]}' is compressed, and training reads images in any order: unpack it "
+            f"'{compressed[0]}' is compressed, but training reads in random order: unpack it "
             "once (gunzip; images do not get larger) and name the .tar"
         )
     return images
@@ -79,24 +79,16 @@ def _permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.uint32]:
 
 @dataclass
 class Batch:
-    """A micro-batch: what one process passes forward at once.
+    """A micro-batch: the images of one forward pass of a process."""
 
-    Attributes:
-        images: uint8 `[b, C, H, W]`, cropped and resized.
-        context: int64 `[b * R, K]`, patch indices; those of an image follow each other.
-        targets: int64 `[b * R, M, L]`, patch indices.
-        indices: int64 `[b]`, numbers of the images in the dataset.
-        broken: Name and reason of every image that could not be decoded and was replaced.
-    """
-
-    images: torch.Tensor
-    context: torch.Tensor
-    targets: torch.Tensor
-    indices: torch.Tensor
-    broken: list[tuple[str, str]]
+    images: torch.Tensor  # uint8 [b, C, H, W], cropped and resized
+    context: torch.Tensor  # int64 [b * R, K], patch indices, R consecutive rows for each image
+    targets: torch.Tensor  # int64 [b * R, M, L], patch indices
+    indices: torch.Tensor  # int64 [b], numbers of the images in the dataset
+    broken: list[tuple[str, str]]  # name and reason of every image that was replaced
 
     def pin_memory(self) -> Batch:
-        """Called by the loader: the same batch in memory that is copied to a GPU at once."""
+        """The same batch in pinned memory; called by the DataLoader."""
         images, context = self.images.pin_memory(), self.context.pin_memory()
         return replace(self, images=images, context=context, targets=self.targets.pin_memory())
 
@@ -146,10 +138,7 @@ class TrainBatches:
     def steps(
         self, first: int, last: int, workers: int | None, pin_memory: bool
     ) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from `first` to before `last`.
-
-        Workers load micro-batches: whole steps of many images would fill the memory.
-        """
+        """The micro-batches of each step from `first` up to `last`, exclusive."""
         numbers = range(first * self.per_step, last * self.per_step)
         batches = load_in_order(self, numbers, workers, pin_memory)
         while step := list(islice(batches, self.per_step)):
@@ -196,11 +185,10 @@ class TrainBatches:
 def evaluation_images(
     images: ImageDataset, indices: _Indices, image_size: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[str, str]]]:
-    """Images of the monitors, resized and center-cropped.
+    """Images of the monitors uint8 `[m, C, H, W]`, resized and center-cropped.
 
-    Returns:
-        uint8 `[m, C, H, W]`; classes `[m]`, None without one class per image; name and reason of
-        every broken image, which is left out.
+    With their classes `[m]`, None without one class per image, and name and reason of every broken
+    image, which is left out.
     """
     aspect = image_size[1] / image_size[0]
     pixels, kept, broken = [], [], []
@@ -230,5 +218,5 @@ def normalize(
 
 @lru_cache(maxsize=16)
 def _levels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    # Kept on the device: copying them for each batch would wait for it.
+    # Cached on the device: a copy for each batch would synchronize.
     return torch.tensor(values, device=device).view(-1, 1, 1) * 255
