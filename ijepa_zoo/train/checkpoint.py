@@ -49,11 +49,11 @@ class CheckpointManager:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._distributed = distributed
         self._group: Any = None
-        if distributed.world_size > 1:  # not training's: saving runs beside it
+        if distributed.world_size > 1:  # separate from training's, since saving is concurrent
             self._group = dist.new_group(backend="gloo", timeout=_WRITE_TIMEOUT)
         pinned = distributed.device.type == "cuda"
         self._stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
-        self._writer = ThreadPoolExecutor(1, "checkpoint")  # the end of the program waits for it
+        self._writer = ThreadPoolExecutor(1, "checkpoint")  # Python waits for it at exit
         self._pending: Future[None] | None = None
         _accept_single_process()
 
@@ -81,7 +81,7 @@ class CheckpointManager:
         return self._distributed.run_on_main(select)
 
     def delete_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps, which a resumed run does again."""
+        """Delete the checkpoints of later steps, which a resumed run repeats."""
 
         def delete() -> None:
             for saved in checkpoint_steps(self.folder):
@@ -133,7 +133,7 @@ class CheckpointManager:
                 process_group=self._group,
                 no_dist=self._group is None,
             )
-        except CheckpointException as error:  # raised on all processes, with what each of them had
+        except CheckpointException as error:  # raised on all processes, with the failure of each
             cause = next(iter(error.failures.values()))[0]
             # torch's writer raises RuntimeError on a full disk
             if isinstance(cause, (OSError, RuntimeError)):
@@ -202,7 +202,7 @@ def verify(folder: Path) -> None:
             return f"{file} is missing"
         try:
             matches = _entry(file) == manifest[name]
-        except OSError as error:  # a disk that cannot read it
+        except OSError as error:  # a disk error
             return f"{file} cannot be read: {error.strerror}"
         return None if matches else f"{file} is damaged: it does not match {_MANIFEST}"
 
@@ -302,7 +302,7 @@ def _delete(checkpoint: Path) -> None:
 
 
 def _delete_unfinished(folder: Path) -> None:
-    """Delete what a crash left behind while a checkpoint was written or deleted."""
+    """Delete checkpoints that were being written or deleted during a crash."""
     if folder.is_dir():
         for path in folder.iterdir():
             if path.suffix in (".partial", ".deleted") and _NAME.fullmatch(path.stem):
@@ -329,5 +329,5 @@ def _sync(path: Path) -> None:
 
 
 def _accept_single_process() -> None:
-    """Silence torch's warning about it; for good, since filters are not safe between threads."""
+    """Silence torch's warning; permanently, since warning filters are not thread-safe."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")

@@ -1,7 +1,7 @@
 """Metrics that show collapse and quality during pretraining, and warnings about them.
 
-The loss shows neither. The metrics are those of the target encoder on images that are never
-trained on, and should be compared with their values at initialization.
+The loss shows neither. The metrics are of the target encoder on images that are not trained on;
+compare them with their values at initialization.
 """
 
 from __future__ import annotations
@@ -68,16 +68,13 @@ class Monitor:
         return metrics
 
     def _features(self, model: IJepa, distributed: Distributed) -> tuple[Tensor, list[Tensor]]:
-        """Features `[m, D]` of all images, and the moments of the tokens of this process.
-
-        Processes do equal numbers of forward passes.
-        """
+        """Features `[m, D]` of all images, and the moments of the tokens of this process."""
         share = -(-len(self.images) // distributed.world_size)
         first, size = distributed.rank * share, self.batch_size
         last = min(first + share, len(self.images))
         pooled: list[Tensor] = []
         moments: list[Tensor] = []
-        for start in range(first, first + share, size):
+        for start in range(first, first + share, size):  # equally often in all processes
             batch = torch.arange(start, start + size).clamp(max=len(self.images) - 1)
             pixels = self.images[batch].to(distributed.device)
             with without_float8(model.target_encoder), autocast(pixels.device, self.precision):
@@ -90,7 +87,7 @@ class Monitor:
 
 
 def token_moments(tokens: Tensor) -> list[Tensor]:
-    """Sums over images of what `explained_variance` needs, of tokens `[b, N, D]` as targets are."""
+    """Sums over images for `explained_variance`, of tokens `[b, N, D]` normalized like targets."""
     targets = F.layer_norm(tokens, tokens.shape[-1:])
     count = targets.new_tensor(len(targets))
     squares, image_squares = (t.square().sum() for t in (targets, targets.mean(dim=1)))
@@ -125,7 +122,7 @@ _HEALTH: dict[str, tuple[Callable[[float], float], float]] = {
     "spread": (lambda spread: spread, 0.5),
     "cosine": (lambda cosine: 1 - cosine, 0.25),  # the square of the spread
 }
-_PATIENCE = 3  # measurements in a row that are low and no better than the one before
+_PATIENCE = 3  # successive measurements that are low and not better than the one before
 _WARMUP_PATIENCE = 8  # at the start healthy runs fall far below initialization, and then recover
 _SAME = 1.02  # values that differ by less are equal
 _WINDOW, _FIRST_LOSSES, _LAST_LOSSES = 50, 20, 3
@@ -141,10 +138,7 @@ class CollapseWatch:
     - Jump: three losses in a row above twice the median of up to 50 before. The slow rise after
       the first fall is normal and not reported.
 
-    The state is a function of the rows alone, so `replay` of a log restores it.
-
-    Args:
-        initial: Metrics of the monitor at initialization.
+    The state is a function of the rows and the `initial` metrics, so `replay` of a log restores it.
     """
 
     def __init__(self, initial: dict[str, float] | None = None) -> None:
@@ -162,16 +156,11 @@ class CollapseWatch:
             self.update(int(row["step"]) + 1, row)
 
     def update(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """Read a row of the log, and return new warnings.
-
-        Args:
-            step: Updates done.
-            metrics: Values by column of the log; any may be missing.
-        """
+        """Read a row of the log, of which any column may be missing, and return new warnings."""
         if "lr" in metrics:
             self._rising, self._lr = metrics["lr"] > self._lr, metrics["lr"]
         warnings = []
-        # a check returns a warning, "" if all is well, or None if it cannot tell
+        # a check returns a warning, "" if there is no problem, or None if it is undecided
         for check in (self._jump, self._collapse):
             name, text = check.__name__, check(metrics)
             if text and name not in self._reported:

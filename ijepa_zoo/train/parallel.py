@@ -1,8 +1,4 @@
-"""Spreading the networks over processes and devices.
-
-The networks know nothing of this: `parallelize` works from outside and leaves their parameter
-names as they are.
-"""
+"""Parallelize the networks over processes, from outside; their parameter names stay the same."""
 
 from __future__ import annotations
 
@@ -74,8 +70,8 @@ def choose_kernels(device: torch.device) -> None:
     """Choose the kernels of training on a GPU, for the whole process; does nothing elsewhere.
 
     Attention: flash, memory-efficient or plain. cuDNN's, which torch prefers on Hopper, builds a
-    plan for every new pair of query and key lengths, and masks of ViT-H/14 make 207 pairs in 1,500
-    steps. Products of float32 matrices, of which bf16 has few: in TF32.
+    plan for every new pair of query and key lengths, and masks of ViT-H/14 have 207 pairs in 1,500
+    steps. Products of float32 matrices, of which bf16 has few: TF32.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -99,7 +95,7 @@ def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def own_part(tensors: Mapping[str, Tensor], distributed: Distributed) -> dict[str, Tensor]:
-    """What this process saves: its shards, and its part of the tensors that all have whole."""
+    """The tensors that this process saves: its shards, and its part of the replicated ones."""
     from torch.distributed.tensor import DTensor
 
     loads = [0] * distributed.world_size
@@ -116,7 +112,7 @@ def own_part(tensors: Mapping[str, Tensor], distributed: Distributed) -> dict[st
 
 
 def _plain_attention(model: nn.Module) -> None:
-    """Attention as matrix products: on a CPU in bf16 a step takes 1/1.2 of the time of SDPA's."""
+    """Attention as matrix products: in bf16 on a CPU, steps are 1.2 times as fast as with SDPA."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.fused_attn = False
@@ -131,8 +127,7 @@ def _recomputed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Te
 
 def _compile(student: list[nn.Module], target: Any) -> None:
     """Compile every block by itself; those of the student for any number of tokens."""
-    # DDP splits graphs to overlap its exchange; a block is small enough, and it cannot split
-    # those that recompute.
+    # DDP would split graphs to overlap communication, which fails for recomputed blocks.
     torch._dynamo.config.optimize_ddp = False
     for block in student:
         block.forward = partial(_any_length, torch.compile(block.forward))
@@ -141,9 +136,9 @@ def _compile(student: list[nn.Module], target: Any) -> None:
 
 
 def _any_length(forward: Callable[..., Tensor], tokens: Tensor, *args: Any) -> Tensor:
-    # Contexts of ViT-H/14 take 57 lengths: one graph each would pass the limit of recompilations.
-    # The batch stays: blocks of encoder and predictor share code, and dynamo takes a size in which
-    # two calls of it differ for one that varies.
+    # Contexts of ViT-H/14 have 57 lengths: one graph each would exceed the recompilation limit.
+    # The batch is static: blocks of encoder and predictor share code, and dynamo would treat a
+    # size that differs between two calls as dynamic.
     torch._dynamo.maybe_mark_dynamic(tokens, 1)
     torch._dynamo.mark_static(tokens, 0)
     for part in args:  # target blocks [B, M, L] or [B, M, L, C]
@@ -160,7 +155,7 @@ def _shard(model: IJepa, distributed: Distributed, precision: Precision) -> None
 
     mesh = init_device_mesh(distributed.device.type, (distributed.world_size,))
     policy = fsdp.MixedPrecisionPolicy()
-    # Autocast on a CPU leaves LayerNorm alone, which then cannot mix the two types.
+    # Autocast on a CPU does not cover LayerNorm, which cannot mix the two types.
     if precision != "fp32" and distributed.device.type == "cuda":
         policy = fsdp.MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -178,7 +173,7 @@ def _shard(model: IJepa, distributed: Distributed, precision: Precision) -> None
     model.to_empty(device=distributed.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
-    # In-place changes of what the predictor returns would be wrong; there are none.
+    # The predictor's output is not changed in place.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPPredictor\) returned a view")
     # Each network is an FSDP root: monitors call encode before and between updates.
     for encoder in (model.encoder, model.target_encoder):

@@ -52,7 +52,7 @@ class Interrupted(KeyboardInterrupt):
     """The run was asked to stop, and saved its state.
 
     Attributes:
-        signal: The signal that asked; SIGTERM where another process received it.
+        signal: The signal received; SIGTERM if another process received it.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -113,7 +113,7 @@ def pretrain(
             resolved = run_precision(out, config, distributed)
             return reconcile_settings(out, resolved, images, source)
 
-        config = distributed.run_on_main(reconcile)  # written when everything else fits
+        config = distributed.run_on_main(reconcile)  # written after all checks
         checkpoints = _checkpoint_manager(out, config, len(images), distributed)
         step = checkpoints.select(resume_from)
         fresh = step is None and source is None
@@ -141,18 +141,14 @@ def pretrain(
 
 
 class Loop:
-    """The loop of one process over the steps, with checkpoints, monitors and the log.
-
-    Attributes:
-        extra: What a checkpoint has beside tensors: number of `broken` images and `initial`
-            metrics of the monitor.
-    """
+    """The loop of one process over the steps, with checkpoints, monitors and the log."""
 
     def __init__(
         self, trainer: Trainer, checkpoints: CheckpointManager, out: Path, progress: bool
     ) -> None:
         self.trainer, self.checkpoints, self.out = trainer, checkpoints, out
         self.distributed, self.config = trainer.distributed, trainer.config
+        # Saved beside the tensors: number of broken images, metrics at initialization.
         self.extra: dict[str, Any] = {"broken": 0, "initial": {}}
         self.saved = 0
         self.broken_images = _BrokenImages(out / f"broken-{self.distributed.rank}.jsonl")
@@ -216,7 +212,7 @@ class Loop:
 
     @contextmanager
     def _finished_saves(self) -> Iterator[None]:
-        """After an error wait for the save that is being written, unless for lost processes."""
+        """After an error wait for the running save, unless other processes may be lost."""
         try:
             yield
         except BaseException:
@@ -227,7 +223,7 @@ class Loop:
     def _steps(
         self, received: list[int], monitor: Monitor, logger: RunLogger | None, bar: Any
     ) -> dict[str, float]:
-        """Do the steps that are left; return the last metrics of the monitor."""
+        """Do the remaining steps; return the last metrics of the monitor."""
         trainer, every = self.trainer, self.config.log
         save_every, keep_every = self._duration(every.save_every), self.checkpoints.keep_every
         watch = CollapseWatch(self.extra["initial"])
@@ -303,7 +299,7 @@ class Loop:
 
 
 class _BrokenImages:
-    """Names every broken image of this process once, in a file and on stderr."""
+    """Reports every broken image of this process once, in a file and on stderr."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -331,12 +327,9 @@ class _BrokenImages:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect signals that ask to stop, instead of ending during a step; a second Ctrl-C ends it.
-
-    Outside the main thread, where Python allows no handlers, signals keep their meaning.
-    """
+    """Collect stop signals instead of ending during a step; a second Ctrl-C raises."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers
         yield received
         return
 

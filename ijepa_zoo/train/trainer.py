@@ -58,17 +58,11 @@ class NonFiniteLossError(UserError, FloatingPointError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a training step did.
+    """Result of a training step."""
 
-    Attributes:
-        metrics: Values for the log: `loss`, rates, norms of the gradients before clipping, tokens.
-        broken: Images, over all processes, that could not be decoded and were replaced.
-        stop: Whether a process was asked to stop.
-    """
-
-    metrics: dict[str, float]
-    broken: int
-    stop: bool
+    metrics: dict[str, float]  # for the log: loss, rates, gradient norms before clipping, tokens
+    broken: int  # images of all processes that could not be decoded and were replaced
+    stop: bool  # whether a process was asked to stop
 
 
 class Trainer:
@@ -76,7 +70,7 @@ class Trainer:
 
     Args:
         config: Settings.
-        images: What to train on.
+        images: Training images.
         distributed: The processes of the run; one by default.
         init: Weights to start from, see `build_networks`.
 
@@ -116,7 +110,7 @@ class Trainer:
         self.image_size: tuple[int, int] = embed.img_size
         try:
             self.masks = mask_sampler(config.mask, embed.grid_size)
-        except ValueError as error:  # with the names that the settings have
+        except ValueError as error:  # prefix the names as in the settings
             names = "|".join(MaskConfig.model_fields)
             raise SettingsError(re.sub(rf"\b({names})\b", r"mask.\1", str(error))) from error
         self.model.train()
@@ -137,7 +131,7 @@ class Trainer:
         )
 
     def _networks(self, init: str | Path | None) -> IJepa:
-        """With FSDP2 rank 0 alone has weights in memory; the others get their shards from it."""
+        """Build the networks; with FSDP2 on rank 0 only, which sends the others their shards."""
         sharded = self.config.runtime.parallel == "fsdp2" and in_group()
         if sharded and not self.distributed.is_main:
             with torch.device("meta"):
@@ -151,11 +145,11 @@ class Trainer:
         return self.data.steps(self.step, self.schedule.steps, workers, pinned)
 
     def train_step(self, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
-        """Do one step: batch and masks in, one update of the three networks out.
+        """Update the three networks once.
 
         Args:
             micro_batches: This process's part of the step, see `batches`.
-            stop: Whether this process was asked to stop; all processes learn of it.
+            stop: Whether this process was asked to stop; the result tells all processes.
 
         Raises:
             NonFiniteLossError: The loss of some process or the norm of the gradient is not finite.
@@ -222,11 +216,7 @@ class Trainer:
     def _gather(
         self, values: Sequence[Tensor], micro_batches: Sequence[Batch], stop: bool
     ) -> Callable[[], tuple[Tensor, list[float]]]:
-        """Send the numbers of every process to the host.
-
-        The result waits for them: values, a row for each process, and the sums of broken images,
-        stop requests and context tokens.
-        """
+        """Start a gather; the result waits for the values `[world, V]` and the summed counts."""
         broken = sum(len(batch.broken) for batch in micro_batches)
         context = sum(batch.context.shape[1] for batch in micro_batches) / len(micro_batches)
         device = self.distributed.device
@@ -271,7 +261,7 @@ class Trainer:
             indices = np.sort(rng.choice(self.train_indices, count, replace=False))
         pixels, labels, broken = evaluation_images(self.images, indices, self.image_size)
         data, precision = self.config.data, self.config.optim.precision
-        # Batches of the training steps' shape: another one would be compiled again.
+        # Batches of the shape of the training steps, which is compiled already.
         size = self.micro_batch_size
         return Monitor(pixels, labels, data.mean, data.std, size, precision), broken
 
@@ -312,6 +302,6 @@ class Trainer:
 
 def _advice(lr: float) -> str:
     return (
-        f"; the step was not done: resume with a lower optim.lr ({lr:.2g} in this step) in another "
+        f"; the step was not applied: resume with a lower optim.lr ({lr:.2g} in this step) in another "
         "folder (--init RUN --resume-optimizer), or use optim.precision=fp32"
     )
