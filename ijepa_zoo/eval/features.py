@@ -1,4 +1,4 @@
-"""Features that probes read, of a frozen encoder or raw pixels: in every epoch, or cached."""
+"""Features for probes, from a frozen encoder or raw pixels: computed in every epoch, or cached."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["vectors", "tokens", "maps"]
 
-_SIDE = 32  # pixels of the images that are their own features
+_SIDE = 32  # pixels of the images in `RawPixels`
 _VALUES = 2**24  # of cached rows that are read at a time
 _PIECE = 128  # images of a forward pass in training
 CACHED_AS_IS = (
@@ -69,7 +69,7 @@ class BlockFeatures:
                 "use a model of at least four"
             )
         if pool == "auto" and getattr(model.model, "attn_pool", None) is not None:
-            pool = "avg"  # the model's attention pooling is of its last block alone
+            pool = "avg"  # the model's attention pooling takes its last block only
         if kind == "vectors" and pool is None:
             raise SettingsError("this probe reads one vector per image: use pool avg, cls, ...")
         if precision == "auto":
@@ -101,7 +101,7 @@ class BlockFeatures:
 
 
 class RawPixels:
-    """The pixels themselves, 32 x 32, from 0 to 1: what a probe reaches without any encoder."""
+    """Images of 32 x 32 pixels, from 0 to 1, as features: a baseline without an encoder."""
 
     def __init__(self, size: tuple[int, int], in_chans: int, device: torch.device) -> None:
         self.size, self.device = size, device
@@ -137,7 +137,7 @@ Source = BlockFeatures | RawPixels
 
 
 def pixel_options(part: EvalSet) -> dict[str, Any]:
-    """What decides the pixels of its files, beside the files."""
+    """Decoder options that change the pixels."""
     decoder = part.images.decoder
     return {"value_range": decoder.value_range, "bands": decoder.bands}
 
@@ -152,7 +152,7 @@ class CachedFeatures:
 
 
 class _Pixels:
-    """Images of a set, or their mirror images, as the engine of extraction takes them."""
+    """Images of a set, or their mirror images, as `extract_batches` takes them."""
 
     strict = False
 
@@ -169,9 +169,8 @@ def cached_features(
 ) -> CachedFeatures:
     """Features of all images of a set, from the cache or computed now.
 
-    The folder's name is a hash of everything that decides the numbers: the network and its
-    weights, precision, transform, list and state of the images. Changed images or weights
-    therefore find another folder. An interrupted pass resumes.
+    The folder's name is a hash of everything that changes the features: the network and its
+    weights, precision, transform, list and state of the images. An interrupted pass resumes.
     """
     batches = probe.in_order(part, np.arange(len(part)), source.size, shared=False)
     settings = {
@@ -225,7 +224,7 @@ class OnlineLoader:
         self.broken: dict[str, str] = {}
 
     def training(self, first: int, last: int) -> Iterator[LabeledRows]:
-        """The steps of the epochs from `first` to before `last`."""
+        """The steps of the epochs from `first` up to `last`, exclusive."""
         numbers = self.batches.numbers(first, last)
         gather = self.probe.distributed.all_gather_rows
         pieces: list[LabeledRows] = []

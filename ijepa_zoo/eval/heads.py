@@ -39,7 +39,7 @@ class HeadSpec:
 
     @property
     def name(self) -> str:
-        """Such as 'last4 bn lr=0.01 wd=0.0005'."""
+        """Name such as 'last4 bn lr=0.01 wd=0.0005'."""
         return f"{self.representation} {self.kind} lr={self.lr:g} wd={self.weight_decay:g}"
 
 
@@ -145,11 +145,11 @@ def make_grid(
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose steps of matrices are as long as the matrices, times 0.001.
+    """SGD with momentum whose updates of a matrix have 0.001 times the norm of the matrix.
 
-    LARS (arXiv 1708.03888) by VISSL's rule (`vissl/optimizers/lars.py`): the length is that of the
-    gradient *with* weight decay, and the factor is 1 where a length is 0. NVIDIA's and timm's
-    versions divide by the sum of the lengths of gradient and weight decay. Biases and BatchNorm
+    LARS (arXiv 1708.03888) by VISSL's rule (`vissl/optimizers/lars.py`): the norm is that of the
+    gradient *with* weight decay, and the factor is 1 where a norm is 0. NVIDIA's and timm's
+    versions divide by the sum of the norms of gradient and weight decay. Biases and BatchNorm
     take plain steps (`exclude_bias_and_norm`).
     """
 
@@ -198,7 +198,7 @@ def train(
     mine = None if loader.gathered else distributed
     grid.train()
     for epoch in range(done, protocol.epochs):
-        # the last number counts batches that are not finite; nothing waits for the device
+        # the last entry counts batches that are not finite, without a synchronization
         total = torch.zeros(len(grid.specs) + 1, device=source.device)
         for step, (rows, targets) in enumerate(islice(batches, loader.steps), epoch * loader.steps):
             scale = protocol.lr_scale(step, loader.steps, loader.batch_size)
@@ -236,9 +236,9 @@ def choose_and_test(
 
         return compute_metrics(probe, source, batches, logits, len(heads))
 
-    everyone = range(len(grid.specs))
+    all_heads = range(len(grid.specs))
     if not len(probe.val_rows):
-        test = measure(loader.testing(), everyone)
+        test = measure(loader.testing(), all_heads)
         return test.best, None, test
-    val = measure(loader.validation(), everyone)
+    val = measure(loader.validation(), all_heads)
     return val.best, val, measure(loader.testing(), [val.best])

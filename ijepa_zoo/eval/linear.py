@@ -38,9 +38,9 @@ def evaluate_linear(
     """Train linear heads on a frozen encoder with the protocol of the task, and test the best one.
 
     Heads with and without BatchNorm, on `last` and `last4`, for every learning rate and weight
-    decay of the protocol, are trained at once on one pass of the encoder. The best one on a seeded
-    10 % of the training images, which no head is fitted to, is tested on the test set once, and
-    saved as a classifier in the folder of the result (`model`).
+    decay of the protocol, are trained at once on one pass of the encoder. The best one on 10 % of
+    the training images, held out by the seed, is tested once on the test set, and saved as a
+    classifier in the folder of the result (`model`).
 
     The same call resumes after an interruption, at the last finished epoch, and returns the result
     at once if it is finished. Processes started by torchrun share the images of each batch and
@@ -76,7 +76,7 @@ def evaluate_heads(
 ) -> Result:
     """Train a grid of heads on features, choose one, test it and save it.
 
-    `usual` is the protocol, which takes the task's transform; None for the task's own.
+    `usual` replaces the protocol of the task, except for its transform.
     """
     loader_class = CachedLoader if config.cached else OnlineLoader
 

@@ -25,19 +25,12 @@ _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Head:
-    """One head of a grid, or one setting of a classifier.
+    """One head of a grid, or one setting of a classifier."""
 
-    Attributes:
-        name: Its settings.
-        val: Its metric on the training images held out to choose by; None: not measured.
-        test: Its metric on the test set; None where it did not read the test set.
-        loss: Mean training loss of its last epoch.
-    """
-
-    name: str
-    val: float | None = None
-    test: float | None = None
-    loss: float | None = None
+    name: str  # its settings
+    val: float | None = None  # metric on held-out training images, if measured
+    test: float | None = None  # metric on the test set, if measured
+    loss: float | None = None  # mean training loss of the last epoch
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Result:
         model: `name`, `architecture`, `weights`, `weights_hash`, `image_size`, `parameters`.
         value: The test metric of the chosen head, in `unit`.
         chosen: Name of that head.
-        selection: What it was chosen by.
+        selection: The images by which it was chosen.
         heads: Metrics of every head.
         protocol: Settings that were used, as plain values.
         data: Names, sizes and fingerprints of the data.
@@ -153,7 +146,7 @@ class Result:
                 written.write(file.getvalue().encode())
 
     def table(self) -> str:
-        """What the terminal shows."""
+        """Text for the terminal."""
         unit = f" ({self.unit})" if self.unit else ""
         chosen = next(head for head in self.heads if head.name == self.chosen)
         rows = [

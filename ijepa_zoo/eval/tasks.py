@@ -1,4 +1,4 @@
-"""What is measured: the paper's probes as data, their protocols and the paper's accuracies.
+"""The paper's probes as data: their protocols and the paper's accuracies.
 
 Sources: the I-JEPA paper (arXiv 2301.08243, section 5, 6 and appendix A.1) and VISSL's
 configurations `benchmark/linear_image_classification` for `vit_*_no_cls`, which it used.
@@ -21,18 +21,15 @@ _H14_22K, _G16_22K = "vit_huge14_ijepa.in22k", "vit_giant16_ijepa.in22k"
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """How an image becomes the input of a model of any size, in words of timm's data config.
+    """Transform of images for a model of any size, in terms of timm's data config.
 
-    Attributes:
-        crop_mode: 'center': random resized crops in training, a center crop in tests; 'squash': the
-            whole image, resized to the model's size. Both with random flips in training.
-        interpolation: Filter of the resize.
-        crop_pct: Share of the resized image that a center crop keeps: 224 of 256 pixels.
+    'center' is random resized crops in training and a center crop in tests, 'squash' the whole
+    image, resized to the model's size; both with random flips in training.
     """
 
     crop_mode: Literal["center", "squash"]
     interpolation: Literal["bicubic", "bilinear"]
-    crop_pct: float = 0.875
+    crop_pct: float = 0.875  # share of the resized image that a center crop keeps
 
     def describe(self, size: tuple[int, int], *, train: bool) -> str:
         """The transform in words, for results and as a key of cached features."""
@@ -61,8 +58,8 @@ class Protocol:
         weight_decays: Weight decays of the grid.
         batch_size: Images of a step, of all processes together.
         schedule: 'step' divides the rate by 10 at the milestones, 'cosine' lowers it to `floor`.
-        milestones: Epochs at which 'step' does.
-        floor: What 'cosine' ends at, as a share of the first rate.
+        milestones: Epochs of the schedule 'step'.
+        floor: Final rate of 'cosine' as a share of the first one.
         per_step: Whether the rate changes with every step, not every epoch.
     """
 
@@ -78,7 +75,7 @@ class Protocol:
     per_step: bool = False
 
     def lr_scale(self, step: int, steps: int, batch_size: int) -> float:
-        """What each of `lrs` is multiplied by at a step, counted from 0; an epoch has `steps`."""
+        """Factor of the learning rates at a step, counted from 0; an epoch has `steps`."""
         epoch, within = divmod(step, steps)
         at = epoch + within / steps if self.per_step else epoch
         if self.schedule == "step":
@@ -100,13 +97,13 @@ class Task:
 
     Attributes:
         name: Its name on the command line.
-        title: What tables call it.
+        title: Its name in tables.
         kind: What is classified: the 'classes' of a data set, or the 'count' of objects or the
             'distance' class of the nearest one in CLEVR's scenes.
         num_classes: Classes of the data set; None for any number.
         protocol: How its heads are trained.
         paper: The paper's accuracies in percent, by the name of the weights.
-        transforms: Those that VISSL's file of an architecture has instead, by its name.
+        transforms: Other transforms in VISSL's files, by architecture.
     """
 
     name: str
@@ -118,7 +115,7 @@ class Task:
     transforms: Mapping[str, EvalTransform] = field(default_factory=dict, hash=False)
 
     def of_model(self, name: str) -> Task:
-        """The task with the transforms of a model that is named."""
+        """The task with the transform of the named model."""
         transform = self.transforms.get(name.partition(".")[0], self.protocol.transform)
         return replace(self, protocol=replace(self.protocol, transform=transform))
 
