@@ -1,4 +1,4 @@
-"""Images of any origin, as map-style datasets."""
+"""Images from any source, as map-style datasets."""
 
 from .datasets import ImageDataset
 from .decode import Decoder

@@ -38,17 +38,9 @@ def open_clevr(
 ) -> tuple[Split, Split | None]:
     """Open the training and the test set (`val`, or else `test`, or None) for one task.
 
-    Args:
-        data: A folder with `images/{train,val}` and `scenes/CLEVR_{train,val}_scenes.json`, or the
-            folder above `CLEVR_v1.0`; or `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`.
-        kind: 'count' for the number of objects, 'distance' for the bin 0..5 of the smallest
-            `pixel_coords[2]`; the upper edges 8, 8.5, 9, 9.5, 10 and 100 belong to their bins.
-        workers: Processes that render; 0 renders in this one.
-        decoder: See `open_images`.
-        progress: Show a progress bar while rendering.
-
-    Raises:
-        DataError: A scene file or an image is missing, or a scene file is malformed.
+    `data` is a folder with `images/{train,val}` and `scenes/CLEVR_{train,val}_scenes.json`, the
+    folder above `CLEVR_v1.0`, or `scenes:TRAIN,TEST[,SIZE]`. 'distance' is the bin 0..5 of the
+    smallest `pixel_coords[2]`; the upper edges 8, 8.5, 9, 9.5, 10 and 100 belong to their bins.
     """
     decoder = decoder or Decoder()
     if os.fspath(data).startswith("scenes:"):

@@ -53,7 +53,7 @@ _MOST_CLASSES = 4096  # masks of larger ids hold something else, such as instanc
 class DenseDataset:
     """A map-style dataset: `dataset[i]` is an image, its target `[H, W]` and its name.
 
-    Indexing raises `ImageError` where one of the two cannot be read or their aspect ratios differ.
+    Indexing raises `ImageError` if one of the two cannot be read or their aspect ratios differ.
     """
 
     names: Sequence[str]

@@ -90,7 +90,7 @@ def pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]:
         ]
         pair = found.setdefault((split, tuple(filter(None, names))), {})
         if is_target in pair:
-            raise DataError(f"'{pair[is_target]}' and '{path}' have one pair's name: rename one")
+            raise DataError(f"'{pair[is_target]}' and '{path}' map to the same pair: rename one")
         pair[is_target] = path
     alone = [path for pair in found.values() if len(pair) == 1 for path in pair.values()]
     if alone:

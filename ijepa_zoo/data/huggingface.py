@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 class HFDataset(ImageDataset):
     """A `datasets.Dataset` of Hugging Face.
 
-    By default its only column of images and its column of class labels (or called `label`).
+    The defaults are its only column of images and its column of class labels (or named `label`).
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class HFDataset(ImageDataset):
             return
         values = data.select_columns([column]).with_format(None)[:][column]
         kind = features[column]
-        several = getattr(kind, "feature", None)  # of the items, where an image has a list of them
+        several = getattr(kind, "feature", None)  # type of the items of a list
         item = kind if several is None else several
         found = values if several is not None else ([value] for value in values)
         lists = [[label for label in row or () if label is not None] for row in found]
@@ -96,7 +96,7 @@ class HFDataset(ImageDataset):
             raise ImageError(f"'{stored['path']}' cannot be read: {error.strerror}") from error
 
     def fingerprint(self) -> str:
-        """Hash of number and of some images."""
+        """Hash of the number of images and of some of them."""
         digest = hashlib.blake2b(str(len(self)).encode(), digest_size=8)
         for index in evenly_spaced(len(self), _SAMPLED):
             stored = self.data[index][self.column] or {}
@@ -150,7 +150,7 @@ def _is_saved(folder: str) -> bool:
 
 
 def hf_splits(path: str) -> list[str]:
-    """Names of the splits of a dataset; none where a split is named."""
+    """Names of the splits of a dataset; empty if a split is named."""
     name, options = _name_and_options(path)
     if "split" in options or _is_parquet(name) or os.path.isfile(os.path.join(name, _SAVED[0])):
         return []

@@ -37,9 +37,7 @@ def load_in_order(
 ) -> Iterator[T]:
     """`items[i]` for each number of `order`; 0 `workers` load in this process, None is one per CPU.
 
-    Raises:
-        UserError: Loading an item raised one; its traceback in the worker is left out.
-        RunError: A worker was killed, or the main script starts workers when it is imported.
+    A `UserError` of an item is raised here, without its traceback in the worker.
     """
     workers = min(len(order), usable_cpus() if workers is None else workers)
     if workers and getattr(multiprocessing.current_process(), "_inheriting", False):

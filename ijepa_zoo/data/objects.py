@@ -1,4 +1,4 @@
-"""Map-style datasets of the user's and of torchvision."""
+"""Map-style datasets of users and of torchvision."""
 
 from __future__ import annotations
 
@@ -25,18 +25,14 @@ _log = logging.getLogger(__name__)
 
 
 class ObjectDataset(ImageDataset):
-    """A map-style dataset of the user's, or of torchvision.
+    """A map-style dataset of the user or of torchvision.
 
-    Args:
-        data: Has `__len__` and `__getitem__`; items are Pillow images, arrays `[H, W, C]`, tensors
-            `[C, H, W]`, or tuples that begin with one. Its `targets` or `labels` (or torchvision's
-            names for them) are the classes if they are integers `[n]` or 0/1 `[n, C]`, and its
-            `classes` their names.
-        decoder: See `Decoder`.
-        name: Name of the dataset in messages.
+    Its items are Pillow images, arrays `[H, W, C]`, tensors `[C, H, W]`, or tuples that begin with
+    one. Its `targets` or `labels` (or torchvision's names for them) are the classes if they are
+    integers `[n]` or 0/1 `[n, C]`, and its `classes` their names.
     """
 
-    # What damaged files lead to; anything else is an error in the dataset's code.
+    # Errors from damaged files; others are errors in the dataset's code.
     _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
     def __init__(self, data: Any, decoder: Decoder, name: str) -> None:
@@ -80,7 +76,7 @@ class ObjectDataset(ImageDataset):
         )
 
     def fingerprint(self) -> str:
-        """Hash of number, classes and those of some images that are the same when read twice."""
+        """Hash of number, classes and some images, if they are the same when read twice."""
         targets = b"" if self.targets is None else self.targets.astype("<i8").tobytes()
         digest = hashlib.blake2b(f"{len(self)} ".encode() + targets, digest_size=8)
         for index in evenly_spaced(len(self), SAMPLED):

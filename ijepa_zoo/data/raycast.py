@@ -177,8 +177,8 @@ def _local_normal(shape: str, local: Floats, half: float) -> Floats:
     return unit
 
 
-# Shading. Light arrives at a point directly or after one reflection in surroundings that are a
-# formula; what blocks it is computed from the outlines of the objects, without further rays.
+# Shading. Light arrives at a point directly or after one reflection in procedural surroundings;
+# shadows are computed from the outlines of the objects, without further rays.
 
 _GROUND = (0.42, 0.415, 0.41)
 
@@ -235,11 +235,9 @@ def _reflection(
 
 
 def _openness(points: Floats, normals: Floats, objects: list[SceneObject]) -> Floats:
-    """Share of ambient light that the objects let through, each taken as a sphere of its radius.
-
-    A sphere of radius r at distance d and angle a from the normal hides cos(a) (r / d)^2 of the
-    cosine-weighted hemisphere. An object never darkens itself: its normals point outward.
-    """
+    """Share of ambient light that passes the objects, each taken as a sphere of its radius."""
+    # A sphere of radius r at distance d and angle a from the normal hides cos(a) (r / d)^2 of the
+    # cosine-weighted hemisphere. An object never darkens itself: its normals point outward.
     free = np.ones(points.shape[1], np.float32)
     for item in objects:
         reach = 3.5 * item.radius
@@ -258,11 +256,9 @@ def _openness(points: Floats, normals: Floats, objects: list[SceneObject]) -> Fl
 def _unshadowed(
     points: Floats, ids: NDArray[np.uint8], objects: list[SceneObject], light: Light
 ) -> Floats:
-    """Share of a light that reaches each point past the other objects.
-
-    Seen from the light, an object is a flat outline; the distance to that outline over the width
-    of the penumbra gives a soft edge. Only what is nearer to the light can shadow a point.
-    """
+    """Share of a light that reaches each point past the other objects."""
+    # Seen from the light, an object is a flat outline; the distance to it over the width of the
+    # penumbra gives a soft edge. Only objects nearer to the light can shadow a point.
     u_axis = normalize(cross((0.0, 0.0, 1.0), light.direction))
     v_axis = cross(light.direction, u_axis)
     frame = (u_axis, v_axis, light.direction)

@@ -190,12 +190,8 @@ _GAP = 0.2  # between the footprints of two objects
 def _sample_scene(
     rng: np.random.Generator, size: int
 ) -> tuple[Camera, list[Light], list[SceneObject], Hits]:
-    """Draw a scene in which every object is visible; `size` only scales `pixel_coords`.
-
-    Objects are drawn again until all are placed and visible. Their number is drawn once, so it
-    keeps its uniform distribution.
-    """
-    count = int(rng.integers(COUNTS[0], COUNTS[-1] + 1))
+    """Draw a scene in which every object is visible; `size` only scales `pixel_coords`."""
+    count = int(rng.integers(COUNTS[0], COUNTS[-1] + 1))  # drawn once, so that it stays uniform
     camera, lights = _sample_camera(rng), _sample_lights(rng)
     while True:
         objects = _sample_objects(rng, camera, count, size)
@@ -236,7 +232,7 @@ def _sample_lights(rng: np.random.Generator) -> list[Light]:
 def _sample_objects(
     rng: np.random.Generator, camera: Camera, count: int, size: int
 ) -> list[SceneObject]:
-    """Draw objects that stand apart and inside the frame; fewer when one finds no free place."""
+    """Draw separate objects inside the frame; fewer if one finds no free position."""
     objects: list[SceneObject] = []
     for _ in range(count):
         shape, color, material, extent = (

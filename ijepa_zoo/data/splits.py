@@ -63,7 +63,7 @@ class Split:
 def open_splits(
     data: Any, test: Any = None, decoder: Decoder | None = None
 ) -> tuple[Split, Split | None]:
-    """Open the training and the test split (None without one), with classes numbered alike.
+    """Open the training and the test split (None without one), with the same class numbers.
 
     Args:
         data: All images, or the training split if `test` is given. Anything that `open_images`
@@ -194,13 +194,13 @@ def _open_folder(path: str, decoder: Decoder) -> tuple[Split, Split | None]:
 
 
 def _class_folders(root: Path, names: Sequence[str]) -> Path | None:
-    """The first of the named folders that has folders, which are classes."""
+    """The first of the named folders that has class folders."""
     folders = (root / name for name in names if (root / name).is_dir())
     return next((f for f in folders if any(entry.is_dir() for entry in f.iterdir())), None)
 
 
 def _named_shards(root: Path, names: Sequence[str]) -> list[str]:
-    """The shards with the first of the names that any has."""
+    """The shards whose names contain the first of `names` that occurs."""
     shards = [path for path in sorted(root.iterdir()) if path.name.endswith(SHARD_SUFFIXES)]
     found = ([str(path) for path in shards if name in path.name.lower()] for name in names)
     return next(filter(None, found), [])

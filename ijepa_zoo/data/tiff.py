@@ -1,4 +1,4 @@
-"""Bands and pages of TIFF files, of which Pillow reads some."""
+"""Bands and pages of TIFF files, beyond those that Pillow reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import ImageError, MissingPackageError
 
 
 def stack_pages(image: Image.Image, pages: int) -> npt.NDArray[Any]:
-    """Bands, or the pages of greyscale, as `[H, W, C]`."""
+    """Bands, or grayscale pages, as `[H, W, C]`."""
     found = []
     for page in range(pages):
         image.seek(page)
@@ -24,14 +24,14 @@ def stack_pages(image: Image.Image, pages: int) -> npt.NDArray[Any]:
 
 
 def select_bands(array: npt.NDArray[Any], bands: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Some of the last axis."""
+    """Select bands on the last axis."""
     if max(bands) >= array.shape[-1]:
         raise ImageError(f"an image of {array.shape[-1]} bands or pages has no band {max(bands)}")
     return array[..., list(bands)]
 
 
 def tiff_bands(content: bytes) -> int:
-    """Bands of a TIFF file; 0 for another or damaged file."""
+    """Number of bands of a TIFF file; 0 for other or damaged files."""
     if content[:4] not in (b"II*\0", b"MM\0*", b"II+\0"):
         return 0
     file = io.BytesIO(content)
@@ -46,7 +46,7 @@ def tiff_bands(content: bytes) -> int:
 
 
 def loses_bands(image: Image.Image, bands: int) -> bool:
-    """Whether Pillow drops bands of a TIFF, or takes 16-bit ones, each in its plane, for 8 bits."""
+    """Whether Pillow drops bands of a TIFF, or misreads planar 16-bit bands as 8 bits."""
     tags = getattr(image, "tag_v2", {})
     planar = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
     deep = tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))[0] > 8

@@ -40,18 +40,7 @@ class ModelTransform:
         self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
 
     def __call__(self, image: Raw) -> Tensor:
-        """Transform one image.
-
-        Args:
-            image: A Pillow image, an array `[H, W, C]` or `[H, W]`, a tensor `[C, H, W]`, or the
-                bytes of a file.
-
-        Returns:
-            float32 `[C, H, W]`, or uint8 without `normalize`.
-
-        Raises:
-            ImageError: It does not have the model's channels.
-        """
+        """Transform an image (see `Decoder`) to float32 `[C, H, W]`, uint8 without `normalize`."""
         pixels = self.decoder(image)
         if self.limits_aspect:
             pixels = limit_aspect(pixels)
@@ -136,14 +125,9 @@ def crop_box(
 ) -> Box:
     """A random box, distributed as in torchvision's RandomResizedCrop.
 
-    Args:
-        draws: Uniform numbers in [0, 1): areas of ten tries, their aspects, top and left.
-        size: Height and width of the image in pixels.
-        scale: Area of the box as a fraction of the image, (min, max), uniform.
-        ratio: Width / height of the box, (min, max), log-uniform.
-
-    Returns:
-        Top, left, height and width in pixels.
+    `draws` are uniform numbers in [0, 1): areas of ten tries, their aspects, top and left. `scale`
+    is the range of the area over the image's, uniform, and `ratio` that of width / height,
+    log-uniform.
     """
     image_h, image_w = size
     low, high = math.log(ratio[0]), math.log(ratio[1])
