@@ -22,21 +22,13 @@ TOP = 5  # for top-5 accuracy
 
 @dataclass(frozen=True)
 class Metrics:
-    """Test or validation metrics of heads, all of the same images.
+    """Test or validation metrics of heads on the same images, in percent."""
 
-    Attributes:
-        name: What `values` are.
-        images: Number of images.
-        values: In percent, one for each head.
-        intervals: 95 % intervals of the values; None where the value is not a share of images.
-        others: Further metrics of each head, in percent.
-    """
-
-    name: str
-    images: int
-    values: list[float]
-    intervals: Sequence[tuple[float, float] | None]
-    others: list[dict[str, float]]
+    name: str  # of the metric in `values`
+    images: int  # their number
+    values: list[float]  # one for each head
+    intervals: Sequence[tuple[float, float] | None]  # 95 %, of values that are shares of images
+    others: list[dict[str, float]]  # further metrics of each head
 
     @property
     def best(self) -> int:
@@ -45,7 +37,7 @@ class Metrics:
 
 
 def join_heads(parts: Sequence[Metrics]) -> Metrics:
-    """Metrics of the heads of several parts, all of the same images."""
+    """Concatenate metrics of heads on the same images."""
     columns = zip(*((p.values, p.intervals, p.others) for p in parts))
     joined: Any = [[entry for part in column for entry in part] for column in columns]
     return Metrics(parts[0].name, parts[0].images, *joined)
@@ -88,7 +80,7 @@ def count_correct(
     predict: Callable[[Any], Tensor],
     heads: int,
 ) -> Metrics:
-    """Accuracies over the images of all processes; waits for the device only at the end."""
+    """Accuracies over the images of all processes; synchronizes only at the end."""
     classes, device = probe.num_classes, source.device
     correct = torch.zeros(heads, classes, dtype=torch.int64, device=device)
     top = torch.zeros(heads, dtype=torch.int64, device=device)
@@ -131,9 +123,9 @@ def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
     ordered, order = scores.T.sort(dim=1, descending=True)
     positive = labels.T.gather(1, order).double()
     # the last image of equal score, for each image
-    places = torch.arange(n, device=scores.device).expand_as(order)
+    positions = torch.arange(n, device=scores.device).expand_as(order)
     is_last = F.pad(ordered[:, 1:] != ordered[:, :-1], (0, 1), value=True)
-    last = places.masked_fill(~is_last, n).flip(1).cummin(dim=1).values.flip(1)
+    last = positions.masked_fill(~is_last, n).flip(1).cummin(dim=1).values.flip(1)
     precision = positive.cumsum(dim=1).gather(1, last) / (last + 1)
     found = (precision * positive).sum(dim=1) / positive.sum(dim=1)
     return found.masked_fill(scores.isnan().any(dim=0) & ~found.isnan(), 0.0)

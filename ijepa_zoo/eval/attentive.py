@@ -57,7 +57,7 @@ def evaluate_attentive(
 
 
 def attentive_grid(probe: Probe, source: Source) -> Grid:
-    """Heads of equal first weights for each rate and decay, with the encoder's attention heads."""
+    """Heads of equal initial weights for each rate and decay, with the encoder's num_heads."""
     block: Any = source.model.model.blocks[-1]  # type: ignore[union-attr,index]
     width, half = source.widths["patches"], source.settings["precision"] != "float32"
     heads: dict[HeadSpec, nn.Module] = {}

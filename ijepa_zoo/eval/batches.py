@@ -23,7 +23,7 @@ from ..seeds import Stream, fold, numpy_generator
 from .sets import EvalSet
 from .tasks import EvalTransform
 
-_REPLACEMENTS = 20  # images that are tried instead of a broken one
+_REPLACEMENTS = 20  # images to try instead of a broken one
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
 
 Size = tuple[int, int]
@@ -46,12 +46,12 @@ class EvalBatch:
         return found
 
     def pin_memory(self) -> EvalBatch:
-        """Called by the loader: the same batch in memory that is copied to a GPU at once."""
+        """The same batch in pinned memory; called by the DataLoader."""
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 def share(batch_size: int, rank: int, world: int, unit: int = 1) -> slice:
-    """The images of a batch that a process works on; shares differ by one `unit` at most."""
+    """The images of a batch for one process; shares differ by one `unit` at most."""
     units = batch_size // unit
     if units < world:
         raise DataError(
@@ -62,12 +62,12 @@ def share(batch_size: int, rank: int, world: int, unit: int = 1) -> slice:
 
 
 class TrainBatches(Dataset[EvalBatch]):
-    """The training batches of one process, in pieces; nothing depends on what was read before.
+    """The training batches of one process, in pieces, each a function of its number.
 
-    An epoch goes through one permutation in whole batches and leaves the rest out, other images in
-    every epoch; fewer images than a batch make one batch. Item `(epoch * steps + step) * parts +
-    part` is a piece, of at most `micro` images, of the share of this process. Shares are multiples
-    of `unit`. `augment` changes pixels further, and may draw from `random` and NumPy.
+    An epoch is a permutation of the images in whole batches, without the rest; fewer images than a
+    batch are one batch. Item `(epoch * steps + step) * parts + part` is a piece, of at most `micro`
+    images, of the share of this process. Shares are multiples of `unit`. `augment` changes pixels
+    further, and may draw from `random` and NumPy.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TrainBatches(Dataset[EvalBatch]):
         self.parts = -(-(self.share.stop - self.share.start) // self.micro)
 
     def numbers(self, first_epoch: int, last_epoch: int) -> range:
-        """Items of the epochs from `first_epoch` to before `last_epoch`."""
+        """Items of the epochs from `first_epoch` up to `last_epoch`, exclusive."""
         each = self.steps * self.parts
         return range(first_epoch * each, last_epoch * each)
 
@@ -142,7 +142,7 @@ class OrderedBatches(Dataset[EvalBatch]):
     """Every image once, in order, with the fixed transform of tests.
 
     Batch `b` of process `r` of `w` holds the images from `(b * w + r) * batch_size`. All batches
-    have `batch_size` slots and all processes have as many batches: the last ones are padded.
+    have `batch_size` slots, and all processes the same number of batches: the last are padded.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ def _permutation(n: int, seed: int, epoch: int) -> Targets:
 def random_pixels(
     image: Pixels, transform: EvalTransform, size: Size, draws: Sequence[float]
 ) -> Tensor:
-    """An image as a probe trains on it: uint8 `[C, *size]`, by `DRAWS` uniform numbers."""
+    """A training image, uint8 `[C, *size]`, from `DRAWS` uniform numbers."""
     if transform.crop_mode == "center":
         top, left, height, width = crop_box(draws, pixel_size(image), scale=_SCALE, ratio=_RATIO)
         image = tv.crop(image, top, left, height, width)

@@ -3,7 +3,7 @@
 Depth follows DINOv2's `lin. 1` and `lin. 4` (arXiv 2304.07193, section 7.4, and its code), and
 segmentation its linear evaluation (`BNHead`; its configuration for ADE20K: AdamW, learning rate
 1e-3, weight decay 1e-4, 40,000 steps of 16 images, warm-up of 1,500 steps, then linear to 0).
-Metrics compare with each other, and with published ones only roughly. Differences:
+Metrics are comparable with each other, but only roughly with published ones. Differences:
 
 - `last4` are the last four layers, not four spread over the depth, and the class token is left out;
 - images are resized as a whole to the model's own size, in training (DINOv2: random crops, color
@@ -13,7 +13,7 @@ Metrics compare with each other, and with published ones only roughly. Differenc
 - the loss of depth is `SigLoss` alone: the official gradient loss takes differences along the
   batch;
 - a grid of heads is trained (with and without BatchNorm, several learning rates), and the best one
-  on held-out training images, a seeded 10 %, reads the test set, once;
+  on held-out training images (10 %, by the seed) is tested, once;
 - `nyu_depth_v2_labeled.mat` has 795 training images, so 25 epochs are 1,100 steps where DINOv2
   takes 38,400 on 24,231 images, and its depths are filled in;
 - rendered scenes have fewer epochs and other learning rates.
@@ -59,7 +59,7 @@ from .sets import VAL_SHARE
 from .tasks import EvalTransform
 
 _MAX_DEPTH = 10.0  # meters, unless the data have their own limit
-_TRIED = 100  # pairs that are read before the work, until one counts
+_TRIED = 100  # pairs to check before training, until one has valid pixels
 _WHOLE = EvalTransform("squash", "bicubic", crop_pct=1.0)
 
 # Small images and few of them: fewer bins and scores, and learning rates for few steps.
@@ -245,7 +245,7 @@ def _measure(
     losses: Sequence[float],
     usual: DenseProtocol,
 ) -> tuple[Result, int]:
-    """Choose a head on held-out training images; it reads the test set."""
+    """Choose a head on held-out training images and test it."""
     task, config, pairs = probe.task, probe.config, probe.pairs
     asked: Sequence[int] = range(len(grid.specs))
     val: list[float | None] = [None] * len(asked)
@@ -315,7 +315,7 @@ def _score(
     indices: Indices,
     asked: Sequence[int],
 ) -> tuple[Tensor, int]:
-    """Statistics of some heads, then of predictions that see no image, and of how many images."""
+    """Statistics of some heads and of constant predictions, and the number of images."""
     task, distributed = probe.task, probe.distributed
     total = torch.zeros(len(asked) + len(task.blind), *task.shape, dtype=torch.float64)
     count = torch.zeros(1, dtype=torch.int64)

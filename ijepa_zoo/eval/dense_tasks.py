@@ -25,13 +25,13 @@ SEGMENTATION_METRICS = ("mean IoU", "pixel accuracy", "mean class accuracy")
 MIN_DEPTH = 1e-3  # in meters; nearer pixels do not count, predictions are at least that
 # Valid rows and columns of a 480 x 640 image (Eigen et al.).
 _EIGEN = (45 / 480, 471 / 480, 41 / 640, 601 / 640)
-_EPS = 1e-3  # under the logarithms of the loss
+_EPS = 1e-3  # inside the logarithms of the loss
 _SCALE_WEIGHT = 0.15  # of the squared mean: 1 - 0.85
 
 
 @dataclass(frozen=True)
 class DenseProtocol:
-    """How heads are trained, and by default DINOv2's linear segmentation on ADE20K."""
+    """How heads are trained; the defaults are DINOv2's linear segmentation on ADE20K."""
 
     epochs: int = 32
     batch_size: int = 16
@@ -116,13 +116,13 @@ class Depth:
         valid = self.valid(targets)
         full = F.interpolate(maps, targets.shape[1:], mode="bilinear")[:, 0]
         g = torch.where(valid, (full + _EPS).log() - (targets + _EPS).log(), 0)
-        count = valid.sum()  # sums instead of a selection, whose size a GPU would have to tell
+        count = valid.sum()  # sums instead of a selection, which would synchronize
         mean = g.sum() / count
         variance = torch.where(valid, g - mean, 0).square().sum() / (count - 1)
         return (variance + _SCALE_WEIGHT * mean.square() + 1e-12).sqrt()
 
     def count(self, targets: Tensor) -> Tensor:
-        """Sums of depths and their numbers for every place of the image, of a batch."""
+        """Sums over a batch, for every pixel, of depths and of valid pixels."""
         valid = self.valid(targets)
         return torch.stack([torch.where(valid, targets, 0).double().sum(0), valid.sum(0)])
 
@@ -224,7 +224,7 @@ class Segmentation:
         return 100 * torch.stack([_iou(statistics).nanmean(1), accuracy, per_class], dim=1)
 
     def more(self, statistics: Tensor) -> dict[str, Any]:
-        """IoU of each class in percent, None of one neither present nor predicted."""
+        """IoU of each class in percent, None for one neither present nor predicted."""
         values = (100 * _iou(statistics[None])[0]).tolist()
         return {"IoU": {n: None if v != v else v for n, v in zip(self.class_names, values)}}
 

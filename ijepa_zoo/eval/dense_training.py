@@ -119,7 +119,7 @@ class _Batches:
 
 
 class DenseLoader:
-    """Encodes pairs, and notes by their names why some could not be read."""
+    """Encodes pairs; `broken` has the name and reason of each one that could not be read."""
 
     gathered = True
 
@@ -223,7 +223,7 @@ class _Store(NamedTuple):
 
 
 class DenseGrid(Grid):
-    """Dense heads, and the sums of targets, for predictions that see no image."""
+    """Dense heads, and the sums of targets, for constant predictions."""
 
     sums: Tensor
 

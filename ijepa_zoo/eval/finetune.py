@@ -180,7 +180,7 @@ def evaluate_finetune(
 
 
 def _run(training: FineTuning, notes: list[str]) -> Result:
-    """Train, test and save; from the folder if it is finished."""
+    """Train, test and save, or read a finished result."""
     probe, protocol = training.probe, training.protocol()
     method = "finetune-list" if probe.subset else "finetune"
 
@@ -193,7 +193,7 @@ def _run(training: FineTuning, notes: list[str]) -> Result:
         probe.distributed.run_on_main(lambda: _save(training, folder / "model"))
         return replace(result, seconds=training.earlier)
 
-    # another number of processes resumes too
+    # resumes also with another number of processes
     same = {k: v for k, v in protocol.items() if k not in ("processes", "micro_batch_size")}
     return run_once(probe, training, method, same, work)[0]
 
@@ -255,10 +255,8 @@ class FineTuning:
         config = transform_config(network)
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
         self.transform = replace(CROP, crop_pct=1.0) if max(self.size) > _CROPPED else CROP
-        rows, protocol = (
-            np.arange(len(probe.train)),
-            replace(probe.protocol, transform=self.transform),
-        )
+        rows = np.arange(len(probe.train))
+        protocol = replace(probe.protocol, transform=self.transform)
         self.probe = replace(probe, protocol=protocol, train_rows=rows, val_rows=rows[:0])
         self.mean, self.std = (
             torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
@@ -366,10 +364,8 @@ class FineTuning:
         self.broken.update(batch.broken)
         rank, world = self.distributed.rank, self.distributed.world_size
         keys = (self.probe.config.seed, Stream.EVAL_AUGMENT, self.epoch, step, part, rank)
-        images, labels = (
-            self._normalize(batch.images),
-            batch.labels.to(self.device, non_blocking=True),
-        )
+        images = self._normalize(batch.images)
+        labels = batch.labels.to(self.device, non_blocking=True)
         torch.manual_seed(fold(*keys))  # of erased pixels and stochastic depth
         with library_seeds(*keys):
             images = self.erase(images)
@@ -379,7 +375,7 @@ class FineTuning:
         with self.module.no_sync() if world > 1 and not last else nullcontext():
             with self._autocast():
                 loss = self._loss(self.module(images), labels)
-            # the mean over processes, which have unequal shares, is that over the batch
+            # DDP averages over processes, whose shares differ
             loss = loss.float() * (len(images) * world / self.batches.batch_size)
             torch.autograd.backward(loss)
         return loss.detach()

@@ -58,7 +58,7 @@ def _run(probe: Probe, source: Source) -> tuple[Result, Path]:
 
 
 def _vote(probe: Probe, source: Source, loader: CachedLoader, protocol: dict[str, Any]) -> Result:
-    everyone = np.concatenate([loader.train_rows, loader.val_rows])
+    all_rows = np.concatenate([loader.train_rows, loader.val_rows])
     name = next(iter(source.widths))
     rows = source.split(loader.train.rows)[name]  # of the file: only these columns are read
 
@@ -85,7 +85,7 @@ def _vote(probe: Probe, source: Source, loader: CachedLoader, protocol: dict[str
         [f"k={k} T={temperature:g}" for k, temperature in grid],
         chosen,
         None if on_test else val,
-        val if on_test else answer(everyone, loader.testing(), [grid[chosen]]),
+        val if on_test else answer(all_rows, loader.testing(), [grid[chosen]]),
         loader.broken,
         notes=["all training images are neighbors of test images"],
     )
