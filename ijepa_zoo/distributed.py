@@ -28,15 +28,7 @@ _START = "start with: torchrun --nproc-per-node NUMBER_OF_GPUS -m ijepa_zoo COMM
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among those of the run; by default the only one.
-
-    Attributes:
-        rank: Number of this process.
-        world_size: Number of processes.
-        local_rank: Number of this process on its machine.
-        local_world_size: Number of processes on its machine.
-        device: Device of this process.
-    """
+    """This process among those of the run; by default the only one."""
 
     rank: int = 0
     world_size: int = 1
@@ -101,11 +93,7 @@ class Distributed:
     def run_on_main(self, function: Callable[[], T]) -> T:
         """Call a function on rank 0; every process returns its value or raises its error.
 
-        Args:
-            function: Returns a picklable object.
-
-        Raises:
-            UserError: The function raised one, as it may an `OSError`.
+        The value must be picklable; errors are a `UserError` or an `OSError`.
         """
         outcome: Any = None
         if self.is_main:
@@ -131,14 +119,7 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
     """Initialize torch.distributed in processes started by torchrun or Slurm.
 
     When a process fails, torchrun ends the others, and so does Slurm with
-    `srun --kill-on-bad-exit=1`. A single process needs neither.
-
-    Args:
-        device: `auto` for a GPU where there is one, or torch's name.
-        timeout: Seconds after which a collective raises.
-
-    Raises:
-        DistributedError: The environment is incomplete, or a device is missing.
+    `srun --kill-on-bad-exit=1`. A collective raises after `timeout` seconds.
     """
     found = read_environment(os.environ)
     if found is None:
@@ -146,12 +127,11 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
         return
     rank, world_size, local_rank, local_world_size = found
     chosen = choose_device(device, local_rank, world_size)
-    mine = not dist.is_initialized()
-    if mine:
+    owns_group = not dist.is_initialized()
+    if owns_group:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
-        # Each group has another name: under an earlier one's, a process that is ahead would find
-        # the addresses of the earlier group and wait for them in vain.
+        # Each group has its own name, so that a process never finds addresses of an earlier group.
         store = dist.PrefixStore(  # type: ignore[attr-defined]
             f"ijepa_zoo {next(_groups)}", _store(rank, world_size, limit)
         )
@@ -160,7 +140,7 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
             backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
     yield Distributed(rank, world_size, local_rank, local_world_size, chosen)
-    if mine:  # not after an error, when destroying the group would wait for the others
+    if owns_group:  # not after an error, when destroying the group would wait for the others
         dist.destroy_process_group()
         # gloo's threads may still free a tensor of the last collective, which crashes a process
         # that exits meanwhile (https://github.com/pytorch/pytorch/pull/179291)
@@ -169,7 +149,7 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
 
 @lru_cache(maxsize=1)
 def _store(rank: int, world_size: int, timeout: timedelta) -> Any:
-    """The store of the job, kept open: a process that opens it again may find it closed."""
+    """The store of the job, kept open, since it may be closed when a process opens it again."""
     from torch.distributed.rendezvous import rendezvous  # not in builds without distributed
 
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
@@ -179,13 +159,7 @@ def _store(rank: int, world_size: int, timeout: timedelta) -> Any:
 def read_environment(environment: MutableMapping[str, str]) -> tuple[int, int, int, int] | None:
     """Rank, world size, local rank and local world size; None for a single process.
 
-    Under srun without torchrun, the variables of torch are made from Slurm's.
-
-    Args:
-        environment: `os.environ`; gets the address of the first process under Slurm.
-
-    Raises:
-        DistributedError: Variables are missing or contradict each other.
+    Under srun without torchrun, torch's variables are added to `environment` from Slurm's.
     """
     if not any(environment.get(name) for name in _TORCHRUN):
         if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
@@ -223,16 +197,7 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def choose_device(name: str = "auto", local_rank: int = 0, world_size: int = 1) -> torch.device:
-    """The device of this process; a GPU is made the current one.
-
-    Args:
-        name: `auto` for a GPU where there is one, or torch's name.
-        local_rank: Number of this process on its machine.
-        world_size: Number of processes of the run.
-
-    Raises:
-        DistributedError: The device does not exist.
-    """
+    """The device of this process, `auto` or torch's name; a GPU becomes the current one."""
     if name == "auto":
         mps = world_size == 1 and torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

@@ -34,12 +34,12 @@ class Encoder:
     """Pixels to features in the chosen precision, on one device.
 
     On a CPU the last bits of a matrix product depend on its number of threads, so each piece of a
-    batch is computed by one thread, and several pieces at a time: the features are the same to the
-    last bit for any number of threads.
+    batch is computed by one thread, several pieces at a time: features are bit-identical for any
+    number of threads.
 
-    Arguments are those of :func:`ijepa_zoo.extract_features`; `extractor` computes something else
-    of the model, see `ijepa_zoo.predictions`, and without `host` results stay on the device.
-    `settings` are everything that decides the numbers.
+    Arguments are those of :func:`ijepa_zoo.extract_features`; `extractor` replaces the
+    `FeatureExtractor`, see `ijepa_zoo.predictions`, and without `host` results stay on the device.
+    `settings` determine the features.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Encoder:
         return shape
 
     def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-        """Features of the good images of each batch, and its reasons; several are in flight.
+        """Features of the good images of each batch, and its reasons; several batches at a time.
 
         Batches are uint8 `[B, C, H, W]`, and for each image None or the reason why its slot is left
         out; further slots are padding. The model is in evaluation mode until the end.
@@ -150,7 +150,7 @@ class Encoder:
         enabled = self.autocast is not None
         with torch.autocast(self.device.type, dtype=self.autocast, enabled=enabled):
             features: Tensor = self.extractor(images)
-        if len(good) < len(features):  # a list of indices waits for the GPU
+        if len(good) < len(features):  # indexing with a list synchronizes
             features = features[good]
         return features.to(self.result_device, self.dtype)
 
@@ -169,7 +169,7 @@ def model_name(model: nn.Module) -> str:
 
 
 def class_names(model: Any) -> list[str] | None:
-    """Names of the classes of a classifier, their numbers if it has none; None of an encoder."""
+    """Names of the classes of a classifier, or their numbers; None for an encoder."""
     count = getattr(model, "num_classes", 0)
     if not count:
         return None

@@ -51,5 +51,5 @@ def some(names: Iterable[str], most: int = 4) -> str:
 
 
 def option(name: str) -> str:
-    """An argument as Python and as the command line call it: `max_depth (--max-depth)`."""
+    """Name of an argument in Python and on the command line: `max_depth (--max-depth)`."""
     return f"{name} (--{name.replace('_', '-')})"

@@ -43,8 +43,8 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
     parser = commands.add_parser(
         "export",
         description="Export weights to a folder that another library loads without this package "
-        "(native, timm, transformers, official), or a model that a server runs, from uint8 pixels "
-        "to features or, of a classifier without --layers and --pool, logits (onnx, torch-export).",
+        "(native, timm, transformers, official), or a graph for servers, from uint8 pixels to "
+        "features, or to logits for a classifier without --layers and --pool (onnx, torch-export).",
     )
     add = parser.add_argument
     add("source", metavar="SOURCE",
@@ -53,16 +53,16 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
     add("folder", nargs="?", metavar="DST", help="folder to write (a run: default RUN/export)")
     add("--to", choices=(*_WEIGHTS, *_GRAPHS), default="native",
         help="format (default: native); official needs all three networks")  # fmt: skip
-    add("--dtype", choices=DTYPES, help="of the weights (default: theirs; of graphs: float32)")
+    add("--dtype", choices=DTYPES, help="of the weights (default: unchanged; of graphs: float32)")
     add("--license", metavar="SPDX", help="license of the weights (default: as in the source)")
     add("--overwrite", action="store_true", help="replace DST once the new folder is complete")
 
     source = parser.add_argument_group("source options")
     add_network(source)
     source.add_argument("--step", type=count, metavar="N",
-        help="of a run: which checkpoint (default: the newest)")  # fmt: skip
+        help="step of a run's checkpoint (default: the newest)")  # fmt: skip
     source.add_argument("--model", metavar="NAME",
-        help="a name of `ijepa-zoo list`, where SOURCE does not tell the architecture")  # fmt: skip
+        help="a name of `ijepa-zoo list`, if SOURCE does not record one")  # fmt: skip
     add_img_size(source)
     for name in _SIZES:
         kind = float if name == "mlp_ratio" else positive
@@ -71,7 +71,7 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
 
     hub = parser.add_argument_group("options of the weight formats")
     hub.add_argument("--push-to", metavar="REPO", help="also upload to the Hugging Face Hub")
-    hub.add_argument("--private", action="store_true", help="create REPO as a private one")
+    hub.add_argument("--private", action="store_true", help="create REPO as private")
     hub.add_argument("--revision", metavar="NAME", help="branch of REPO (default: main)")
 
     graph = parser.add_argument_group("options of onnx and torch-export")
@@ -197,7 +197,7 @@ def _open_encoder(args: argparse.Namespace) -> Any:
     if args.model:
         return create_model(args.model, checkpoint=source, **options)
     if os.path.isfile(source):
-        raise SettingsError(f"{source} does not tell its architecture: add --model NAME")
+        raise SettingsError(f"{source} does not record its architecture: add --model NAME")
     if os.path.isdir(source):
         source = f"local-dir:{source}"
     return create_model(source, **options)

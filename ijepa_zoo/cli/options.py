@@ -57,7 +57,7 @@ def add_pixel_options(group: argparse._ActionsContainer) -> None:
 def add_run_options(
     parser: argparse.ArgumentParser, batch_size: str | None = None
 ) -> argparse._ArgumentGroup:
-    """How the work is done; `batch_size` is the default in the help, None for no such option."""
+    """Options of a run; `batch_size` is the default in the help, None for no such option."""
     group = parser.add_argument_group("run options")
     if batch_size is not None:
         group.add_argument("--batch-size", type=positive, metavar="N",
@@ -113,14 +113,14 @@ def is_main_process() -> bool:
 
 
 def count(text: str) -> int:
-    """A whole number from 0 on."""
+    """A non-negative integer."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A positive integer."""
     if not count(text):
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)

@@ -58,7 +58,7 @@ def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
         "from its latest checkpoint, or WHICH: previous or a step")  # fmt: skip
     add("--resume-from", type=_checkpoint, default="latest", metavar="WHICH",
         help="latest (default), previous or a step")  # fmt: skip
-    add("--dry-run", action="store_true", help="a few steps, then memory, speed and duration")
+    add("--dry-run", action="store_true", help="run a few steps; print memory, speed and duration")
     add("--recipes", action="store_true", help="list the recipes")
     add("--settings", action="store_true", help="print all settings of the recipe")
     add("--quiet", action="store_true", help="no progress bar")
@@ -111,12 +111,12 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> PretrainConfig:
-    # --data takes all words behind it
+    # --data also takes the changes after it
     behind = [w for w in args.data or () if _CHANGE.match(w) and not os.path.exists(w)]
     args.data = [word for word in args.data or () if word not in behind]
     words = [*args.words, *behind]
     changes = [word for word in words if "=" in word]
-    # the name of released weights tells their model
+    # released weights imply their model
     released = [f"model.name={c.model}" for c in checkpoints() if c.name == args.init]
     sources = [word for word in words if "=" not in word]
     if args.config:

@@ -302,6 +302,6 @@ class Trainer:
 
 def _advice(lr: float) -> str:
     return (
-        f"; the step was not applied: resume with a lower optim.lr ({lr:.2g} in this step) in another "
-        "folder (--init RUN --resume-optimizer), or use optim.precision=fp32"
+        f"; the step was not applied: resume with a lower optim.lr ({lr:.2g} in this step) in "
+        "another folder (--init RUN --resume-optimizer), or use optim.precision=fp32"
     )
