@@ -37,35 +37,23 @@ def rankme(features: Tensor) -> float:
 
 
 def spread(features: Tensor) -> float:
-    """Standard deviation of L2-normalized features, times sqrt(D): 0 collapsed, 1 isotropic.
-
-    Args:
-        features: One row per image, `[n, D]`.
-    """
+    """Standard deviation of L2-normalized features `[n, D]` times sqrt(D), 0 if collapsed, to 1."""
     unit = F.normalize(_checked(features), dim=1)
     return float(unit.std(dim=0).mean() * features.shape[1] ** 0.5)
 
 
 def mean_cosine(features: Tensor) -> float:
-    """Mean cosine similarity between different images: 1 collapsed, 0 unrelated.
-
-    Args:
-        features: One row per image, `[n, D]`.
-    """
+    """Mean cosine similarity between the features `[n, D]` of different images, 1 if collapsed."""
     unit = F.normalize(_checked(features), dim=1)
     n = len(unit)
     return float((unit.sum(dim=0).square().sum() - n) / (n * (n - 1)))
 
 
 def knn_accuracy(features: Tensor, labels: Tensor) -> float:
-    """Accuracy of a leave-one-out kNN classifier in percent.
+    """Accuracy in percent of a leave-one-out kNN classifier of features `[n, D]`, labels `[n]`.
 
     The 20 images of largest cosine similarity vote with `exp(similarity / 0.07)`, as in DINO
-    (arXiv 2104.14294, appendix); an image never votes for itself.
-
-    Args:
-        features: One row per image, `[n, D]`.
-        labels: Classes `[n]`, int64.
+    (arXiv 2104.14294, appendix).
     """
     unit = F.normalize(_checked(features), dim=1)
     similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
@@ -92,23 +80,12 @@ def knn_predict(
 
     The k images of largest cosine similarity vote for their classes with
     `exp(similarity / temperature)`, as in VISSL (k 200, temperature 0.1) and DINO
-    (arXiv 2104.14294: temperature 0.07), after Wu et al. (arXiv 1805.01978). One pass over the
-    similarities, in blocks, serves all settings.
-
-    Args:
-        bank: Rows of unit length (`F.normalize`), `[n, D]`; no query may be among them.
-        bank_labels: Classes `[n]`, int64.
-        queries: One row per image, `[m, D]`, on the device of the bank.
-        ks: Numbers of neighbors, from 1 to n.
-        temperatures: Temperatures of the votes, above 0.
-        num_classes: Number of classes.
-        top: Number of classes to return.
-        query_block: Queries at a time.
-        bank_block: Rows of the bank at a time.
+    (arXiv 2104.14294: temperature 0.07), after Wu et al. (arXiv 1805.01978). The similarities are
+    computed once for all settings, in blocks. `bank` `[n, D]` has rows of unit length and no query.
 
     Returns:
-        The classes with most votes, the first one first, int64
-        `[len(ks) * len(temperatures), m, top]`; temperatures vary fastest.
+        The `top` classes by votes, most first, int64 `[len(ks) * len(temperatures), m, top]`;
+        temperatures vary fastest.
     """
     blocks = []
     for block in torch.split(queries, query_block):
@@ -142,15 +119,11 @@ def _neighbors(queries: Tensor, bank: Tensor, k: int, block: int) -> tuple[Tenso
 
 
 def linear_accuracy(features: Tensor, labels: Tensor) -> float:
-    """Accuracy of a linear classifier in percent, cross-validated over two halves.
+    """Accuracy in percent of a linear classifier of features `[n, D]`, labels `[n]`.
 
     Ridge regression to one-hot labels in closed form, trained on one half of the images and
     tested on the other, both ways. The halves have equal shares of every class. The strength of
-    the ridge is chosen within the training half alone, by its leave-one-out error.
-
-    Args:
-        features: One row per image, `[n, D]`.
-        labels: Classes `[n]`, int64.
+    the ridge is chosen within the training half, by its leave-one-out error.
     """
     x = _checked(features)
     classes = torch.unique(labels, return_inverse=True)[1].to(features.device)

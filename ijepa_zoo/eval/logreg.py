@@ -89,7 +89,7 @@ def evaluate_logreg(
 
 
 def draw_per_class(labels: Targets, number: int, seed: int) -> Targets:
-    """Sorted indices of `number` images of each class, or of all where there are fewer."""
+    """Sorted indices of `number` images of each class, or of all if there are fewer."""
     order = np.lexsort((numpy_generator(seed, Stream.EVAL_SPLIT, 2).random(len(labels)), labels))
     starts = np.concatenate([[0], np.cumsum(np.bincount(labels))])
     rank = np.arange(len(labels)) - starts[labels[order]]  # within the class
@@ -146,7 +146,7 @@ def _sweep(
             batches = loader.testing() if on_test else loader.validation()
             found.append(measure(fitted, name, batches))
             heads.append((name, c))
-    del features  # before those of all images
+    del features  # free memory for those of all images
     val = join_heads(found)
     chosen = val.best
     names = [f"{name} C={c:.3g}" for name, c in heads]
@@ -168,8 +168,8 @@ def _sweep(
 class Logistic:
     """A fitted classifier: weights `[C, D]` and biases `[C]`.
 
-    `objective` was minimized, divided by C and the number of images; not `converged` where the
-    steps did not suffice.
+    `objective` was minimized, divided by C and the number of images; `converged` is False if the
+    iterations did not suffice.
     """
 
     weight: Tensor
@@ -241,8 +241,8 @@ def fit_logistic(
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     done = optimizer.state[weight]
     converged = done["n_iter"] < max_iterations and done["func_evals"] < 2 * max_iterations
-    outside = weight / scale
-    return Logistic(outside, bias - outside @ mean, closure(), converged)
+    unscaled = weight / scale
+    return Logistic(unscaled, bias - unscaled @ mean, closure(), converged)
 
 
 def _cross_entropy(

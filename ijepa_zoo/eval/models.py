@@ -28,9 +28,9 @@ class EvalModel:
 
     Attributes:
         model: The network.
-        name: What tables call it.
-        paper_name: The name of its weights in the registry or in timm, by which the paper's value
-            is looked up; None where they are others.
+        name: Its name in tables.
+        paper_name: The name of its weights in the registry or in timm, to look up the paper's
+            value; None for other weights.
         source: The name that `open_model` was called with, None for a user's own object.
         img_size: The image size that it was called with.
         is_random: Whether it has random weights.
@@ -90,7 +90,7 @@ def open_model(
         img_size: Image size in pixels; None for the model's own.
 
     Raises:
-        SettingsError: No model is called that, or it is not a ViT.
+        SettingsError: There is no such model, or it is not a ViT.
         CheckpointError: The weights do not exist or do not fit.
         FetchError: They cannot be fetched.
     """

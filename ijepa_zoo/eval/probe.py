@@ -32,7 +32,7 @@ from .tasks import Protocol, Task, find_task
 MICRO = 128  # images of a forward pass
 _LARGEST = 1e6  # learning rate and weight decay
 _CACHE_SECONDS = 21_600.0
-_FEW = 100  # images to choose by that deserve a warning: their accuracies come in whole points
+_FEW = 100  # fewer images to choose by give a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ class EvalConfig:
         pool: See `FeatureExtractor`; 'auto' is the mean over patches for I-JEPA, the class token
             for DINOv2.
         baseline: Also evaluate the same architecture with random weights, and raw pixels.
-        select_on_test: Fit to all training images and choose the head on the test set, as much of
-            the literature does; the accuracy is then too high.
-        seed: Of the validation split, order, augmentation and first weights.
+        select_on_test: Fit to all training images and choose the head on the test set, as is common
+            in the literature; the accuracy is then too high.
+        seed: Of the validation split, order, augmentation and initial weights.
         device: 'auto', or torch's name of a device.
         workers: Processes that decode; default: one per CPU.
         precision: Of the encoder, see `extract_features`; 'auto': half precision on a GPU.
         checkpoint: Weights for a model that is named; see `create_model`.
-        network: Which network of them; see there.
+        network: Which network of the checkpoint; see there.
         img_size: Image size in pixels for a model that is named; default: its own.
         random: Random weights, drawn by the seed, for a model that is named.
         value_range: Values of 16-bit images that become black and white, see `Decoder`.
@@ -213,7 +213,7 @@ class Probe(Evaluation):
 
     @property
     def selection(self) -> str:
-        """What the head is chosen by."""
+        """The images by which the head is chosen."""
         if not len(self.val_rows):
             return TEST_SET
         return f"a seeded 10 % of the {'chosen' if self.subset else 'training'} images"
@@ -230,7 +230,7 @@ class Probe(Evaluation):
     ) -> OrderedBatches:
         """Images in order with the test transform; the share of this process, or all of them."""
         rank, world = (self.distributed.rank, self.distributed.world_size) if shared else (0, 1)
-        # one shape for all batches: no slot is wasted where there are few images
+        # one shape for all batches, without empty slots for small sets
         micro = min(MICRO, -(-len(rows) // world))
         return OrderedBatches(
             part, rows, self.protocol.transform, size, micro, rank=rank, world=world
@@ -287,7 +287,7 @@ def evaluate(
 ) -> Result:
     """Evaluate a model, and with `baseline` the untrained model and raw pixels."""
     model = config.open_model()
-    # hours: the others wait while rank 0 writes the cache
+    # the others may wait for hours while rank 0 writes the cache
     with init_distributed(config.device, timeout=_CACHE_SECONDS) as distributed:
         probe = open_data(distributed, model)
 
@@ -411,7 +411,7 @@ def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict
 
 
 def undecoded_note(broken: Mapping[str, str], what: str = "image") -> list[str]:
-    """A note on what could not be decoded, by name and reason; none where there is none."""
+    """A note on what could not be decoded, by name and reason; empty if there is nothing."""
     if not broken:
         return []
     named = some(f"{name}: {reason}" for name, reason in broken.items())
@@ -419,5 +419,5 @@ def undecoded_note(broken: Mapping[str, str], what: str = "image") -> list[str]:
 
 
 def epochs_note(epochs: int, usual: int, whose: str) -> list[str]:
-    """A note where a training is not as long as its source has it; none where it is."""
+    """A note if the number of epochs is not the usual one."""
     return [] if epochs == usual else [f"epochs: {epochs} instead of the {whose}'s {usual}"]

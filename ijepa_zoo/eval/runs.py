@@ -29,7 +29,7 @@ _VERSION = 2  # of the states of unfinished evaluations
 
 
 def run_folder(out: str | Path, task: str, method: str, model: str, settings: Any) -> Path:
-    """The folder of an evaluation: the same settings find it again, no others do."""
+    """The folder of an evaluation, a function of its settings."""
     shown = re.sub(r"[^\w.]+", "-", f"{task}-{method}-{model}").strip("-.")[-100:]
     return Path(out) / f"{shown}-{hash_texts([json.dumps(settings, sort_keys=True)])[:8]}"
 
@@ -96,7 +96,7 @@ def _cpu_name() -> str:
 def add_baselines(
     folder: Path, result: Result, values: dict[str, float], distributed: Distributed
 ) -> Result:
-    """A finished result with further baselines, in its folder too."""
+    """Add baselines to a finished result, also in its folder."""
     result = replace(result, baselines={**result.baselines, **values})
     if distributed.is_main:
         with FileLock(folder / ".lock"):
@@ -106,7 +106,7 @@ def add_baselines(
 
 @dataclass(frozen=True)
 class EpochState:
-    """The state of an unfinished evaluation; after a kill it is that of the last whole epoch."""
+    """The state of an unfinished evaluation after its last finished epoch."""
 
     path: Path
     distributed: Distributed = field(default_factory=Distributed)
@@ -117,18 +117,14 @@ class EpochState:
             torch.save({**state, "version": _VERSION}, file)
 
     def load(self) -> dict[str, Any] | None:
-        """The last state, its tensors on the CPU; None if there is none.
-
-        Raises:
-            RunError: It is damaged.
-        """
+        """The last state, its tensors on the CPU; None if there is none."""
         if not self.distributed.run_on_main(self._exists):
             return None
         state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
         return state
 
     def _exists(self) -> bool:
-        """Whether there is a state, of which every byte is compared with the file's checksums."""
+        """Whether there is a state; raise RunError if its checksums do not match."""
         if not self.path.exists():
             return False
         try:

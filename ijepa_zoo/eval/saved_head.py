@@ -44,9 +44,9 @@ def save_head(
     folder: Path,
     **record: Any,
 ) -> None:
-    """Save encoder and chosen head as a classifier folder, `model` beside the result; rank 0 does.
+    """Save the chosen head as a classifier folder, `model` beside the result, on rank 0.
 
-    The encoder is saved too if the user wants that, or if no name opens it again.
+    The encoder is saved too if requested, or if it cannot be opened by name.
     """
     if not distributed.is_main:
         return
@@ -93,8 +93,8 @@ def evaluate_head(
 
     Args:
         head: Its folder, `model` in the folder of the result.
-        data: Labeled images with the names of classes that the head knows; of data with a test
-            part that part alone, else all images. Images of other classes are left out.
+        data: Labeled images with class names of the head; if the data have a test part, only that
+            part is used. Images of other classes are left out.
         out: Folder of all evaluations.
         options: `device`, `workers`, `precision`, `value_range`, `bands`, `skip_broken` and
             `progress` of :class:`~ijepa_zoo.eval.probe.EvalConfig`.

@@ -32,15 +32,10 @@ _TEST_SEED = 0  # fixed, so that runs with other seeds are tested on the same im
 
 @dataclass(frozen=True)
 class EvalSet(Split):
-    """A split whose classes are numbered from 0.
+    """A split whose classes are numbered from 0."""
 
-    Attributes:
-        data: Name of the data.
-        skip_broken: Whether images that cannot be decoded are left out; otherwise they are errors.
-    """
-
-    data: str = ""
-    skip_broken: bool = False
+    data: str = ""  # name of the data
+    skip_broken: bool = False  # leave out images that cannot be decoded, instead of an error
 
     @property
     def multi_label(self) -> bool:
@@ -189,7 +184,7 @@ def _check_classes(task: Task, names: list[str]) -> list[str]:
 
 
 def split_classes(labels: Labels, share: float, seed: int, use: int = 0) -> tuple[Targets, Targets]:
-    """Indices of two parts, of which every class gives its share to within one image.
+    """Indices of two parts; the second has the share of every class, to within one image.
 
     An image of several classes counts for the rarest of them. The only image of a class is in the
     first part.
@@ -282,6 +277,6 @@ def _select(part: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
 def _file_state(path: str) -> str:
     try:
         state = os.stat(path)
-    except (OSError, ValueError):  # such as a link to nowhere: a broken image
+    except (OSError, ValueError):  # such as a dangling link
         return "missing"
     return f"{state.st_size} {state.st_mtime_ns}"
