@@ -1,6 +1,6 @@
 """Predict the classes of images with a classifier, into a table; maps of dense heads as PNG files.
 
-The engine is that of :func:`ijepa_zoo.extract_features`: resumable, on any number of processes.
+As :func:`ijepa_zoo.extract_features`, resumable and on any number of processes.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def predict(
         model: A classifier of :func:`ijepa_zoo.create_model`: a timm folder with a classifier, or a
             classifier folder of a probe.
         out: File ending in .csv or .parquet; a folder for a dense head.
-        topk: Classes per image, the likeliest first.
+        topk: Classes per image, the most probable first.
         precision: See :func:`ijepa_zoo.extract_features`.
         threads: See there.
         options: Further arguments of :func:`ijepa_zoo.extract_features`: batch_size, device,
             workers, strict, value_range, bands, max_pixels, overwrite, progress.
 
     Returns:
-        What was done; None on ranks other than 0.
+        The result; None on ranks other than 0.
     """
     names = class_names(model)
     if names is None:
@@ -86,10 +86,10 @@ def predict(
 
 
 class Predictions(nn.Module):
-    """What an `Encoder` computes of a classifier.
+    """Predictions of a classifier, in an `Encoder`.
 
-    Probabilities of all classes `[B, classes]`; with `topk`, those of the likeliest and their
-    numbers `[B, 2 topk]`. Of a dense head: class numbers, or values of the only channel times
+    Probabilities of all classes `[B, classes]`; with `topk`, the largest ones and their class
+    numbers `[B, 2 topk]`. For a dense head: class numbers, or values of the only channel times
     1000, `[B, H, W]`.
     """
 
@@ -151,7 +151,7 @@ def _write_table(
     file: BinaryIO, parts: Parts, outputs: Outputs, shape: tuple[int, ...], settings: dict[str, Any]
 ) -> None:
     names, topk = settings["classes"], settings["topk"]
-    endings = ["", *(f"_{place}" for place in range(2, topk + 1))]
+    endings = ["", *(f"_{rank}" for rank in range(2, topk + 1))]
     columns = ["path", *(f"{name}{end}" for end in endings for name in ("label", "probability"))]
     columns.append("error")
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, a line now and then elsewhere."""
+"""Progress: a bar in a terminal, a line every 30 s elsewhere."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def decode_images(
     decoder: Decoder | None = None,
     column: str | None = None,
 ) -> pa.Table:
-    """Decode and transform image files, `pixels` uint8 `[C, H, W]` and `error` instead of them.
+    """Decode and transform image files; `pixels` uint8 `[C, H, W]` and `error` replace them.
 
     Args:
         batch: Rows with the bytes of an image file, or with a struct of `bytes` and `path`, as in
@@ -87,7 +87,7 @@ class FeatureActor:
     """Turns decoded images into features, or into class probabilities if the model is a classifier.
 
     Args:
-        model: What :func:`ijepa_zoo.create_model` takes, or a function that creates the model.
+        model: A name for :func:`ijepa_zoo.create_model`, or a function that creates the model.
         layers: See :func:`ijepa_zoo.extract_features`.
         pool: See there; None, which gives maps, is refused.
         dtype: 'float32' or 'float16'.
@@ -141,8 +141,8 @@ class FeatureActor:
             values[good] = torch.cat([rows for rows, _ in self.encoder.encode(pieces)]).numpy()
         if not np.isfinite(values).all():
             raise RunError(
-                "features are not finite: use float32 for dtype and precision; if they are not "
-                "finite then, the weights are damaged"
+                "features are NaN or infinite: use float32 for dtype and precision; if that fails "
+                "too, the weights are damaged"
             )
         flat = pa.array(values.reshape(-1))
         column = pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(~good))
@@ -206,7 +206,7 @@ def map_features(
     weights = sum(tensor.nbytes for tensor in network.state_dict().values())
     decoded = dataset.map_batches(
         _decode_block,
-        batch_size=None,  # with a size, Ray would decode in other tasks than it reads
+        batch_size=None,  # with a size, Ray would read and decode in separate tasks
         batch_format="pyarrow",
         fn_kwargs={"transform": transform, "decoder": decoder, "column": column},
     )

@@ -30,7 +30,7 @@ _FLOOR = 0.1  # added to every depth bin
 
 
 class LinearHead(nn.Module):
-    """Linear classifier of pooled features, optionally behind a BatchNorm."""
+    """Linear classifier of pooled features, optionally after a BatchNorm."""
 
     def __init__(self, in_features: int, num_classes: int, batch_norm: bool = False) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class AttentiveHead(nn.Module):
     """Attentive pooler and linear classifier, as V-JEPA (arXiv 2404.08471) evaluates encoders.
 
     A learned query attends to the patch tokens (cross-attention with one LayerNorm before its keys
-    and values), followed by a residual MLP and a linear layer. Initialized as there: std 0.02, the
-    two residual projections divided by sqrt(2).
+    and values), followed by a residual MLP and a linear layer. The initialization is V-JEPA's too:
+    std 0.02, the two residual projections divided by sqrt(2).
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class AttentiveHead(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """Linear head on every patch, a 1x1 convolution, optionally behind a BatchNorm2d.
+    """Linear head on every patch, a 1x1 convolution, optionally after a BatchNorm2d.
 
     With a `depth_range` the channels score bins of uniform depth between the two numbers, and the
     output is depth: the mean of the bins weighted by `relu(score) + 0.1`, as in DINOv2
     (facebookresearch/dinov2 `BNHead`) and AdaBins (arXiv 2011.14141). The scores are upsampled
-    first; DINOv2 upsamples the features, which makes no difference to a linear layer.
+    first; DINOv2 upsamples the features, which is equivalent for a linear layer.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class Classifier(nn.Module):
 
     @property
     def patch_embed(self) -> Any:
-        """That of the encoder, which has the image size and channels."""
+        """The encoder's, which has the image size and channels."""
         return getattr(self.encoder, "patch_embed", None)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -228,25 +228,14 @@ def save_classifier(
 ) -> Path:
     """Write a classifier as a folder that ``create_model("local-dir:FOLDER")`` opens.
 
-    ``config.json`` has the head, the features it takes, class names and the encoder's source,
-    hash and preprocessing; ``head.safetensors`` has the head's weights.
-
-    Args:
-        folder: Where to write; must not exist, unless ``overwrite``.
-        classifier: What to save.
-        encoder: Source to open the encoder from again: a model of this package with its tag,
-            'local-dir:FOLDER', 'hf-hub:REPO', or a name of timm's.
-        encoder_args: Further arguments of :func:`ijepa_zoo.create_model`: checkpoint, network.
-        with_encoder: Also write the encoder, into ``folder/encoder``; then no source is needed.
-        overwrite: Replace an earlier classifier.
-        **record: Further entries of ``config.json``, such as the result.
-
-    Returns:
-        The folder.
+    ``config.json`` has the head, its features, class names, the encoder's source, hash and
+    preprocessing, and ``record``; ``head.safetensors`` has the head's weights. ``encoder`` is the
+    name to open the encoder by, with the arguments ``encoder_args`` of `create_model`;
+    ``with_encoder`` writes it into ``folder/encoder`` instead.
     """
     if encoder is None and not with_encoder:
         raise SettingsError("an encoder in memory has no source: save it too, with_encoder=True")
-    if encoder is not None and FOLDER_PREFIX in encoder:  # valid from everywhere
+    if encoder is not None and FOLDER_PREFIX in encoder:  # make the path absolute
         library, _, path = encoder.partition(FOLDER_PREFIX)
         encoder = f"{library}{FOLDER_PREFIX}{Path(path).expanduser().resolve()}"
     folder, head = Path(folder), classifier.head
@@ -320,7 +309,7 @@ def read_classifier_config(folder: str | Path) -> dict[str, Any] | None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return None  # the readers of other folders name the damage
+        return None  # the readers of other folders report the damage
     is_ours = isinstance(config, dict) and config.get("ijepa_zoo") == KIND
     return config if is_ours else None
 

@@ -43,28 +43,27 @@ def create_model(
 ) -> Any:
     """Create an I-JEPA encoder, by default with released weights of the target encoder.
 
-    The same as ``timm.create_model(name, pretrained=True)`` after ``import ijepa_zoo``, but for the
-    default of ``pretrained`` and for folders, which give an encoder of this package.
+    Differs from ``timm.create_model`` in the default of ``pretrained``, and in folders, which give
+    an encoder of this package.
 
     Args:
-        name: 'vit_huge14_ijepa', with a tag 'vit_huge14_ijepa.in1k_context', or a source of its
-            own: 'local-dir:FOLDER' or 'hf-hub:REPO[@REVISION]' of an export of this package, a
-            transformers folder or a timm folder; then the architecture comes from there too, which
-            is timm's if another ViT was pretrained.
+        name: 'vit_huge14_ijepa', with a tag 'vit_huge14_ijepa.in1k_context', or a source that also
+            gives the architecture: 'local-dir:FOLDER' or 'hf-hub:REPO[@REVISION]' of an export of
+            this package, a transformers folder or a timm folder.
         pretrained: False for random initialization.
         checkpoint: Your own weights: an official .pth.tar, a state dict as training scripts save it
             (.pth, .pt, .ckpt, .safetensors), a transformers, timm or native folder, or
             'hf-hub:REPO'.
-        network: 'target_encoder' (the default, what the paper evaluates) or 'encoder' (the context
-            encoder), where the weights hold both.
+        network: 'target_encoder' (the default, which the paper evaluates) or 'encoder' (the context
+            encoder), if the weights have both.
         **kwargs: timm's arguments: num_classes, global_pool, in_chans, img_size, dynamic_img_size,
             drop_path_rate, features_only, out_indices, embed_dim, depth, num_heads, mlp_ratio,
             patch_size, device, dtype, cache_dir, ...
 
     Returns:
         :class:`~ijepa_zoo.models.encoder.IJepaEncoder` in training mode, as timm's (call
-        ``.eval()``), or timm's feature wrapper with ``features_only=True``; of a classifier folder,
-        a :class:`~ijepa_zoo.models.classifier.Classifier`.
+        ``.eval()``), or timm's feature wrapper with ``features_only=True``; for a classifier
+        folder, a :class:`~ijepa_zoo.models.classifier.Classifier`.
 
     Raises:
         CheckpointError: The weights do not exist or do not fit.
@@ -76,13 +75,13 @@ def create_model(
         networks = open_checkpoint(name, kwargs.get("cache_dir"))
         if networks.is_other_vit:
             cfg = dict(networks.pretrained_cfg)
-            several = cfg.pop("multi_label", False)  # timm does not know it
+            multi_label = cfg.pop("multi_label", False)  # timm does not know it
             arguments = {**networks.args, "pretrained_cfg": cfg, **kwargs}
             vit = as_encoder(timm.create_model(str(networks.model), pretrained=False, **arguments))
-            vit.multi_label = several
+            vit.multi_label = multi_label
             return _load(vit, networks, networks.choose(network)) if pretrained else vit
     name, checkpoint, kwargs, _ = _resolve_name(name, pretrained, checkpoint, kwargs)
-    several = (kwargs.get("pretrained_cfg") or {}).pop("multi_label", False)
+    multi_label = (kwargs.get("pretrained_cfg") or {}).pop("multi_label", False)
     model = timm.create_model(
         name,
         pretrained=pretrained,
@@ -90,7 +89,7 @@ def create_model(
         network=network,
         **kwargs,
     )
-    model.multi_label = several
+    model.multi_label = multi_label
     for key in ("checkpoint", "network"):  # timm's save_for_hf would record our paths
         getattr(model, "_model_args", {}).pop(key, None)
     return model
@@ -113,10 +112,7 @@ def _open_classifier(name: str, kwargs: Mapping[str, Any]) -> nn.Module | None:
 def _resolve_name(
     name: str, pretrained: bool, checkpoint: str | Path | Networks | None, kwargs: dict[str, Any]
 ) -> tuple[str, str | Path | Networks | None, dict[str, Any], Mapping[str, Any]]:
-    """Registered name, checkpoint, arguments and predictor size that a name stands for.
-
-    A folder or repository has its own architecture, which the caller's arguments override.
-    """
+    """Registered name, checkpoint, arguments and predictor size; ``kwargs`` override a folder's."""
     predictor: Mapping[str, Any] = {}
     if name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
         networks = open_checkpoint(name, kwargs.get("cache_dir"))
@@ -160,8 +156,8 @@ def create_encoder(name: str, **kwargs: Any) -> Any:
     """Create an encoder to pretrain, with random weights: a ViT with the method ``encode``.
 
     ``name`` is as for :func:`create_model`, or a ViT of timm by its name, folder or repository.
-    Such a ViT keeps its architecture, but has its final norm before the pooling, over patches, and
-    no classifier or attention pooling.
+    Such a ViT keeps its architecture, except that its final norm precedes the pooling over patches
+    and that it has no classifier or attention pooling.
     """
     if not is_other_vit(name):
         return create_model(name, pretrained=False, **kwargs)
