@@ -100,7 +100,7 @@ def dry_run(
         init: Weights to start from; see `build_networks`.
 
     Returns:
-        The report; None on all processes but the first.
+        The report; None on ranks other than 0.
 
     Raises:
         SettingsError: Settings or images do not fit.

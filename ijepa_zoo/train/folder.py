@@ -1,4 +1,4 @@
-"""The folder of a run: one process group at a time, one set of settings and images for its life."""
+"""The folder of a run: its lock, and checks that settings and images stay the same."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def read_settings(run: Path) -> PretrainConfig:
                 "plot it with that version"
             )
         missing = [name for name in PretrainConfig.model_fields if f"\n{name}:" not in f"\n{text}"]
-        if missing:  # cut off; its settings would be the defaults
+        if missing:  # truncated
             raise RunError(f"{path} is damaged: it has no {', '.join(missing)}")
         return parse_config(text, str(path))
     except FileNotFoundError:
@@ -119,7 +119,7 @@ def read_settings(run: Path) -> PretrainConfig:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a file atomically."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -147,7 +147,7 @@ def _check_not_lost(out: Path) -> None:
 def _check_settings(
     out: Path, config: PretrainConfig, before: PretrainConfig, before_steps: int, images: int
 ) -> None:
-    """Refuse changes of what the result depends on, except a longer run with `optim.extend`."""
+    """Refuse changes that affect the result, except a longer run with `optim.extend`."""
     longer, advice = _steps(config, images) > before_steps, ""
     if longer and config.optim.extended_from == _extended_from(before.optim, before_steps):
         length = ("duration", "extend", "extended_from")
@@ -205,7 +205,7 @@ def _extended_from(optim: OptimConfig, steps: int) -> tuple[str, ...]:
 def _extended(
     config: PretrainConfig, before: PretrainConfig, before_steps: int, images: int
 ) -> PretrainConfig:
-    """Complete `optim.extended_from`; `optim.extend` is dropped where nothing is extended."""
+    """Complete `optim.extended_from`; drop `optim.extend` if nothing is extended."""
     extend, ends = config.optim.extend, config.optim.extended_from
     if extend and ends in ((), before.optim.extended_from):
         longer = _steps(config, images) > before_steps

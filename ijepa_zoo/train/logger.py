@@ -31,7 +31,7 @@ COLUMNS = (
 _CSV, _EVENTS = "log.csv", "events.jsonl"
 _OFFICIAL = {"context_tokens": "mask-A", "target_tokens": "mask-B"}
 _MEANS = ("loss", "regularizer", "context_tokens", "target_tokens")
-_SLOW_DATA = 0.1  # share of the time that the advice starts at
+_SLOW_DATA = 0.1  # share of the time above which the advice is given
 
 
 class RunLogger:
@@ -111,13 +111,7 @@ class RunLogger:
 
 
 class Meter:
-    """Means over the steps since the last row.
-
-    Args:
-        batch_size: Images of a step, over all processes.
-        epoch_steps: Steps of an epoch.
-        peak_rate: Images/s at the peak FLOP/s of all devices; None if unknown.
-    """
+    """Means over the steps since the last row; `peak_rate` is images/s at the peak FLOP/s."""
 
     def __init__(self, batch_size: int, epoch_steps: int, peak_rate: float | None) -> None:
         self.batch_size, self.epoch_steps = batch_size, epoch_steps
@@ -208,7 +202,7 @@ def _damaged(path: Path, number: int, error: Exception) -> RunError:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines up to the last line break; a crash can cut off what follows it."""
+    """Lines up to the last line break; a crash can truncate the rest."""
     if not path.exists():
         return []
     return path.read_bytes().decode(errors="backslashreplace").split("\n")[:-1]

@@ -1,4 +1,4 @@
-"""What a run starts from: random networks, or weights of an earlier one."""
+"""The initial networks of a run: random, or from weights."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
                 position_noise=optim.position_noise,
                 **network,
             )
-        except ValueError as error:  # with the name that the setting has
+        except ValueError as error:  # with the full name of the setting
             raise SettingsError(
                 re.sub(r"^target_layers", "optim.target_layers", str(error))
             ) from error
@@ -74,7 +74,7 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
                 f"data.{key} has {len(values)} values for images of {channels} channels: give one "
                 "value for all, or one for each"
             )
-    for encoder in (model.encoder, model.target_encoder):  # features are made with the same
+    for encoder in (model.encoder, model.target_encoder):  # for the transform of features
         mean, std = (
             tuple(v) * (channels if len(v) == 1 else 1) for v in (config.data.mean, config.data.std)
         )
@@ -83,7 +83,7 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
 
 
 def _compare_normalization(config: PretrainConfig, networks: Networks) -> None:
-    """Warn when weights were trained with pixels of another normalization."""
+    """Warn if weights were trained with another normalization of pixels."""
     theirs = {key: networks.preprocessing.get(key) for key in ("mean", "std")}
     ours = {"mean": config.data.mean, "std": config.data.std}
     if any(value is not None and tuple(value) != ours[key] for key, value in theirs.items()):
@@ -94,7 +94,7 @@ def _compare_normalization(config: PretrainConfig, networks: Networks) -> None:
 
 
 def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | None]:
-    """Name and checkpoint for `create_ijepa`: a name with a tag is in the registry."""
+    """Name and checkpoint for `create_ijepa`; a name with a tag is in the registry."""
     if init is None or _is_stock(init):
         return model, None
     known = {checkpoint.name for checkpoint in registry.checkpoints()}
@@ -109,7 +109,7 @@ def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | Non
 
 
 def _is_stock(init: str | Path) -> bool:
-    """Whether timm loads this and we do not: one of its models, or a folder of one."""
+    """Whether timm must load this: one of its models, or a folder of one."""
     return is_other_vit(init) and "ijepa_zoo" not in (find_timm_config(init) or {})
 
 

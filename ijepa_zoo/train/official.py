@@ -43,7 +43,7 @@ _OTHERS = {
     *("mask.patch_size", "meta.model_name", "meta.pred_depth", "meta.pred_emb_dim"),
     *("meta.use_bfloat16", "optimization.ema", "optimization.epochs", "optimization.warmup"),
 }
-_SUPPORTED = {  # the only value that a run here can have
+_SUPPORTED = {  # the only supported value
     "data.use_color_distortion": False,
     "data.use_gaussian_blur": False,
     "mask.num_enc_masks": 1,
@@ -99,7 +99,7 @@ def _check_names(values: Mapping[str, Any], origin: str) -> None:
 
 
 def _model(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The registered model, and those sizes of the file that are not its own."""
+    """The registered model, and the sizes that differ from it."""
     theirs, patch, size = (
         values[key] for key in ("meta.model_name", "mask.patch_size", "data.crop_size")
     )

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..errors import SettingsError
 from .config import OptimConfig, split_end, steps_of
 
-# What other ViTs learn without weight decay, as timm has it (reg_token only in later versions).
+# Parameters of other ViTs without weight decay, as in timm (reg_token only in later versions).
 _NOT_DECAYED = ("pos_embed", "cls_token", "reg_token")
 
 
@@ -31,32 +31,18 @@ class Extension(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate, weight decay and momentum of every step of a run.
+    """Learning rate, weight decay and momentum of every step of a run."""
 
-    Attributes:
-        steps: Updates of the whole run.
-        epoch_steps: Updates of an epoch.
-        warmup_steps: Updates during which the learning rate rises.
-        horizon: Updates over which the rates change, the original length of the run times
-            `schedule_scale`; later ones have the final rates.
-        optim: The settings.
-        extensions: What was added to the original length, in order.
-    """
-
-    steps: int
+    steps: int  # of the whole run
     epoch_steps: int
     warmup_steps: int
-    horizon: int
+    horizon: int  # original steps times `schedule_scale`; later steps have the final rates
     optim: OptimConfig
-    extensions: tuple[Extension, ...] = ()
+    extensions: tuple[Extension, ...] = ()  # in order
 
     @classmethod
     def of(cls, optim: OptimConfig, images: int) -> Schedule:
-        """The schedule for a training set of `images` images.
-
-        Raises:
-            SettingsError: There are fewer images than a batch has, or the durations do not fit.
-        """
+        """The schedule for a training set of `images` images."""
         if images < optim.batch_size:
             raise SettingsError(
                 f"{images} training images are fewer than optim.batch_size={optim.batch_size}: "
@@ -127,11 +113,10 @@ def _linear(first: float, final: float, progress: float) -> float:
 def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.AdamW:
     """AdamW (betas 0.9 and 0.999, eps 1e-8) over context encoder and predictor.
 
-    The four groups are in the official order (encoder, predictor; then biases and 1-D
-    parameters of both, which have no weight decay), so optimizer states keep their indices. Neither
-    have learned positions, class and register tokens; I-JEPA encoders have none of these.
-    Learning rate and weight decay are set before every update by `set_rates`. The state is made
-    here and not by the first update, so a checkpoint has the same names at every step.
+    The four groups are in the official order: encoder, predictor; then biases and 1-D parameters of
+    both, without weight decay, with the learned positions, class and register tokens of other ViTs.
+    Learning rate and weight decay are set before every update by `set_rates`. The state is created
+    here instead of by the first update, so a checkpoint has the same names at every step.
     """
     groups = [
         {

@@ -15,21 +15,11 @@ Over = Literal["images", "tokens", "residuals"]
 
 
 class Regularizer(nn.Module, ABC):
-    """A term over samples from the context tokens.
+    """A term over samples from the context tokens, times `weight`.
 
-    Args:
-        weight: Factor of the whole term.
-        over: What a sample is. `images`: the mean of an image's context tokens, n = B.
-            `tokens`: every context token, n = B * K; positions then count as variance.
-            `residuals`: every context token minus the mean of its image's context tokens, so only
-            what varies within images counts.
-
-    Attributes:
-        seed: Set by the trainer for every step; for terms that draw random numbers.
-        value: The weighted term of the last forward pass, a scalar, for the log.
-
-    Raises:
-        SettingsError: `over` is unknown.
+    Samples are, by `over`: the mean of an image's context tokens (`images`, n = B), every context
+    token (`tokens`, n = B * K; positions then count as variance), or every context token minus the
+    mean of its image's (`residuals`, only the variance within images).
     """
 
     def __init__(self, weight: float, over: Over = "images") -> None:
@@ -37,15 +27,11 @@ class Regularizer(nn.Module, ABC):
         if over not in get_args(Over):
             raise SettingsError(f"over is {over!r}; it must be one of {', '.join(get_args(Over))}")
         self.weight, self.over = weight, over
-        self.seed = 0
-        self.value = torch.zeros(())
+        self.seed = 0  # set by the trainer in every step
+        self.value = torch.zeros(())  # weighted term of the last forward pass, for the log
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the weighted term of context tokens `[B, K, D]` as a scalar.
-
-        Raises:
-            SettingsError: There are fewer than two samples.
-        """
+        """Return the weighted term of context tokens `[B, K, D]` as a scalar."""
         # In bf16 a covariance of unit-variance features has an error as large as its entries.
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
@@ -75,11 +61,6 @@ class VarianceCovariance(Regularizer):
 
     C-JEPA (arXiv 2410.19560) adds both terms to I-JEPA. VICReg's samples are one vector per image;
     its invariance term needs a second view and is left out.
-
-    Args:
-        weight: See `Regularizer`.
-        over: See `Regularizer`.
-        covariance_share: Weight of the covariance relative to the variance.
     """
 
     def __init__(
@@ -99,7 +80,7 @@ class VarianceCovariance(Regularizer):
 
 
 class IsotropicGaussian(Regularizer):
-    """SIGReg of LeJEPA (arXiv 2511.08544): samples like those of an isotropic Gaussian.
+    """SIGReg of LeJEPA (arXiv 2511.08544): distance of the samples from an isotropic Gaussian.
 
     Along random unit directions `a`, new ones in every step, the empirical characteristic function
     of the samples is compared with that of a standard normal variable (Epps and Pulley):
@@ -108,11 +89,6 @@ class IsotropicGaussian(Regularizer):
         term = n * mean_a integral_{-5}^{5} distance(t) exp(-t^2/2) dt
 
     with 17 points and the trapezoidal rule.
-
-    Args:
-        weight: See `Regularizer`.
-        over: See `Regularizer`.
-        directions: Number of directions.
     """
 
     def __init__(self, weight: float, over: Over = "images", directions: int = 256) -> None:

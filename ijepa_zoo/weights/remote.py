@@ -28,7 +28,7 @@ class RemoteFile:
         self.fetch(0, 1)  # sets size and etag
 
     def fetch(self, start: int, stop: int) -> bytearray:
-        """The bytes ``[start, stop)``; reconnects where the connection breaks."""
+        """The bytes ``[start, stop)``; reconnects if the connection breaks."""
         content, failures = bytearray(), 0
         while (first := start + len(content)) < stop:
             headers = {"Range": f"bytes={first}-{stop - 1}", "User-Agent": "ijepa-zoo"}
@@ -73,7 +73,7 @@ class RemoteFile:
             raise FetchError(f"{self.url} changed on the server during the download; run again")
 
     def read(self, count: int = -1) -> bytes:
-        """Read at the position, through blocks that are kept."""
+        """Read at the position, through cached blocks."""
         start = self._position
         self._position = self.size if count < 0 else min(start + count, self.size)
         numbers = range(start // BLOCK, math.ceil(self._position / BLOCK))
@@ -86,15 +86,15 @@ class RemoteFile:
         return content[skip : skip + self._position - start]
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of any file."""
+        """See `io.IOBase`."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         self._position = base + offset
         return self._position
 
     def tell(self) -> int:
-        """As of any file."""
+        """See `io.IOBase`."""
         return self._position
 
     def seekable(self) -> bool:
-        """As of any file."""
+        """See `io.IOBase`."""
         return True
