@@ -1,7 +1,7 @@
-"""A timm fine-tuning loop with an I-JEPA backbone: the only line that changes is the name.
+"""A timm fine-tuning loop with an I-JEPA backbone: only the name of the model changes.
 
-The task is to tell how many objects a rendered scene holds; layer decay, drop path, the optimizer
-and the schedule are timm's.
+The task is to count the objects of a rendered scene; layer decay, drop path, the optimizer and the
+schedule are timm's.
 
     python examples/finetune_timm.py --model vit_nano8_64_ijepa --steps 200    # a few minutes
 """

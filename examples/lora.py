@@ -3,7 +3,7 @@
     pip install peft
     python examples/lora.py --steps 200
 
-The task is that of `finetune_timm.py`: how many objects a rendered scene shows.
+The task is that of `finetune_timm.py`: to count the objects of a rendered scene.
 """
 
 import argparse

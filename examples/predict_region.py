@@ -1,9 +1,9 @@
-"""What the predictor knows about a hidden region: predicted against true features, as a picture.
+"""Predicted and true features of a hidden region, as a picture.
 
-A block of patches is hidden from the context encoder; the predictor says what the target encoder
-would see there. Upper row: the image with the hidden block greyed out. Lower row: how close the
-prediction is to the true feature of every patch, black for a cosine of 0 or less, white for 0.6 or
-more. A predictor that knows the region is bright inside the red frame and dark elsewhere.
+A block of patches is hidden from the context encoder, and the predictor predicts the features of
+the target encoder there. Upper row: the image with the hidden block grayed out. Lower row: cosine
+of the prediction and the true feature of every patch, black for 0 or less, white for 0.6 or more.
+A good prediction is bright inside the red frame and dark elsewhere.
 
     python examples/predict_region.py examples/images/scenes region.png
 """
@@ -45,7 +45,7 @@ frame = [left * cell, top * cell, (left + width) * cell - 1, (top + height) * ce
 sheet = Image.new("RGB", (len(paths) * (side + 8), 2 * side + 8), "white")
 for index, (path, score) in enumerate(zip(paths, closeness.view(-1, rows, columns))):
     picture = Image.open(path).convert("RGB").resize((side, side))
-    ImageDraw.Draw(picture).rectangle(frame, fill="grey")
+    ImageDraw.Draw(picture).rectangle(frame, fill="gray")
     heat = Image.fromarray((score.clamp(0, 0.6) * 425).byte().numpy()).resize(
         (side, side), Image.Resampling.BOX
     )

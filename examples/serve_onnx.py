@@ -1,9 +1,9 @@
-"""Features from an exported folder by onnxruntime alone: no PyTorch, no timm, no ijepa_zoo.
+"""Features from an exported folder with onnxruntime only: no PyTorch, no timm, no ijepa_zoo.
 
     ijepa-zoo export vit_nano8_64_ijepa served --to onnx
     python examples/serve_onnx.py served examples/images/photos/*.jpg
 
-`--compare vit_nano8_64_ijepa` then loads the model itself and says whether the two agree.
+`--compare vit_nano8_64_ijepa` also loads the model itself and compares the features.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from PIL import Image
 
 
 def pixels(image: Image.Image, how: dict) -> np.ndarray:
-    """The graph's input of one image, uint8 [3, H, W], as serving.json says."""
+    """The graph's input of one image, uint8 [3, H, W], by the preprocessing in serving.json."""
     image, size = image.convert(how["color"]), how["resize"]
     if isinstance(size, int):  # of the short side
         long = int(size * max(image.size) / min(image.size))

@@ -113,7 +113,7 @@ def imagenette(args: argparse.Namespace, run: Path) -> list[Step]:
 
 
 def perform(step: Step, limit: float, scratch: Path) -> tuple[dict[str, Any], str]:
-    """Run a step; returns what became of it and what it printed."""
+    """Run a step; returns its result and its output."""
     result = scratch / "result.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, *step.command]
@@ -148,7 +148,7 @@ def lookup(result: dict[str, Any], path: str) -> Any:
 
 
 def summarize(results: dict[str, dict[str, Any]], planned: list[Step], aims: bool) -> Iterator[str]:
-    """Lines of the table of what was reached."""
+    """Lines of the summary: metrics and aims."""
     for step in planned:
         result = results.get(step.name, {"status": "no time left", "wall_seconds": 0})
         yield f"{step.name:18} {result['status']} ({result['wall_seconds']} s)"

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, agreement of outputs, the environment, JSON."""
+"""Shared by the benchmarks: interleaved timing, agreement of outputs, the environment, JSON."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def ratios(samples: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def agree(what: str, difference: float, tolerance: float) -> dict[str, Any]:
-    """Stop when outputs differ by more than the tolerance: then times compare nothing."""
+    """Exit if outputs differ by more than the tolerance."""
     if not difference <= tolerance:
         raise SystemExit(f"{what} differ by {difference:.3g}, more than {tolerance:.3g}")
     return {"what": what, "difference": difference, "tolerance": tolerance}

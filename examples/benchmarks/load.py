@@ -29,7 +29,7 @@ def load(library: str, folder: str, dtype: str, side: int) -> dict[str, Any]:
     package: Any = import_module(library)
     if library == "transformers":
         _ = package.IJepaModel  # imports it, which is not part of loading
-    Path("/proc/self/clear_refs").write_text("5")  # imports use more than stays
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak after the imports
     before = _memory("VmRSS")
     started = time.perf_counter()
     if library == "transformers":

@@ -1,6 +1,6 @@
 """The official repository's training step, imported from a clone (facebookresearch/ijepa).
 
-It is licensed CC-BY-NC: nothing of it is part of this project.
+It is licensed CC-BY-NC: none of it is part of this project.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODULES = {
 
 
 def load_official(path: Path) -> dict[str, Any]:
-    """Import the modules of a clone, leaving its log settings behind."""
+    """Import the modules of a clone, and restore the log settings that they change."""
     if not (path / "src" / "helper.py").is_file():
         raise SystemExit(
             f"{path} is not a clone of the official repository: "
@@ -48,8 +48,8 @@ def load_official(path: Path) -> dict[str, Any]:
 class OfficialStep:
     """The step of the official `train.py`, on the weights of one of our models.
 
-    Left out is its wrapper for several GPUs, which needs a process group. Kept are the GradScaler
-    and the gradient statistics that its loop computes in every step.
+    Without its wrapper for several GPUs, which needs a process group; with the GradScaler and the
+    gradient statistics that its loop computes in every step.
 
     Args:
         official: From `load_official`.

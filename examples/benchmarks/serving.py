@@ -1,4 +1,4 @@
-"""Files for servers beside the model: speed, size, cosine to float32, kNN on photographs.
+"""Files for servers compared with the model: speed, size, cosine to float32, kNN on photos.
 
     python examples/benchmarks/serving.py --speed-model vit_small16_ijepa --photos cifar10
 
@@ -35,7 +35,7 @@ FILES = {
 
 
 def opened(model: torch.nn.Module, folder: Path, threads: int) -> tuple[dict[str, Run], dict]:
-    """Every file of `FILES`, ready to run on so many threads, and its megabytes."""
+    """Every file of `FILES`, opened, and its megabytes."""
     runs, sizes = {}, {}
     for name, options in FILES.items():
         made = export_graph(model, folder / name.replace(" ", "-"), **options)
@@ -92,7 +92,7 @@ def _ratios(base: list[float], own: list[float]) -> dict:
 
 @torch.inference_mode()
 def accuracy(photos: Path, train: int, test: int, folder: Path) -> dict:
-    """Cosine to the float32 file on the test photographs, and kNN (k 20, temperature 0.07)."""
+    """Cosine to the float32 file on the test photos, and kNN (k 20, temperature 0.07)."""
     model = ijepa_zoo.create_model("vit_nano8_64_ijepa").eval()
     runs, _ = opened(model, folder, 1)
     bank, bank_labels = pixels(model, photos / "train", train)
@@ -107,12 +107,12 @@ def accuracy(photos: Path, train: int, test: int, folder: Path) -> dict:
         found[name] = {
             "cosine_mean": cosine.mean().item(),
             "cosine_lowest": cosine.min().item(),
-            "knn": neighbours(known, bank_labels, asked, labels),
+            "knn": knn_accuracy(known, bank_labels, asked, labels),
         }
     return found
 
 
-def neighbours(bank: Tensor, bank_labels: Tensor, asked: Tensor, labels: Tensor) -> float:
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, asked: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent, weighted by the exponent of the cosine."""
     similar, index = (F.normalize(asked) @ F.normalize(bank).T).topk(20)
     votes = torch.zeros(len(asked), 10).scatter_add_(1, bank_labels[index], (similar / 0.07).exp())
@@ -140,7 +140,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         record = {
             "command": "python examples/benchmarks/serving.py --speed-model "
             f"{' '.join(args.speed_model)} --photos cifar10 --threads {args.threads}",
@@ -148,10 +148,10 @@ if __name__ == "__main__":
             "environment": {**environment(), "onnxruntime": onnxruntime.__version__},
             "settings": {"batch_size": args.batch_size, "rounds": args.rounds},
             "speed": {
-                name: speed(name, args.batch_size, args.rounds, args.threads, Path(place) / name)
+                name: speed(name, args.batch_size, args.rounds, args.threads, Path(scratch) / name)
                 for name in args.speed_model
             },
-            "accuracy": accuracy(args.photos, 5000, 2000, Path(place) / "nano"),
+            "accuracy": accuracy(args.photos, 5000, 2000, Path(scratch) / "nano"),
         }
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))

@@ -78,7 +78,7 @@ def table(pattern: str) -> str:
 
 
 def fill(text: str) -> str:
-    """A text with its tables made anew."""
+    """Rebuild the tables in a text."""
     return BLOCK.sub(lambda m: f"{m[1]}{table(m[2])}{m[3]}", text)
 
 

@@ -5,8 +5,8 @@
         --precision bf16 --compile --vs official --official ijepa --official-precision bf16
 
 A step is everything between two batches: copy to the device, three networks, backward, AdamW,
-moving average. Masks are drawn anew for every step, because new lengths cost time that a handful of
-repeated batches hides. On a GPU the steps of a round follow each other without waiting.
+moving average. Every step has new masks, because new lengths take time that repeated batches would
+hide. On a GPU the steps of a round follow each other without waiting.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def flops_per_image(model: str, context: int, targets: int, target_tokens: int) 
 
 @dataclass
 class Contender:
-    """One of those that are timed in turns.
+    """One of the steps that are timed in turns.
 
     Attributes:
         update: One step with the given masks; returns the loss.
@@ -209,7 +209,7 @@ def timed(args: Namespace, one: Contender, ours: OurStep, number: int) -> float:
 
 
 def rate(args: Namespace, one: Contender, seconds: list[float], peak: float) -> None:
-    """Rates, and shares of what the machine can do."""
+    """Rates, and shares of the machine's peak."""
     taken = summary(seconds)
     images = args.batch_size / taken["median"]
     work = images * one.gflop * 1e9

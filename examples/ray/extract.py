@@ -30,7 +30,7 @@ def list_shards(files: fs.FileSystem, root: str) -> list[str]:
 
 
 def finished_groups(files: fs.FileSystem, out: str) -> list[dict]:
-    """What `DONE` says in each group that is complete."""
+    """Content of `DONE` in each complete group."""
     groups = files.get_file_info(fs.FileSelector(out, allow_not_found=True))
     done = files.get_file_info([f"{group.path}/{DONE}" for group in groups])
     return [json.loads(files.open_input_stream(i.path).read()) for i in done if i.is_file]

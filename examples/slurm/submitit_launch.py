@@ -21,7 +21,7 @@ STOPPED_AND_SAVED = 75
 
 
 class Pretraining:
-    """One process of the job: `ijepa-zoo pretrain` with the environment that torchrun makes."""
+    """One process of the job: `ijepa-zoo pretrain` with the environment variables of torchrun."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.arguments = arguments
@@ -34,7 +34,7 @@ class Pretraining:
         os.environ["LOCAL_WORLD_SIZE"] = str(job.num_tasks // job.num_nodes)
         os.environ["MASTER_ADDR"] = job.hostnames[0]
         os.environ["MASTER_PORT"] = str(20000 + int(job.raw_job_id) % 10000)
-        # submitit would queue the job again at once; the run has to end its step and save first
+        # submitit would requeue the job at once, but the run must end its step and save first
         signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGUSR1))
         status = main(["pretrain", "--quiet", *self.arguments])
         if status == STOPPED_AND_SAVED and job.global_rank == 0:
