@@ -1,4 +1,4 @@
-"""I-JEPA for people who use it: encoders, weights, features. Importing registers the models."""
+"""I-JEPA as timm models: encoders, weights, features. Importing it registers the models."""
 
 import sys
 from importlib import import_module
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
-# The command `ijepa-zoo` imports torch and timm late: `--help` and errors of usage take no seconds.
+# The command `ijepa-zoo` imports torch and timm late, so that `--help` and usage errors are fast.
 if TYPE_CHECKING or basename("".join(sys.argv[:1])) not in ("ijepa-zoo", "ijepa-zoo.exe"):
     from .api import *  # noqa: F403
 else:

@@ -1,4 +1,4 @@
-"""The names of the package."""
+"""The public names of the package."""
 
 from .data.sources import open_images
 from .data.transforms import create_transform

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("ijepa_zoo").setLevel(logging.INFO)  # such as prefixes that are removed
     if logging.lastResort is not None:
         logging.lastResort.setLevel(logging.INFO)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it may lack characters of a file name
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = args.run(args)
@@ -109,7 +109,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser of all commands, of which only the given one has its options."""
+    """The parser of all commands; only the given one has its options."""
     parser = argparse.ArgumentParser(prog="ijepa-zoo", description="I-JEPA encoders for timm code")
     parser.add_argument("--version", action="version", version=__version__)
     help_debug = "print the traceback of every error"

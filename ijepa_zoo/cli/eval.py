@@ -100,14 +100,14 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         help="folder of all evaluations (default: results)")  # fmt: skip
     if name == "logreg":
         own.add_argument("--list", metavar="FILE",
-            help="names of the training images to use, one a line (ImageNet's 1 %%)")  # fmt: skip
+            help="names of the training images, one per line (ImageNet's 1 %%)")  # fmt: skip
         own.add_argument("--per-class", type=positive, metavar="K",
             help="use K training images per class")  # fmt: skip
     if name != "finetune":
         own.add_argument("--baseline", action="store_true",
             help="also evaluate random weights and raw pixels")  # fmt: skip
         own.add_argument("--select-on-test", action="store_true",
-            help="choose the best setting on the test set, as much of the literature does",
+            help="choose the best setting on the test set, as is common in the literature",
         )  # fmt: skip
     if name in (*_HEADS, "segmentation"):
         own.add_argument("--cached", action="store_true",
@@ -125,7 +125,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
             help="default: those of the paper's protocol")  # fmt: skip
     if name == "finetune":
         own.add_argument("--list", metavar="FILE",
-            help="names of the training images to use, one a line: the paper's recipe for 1 %% of "
+            help="names of the training images to use, one per line: the paper's recipe for 1 %% of "
             "ImageNet")  # fmt: skip
         own.add_argument("--micro-batch-size", type=positive, default=MICRO_BATCH, metavar="N",
             help=f"images per forward pass of a process (default: {MICRO_BATCH})")  # fmt: skip
@@ -219,7 +219,7 @@ def _run(probe: str, given: dict[str, Any]) -> Result:
 
 
 def _leave_out(given: dict[str, Any], names: Sequence[str], why: str) -> None:
-    """Remove options that have no meaning here; refuse them where they are set."""
+    """Remove options that do not apply here; refuse them if they are set."""
     found = [name for name in names if given.pop(name, None) not in (None, "auto", False)]
     if found:
         shown = ", ".join(f"--{name.replace('_', '-')}" for name in found)

@@ -70,7 +70,7 @@ def add_predict(commands: Commands) -> list[argparse.ArgumentParser]:
     out.add_argument("--out", required=True, metavar="FILE",
         help="required: file to write, .csv or .parquet; a folder for a dense head")  # fmt: skip
     out.add_argument("--topk", type=positive, default=1, metavar="K",
-        help="classes per image, the likeliest first (default: 1)")  # fmt: skip
+        help="classes per image, the most probable first (default: 1)")  # fmt: skip
     out.add_argument("--overwrite", action="store_true", help="replace files of other settings")
     _add_run(parser)
     parser.set_defaults(run=_predict)
@@ -144,7 +144,7 @@ def _check_paths(inputs: list[str]) -> None:
 
 
 def _check_picture(path: str) -> None:
-    """Refuse the name of a picture before the work."""
+    """Refuse an invalid name of a picture before the work."""
     from PIL import Image
 
     Image.init()

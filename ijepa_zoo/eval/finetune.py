@@ -139,7 +139,7 @@ def evaluate_finetune(
         model: See there.
         data: See there.
         out: See there.
-        list: Text file with the names of the training images to use, one a line, such as
+        list: Text file with the names of the training images to use, one per line, such as
             ImageNet's 1 %; see `listed_rows`. The default recipe is then the paper's for few
             labels.
         recipe: Default: the paper's.

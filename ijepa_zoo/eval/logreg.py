@@ -51,7 +51,7 @@ def evaluate_logreg(
         model: See `EvalConfig`.
         data: See `EvalConfig`.
         out: See `EvalConfig`.
-        list: Text file with the names of the training images to use, one a line, such as
+        list: Text file with the names of the training images to use, one per line, such as
             ImageNet's 1 %; see `listed_rows`.
         per_class: Number of training images of each class, drawn by the seed.
         cs: Values of C.
