@@ -125,7 +125,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
             help="default: those of the paper's protocol")  # fmt: skip
     if name == "finetune":
         own.add_argument("--list", metavar="FILE",
-            help="names of the training images to use, one per line: the paper's recipe for 1 %% of "
+            help="names of the training images to use, one per line: the recipe for 1 %% of "
             "ImageNet")  # fmt: skip
         own.add_argument("--micro-batch-size", type=positive, default=MICRO_BATCH, metavar="N",
             help=f"images per forward pass of a process (default: {MICRO_BATCH})")  # fmt: skip
