@@ -234,7 +234,7 @@ def _write(
 ) -> None:
     path = folder / FILES[to]
     if to == "torch-export":
-        content = io.BytesIO()  # given a path, torch aborts the process where it cannot write
+        content = io.BytesIO()  # given a path, torch aborts the process if it cannot write
         torch.export.save(program, content)
         path.write_bytes(content.getbuffer())
         return

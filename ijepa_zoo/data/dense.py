@@ -85,7 +85,7 @@ class DenseData:
     train: DenseDataset
     test: DenseDataset
     name: str
-    split: str  # where the test set comes from
+    split: str  # the source of the test set
     unit: str = "m"
     max_depth: float | None = None  # the largest depth that counts, if the data have one
     crop: str | None = None  # 'eigen' where metrics are customarily computed in Eigen's crop
@@ -307,7 +307,7 @@ def _ade20k_names(root: Path, count: int) -> tuple[str, ...] | None:
         return None
     rows = [line.split("\t") for line in _read(path).splitlines()]
     names = [row[-1].strip() for row in rows if row[0].strip().isdigit()]
-    names = [*["other"] * (count - len(names)), *names]  # class 0 where it is not left out
+    names = [*["other"] * (count - len(names)), *names]  # class 0, unless it is left out
     return tuple(names) if len(set(names)) == count else None
 
 

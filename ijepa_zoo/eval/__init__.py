@@ -1,4 +1,4 @@
-"""The paper's probes: metrics of encoders on labeled data, beside the paper's own."""
+"""The paper's probes: metrics of encoders on labeled data, compared with the paper's."""
 
 from ..errors import DataError, RunError
 from .attentive import evaluate_attentive

@@ -113,7 +113,7 @@ class _Batches:
         self.task.check(target)
         if not self.full:  # nearest, since unknown depths and classes must not be mixed
             target = F.interpolate(target[None, None], self.size, mode="nearest")[0, 0]
-        # the whole image, so that no part of a target is left out
+        # resize the whole image, so that all of the target is used
         resized: Any = tv.resize(image, list(self.size), interpolation=InterpolationMode.BICUBIC)
         return (resized if isinstance(resized, Tensor) else tv.pil_to_tensor(resized)), target
 

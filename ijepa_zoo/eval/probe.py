@@ -397,8 +397,7 @@ def _notes(probe: Probe, selection: str) -> list[str]:
     notes = [note for part in parts for note in part.notes]
     if selection == TEST_SET:
         notes.append(
-            "chosen on the test set, as much of the literature does: the accuracy is too high by "
-            "as much as luck helps the best of the heads"
+            "chosen on the test set, as is common in the literature: the accuracy is biased upward"
         )
     elif 0 < len(probe.val_rows) < _FEW:
         notes.append(f"chosen by {len(probe.val_rows)} images: another seed may choose otherwise")

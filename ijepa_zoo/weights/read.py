@@ -35,7 +35,7 @@ Locate = Callable[[str], Path]  # name of a file in a folder -> its local path
 class Networks:
     """The networks of a checkpoint, or of modules to export."""
 
-    origin: str  # where they come from, for messages and model cards
+    origin: str  # their source, for messages and model cards
     # A reader of each network, which opens or fetches files. The key is 'unlabeled' if the
     # checkpoint has one network and does not name it.
     states: Mapping[str, Callable[[], State]]
