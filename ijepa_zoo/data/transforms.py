@@ -51,6 +51,10 @@ class ModelTransform:
             return tensor
         return tensor.float().div_(255).sub_(self.mean).div_(self.std)
 
+    def __repr__(self) -> str:
+        mean, std = (values.flatten().tolist() for values in (self.mean, self.std))
+        return f"ModelTransform({self.geometry}, mean={mean}, std={std})"
+
 
 def transform_config(model: nn.Module) -> dict[str, Any]:
     """The data config of a timm model, at its current image size and channels.

@@ -35,7 +35,8 @@ def numbered(n: int, pixels: np.ndarray | None = None) -> EvalSet:
     numbers = np.arange(n)
     if pixels is None:
         pixels = np.broadcast_to(numbers.astype(np.uint8)[:, None, None, None], (n, 4, 4, 3)).copy()
-    return EvalSet(ArrayDataset([pixels], Decoder()), numbers, dict(enumerate(map(str, numbers))))
+    classes = dict(enumerate(map(str, numbers)))
+    return EvalSet(ArrayDataset([pixels], Decoder()), numbers, classes, "train")
 
 
 def photos(n: int) -> EvalSet:

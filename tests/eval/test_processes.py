@@ -10,7 +10,7 @@ import several_processes
 import torch
 from PIL import Image
 from small_probe import OPTIONS, TASK, break_files, encoder, the_one
-from test_dense import PROTOCOL, write_pairs
+from test_dense_probes import PROTOCOL, write_pairs
 from test_finetune import PLAIN
 from test_heads import batches, grid_of, specs_of
 from test_multi_label import write_pictures as write_labeled

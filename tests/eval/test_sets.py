@@ -211,7 +211,9 @@ def test_fingerprints_tell_sets_apart_and_not_places(tmp_path):
 
 def test_one_changed_image_of_an_array_is_other_data():
     images, targets = np.zeros((200, 4, 4, 3), np.uint8), np.zeros(200, np.int64)
-    before, after = (EvalSet(ArrayDataset([images], Decoder()), targets) for _ in range(2))
+    before, after = (
+        EvalSet(ArrayDataset([images], Decoder()), targets, {}, "train") for _ in range(2)
+    )
     assert before.files_state
     images[77, 1, 1, 1] = 1
     assert after.files_state != before.files_state
@@ -224,7 +226,7 @@ def test_tensors_of_a_fast_decoder_become_the_pixels_of_pillow():
 
     pixels = np.random.default_rng(0).integers(0, 256, (2, 7, 5, 3), np.uint8)
     images = Fast([pixels], Decoder(as_tensor=True))
-    found = EvalSet(images, np.arange(2)).read(1)
+    found = EvalSet(images, np.arange(2), {}, "train").read(1)
     assert isinstance(found, Image.Image)
     assert (np.asarray(found) == pixels[1]).all()
 
