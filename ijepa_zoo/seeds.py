@@ -35,7 +35,6 @@ class Stream(IntEnum):
     EVAL_SPLIT = 11
     EVAL_INIT = 12
     POSITIONS = 13
-    DIRECTIONS = 14
 
 
 def fold(*keys: int) -> int:

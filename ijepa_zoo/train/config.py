@@ -197,12 +197,11 @@ class OptimConfig(Section):
     loss: Literal["smooth_l1", "l2"] = _field("smooth_l1", "official: smooth_l1; paper's text: l2")
     target_layers: Count = _field(1, "last target blocks whose normalized outputs are averaged")
     position_noise: NonNegative = _field(0.0, "noise in mask tokens' positions (StoP: 0.25)", le=10)
-    regularizer: Literal["variance_covariance", "isotropic_gaussian"] = _field(
-        "variance_covariance", "term of the loss against collapse (VICReg's or LeJEPA's)"
+    regularizer_weight: NonNegative = _field(
+        0.0, "weight of VICReg's variance and covariance terms; 0 is the official loss"
     )
-    regularizer_weight: NonNegative = _field(0.0, "weight of that term; 0 is the official loss")
-    regularizer_over: Literal["images", "tokens", "residuals"] = _field(
-        "images", "its samples: means of images' tokens, all tokens, or tokens minus these means"
+    regularizer_over: Literal["residuals", "images"] = _field(
+        "residuals", "their samples: tokens minus the mean of their image's, or these means"
     )
     precision: Precision = _field(
         "bf16",

@@ -18,7 +18,7 @@ from ..weights import load, registry
 from ..weights.formats import State
 from ..weights.read import FOLDER_PREFIX, Networks, find_timm_config
 from .config import PretrainConfig
-from .regularizers import IsotropicGaussian, VarianceCovariance
+from .regularizers import VarianceCovariance
 
 _log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
     optim = config.optim
     regularizer = None
     if optim.regularizer_weight:
-        known = {"variance_covariance": VarianceCovariance, "isotropic_gaussian": IsotropicGaussian}
-        regularizer = known[optim.regularizer](optim.regularizer_weight, optim.regularizer_over)
+        regularizer = VarianceCovariance(optim.regularizer_weight, optim.regularizer_over)
     name, checkpoint = _weights(config.model.name, init)
     encoder = _encoder_alone(name, checkpoint, init)
     with torch.random.fork_rng(devices=[]):

@@ -45,7 +45,7 @@ from .optim import (
 )
 from .parallel import choose_kernels, gradient_sync, in_group, parallelize
 from .precision import autocast, require_float8, resolve_precision, warn_of_emulated_bf16
-from .regularizers import Regularizer
+from .regularizers import VarianceCovariance
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
 _SHOWN = 8  # images named in a message
@@ -105,7 +105,7 @@ class Trainer:
         self.schedule = Schedule.of(config.optim, len(self.train_indices))
         self.micro_batch_size = micro_batch_size(config, self.distributed.world_size)
         self.model = self._networks(init)
-        self.regularizer = cast("Regularizer | None", self.model.regularizer)
+        self.regularizer = cast("VarianceCovariance | None", self.model.regularizer)
         embed = self.model.encoder.patch_embed
         self.image_size: tuple[int, int] = embed.img_size
         try:
@@ -156,7 +156,7 @@ class Trainer:
                 Weights and optimizer are those before the step, and `step` does not advance.
         """
         rates = self.schedule.rates(self.step)
-        self._seed_random_terms()
+        self.model.noise_seed = fold(self.config.seed, Stream.POSITIONS, self.step)
         self.optimizer.zero_grad()
         losses: list[Tensor] = []
         terms: list[Tensor] = []
@@ -207,11 +207,6 @@ class Trainer:
         with autocast(device, self.config.optim.precision):
             loss: Tensor = self.module(normalize(images, data.mean, data.std), context, targets)
         return loss
-
-    def _seed_random_terms(self) -> None:
-        self.model.noise_seed = fold(self.config.seed, Stream.POSITIONS, self.step)
-        if self.regularizer is not None:
-            self.regularizer.seed = fold(self.config.seed, Stream.DIRECTIONS, self.step)
 
     def _gather(
         self, values: Sequence[Tensor], micro_batches: Sequence[Batch], stop: bool

@@ -151,7 +151,6 @@ def test_the_host_waits_for_nothing_in_an_ordinary_step():
         optim={
             "precision": "bf16",
             "position_noise": 0.1,
-            "regularizer": "isotropic_gaussian",
         },
     )
     steps = [step_batches(trainer.data, step) for step in range(4)]

@@ -286,7 +286,7 @@ SMALL_DATA = {
     "mask": {"per_image": 2},
     "optim": {
         "target_layers": 2, "position_noise": 0.25,
-        "regularizer": "isotropic_gaussian", "duration": "4 steps",
+        "duration": "4 steps",
     },
 }  # fmt: skip
 

@@ -132,8 +132,8 @@ def test_micro_batches_divide_group_and_share():
     # a regularizer needs a whole group of several images
     for change in ("mask.group_size=1", "runtime.micro_batch_size=64"):
         with pytest.raises(SettingsError, match=change.partition("=")[0]):
-            load("optim.regularizer_weight=1", change)
-    load("optim.regularizer_weight=1", "optim.regularizer_over=tokens", "mask.group_size=1")
+            load("optim.regularizer_weight=1", "optim.regularizer_over=images", change)
+    load("optim.regularizer_weight=1", "mask.group_size=1")
 
 
 def test_durations_in_steps():
