@@ -187,11 +187,11 @@ def test_unbiased_cut_is_uniform():
 
 def test_unbiased_cut_of_many_patches_gives_every_image_its_own():
     """Random keys of so many patches are equal somewhere."""
-    context, targets = MultiBlockMasks((128, 128), mode="unbiased").sample(64, seed=0, step=0)
+    context, targets = MultiBlockMasks((128, 128), mode="unbiased").sample(64, seed=0, step=1)
     assert context.min() >= 0
     kept = coverage(context, 128**2)
     assert not (kept & coverage(targets[:, 0], 128**2)).any()
-    assert fold(*context.flatten().tolist()) == 1791155331519765331
+    assert fold(*context.flatten().tolist()) == 3879743423125583519
 
 
 def test_unbiased_covers_the_grid_evenly():
@@ -252,6 +252,9 @@ def test_allow_overlap():
 
 # targets of 5 x 5 on the 6 x 6 that are used: 11 patches are left
 FULL = {"grid_size": (7, 7), "target_scale": (0.52, 0.52), "target_aspect": (1.0, 1.0)}
+# 11 x 11 on 12 x 12, of the largest scale and aspect alone
+LARGEST = {"grid_size": (12, 12), "target_scale": (0.5, 0.7715), "target_aspect": (0.5, 1.0)}
+LARGEST |= {"mode": "unbiased"}
 
 
 @pytest.mark.parametrize(
@@ -272,6 +275,7 @@ FULL = {"grid_size": (7, 7), "target_scale": (0.52, 0.52), "target_aspect": (1.0
         ({"context_scale": (0.5, 1.5)}, "context_scale"),
         ({**FULL, "min_keep": 11}, "no context"),
         ({**FULL, "min_keep": 11, "target_scale": (0.3, 0.4287)}, "no context"),  # 1 step in 200
+        ({**LARGEST, "min_keep": 23}, "no context"),
     ],
 )
 def test_refuses_settings(changes, named):
@@ -285,6 +289,7 @@ def test_bounds_of_what_is_accepted():
     square = {"target_scale": (0.9, 0.9), "target_aspect": (1.0, 1.0), "mode": "unbiased"}
     MultiBlockMasks((12, 12), min_keep=120, allow_overlap=True, **square)  # blocks are 11 x 11
     MultiBlockMasks(**FULL)
+    MultiBlockMasks(**LARGEST, min_keep=22)
     MultiBlockMasks(**{**FULL, "min_keep": 11, "target_scale": (0.3, 0.428)})  # at most 4 x 4
     MultiBlockMasks((16, 16), target_scale=(1.0, 1.0), allow_overlap=True)
     MultiBlockMasks((16, 16), num_targets=1, min_keep=0, target_scale=(0.2, 0.2))
