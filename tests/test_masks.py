@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ijepa_zoo.errors import SettingsError
 from ijepa_zoo.masks import MultiBlockMasks
+from ijepa_zoo.seeds import fold
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "masks.json").read_text())
 
@@ -91,13 +92,15 @@ def samplers(draw):
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(samplers(), st.integers(0, 2**40), st.integers(0, 10**6))
 def test_every_sampler(masks, seed, step):
-    (height, width), _ = masks.block_sizes(step)
+    (height, width), (context_height, context_width) = masks.block_sizes(step)
     patches, columns = math.prod(masks.grid_size), masks.grid_size[1]
     context, targets = masks.sample(12, seed=seed, step=step)
     assert targets.shape == (12, masks.num_targets, height * width)
     assert context.shape[1] > masks.min_keep
     assert (context.diff(dim=1) > 0).all()
-    assert context.max() < patches
+    assert (context // columns).max() < masks.grid_size[0]
+    for places, size in ((context // columns, context_height), (context % columns, context_width)):
+        assert (places.amax(dim=1) - places.amin(dim=1) < size).all()
     for m in range(masks.num_targets):
         coverage(targets[:, m], patches)
         rows, places = targets[:, m] // columns, targets[:, m] % columns
@@ -121,8 +124,9 @@ def test_every_sampler(masks, seed, step):
     assert torch.equal(half, groups[1][2:])
 
 
-def test_groups_have_lengths_of_their_own_and_targets_do_not_overlap_the_context():
-    masks = MultiBlockMasks((16, 16))
+@pytest.mark.parametrize("mode", ["published", "unbiased"])
+def test_groups_have_lengths_of_their_own_and_targets_do_not_overlap_the_context(mode):
+    masks = MultiBlockMasks((16, 16), mode=mode)
     lengths = set()
     for step in range(6):
         parts = [slice(i, i + 4) for i in (0, 4, 8)]
@@ -132,8 +136,9 @@ def test_groups_have_lengths_of_their_own_and_targets_do_not_overlap_the_context
             for m in range(4):
                 assert not (coverage(context, 256) & coverage(targets[:, m], 256)).any()
     assert len(lengths) > 6
-    with pytest.raises(SettingsError, match=r"3 to 6.*group_size=4"):
-        masks.sample(12, seed=0, step=0, part=slice(3, 6), group_size=4)
+    for last in (3, 6):
+        with pytest.raises(SettingsError, match=rf"3 to {last}.*group_size=4"):
+            masks.sample(12, seed=0, step=0, part=slice(3, last), group_size=4)
 
 
 def test_function_of_seed_and_step():
@@ -146,6 +151,16 @@ def test_function_of_seed_and_step():
     for other in ({"seed": 1}, {"step": 6}):
         assert draw(**other) != first
     assert draw() == first
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("published", 16074613985611943747), ("unbiased", 7966140067393764236)]
+)
+def test_masks_are_stable(mode, expected):
+    # Recorded once: a change would silently change every run.
+    masks = MultiBlockMasks((8, 8), num_targets=12, target_scale=(0.3, 0.4), mode=mode)
+    context, targets = masks.sample(16, seed=0, step=0)
+    assert fold(*context.flatten().tolist(), *targets.flatten().tolist()) == expected
 
 
 def test_published_cut_keeps_the_first_indices():
@@ -168,6 +183,15 @@ def test_unbiased_cut_is_uniform():
             shares.append(np.mean(np.flatnonzero(chosen[row]) + 0.5) / row.sum())
     assert cut > 10_000
     assert abs(np.mean(shares) - 0.5) < 4 * np.std(shares) / math.sqrt(len(shares))
+
+
+def test_unbiased_cut_of_many_patches_gives_every_image_its_own():
+    """Random keys of so many patches are equal somewhere."""
+    context, targets = MultiBlockMasks((128, 128), mode="unbiased").sample(64, seed=0, step=1)
+    assert context.min() >= 0
+    kept = coverage(context, 128**2)
+    assert not (kept & coverage(targets[:, 0], 128**2)).any()
+    assert fold(*context.flatten().tolist()) == 3879743423125583519
 
 
 def test_unbiased_covers_the_grid_evenly():
@@ -203,6 +227,10 @@ def test_unbiased_blocks_may_fill_the_grid():
     assert masks.block_sizes(0)[1] == (4, 9)
     published = MultiBlockMasks((4, 9), context_scale=(1.0, 1.0), min_keep=0)
     assert max(published.block_sizes(0)[1]) < 9
+    # 24 patches; sides of 4.4 and 5.45 are rounded, and only one that does not fit sets the other
+    for grid, aspect, size in (((4, 12), 4.4**2 / 24, (4, 5)), ((12, 4), 24 / 4.4**2, (5, 4))):
+        options = {"target_scale": (0.5, 0.5), "target_aspect": (aspect, aspect), "min_keep": 0}
+        assert MultiBlockMasks(grid, **options, mode="unbiased").block_sizes(0)[0] == size
 
 
 def test_targets_are_dropped_from_the_constraint_when_nothing_is_left():
@@ -222,20 +250,32 @@ def test_allow_overlap():
     assert masks.sample(4, seed=0, step=0)[0].shape == (4, height * width)
 
 
+# targets of 5 x 5 on the 6 x 6 that are used: 11 patches are left
+FULL = {"grid_size": (7, 7), "target_scale": (0.52, 0.52), "target_aspect": (1.0, 1.0)}
+# 11 x 11 on 12 x 12, of the largest scale and aspect alone
+LARGEST = {"grid_size": (12, 12), "target_scale": (0.5, 0.7715), "target_aspect": (0.5, 1.0)}
+LARGEST |= {"mode": "unbiased"}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"grid_size": (8, 8)}, "min_keep=8 or less"),
         ({"grid_size": (2, 2), "min_keep": 0, "target_scale": (0.1, 0.1)}, "target_scale"),
+        ({"grid_size": (3, 3), "min_keep": 1}, "min_keep=0 or less"),
         ({"grid_size": (1, 16), "min_keep": 0}, r"\(1, 16\)"),
         ({"mode": "fair"}, "fair"),
         ({"num_targets": 0}, "num_targets is 0"),
         ({"min_keep": -1}, "min_keep -1"),
         ({"target_scale": (0.2, 0.15)}, "target_scale"),
-        ({"target_scale": (0.0, 0.15)}, "target_scale"),
+        ({"target_scale": (0.0, 0.15)}, "target_scale is .* <= 1$"),
+        ({"target_aspect": (0.0, 1.0)}, "target_aspect is .* max$"),
         ({"target_scale": (1.0, 1.0)}, "target_scale"),
         ({"target_scale": (0.95, 0.95), "mode": "unbiased", "min_keep": 16}, "no context"),
         ({"context_scale": (0.5, 1.5)}, "context_scale"),
+        ({**FULL, "min_keep": 11}, "no context"),
+        ({**FULL, "min_keep": 11, "target_scale": (0.3, 0.4287)}, "no context"),  # 1 step in 200
+        ({**LARGEST, "min_keep": 23}, "no context"),
     ],
 )
 def test_refuses_settings(changes, named):
@@ -246,6 +286,11 @@ def test_refuses_settings(changes, named):
 def test_bounds_of_what_is_accepted():
     MultiBlockMasks((8, 8), min_keep=8).sample(4, seed=0, step=0)  # as the refusal suggests
     MultiBlockMasks((16, 16), target_scale=(0.95, 0.95), mode="unbiased")
+    square = {"target_scale": (0.9, 0.9), "target_aspect": (1.0, 1.0), "mode": "unbiased"}
+    MultiBlockMasks((12, 12), min_keep=120, allow_overlap=True, **square)  # blocks are 11 x 11
+    MultiBlockMasks(**FULL)
+    MultiBlockMasks(**LARGEST, min_keep=22)
+    MultiBlockMasks(**{**FULL, "min_keep": 11, "target_scale": (0.3, 0.428)})  # at most 4 x 4
     MultiBlockMasks((16, 16), target_scale=(1.0, 1.0), allow_overlap=True)
     MultiBlockMasks((16, 16), num_targets=1, min_keep=0, target_scale=(0.2, 0.2))
     with pytest.raises(SettingsError, match="batch_size is 0"):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_zoo.seeds import Stream, fold, standard_normal
+from ijepa_zoo.seeds import Stream, fold, numpy_generator, standard_normal, torch_generator
 
 
 def test_fold_is_stable():
@@ -32,6 +32,12 @@ def test_normal_is_a_function_of_its_seed():
     expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(5))
     assert torch.equal(standard_normal((2, 3), 5, cpu), expected)
     assert not torch.equal(standard_normal((2, 3), 6, cpu), expected)
+
+
+def test_generators_are_those_of_the_folded_keys():
+    philox = np.random.Philox(key=fold(1, 2))
+    assert numpy_generator(1, 2).integers(2**63) == np.random.Generator(philox).integers(2**63)
+    assert torch_generator(1, 2).initial_seed() == fold(1, 2)
 
 
 @pytest.mark.parametrize("keys", [(), (2**64,), (0, -(2**63) - 1)])

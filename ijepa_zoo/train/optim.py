@@ -126,7 +126,7 @@ def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.Adam
         for flag in (True, False)
         for net in (encoder, predictor)
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {

@@ -58,7 +58,7 @@ def test_one_label_per_image(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert labels(open_images("labels.csv")) == ["cat", "dog", "2"]
     shutil.copytree(folder / "photos", folder / "moved/photos")
-    (folder / "labels.csv").write_text("path,label\nphotos/3.png,cat\n")
+    (folder / "labels.csv").write_text("path,label,,\nphotos/3.png,cat,,\n")
     shutil.copy(folder / "labels.csv", folder / "moved")
     first, moved = (open_images(folder / path) for path in ("labels.csv", "moved/labels.csv"))
     assert first.fingerprint() == moved.fingerprint()
@@ -69,7 +69,7 @@ def test_one_label_per_image(folder, monkeypatch):
 def test_spreadsheets(folder, encoding, end):
     lines = [
         "Path,Label,split",
-        '"photos/0.png","Dog, small",train',
+        '"photos/0.png", "Dog, small",train',
         "photos/1.png, Größe ,Val",
         "",
     ]

@@ -85,13 +85,16 @@ def test_probe_equals_a_plain_computation(pictures, tmp_path, on_test):
             assert head.val == pytest.approx(expected)
     assert result.value == pytest.approx(accuracy(x, labels, z, answers, result.chosen))
     about = {"pool": "avg", "layers": [3], "precision": "float32"}
+    about |= {"test_transform": "bilinear resize to 32x32", "ks": [10, 20, 50, 100, 200]}
+    about |= {"temperatures": [0.02, 0.04, 0.07, 0.1, 0.2]}
     assert result.protocol.items() >= about.items()
 
 
-def test_fewer_images_than_the_fewest_neighbors(tmp_path):
-    few = write_pictures(tmp_path / "few", train=3, test=2)
+@pytest.mark.parametrize(("train", "ks"), [(3, {"k=6"}), (10, {"k=10", "k=20"})])
+def test_as_few_images_as_neighbors(tmp_path, train, ks):
+    few = write_pictures(tmp_path / "few", train=train, test=2, classes=2)
     result = evaluate_knn(TASK, encoder(), few, tmp_path, select_on_test=True, **OPTIONS)
-    assert {head.name.split()[0] for head in result.heads} == {"k=9"}
+    assert {head.name.split()[0] for head in result.heads} == ks
 
 
 def test_a_model_that_uses_its_class_token_is_evaluated_on_it(pictures, tmp_path):

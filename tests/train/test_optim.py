@@ -12,7 +12,7 @@ from ijepa_zoo.train import NonFiniteLossError, Trainer
 from ijepa_zoo.train.config import OptimConfig
 from ijepa_zoo.train.data import normalize
 from ijepa_zoo.train.networks import build_networks
-from ijepa_zoo.train.optim import Schedule, make_optimizer, set_rates
+from ijepa_zoo.train.optim import Schedule, gradient_norms, make_optimizer, set_rates
 
 
 def networks():
@@ -43,6 +43,15 @@ def test_decay_is_decoupled_and_spares_biases_and_norms():
     assert torch.allclose(after["0.weight"], before["0.weight"] * (1 - 0.1 * 0.5))
     for name in ("0.bias", "1.weight", "1.bias"):
         assert torch.equal(after[name], before[name])
+
+
+def test_norms_leave_out_parameters_without_gradients():
+    encoder, predictor = networks()
+    optimizer = make_optimizer(encoder, predictor)
+    encoder[0].weight.grad = torch.ones(3, 4)
+    encoder[0].bias.grad = torch.full((3,), 2.0)
+    predictor["proj"].weight.grad = torch.ones(4, 3)
+    assert gradient_norms(optimizer).square().tolist() == pytest.approx([12 + 12, 12])
 
 
 def test_rates_of_the_official_schedulers():
@@ -87,6 +96,12 @@ def test_rates_of_the_papers_text_and_of_other_lengths():
 def test_durations_that_do_not_fit_the_images(changes, named):
     with pytest.raises(SettingsError, match=named):
         Schedule.of(OptimConfig(**{"batch_size": 10, **changes}), images=100)
+
+
+@pytest.mark.parametrize(("warmup", "last"), [("0 steps", 1e-6), ("1 steps", 1e-3)])
+def test_one_batch_of_images_and_one_step_are_enough(warmup, last):
+    optim = OptimConfig(batch_size=10, duration="1 steps", warmup=warmup)
+    assert Schedule.of(optim, images=10).rates(0)["lr"] == pytest.approx(last)
 
 
 @pytest.mark.parametrize("micro", [4, 2])
