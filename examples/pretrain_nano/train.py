@@ -25,10 +25,14 @@ from ijepa_zoo.train import export_run, load_config, pretrain
 
 SIZE = 64
 SUFFIXES = {".jpeg", ".jpg", ".png"}
+NOTE = """
+Trained without labels on photographs of ImageNet (Tiny-ImageNet and Imagenette), whose terms are
+research use, and on rendered scenes.
+"""
 
 
 def photographs(folders: list[Path], crops: int) -> np.ndarray:
-    """Each photograph whole, and random crops of those that are larger than the model's images."""
+    """Each photograph whole and a random crop of it; more crops if it is larger than `SIZE`."""
     torch.manual_seed(0)
     crop = RandomResizedCrop(SIZE, scale=(0.3, 1.0))
     images = []
@@ -39,7 +43,7 @@ def photographs(folders: list[Path], crops: int) -> np.ndarray:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.crop((left, top, left + side, top + side))
         images.append(np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
-        images.extend(np.asarray(crop(image)) for _ in range(crops if side > SIZE else 0))
+        images.extend(np.asarray(crop(image)) for _ in range(crops if side > SIZE else 1))
     return np.stack(images)
 
 
@@ -61,7 +65,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run folder; an unfinished run is resumed")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="folders of photographs")
     parser.add_argument("--crops", type=int, default=4, help="crops of a large photograph")
-    parser.add_argument("--scenes", type=int, default=40_000, help="scenes to render")
+    parser.add_argument("--scenes", type=int, default=80_000, help="scenes to render")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], help="changes: optim.duration='9 steps'")
     args = parser.parse_args()
@@ -72,6 +76,9 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         sys.exit(str(stop))
     export_run(args.run, dtype=torch.float16, license="Apache-2.0", overwrite=True)
+    if args.photos:
+        with (args.run / "export" / "README.md").open("a") as card:
+            card.write(NOTE)
     print(f"done: {args.run / 'export'}")
 
 

@@ -213,7 +213,7 @@ def test_a_run_leaves_a_result_and_a_head(finished):
 
 def test_the_test_depths_are_those_of_the_saved_head(tmp_path):
     """Predictions by another route: features by timm, DINOv2's head with the saved weights."""
-    name = "vit_nano8_64_ijepa.scenes"
+    name = "vit_nano8_64_ijepa.photos"
     result = depth(name, SCENES, tmp_path)
     folder = the_one(tmp_path, "*/model")
     saved = create_model(f"local-dir:{folder}").eval()
@@ -402,7 +402,7 @@ def test_iou_of_pixels_at_their_own_size_is_scikit_learns(tmp_path):
     rows = [f"{n}\t0.1\t9\t9\t1\tthing {n}, object  " for n in range(1, 151)]
     header = "Idx\tRatio\tTrain\tVal\tStuff\tName"
     (root / "objectInfo150.txt").write_text("\n".join([header, *rows]) + "\n")
-    name = "vit_nano8_64_ijepa.scenes"
+    name = "vit_nano8_64_ijepa.photos"
     options = {"protocol": replace(SEGMENTATION, lrs=(1e-2,)), **OPTIONS}
     result = evaluate_segmentation(name, tmp_path, tmp_path / "out", **options)
     assert (result.task, result.method) == ("ADE20K", "segmentation")

@@ -181,8 +181,8 @@ def test_baselines_have_values_and_rows_of_their_own(tmp_path, pictures):
     assert result.baselines.keys() == names
     files = [json.loads(file.read_bytes()) for file in tmp_path.glob("out/*/result.json")]
     found = {content["model"]["name"]: content for content in files}
-    assert found.keys() == names | {"vit_nano8_64_ijepa.scenes"}
-    assert found["vit_nano8_64_ijepa.scenes"]["baselines"] == result.baselines
+    assert found.keys() == names | {"vit_nano8_64_ijepa.photos"}
+    assert found["vit_nano8_64_ijepa.photos"]["baselines"] == result.baselines
     for name in names:
         assert found[name]["value"] == result.baselines[name]
         assert found[name]["model"]["weights_hash"] != result.model["weights_hash"]

@@ -13,9 +13,9 @@ from ijepa_zoo.eval.models import open_model
 
 def test_names_of_this_package_carry_their_weights():
     model = open_model("vit_nano8_64_ijepa")
-    assert model.paper_name == model.name == "vit_nano8_64_ijepa.scenes"
+    assert model.paper_name == model.name == "vit_nano8_64_ijepa.photos"
     about = model.describe()
-    assert about["weights"] == "target encoder of vit_nano8_64_ijepa.scenes"
+    assert about["weights"] == "target encoder of vit_nano8_64_ijepa.photos"
     assert about["image_size"] == [64, 64]
     assert about["parameters"] == sum(p.numel() for p in model.model.parameters())
     assert not model.model.training

@@ -86,7 +86,7 @@ def test_packaged_model_loads_without_a_connection(monkeypatch):
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     ours, ijepa = ijepa_zoo.create_model(NANO), ijepa_zoo.create_ijepa(NANO)
-    check_equal(ours, timm.create_model(f"{NANO}.scenes", pretrained=True))
+    check_equal(ours, timm.create_model(f"{NANO}.photos", pretrained=True))
     check_equal(ours, ijepa.target_encoder)
     check_equal(ijepa.encoder, ijepa_zoo.create_model(NANO, network="encoder"))
     assert not torch.equal(ijepa.encoder.norm.weight, ours.norm.weight)
@@ -95,7 +95,7 @@ def test_packaged_model_loads_without_a_connection(monkeypatch):
 def test_origin_of_the_weights_is_known(official, tiny):
     model = ijepa_zoo.create_model("vit_tiny16_ijepa", checkpoint=official, **tiny)
     assert model.weights_origin == f"target encoder of {official}"
-    assert ijepa_zoo.create_model(NANO).weights_origin == f"target encoder of {NANO}.scenes"
+    assert ijepa_zoo.create_model(NANO).weights_origin == f"target encoder of {NANO}.photos"
     assert not hasattr(ijepa_zoo.create_model(NANO, pretrained=False), "weights_origin")
 
 
