@@ -68,6 +68,7 @@ class Checkpoint:
     predictor: Mapping[str, int] = field(default_factory=dict)  # ``embed_dim`` and ``depth``
     check: Mapping[str, Any] = field(default_factory=dict)  # expected outputs, for tests
     metrics: Mapping[str, Any] = field(default_factory=dict)  # measured quality
+    note: str = ""  # terms of the data, if they restrict its use
 
     @property
     def name(self) -> str:
