@@ -36,6 +36,8 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
+        if not hasattr(torch.cpu, "get_capabilities"):  # older torch
+            return bool(torch.cpu._is_avx512_bf16_supported())  # CPUs with AMX have it too
         found = torch.cpu.get_capabilities()
         return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     return False

@@ -24,7 +24,7 @@ def bf16_is_native(monkeypatch, native):
     ("found", "native"), [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)]
 )
 def test_native_on_a_cpu(monkeypatch, found, native):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert has_native_bf16(torch.device("cpu")) == native
 
 
