@@ -73,7 +73,7 @@ def test_mae_is_a_timm_model_that_knows_where_patches_are(study, photos):
     config = study.settings("mae", 0, 2, SMALL)
     folder = train_mae(config, photos / "train", photos / "mae")
     encoder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert encoder.pretrained_cfg["input_size"] == (3, 24, 24)
+    assert tuple(encoder.pretrained_cfg["input_size"]) == (3, 24, 24)
     assert encoder.pretrained_cfg["mean"] == pytest.approx((0.485, 0.456, 0.406))
     mae = make_mae(build_networks(config))
     untrained, _ = to_timm(mae, dict(encoder.pretrained_cfg))

@@ -66,6 +66,6 @@ def test_export_opens_with_the_grid_and_the_transform(run, tmp_path):
         opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         assert opened.patch_embed.grid_size == GRID
         assert torch.equal(opened(pixels[None]), features)
-        assert resolve_model_data_config(opened)["input_size"] == (3, *SIZE)
+        assert tuple(resolve_model_data_config(opened)["input_size"]) == (3, *SIZE)
     with pytest.raises(CheckpointError, match="48x64"):
         export_run(run, tmp_path / "transformers", to="transformers")
