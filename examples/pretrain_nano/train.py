@@ -2,10 +2,11 @@
 
 The command that made it (one core; stop it with Ctrl-C, the same command resumes):
 
-    python examples/pretrain_nano/train.py runs/nano --photos tiny-imagenet/train imagenette/train
+    python examples/pretrain_nano/train.py runs/nano --photos imagenette/train tiny-imagenet/train
 
-`runs/nano` receives the run (see `ijepa-zoo pretrain`) and `export`, the folder that ships. Labels
-are not read.
+Photographs: Imagenette (github.com/fastai/imagenette) and Tiny-ImageNet
+(cs231n.stanford.edu/tiny-imagenet-200.zip); their labels are not read. `runs/nano` receives the
+run (see `ijepa-zoo pretrain`) and `export`, the folder that ships.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
+from ijepa_zoo.data import open_images
 from ijepa_zoo.data.scenes import SPLIT_STARTS, render_scenes
 from ijepa_zoo.train import export_run, load_config, pretrain
 
 SIZE = 64
-SUFFIXES = {".jpeg", ".jpg", ".png"}
 NOTE = """
 Trained without labels on photographs of ImageNet (Tiny-ImageNet and Imagenette), whose terms are
 research use, and on rendered scenes.
@@ -35,10 +36,9 @@ def photographs(folders: list[Path], crops: int) -> np.ndarray:
     """Each photograph whole and a random crop of it; more crops if it is larger than `SIZE`."""
     torch.manual_seed(0)
     crop = RandomResizedCrop(SIZE, scale=(0.3, 1.0))
-    images = []
-    paths = sorted(p for f in folders for p in f.rglob("*") if p.suffix.lower() in SUFFIXES)
-    for path in tqdm(paths, desc="photographs"):
-        image = Image.open(path).convert("RGB")
+    photos, images = open_images(folders), []
+    for index in tqdm(range(len(photos)), desc="photographs"):
+        image = photos.read(index)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.crop((left, top, left + side, top + side))
