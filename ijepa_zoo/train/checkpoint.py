@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -56,6 +55,8 @@ class CheckpointManager:
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # Python waits for it at exit
         self._pending: Future[None] | None = None
         _accept_single_process()
+        if distributed.is_main:
+            _delete_unfinished(folder)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], extra: dict[str, Any]) -> None:
         """Copy the state to the CPU and write it in the background."""
@@ -69,16 +70,6 @@ class CheckpointManager:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def select(self, resume_from: ResumeFrom = "latest") -> int | None:
-        """The step to resume from, see `select_checkpoint`, after deleting unfinished ones."""
-
-        def select() -> int | None:
-            step = select_checkpoint(self.folder, resume_from)
-            _delete_unfinished(self.folder)
-            return step
-
-        return self._distributed.run_on_main(select)
 
     def delete_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, which a resumed run repeats."""
@@ -278,12 +269,9 @@ def _entry(file: Path) -> dict[str, Any]:
 def _finish(partial: Path, target: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and rename the folder."""
     (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (partial / _STATE, partial / _MANIFEST, partial):
-        _sync(path)
     if target.exists():  # the run was resumed from before it
         _delete(target)
     partial.rename(target)
-    _sync(target.parent)
 
 
 def _delete_old(folder: Path, keep: int, keep_every: int | None) -> None:
@@ -315,17 +303,6 @@ def _newest_intact(folder: Path, steps: list[int]) -> int | None:
             verify(checkpoint_path(folder, step))
             return step
     return None
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _accept_single_process() -> None:

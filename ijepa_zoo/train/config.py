@@ -7,6 +7,7 @@ constructing a section in Python raises pydantic's ValidationError.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 import textwrap
@@ -27,34 +28,11 @@ _RECIPES = Path(__file__).with_name("recipes")
 _FREE = ("log.", "runtime.", "data.max_broken")  # the weights do not depend on these
 
 
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("Input should be a number")
-    return value
-
-
 def _listed(value: Any) -> Any:
     """`0.3,1.0` and single values as lists."""
     if isinstance(value, str):
         return [part.strip() for part in value.strip("[]() ").split(",")]
     return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _pair(value: Any) -> Any:
-    values = _listed(value)
-    if len(values) != 2:
-        raise ValueError("Input should be two numbers such as 0.5,1.0")
-    return values
-
-
-def _ordered(value: tuple[float, float]) -> tuple[float, float]:
-    if value[0] > value[1]:
-        raise ValueError("The first number should not be greater than the second")
-    return value
-
-
-def _with_csv(value: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(("csv", *value)))
 
 
 def _model(name: str) -> str:
@@ -68,31 +46,29 @@ def _model(name: str) -> str:
     return name
 
 
-def _duration(value: Any) -> Any:
-    steps_of(str(value), batch_size=1, images=1)
-    return value
+def _duration(text: str) -> str:
+    steps_of(text, batch_size=1, images=1)  # refuses other texts
+    return text
 
 
-Int = Annotated[int, BeforeValidator(_not_bool)]
-Float = Annotated[float, BeforeValidator(_not_bool)]
-Count = Annotated[Int, Field(ge=1)]
-Natural = Annotated[Int, Field(ge=0)]
-Positive = Annotated[Float, Field(gt=0)]
-NonNegative = Annotated[Float, Field(ge=0)]
-Ratio = Annotated[Float, Field(ge=0, le=1)]
-Area = Annotated[Float, Field(gt=0, le=1)]
-AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered), BeforeValidator(_pair)]
-RatioRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered), BeforeValidator(_pair)]
-Size = Count | Annotated[tuple[Count, Count], BeforeValidator(_pair)]
-ModelName = Annotated[str, AfterValidator(_model)]
-Duration = Annotated[str, BeforeValidator(_duration)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Area = Annotated[float, Field(gt=0, le=1)]
 Listed = BeforeValidator(_listed)
+AreaRange = Annotated[tuple[Area, Area], Listed]
+RatioRange = Annotated[tuple[Positive, Positive], Listed]
+Size = Count | Annotated[tuple[Count, Count], Listed]
+ModelName = Annotated[str, AfterValidator(_model)]
+Duration = Annotated[str, AfterValidator(_duration)]
 LogTarget = Literal["csv", "tensorboard", "wandb"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 
 
 class Section(BaseModel):
-    """Immutable settings without infinity and nan."""
+    """Immutable settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -113,7 +89,7 @@ class ModelConfig(Section):
     embed_dim: Count | None = _field(None, "width of the encoders")
     depth: Count | None = _field(None, "blocks of the encoders")
     num_heads: Count | None = _field(None, "attention heads of encoders and predictor")
-    mlp_ratio: Float | None = _field(
+    mlp_ratio: float | None = _field(
         None, "hidden width of the encoders' MLPs over embed_dim", ge=0.25
     )
     predictor_embed_dim: Count | None = _field(None, "width of the predictor")
@@ -131,7 +107,7 @@ class DataConfig(Section):
         (3 / 4, 4 / 3), "min,max width over height of random crops; they are stretched to img_size"
     )
     horizontal_flip: bool = _field(False, "flip half of the crops")
-    mean: Annotated[tuple[Float, ...], Listed] = _field(
+    mean: Annotated[tuple[float, ...], Listed] = _field(
         (0.485, 0.456, 0.406), "mean of the pixels: one value for each channel, or for all"
     )
     std: Annotated[tuple[Positive, ...], Listed] = _field(
@@ -140,7 +116,7 @@ class DataConfig(Section):
     )
     held_out: Natural = _field(512, "images for the monitors, never trained on")
     max_broken: Ratio = _field(0.01, "stop above this share of broken images; may change on resume")
-    value_range: Annotated[tuple[Float, Float], BeforeValidator(_pair)] | None = _field(
+    value_range: Annotated[tuple[float, float], Listed] | None = _field(
         None, "values of black and white in images and arrays of more than 8 bits"
     )
     bands: Annotated[tuple[Natural, ...], Listed] | None = _field(
@@ -173,14 +149,6 @@ class OptimConfig(Section):
 
     batch_size: Count = _field(2048, "images of a step, over all processes and accumulated parts")
     duration: Duration = _field("300 epochs", "such as 300 epochs, 1000 steps or 1e8 images")
-    extend: Literal["constant", "cosine"] | None = _field(
-        None,
-        "rates after the former end of a run whose duration grows on resume: constant, or with a "
-        "learning rate that falls to final_lr (cosine); null: the duration stays",
-    )
-    extended_from: Annotated[tuple[str, ...], Listed] = _field(
-        (), "written by an extended run: earlier durations, such as 300 epochs,400 epochs constant"
-    )
     warmup: Duration = _field("40 epochs", "time in which the learning rate rises to lr")
     schedule_scale: Positive = _field(1.0, "schedules are this many durations long (ipe_scale)")
     start_lr: NonNegative = _field(2e-4, "learning rate before the first step")
@@ -213,7 +181,7 @@ class OptimConfig(Section):
 class LogConfig(Section):
     """Logs, monitors and checkpoints; may change on resume."""
 
-    to: Annotated[tuple[LogTarget, ...], AfterValidator(_with_csv), Listed] = _field(
+    to: Annotated[tuple[LogTarget, ...], Listed] = _field(
         ("csv",), "csv (log.csv, always), tensorboard, wandb (extra `log`)"
     )
     log_every: Count = _field(10, "steps of a row of the log, over which it averages")
@@ -257,24 +225,18 @@ class PretrainConfig(Section):
 
 
 def micro_batch_size(config: PretrainConfig, world: int) -> int:
-    """Images of one forward pass of one of `world` processes.
+    """Images of a forward pass of one of `world` processes: the largest number that fits.
 
-    The largest number up to `runtime.micro_batch_size` that divides both the process's part of the
-    batch and `mask.group_size`.
+    It divides both the process's part of the batch and `mask.group_size`.
     """
     optim, batch, group = config.optim, config.optim.batch_size, config.group_size
-    if batch % world:
+    if batch % world or batch % group:
         raise SettingsError(
-            f"optim.batch_size={batch} is not divisible by {world} processes: use "
-            f"{batch // world * world or world} or {(batch // world + 1) * world}"
+            f"optim.batch_size={batch} must be a multiple of mask.group_size={group} and of the "
+            f"number of processes, {world}"
         )
-    if batch % group:
-        raise SettingsError(
-            f"mask.group_size={group} does not divide optim.batch_size={batch}: change one of them"
-        )
-    share = batch // world
-    common = math.gcd(share, group)
-    most = min(config.runtime.micro_batch_size or share, common)
+    common = math.gcd(batch // world, group)
+    most = min(config.runtime.micro_batch_size or common, common)
     size = next(n for n in range(most, 0, -1) if common % n == 0)
     if optim.regularizer_weight and size != group:
         raise SettingsError(
@@ -282,8 +244,6 @@ def micro_batch_size(config: PretrainConfig, world: int) -> int:
             f"pass, not {size}: use mask.group_size={size}, which changes the result, or another "
             "runtime.micro_batch_size or number of processes"
         )
-    if optim.regularizer_weight and optim.regularizer_over == "images" and group == 1:
-        raise SettingsError("optim.regularizer_over=images needs mask.group_size=2 or more")
     return size
 
 
@@ -296,12 +256,6 @@ def steps_of(duration: str, *, batch_size: int, images: int) -> int:
         )
     per_unit = {"step": 1.0, "epoch": images // batch_size, "image": 1 / batch_size}[found[2]]
     return round(float(found[1]) * per_unit)
-
-
-def split_end(end: str) -> tuple[str, str | None]:
-    """Duration and curve of an entry of `optim.extended_from`; the first entry has no curve."""
-    duration, _, curve = end.rpartition(" ")
-    return (duration, curve) if curve in ("constant", "cosine") else (end, None)
 
 
 def recipe_table() -> list[tuple[str, str]]:
@@ -336,7 +290,7 @@ def load_config(
 
 
 def parse_config(text: str, origin: str) -> PretrainConfig:
-    """Settings from the text of a YAML file; missing ones have their defaults."""
+    """Settings from the text of a YAML file, over the defaults."""
     return _validate(_read(text, origin, world=1))
 
 
@@ -360,35 +314,26 @@ def official_folders(file: str | Path) -> tuple[str, str] | None:
     return official.folders(values, str(file)) if official.is_official(values) else None
 
 
-def dump_config(config: PretrainConfig) -> str:
-    """All settings as YAML; `parse_config` gives the same settings back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
 def describe_config(config: Section) -> str:
-    """All settings as YAML with their descriptions as comments, which `parse_config` reads."""
+    """All settings as YAML with their descriptions as comments; `parse_config` reads it."""
     text = ""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if isinstance(value, Section):
             section = textwrap.indent(describe_config(value), "  ")
-            text += f"\n# {type(value).__doc__}\n{name}:\n{section}"
-            continue
-        text += "".join(f"# {line}\n" for line in textwrap.wrap(field.description or "", 96))
-        if isinstance(value, tuple):
-            text += f"{name}: {yaml.safe_dump(list(value), default_flow_style=True)}"
+            text += f"\n# {value.__doc__}\n{name}:\n{section}"
         else:
-            text += yaml.safe_dump({name: value})
+            text += f"# {field.description}\n{name}: {json.dumps(value, ensure_ascii=False)}\n"
     return text
 
 
-def differences(before: PretrainConfig, now: PretrainConfig, result_only: bool = True) -> list[str]:
-    """Changed settings, as `optim.lr: 0.001 then, 0.0005 now`."""
+def differences(before: PretrainConfig, now: PretrainConfig) -> list[str]:
+    """Changed settings that affect the result, as `optim.lr: 0.001 then, 0.0005 now`."""
     then = named_values(before)
     return [
         f"{name}: {then[name]} then, {value} now"
         for name, value in named_values(now).items()
-        if then[name] != value and not (result_only and name.startswith(_FREE))
+        if then[name] != value and not name.startswith(_FREE)
     ]
 
 
@@ -397,19 +342,10 @@ def named_values(config: PretrainConfig) -> dict[str, Any]:
     return _flat(config.model_dump(), "")
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses duplicate names. Numbers such as `5e-4`, text in PyYAML, are read by pydantic."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [str(key.value) for key, _ in node.value]
-        if repeated := {name for name in names if names.count(name) > 1}:
-            raise yaml.YAMLError(f"{', '.join(sorted(repeated))} is given twice")
-        return super().construct_mapping(node, deep)
-
-
 def _load_yaml(text: str | bytes, origin: str) -> Any:
+    """Content of a YAML file. Numbers such as `5e-4`, text in PyYAML, are read by pydantic."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.safe_load(text)
     except Exception as error:  # PyYAML raises others than YAMLError for text such as `!!bool x`
         reason = getattr(error, "problem", None) or error  # without PyYAML's lines of context
         raise SettingsError(f"{origin} is not YAML: {reason}") from None
@@ -425,10 +361,11 @@ def _read(text: str | bytes, origin: str, world: int) -> dict[str, Any]:
 
 
 def _read_recipe(name: str) -> dict[str, Any]:
-    names = [recipe for recipe, _ in recipe_table()]
-    if name not in names:
-        raise SettingsError(f"no recipe or file {name!r}: use one of {', '.join(names)}")
-    return _read((_RECIPES / f"{name}.yaml").read_bytes(), name, world=1)
+    file = _RECIPES / f"{name}.yaml"
+    if not file.is_file():
+        names = ", ".join(recipe for recipe, _ in recipe_table())
+        raise SettingsError(f"no recipe or file {name!r}: use one of {names}")
+    return _read(file.read_bytes(), name, world=1)
 
 
 def _flat(content: Any, origin: str) -> dict[str, Any]:
@@ -467,10 +404,9 @@ def _validate(values: Mapping[str, Any]) -> PretrainConfig:
     try:
         config = PretrainConfig.model_validate(tree)
     except ValidationError as error:
-        location = error.errors()[0]["loc"][:2]
-        reasons = [e["msg"] for e in error.errors() if e["loc"][:2] == location]
-        text = " or ".join(reason.removeprefix("Value error, ") for reason in reasons)
-        name = ".".join(map(str, location))
-        raise SettingsError(f"{name} is {values[name]!r:.80}: {text}") from None
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"][:2]))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{name} is {values[name]!r:.80}: {reason}") from None
     micro_batch_size(config, world=1)  # before images are read
     return config

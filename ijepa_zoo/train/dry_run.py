@@ -26,40 +26,22 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class DryRunReport:
-    """Results of `dry_run`; `str` formats them.
+    """Results of `dry_run`; `str` formats them."""
 
-    Attributes:
-        parameters: Number of parameters by network.
-        flops: FLOPs of an image with masks of typical size, without recomputation.
-        images: Training images.
-        steps: Updates of the whole run.
-        batch_size: Images of an update.
-        parts: Forward passes of each process in an update.
-        world_size: Number of processes.
-        device: Name of rank 0's device.
-        largest: Context tokens and tokens of a target block of the largest masks.
-        typical: Context tokens and tokens of a target block of typical masks.
-        memory: Peak memory of a process with the largest masks, in bytes: on a GPU the GPU's,
-            otherwise the process's main memory.
-        memory_limit: Memory of the GPU in bytes; None without one.
-        step_seconds: Time of an update with typical masks.
-        read_rate: Images/s that one loader process reads, decodes and crops.
-    """
-
-    parameters: dict[str, int]
-    flops: int
-    images: int
-    steps: int
-    batch_size: int
-    parts: int
+    parameters: dict[str, int]  # by network
+    flops: int  # of an image with masks of typical size, without recomputation
+    images: int  # for training
+    steps: int  # updates of the whole run
+    batch_size: int  # images of an update
+    parts: int  # forward passes of each process in an update
     world_size: int
-    device: str
-    largest: tuple[int, int]
-    typical: tuple[int, int]
-    memory: int
-    memory_limit: int | None
-    step_seconds: float
-    read_rate: float
+    device: str  # name of rank 0's device
+    largest: tuple[int, int]  # context tokens, tokens of a target block of the largest masks
+    typical: tuple[int, int]  # the same of typical masks
+    memory: int  # peak bytes of a process with the largest masks: the GPU's, else main memory
+    memory_limit: int | None  # bytes of the GPU; None without one
+    step_seconds: float  # of an update with typical masks
+    read_rate: float  # images/s that one loader process reads, decodes and crops
 
     def __str__(self) -> str:
         """The report, one line per topic."""
@@ -186,10 +168,10 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":  # no module resource
         return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

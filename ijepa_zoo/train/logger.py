@@ -19,6 +19,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from ..errors import MissingPackageError, RunError, SettingsError
+from ..parts import whole_file
 from .config import LogConfig, PretrainConfig
 
 COLUMNS = (
@@ -37,15 +38,14 @@ _SLOW_DATA = 0.1  # share of the time above which the advice is given
 class RunLogger:
     """Writer of a run's log; a context manager, used by rank 0 only.
 
-    Rows and events of the steps from `first_step` on are removed: a resumed run repeats them.
+    Rows of the steps from `first_step` on are removed: a resumed run repeats them.
     """
 
     def __init__(self, folder: Path, first_step: int, config: PretrainConfig) -> None:
         self._csv, self._events = folder / _CSV, folder / _EVENTS
         rows = [row for row in read_log(folder) if row["step"] < first_step]
-        events = [event for event in _read_events(self._events) if event["step"] < first_step]
         _replace(self._csv, [",".join(COLUMNS), *map(_csv_line, rows)])
-        _replace(self._events, map(json.dumps, events))
+        _replace(self._events, _whole_lines(self._events))
         self._rows, self._advised = 0, False
         self._board: Any = None
         self._wandb: Any = None
@@ -129,8 +129,7 @@ class Meter:
         """The row of the log after `step` updates; starts the next window.
 
         Loss, regularizer, numbers of tokens and times are means, other values those of the last
-        step. `data_wait` is the share of the time spent waiting for data, `mfu` the achieved share
-        of the devices' peak FLOP/s.
+        step; `data_wait` and `mfu` are shares of the time and of the devices' peak FLOP/s.
         """
         values = dict(self._steps[-1])
         for name in _MEANS:
@@ -153,9 +152,7 @@ class Meter:
 
 def check_log_targets(log: LogConfig) -> None:
     """Check that the packages for `log.to` are installed."""
-    for name in log.to:
-        if name == "csv":
-            continue
+    for name in {*log.to} - {"csv"}:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # a folder of that name is not a package
             raise MissingPackageError(f"log.to={name} needs {name}: pip install {name}")
@@ -163,54 +160,30 @@ def check_log_targets(log: LogConfig) -> None:
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     """Rows of a run's `log.csv`, oldest first, each with the columns that were measured."""
-    path = folder / _CSV
-    reader = csv.DictReader(_whole_lines(path) or ["step"])
-    if "step" not in (reader.fieldnames or ()):
-        raise RunError(f"{path} is not the log of a run: its first line names no column `step`")
-    rows = []
-    for line in reader:
-        try:
-            if None in line.values():
-                raise ValueError("values are missing")
-            rows.append({k: float(v) for k, v in line.items() if k in COLUMNS and v})
-            int(rows[-1]["step"])
-        except (ValueError, KeyError) as error:
-            raise _damaged(path, reader.line_num, error) from error
-    return rows
+    reader = csv.DictReader(_whole_lines(folder / _CSV))
+    try:
+        rows = [{k: float(v) for k, v in line.items() if k in COLUMNS and v} for line in reader]
+        if all("step" in row for row in rows):
+            return rows
+        reason = "a row has no step"
+    except ValueError as error:
+        reason = str(error)
+    raise RunError(f"{folder / _CSV} is damaged ({reason}): repair it or move it away")
 
 
 def read_initial(folder: Path) -> dict[str, float]:
     """A run's metrics at initialization, from `events.jsonl`; empty if there are none."""
-    found = [e["metrics"] for e in _read_events(folder / _EVENTS) if e["kind"] == "initial"]
-    return dict(found[-1]) if found else {}
-
-
-def _read_events(path: Path) -> list[dict[str, Any]]:
-    events = []
-    for number, line in enumerate(_whole_lines(path), 1):
-        try:
-            event = json.loads(line)
-            event["step"], event["kind"] = int(event["step"]), str(event["kind"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(path, number, error) from error
-        events.append(event)
-    return events
-
-
-def _damaged(path: Path, number: int, error: Exception) -> RunError:
-    return RunError(f"{path}, line {number} is damaged ({error}): delete that line")
+    events = [json.loads(line) for line in _whole_lines(folder / _EVENTS)]
+    found: list[dict[str, float]] = [e["metrics"] for e in events if e["kind"] == "initial"]
+    return found[-1] if found else {}
 
 
 def _whole_lines(path: Path) -> list[str]:
     """Lines up to the last line break; a crash can truncate the rest."""
-    if not path.exists():
-        return []
-    return path.read_bytes().decode(errors="backslashreplace").split("\n")[:-1]
+    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
 
 
 def _csv_line(row: Mapping[str, float]) -> str:
-    if unknown := row.keys() - set(COLUMNS):
-        raise ValueError(f"not columns of the log: {unknown}")
     return ",".join(f"{row[name]:.9g}" if name in row else "" for name in COLUMNS)
 
 
@@ -220,9 +193,8 @@ def _append(path: Path, line: str) -> None:
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def _wandb_run(folder: Path, config: PretrainConfig) -> Any:

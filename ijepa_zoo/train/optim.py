@@ -7,38 +7,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..errors import SettingsError
-from .config import OptimConfig, split_end, steps_of
+from .config import OptimConfig, steps_of
 
 # Parameters of other ViTs without weight decay, as in timm (reg_token only in later versions).
 _NOT_DECAYED = ("pos_embed", "cls_token", "reg_token")
-
-
-class Extension(NamedTuple):
-    """Updates `start` to `end` that were added to a run; `curve` is `OptimConfig.extend`."""
-
-    start: int
-    end: int
-    curve: str | None
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate, weight decay and momentum of every step of a run."""
 
-    steps: int  # of the whole run
+    steps: int
     epoch_steps: int
     warmup_steps: int
-    horizon: int  # original steps times `schedule_scale`; later steps have the final rates
+    horizon: int  # steps times `schedule_scale`; later steps have the final rates
     optim: OptimConfig
-    extensions: tuple[Extension, ...] = ()  # in order
 
     @classmethod
     def of(cls, optim: OptimConfig, images: int) -> Schedule:
@@ -49,19 +39,7 @@ class Schedule:
                 "lower it (mask.group_size must divide it) or data.held_out"
             )
         size = {"batch_size": optim.batch_size, "images": images}
-        last = f"{optim.duration} {optim.extend}" if optim.extended_from else optim.duration
-        entries = [split_end(entry) for entry in (*optim.extended_from, last)]
-        ends = [steps_of(duration, **size) for duration, _ in entries]
-        if ends != sorted(set(ends)):
-            raise SettingsError(
-                f"optim.extended_from={list(optim.extended_from)} and optim.duration="
-                f"{optim.duration} do not follow each other: they are {ends} steps"
-            )
-        extensions = tuple(
-            Extension(start, end, curve)
-            for (start, end), (_, curve) in zip(pairwise(ends), entries[1:], strict=True)
-        )
-        steps = ends[0]
+        steps = steps_of(optim.duration, **size)
         warmup = steps_of(optim.warmup, **size)
         horizon = math.floor(steps * optim.schedule_scale)
         if min(steps, horizon) < 1 or warmup > horizon:
@@ -70,22 +48,14 @@ class Schedule:
                 f"{horizon}, and optim.warmup={optim.warmup} is {warmup}: use a duration of at "
                 "least one step and a warm-up that is not longer than the schedules"
             )
-        return cls(ends[-1], images // optim.batch_size, warmup, horizon, optim, extensions)
+        return cls(steps, images // optim.batch_size, warmup, horizon, optim)
 
     def rates(self, step: int) -> dict[str, float]:
         """`lr`, `weight_decay` and `momentum` of the update after `step` updates.
 
         The official schedulers of the first two advance before an update, that of the momentum
-        after it. An extension keeps the rates of the last step before it; with `cosine`, the
-        learning rate falls from there to `final_lr`.
+        after it.
         """
-        for extension in reversed(self.extensions):
-            if step >= extension.start:
-                rates = self.rates(extension.start - 1)
-                if extension.curve == "cosine":
-                    progress = (step + 1 - extension.start) / (extension.end - extension.start)
-                    rates["lr"] = _cosine(rates["lr"], self.optim.final_lr, progress)
-                return rates
         optim, done = self.optim, step + 1
         if done < self.warmup_steps:
             lr = optim.start_lr + done / self.warmup_steps * (optim.lr - optim.start_lr)

@@ -90,11 +90,7 @@ def require_float8(device: torch.device) -> None:
 
 
 def use_float8(model: IJepa) -> None:
-    """Let the Linear layers of the encoders' blocks multiply in float8.
-
-    The layers are replaced; their parameters and names stay. Layers whose sizes are not multiples
-    of 16 stay as they are.
-    """
+    """Let the Linear layers of the encoders' blocks multiply in float8; names stay."""
     from torchao import float8
 
     off = float8.ScalingType.DISABLED

@@ -23,20 +23,14 @@ import torch
 from tqdm import tqdm
 
 from ..distributed import init_distributed
-from ..errors import CheckpointError, DataError, SettingsError
+from ..errors import CheckpointError, DataError, RunError, SettingsError
 from ..progress import progress_bar
 from .checkpoint import CheckpointManager, ResumeFrom, checkpoint_steps, select_checkpoint
 from .config import PretrainConfig, steps_of
-from .data import Batch, open_training_images
+from .data import open_training_images
 from .export import export_run, exported_step
 from .flops import flops_per_image, peak_flops
-from .folder import (
-    open_folder,
-    reconcile_settings,
-    run_precision,
-    same_images,
-    write_settings,
-)
+from .folder import check_run, open_folder, write_settings
 from .logger import Meter, RunLogger, check_log_targets, read_initial, read_log
 from .monitor import CollapseWatch, Monitor, total_norm
 from .trainer import NonFiniteLossError, Trainer
@@ -99,31 +93,26 @@ def pretrain(
         Interrupted: The run was stopped and saved.
     """
     check_log_targets(config.log)
-    source = _branched_run(init) if resume_optimizer is not None else None
+    if resume_optimizer is not None and init is None:
+        raise SettingsError("--resume-optimizer continues a run: name its folder with --init RUN")
     with stop_signals() as received, ExitStack() as stack:
         if config.runtime.threads:
             torch.set_num_threads(config.runtime.threads)
         distributed = stack.enter_context(
             init_distributed(config.runtime.device, config.runtime.timeout)
         )
-        out = open_folder(out, data, distributed, stack)
+        out = open_folder(out, distributed, stack)
         images = open_training_images(config, data, out / "shards.index")
-
-        def reconcile() -> PretrainConfig:
-            resolved = run_precision(out, config, distributed)
-            return reconcile_settings(out, resolved, images, source)
-
-        config = distributed.run_on_main(reconcile)  # written after all checks
-        checkpoints = _checkpoint_manager(out, config, len(images), distributed)
-        step = checkpoints.select(resume_from)
-        fresh = step is None and source is None
+        config = distributed.run_on_main(lambda: check_run(out, config, distributed.device))
+        step = distributed.run_on_main(lambda: select_checkpoint(out / "checkpoints", resume_from))
+        fresh = step is None and resume_optimizer is None
         trainer = Trainer(config, images, distributed, init=init if fresh else None)
-        distributed.run_on_main(lambda: write_settings(out, config, images))
-        loop = Loop(trainer, checkpoints, out, progress)
+        loop = Loop(trainer, out, progress)
+        distributed.run_on_main(lambda: write_settings(out, config))
         if step is not None:
             loop.resume(step)
-        elif source is not None and resume_optimizer is not None:
-            loop.branch(source, resume_optimizer)
+        elif init is not None and resume_optimizer is not None:
+            loop.branch(Path(str(init).removeprefix("local-dir:")), resume_optimizer)
         loop.train(received)
         if trainer.step < trainer.schedule.steps:
             saved = f"saved in {out}" if trainer.step else "before the first step"
@@ -143,20 +132,34 @@ def pretrain(
 class Loop:
     """The loop of one process over the steps, with checkpoints, monitors and the log."""
 
-    def __init__(
-        self, trainer: Trainer, checkpoints: CheckpointManager, out: Path, progress: bool
-    ) -> None:
-        self.trainer, self.checkpoints, self.out = trainer, checkpoints, out
+    def __init__(self, trainer: Trainer, out: Path, progress: bool) -> None:
+        self.trainer, self.out = trainer, out
         self.distributed, self.config = trainer.distributed, trainer.config
-        # Saved beside the tensors: number of broken images, metrics at initialization.
-        self.extra: dict[str, Any] = {"broken": 0, "initial": {}}
+        log, images = self.config.log, trainer.images
+        keep_every = self._duration(log.keep_every) if log.keep_every else None
+        folder = out / "checkpoints"
+        self.checkpoints = CheckpointManager(folder, self.distributed, log.keep, keep_every)
+        # Saved beside the tensors: number of broken images, metrics at initialization, data.
+        self.extra: dict[str, Any] = {
+            "broken": 0,
+            "initial": {},
+            "images": len(images),
+            "fingerprint": self.distributed.run_on_main(images.fingerprint),
+        }
         self.saved = 0
-        self.broken_images = _BrokenImages(out / f"broken-{self.distributed.rank}.jsonl")
+        self.broken: set[str] = set()  # names of this process's broken images
         self.progress = progress and self.distributed.is_main
 
     def resume(self, step: int) -> None:
         """Load a checkpoint of this run that was verified."""
-        self.extra = self.checkpoints.load(step, self.trainer.tensors())
+        loaded = self.checkpoints.load(step, self.trainer.tensors())
+        if loaded["fingerprint"] != self.extra["fingerprint"]:
+            raise RunError(
+                f"{self.out} was trained on other images ({loaded['images']} then, "
+                f"{self.extra['images']} now, or other names): use the same images to resume it, "
+                "or another folder for a new run"
+            )
+        self.extra = loaded
         self.checkpoints.delete_after(step)
         self.trainer.step = self.saved = step
         finished = step >= self.trainer.schedule.steps
@@ -176,9 +179,7 @@ class Loop:
                 f"optim.duration={self.config.optim.duration} ends before or at step {step}, from "
                 f"which {source} is continued: use a longer one, or an earlier checkpoint"
             )
-        self.extra = self.checkpoints.load(step, self.trainer.tensors(), folder)
-        if not same_images(source, self.out):
-            self.extra["initial"] = {}  # metrics of other images
+        self.checkpoints.load(step, self.trainer.tensors(), folder)
         self.trainer.step = step
         self._save()
         self.checkpoints.wait()
@@ -193,7 +194,7 @@ class Loop:
         self._print(str(trainer))
         monitor, broken = trainer.monitor()
         if self.distributed.is_main:
-            self.broken_images.write(broken)
+            self._report(broken)
         with self._finished_saves(), ExitStack() as stack:
             logger = None
             if self.distributed.is_main:
@@ -237,7 +238,7 @@ class Loop:
             started = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - started
-            self.broken_images.note(micro_batches)
+            self._report([broken for batch in micro_batches for broken in batch.broken])
             result = trainer.train_step(micro_batches, bool(received))
             meter.update(result.metrics, time.perf_counter() - started, waited)
             self._check_broken(result.broken)
@@ -293,36 +294,22 @@ class Loop:
                 f"{min(1.0, 2 * total / read):.2g}"
             )
 
+    def _report(self, broken: list[tuple[str, str]]) -> None:
+        """Write name and reason of broken images to a file, and the first ones to stderr."""
+        file = self.out / f"broken-{self.distributed.rank}.jsonl"
+        for name, reason in broken:
+            if name in self.broken:
+                continue
+            self.broken.add(name)
+            with file.open("a", encoding="ascii") as lines:
+                lines.write(json.dumps({"image": name, "reason": reason}) + "\n")
+            if len(self.broken) <= _NAMED:
+                text = f"broken image: {name}: {reason} (all are in {file})"
+                tqdm.write(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+
     def _print(self, text: str) -> None:
         if self.distributed.is_main:
             tqdm.write(text, file=sys.stderr)
-
-
-class _BrokenImages:
-    """Reports every broken image of this process once, in a file and on stderr."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        text = file.read_text(encoding="ascii") if file.exists() else ""
-        if text and not text.endswith("\n"):  # cut off by a crash
-            text = text[: text.rfind("\n") + 1]
-            file.write_text(text, encoding="ascii")
-        self.named = {json.loads(line)["image"] for line in text.splitlines()}
-
-    def note(self, micro_batches: list[Batch]) -> None:
-        self.write([broken for batch in micro_batches for broken in batch.broken])
-
-    def write(self, broken: list[tuple[str, str]]) -> None:
-        for name, reason in broken:
-            if name in self.named:
-                continue
-            self.named.add(name)
-            with self.file.open("a", encoding="ascii") as file:
-                file.write(json.dumps({"image": name, "reason": reason}) + "\n")
-            if len(self.named) <= _NAMED:
-                more = "; further ones are only named there" if len(self.named) == _NAMED else ""
-                text = f"broken image: {name}: {reason} ({self.file}{more})"
-                tqdm.write(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 @contextmanager
@@ -346,17 +333,3 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
-
-
-def _branched_run(init: str | Path | None) -> Path:
-    if init is None:
-        raise SettingsError("--resume-optimizer continues a run: name its folder with --init RUN")
-    return Path(str(init).removeprefix("local-dir:"))
-
-
-def _checkpoint_manager(
-    out: Path, config: PretrainConfig, images: int, distributed: Any
-) -> CheckpointManager:
-    sizes = {"batch_size": config.optim.batch_size, "images": images - config.data.held_out}
-    keep_every = max(1, steps_of(config.log.keep_every, **sizes)) if config.log.keep_every else None
-    return CheckpointManager(out / "checkpoints", distributed, config.log.keep, keep_every)
