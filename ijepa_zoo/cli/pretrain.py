@@ -21,7 +21,6 @@ from ..train import (
     pretrain,
     recipe_table,
 )
-from ..train.config import official_folders
 from ..weights.registry import checkpoints
 from .options import RESUME, Commands, is_main_process
 
@@ -83,7 +82,11 @@ def _pretrain(args: argparse.Namespace) -> int:
     if args.settings:
         print(describe_config(config), end="")
         return 0
-    data, out = _data_and_out(args)
+    data, out = args.data, args.out
+    if not data:
+        raise SettingsError("name the images: --data FOLDER")
+    if not out and not args.dry_run:
+        raise SettingsError("name a folder for the run: --out runs/NAME")
     if args.dry_run:
         args.interrupted = "interrupted"  # there is nothing to resume
         branched = args.resume_optimizer is not None  # no weights to read: sizes are the same
@@ -128,18 +131,6 @@ def _config(args: argparse.Namespace) -> PretrainConfig:
         )
     environment = read_environment(os.environ)
     return load_config(sources[0], [*released, *changes], environment[1] if environment else 1)
-
-
-def _data_and_out(args: argparse.Namespace) -> tuple[list[str], str]:
-    """Images and run folder; a file of the official repository names its own."""
-    own = official_folders(args.config) if args.config else None
-    images, folder = own or ("", "")
-    data, out = args.data or [images], args.out or folder
-    if not data[0] or data[0].startswith("$"):  # a placeholder in the file
-        raise SettingsError(f"name the images: --data FOLDER (given: {data[0] or 'none'})")
-    if (not out and not args.dry_run) or out.startswith("$"):
-        raise SettingsError(f"name a folder for the run: --out runs/NAME (given: {out or 'none'})")
-    return data, out
 
 
 def _plot(args: argparse.Namespace) -> int:

@@ -15,7 +15,6 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import Distributed
-from ..errors import CheckpointError, RunError, SettingsError, some
+from ..errors import CheckpointError, RunError, some
 from .parallel import own_part
 
 ResumeFrom = int | Literal["latest", "previous"]
@@ -93,10 +92,15 @@ class CheckpointManager:
 
     def _write(self, step: int, tensors: dict[str, Any], state: str) -> None:
         """Write a checkpoint, in the background."""
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
         target = checkpoint_path(self.folder, step)
         partial = target.with_suffix(".partial")
+        writer, group = FileSystemWriter(partial), self._group
         try:
-            self._write_tensors(partial, tensors)
+            save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
             manifest = self._manifest(partial)
             if self._distributed.is_main:
                 (partial / _STATE).write_text(state, encoding="utf-8")
@@ -104,32 +108,15 @@ class CheckpointManager:
                 _finish(partial, target, manifest)
                 (self.folder.parent / LAST_SAVED).write_text(str(step), encoding="utf-8")
                 _delete_old(self.folder, self.keep, self.keep_every)
-        except OSError as error:
+        except (OSError, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)  # make room
-            reason = error.strerror or str(error).splitlines()[0]
+            cause: BaseException = error
+            if isinstance(error, CheckpointException):  # on all processes, with every failure
+                cause = next(iter(error.failures.values()))[0]
             raise RunError(
-                f"cannot write checkpoint {target}: {reason}; checkpoints before it, "
+                f"cannot write checkpoint {target}: {cause}; checkpoints before it, "
                 f"{checkpoint_steps(self.folder)}, are intact"
             ) from error
-
-    def _write_tensors(self, partial: Path, tensors: dict[str, Any]) -> None:
-        from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        try:
-            save(
-                tensors,
-                storage_writer=FileSystemWriter(partial),
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
-        except CheckpointException as error:  # raised on all processes, with the failure of each
-            cause = next(iter(error.failures.values()))[0]
-            # torch's writer raises RuntimeError on a full disk
-            if isinstance(cause, (OSError, RuntimeError)):
-                raise OSError(*cause.args[:2]) from cause
-            raise
 
     def _manifest(self, partial: Path) -> dict[str, Any]:
         """Sizes and hashes of all files; every process hashes those that it wrote."""
@@ -157,53 +144,41 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def select_checkpoint(folder: Path, resume_from: ResumeFrom = "latest") -> int | None:
     """Choose a checkpoint and compare its files with its manifest."""
-    if isinstance(resume_from, str) and resume_from not in ("latest", "previous"):
-        raise SettingsError(f"resume_from is {resume_from!r}: use 'latest', 'previous' or a step")
     steps = checkpoint_steps(folder)
     if isinstance(resume_from, int) and resume_from not in steps:
         raise CheckpointError(f"{folder} has no checkpoint of step {resume_from}: it has {steps}")
     if not steps:
         return None
-    chosen = steps[-1] if isinstance(resume_from, str) else resume_from
-    try:
-        verify(checkpoint_path(folder, chosen))
-    except CheckpointError as error:
-        intact = _newest_intact(folder, [step for step in steps if step < chosen])
-        if intact is None:
+    if resume_from != "previous":
+        chosen = steps[-1] if resume_from == "latest" else resume_from
+        try:
+            verify(checkpoint_path(folder, chosen))
+        except CheckpointError as error:
             raise CheckpointError(
-                f"{error}; no earlier checkpoint in {folder} is intact: restore the file, or start "
-                "a new run in another folder"
+                f"{error}; take the newest intact one with --resume-from previous"
             ) from error
-        if resume_from != "previous":
-            raise CheckpointError(
-                f"{error}; resume from step {intact} with --resume-from previous"
-            ) from error
-        warnings.warn(f"{error}; resuming from step {intact}", stacklevel=2)
-        return intact
-    return chosen
+        return chosen
+    for step in reversed(steps):
+        try:
+            verify(checkpoint_path(folder, step))
+        except CheckpointError as error:
+            warnings.warn(f"{error}; trying the one before", stacklevel=2)
+        else:
+            return step
+    raise CheckpointError(
+        f"no checkpoint in {folder} is intact: restore one, or start a new run in another folder"
+    )
 
 
 def verify(folder: Path) -> None:
     """Compare the files of a checkpoint with its manifest."""
     manifest = _read_json(folder / _MANIFEST)
-
-    def fault(name: str) -> str | None:
-        file = folder / name
-        if not file.is_file():
-            return f"{file} is missing"
-        try:
-            matches = _entry(file) == manifest[name]
-        except OSError as error:  # a disk error
-            return f"{file} cannot be read: {error.strerror}"
-        return None if matches else f"{file} is damaged: it does not match {_MANIFEST}"
-
+    names = sorted({*manifest, _STATE, ".metadata", *(file.name for file in folder.glob("__*"))})
     with ThreadPoolExecutor(_READERS) as pool:
-        faults = [fault for fault in pool.map(fault, manifest) if fault]
-    own = {_STATE, ".metadata", *(file.name for file in folder.glob("__*"))}
-    if not own <= manifest.keys():
-        faults.append(f"{folder / _MANIFEST} is damaged")
-    if faults:
-        raise CheckpointError("; ".join(faults))
+        entries = pool.map(lambda name: _entry(folder / name), names)
+        for name, entry in zip(names, entries):
+            if entry is None or entry != manifest.get(name):
+                raise CheckpointError(f"{folder / name} is missing or damaged")
     step = _read_json(folder / _STATE)["step"]
     if checkpoint_path(folder.parent, step).name != folder.name:
         raise CheckpointError(f"{folder} has the checkpoint of step {step}")
@@ -250,20 +225,22 @@ def _check_shapes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing") from None
-    except (ValueError, RecursionError):
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is damaged")
+        raise CheckpointError(f"{file} is missing or damaged")
     return content
 
 
-def _entry(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return {"size": file.stat().st_size, "sha256": digest}
+def _entry(file: Path) -> dict[str, Any] | None:
+    """Size and hash of a file; None if it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        return {"size": file.stat().st_size, "sha256": digest}
+    except OSError:
+        return None
 
 
 def _finish(partial: Path, target: Path, manifest: dict[str, Any]) -> None:
@@ -295,14 +272,6 @@ def _delete_unfinished(folder: Path) -> None:
         for path in folder.iterdir():
             if path.suffix in (".partial", ".deleted") and _NAME.fullmatch(path.stem):
                 shutil.rmtree(path)
-
-
-def _newest_intact(folder: Path, steps: list[int]) -> int | None:
-    for step in reversed(steps):
-        with suppress(CheckpointError):
-            verify(checkpoint_path(folder, step))
-            return step
-    return None
 
 
 def _accept_single_process() -> None:

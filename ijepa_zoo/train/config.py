@@ -25,7 +25,6 @@ from . import official
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*(step|epoch|image)s?", re.ASCII)
 _RECIPES = Path(__file__).with_name("recipes")
-_FREE = ("log.", "runtime.", "data.max_broken")  # the weights do not depend on these
 
 
 def _listed(value: Any) -> Any:
@@ -273,8 +272,7 @@ def load_config(
     Args:
         recipe_or_file: The name of a recipe (see `recipe_table`), or a YAML file: your own, which
             may start from a recipe with the line `recipe: NAME`, or one of the official repository.
-        overrides: Changes, such as `optim.lr=5e-4`, `mask.target_scale=0.1,0.2` or
-            `optim.duration=100 epochs`.
+        overrides: Changes, such as `optim.lr=5e-4` or `mask.target_scale=0.1,0.2`.
         world: Number of processes; the official repository's files give the batch of one of them.
 
     Raises:
@@ -308,12 +306,6 @@ def override(config: PretrainConfig, *changes: str, **values: Any) -> PretrainCo
     return _validate(named_values(config) | _changes(changes) | values)
 
 
-def official_folders(file: str | Path) -> tuple[str, str] | None:
-    """Folders of images and of the run in a YAML file of the official repository, else None."""
-    values = _flat(_load_yaml(Path(file).read_bytes(), str(file)), str(file))
-    return official.folders(values, str(file)) if official.is_official(values) else None
-
-
 def describe_config(config: Section) -> str:
     """All settings as YAML with their descriptions as comments; `parse_config` reads it."""
     text = ""
@@ -325,16 +317,6 @@ def describe_config(config: Section) -> str:
         else:
             text += f"# {field.description}\n{name}: {json.dumps(value, ensure_ascii=False)}\n"
     return text
-
-
-def differences(before: PretrainConfig, now: PretrainConfig) -> list[str]:
-    """Changed settings that affect the result, as `optim.lr: 0.001 then, 0.0005 now`."""
-    then = named_values(before)
-    return [
-        f"{name}: {then[name]} then, {value} now"
-        for name, value in named_values(now).items()
-        if then[name] != value and not name.startswith(_FREE)
-    ]
 
 
 def named_values(config: PretrainConfig) -> dict[str, Any]:

@@ -37,8 +37,6 @@ def open_training_images(
     images = open_images(data, decoder=decoder, index=index)
     if not isinstance(images, FileDataset):
         return images
-    if len(images.problems) == len(images):
-        raise DataError(f"no image can be read: {images.name(0)}: {images.problems[0]}")
     if compressed := images.compressed_shards():
         raise DataError(
             f"'{compressed[0]}' is compressed, but training reads in random order: unpack it "
@@ -63,8 +61,7 @@ def split(n: int, held_out: int, seed: int) -> tuple[_Indices, _Indices]:
 def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> _Indices:
     """Indices `[B]` of the images of a step.
 
-    Every epoch of `n // B` steps has its own permutation, of which the last `n % B` images are
-    dropped, as in the official repository.
+    An epoch is a permutation without its last `n % B` images, as in the official repository.
     """
     epoch, position = divmod(step, n // batch_size)
     chosen = _permutation(n, seed, epoch)[position * batch_size : (position + 1) * batch_size]
@@ -187,8 +184,7 @@ def evaluation_images(
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[str, str]]]:
     """Images of the monitors uint8 `[m, C, H, W]`, resized and center-cropped.
 
-    With their classes `[m]`, None without one class per image, and name and reason of every broken
-    image, which is left out.
+    Also their classes `[m]`, if each has one, and name and reason of the broken ones, left out.
     """
     aspect = image_size[1] / image_size[0]
     pixels, kept, broken = [], [], []

@@ -36,8 +36,6 @@ class DryRunReport:
     parts: int  # forward passes of each process in an update
     world_size: int
     device: str  # name of rank 0's device
-    largest: tuple[int, int]  # context tokens, tokens of a target block of the largest masks
-    typical: tuple[int, int]  # the same of typical masks
     memory: int  # peak bytes of a process with the largest masks: the GPU's, else main memory
     memory_limit: int | None  # bytes of the GPU; None without one
     step_seconds: float  # of an update with typical masks
@@ -52,8 +50,6 @@ class DryRunReport:
             "parameters": ", ".join(f"{k} {v / 1e6:.4g} M" for k, v in self.parameters.items()),
             "data": f"{self.images:,} training images, {self.steps:,} updates of {self.batch_size} "
             f"images ({self.world_size} processes, {self.parts} micro-batches each)",
-            "masks": f"context {self.typical[0]} tokens, target blocks {self.typical[1]}; largest "
-            f"{self.largest[0]} and {self.largest[1]}",
             "memory": f"peak of a process {self.memory / _GIB:.2f}{limit} GiB ({self.device})",
             "speed": f"{rate:.4g} images/s of {self.flops / 1e9:.4g} GFLOP, "
             f"{own_rate * self.flops / 1e12:.3g} TFLOP/s per device, {self.step_seconds:.3g} s per "
@@ -99,7 +95,7 @@ def dry_run(
         times = _measure(trainer, typical, largest)
         measured = torch.tensor([times], dtype=torch.float64)
         slowest = distributed.all_gather(measured).amax(dim=0).tolist()
-        return _report(trainer, typical, largest, slowest) if distributed.is_main else None
+        return _report(trainer, slowest) if distributed.is_main else None
 
 
 def _measure(trainer: Trainer, typical: Masks, largest: Masks) -> list[float]:
@@ -131,7 +127,7 @@ def _measure(trainer: Trainer, typical: Masks, largest: Masks) -> list[float]:
     return [one + (parts - 1) * max(0.0, two - one), reading, memory]
 
 
-def _report(trainer: Trainer, typical: Masks, largest: Masks, slowest: list[float]) -> DryRunReport:
+def _report(trainer: Trainer, slowest: list[float]) -> DryRunReport:
     config, device = trainer.config, trainer.distributed.device
     update, reading, memory = slowest
     with torch.device("meta"):  # the trained networks may be sharded, compiled, recomputing
@@ -146,8 +142,6 @@ def _report(trainer: Trainer, typical: Masks, largest: Masks, slowest: list[floa
         parts=trainer.data.per_step,
         world_size=trainer.distributed.world_size,
         device=torch.cuda.get_device_name(device) if cuda else device.type,
-        largest=(largest[0].shape[1], largest[1].shape[2]),
-        typical=(typical[0].shape[1], typical[1].shape[2]),
         memory=int(memory),
         memory_limit=torch.cuda.get_device_properties(device).total_memory if cuda else None,
         step_seconds=update,

@@ -5,23 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, some
+from ..errors import CheckpointError
 from ..models.jepa import IJepa
 from ..weights.export import export
 from .checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint
 from .folder import read_settings
 from .networks import build_networks
 from .trainer import NETWORKS
-
-_STEP = "export.step"  # beside `export`: the step of its checkpoint
-
-
-def exported_step(run: Path) -> int | None:
-    """The step that `RUN/export` was made from; None if there is none, or it is not known."""
-    if not (run / "export" / "config.json").exists() or not (run / _STEP).exists():
-        return None
-    text = (run / _STEP).read_text(encoding="utf-8", errors="replace")
-    return int(text) if text.isdecimal() else None
 
 
 def load_run(run: str | Path, step: int | None = None) -> tuple[IJepa, str]:
@@ -35,12 +25,16 @@ def load_run(run: str | Path, step: int | None = None) -> tuple[IJepa, str]:
         The networks on the CPU in float32, and where their weights come from, for model cards.
 
     Raises:
-        CheckpointError: There is no such checkpoint, it is damaged, or its weights are not finite.
+        CheckpointError: There is no such checkpoint, or it is damaged.
         RunError: `run` is not a run, or its settings are damaged.
     """
     run = Path(run)
     config = read_settings(run)
-    step = _find_step(run, step)
+    steps = checkpoint_steps(run / "checkpoints")
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
+        raise CheckpointError(f"{run} has no {wanted}: it has {steps or 'none'}")
+    step = steps[-1] if step is None else step
     checkpoint = checkpoint_path(run / "checkpoints", step)
     model = build_networks(config)
     _load_networks(model, checkpoint)
@@ -71,31 +65,16 @@ def export_run(
         The folder, for `create_model("local-dir:FOLDER")`.
 
     Raises:
-        CheckpointError: There is no such checkpoint, it is damaged, or its weights are not finite.
+        CheckpointError: There is no such checkpoint, or it is damaged.
         RunError: `run` is not a run, its settings are damaged, or `folder` exists.
     """
-    run = Path(run)
-    step = _find_step(run, step)
     model, origin = load_run(run, step)
-    target = run / "export" if folder is None else folder
-    written = export(model, target, origin=origin, **options)
-    if folder is None:
-        (run / _STEP).write_text(str(step), encoding="utf-8")
-    return written
-
-
-def _find_step(run: Path, step: int | None) -> int:
-    steps = checkpoint_steps(run / "checkpoints")
-    if not steps or (step is not None and step not in steps):
-        wanted = "checkpoint yet" if step is None else f"checkpoint of step {step}"
-        raise CheckpointError(f"{run} has no {wanted}: it has {steps or 'none'}")
-    return steps[-1] if step is None else step
+    target = Path(run) / "export" if folder is None else folder
+    return export(model, target, origin=origin, **options)
 
 
 def _load_networks(model: IJepa, checkpoint: Path) -> None:
     tensors = read_checkpoint(checkpoint, tuple(f"{network}." for network in NETWORKS))
-    if ruined := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{checkpoint} has weights that are not finite: {some(ruined)}")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

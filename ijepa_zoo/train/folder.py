@@ -15,10 +15,11 @@ from ..parts import whole_file
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
 from .checkpoint import LAST_SAVED, checkpoint_steps
-from .config import PretrainConfig, describe_config, differences, parse_config
+from .config import PretrainConfig, describe_config, named_values, parse_config
 from .precision import resolve_precision
 
 _SETTINGS = "config.yaml"
+_FREE = ("log.", "runtime.", "data.max_broken")  # the weights do not depend on these
 _OLD = re.compile(r"^(machine:|  cut:)", re.MULTILINE)  # names of settings in version 0.1
 
 
@@ -77,6 +78,16 @@ def read_settings(run: Path) -> PretrainConfig:
         raise RunError(f"{run} is not a pretraining run: it has no {_SETTINGS}") from None
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}") from error
+
+
+def differences(before: PretrainConfig, now: PretrainConfig) -> list[str]:
+    """Changed settings that affect the result, as `optim.lr: 0.001 then, 0.0005 now`."""
+    then = named_values(before)
+    return [
+        f"{name}: {then[name]} then, {value} now"
+        for name, value in named_values(now).items()
+        if then[name] != value and not name.startswith(_FREE)
+    ]
 
 
 def _check_not_lost(out: Path) -> None:

@@ -7,10 +7,7 @@ compare them with their values at initialization.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
-from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +19,7 @@ from ..metrics import knn_accuracy, linear_accuracy, mean_cosine, rankme, spread
 from ..models.jepa import IJepa
 from .config import Precision
 from .data import normalize
+from .optim import total_norm
 from .precision import autocast, without_float8
 
 _FEATURE_METRICS = {"rankme": rankme, "spread": spread, "cosine": mean_cosine}
@@ -63,8 +61,8 @@ class Monitor:
                     k: f(labeled, labels) if finite else math.nan for k, f in _PROBES.items()
                 }
         pairs = zip(model.encoder.parameters(), model.target_encoder.parameters())
-        distance = total_norm(p.detach() - q for p, q in pairs)
-        metrics["ema_distance"] = distance / total_norm(model.target_encoder.parameters())
+        distance = total_norm([p.detach() - q for p, q in pairs])
+        metrics["ema_distance"] = float(distance / total_norm(model.target_encoder.parameters()))
         return metrics
 
     def _features(self, model: IJepa, distributed: Distributed) -> tuple[Tensor, list[Tensor]]:
@@ -107,15 +105,6 @@ def explained_variance(
     }
 
 
-def total_norm(tensors: Iterable[Tensor]) -> float:
-    """L2 norm of all tensors together; those of sharded tensors are summed over processes."""
-    norms = [torch.linalg.vector_norm(tensor.detach()) for tensor in tensors]
-    if not norms:
-        return 0.0
-    total: Any = torch.linalg.vector_norm(torch.stack(norms))
-    return float(total.full_tensor() if hasattr(total, "full_tensor") else total)
-
-
 # distance from collapse, and the share of its best value below which a metric counts as low
 _HEALTH: dict[str, tuple[Callable[[float], float], float]] = {
     "rankme": (lambda rank: rank - 1, 0.5),
@@ -125,20 +114,15 @@ _HEALTH: dict[str, tuple[Callable[[float], float], float]] = {
 _PATIENCE = 3  # successive measurements that are low and not better than the one before
 _WARMUP_PATIENCE = 8  # at the start healthy runs fall far below initialization, and then recover
 _SAME = 1.02  # values that differ by less are equal
-_WINDOW, _FIRST_LOSSES, _LAST_LOSSES = 50, 20, 3
-_JUMP = 2.0  # times the median of the losses before
 
 
 class CollapseWatch:
-    """Warns when the rows of a run's log show a problem, once each time it begins.
+    """Warns once each time that the rows of a run's log begin to show collapse.
 
-    - Collapse: rank, spread or 1 - cosine is below half (a quarter for 1 - cosine) of the best
-      value so far, initialization included, in three measurements in a row that do not recover;
-      eight while the learning rate still rises.
-    - Jump: three losses in a row above twice the median of up to 50 before. The slow rise after
-      the first fall is normal and not reported.
-
-    The state is a function of the rows and the `initial` metrics, so `replay` of a log restores it.
+    Rank, spread or 1 - cosine is below half (a quarter for 1 - cosine) of the best value so far,
+    initialization included, in three measurements in a row that do not recover; eight while the
+    learning rate still rises. The state is a function of the rows and the `initial` metrics, so
+    `replay` of a log restores it.
     """
 
     def __init__(self, initial: dict[str, float] | None = None) -> None:
@@ -146,52 +130,18 @@ class CollapseWatch:
         self._best = {name: self.initial[name] for name in _HEALTH if name in self.initial}
         self._last: dict[str, float] = {}
         self._low = dict.fromkeys(_HEALTH, 0)
-        self._losses: deque[float] = deque(maxlen=_WINDOW)
-        self._lr, self._rising = 0.0, False
-        self._reported: set[str] = set()
+        self._lr, self._rising, self._reported = 0.0, False, False
 
     def replay(self, rows: Iterable[dict[str, float]]) -> None:
         """Read the rows of a log (`read_log`) without warnings."""
         for row in rows:
             self.update(int(row["step"]) + 1, row)
 
-    def update(self, step: int, metrics: dict[str, float]) -> list[str]:
-        """Read a row of the log, of which any column may be missing, and return new warnings."""
+    def update(self, step: int, metrics: dict[str, float]) -> str | None:
+        """Read a row of the log, of which any column may be missing; return a new warning."""
         if "lr" in metrics:
             self._rising, self._lr = metrics["lr"] > self._lr, metrics["lr"]
-        warnings = []
-        # a check returns a warning, "" if there is no problem, or None if it is undecided
-        for check in (self._jump, self._collapse):
-            name, text = check.__name__, check(metrics)
-            if text and name not in self._reported:
-                warnings.append(f"step {step}: {text}")
-            if text:
-                self._reported.add(name)
-            elif text is not None:
-                self._reported.discard(name)
-        return warnings
-
-    def _jump(self, metrics: dict[str, float]) -> str | None:
-        if not math.isfinite(metrics.get("loss", math.nan)):
-            return None
-        self._losses.append(metrics["loss"])
-        losses = list(self._losses)
-        if len(losses) < _FIRST_LOSSES:
-            return None
-        usual, last = median(losses[:-_LAST_LOSSES]), losses[-_LAST_LOSSES:]
-        if min(last) <= _JUMP * usual:
-            return ""
-        self._losses.clear()  # later jumps are measured against the new level
-        return (
-            f"the loss jumped from {usual:.3g} to {last[-1]:.3g}, often a partial collapse: if "
-            "rankme and spread fall (ijepa-zoo plot), resume from an earlier checkpoint with a "
-            f"lower optim.lr{self._rate()} or another optim.momentum"
-        )
-
-    def _collapse(self, metrics: dict[str, float]) -> str | None:
         measured = {k: metrics[k] for k in _HEALTH if math.isfinite(metrics.get(k, math.nan))}
-        if not measured:
-            return None
         for name, value in measured.items():
             health, share = _HEALTH[name]
             now, before = health(value), health(self._last.get(name, value))
@@ -199,22 +149,22 @@ class CollapseWatch:
             low = now < share * health(best)
             self._low[name] = self._low[name] + 1 if low and now <= _SAME * before else int(low)
             self._best[name], self._last[name] = best, value
-        if not any(self._low.values()):
-            return ""
-        if max(self._low.values()) < (_WARMUP_PATIENCE if self._rising else _PATIENCE):
+        lowest = max(self._low.values())
+        if lowest == 0:
+            self._reported = False
+        patience = _WARMUP_PATIENCE if self._rising else _PATIENCE
+        if not measured or self._reported or lowest < patience:
             return None
+        self._reported = True
         return (
-            f"the features are collapsing: {', '.join(map(self._compared, measured))}. This rarely "
-            f"recovers: start again with a lower optim.lr{self._rate()}, another optim.momentum "
-            "(0.995, 0.996 or 0.998), a regularizer (optim.regularizer_weight=0.1 "
-            "optim.regularizer_over=residuals), a longer optim.warmup, or larger targets "
-            "(mask.target_scale)"
+            f"step {step}: the features are collapsing: "
+            f"{', '.join(map(self._compared, measured))}. This rarely recovers: start again with a "
+            f"lower optim.lr (now {self._lr:.2g}), another optim.momentum (0.995, 0.996 or 0.998), "
+            "a regularizer (optim.regularizer_weight=0.1), a longer optim.warmup, or larger "
+            "targets (mask.target_scale)"
         )
 
     def _compared(self, name: str) -> str:
         text = f"{name} {self._last[name]:.3g} (best {self._best[name]:.3g}"
         initial = self.initial.get(name)
         return text + (")" if initial is None else f", at initialization {initial:.3g})")
-
-    def _rate(self) -> str:
-        return f" (now {self._lr:.2g})" if self._lr else ""

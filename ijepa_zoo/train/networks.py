@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 
 import timm
@@ -26,17 +25,11 @@ _log = logging.getLogger(__name__)
 def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJepa:
     """The three networks of a run, on the CPU.
 
-    Args:
-        config: Settings.
-        init: None for random initialization (a function of `config.seed`), the name of released
-            weights with its tag, a checkpoint (see `create_ijepa`), or a ViT of timm: its name, or
-            a folder or repository of it. If there is no predictor, both encoders start from the
-            one encoder, and the predictor is new. I-JEPA models drop its class token. Positions,
-            patches and input channels of another size are resampled.
-
-    Raises:
-        CheckpointError: `init` does not fit the model.
-        SettingsError: The settings do not describe a model.
+    `init` is None for random initialization (a function of `config.seed`), the name of released
+    weights with its tag, a checkpoint (see `create_ijepa`), or a ViT of timm: its name, or a folder
+    or repository of it. If there is no predictor, both encoders start from the one encoder, and the
+    predictor is new. I-JEPA models drop its class token. Positions, patches and input channels of
+    another size are resampled.
     """
     network = config.model.model_dump(exclude={"name"}, exclude_none=True)
     optim = config.optim
@@ -47,21 +40,16 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
     encoder = _encoder_alone(name, checkpoint, init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.seed, Stream.INIT))
-        try:
-            model = create_ijepa(
-                name if encoder is None else config.model.name,
-                pretrained=init is not None and encoder is None,
-                checkpoint=checkpoint if encoder is None else None,
-                regularizer=regularizer,
-                loss=optim.loss,
-                target_layers=optim.target_layers,
-                position_noise=optim.position_noise,
-                **network,
-            )
-        except ValueError as error:  # with the full name of the setting
-            raise SettingsError(
-                re.sub(r"^target_layers", "optim.target_layers", str(error))
-            ) from error
+        model = create_ijepa(
+            name if encoder is None else config.model.name,
+            pretrained=init is not None and encoder is None,
+            checkpoint=checkpoint if encoder is None else None,
+            regularizer=regularizer,
+            loss=optim.loss,
+            target_layers=optim.target_layers,
+            position_noise=optim.position_noise,
+            **network,
+        )
     if encoder is not None:
         _start_from(model, *encoder)
         _compare_normalization(config, encoder[1])
@@ -129,7 +117,7 @@ def _encoder_alone(
             args={"num_heads": load.num_heads(vit)},
             pretrained_cfg=vit.pretrained_cfg,
         )
-        state = _without_pooling(vit.state_dict())
+        state = vit.state_dict()
     else:
         model, _, tag = name.partition(".")
         networks = load.resolve(model, checkpoint=checkpoint, pretrained_cfg=tag or None).networks
@@ -139,15 +127,6 @@ def _encoder_alone(
     if not is_other_vit(name):
         state = load.drop_class_token(state, networks.origin)
     return state, networks
-
-
-def _without_pooling(state: State) -> State:
-    """Tensors of a ViT of timm that pools tokens and then normalizes, or pools by attention."""
-    return {
-        re.sub(r"^fc_norm\.", "norm.", name): tensor
-        for name, tensor in state.items()
-        if not name.startswith("attn_pool.")
-    }
 
 
 def _start_from(model: IJepa, state: State, networks: Networks) -> None:

@@ -39,9 +39,9 @@ _SAME = {  # theirs -> ours, with the same meaning
     "optimization.weight_decay": "optim.weight_decay",
 }
 _OTHERS = {
-    *("data.crop_size", "data.image_folder", "data.root_path", "logging.folder"),
-    *("mask.patch_size", "meta.model_name", "meta.pred_depth", "meta.pred_emb_dim"),
-    *("meta.use_bfloat16", "optimization.ema", "optimization.epochs", "optimization.warmup"),
+    *("data.crop_size", "mask.patch_size", "meta.model_name", "meta.pred_depth"),
+    *("meta.pred_emb_dim", "meta.use_bfloat16"),
+    *("optimization.ema", "optimization.epochs", "optimization.warmup"),
 }
 _SUPPORTED = {  # the only supported value
     "data.use_color_distortion": False,
@@ -51,7 +51,10 @@ _SUPPORTED = {  # the only supported value
     "meta.load_checkpoint": False,  # a run resumes by itself, --init names other weights
     "meta.read_checkpoint": None,
 }
-_IGNORED = {"data.color_jitter_strength", "data.pin_mem", "logging.write_tag"}
+_IGNORED = {  # --data and --out name the folders
+    *("data.color_jitter_strength", "data.image_folder", "data.pin_mem", "data.root_path"),
+    *("logging.folder", "logging.write_tag"),
+}
 
 
 def is_official(values: Mapping[str, Any]) -> bool:
@@ -59,16 +62,16 @@ def is_official(values: Mapping[str, Any]) -> bool:
     return {"meta", "optimization"} <= {name.partition(".")[0] for name in values}
 
 
-def folders(values: Mapping[str, Any], origin: str) -> tuple[str, str]:
-    """The folder of training images and the folder of the run that a file names."""
-    _check_names(values, origin)
-    root, images = str(values["data.root_path"]), str(values["data.image_folder"])
-    return f"{root.rstrip('/')}/{images.strip('/')}/train", str(values["logging.folder"])
-
-
 def translate(values: Mapping[str, Any], origin: str, world: int) -> dict[str, Any]:
     """Our settings by full name, for the file's run on `world` GPUs."""
-    _check_names(values, origin)
+    required = {*_SAME, *_OTHERS}
+    if unknown := values.keys() - required - _SUPPORTED.keys() - _IGNORED:
+        raise SettingsError(f"{origin}: the official repository has no setting {some(unknown)}")
+    if missing := required - values.keys():
+        raise SettingsError(f"{origin} lacks {some(missing)}")
+    for name, supported in _SUPPORTED.items():
+        if values.get(name, supported) != supported:
+            raise SettingsError(f"{origin}: {name} is {values[name]}; use {supported}")
     batch, ema = values["data.batch_size"], values["optimization.ema"]
     if type(batch) is not int or not isinstance(ema, list) or len(ema) != 2:
         raise SettingsError(
@@ -85,17 +88,6 @@ def translate(values: Mapping[str, Any], origin: str, world: int) -> dict[str, A
         "optim.final_momentum": ema[1],
         "optim.precision": "bf16" if values["meta.use_bfloat16"] else "fp32",
     }
-
-
-def _check_names(values: Mapping[str, Any], origin: str) -> None:
-    required = {*_SAME, *_OTHERS}
-    if unknown := values.keys() - required - _SUPPORTED.keys() - _IGNORED:
-        raise SettingsError(f"{origin}: the official repository has no setting {some(unknown)}")
-    if missing := required - values.keys():
-        raise SettingsError(f"{origin} lacks {some(missing)}")
-    for name, supported in _SUPPORTED.items():
-        if values.get(name, supported) != supported:
-            raise SettingsError(f"{origin}: {name} is {values[name]}; use {supported}")
 
 
 def _model(values: Mapping[str, Any], origin: str) -> dict[str, Any]:

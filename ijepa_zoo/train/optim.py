@@ -6,6 +6,7 @@ The rates are those of the official schedulers (facebookresearch/ijepa, `src/uti
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +82,11 @@ def _linear(first: float, final: float, progress: float) -> float:
 
 
 def make_optimizer(encoder: nn.Module, predictor: nn.Module) -> torch.optim.AdamW:
-    """AdamW (betas 0.9 and 0.999, eps 1e-8) over context encoder and predictor.
+    """AdamW with the four official groups: encoder, predictor; then those without weight decay.
 
-    The four groups are in the official order: encoder, predictor; then biases and 1-D parameters of
-    both, without weight decay, with the learned positions, class and register tokens of other ViTs.
-    Learning rate and weight decay are set before every update by `set_rates`. The state is created
-    here instead of by the first update, so a checkpoint has the same names at every step.
+    The latter are biases and 1-D parameters of both, and learned positions, class and register
+    tokens of other ViTs. The state is created here instead of by the first update, so a checkpoint
+    has the same names at every step.
     """
     groups = [
         {
@@ -120,18 +120,18 @@ def gradient_norms(optimizer: torch.optim.AdamW) -> Tensor:
     With sharded networks every process must call this; all get the same.
     """
     groups = [group["params"] for group in optimizer.param_groups]
-    norms = []
-    for params in (groups[0] + groups[2], groups[1] + groups[3]):
-        norm: Any = get_total_norm([p.grad for p in params if p.grad is not None])
-        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    return torch.stack(norms)
+    networks = (groups[0] + groups[2], groups[1] + groups[3])
+    return torch.stack([total_norm([p.grad for p in n if p.grad is not None]) for n in networks])
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all tensors together; with sharded ones every process must call this."""
+    norm: Any = get_total_norm([tensor.detach() for tensor in tensors])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def clip_gradients(optimizer: torch.optim.AdamW, max_norm: float, norms: Tensor) -> None:
-    """Scale all gradients by one factor, so that their L2 norm together is at most `max_norm`.
-
-    As torch.nn.utils.clip_grad_norm_ does, without its synchronization.
-    """
+    """As torch.nn.utils.clip_grad_norm_ of all gradients together, without its synchronization."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     clip_grads_with_norm_(parameters, max_norm, torch.linalg.vector_norm(norms))
 

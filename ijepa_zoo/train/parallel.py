@@ -25,13 +25,12 @@ def parallelize(
     distributed: Distributed,
     precision: Precision,
 ) -> nn.Module:
-    """Move the networks to the device and parallelize them.
+    """Move the networks to the device and parallelize them; make the optimizer afterwards.
 
     In this order: float8, activation checkpointing and compilation, the last two per block, then
-    DDP or FSDP2. Make the optimizer afterwards. FSDP2 shards the blocks and the rest of each of the
-    three networks; `encode` may be called on its own, by all processes together. Unless in `fp32`,
-    on GPUs it gathers parameters in bfloat16 and reduces gradients in float32; as with DDP the
-    forward pass belongs under `autocast`, so that residuals stay in float32.
+    DDP or FSDP2, which shards the blocks and the rest of each of the three networks. Unless in
+    `fp32`, FSDP2 gathers parameters in bfloat16 on GPUs and reduces gradients in float32; as with
+    DDP the forward pass belongs under `autocast`, so that residuals stay in float32.
     """
     if precision != "fp32" and distributed.device.type == "cpu":
         _plain_attention(model)

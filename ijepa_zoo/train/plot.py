@@ -17,7 +17,7 @@ from .logger import read_initial, read_log
 from .networks import build_networks
 
 # Okabe and Ito's colors, which color-blind readers can tell apart
-_COLORS = _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _GRAY = "#8c8c8c"
 # title, label of the y axis, columns of the log
 _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -29,7 +29,7 @@ _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("position_variance", "image_variance"),
     ),
     ("Classifiers on held-out features", "accuracy (%)", ("knn", "linear")),
-    ("Learning rate, and momentum of the target encoder", "learning rate", ("lr",)),
+    ("Learning rate", "learning rate", ("lr",)),
     ("Gradients", "L2 norm", ("grad_encoder", "grad_predictor")),
     ("Context encoder and target encoder", "relative L2 distance", ("ema_distance",)),
     ("Speed", "images / s", ("images_per_second",)),
@@ -87,7 +87,7 @@ def _plot_panel(
     axis: Any, rows: Sequence[dict[str, float]], initial: dict[str, float], columns: Sequence[str]
 ) -> None:
     for column, color in zip(columns, _COLORS):
-        points = _points(rows, column)
+        points = [(row["step"] + 1, row[column]) for row in rows if column in row]
         if column in initial:  # measured before the first step
             points.insert(0, (0.0, initial[column]))
             axis.axhline(initial[column], color=color, linestyle="--", linewidth=1)
@@ -105,32 +105,6 @@ def _plot_panel(
         axis.set_yscale("log")
     elif "images_per_second" in columns:
         axis.set_ylim(0, None)
-    elif "loss" in columns:
-        _smooth(axis, _points(rows, "loss"))
-    elif "lr" in columns and (momentum := _points(rows, "momentum")):
-        other = axis.twinx()
-        other.plot(*zip(*momentum), color=_ORANGE, linestyle="--")
-        other.set_ylabel("momentum (dashed)", color=_ORANGE)
-        other.ticklabel_format(useOffset=False)
-
-
-def _points(rows: Sequence[dict[str, float]], column: str) -> list[tuple[float, float]]:
-    return [(row["step"] + 1, row[column]) for row in rows if column in row]
-
-
-def _smooth(axis: Any, points: Sequence[tuple[float, float]]) -> None:
-    """Add a running mean over a fortieth of the rows, and fade the line."""
-    width = len(points) // 40
-    if width < 2:
-        return
-    axis.lines[0].set(color=_GRAY, alpha=0.5, linewidth=0.8)
-    sums = np.cumsum([0.0, *(value for _, value in points)])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(0, ends - width)
-    means = (sums[ends] - sums[starts]) / (ends - starts)
-    label = f"mean of the last {width} rows"
-    axis.plot([step for step, _ in points], means, color=_BLUE, label=label)
-    axis.legend(handles=[axis.lines[-1]], fontsize=8)
 
 
 def _plot_masks(figure: Any, config: PretrainConfig) -> None:

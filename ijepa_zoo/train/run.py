@@ -25,14 +25,21 @@ from tqdm import tqdm
 from ..distributed import init_distributed
 from ..errors import CheckpointError, DataError, RunError, SettingsError
 from ..progress import progress_bar
-from .checkpoint import CheckpointManager, ResumeFrom, checkpoint_steps, select_checkpoint
+from .checkpoint import (
+    CheckpointManager,
+    ResumeFrom,
+    checkpoint_path,
+    checkpoint_steps,
+    select_checkpoint,
+)
 from .config import PretrainConfig, steps_of
 from .data import open_training_images
-from .export import export_run, exported_step
+from .export import export_run
 from .flops import flops_per_image, peak_flops
 from .folder import check_run, open_folder, write_settings
 from .logger import Meter, RunLogger, check_log_targets, read_initial, read_log
-from .monitor import CollapseWatch, Monitor, total_norm
+from .monitor import CollapseWatch, Monitor
+from .optim import total_norm
 from .trainer import NonFiniteLossError, Trainer
 
 _SIGNALS = [  # Windows has no SIGUSR1
@@ -115,13 +122,12 @@ def pretrain(
             loop.branch(Path(str(init).removeprefix("local-dir:")), resume_optimizer)
         loop.train(received)
         if trainer.step < trainer.schedule.steps:
-            saved = f"saved in {out}" if trainer.step else "before the first step"
             raise Interrupted(
-                f"stopped after step {trainer.step} of {trainer.schedule.steps}, {saved}; run the "
-                "same command again to resume",
+                f"stopped after step {trainer.step} of {trainer.schedule.steps}, saved in {out}; "
+                "run the same command again to resume",
                 received[0] if received else signal.SIGTERM,
             )
-        if distributed.is_main and exported_step(out) != trainer.step:
+        if distributed.is_main and not _is_exported(out, trainer.step):
             for unfinished in out.glob(".export.*"):  # what a crash left behind
                 shutil.rmtree(unfinished)
             export_run(out, overwrite=True)
@@ -188,14 +194,13 @@ class Loop:
     def train(self, received: list[int]) -> None:
         """Train until the last step, or until some process has received a signal to stop."""
         trainer, steps = self.trainer, self.trainer.schedule.steps
-        stop = int(self.distributed.all_reduce(torch.tensor([len(received)])))
-        if trainer.step >= steps or stop:
+        if trainer.step >= steps:
             return
         self._print(str(trainer))
         monitor, broken = trainer.monitor()
         if self.distributed.is_main:
             self._report(broken)
-        with self._finished_saves(), ExitStack() as stack:
+        with ExitStack() as stack:
             logger = None
             if self.distributed.is_main:
                 logger = stack.enter_context(RunLogger(self.out, trainer.step, self.config))
@@ -210,16 +215,6 @@ class Loop:
         if self.saved != trainer.step:
             self._save()
         self.checkpoints.wait()
-
-    @contextmanager
-    def _finished_saves(self) -> Iterator[None]:
-        """After an error wait for the running save, unless other processes may be lost."""
-        try:
-            yield
-        except BaseException:
-            if self.distributed.world_size == 1:
-                self.checkpoints.wait()
-            raise
 
     def _steps(
         self, received: list[int], monitor: Monitor, logger: RunLogger | None, bar: Any
@@ -250,8 +245,8 @@ class Loop:
                 row = (row or meter.row(step)) | measured
             if row and logger is not None:
                 logger.write(row)
-                for warning in watch.update(step, row):
-                    logger.event(step - 1, "warning", warning)
+                if warning := watch.update(step, row):
+                    logger.warn(step - 1, warning)
                 shown |= {name: f"{row[key]:.4g}" for name, key in _BAR.items() if key in row}
                 bar.set_postfix(shown, refresh=False)
             if step % save_every == 0 or (keep_every and step % keep_every == 0):
@@ -310,6 +305,11 @@ class Loop:
     def _print(self, text: str) -> None:
         if self.distributed.is_main:
             tqdm.write(text, file=sys.stderr)
+
+
+def _is_exported(out: Path, step: int) -> bool:
+    exported, checkpoint = out / "export", checkpoint_path(out / "checkpoints", step)
+    return exported.exists() and exported.stat().st_mtime >= checkpoint.stat().st_mtime
 
 
 @contextmanager

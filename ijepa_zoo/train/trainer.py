@@ -8,7 +8,6 @@ for bit. On a GPU, where kernels sum in varying order, the two agree up to round
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from ..data.datasets import ImageDataset
 from ..distributed import Distributed, choose_device, copy_to_host
-from ..errors import SettingsError, UserError
+from ..errors import UserError
 from ..models.jepa import IJepa
 from ..seeds import Stream, fold, numpy_generator
-from .config import MaskConfig, PretrainConfig, micro_batch_size
+from .config import PretrainConfig, micro_batch_size
 from .data import (
     Batch,
     TrainBatches,
@@ -108,11 +107,7 @@ class Trainer:
         self.regularizer = cast("VarianceCovariance | None", self.model.regularizer)
         embed = self.model.encoder.patch_embed
         self.image_size: tuple[int, int] = embed.img_size
-        try:
-            self.masks = mask_sampler(config.mask, embed.grid_size)
-        except ValueError as error:  # prefix the names as in the settings
-            names = "|".join(MaskConfig.model_fields)
-            raise SettingsError(re.sub(rf"\b({names})\b", r"mask.\1", str(error))) from error
+        self.masks = mask_sampler(config.mask, embed.grid_size)
         self.model.train()
         choose_kernels(device)
         self.module = parallelize(
@@ -145,15 +140,10 @@ class Trainer:
         return self.data.steps(self.step, self.schedule.steps, workers, pinned)
 
     def train_step(self, micro_batches: Sequence[Batch], stop: bool = False) -> StepResult:
-        """Update the three networks once.
+        """Update the three networks once, with this process's part of the step (see `batches`).
 
-        Args:
-            micro_batches: This process's part of the step, see `batches`.
-            stop: Whether this process was asked to stop; the result tells all processes.
-
-        Raises:
-            NonFiniteLossError: The loss of some process or the norm of the gradient is not finite.
-                Weights and optimizer are those before the step, and `step` does not advance.
+        The result tells all processes whether one of them was asked to `stop`. After a
+        NonFiniteLossError weights and optimizer are those before the step.
         """
         rates = self.schedule.rates(self.step)
         self.model.noise_seed = fold(self.config.seed, Stream.POSITIONS, self.step)
@@ -244,10 +234,9 @@ class Trainer:
         )
 
     def monitor(self) -> tuple[Monitor, list[tuple[str, str]]]:
-        """Monitor of the held-out images; of some training images where none are held out.
+        """Monitor of the held-out images, of some training images where none are held out.
 
-        Returns:
-            The monitor, and name and reason of the images that could not be decoded.
+        Also name and reason of the images that could not be decoded.
         """
         indices = self.held_out
         if not len(indices):
@@ -278,11 +267,6 @@ class Trainer:
         height, width = self.image_size
         patch = self.model.encoder.patch_embed.patch_size[0]
         steps, world = self.schedule.steps, self.distributed.world_size
-        precision: str = optim.precision
-        if precision == "fp8" and not runtime.compile:
-            precision += " (meant for runtime.compile=true)"
-        elif precision == "fp32" and device.type == "cuda":
-            precision += " (TF32 products)"
         parallel = f", {runtime.parallel}" if in_group() else ""
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         return (
@@ -290,7 +274,7 @@ class Trainer:
             f"{len(self.train_indices):,} training images, {len(self.held_out):,} held out\n"
             f"{steps:,} steps of {optim.batch_size} images "
             f"({steps / self.schedule.epoch_steps:.4g} epochs)\n"
-            f"{world} x {device}{threads}{parallel}, {precision}, micro-batches of "
+            f"{world} x {device}{threads}{parallel}, {optim.precision}, micro-batches of "
             f"{self.micro_batch_size}"
         )
 
