@@ -91,10 +91,16 @@ def after_updates(monkeypatch, updates, action):
     monkeypatch.setattr(IJepa, "update_target", update_target)
 
 
-def stop_after(monkeypatch, updates, folder, config=CONFIG, images=None, **options):
-    """Train until update number `updates`, and be stopped there by SIGTERM."""
+def train(folder, config=CONFIG, images=None, **options):
+    """Pretrain on `pictures()`, or resume."""
     images = pictures() if images is None else images
+    return pretrain(config, images, folder, progress=False, **options)
+
+
+def stop_after(monkeypatch, updates, folder, config=CONFIG, number=signal.SIGTERM, **options):
+    """Train until update number `updates`, and be stopped there by a signal."""
     with monkeypatch.context() as patch:
-        after_updates(patch, updates, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(Interrupted):
-            pretrain(config, images, folder, progress=False, **options)
+        after_updates(patch, updates, lambda: signal.raise_signal(number))
+        with pytest.raises(Interrupted, match="stopped after step") as stop:
+            train(folder, config, **options)
+    assert stop.value.signal == number

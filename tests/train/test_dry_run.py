@@ -8,8 +8,9 @@ import several_processes
 import torch
 from small_run import CONFIG, change, pictures
 
+from ijepa_zoo.errors import SettingsError
 from ijepa_zoo.masks import MultiBlockMasks
-from ijepa_zoo.train.dry_run import DryRunReport, dry_run
+from ijepa_zoo.train.dry_run import dry_run
 from ijepa_zoo.train.flops import flops_per_image, peak_flops, typical_and_largest
 from ijepa_zoo.train.networks import build_networks
 
@@ -22,37 +23,23 @@ def test_dry_run_measures_and_leaves_nothing_behind(tmp_path, monkeypatch):
     assert report.parameters["encoder"] == report.parameters["target_encoder"]
     assert (report.images, report.steps, report.batch_size) == (32, 9, 8)
     assert (report.world_size, report.parts) == (1, 2)
-    assert report.largest[0] > report.typical[0]
-    assert report.largest[1] >= report.typical[1]
     assert 1e8 < report.memory < 1e11
     assert min(report.step_seconds, report.read_rate) > 0
-    with pytest.raises(ValueError, match=r"optim\.batch_size=8"):
+    with pytest.raises(SettingsError, match=r"optim\.batch_size=8"):
         dry_run(CONFIG, pictures(10))
 
 
-def test_further_parts_do_not_count_the_optimizer_again(monkeypatch):
+def test_report_has_totals_that_count_the_optimizer_once(monkeypatch):
     seconds = iter([100.0, 1.2, 1.7, 9.0])  # largest masks, one part, two parts, reading
     module = sys.modules[dry_run.__module__]  # its package has the function under this name
     monkeypatch.setattr(module, "_seconds", lambda work, device: next(seconds))
-    optim = {"batch_size": 16, "duration": "4 steps"}
+    optim = {"batch_size": 16, "duration": "4e5 steps"}
     report = dry_run(change(CONFIG, runtime={"micro_batch_size": 4}, optim=optim), pictures())
-    assert report.parts == 4
     assert report.step_seconds == pytest.approx(1.2 + 3 * (1.7 - 1.2))
-    assert report.read_rate == pytest.approx(4 / 3)
-
-
-def test_report_has_totals():
-    report = DryRunReport(
-        parameters={"encoder": 630_000_000, "predictor": 22_000_000, "target_encoder": 630_000_000},
-        flops=654 * 10**9, images=1_280_655, steps=187_500, batch_size=2048, parts=8, world_size=2,
-        device="GPU X", largest=(101, 54), typical=(70, 42), memory=70 * 2**30,
-        memory_limit=80 * 2**30, step_seconds=2.048, read_rate=300.0,
-    )  # fmt: skip
     lines = dict(line.split(maxsplit=1) for line in str(report).splitlines())
-    assert "70.00 of 80.0 GiB" in lines["memory"]
-    assert lines["speed"].startswith("1000 images/s of 654 GFLOP, 327 TFLOP/s")
-    assert "runtime.workers=2" in lines["loader"]
-    assert lines["time"].startswith("4.4 days")
+    assert lines["speed"].startswith("5.926 images/s")
+    assert "needs runtime.workers=5" in lines["loader"]  # 4 images in 3 seconds
+    assert lines["time"].startswith("12.5 days")
 
 
 TWO = """
@@ -97,9 +84,8 @@ def test_flops_are_those_of_the_closed_formula():
     assert flops_per_image(config) == pytest.approx(target + encoder + 3 * predictor, rel=0.01)
 
 
-@pytest.mark.parametrize("mode", ["published", "unbiased"])
-def test_typical_masks_are_the_median_and_few_are_larger_than_the_largest(mode):
-    masks = MultiBlockMasks((16, 16), mode=mode)
+def test_typical_masks_are_the_median_and_few_are_larger_than_the_largest():
+    masks = MultiBlockMasks((16, 16))
     typical, largest = typical_and_largest(masks, 16, seed=0)
     drawn = [masks.sample(16, seed=3, step=step) for step in range(300)]
     for number, axis in ((0, 1), (1, 2)):
@@ -114,11 +100,9 @@ def test_typical_masks_are_the_median_and_few_are_larger_than_the_largest(mode):
         ("NVIDIA A100-SXM4-80GB", "bf16", 312),
         ("NVIDIA A100-SXM4-80GB", "fp8", None),
         ("NVIDIA H100 80GB HBM3", "bf16", 989),
-        ("NVIDIA H100 PCIe", "bf16", 756),
         ("NVIDIA H100 NVL", "fp32", 417.5),
         ("NVIDIA L4", "bf16", 121),
         ("NVIDIA L40S", "bf16", 362),
-        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
         ("NVIDIA GeForce RTX 4090 D", "bf16", None),
         ("NVIDIA GH200 480GB", "bf16", None),

@@ -1,16 +1,22 @@
 """The Slurm scripts, with stand-ins for Slurm's commands."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import several_processes
+from small_run import CONFIG, change, pictures
 
-pytestmark = pytest.mark.timeout(600)
-SCRIPTS = Path(__file__).parents[2] / "examples" / "slurm"
+from ijepa_zoo.train import describe_config
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "slurm"
 COMMANDS = {
     # two tasks on each of two nodes; the status of srun is the highest of its tasks'
     "srun": """
@@ -31,96 +37,69 @@ COMMANDS = {
 }
 
 
-def stand_ins(folder):
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """The file in which Slurm's commands write their arguments."""
     for name, body in COMMANDS.items():
-        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-        (folder / name).chmod(0o755)
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("RECORD", str(tmp_path / "record"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path / "record"
 
 
 @pytest.mark.parametrize("status", [0, 1, 75])
-def test_sbatch_starts_every_process_and_queues_again_what_was_saved(tmp_path, status):
-    stand_ins(tmp_path)
-    record = tmp_path / "record"
-    done = subprocess.run(
-        ["bash", str(SCRIPTS / "pretrain.sbatch"), "vith14_in1k", "--data", "a folder",
-         "optim.duration=3 epochs"],
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(record),
-             "STATUS": str(status), "SLURM_JOB_ID": "123456"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
-    assert done.returncode == (0 if status == 75 else status), done.stderr
+def test_sbatch_starts_every_process_and_queues_again_what_was_saved(record, monkeypatch, status):
+    monkeypatch.setenv("STATUS", str(status))
+    monkeypatch.setenv("SLURM_JOB_ID", "123456")
+    words = ["vith14_in1k", "--data", "a folder", "optim.duration=3 epochs"]
+    done = subprocess.run(["bash", SCRIPTS / "pretrain.sbatch", *words], cwd=record.parent)
+    assert done.returncode == (0 if status == 75 else status)
     lines = record.read_text().splitlines()
     arguments = "pretrain --quiet vith14_in1k --data a folder optim.duration=3 epochs"
     assert lines[:4] == [f"{rank} 4 {rank % 2}: {arguments}" for rank in range(4)]
     assert lines[4:] == (["scontrol requeue 123456"] if status == 75 else [])
-    assert not list(tmp_path.glob(".requeue*"))
 
 
-FILES = """
-import sys
-from pathlib import Path
-import numpy as np
-from small_run import CONFIG, change, pictures
-from ijepa_zoo.train.config import dump_config
-folder = Path(sys.argv[1])
-np.save(folder / "images.npy", pictures())
-(folder / "small.yaml").write_text(dump_config(change(CONFIG, optim={"duration": sys.argv[2]})))
-"""
-ONE_TASK = """
-import runpy, sys
-runpy.run_path(sys.argv[1])["Pretraining"](sys.argv[2:])()
-"""
-
-
-@pytest.fixture
-def environment(tmp_path):
-    """Slurm's commands, and a package that subprocesses find."""
-    stand_ins(tmp_path)
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SUBMITIT_"))}
-    paths = [tmp_path, os.environ["PATH"]], [Path(__file__).parent, Path(__file__).parents[2]]
-    names = [os.pathsep.join(map(str, path)) for path in paths]
-    own = {"PATH": names[0], "PYTHONPATH": names[1], "RECORD": str(tmp_path / "record")}
-    return {**kept, **own, "OMP_NUM_THREADS": "1"}
-
-
-def arguments(folder, environment, duration):
+def arguments(folder, duration):
     """Arguments of a small run in a folder, whose files are made."""
-    subprocess.run(
-        [sys.executable, "-c", FILES, str(folder), duration], env=environment, check=True
-    )
-    return ["--config", str(folder / "small.yaml"), "--data", str(folder / "images.npy"),
-            "--out", str(folder / "run")]  # fmt: skip
+    np.save(folder / "images.npy", pictures())
+    config = describe_config(change(CONFIG, optim={"duration": duration, "warmup": "0 steps"}))
+    (folder / "small.yaml").write_text(config)
+    options = {"--config": "small.yaml", "--data": "images.npy", "--out": "run"}
+    return [word for name, file in options.items() for word in (name, str(folder / file))]
 
 
-def test_submitit_starts_processes_that_train_together(tmp_path, environment):
+def test_submitit_starts_a_run(tmp_path, monkeypatch, record):
     pytest.importorskip("submitit")
-    run = arguments(tmp_path, environment, "3 steps")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "submitit_launch.py"), "--cluster", "local", "--gpus", "2",
-         "--logs", str(tmp_path / "logs"), "--", *run],
-        env=environment, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = ["--cluster", "local", "--gpus", "1", "--logs", str(tmp_path / "logs"), "--"]
+    monkeypatch.setattr(sys, "argv", ["launch", *words, *arguments(tmp_path, "1 steps")])
+    runpy.run_path(str(SCRIPTS / "submitit_launch.py"), run_name="__main__")
     assert (tmp_path / "run" / "export" / "config.json").exists()
-    assert len(list((tmp_path / "logs").glob("*_log.out"))) == 2
 
 
-def test_submitit_queues_again_what_was_saved(tmp_path, environment):
+TASK = """
+    import os, runpy, sys
+    slurm = {"JOB_ID": "4242", "NTASKS": "2", "JOB_NUM_NODES": "1", "NODEID": "0",
+             "JOB_NODELIST": "localhost"}
+    slurm["PROCID"] = slurm["LOCALID"] = os.environ["RANK"]
+    os.environ |= {f"SLURM_{name}": value for name, value in slurm.items()}
+    os.environ |= {"SUBMITIT_EXECUTOR": "slurm", "PATH": sys.argv[2], "RECORD": sys.argv[3]}
+    runpy.run_path(sys.argv[1])["Pretraining"](sys.argv[4:])()
+"""
+
+
+def test_submitit_queues_again_what_was_saved(tmp_path, record):
     pytest.importorskip("submitit")
-    run = arguments(tmp_path, environment, "1e6 steps")
-    slurm = {"JOB_ID": "4242", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
-    slurm |= {"JOB_NUM_NODES": "1", "JOB_NODELIST": "localhost"}
-    task = subprocess.Popen(
-        [sys.executable, "-c", ONE_TASK, str(SCRIPTS / "submitit_launch.py"), *run],
-        env={**environment, **{f"SLURM_{k}": v for k, v in slurm.items()},
-             "SUBMITIT_EXECUTOR": "slurm"},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    limit = time.monotonic() + 200
+    words = [SCRIPTS / "submitit_launch.py", os.environ["PATH"], record]
+    tasks = several_processes.start(TASK, 2, *words, *arguments(tmp_path, "1e6 steps"))
+    limit = time.monotonic() + 100
     while not list(tmp_path.glob("run/checkpoints/step-*[0-9]")) and time.monotonic() < limit:
-        time.sleep(0.1)
-    task.send_signal(signal.SIGUSR2)  # submitit's: Slurm sends it before the time limit
-    errors = task.communicate(timeout=200)[1]
-    assert task.returncode == 0, errors
-    assert "run the same command again" in errors
-    assert (tmp_path / "record").read_text() == "scontrol requeue 4242\n"
+        time.sleep(0.05)
+    for task in tasks:
+        os.kill(task.pid, signal.SIGUSR2)  # submitit's: Slurm sends it before the time limit
+    for status, output in several_processes.finish(tasks):
+        assert status == 0, output
+        assert "run the same command again" in output
+    assert record.read_text() == "scontrol requeue 4242\n"
