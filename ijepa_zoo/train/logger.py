@@ -151,8 +151,8 @@ def check_log_targets(log: LogConfig) -> None:
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     """Rows of a run's `log.csv`, oldest first, each with the columns that were measured."""
-    reader = csv.DictReader(_whole_lines(folder / _CSV))
     try:
+        reader = csv.DictReader(_whole_lines(folder / _CSV))
         rows = [{k: float(v) for k, v in line.items() if k in COLUMNS and v} for line in reader]
         if all("step" in row for row in rows):
             return rows

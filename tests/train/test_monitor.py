@@ -89,10 +89,7 @@ def test_metrics_are_those_of_the_target_encoder():
 def test_without_classes_no_accuracy_and_broken_features_are_nan():
     model, images = tiny(), pictures(6)
     for labels in (None, torch.full((6,), 3), torch.full((6,), -1)):
-        metrics = measure(model, images, labels)
-        assert metrics.keys() == {
-            *("rankme", "spread", "cosine", "ema_distance", "position_variance", "image_variance")
-        }
+        assert not {"knn", "linear"} & measure(model, images, labels).keys()
     with pytest.raises(SettingsError, match=r"data\.held_out"):
         measure(model, images[:1])
     model.target_encoder.norm.weight.data.fill_(torch.nan)
@@ -113,14 +110,12 @@ RANK = """
 
     with init_distributed("cpu", 60) as distributed:
         results = {}
-        for way, precision in (("ddp", "fp32"), ("fsdp2", "fp32"), ("fsdp2", "bf16")):
+        for parallel in ("ddp", "fsdp2"):
             model = t.tiny()
-            module = parallelize(model, RuntimeConfig(parallel=way), distributed, precision)
-            optimizer = make_optimizer(model.encoder, model.predictor)
-            monitor = Monitor(t.pictures(11), torch.arange(11) % 3, t.MEAN, t.STD, 4, precision)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-                t.one_update(module, model, optimizer)
-            results[f"{way} {precision}"] = monitor.measure(model, distributed)
+            module = parallelize(model, RuntimeConfig(parallel=parallel), distributed, "fp32")
+            monitor = Monitor(t.pictures(11), torch.arange(11) % 3, t.MEAN, t.STD, 4)
+            t.one_update(module, model, make_optimizer(model.encoder, model.predictor))
+            results[parallel] = monitor.measure(model, distributed)
         if distributed.rank == 1:
             Path(sys.argv[1]).write_text(json.dumps(results))
 """
@@ -130,7 +125,5 @@ def test_two_processes_measure_what_one_does(tmp_path):
     several_processes.run(RANK, 2, tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     expected = measure(updated(), pictures(11), torch.arange(11) % 3)
-    assert results["ddp fp32"] == pytest.approx(expected, rel=1e-4)
-    assert results["fsdp2 fp32"] == pytest.approx(expected, rel=1e-4)
-    coarse = {"knn": 0, "linear": 0}  # accuracies of 11 images
-    assert results["fsdp2 bf16"] | coarse == pytest.approx(expected | coarse, rel=0.1)
+    for parallel in ("ddp", "fsdp2"):
+        assert results[parallel] == pytest.approx(expected, rel=1e-4)

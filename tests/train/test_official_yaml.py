@@ -7,13 +7,8 @@ import pytest
 import yaml
 
 from ijepa_zoo.errors import SettingsError
-from ijepa_zoo.train.config import (
-    PretrainConfig,
-    differences,
-    load_config,
-    named_values,
-    official_folders,
-)
+from ijepa_zoo.train.config import PretrainConfig, load_config, named_values
+from ijepa_zoo.train.folder import differences
 
 # keys and values of the official in1k_vith14_ep300.yaml
 H14 = {
@@ -118,10 +113,10 @@ def test_values_reach_the_setting_of_the_same_meaning(tmp_path):
     ("changes", "named"),
     [
         ({"data__use_gaussian_blur": True}, "data.use_gaussian_blur"),
-        ({"mask__num_enc_masks": 2}, "mask.num_enc_masks"),
         ({"meta__read_checkpoint": "a.pth.tar"}, "meta.read_checkpoint"),
         ({"meta__model_name": "vit_enormous"}, "vit_enormous"),
         ({"optimization__lrr": 1}, "optimization.lrr"),
+        ({"optimization__lr": None}, "official.yaml lacks optimization.lr"),
         ({"optimization__lr": "fast"}, "optim.lr"),
         ({"data__batch_size": "many"}, "data.batch_size"),
         ({"optimization__ema": 0.996}, "optimization.ema"),
@@ -130,20 +125,3 @@ def test_values_reach_the_setting_of_the_same_meaning(tmp_path):
 def test_what_is_not_supported_is_refused_by_name(tmp_path, changes, named):
     with pytest.raises(SettingsError, match=re.escape(named)):
         load_config(official(tmp_path, **changes))
-
-
-def test_missing_keys_are_named(tmp_path):
-    content = copy.deepcopy(H14)
-    del content["optimization"]["lr"], content["data"]
-    path = tmp_path / "short.yaml"
-    path.write_text(yaml.safe_dump(content))
-    with pytest.raises(SettingsError, match=r"short\.yaml.*data\.batch_size"):
-        load_config(path)
-
-
-def test_folders(tmp_path):
-    path = official(tmp_path)
-    found = official_folders(path)
-    assert found == ("/data/imagenet_full_size/061417/train", "/logs/h14/")
-    path.write_text("seed: 1")
-    assert official_folders(path) is None

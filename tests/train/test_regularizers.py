@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from ijepa_zoo.errors import SettingsError
 from ijepa_zoo.train.regularizers import VarianceCovariance
 
 
@@ -17,22 +18,11 @@ def by_hand(samples, share):
 def test_variance_covariance_is_the_formula(over):
     tokens = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0)) * 0.7
     means = tokens.mean(1)
-    samples = {
-        "images": means,
-        "residuals": (tokens - means[:, None]).reshape(35, 6),
-    }[over]
+    samples = means if over == "images" else (tokens - means[:, None]).reshape(35, 6)
     expected = 0.3 * by_hand(samples.double().numpy(), 0.2)
     term = VarianceCovariance(0.3, over, covariance_share=0.2)
     assert term(tokens).item() == pytest.approx(expected, rel=1e-5)
     assert term.value.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_gradient_pushes_collapsed_features_apart():
-    tokens = (torch.ones(8, 3, 4) + 1e-3 * torch.randn(8, 3, 4)).requires_grad_()
-    term = VarianceCovariance(1.0, "images")
-    before = term(tokens)
-    before.backward()
-    assert term(tokens - 0.1 * tokens.grad).item() < before.item()
 
 
 def test_float32_under_autocast():
@@ -43,8 +33,6 @@ def test_float32_under_autocast():
     assert inside.item() == VarianceCovariance(1.0)(tokens.float()).item()
 
 
-def test_errors():
-    with pytest.raises(ValueError, match="patches"):
-        VarianceCovariance(1.0, "patches")
-    with pytest.raises(ValueError, match="two images"):
+def test_one_image_has_no_variance():
+    with pytest.raises(SettingsError, match="two images"):
         VarianceCovariance(1.0, "images")(torch.ones(1, 3, 4))

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -24,92 +22,72 @@ SLOW_COLLAPSE = (  # a small ViT on CIFAR-10 with the published settings: loss 0
 )  # fmt: skip
 
 
-def rows_of(curve, lr=lambda number: 1e-3):
+WELL = {"rankme": 40.0, "spread": 0.7, "cosine": 0.5}
+
+
+def rows_of(curve):
     initial, *rows = [
         {"rankme": rank, "spread": spread, "cosine": 1 - spread**2} for rank, spread in zip(*curve)
     ]
-    return initial, [{"step": 20.0 * i + 19, "lr": lr(i), **row} for i, row in enumerate(rows)]
+    return initial, [{"step": 20.0 * i + 19, "lr": 1e-3 / (i + 1), **r} for i, r in enumerate(rows)]
 
 
 def warnings_of(watch, rows):
-    return [text for row in rows for text in watch.update(int(row["step"]) + 1, row)]
+    """Warnings by number of the row."""
+    found = ((i, watch.update(i, row)) for i, row in enumerate(rows))
+    return {i: text for i, text in found if text is not None}
 
 
 def test_slow_collapse_warns_once_with_numbers_and_settings():
     initial, rows = rows_of(SLOW_COLLAPSE)
-    (text,) = warnings_of(CollapseWatch(initial), rows)
-    assert text.startswith("step 300: ")
+    ((number, text),) = warnings_of(CollapseWatch(initial), rows).items()
+    assert number == 14
     for value in ("rankme 1.87 (best 3,", "spread 0.0672 (best 0.166, at initialization 0.166)"):
         assert value in text
-    for setting in ("optim.lr (now 0.001)", "optim.momentum", "regularizer_weight", "warmup"):
+    for setting in ("optim.lr (now 6.7e-05)", "optim.momentum", "regularizer_weight", "warmup"):
         assert setting in text
 
 
 def test_healthy_run_is_silent_though_it_starts_below_initialization():
     initial, rows = rows_of(SHIPPED)
-    assert warnings_of(CollapseWatch(initial), rows) == []
+    assert warnings_of(CollapseWatch(initial), rows) == {}
 
 
 @pytest.mark.parametrize(("metric", "fallen"), [("rankme", 3.0), ("spread", 0.3), ("cosine", 0.95)])
 def test_each_metric_alone_warns_and_a_second_onset_warns_again(metric, fallen):
-    well = {"rankme": 40.0, "spread": 0.7, "cosine": 0.5}
-    low = {**well, metric: fallen}
-    watch = CollapseWatch()
-    texts = [
-        watch.update(i, row)
-        for i, row in enumerate([well] * 5 + [low] * 6 + [well] * 2 + [low] * 4)
-    ]
-    assert [i for i, found in enumerate(texts) if found] == [7, 15]
+    low = {**WELL, metric: fallen}
+    other = [{"loss": 0.3}]  # rows without metrics of the monitor change nothing
+    rows = [WELL] * 5 + [low] * 2 + other + [low] * 4 + [WELL] * 2 + other + [low] * 4
+    assert list(warnings_of(CollapseWatch(), rows)) == [8, 17]
 
 
 def test_low_metrics_that_recover_do_not_warn():
-    watch = CollapseWatch({"rankme": 40.0})
-    assert warnings_of(watch, [{"step": i, "rankme": 3.0 * 1.1**i} for i in range(20)]) == []
+    recovering = [{"rankme": 3.0 * 1.1**i} for i in range(20)]
+    assert warnings_of(CollapseWatch({"rankme": 40.0}), recovering) == {}
 
 
 def test_warmup_has_more_patience():
-    initial, fallen = {"rankme": 40.0}, {"rankme": 3.0}
-    rising = [{"lr": 1e-4 * (i + 1), **fallen} for i in range(12)]
-    watch = CollapseWatch(initial)
-    assert [bool(watch.update(i, row)) for i, row in enumerate(rising)].index(True) == 7
+    rising = [{"lr": 1e-4 * (i + 1), "rankme": 3.0} for i in range(12)]
+    assert list(warnings_of(CollapseWatch({"rankme": 40.0}), rising)) == [7]
     # rows without metrics of the monitor carry the learning rate too
-    falling = CollapseWatch(initial)
-    for i in range(3):
-        falling.update(i, {"lr": 1e-3})
-        found = falling.update(i, {"lr": 1e-3, **fallen})
-    assert found
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_jumps_of_the_loss(noise):
-    torch.manual_seed(0)
-    usual = [0.4 * math.exp(-i / 10) + 0.005 * (1 + i / 60) for i in range(200)]
-    losses = [v * (1 + noise * float(torch.rand(()))) for v in usual]
-    watch = CollapseWatch()
-    normal = [{"step": i, "loss": v} for i, v in enumerate(losses)]
-    assert warnings_of(watch, normal) == []  # falls, then doubles and more, slowly
-    single = [{"step": 200, "loss": 0.2}, {"step": 201, "loss": usual[-1]}]
-    assert warnings_of(watch, single) == []
-    (text,) = warnings_of(watch, [{"step": 202 + i, "loss": 0.06} for i in range(60)])
-    assert text.startswith("step 205: ")
-    assert "to 0.06" in text
-    assert len(warnings_of(watch, [{"step": 300 + i, "loss": 0.3} for i in range(30)])) == 1
+    constant = [{"lr": 1e-3}, {"lr": 1e-3, "rankme": 3.0}] * 3
+    assert list(warnings_of(CollapseWatch({"rankme": 40.0}), constant)) == [5]
 
 
 def test_replay_resumes_as_if_never_stopped():
-    initial, rows = rows_of(SLOW_COLLAPSE, lr=lambda number: 1e-3 / (number + 1))
-    rows = [{**row, "loss": 0.1 if i < 25 else 1.0} for i, row in enumerate(rows * 4)]
-    whole = CollapseWatch(initial)
-    texts = [whole.update(i, row) for i, row in enumerate(rows)]
-    assert sum(map(len, texts)) > 1
+    initial, rows = rows_of(SLOW_COLLAPSE)
+    rows += [{"step": 999.0, **WELL}, *rows]
+    texts = warnings_of(CollapseWatch(initial), rows)
+    assert len(texts) == 2
     for stop in range(len(rows)):
         resumed = CollapseWatch(initial)
         resumed.replay(rows[:stop])
-        assert [resumed.update(i, rows[i]) for i in range(stop, len(rows))] == texts[stop:]
+        later = {i: text for i, text in texts.items() if i >= stop}
+        assert warnings_of(resumed, rows[stop:]).keys() == {i - stop for i in later}
 
 
-def train(lr, momentum, regularizer, steps=75):
-    """A tiny real run; its warnings."""
+def train(lr, momentum, regularizer, steps=60):
+    """Whether a tiny real run has a warning."""
     torch.manual_seed(0)
     model = create_ijepa(
         "vit_nano8_64_ijepa", pretrained=False, img_size=32, patch_size=4, embed_dim=48, depth=2,
@@ -135,13 +113,10 @@ def train(lr, momentum, regularizer, steps=75):
         optimizer.step()
         model.update_target(momentum)
         if step % 5 == 4:
-            row = {"lr": lr, "loss": loss.item(), **monitor.measure(model, Distributed())}
-            texts += watch.update(step + 1, row)
-    return texts
+            texts.append(watch.update(step + 1, monitor.measure(model, Distributed())))
+    return any(texts)
 
 
 def test_real_collapse_is_seen_and_a_regularized_run_is_not_accused():
-    collapsing = train(lr=3e-3, momentum=0.98, regularizer=None)
-    assert any("collapsing" in text for text in collapsing)
-    healthy = train(lr=1e-3, momentum=0.98, regularizer=VarianceCovariance(0.1, "residuals"))
-    assert healthy == []
+    assert train(lr=3e-3, momentum=0.98, regularizer=None)
+    assert not train(lr=1e-3, momentum=0.98, regularizer=VarianceCovariance(0.1))
