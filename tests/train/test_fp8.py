@@ -1,16 +1,15 @@
 """Products in float8; on a GPU with `python -m pytest -m gpu`."""
 
-import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from small_run import CONFIG, change, pictures, rows
+from small_run import CONFIG, change, pictures, rows, train
 
 import ijepa_zoo
 from ijepa_zoo.errors import MissingPackageError, SettingsError
-from ijepa_zoo.train import dry_run, pretrain
+from ijepa_zoo.train import dry_run
 from ijepa_zoo.train.precision import require_float8, use_float8, without_float8
 
 CUDA = torch.device("cuda")
@@ -81,17 +80,9 @@ def test_only_the_encoders_blocks_change_and_no_name_does(torchao):
     with torch.no_grad(), without_float8(model.encoder):  # as monitors do
         assert torch.equal(model.encoder.encode(images), plain.encoder.encode(images))
     assert type(model.encoder.blocks[0].attn.qkv).__name__ == "Float8Linear"
-
-
-def test_sizes_that_the_kernels_do_not_take(torchao):
-    model = make(**{**NANO, "mlp_ratio": 1.25})  # hidden width 40
-    use_float8(model)
-    block = model.encoder.blocks[0]
-    assert [type(m).__name__ for m in (block.attn.qkv, block.mlp.fc1, block.mlp.fc2)] == [
-        "Float8Linear", "Linear", "Linear",
-    ]  # fmt: skip
-    with pytest.raises(SettingsError, match=r"model\.embed_dim=24"):
-        use_float8(make(**{**NANO, "embed_dim": 24, "mlp_ratio": 1.0}))
+    odd = make(**NANO, mlp_ratio=1.25)  # the kernels do not take a hidden width of 40
+    use_float8(odd)
+    assert type(odd.encoder.blocks[0].mlp.fc1) is torch.nn.Linear
 
 
 def test_cuda_takes_the_products_of_a_huge_encoder(torchao, monkeypatch):
@@ -113,25 +104,17 @@ def test_cuda_takes_the_products_of_a_huge_encoder(torchao, monkeypatch):
     forward = (torch.float8_e4m3fn, torch.float8_e4m3fn, True)
     backward = (torch.float8_e5m2, torch.float8_e4m3fn, False)
     assert multiplied == 4 * [forward] + 4 * [backward]
-    assert tokens.grad.shape == tokens.shape
 
 
 def test_what_float8_needs(torchao, monkeypatch):
-    monkeypatch.setattr("ijepa_zoo.train.trainer.build_networks", None)
-    with pytest.raises(SettingsError, match=r"cpu.* 8\.9"):  # before anything is built
+    with pytest.raises(SettingsError, match=r"cpu.* 8\.9"):
         dry_run(FP8, pictures())
-    capability = (8, 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    require_float8(CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(SettingsError, match=r"cuda.* 8\.9"):
         require_float8(CUDA)
-    capability = (8, 9)
-    for found in ("0.18.0", "0.19.0.dev20260821+git", "1.0.0"):
-        monkeypatch.setattr("ijepa_zoo.train.precision.version", lambda name, v=found: v)
-        require_float8(CUDA)
-    monkeypatch.setattr("ijepa_zoo.train.precision.version", lambda name: "0.17.0")
-    with pytest.raises(MissingPackageError, match="torchao"):
-        require_float8(CUDA)
-    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="torchao"):
         require_float8(CUDA)
 
@@ -141,8 +124,7 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a CUDA GPU of compute capability 8.9")
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("compile", "recompute"), [(False, False), (True, True)])
 def test_on_a_gpu_the_losses_are_those_of_bf16(tmp_path, torchao, compile, recompute):
     # widths at which float8 kernels and the fast attention work
     config = change(
@@ -153,7 +135,7 @@ def test_on_a_gpu_the_losses_are_those_of_bf16(tmp_path, torchao, compile, recom
     losses = {}
     for precision in ("fp8", "bf16"):
         folder = tmp_path / precision
-        pretrain(change(config, optim={"precision": precision}), pictures(), folder, progress=False)
+        train(folder, change(config, optim={"precision": precision}))
         losses[precision] = [float(row["loss"]) for row in rows(folder)]
     assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.03)
     assert losses["fp8"] != losses["bf16"]

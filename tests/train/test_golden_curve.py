@@ -3,9 +3,7 @@
 from pathlib import Path
 
 import pytest
-from small_run import CONFIG, change, pictures, rows
-
-from ijepa_zoo.train import pretrain
+from small_run import CONFIG, change, rows, train
 
 RECORDED = Path(__file__).parents[1] / "golden" / "loss_curve.txt"
 
@@ -16,7 +14,7 @@ def test_loss_curve(tmp_path):
         optim={"duration": "40 steps", "warmup": "10 steps", "regularizer_weight": 0.0, "lr": 3e-3},
         log={"monitor_every": 100},
     )
-    pretrain(config, pictures(), tmp_path, progress=False)
+    train(tmp_path, config)
     lines = RECORDED.read_text().splitlines()
     recorded = [float(line.split()[1]) for line in lines if not line.startswith("#")]
     losses = [float(row["loss"]) for row in rows(tmp_path)]

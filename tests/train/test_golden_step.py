@@ -36,15 +36,6 @@ def golden_masks(step):
     return torch.tensor([c[:shortest] for c in contexts]), torch.tensor(targets)
 
 
-def schedule():
-    """Epochs and warm-up as the published code counts them, on as many images as give its `ipe`."""
-    epochs, batch = SIZES["steps"] // SIZES["ipe"], SIZES["batch"]
-    optim = OptimConfig(
-        batch_size=batch, duration=f"{epochs} epochs", warmup=f"{SIZES['warmup']} epochs"
-    )
-    return Schedule.of(optim, batch * SIZES["ipe"] + batch - 1)
-
-
 def test_masks_of_the_first_step():
     recorded = load_file(FOLDER / "step.safetensors")
     context, targets = golden_masks(0)
@@ -52,20 +43,19 @@ def test_masks_of_the_first_step():
     assert torch.equal(targets, recorded["target_indices"])
 
 
-def test_rates():
-    for expected in GOLDEN["trajectory"]:
-        for name, value in schedule().rates(expected["step"]).items():
-            assert value == pytest.approx(expected[name], rel=1e-12, abs=1e-15)
-
-
 def test_trajectory():
-    model, rates = recorded_ijepa(SIZES).train(), schedule().rates
+    epochs, batch, warmup = SIZES["steps"] // SIZES["ipe"], SIZES["batch"], SIZES["warmup"]
+    optim = OptimConfig(batch_size=batch, duration=f"{epochs} epochs", warmup=f"{warmup} epochs")
+    schedule = Schedule.of(optim, batch * SIZES["ipe"] + batch - 1)
+    model = recorded_ijepa(SIZES).train()
     optimizer = make_optimizer(model.encoder, model.predictor)
     for expected in GOLDEN["trajectory"]:
         step = expected["step"]
         loss = model(recorded_images(SIZES, step), *golden_masks(step))
         assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
-        now = rates(step)
+        now = schedule.rates(step)
+        for name, value in now.items():
+            assert value == pytest.approx(expected[name], rel=1e-12, abs=1e-15)
         set_rates(optimizer, lr=now["lr"], weight_decay=now["weight_decay"])
         optimizer.zero_grad()
         loss.backward()

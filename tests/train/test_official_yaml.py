@@ -40,7 +40,9 @@ def official(folder, **changes):
     content = copy.deepcopy(H14)
     for name, value in changes.items():
         section, _, key = name.partition("__")
-        content.setdefault(section, {})[key] = value
+        content[section][key] = value
+        if value is None:
+            del content[section][key]
     path = folder / "official.yaml"
     path.write_text("# a comment\n" + yaml.safe_dump(content))
     return path

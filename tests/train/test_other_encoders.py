@@ -3,12 +3,12 @@
 import pytest
 import timm
 import torch
-from small_run import CONFIG, change, pictures, state
+from small_run import CONFIG, change, state, train
 from torch.testing import assert_close
 
 import ijepa_zoo
 from ijepa_zoo.errors import CheckpointError, SettingsError
-from ijepa_zoo.train import export_run, pretrain
+from ijepa_zoo.train import export_run
 from ijepa_zoo.train.networks import build_networks
 from ijepa_zoo.train.optim import make_optimizer
 
@@ -26,9 +26,6 @@ def make(name, stir=0.3, **kwargs):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * stir)
     return model
-
-
-# --- tokens
 
 
 @pytest.mark.parametrize(
@@ -64,10 +61,7 @@ def test_some_patches_equal_a_forward_pass_that_does_not_attend_to_the_others(na
     ("name", "reason"),
     [
         ("swin_tiny_patch4_window7_224", "VisionTransformer"),
-        ("convnext_atto", "VisionTransformer"),
-        ("deit_tiny_distilled_patch16_224", "VisionTransformer"),
         ("vit_small_patch16_dinov3", "rotary"),
-        ("eva02_tiny_patch14_224", "rotary"),
         ("vit_tiny_r_s16_p8_224", "grid"),
     ],
 )
@@ -91,13 +85,10 @@ def test_learned_positions_and_tokens_have_no_weight_decay():
     assert "predictor.mask_token" in predictor
 
 
-# --- runs
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("other") / "run"
-    pretrain(CONFIG, pictures(), folder, progress=False)
+    train(folder, CONFIG)
     return folder
 
 
@@ -109,83 +100,54 @@ def test_everything_of_the_encoder_is_trained(run):
 
 
 @torch.no_grad()
-def test_stock_timm_opens_the_export(run):
+def test_stock_timm_opens_the_export(run, tmp_path):
     stock = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True).eval()
     assert stock.pretrained_cfg["architecture"] == DINOV2
     assert stock.pretrained_cfg["mean"] == list(CONFIG.data.mean)
-    assert stock.patch_embed.img_size == (64, 64)
     trained = state(run)[0]
-    assert stock.state_dict().keys() == {
-        name.removeprefix("target_encoder.") for name in trained if name.startswith("target")
-    }
     for name, tensor in stock.state_dict().items():
         assert torch.equal(tensor, trained[f"target_encoder.{name}"]), name
     tokens = stock.forward_features(IMAGES)[:, 5:]
     assert_close(stock(IMAGES), tokens.mean(1))
-    for location in (run, run / "export"):
-        ours = ijepa_zoo.create_model(f"local-dir:{location}").eval()
-        assert torch.equal(ours.encode(IMAGES), tokens)
-        assert_close(ijepa_zoo.FeatureExtractor(ours)(IMAGES), tokens.mean(1))
-    context = ijepa_zoo.create_model(f"local-dir:{run}", network="encoder")
-    assert torch.equal(context.cls_token, trained["encoder.cls_token"])
-    assert "context" not in ours.weights_origin
+    ours = ijepa_zoo.create_model(f"local-dir:{run}").eval()
+    assert torch.equal(ours.encode(IMAGES), tokens)
+    assert_close(ijepa_zoo.FeatureExtractor(ours)(IMAGES), tokens.mean(1))
+    export_run(run, tmp_path / "encoder", to="timm", network="encoder")
+    context = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
+    assert torch.equal(context.reg_token, trained["encoder.reg_token"])
     larger = ijepa_zoo.create_model(f"local-dir:{run}", img_size=96)
     assert larger.pos_embed.shape == (1, 144, 24)
 
 
 def test_the_export_brings_all_three_networks_to_a_new_run(run, tmp_path, caplog):
     trained = state(run)[0]
-    for init in (run, run / "export", f"local-dir:{run / 'export'}"):
+    for init in (run, f"local-dir:{run / 'export'}"):
         model = build_networks(CONFIG, init)
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, trained[name]), name
     assert "predictor is new" not in caplog.text
     named = change(CONFIG, model={"name": f"local-dir:{run / 'export'}"})
     assert build_networks(named).encoder.reg_token.shape == (1, 4, 24)
-    short = change(CONFIG, optim={"duration": "1 steps", "warmup": "0 steps"})
-    pretrain(short, pictures(), tmp_path, init=run / "export", progress=False)
     larger = build_networks(change(CONFIG, model={"img_size": 96}), run / "export")
     assert larger.encoder.pos_embed.shape == (1, 144, 24)
     with pytest.raises(CheckpointError, match="num_heads"):
         build_networks(change(CONFIG, model={"num_heads": 4}), run)
     with pytest.raises(CheckpointError, match="cls_token"):
         build_networks(change(CONFIG, model={"name": "vit_nano8_64_ijepa"}), run / "export")
-
-
-def test_exports_are_copied_and_other_formats_are_refused(run, tmp_path):
-    export_run(run, tmp_path / "encoder", to="timm", network="encoder")
-    stock = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True)
-    assert torch.equal(stock.reg_token, state(run)[0]["encoder.reg_token"])
-    ijepa_zoo.export(run / "export", tmp_path / "again")
-    for file in ("model.safetensors", "networks/predictor.safetensors"):
-        assert (tmp_path / "again" / file).read_bytes() == (run / "export" / file).read_bytes()
     for to in ("transformers", "official"):
         with pytest.raises(CheckpointError, match=DINOV2):
             export_run(run, tmp_path / to, to=to)
-    with pytest.raises(CheckpointError, match="ls1"):
-        ijepa_zoo.export(make(MAE, init_values=0.1), tmp_path / "other")
 
 
-# --- weights of timm
-
-
-def test_a_vit_of_timm_starts_both_encoders_with_its_class_token(tmp_path, monkeypatch, caplog):
-    vit, create = make(DINOV2, img_size=48, num_classes=5), timm.create_model
+def test_a_vit_of_timm_starts_both_encoders_with_its_class_token(tmp_path, caplog):
+    vit = make(DINOV2, img_size=48, num_classes=5)
     timm.models.save_for_hf(vit, tmp_path, model_args={**SIZES, "img_size": 48, "num_classes": 5})
-
-    def create_model(name, **options):  # the released weights, without a connection
-        name = f"local-dir:{tmp_path}" if name == f"{DINOV2}.lvd142m" else name
-        return create(name, **options)
-
-    monkeypatch.setattr(timm, "create_model", create_model)
     torch.save(vit.state_dict(), tmp_path / "own.pth")
-    for init in (tmp_path, f"local-dir:{tmp_path}", f"{DINOV2}.lvd142m", tmp_path / "own.pth"):
+    for init in (f"local-dir:{tmp_path}", tmp_path / "own.pth"):
         model = build_networks(CONFIG, init)
         for encoder in (model.encoder, model.target_encoder):
             assert torch.equal(encoder.cls_token, vit.cls_token)
             assert torch.equal(encoder.norm.weight, vit.norm.weight)
             assert encoder.pos_embed.shape == (1, 64, 24)
-    assert caplog.text.count("predictor is new") == 4
+    assert caplog.text.count("predictor is new") == 2
     assert "class token" not in caplog.text
-    with pytest.raises(CheckpointError, match="num_heads"):
-        build_networks(change(CONFIG, model={"num_heads": 4}), tmp_path)

@@ -8,8 +8,8 @@ from PIL import Image
 from small_run import CONFIG, change, pictures
 
 from ijepa_zoo.cli import main
-from ijepa_zoo.train import Interrupted
-from ijepa_zoo.train.config import dump_config, load_config, parse_config
+from ijepa_zoo.train import Interrupted, describe_config, load_config
+from ijepa_zoo.train.config import parse_config
 
 SHORT = change(CONFIG, optim={"duration": "2 steps", "warmup": "1 steps"})
 RUN = ["pretrain", "--config", "own.yaml", "--data", "images.npy", "--out", "run"]
@@ -19,7 +19,7 @@ RUN = ["pretrain", "--config", "own.yaml", "--data", "images.npy", "--out", "run
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("images.npy", pictures())
-    (tmp_path / "own.yaml").write_text(dump_config(SHORT))
+    (tmp_path / "own.yaml").write_text(describe_config(SHORT))
     return tmp_path
 
 
@@ -89,40 +89,6 @@ def test_released_weights_choose_the_model(folder, monkeypatch):
     assert config.model.name == "vit_huge14_ijepa"
 
 
-def test_file_of_the_official_repository_brings_its_folders(folder, capsys):
-    text = (
-        "data: {batch_size: 4, color_jitter_strength: 0.0, crop_scale: [0.3, 1.0], crop_size: 32,"
-        " image_folder: pictures, num_workers: 0, pin_mem: true, root_path: ROOT,"
-        " use_color_distortion: false, use_gaussian_blur: false, use_horizontal_flip: false}\n"
-        "logging: {folder: official_run, write_tag: jepa}\n"
-        "mask: {allow_overlap: false, aspect_ratio: [0.75, 1.5], enc_mask_scale: [0.85, 1.0],"
-        " min_keep: 0, num_enc_masks: 1, num_pred_masks: 4, patch_size: 8,"
-        " pred_mask_scale: [0.15, 0.2]}\n"
-        "meta: {copy_data: false, load_checkpoint: false, model_name: vit_tiny, pred_depth: 1,"
-        " pred_emb_dim: 24, read_checkpoint: null, use_bfloat16: false}\n"
-        "optimization: {ema: [0.996, 1.0], epochs: 2, final_lr: 1.0e-06,"
-        " final_weight_decay: 0.4, ipe_scale: 1.0, lr: 0.001, start_lr: 0.0002, warmup: 1,"
-        " weight_decay: 0.04}\n"
-    )
-    (folder / "theirs.yaml").write_text(text)
-    small = ["model.embed_dim=24", "model.depth=1", "data.held_out=4", "runtime.device=cpu"]
-    command = ["pretrain", "--config", "theirs.yaml", *small, "--quiet", "runtime.workers=0"]
-    assert main(command) == 1
-    assert "ROOT/pictures/train" in capsys.readouterr().err
-    (folder / "theirs.yaml").write_text(text.replace("ROOT", "$ROOT"))
-    assert main(command) == 2
-    assert "--data" in (err := capsys.readouterr().err)
-    assert "$ROOT" in err
-    (folder / "theirs.yaml").write_text(text.replace("ROOT", str(folder)))
-    (folder / "pictures" / "train" / "cat").mkdir(parents=True)
-    for i, picture in enumerate(pictures(16)):
-        Image.fromarray(picture).save(folder / "pictures" / "train" / "cat" / f"{i}.png")
-    assert main(command) == 0
-    assert (folder / "official_run" / "export" / "config.json").exists()
-    lines = (folder / "official_run" / "log.csv").read_text().splitlines()
-    assert lines[0].startswith("epoch,itr,loss,mask-A,mask-B,time (ms)")
-
-
 @pytest.mark.parametrize(
     ("words", "status", "named"),
     [
@@ -130,7 +96,7 @@ def test_file_of_the_official_repository_brings_its_folders(folder, capsys):
         (["custom_small", "vith14_in1k"], 2, "custom_small, vith14_in1k"),
         (["custom_small"], 2, "--data"),
         (["--config", "own.yaml", "mask.target_scale=1,1", "--data", "images.npy", "--out", "r"], 2,
-         "mask.target_scale"),
+         "target_scale"),
         (["custom_small", "--data", "images.npy"], 2, "--out"),
         (["custom_small", "--data", "absent", "--out", "run"], 1, "'absent'"),
         (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
@@ -145,8 +111,7 @@ def test_wrong_values_are_named(folder, capsys, words, status, named):
     assert named in err
 
 
-@pytest.mark.parametrize("words", [["--bogus", "1"], ["--resume-from", "first"]])
-def test_wrong_options_are_named(folder, capsys, words):
+def test_wrong_options_are_named(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["pretrain", "custom_small", *words])
-    assert words[0] in capsys.readouterr().err
+        main([*RUN, "--resume-from", "first"])
+    assert "--resume-from" in capsys.readouterr().err

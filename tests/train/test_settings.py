@@ -117,7 +117,7 @@ def test_micro_batches_divide_group_and_share():
     assert micro_batch_size(config, world=8) == 12
     with pytest.raises(SettingsError, match="7"):
         micro_batch_size(config, world=7)
-    with pytest.raises(SettingsError, match="mask.group_size=64"):  # the term needs a whole group
+    with pytest.raises(SettingsError, match=r"mask\.group_size=64"):  # the term needs a whole group
         load("optim.regularizer_weight=1", "runtime.micro_batch_size=64")
     load("optim.regularizer_weight=1", "mask.group_size=1")
 
