@@ -12,30 +12,20 @@ import torch
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import Interrupted, pretrain
 from ijepa_zoo.train.checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint
-from ijepa_zoo.train.config import (
-    DataConfig,
-    LogConfig,
-    MaskConfig,
-    ModelConfig,
-    OptimConfig,
-    PretrainConfig,
-    RuntimeConfig,
-)
+from ijepa_zoo.train.config import PretrainConfig
 
 CONFIG = PretrainConfig(
-    model=ModelConfig(
-        name="vit_nano8_64_ijepa", embed_dim=24, depth=2, num_heads=2, predictor_embed_dim=12,
-        predictor_depth=1,
-    ),
-    data=DataConfig(held_out=8, mean=(0.4, 0.5, 0.6)),
-    mask=MaskConfig(group_size=4, min_keep=4),
-    optim=OptimConfig(
-        batch_size=8, duration="9 steps", warmup="3 steps", momentum=0.9,
-        regularizer_weight=0.1, precision="fp32",
-    ),
-    log=LogConfig(log_every=1, monitor_every=4, save_every="4 steps"),
-    runtime=RuntimeConfig(device="cpu", workers=0, timeout=60),
+    model={"name": "vit_nano8_64_ijepa", "embed_dim": 24, "depth": 2, "num_heads": 2,
+           "predictor_embed_dim": 12, "predictor_depth": 1},
+    data={"held_out": 8, "mean": (0.4, 0.5, 0.6)},
+    mask={"group_size": 4, "min_keep": 4, "per_image": 2},
+    optim={"batch_size": 8, "duration": "9 steps", "warmup": "3 steps", "momentum": 0.9,
+           "regularizer_weight": 0.1, "target_layers": 2, "position_noise": 0.1,
+           "precision": "fp32"},
+    log={"log_every": 1, "monitor_every": 4, "save_every": "4 steps"},
+    runtime={"device": "cpu", "workers": 0, "timeout": 60},
 )  # fmt: skip
+PLAIN = {"regularizer_weight": 0.0, "target_layers": 1, "position_noise": 0.0}
 
 
 def change(config, **sections):

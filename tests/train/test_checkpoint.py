@@ -1,9 +1,7 @@
 """Checkpoints: written in the background, hashed, pruned, and read by any number of processes."""
 
-import json
 import os
 import resource
-import shutil
 import signal
 import threading
 
@@ -59,10 +57,6 @@ def manager(tmp_path):
     return manager
 
 
-def newest(manager):
-    return checkpoint_path(manager.folder, 600)
-
-
 def test_round_trip(manager):
     assert checkpoint_steps(manager.folder) == [5, 600]
     assert select_checkpoint(manager.folder, 5) == 5
@@ -70,7 +64,9 @@ def test_round_trip(manager):
     for step in (5, 600):
         assert_loads(manager, step)
         assert same(read_checkpoint(checkpoint_path(manager.folder, step)), make(step))
-    assert list(read_checkpoint(newest(manager), ("target_",))) == ["target_encoder.a.weight"]
+    assert list(read_checkpoint(manager.folder / "step-000000600", ("target_",))) == [
+        "target_encoder.a.weight"
+    ]
     with pytest.raises(CheckpointError, match=r"step 6: it has \[5, 600\]"):
         select_checkpoint(manager.folder, 6)
 
@@ -79,94 +75,61 @@ def test_later_updates_are_not_seen(tmp_path, monkeypatch):
     from torch.distributed.checkpoint import FileSystemWriter
 
     resume, write = threading.Event(), FileSystemWriter.write_data
-
-    def slow(*args):
-        assert resume.wait(20)
-        return write(*args)
-
-    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
-    manager = CheckpointManager(tmp_path, ALONE)
-    for step in (1, 2):
-        resume.clear()
-        tensors = make(step)
-        manager.save(step, tensors, {})
-        for tensor in tensors.values():
-            tensor.add_(1)
-        assert step not in checkpoint_steps(tmp_path)  # `save` did not wait for the disk
-        resume.set()
-        manager.wait()
-        assert same(read_checkpoint(checkpoint_path(tmp_path, step)), make(step))
+    monkeypatch.setattr(
+        FileSystemWriter, "write_data", lambda *args: resume.wait(20) and write(*args)
+    )
+    manager, tensors = CheckpointManager(tmp_path, ALONE), make(1)
+    manager.save(1, tensors, {})
+    for tensor in tensors.values():
+        tensor.add_(1)
+    assert checkpoint_steps(tmp_path) == []  # `save` did not wait for the disk
+    resume.set()
+    manager.wait()
+    assert same(read_checkpoint(checkpoint_path(tmp_path, 1)), make(1))
 
 
-@pytest.mark.parametrize(
-    ("keep", "every", "expected"),
-    [(2, None, [50, 60]), (1, 20, [20, 40, 60]), (3, 10**6, [40, 50, 60])],
-)
-def test_retention(tmp_path, keep, every, expected):
-    folder = tmp_path / "checkpoints"
-    save(CheckpointManager(folder, ALONE, keep, every), 10, 20, 30, 40, 50, 60)
-    assert sorted(p.name for p in folder.iterdir()) == [f"step-{s:09d}" for s in expected]
-
-
-def damage(file, how):
+def damage(checkpoint, name, how):
+    file = checkpoint / name
     content = bytearray(file.read_bytes())
     if how == "flipped":
         content[len(content) // 2] ^= 4
+    elif how == "truncated":
+        del content[-1]
+    elif how == "swapped":
+        content = (checkpoint.parent / "step-000000005" / name).read_bytes()
     file.unlink()
     if how != "missing":
-        file.write_bytes(content if how == "flipped" else content[:-1])
+        file.write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("__0_0.distcp", "flipped"), (".metadata", "truncated"), ("state.json", "flipped"),
-     ("manifest.json", "truncated"), ("manifest.json", "missing"), ("__0_0.distcp", "missing"),
-     ("state.json", "missing")],
+    [("__0_0.distcp", "flipped"), (".metadata", "truncated"), ("__0_0.distcp", "missing"),
+     ("state.json", "missing"), ("manifest.json", "truncated"), ("manifest.json", "missing"),
+     ("__0_0.distcp", "swapped"), ("state.json", "swapped"), ("manifest.json", "swapped")],
 )  # fmt: skip
 def test_damage_is_named_and_skipped_only_on_request(manager, name, how):
-    damage(newest(manager) / name, how)
+    newest = checkpoint_path(manager.folder, 600)
+    damage(newest, name, how)
+    named = "step-000000600" if (name, how) == ("manifest.json", "swapped") else f"600/{name}"
     for choice in ("latest", 600):
-        with pytest.raises(CheckpointError, match=rf"step-000000600/{name}.*--resume-from prev"):
+        with pytest.raises(CheckpointError, match=f"{named}.*--resume-from prev"):
             select_checkpoint(manager.folder, choice)
-    with pytest.raises(CheckpointError, match=f"step-000000600/{name}"):
-        read_checkpoint(newest(manager))
-    with pytest.warns(UserWarning, match=f"step-000000600/{name}"):
+    with pytest.raises(CheckpointError, match=named):
+        read_checkpoint(newest)
+    with pytest.warns(UserWarning, match=named):
         assert select_checkpoint(manager.folder, "previous") == 5
     manager.delete_after(5)  # what was done later is done again
     assert checkpoint_steps(manager.folder) == [5]
-    damage(checkpoint_path(manager.folder, 5) / "__0_0.distcp", "flipped")
-    with (
-        pytest.warns(UserWarning, match="step-000000005"),
-        pytest.raises(CheckpointError, match="no checkpoint"),
-    ):
-        select_checkpoint(manager.folder, "previous")
-
-
-def test_swapped_files_and_folders_are_noticed(manager):
-    one, other = checkpoint_path(manager.folder, 5), newest(manager)
-    for name in ("__0_0.distcp", ".metadata", "state.json", "manifest.json"):
-        shutil.copy(one / name, manager.folder / "kept")
-        shutil.copy(other / name, one / name)
-        with pytest.raises(CheckpointError, match="step-000000005"):
-            select_checkpoint(manager.folder, 5)
-        (manager.folder / "kept").replace(one / name)
-    assert select_checkpoint(manager.folder, 5) == 5
-    other.rename(checkpoint_path(manager.folder, 700))
-    with pytest.raises(CheckpointError, match="step-000000700 has the checkpoint of step 600"):
+    checkpoint_path(manager.folder, 5).rename(newest)
+    with pytest.raises(CheckpointError, match="step-000000600 has the checkpoint of step 5"):
         select_checkpoint(manager.folder)
+    with pytest.warns(UserWarning, match="600"):  # noqa: SIM117
+        with pytest.raises(CheckpointError, match="no checkpoint"):
+            select_checkpoint(manager.folder, "previous")
 
 
-def test_other_networks_are_refused(manager):
-    tensors = make(5)
-    tensors["encoder.b"] = tensors.pop("optimizer.encoder.a.weight.step")
-    tensors["encoder.a.weight"] = torch.zeros(30, 7)
-    with pytest.raises(CheckpointError) as caught:
-        manager.load(5, tensors)
-    for text in ("encoder.b", "encoder.a.weight.step", "[300, 7] instead of [30, 7]"):
-        assert text in str(caught.value)
-
-
-def test_full_disk_and_a_file_in_the_way(manager):
+def test_full_disk(manager):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
@@ -181,11 +144,6 @@ def test_full_disk_and_a_file_in_the_way(manager):
     assert_loads(manager, 600)
     save(manager, 900)
     assert select_checkpoint(manager.folder) == 900
-    shutil.rmtree(manager.folder)
-    manager.folder.write_text("in the way")
-    manager.save(7, make(7), {})
-    with pytest.raises(RunError, match="step-000000007"):  # at the next save
-        manager.save(8, make(8), {})
 
 
 KILLED = """
@@ -240,8 +198,6 @@ RESHARD = """
         else:
             manager.load(1, trainer.tensors())
             manager.save(2, trainer.tensors(), {})
-        for tensor in trainer.tensors().values():
-            tensor.zero_()
         manager.wait()
 """
 
@@ -255,37 +211,6 @@ def test_other_numbers_of_processes_and_other_sharding(tmp_path):
         sizes = [file.stat().st_size for file in path.glob("*.distcp")]
         assert len(sizes) == world
         assert max(sizes) < 1.5 * sum(sizes) / world  # every process writes a part
-        manifest = json.loads((path / "manifest.json").read_text())
-        assert manifest.keys() == {file.name for file in path.iterdir()} - {"manifest.json"}
+    assert checkpoint_steps(tmp_path) == [1, 2]
     assert same(*states)
     assert states[0]["optimizer.encoder.norm.bias.exp_avg"].abs().max() > 0
-
-
-UNABLE = """
-    import sys
-    from pathlib import Path
-    import torch
-    from ijepa_zoo.errors import RunError
-    from ijepa_zoo.train.checkpoint import CheckpointManager
-    from ijepa_zoo.distributed import init_distributed
-    from torch.distributed.checkpoint import FileSystemWriter
-
-    def write_data(*args):
-        raise OSError(28, "No space left on device")
-
-    with init_distributed("cpu", 30) as distributed:
-        manager = CheckpointManager(Path(sys.argv[1]), distributed)
-        if distributed.rank == 1:
-            FileSystemWriter.write_data = write_data
-        manager.save(2, {"a": torch.ones(9), "b": torch.ones(9)}, {})
-        try:
-            manager.wait()
-        except RunError as error:
-            assert "No space left on device" in str(error), error
-        else:
-            raise AssertionError("one process could not write, and no error was raised")
-"""
-
-
-def test_every_process_gets_the_error_of_one(tmp_path):
-    several_processes.run(UNABLE, 2, tmp_path / "checkpoints")

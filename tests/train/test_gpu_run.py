@@ -10,7 +10,7 @@ from small_run import CONFIG, change, pictures, rows, state, step_batches, stop_
 
 from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed, choose_device
-from ijepa_zoo.train import Trainer, dry_run
+from ijepa_zoo.train import Trainer
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 IMAGES = pictures()
@@ -38,7 +38,6 @@ def trainer_on(device, **sections):
     [
         ("fp32", {}),
         ("bf16", {"compile": True}),
-        ("bf16", {"activation_checkpointing": True, "workers": 2}),
         ("bf16", {"compile": True, "activation_checkpointing": True}),
     ],
 )
@@ -48,37 +47,11 @@ def test_same_losses_as_the_cpu(tmp_path, precision, runtime):
     assert losses(tmp_path / "gpu", config) == expected
 
 
-@pytest.mark.gpu
-@no_gpu
-def test_dry_run_reports_gpu_memory():
-    report = dry_run(GPU, IMAGES)
-    assert report is not None
-    assert 0 < report.memory < report.memory_limit
-
-
 def test_kernels_are_chosen_on_a_gpu_only(device):
     before = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
     trainer_on(device)
     after = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
     assert after == ((False, "high") if device == "cuda" else before)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_micro_batches_equal_one_batch(device, precision):
-    found = []
-    for size in (8, 4):
-        trainer = trainer_on(
-            device,
-            mask={"group_size": 8},
-            optim={"regularizer_weight": 0.0, "precision": precision},
-            runtime={"micro_batch_size": size},
-        )
-        steps = list(trainer.batches())
-        assert {len(step) for step in steps} == {8 // size}
-        found.append([trainer.train_step(step).metrics["loss"] for step in steps])
-    assert found[1] == pytest.approx(
-        found[0], rel=1e-5 if (device, precision) == ("cpu", "fp32") else 0.01
-    )
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
@@ -95,17 +68,16 @@ def test_stopped_in_a_group_of_one_process_equals_none(tmp_path, monkeypatch, de
     finally:
         dist.destroy_process_group()
     assert resumed == pytest.approx(whole, rel=1e-6 if device == "cpu" else 0.03)
-    expected, found = (state(tmp_path / name)[0] for name in ("alone", "group"))
-    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in expected.items()}
+    shapes = [
+        {n: t.shape for n, t in state(tmp_path / name)[0].items()} for name in ("alone", "group")
+    ]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.gpu
 @no_gpu
 def test_the_host_waits_for_nothing_in_an_ordinary_step():
-    trainer = trainer_on(
-        "cuda",
-        optim={"precision": "bf16", "position_noise": 0.1},
-    )
+    trainer = trainer_on("cuda", optim={"precision": "bf16"})
     steps = [step_batches(trainer.data, step) for step in range(4)]
     steps = [[part.pin_memory() for part in step] for step in steps]
     for step in steps[:2]:  # the first allocate, and copy what stays

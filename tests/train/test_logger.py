@@ -1,11 +1,16 @@
+"""The log of a run, and its picture."""
+
 import csv
 import json
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_run import CONFIG, change
 
-from ijepa_zoo.errors import MissingPackageError, RunError
+from ijepa_zoo.errors import MissingPackageError, RunError, SettingsError
+from ijepa_zoo.train import describe_config, plot_run
 from ijepa_zoo.train.logger import Meter, RunLogger, check_log_targets, read_initial, read_log
 
 OFFICIAL = "epoch,itr,loss,mask-A,mask-B,time (ms)"
@@ -51,10 +56,9 @@ def test_warnings_and_metrics_are_kept_and_shown(tmp_path, capsys):
     assert read_initial(tmp_path) == {"rankme": 3.0}
     event = json.loads(events.read_text().splitlines()[-1])
     assert (event["step"], event["kind"]) == (3, "warning")
-    assert event["time"].endswith("+00:00")
 
 
-def test_resumed_run_drops_lost_rows(tmp_path):
+def test_resumed_run_drops_lost_rows_and_refuses_damage(tmp_path):
     write(tmp_path, range(12))
     path = tmp_path / "log.csv"
     whole = path.read_bytes()
@@ -64,22 +68,11 @@ def test_resumed_run_drops_lost_rows(tmp_path):
     assert [r["step"] for r in read_log(tmp_path)] == list(range(11))
     write(tmp_path, [11], first_step=11)
     assert path.read_bytes() == whole
-    path.write_text(f"{OFFICIAL},step,update_encoder\n1,0,0.5,48,9,100,0,0.01\n")  # of version 0.1
-    write(tmp_path, [1], first_step=1)
-    assert [row["loss"] for row in read_log(tmp_path)] == [0.5, 0.05]
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [(b"0.05,", b"0.x5,"), (b"0.05,", b"\xff\x00,"), (b"step", b"stop")]
-)
-def test_damage_is_named_and_left_as_it_is(tmp_path, old, new):
-    write(tmp_path, range(3))
-    path = tmp_path / "log.csv"
-    damaged = path.read_bytes().replace(old, new)
-    path.write_bytes(damaged)
-    with pytest.raises(RunError, match=r"log\.csv"):
-        RunLogger(tmp_path, 3, CONFIG)
-    assert path.read_bytes() == damaged
+    for damaged in (whole.replace(b"0.05,", b"0.x5,"), b"\xff\n", whole.replace(b"step", b"")):
+        path.write_bytes(damaged)
+        with pytest.raises(RunError, match=r"log\.csv"):
+            RunLogger(tmp_path, 12, CONFIG)
+        assert path.read_bytes() == damaged
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -102,26 +95,17 @@ def test_tensorboard_has_every_metric_once(tmp_path):
 
 def test_wandb_has_settings_and_rows_and_keeps_its_id(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    runs, logged = [], []
+    from unittest.mock import Mock
 
-    class Run:
-        def __init__(self, **options):
-            runs.append(options)
-
-        def log(self, values, step):
-            logged.append((step, values["loss"]))
-
-        def finish(self, exit_code):
-            runs[-1]["exit_code"] = exit_code
-
-    monkeypatch.setattr(wandb, "init", Run)
+    monkeypatch.setattr(wandb, "init", Mock())
     write(tmp_path, range(3), to=("csv", "wandb"))
     write(tmp_path, [3], first_step=3, to=("wandb",))
-    first, second = runs
-    assert (first["name"], first["exit_code"]) == (tmp_path.name, 0)
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
     assert first["config"]["optim"]["batch_size"] == CONFIG.optim.batch_size
     assert first["id"] == second["id"] == (tmp_path / "wandb.id").read_text()
-    assert logged == [(step, row(step)["loss"]) for step in range(4)]
+    logged = wandb.init.return_value.log.call_args_list
+    assert [call.kwargs["step"] for call in logged] == [0, 1, 2, 3]
+    assert logged[3].args[0]["loss"] == row(3)["loss"]
 
 
 def test_meter_averages_since_the_last_row():
@@ -137,6 +121,48 @@ def test_meter_averages_since_the_last_row():
     }  # fmt: skip
     assert first == pytest.approx(expected)
     second = meter.row(6)
-    assert (second["loss"], second["lr"], second["step"]) == (4.0, 0.5, 5.0)
-    assert (second["epoch"], second["itr"]) == (2.0, 1.0)
-    assert second["images_per_second"] == pytest.approx(24 / 1.5)
+    names = ("loss", "lr", "step", "epoch", "itr", "images_per_second")
+    assert [second[name] for name in names] == pytest.approx([4, 0.5, 5, 2, 1, 24 / 1.5])
+
+
+# --- plot
+
+
+def write_run(run, steps, **monitors):
+    run.mkdir()
+    (run / "config.yaml").write_text(describe_config(CONFIG))
+    with RunLogger(run, 0, CONFIG) as log:
+        if monitors:
+            log.initial(monitors)
+        for step in range(steps):
+            metrics = {name: value + step for name, value in monitors.items()} | {"lr": 1e-3}
+            log.write(row(step, images_per_second=50.0, **metrics))
+    return run
+
+
+def plotted(path):
+    """Numbers of the nine panels that have a colored line; 9 for the masks."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    colored = (pixels.max(2) - pixels.min(2)) > 60
+    height = len(colored)
+    bands = np.array_split(colored[: int(0.77 * height)], 3)
+    panels = [panel for band in bands for panel in np.array_split(band, 3, axis=1)]
+    panels.append(colored[int(0.8 * height) :])
+    return [number for number, panel in enumerate(panels) if panel.sum() > 20]
+
+
+@pytest.mark.filterwarnings("error", "ignore::DeprecationWarning")  # of matplotlib's own
+def test_what_was_logged_is_plotted(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "whole", 20, rankme=3.0, spread=0.2, knn=18.0)
+    assert plotted(plot_run(run)) == [0, 1, 2, 4, 5, 8, 9]
+    begun = write_run(tmp_path / "new", 1)
+    assert plotted(plot_run(begun, tmp_path / "picture.png")) == [0, 5, 8, 9]
+    with pytest.raises(SettingsError, match=r"log\.csv"):
+        plot_run(write_run(tmp_path / "empty", 0))
+    for out in ("plot.jpg", "whole", "none/plot.png"):
+        with pytest.raises(SettingsError, match=out):
+            plot_run(run, tmp_path / out)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingPackageError, match="pip install matplotlib"):
+        plot_run(run)

@@ -1,6 +1,7 @@
 """`ijepa-zoo pretrain` and `plot`, and what follows a run."""
 
 import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -32,6 +33,8 @@ def test_pretrain_plot_export_features(folder, capsys):
     assert "num_targets: 3" in (folder / "run" / "config.yaml").read_text()
     assert main(["plot", "run"]) == 0
     assert Image.open("run/plot.png").width > 1000
+    again = [*words, "mask.num_targets=3", "optim.duration=3 steps", "--out", "longer"]
+    assert main(["pretrain", *again, "--init", "run", "--resume-optimizer"]) == 0
     Image.fromarray(pictures(1)[0]).save("picture.png")
     command = ["features", "picture.png", "--model", "local-dir:run", "--out", "f.npy"]
     assert main([*command, "--workers", "0"]) == 0
@@ -40,8 +43,7 @@ def test_pretrain_plot_export_features(folder, capsys):
     assert main(["export", "exported", "official", "--to", "official"]) == 0
     capsys.readouterr()
     assert main(["export", "run", "exported"]) == 1
-    assert "exported" in (err := capsys.readouterr().err)
-    assert "--overwrite" in err
+    assert "--overwrite" in capsys.readouterr().err
 
 
 def test_dry_run_leaves_nothing(folder, capsys):
@@ -53,23 +55,20 @@ def test_dry_run_leaves_nothing(folder, capsys):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_stopped_runs_have_their_own_exit_status(folder, monkeypatch, capsys, number, status):
-    def stop(*args, **kwargs):
-        raise Interrupted("stopped after step 7", number)
-
-    monkeypatch.setattr("ijepa_zoo.cli.pretrain.pretrain", stop)
+    stopped = Interrupted("stopped after step 7", number)
+    monkeypatch.setattr("ijepa_zoo.cli.pretrain.pretrain", Mock(side_effect=stopped))
     assert main(RUN) == status
     assert "step 7" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("rank", "prints"), [("0", True), ("1", False)])
-def test_the_first_process_prints(folder, monkeypatch, capsys, rank, prints):
-    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_prints(folder, monkeypatch, capsys, rank):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name, value in zip(names, (rank, rank, "2", "localhost", "1")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    monkeypatch.setattr("ijepa_zoo.cli.pretrain.pretrain", lambda *args, **kwargs: "run/export")
+    monkeypatch.setattr("ijepa_zoo.cli.pretrain.pretrain", Mock(return_value="run/export"))
     assert main(RUN) == 0
-    assert ("run/export" in capsys.readouterr().out) == prints
+    assert ("run/export" in capsys.readouterr().out) == (rank == "0")
 
 
 def test_recipes_and_settings_are_listed(capsys):
@@ -81,12 +80,10 @@ def test_recipes_and_settings_are_listed(capsys):
 
 
 def test_released_weights_choose_the_model(folder, monkeypatch):
-    calls = []
-    monkeypatch.setattr("ijepa_zoo.cli.pretrain.dry_run", lambda *args, **kw: calls.append(args))
+    monkeypatch.setattr("ijepa_zoo.cli.pretrain.dry_run", dry_run := Mock())
     words = ["--data", "images.npy", "--dry-run", "--init", "vit_huge14_ijepa.in1k"]
     assert main(["pretrain", "custom_small", *words]) == 0
-    ((config, _),) = calls
-    assert config.model.name == "vit_huge14_ijepa"
+    assert dry_run.call_args.args[0].model.name == "vit_huge14_ijepa"
 
 
 @pytest.mark.parametrize(
@@ -94,11 +91,9 @@ def test_released_weights_choose_the_model(folder, monkeypatch):
     [
         ([], 2, "--recipes"),
         (["custom_small", "vith14_in1k"], 2, "custom_small, vith14_in1k"),
-        (["custom_small"], 2, "--data"),
         (["--config", "own.yaml", "mask.target_scale=1,1", "--data", "images.npy", "--out", "r"], 2,
          "target_scale"),
         (["custom_small", "--data", "images.npy"], 2, "--out"),
-        (["custom_small", "--data", "absent", "--out", "run"], 1, "'absent'"),
         (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
          "optim.batch_size"),
         (["--config", "absent.yaml", "--data", "images.npy", "--out", "r"], None, "absent.yaml"),
@@ -109,9 +104,3 @@ def test_wrong_values_are_named(folder, capsys, words, status, named):
     err = capsys.readouterr().err
     assert err.startswith("ijepa-zoo: error: ")
     assert named in err
-
-
-def test_wrong_options_are_named(folder, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main([*RUN, "--resume-from", "first"])
-    assert "--resume-from" in capsys.readouterr().err

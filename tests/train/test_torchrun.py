@@ -53,8 +53,8 @@ def two(work):
 def test_two_processes_equal_one(two, tmp_path):
     train(tmp_path, CONFIG)
     for mine, theirs in zip(rows(tmp_path), rows(two), strict=True):
-        assert float(mine["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
-        assert mine["mask-A"] == theirs["mask-A"]
+        numbers = [float(value or 0) for value in theirs.values()]  # with metrics of the monitors
+        assert [float(value or 0) for value in mine.values()] == pytest.approx(numbers, rel=1e-3)
     (one, _), (shared, _) = state(tmp_path), state(two)
     distance = sum((one[n] - shared[n]).double().square().sum() for n in one if "encoder" in n)
     assert distance.sqrt() < 1e-3
