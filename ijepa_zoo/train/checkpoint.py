@@ -34,6 +34,7 @@ _NAME = re.compile(r"step-(\d{9,})")
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _WRITE_TIMEOUT = timedelta(minutes=30)  # until the slowest disk has written
 _READERS = 4  # files that are hashed at a time
+_ALONE = "torch.distributed is disabled, unavailable or uninit"  # a warning of torch
 
 
 class CheckpointManager:
@@ -53,7 +54,7 @@ class CheckpointManager:
         self._stager = BlockingAsyncStager(cache_staged_state_dict=pinned)
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # Python waits for it at exit
         self._pending: Future[None] | None = None
-        _accept_single_process()
+        warnings.filterwarnings("ignore", _ALONE)  # permanently: filters are not thread-safe
         if distributed.is_main:
             _delete_unfinished(folder)
 
@@ -105,7 +106,10 @@ class CheckpointManager:
             if self._distributed.is_main:
                 (partial / _STATE).write_text(state, encoding="utf-8")
                 manifest[_STATE] = _entry(partial / _STATE)
-                _finish(partial, target, manifest)
+                (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+                if target.exists():  # the run was resumed from before it
+                    _delete(target)
+                partial.rename(target)
                 (self.folder.parent / LAST_SAVED).write_text(str(step), encoding="utf-8")
                 _delete_old(self.folder, self.keep, self.keep_every)
         except (OSError, CheckpointException) as error:
@@ -192,7 +196,6 @@ def read_checkpoint(folder: Path, prefix: tuple[str, ...] = ("",)) -> dict[str, 
         for name, entry in _stored(folder).items()
         if name.startswith(prefix)
     }
-    _accept_single_process()
     _load(folder, dict(tensors), None)
     return tensors
 
@@ -201,6 +204,7 @@ def _load(folder: Path, tensors: dict[str, Any], group: Any) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    warnings.filterwarnings("ignore", _ALONE)
     load(tensors, storage_reader=FileSystemReader(folder), process_group=group, no_dist=not group)
 
 
@@ -243,14 +247,6 @@ def _entry(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _finish(partial: Path, target: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest and rename the folder."""
-    (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    if target.exists():  # the run was resumed from before it
-        _delete(target)
-    partial.rename(target)
-
-
 def _delete_old(folder: Path, keep: int, keep_every: int | None) -> None:
     steps = checkpoint_steps(folder)
     kept = {*steps[-keep:], *(saved for saved in steps if keep_every and saved % keep_every == 0)}
@@ -272,8 +268,3 @@ def _delete_unfinished(folder: Path) -> None:
         for path in folder.iterdir():
             if path.suffix in (".partial", ".deleted") and _NAME.fullmatch(path.stem):
                 shutil.rmtree(path)
-
-
-def _accept_single_process() -> None:
-    """Silence torch's warning; permanently, since warning filters are not thread-safe."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ class DryRunReport:
             "update",
             "loader": f"{self.read_rate:.4g} images/s per loader process, so each process needs "
             f"runtime.workers={math.ceil(own_rate / self.read_rate)}",
-            "time": f"{_duration(self.steps * self.step_seconds)} for the whole run, without "
-            "monitors and checkpoints",
+            "time": f"{timedelta(seconds=round(self.steps * self.step_seconds))} for the run, "
+            "without monitors and checkpoints",
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
@@ -168,10 +169,3 @@ def _peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -71,13 +71,11 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
 
 def _compare_normalization(config: PretrainConfig, networks: Networks) -> None:
     """Warn if weights were trained with another normalization of pixels."""
-    theirs = {key: networks.preprocessing.get(key) for key in ("mean", "std")}
-    ours = {"mean": config.data.mean, "std": config.data.std}
-    if any(value is not None and tuple(value) != ours[key] for key, value in theirs.items()):
-        changes = " ".join(
-            f"data.{key}={','.join(map(str, value))}" for key, value in theirs.items() if value
-        )
-        _log.warning("%s had another normalization of pixels: use %s", networks.origin, changes)
+    for key, ours in (("mean", config.data.mean), ("std", config.data.std)):
+        theirs = networks.preprocessing.get(key)
+        if theirs is not None and tuple(theirs) != ours:
+            values = ",".join(map(str, theirs))
+            _log.warning("%s had another %s: use data.%s=%s", networks.origin, key, key, values)
 
 
 def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | None]:

@@ -44,10 +44,7 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
 
     Args:
         run: The run's folder.
-        out: PNG file to write; `RUN/plot.png` by default.
-
-    Returns:
-        The PNG file.
+        out: PNG file to write and return; `RUN/plot.png` by default.
 
     Raises:
         MissingPackageError: matplotlib is not installed.

@@ -73,11 +73,6 @@ class Trainer:
         distributed: The processes of the run; one by default.
         init: Weights to start from, see `build_networks`.
 
-    Attributes:
-        step: Steps done.
-        model: The three networks.
-        schedule: Rates as functions of the step.
-
     Raises:
         SettingsError: The settings do not fit the images, the model, the processes or the device.
         CheckpointError: `init` does not fit.
@@ -102,7 +97,7 @@ class Trainer:
         self.step = 0
         self.train_indices, self.held_out = split(len(images), config.data.held_out, config.seed)
         self.schedule = Schedule.of(config.optim, len(self.train_indices))
-        self.micro_batch_size = micro_batch_size(config, self.distributed.world_size)
+        self.micro_batch_size = size = micro_batch_size(config, self.distributed.world_size)
         self.model = self._networks(init)
         self.regularizer = cast("VarianceCovariance | None", self.model.regularizer)
         embed = self.model.encoder.patch_embed
@@ -114,15 +109,9 @@ class Trainer:
             self.model, config.runtime, self.distributed, config.optim.precision
         )
         self.optimizer = make_optimizer(self.model.encoder, self.model.predictor)
+        rank, world = self.distributed.rank, self.distributed.world_size
         self.data = TrainBatches(
-            images,
-            self.train_indices,
-            config,
-            self.image_size,
-            self.masks,
-            rank=self.distributed.rank,
-            world=self.distributed.world_size,
-            micro=self.micro_batch_size,
+            images, self.train_indices, config, self.image_size, self.masks, rank, world, size
         )
 
     def _networks(self, init: str | Path | None) -> IJepa:

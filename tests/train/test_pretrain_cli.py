@@ -46,29 +46,12 @@ def test_pretrain_plot_export_features(folder, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
-def test_dry_run_leaves_nothing(folder, capsys):
-    before = sorted(folder.rglob("*"))
-    assert main(["pretrain", "--config", "own.yaml", "--data", "images.npy", "--dry-run"]) == 0
-    assert "images/s" in capsys.readouterr().out
-    assert sorted(folder.rglob("*")) == before
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_stopped_runs_have_their_own_exit_status(folder, monkeypatch, capsys, number, status):
     stopped = Interrupted("stopped after step 7", number)
     monkeypatch.setattr("ijepa_zoo.cli.pretrain.pretrain", Mock(side_effect=stopped))
     assert main(RUN) == status
     assert "step 7" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_the_first_process_prints(folder, monkeypatch, capsys, rank):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name, value in zip(names, (rank, rank, "2", "localhost", "1")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("ijepa_zoo.cli.pretrain.pretrain", Mock(return_value="run/export"))
-    assert main(RUN) == 0
-    assert ("run/export" in capsys.readouterr().out) == (rank == "0")
 
 
 def test_recipes_and_settings_are_listed(capsys):

@@ -67,7 +67,6 @@ def test_recipes_of_the_paper():
         ("optim.lr=5e-4", 5e-4),  # text to PyYAML
         ("optim.duration=1e8 images", "1e8 images"),
         ("mask.target_scale=0.1,0.2", (0.1, 0.2)),
-        ("mask.target_scale=[1e-1, 0.2]", (0.1, 0.2)),
         ("data.mean=0.5", (0.5,)),
         ("mask.group_size=global", "global"),
         ("model.img_size=null", None),
@@ -87,8 +86,6 @@ def test_changes_on_the_command_line(change, value):
         ("lr=5e-4", "optim.lr"),
         ("machine.workers=3", "runtime.workers"),  # its name in version 0.1
         ("optim.lr=fast", "optim.lr is 'fast'"),
-        ("optim.lr=", "optim.lr is None"),
-        ("optim.loss=l1", "'smooth_l1' or 'l2'"),
         ("data.crop_scale=0.5,1.5", "data.crop_scale is '0.5,1.5'"),
         ("optim.duration=300 lessons", "'300 epochs'"),
         ("model.name=vit_hug14_ijepa", "vit_huge14_ijepa"),
@@ -138,7 +135,6 @@ def test_own_file_builds_on_a_recipe(tmp_path):
         (b"optim: [", "own.yaml"),
         (b"recipe: custom_smal", "custom_small"),
         (b"seed: !!python/name:os.system", "own.yaml"),
-        (b"\xff\xfe\x00", "own.yaml"),
     ],
 )
 def test_broken_files_are_named(tmp_path, text, named):
