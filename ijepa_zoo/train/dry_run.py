@@ -69,9 +69,8 @@ def dry_run(
 ) -> DryRunReport | None:
     """Build everything that a run needs, time some updates, and keep nothing.
 
-    The first updates have large masks and show the memory, later ones have masks of typical size
-    and show the speed. They have one micro-batch, and two if the run has more: the difference is
-    the time of each further one.
+    Updates with the largest masks show the memory, those with typical ones the speed. They have one
+    micro-batch, and two if the run has more: the difference is the time of each further one.
 
     Args:
         config: Settings.

@@ -15,14 +15,14 @@ from .trainer import NETWORKS
 
 
 def load_run(run: str | Path, step: int | None = None) -> tuple[IJepa, str]:
-    """Load the three networks of a pretraining run, finished or not.
+    """Load the three networks of a pretraining run, finished or not, in float32 on the CPU.
 
     Args:
         run: Folder of the run.
         step: Step of the checkpoint; the newest by default.
 
     Returns:
-        The networks on the CPU in float32, and where their weights come from, for model cards.
+        The networks, and where their weights come from, for model cards.
 
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged.

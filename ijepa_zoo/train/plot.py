@@ -34,8 +34,6 @@ _PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Context encoder and target encoder", "relative L2 distance", ("ema_distance",)),
     ("Speed", "images / s", ("images_per_second",)),
 )  # fmt: skip
-_LABELS = {"knn": "kNN", "rankme": "RankMe",
-           "position_variance": "position", "image_variance": "image"}  # fmt: skip
 _DRAWS = 8
 
 
@@ -90,9 +88,7 @@ def _plot_panel(
             axis.axhline(initial[column], color=color, linestyle="--", linewidth=1)
         if points:
             marker = "." if len(points) == 1 else ""
-            label = _LABELS.get(column, column) + " (dashed: at initialization)" * (
-                column in initial
-            )
+            label = column + " (dashed: at initialization)" * (column in initial)
             axis.plot(*zip(*points), color=color, marker=marker, label=label)
     if not axis.lines:
         axis.text(0.5, 0.5, "not measured", ha="center", color=_GRAY, transform=axis.transAxes)

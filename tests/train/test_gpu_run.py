@@ -47,13 +47,6 @@ def test_same_losses_as_the_cpu(tmp_path, precision, runtime):
     assert losses(tmp_path / "gpu", config) == expected
 
 
-def test_kernels_are_chosen_on_a_gpu_only(device):
-    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
-    trainer_on(device)
-    after = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_float32_matmul_precision()
-    assert after == ((False, "high") if device == "cuda" else before)
-
-
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_stopped_in_a_group_of_one_process_equals_none(tmp_path, monkeypatch, device, parallel):
     """Wrapped or sharded, with checkpoints of sharded tensors."""

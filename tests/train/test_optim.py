@@ -138,5 +138,6 @@ def test_variance_covariance_is_the_formula(over):
     with torch.autocast("cpu", torch.bfloat16):
         assert term(tokens).item() == pytest.approx(0.3 * expected, rel=1e-5)
     assert term.value.item() == term(tokens).item()
+    assert VarianceCovariance(1.0, "images")(torch.ones(2, 3, 4)).isfinite()
     with pytest.raises(SettingsError, match="two images"):
         VarianceCovariance(1.0, "images")(torch.ones(1, 3, 4))

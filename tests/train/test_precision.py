@@ -24,18 +24,13 @@ def bf16_is_native(monkeypatch, native):
     monkeypatch.setattr("ijepa_zoo.train.precision.has_native_bf16", lambda device: native)
 
 
-@pytest.mark.parametrize(
-    ("found", "native"), [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)]
-)
-def test_native_on_a_cpu(monkeypatch, found, native):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert has_native_bf16(torch.device("cpu")) == native
-
-
-@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True)])
-def test_native_on_a_gpu(monkeypatch, capability, native):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert has_native_bf16(CUDA) == native
+def test_native_bf16(monkeypatch):
+    for found, native in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda f=found: f, raising=False)
+        assert has_native_bf16(torch.device("cpu")) == native
+    for found, native in (((7, 5), False), ((8, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, f=found: f)
+        assert has_native_bf16(CUDA) == native
 
 
 def test_a_run_keeps_its_precision_on_another_device(tmp_path, monkeypatch):
@@ -48,11 +43,11 @@ def test_a_run_keeps_its_precision_on_another_device(tmp_path, monkeypatch):
         train(tmp_path, change(AUTO, optim={"precision": "fp32"}))
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_emulated_bf16_is_announced(monkeypatch, caplog, native):
-    bf16_is_native(monkeypatch, native)
-    Trainer(change(CONFIG, optim={"precision": "bf16"}), open_images(pictures()))
-    assert ("optim.precision=fp32" in caplog.text) != native
+def test_emulated_bf16_is_announced(monkeypatch, caplog):
+    for native in (True, False):
+        bf16_is_native(monkeypatch, native)
+        Trainer(change(CONFIG, optim={"precision": "bf16"}), open_images(pictures()))
+        assert ("optim.precision=fp32" in caplog.text) != native
 
 
 # --- float8

@@ -124,19 +124,11 @@ def test_settings_that_are_gone_or_damaged_are_not_guessed(tmp_path, whole):
         export_run(run)
 
 
-def test_export_makes_a_model_with_the_transform_of_training(whole):
-    model, (tensors, _) = ijepa_zoo.create_model(f"local-dir:{whole}"), state(whole)
-    assert torch.equal(model.norm.bias, tensors["target_encoder.norm.bias"])
-    context = ijepa_zoo.create_model(f"local-dir:{whole}", network="encoder")
-    assert torch.equal(context.norm.bias, tensors["encoder.norm.bias"])
-    again = ijepa_zoo.create_ijepa(f"local-dir:{whole}")
-    assert torch.equal(again.predictor.mask_token, tensors["predictor.mask_token"])
-    assert tuple(model.pretrained_cfg["mean"]) == CONFIG.data.mean == (0.4, 0.5, 0.6)
-
-
 def test_export_of_an_unfinished_run_is_replaced_at_its_end(tmp_path, monkeypatch, whole):
     def bias(folder=tmp_path):
-        return ijepa_zoo.create_model(f"local-dir:{folder}").norm.bias
+        model = ijepa_zoo.create_model(f"local-dir:{folder}")
+        assert tuple(model.pretrained_cfg["mean"]) == CONFIG.data.mean  # for its transform
+        return model.norm.bias
 
     stop_after(monkeypatch, 6, tmp_path)
     with pytest.raises(CheckpointError, match="`ijepa-zoo export"):
