@@ -50,7 +50,7 @@ _BAR = {"loss": "loss", "rank": "rankme", "images/s": "images_per_second"}
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop by `signal` (SIGTERM for another process's), and saved its state."""
+    """The run was asked to stop by `signal` (SIGTERM: another process was), and saved its state."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)

@@ -71,6 +71,17 @@ def test_start_from_a_vit_of_timm_by_name(monkeypatch, caplog):
     assert "data.mean=0.5,0.5,0.5" in caplog.text  # another normalization than the run's
 
 
+def test_start_from_a_run_at_another_size_with_other_channels_and_from_a_seed(whole):
+    model, data = {"img_size": 48, "patch_size": 6, "in_chans": 1}, {"mean": (0.5,), "std": (0.2,)}
+    networks = build_networks(change(CONFIG, model=model, data=data), whole)
+    assert networks.encoder.patch_embed.proj.weight.shape == (24, 1, 6, 6)
+    assert networks.encoder.pretrained_cfg["mean"] == (0.5,)
+    trained = state(whole)[0]["encoder.norm.bias"]
+    assert torch.equal(networks.encoder.norm.bias, trained)
+    one, other = (build_networks(change(CONFIG, seed=seed)).encoder for seed in (0, 1))
+    assert not torch.equal(one.patch_embed.proj.weight, other.patch_embed.proj.weight)
+
+
 def test_what_does_not_fit_the_model_is_refused(tmp_path):
     for part, named in (({"reg_tokens": 2}, "reg_token"), ({"init_values": 1e-5}, "ls1")):
         torch.save(vit(**part).state_dict(), tmp_path / "other.pth")

@@ -169,24 +169,6 @@ def test_ruined_weights_are_never_saved_nor_exported(tmp_path, every, named):
     assert not (tmp_path / "export").exists()
 
 
-def test_starts_from_weights_at_another_size_and_with_other_channels(tmp_path, monkeypatch, whole):
-    grey = change(
-        CONFIG,
-        model={"img_size": 48, "patch_size": 6, "in_chans": 1},
-        data={"mean": (0.5,), "std": (0.25,)},
-        optim={"duration": "3 steps", "warmup": "0 steps"},
-    )
-    options = {"images": IMAGES[..., 0], "init": export_run(whole, tmp_path / "start")}
-    stop_after(monkeypatch, 1, tmp_path / "run", grey, **options)
-    shutil.rmtree(tmp_path / "start")  # resuming does not need it
-    train(tmp_path / "run", grey, **options)
-    tensors, about = state(tmp_path / "run")
-    assert tensors["encoder.patch_embed.proj.weight"].shape == (24, 1, 6, 6)
-    name = "encoder.blocks.0.attn.qkv.weight"
-    assert (tensors[name] - state(whole)[0][name]).abs().max() < 0.01
-    assert about["initial"].keys() > {"rankme", "spread"}
-
-
 def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path):
     folder, run = tmp_path / "images", tmp_path / "run"
     folder.mkdir()
@@ -202,11 +184,9 @@ def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path):
         train(tmp_path / "stops", change(CONFIG, data={"max_broken": 0.0}), str(folder))
 
 
-def test_seed_matters_and_the_regularizer_is_logged(whole, tmp_path):
-    train(tmp_path / "a", change(CONFIG, optim={"duration": "3 steps"}, seed=1))
-    train(tmp_path / "b", change(CONFIG, optim={"duration": "3 steps", "regularizer_weight": 0.0}))
-    first, seeded, plain = (rows(folder)[0] for folder in (whole, tmp_path / "a", tmp_path / "b"))
-    assert first["loss"] != seeded["loss"]
+def test_the_regularizers_part_of_the_loss_is_logged(whole, tmp_path):
+    train(tmp_path, change(CONFIG, optim={"duration": "3 steps", "regularizer_weight": 0.0}))
+    first, plain = rows(whole)[0], rows(tmp_path)[0]
     term = float(first["loss"]) - float(plain["loss"])
     assert float(first["regularizer"]) == pytest.approx(term, rel=1e-3)
     assert plain["regularizer"] == ""
