@@ -31,6 +31,7 @@ def test_native_bf16(monkeypatch):
     for found, native in (((7, 5), False), ((8, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, f=found: f)
         assert has_native_bf16(CUDA) == native
+    assert not has_native_bf16(torch.device("mps"))
 
 
 def test_a_run_keeps_its_precision_on_another_device(tmp_path, monkeypatch):
