@@ -4,9 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from inputs import labels, levels, noise, png, put, shard
-from test_datasets import Photos
-from test_sources import cifar10
+from inputs import Photos, labels, levels, noise, png, put, shard
 
 from ijepa_zoo.data.splits import open_splits
 from ijepa_zoo.errors import DataError
@@ -19,8 +17,8 @@ def classes(split):
 def test_one_folder_of_classes_is_one_split(tmp_path):
     put(tmp_path, {"cat/1.png": png(1), "dog/2.png": png(2)})
     train, test = open_splits(tmp_path)
-    assert test is None
     assert (train.name, classes(train), levels(train.images)) == ("all", ["cat", "dog"], [1, 2])
+    assert test is None
     some = train.subset(np.array([1]), "half", ["a note"])
     assert (some.name, some.notes, classes(some)) == ("half", ("a note",), ["dog"])
     assert labels(some.images) == ["dog"]
@@ -32,22 +30,24 @@ def test_one_folder_of_classes_is_one_split(tmp_path):
 def test_folders_of_splits(tmp_path, names):
     put(tmp_path / names[0], {"cat/day/1.png": png(1), "dog/night/2.png": png(2)})
     put(tmp_path / names[1], {"ape/3.png": png(3), "dog/images/4.png": png(4)})
+    for train, test in (open_splits(tmp_path), open_splits(*(tmp_path / name for name in names))):
+        assert (train.name, test.name) == names
+        assert train.classes == test.classes == {0: "ape", 1: "cat", 2: "dog"}
+        assert (classes(train), classes(test)) == (["cat", "dog"], ["ape", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["train/cat/1.png", "val/cat/1.png", "test/cat/1.png"], "test"),
+        (["train/cat/1.png", "val/cat/1.png", "test/1.png"], "val"),  # a hidden test split
+        (["train/cat/1.png"], None),
+    ],
+)
+def test_the_test_split_comes_before_the_validation_split(tmp_path, files, expected):
+    put(tmp_path, dict.fromkeys(files, png()))
     train, test = open_splits(tmp_path)
-    assert (train.name, test.name) == names
-    assert train.classes == test.classes == {0: "ape", 1: "cat", 2: "dog"}
-    assert (classes(train), classes(test)) == (["cat", "dog"], ["ape", "dog"])
-    pair = open_splits(tmp_path / names[0], tmp_path / names[1])
-    assert [classes(split) for split in pair] == [classes(train), classes(test)]
-
-
-def test_the_test_split_comes_before_the_validation_split(tmp_path):
-    put(tmp_path, {f"{name}/cat/1.png": png() for name in ("train", "val", "test")})
-    assert open_splits(tmp_path)[1].name == "test"
-    put(tmp_path / "hidden", {"train/cat/1.png": png(), "val/cat/1.png": png(), "test/1.png": b""})
-    assert open_splits(tmp_path / "hidden")[1].name == "val"
-    put(tmp_path / "alone", {"train/cat/1.png": png()})
-    train, test = open_splits(tmp_path / "alone")
-    assert (train.name, test) == ("train", None)
+    assert (train.name, test.name if test else None) == ("train", expected)
 
 
 def test_shards_named_after_their_split_beside_parquet(tmp_path):
@@ -60,25 +60,21 @@ def test_shards_named_after_their_split_beside_parquet(tmp_path):
     assert (classes(train), classes(test)) == (["3", "4"], ["4"])
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_images_of_both_splits_are_reported(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("link", "target", "given", "named"),
+    [
+        ("val/dog/x.png", "../../train/cat/1.png", ["."], r"1 .*x\.png"),
+        ("val/cat", "../train/cat", ["."], r"1 .*cat/1\.png"),
+        ("again", "train", ["train", "again"], r"2 .*cat/1\.png"),
+        ("t.tar", "s.tar", ["s.tar", "t.tar"], r"t\.tar/1\.png"),
+    ],
+)
+def test_images_of_both_splits_are_reported(tmp_path, link, target, given, named):
     put(tmp_path, {"train/cat/1.png": png(1), "train/dog/2.png": png(2), "val/dog/3.png": png(3)})
-    if kind == "file":
-        (tmp_path / "val/dog/x.png").symlink_to(tmp_path / "train/cat/1.png")
-    else:
-        (tmp_path / "val/cat").symlink_to("../train/cat")
-    with pytest.raises(DataError, match=r"1 .*x\.png" if kind == "file" else r"1 .*cat/1\.png"):
-        open_splits(tmp_path)
-
-
-def test_a_test_set_inside_the_training_set_is_reported(tmp_path):
-    put(tmp_path, {"all/cat/1.png": png(), "all/dog/2.png": png()})
-    with pytest.raises(DataError, match=r"2 .*cat/1\.png"):
-        open_splits(tmp_path / "all", tmp_path / "all")
-    path = shard(tmp_path / "s.tar", {"1.png": png(), "1.cls": b"3"})
-    (tmp_path / "t.tar").symlink_to("s.tar")
-    with pytest.raises(DataError, match=r"t\.tar/1\.png"):
-        open_splits(path, tmp_path / "t.tar")
+    shard(tmp_path / "s.tar", {"1.png": png(), "1.cls": b"3"})
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(DataError, match=named):
+        open_splits(*(tmp_path / name for name in given))
 
 
 @pytest.mark.parametrize(
@@ -125,13 +121,12 @@ def test_one_label_per_image_beside_several():
     assert (known.targets.tolist(), known.classes) == ([0, -1, -1], {0: "c", 1: "x"})
 
 
-def test_cifar10(tmp_path, monkeypatch):
-    cifar10(tmp_path, monkeypatch)
-    for data in (tmp_path, tmp_path / "cifar-10-batches-py", f"torch/cifar10:root={tmp_path}"):
+def test_cifar10(cifar10):
+    for data in (cifar10, cifar10 / "cifar-10-batches-py", f"torch/cifar10:root={cifar10}"):
         train, test = open_splits(data)
         assert (len(train.images), len(test.images)) == (50, 10)
         assert classes(test) == list("abcdefghij")
-    train, test = open_splits(f"torch/cifar10:root={tmp_path},split=test")
+    train, test = open_splits(f"torch/cifar10:root={cifar10},split=test")
     assert (len(train.images), test) == (10, None)
 
 
@@ -157,14 +152,13 @@ def test_inaturalist_and_places(tmp_path):
             "categories": [{"id": 5, "name": "five"}, {"id": 7, "name": "seven"}],
         }
         (tmp_path / f"i/{split}2018.json").write_text(json.dumps(found))
-    train, test = open_splits(tmp_path / "i")
-    assert (classes(train), classes(test)) == (["seven"], ["five"])
-    assert (levels(train.images), levels(test.images)) == ([1], [2])
     lists = {"train_places205.csv": b"a/a b.png 12\n", "val_places205.csv": b"c.png 3\n\n"}
     put(tmp_path / "p", {"images256/a/a b.png": png(1), "images256/c.png": png(2), **lists})
-    train, test = open_splits(tmp_path / "p")
-    assert (train.targets.tolist(), test.targets.tolist()) == ([12], [3])
-    assert (levels(train.images), levels(test.images)) == ([1], [2])
+    for folder, numbers in (("i", [7, 5]), ("p", [12, 3])):
+        splits = open_splits(tmp_path / folder)
+        assert [split.targets.tolist() for split in splits] == [[number] for number in numbers]
+        assert [levels(split.images) for split in splits] == [[1], [2]]
+    assert classes(open_splits(tmp_path / "i")[1]) == ["five"]
     (tmp_path / "i/val2018.json").write_text('{"images": []}')
     put(tmp_path / "p", {"val_places205.csv": b"d.png 3\n"})
     for folder, named in (("i", r"val2018\.json"), ("p", r"d\.png")):
