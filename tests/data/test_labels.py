@@ -73,18 +73,6 @@ def test_spreadsheets(folder, encoding, end):
     assert (train.name, test.name) == ("train", "val")
 
 
-def test_both_splits_are_matrices_with_the_same_columns(folder):
-    head = "path,label\n"
-    train = write(folder / "train.csv", head + "photos/0.png,b;c\nphotos/1.png,c\n")
-    test = write(folder / "test.csv", head + "photos/2.png,a\nphotos/3.png,c\nphotos/4.png,\n")
-    for first, second in ((train, test), (test, train)):
-        splits = open_splits(first, second)
-        assert all(split.classes == {0: "a", 1: "b", 2: "c"} for split in splits)
-        found = {split.name: split.targets.tolist() for split in splits}
-        assert found["train.csv"] == [[0, 1, 1], [0, 0, 1]]
-        assert found["test.csv"] == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
-
-
 def test_splits_of_one_csv(folder):
     given = ["train", "training", "valid", "testing", "train", "validation"]
     rows = [f"photos/{i}.png,{'ab'[i % 2]},{split}" for i, split in enumerate(given)]

@@ -55,20 +55,15 @@ def test_workers_outlast_signals_to_their_group_and_a_killed_one_is_an_error():
         list(load_in_order(Squares(), [19, 1], 1))
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, 6),
-        ({"LOCAL_WORLD_SIZE": "4"}, 1),
-        ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "6"}, 6),
-        ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "6", "TORCHELASTIC_RUN_ID": "a"}, 3),
-    ],
-)
-def test_cpus_are_shared_under_torchrun(monkeypatch, variables, expected):
+def test_cpus_are_shared_under_torchrun(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    for name, value in variables.items():
+    assert usable_cpus() == 6
+    for name, value, expected in (
+        *(("LOCAL_WORLD_SIZE", "7", 1), ("LOCAL_WORLD_SIZE", "2", 3)),
+        *(("SLURM_CPUS_PER_TASK", "6", 6), ("TORCHELASTIC_RUN_ID", "a", 3)),
+    ):
         monkeypatch.setenv(name, value)
-    assert usable_cpus() == expected
+        assert usable_cpus() == expected
 
 
 # As on macOS and Windows: what POSIX and Linux add is missing, and workers are not forked.
