@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -26,8 +24,6 @@ Labels = npt.NDArray[Any]  # Targets, or several labels per image: uint8 0/1, `[
 SAMPLED = 64  # images that a fingerprint reads
 _OPEN_SHARDS = 64  # open files that random access to many shards may hold
 _BYTES_PER_PIXEL, _METADATA = 8, 1 << 26  # no file of an image is larger
-_INDEX_VERSION = 2
-_INDEX_ARRAYS = ("folder_of", "names", "ends", "offsets", "sizes", "targets")
 
 
 class ImageDataset(ABC):
@@ -143,7 +139,6 @@ class FileDataset(ImageDataset):
         folders: dict[tuple[str, str | None, str], int] = {}
         labels: dict[str | None, int] = {None: -1}
         self.problems: dict[int, str] = {}  # why an image cannot be read, by its number
-        self.links: set[int] = set()  # numbers of the files that are symbolic links
         names = bytearray()
         folder_of, ends, offsets, sizes, targets = array("i"), *(array("q") for _ in range(4))
         for file in files:
@@ -152,8 +147,6 @@ class FileDataset(ImageDataset):
                 continue
             if file.problem is not None:
                 self.problems[len(ends)] = file.problem
-            if file.is_link:
-                self.links.add(len(ends))
             path, shard = file.path, file.shard
             start = len(shard) + 1 if shard else len(path) - len(os.path.basename(path))
             folder = (path[:start], shard, file.root)
@@ -248,59 +241,19 @@ class FileDataset(ImageDataset):
         return [shard for shard in shards if is_compressed(shard)]
 
     def real_paths(self) -> npt.NDArray[np.int64]:
-        """A hash for each image of its real path, and of its name in a shard."""
-        real = {path: os.path.realpath(path) for path, _, _ in self.folders if "\0" not in path}
+        """A hash for each image of its path with links resolved."""
+        real = [os.path.realpath(folder) for folder, _, _ in self.folders]
         keys = array("q")
-        for index in range(len(self)):
-            folder, name = self.folders[self.folder_of[index]][0], self.name(index)
-            if index in self.links:
+        for index, folder in enumerate(self.folder_of):
+            name = self.name(index)
+            if os.path.islink(name):
                 keys.append(hash(os.path.split(os.path.realpath(name))))
             else:
-                keys.append(hash((real.get(folder, folder), name.removeprefix(folder))))
+                keys.append(hash((real[folder], name.removeprefix(self.folders[folder][0]))))
         return np.array(keys, np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": (0, {})}
-
-    def save_index(self, path: Path, shards: list[str]) -> None:
-        """Save the list of all members of `shards`."""
-        about = {
-            "version": _INDEX_VERSION,
-            "shards": _file_states(shards),
-            "folders": self.folders,
-            "problems": list(self.problems.items()),
-            "skipped": self.skipped,
-            "classes": list(self.classes.items()),
-        }
-        arrays = {name: getattr(self, name) for name in _INDEX_ARRAYS}
-        arrays = {name: values for name, values in arrays.items() if values is not None}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, about=np.array(json.dumps(about)), **arrays)
-        temporary.replace(path)
-
-    @classmethod
-    def load_index(cls, path: Path, shards: list[str], decoder: Decoder) -> FileDataset | None:
-        """The saved list of `shards`; None without one, or if a shard has changed since."""
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                about = json.loads(str(saved["about"]))
-                arrays = {name: saved[name] for name in saved.files if name in _INDEX_ARRAYS}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            return None  # missing or damaged: build it again
-        if about.get("version") != _INDEX_VERSION or about["shards"] != _file_states(shards):
-            return None
-        found = cls((), decoder)
-        found.__dict__.update(arrays)
-        found.folders = [tuple(folder) for folder in about["folders"]]
-        found.problems, found.classes = dict(about["problems"]), dict(about["classes"])
-        found.skipped = [tuple(skipped) for skipped in about["skipped"]]
-        return found
-
-
-def _file_states(files: list[str]) -> list[list[Any]]:
-    states = ((file, os.stat(file)) for file in files)
-    return [[file, state.st_size, state.st_mtime_ns] for file, state in states]
 
 
 class ArrayDataset(ImageDataset):

@@ -57,27 +57,27 @@ class HFDataset(ImageDataset):
         column = label or next(iter([*kinds, *usual]), None)
         if column is None:
             return
-        values = data.select_columns([column]).with_format(None)[:][column]
-        kind = features[column]
-        several = getattr(kind, "feature", None)  # type of the items of a list
-        item = kind if several is None else several
-        found = values if several is not None else ([value] for value in values)
-        lists = [[label for label in row or () if label is not None] for row in found]
-        names = item.names if isinstance(item, datasets.ClassLabel) else []
-        if getattr(item, "dtype", "") in ("string", "large_string"):
-            names = sorted({label for row in lists for label in row})
-            number_of = {name: number for number, name in enumerate(names)}
-            lists = [[number_of[label] for label in row] for row in lists]
-        elif not getattr(item, "dtype", "").startswith(("int", "uint", "bool")):
+        item = getattr(features[column], "feature", None)  # type of the items of a list
+        several, item = item is not None, item or features[column]
+        dtype = getattr(item, "dtype", "")
+        if not dtype.startswith(("int", "uint", "bool", "string", "large_string")):
             _log.warning(
                 "%s: column '%s' is %s, not classes, and is ignored; name another with "
-                "label=COLUMN", self._name, column, kind,
+                "label=COLUMN", self._name, column, features[column],
             )  # fmt: skip
             return
-        if several is None:
-            self.targets = np.array([row[0] if row else -1 for row in lists], np.int64)
-        else:
+        values = data.select_columns([column]).with_format(None)[:][column]
+        rows = values if several else ([value] for value in values)
+        lists = [[value for value in row or () if value is not None] for row in rows]
+        names = item.names if isinstance(item, datasets.ClassLabel) else []
+        if "string" in dtype:
+            names = sorted({value for row in lists for value in row})
+            number_of = {name: number for number, name in enumerate(names)}
+            lists = [[number_of[value] for value in row] for row in lists]
+        if several:
             self.targets = indicator_matrix(lists, len(names))
+        else:
+            self.targets = np.array([row[0] if row else -1 for row in lists], np.int64)
         self.classes = dict(enumerate(names))
 
     def __len__(self) -> int:
@@ -85,11 +85,11 @@ class HFDataset(ImageDataset):
 
     def raw(self, index: int) -> Raw:
         """The bytes of an image."""
-        stored = self.data[int(index)][self.column]
-        if stored is None or (stored["bytes"] is None and stored["path"] is None):
-            raise ImageError("no image in this row")
-        if stored["bytes"] is not None:
+        stored = self.data[int(index)][self.column] or {}
+        if stored.get("bytes") is not None:
             return bytes(stored["bytes"])
+        if stored.get("path") is None:
+            raise ImageError("no image in this row")
         try:
             return Path(stored["path"]).read_bytes()
         except OSError as error:

@@ -8,8 +8,7 @@ stays float32.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +31,7 @@ COLORS = {
 }
 
 
-@dataclass(frozen=True)
-class SceneObject:
+class SceneObject(NamedTuple):
     """One object with CLEVR's attributes."""
 
     shape: str
@@ -51,8 +49,7 @@ class SceneObject:
         return SIZES[self.size]
 
 
-@dataclass(frozen=True)
-class Camera:
+class Camera(NamedTuple):
     """A square perspective camera."""
 
     eye: Vector
@@ -68,8 +65,7 @@ class Camera:
         return 0.5 + scale * dot(offset, self.right), 0.5 - scale * dot(offset, self.up), depth
 
 
-@dataclass(frozen=True)
-class Light:
+class Light(NamedTuple):
     """A distant light: unit vector toward it, strength, penumbra width per unit of distance."""
 
     direction: Vector
@@ -77,8 +73,7 @@ class Light:
     softness: float
 
 
-@dataclass(frozen=True)
-class Hits:
+class Hits(NamedTuple):
     """What each ray hits first: id (0 ground, k the k-th object), depth, unit normal, direction."""
 
     ids: NDArray[np.uint8]

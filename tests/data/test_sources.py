@@ -10,12 +10,10 @@ import torch
 from inputs import levels, noise, png, put, shard
 from PIL import Image
 
-import ijepa_zoo.data.sources as sources
 from ijepa_zoo.data import Decoder, open_images
 from ijepa_zoo.data.datasets import FileDataset
 from ijepa_zoo.errors import DataError, ImageError
 
-MEMBERS = {"x/1.png": png(1), "x/1.cls": b"9", "x/2.png": png(2), "3.png": png(3), "n.txt": b""}
 ARRAY = noise(5 * 4, 6).reshape(5, 4, 6, 3)
 
 
@@ -86,31 +84,6 @@ def test_16_bit_images_of_a_small_range_give_a_warning(tmp_path, caplog, kind, h
     if kind == "chosen":  # restores 8 bits
         difference = np.asarray(images.read(3))[..., 0].astype(int) - noise(8, 8, 1, 3)
         assert np.abs(difference).max() <= 1
-
-
-def test_index_of_shards(tmp_path, monkeypatch):
-    paths = [shard(tmp_path / "s/a.tar", MEMBERS), shard(tmp_path / "s/b.tar", {"é/1.png": png(4)})]
-    index = tmp_path / "cache" / "index"
-    first = open_images(paths, index=index)
-    listed = []
-    list_files = sources.list_files
-    monkeypatch.setattr(sources, "list_files", lambda p: listed.append(p) or list_files(p))
-    for source in (paths, tmp_path / "s", f"{tmp_path}/s/*.tar"):
-        again = open_images(source, index=index)
-        assert not listed
-        assert levels(again) == levels(first) == [1, 2, 3, 4]
-        assert again.targets.tolist() == first.targets.tolist()
-        assert (again.classes, again.skipped) == (first.classes, first.skipped)
-        assert again.fingerprint() == first.fingerprint()
-    paths[1].write_bytes(shard(tmp_path / "c.tar", {"1.png": png(5)}).read_bytes()[:1024])
-    for source, count in ((paths, 5), (paths[:1], 3), (paths, 5)):
-        assert len(open_images(source, index=index)) == count
-    assert len(listed) == 3
-    assert sorted(open_images(paths, index=index).problems) == [4]
-    for content in (index.read_bytes()[:300], b"", b"junk"):
-        index.write_bytes(content)
-        assert len(open_images(paths, index=index)) == 5
-    assert len(listed) == 6
 
 
 def test_array_files(tmp_path):
