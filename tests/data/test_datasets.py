@@ -19,27 +19,27 @@ from ijepa_zoo.data.datasets import FileDataset, Subset
 from ijepa_zoo.data.files import File
 from ijepa_zoo.errors import DataError, ImageError
 
-CLASSES = {"b/x.png": png(1), "a/y.png": png(2), "b/a.png": png(3), "a/notes.md": b"no"}
+CLASSES = {"b/x.png": png(1), "a/y.png": png(2), "b/a.png": png(3)}
 MEMBERS = {"x/1.png": png(1), "x/1.cls": b"9", "x/2.png": png(2), "x/2.cls": b"10", "3.png": png(3)}
 ARRAY = noise(5 * 4, 6).reshape(5, 4, 6, 3)
 
 
-def test_folder_of_classes(tmp_path):
-    put(tmp_path, CLASSES)
-    images = open_images(tmp_path)
-    assert (levels(images), images.targets.tolist()) == ([2, 3, 1], [0, 1, 1])
+def test_numbers_classes_and_names(tmp_path):
+    put(tmp_path / "f", CLASSES)
+    images = open_images(tmp_path / "f")
     assert images.classes == {0: "a", 1: "b"}
-    assert [(number, path) for number, path, _ in images.skipped] == [(0, f"{tmp_path}/a/notes.md")]
-    assert images[2][1:] == (1, str(tmp_path / "b/x.png"))
+    assert images[2][1:] == (1, str(tmp_path / "f/b/x.png"))
     batch = next(iter(DataLoader(images, batch_size=3, collate_fn=list)))
     assert [target for _, target, _ in batch] == [0, 1, 1]
-
-
-def test_shards_number_classes_by_their_names(tmp_path):
-    images = open_images(shard(tmp_path / "a.tar", MEMBERS))
-    assert images.targets.tolist() == [1, 0, -1]  # "10" sorts before "9"
-    assert labels(images) == ["9", "10", None]
-    assert open_images(shard(tmp_path / "b.tar", {"1.png": png()})).targets is None
+    images = open_images([tmp_path / "f", shard(tmp_path / "a.tar", MEMBERS)])
+    assert images.targets.tolist() == [2, 3, 3, 1, 0, -1]  # "10" sorts before "9"
+    some = Subset(images, np.array([4, 0, 5]))
+    assert levels(some) == [levels(images)[i] for i in (4, 0, 5)]
+    assert (some.targets.tolist(), labels(some)) == ([0, 2, -1], ["10", "a", None])
+    assert some.files() == [str(tmp_path / "a.tar"), some.name(1)]
+    assert some.name(1) == images.name(0)
+    prints = {Subset(images, np.array(i)).fingerprint() for i in ([0, 3], [3, 0], [0, 3])}
+    assert len(prints) == 2
 
 
 def test_broken_files_have_a_reason(tmp_path):
@@ -99,54 +99,42 @@ def test_fingerprint_is_of_the_list_and_not_of_its_place(tmp_path):
     assert len({*seen}) == 5
 
 
-def test_subset(tmp_path):
-    put(tmp_path, CLASSES)
-    shard(tmp_path / "s.tar", MEMBERS)
-    images = open_images([tmp_path / "a", tmp_path / "b", tmp_path / "s.tar"])
-    some = Subset(images, np.array([4, 0, 3]))
-    assert levels(some) == [levels(images)[i] for i in (4, 0, 3)]
-    assert some.targets.tolist() == images.targets[[4, 0, 3]].tolist()
-    assert labels(some) == [images.label(i) for i in (4, 0, 3)]
-    assert some.files() == [str(tmp_path / "s.tar"), images.name(0)]
-    assert some.name(1) == images.name(0)
-    prints = {Subset(images, np.array(i)).fingerprint() for i in ([0, 3], [3, 0], [0, 3])}
-    assert len(prints) == 2
-
-
-def test_arrays(tmp_path):
-    images = open_images(ARRAY)
-    assert all(np.array_equal(np.asarray(images.read(i)), ARRAY[i]) for i in range(5))
-    assert (images.name(3), images.targets) == ("array[3]", None)
-    assert images.fingerprint() != open_images(ARRAY[::-1]).fingerprint()
-    tensor = torch.from_numpy(ARRAY).permute(0, 3, 1, 2)
-    assert open_images(tensor).fingerprint() == images.fingerprint()
-    with pytest.raises(IndexError):
-        images.read(5)
-    np.save(tmp_path / "a.npy", np.arange(30 * 8 * 8 * 3, dtype=np.uint8).reshape(30, 8, 8, 3))
-    mapped = open_images(tmp_path / "a.npy")
-    packed = pickle.dumps(mapped)  # other processes open the file again
-    assert len(packed) < 2000
-    assert pickle.loads(packed).fingerprint() == mapped.fingerprint()
-    assert mapped.files() == [str(tmp_path / "a.npy")]
-
-
-@pytest.mark.parametrize("channels", [1, 2, 12])
+@pytest.mark.parametrize("channels", [1, 2, 3, 12])
 def test_arrays_of_any_channels(tmp_path, channels):
     values = noise(3 * 4, 6, channels).reshape(3, 4, 6, channels)
-    for number, image in enumerate(values):
-        np.save(tmp_path / f"{number}.npy", image)
-    for source in (values, torch.from_numpy(values).permute(0, 3, 1, 2), tmp_path):
-        found = np.asarray(open_images(source, in_chans=channels).read(2))
-        expected = values[2, ..., 0] if channels == 1 else np.moveaxis(values[2], -1, 0)
-        assert np.array_equal(found, expected)
+    np.save(tmp_path / "a.npy", values)
+    mapped = open_images(tmp_path / "a.npy", in_chans=channels)
+    packed = pickle.dumps(mapped)  # other processes open the file again
+    assert len(packed) < 2000
+    assert mapped.files() == [str(tmp_path / "a.npy")]
+    tensor = torch.from_numpy(values).permute(0, 3, 1, 2)
+    opened = [open_images(source, in_chans=channels) for source in (values, tensor)]
+    expected = values[2] if channels in (1, 3) else np.moveaxis(values[2], -1, 0)
+    for images in (mapped, pickle.loads(packed), *opened):
+        assert np.array_equal(np.asarray(images.read(2)).reshape(expected.shape), expected)
+        assert (images.fingerprint(), images.targets) == (mapped.fingerprint(), None)
+    assert opened[0].name(2) == "array[2]"
+    with pytest.raises(IndexError):
+        opened[0].read(3)
+    assert open_images(values[::-1], in_chans=channels).fingerprint() != mapped.fingerprint()
 
 
 class Items(list):
-    """A map-style dataset of given items; every reading of a Pillow image is another one."""
+    """A map-style dataset of given items, of which bytes are opened as images."""
 
     def __getitem__(self, index):
         item = super().__getitem__(index)
         return Image.open(io.BytesIO(item)) if isinstance(item, bytes) else item
+
+
+class Faulty(Photos):
+    """Has a fault in its code, and other images in every reading."""
+
+    read = 0
+
+    def __getitem__(self, index):
+        self.read += 1
+        return np.full((4, 4, 3), self.read, np.uint8) if index < 3 else self.no_such_thing
 
 
 def test_dataset_objects():
@@ -162,9 +150,12 @@ def test_dataset_objects():
     for index, error in ((3, ImageError), (4, ImageError), (5, DataError)):
         with pytest.raises(error):
             images.read(index)
+    with pytest.raises(AttributeError, match="no_such_thing"):  # with its traceback
+        open_images(Faulty(4)).read(3)
     assert open_images(images) is images
     prints = [open_images(Items(items)).fingerprint() for items in (good, list(good), good[::-1])]
     assert prints[0] == prints[1] != prints[2]
+    assert open_images(Faulty()).fingerprint() == open_images(Faulty(read=7)).fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -193,25 +184,9 @@ def test_attributes_of_datasets(caplog, attributes, expected):
     assert ("Photos.targets" in caplog.text) == (expected is None)
 
 
-class Faulty(Photos):
-    """Has a fault in its code, and other images in every reading."""
-
-    read = 0
-
-    def __getitem__(self, index):
-        self.read += 1
-        return np.full((4, 4, 3), self.read, np.uint8) if index < 3 else self.no_such_thing
-
-
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(())
-
-
-def test_faults_of_a_dataset_keep_their_traceback_and_changing_images_their_fingerprint():
-    with pytest.raises(AttributeError, match="no_such_thing"):
-        open_images(Faulty(4)).read(3)
-    assert open_images(Faulty()).fingerprint() == open_images(Faulty(read=7)).fingerprint()
 
 
 @pytest.mark.parametrize(
