@@ -117,23 +117,17 @@ def test_value_range_of_16_bit_color(options, channels):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(kind, orientation):
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 1), (8, 3)])
+def test_exif_orientation(kind, orientation, turns):
     """The stored array is what the camera wrote; the tag says where its row 0, column 0 belong."""
-    upright = np.zeros((16, 32), np.uint8)
-    upright[:8, :16], upright[:8, 16:], upright[8:, :16] = 200, 120, 60  # bottom right stays 0
-    stored = {  # EXIF 2.3: position of (row 0, column 0)
-        **{1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]},
-        **{5: upright.T, 6: np.rot90(upright, 1)},  # 6: shown after a turn clockwise
-        **{7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)},
-    }[orientation]
+    upright = np.kron(np.array([[200, 120], [60, 0]], np.uint8), np.ones((8, 16), np.uint8))
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    content = encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif)
+    exif[0x0112] = orientation  # 6 is shown after a turn clockwise
+    stored = Image.fromarray(np.ascontiguousarray(np.rot90(upright, turns)))
+    content = encoded(stored, kind, exif=exif)
     for raw in (content, Image.open(io.BytesIO(content))):
-        got = np.asarray(Decoder()(raw))[..., 0]
-        assert got.shape == upright.shape
-        np.testing.assert_allclose(got[4::8, 8::16].astype(int), [[200, 120], [60, 0]], atol=8)
+        got = np.asarray(Decoder()(raw))[4::8, 8::16, 0].astype(int)
+        np.testing.assert_allclose(got, [[200, 120], [60, 0]], atol=8)
 
 
 def test_pages_are_refused_with_their_number_or_chosen():
@@ -256,6 +250,17 @@ def result(content, **options):
     return found.tolist() if isinstance(found, torch.Tensor) else pil_to_tensor(found).tolist()
 
 
+PICTURE = Image.fromarray(noise(40, 50)).resize((96, 72))
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+KINDS = ({}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 3})
+PLAIN = [encoded(PICTURE, "JPEG", **options) for options in KINDS]
+UNUSUAL = [encoded(PICTURE.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+UNUSUAL += [encoded(PICTURE, "JPEG", exif=TURNED), PLAIN[0] + b"\n", PLAIN[0][:900]]
+UNUSUAL += [encoded(PICTURE, "MPO", save_all=True, append_images=[PICTURE])]
+UNUSUAL += [PLAIN[0][:30] + b"\xff\xd9", encoded(Image.new("RGB", (200, 200)), "JPEG")]
+
+
 @pytest.mark.parametrize("installed", [False, True])
 def test_jpeg_files_become_the_same_pixels_as_tensors(monkeypatch, installed):
     """With torchcodec, or with its interface over Pillow, which reads the unusual ones."""
@@ -269,20 +274,10 @@ def test_jpeg_files_become_the_same_pixels_as_tensors(monkeypatch, installed):
         pytest.importorskip("torchcodec")
     else:
         monkeypatch.setattr(decode, "_torchcodec", lambda: decode_jpeg)
-    picture, rng = Image.fromarray(noise(40, 50)).resize((96, 72)), random.Random(0)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    plain = [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}]
-    plain = [encoded(picture, "JPEG", **options) for options in plain]
-    others = [encoded(picture.convert(mode), "JPEG") for mode in ("L", "CMYK")]
-    others += [encoded(picture, "JPEG", exif=exif), plain[0] + b"\n", plain[0][:900]]
-    others += [encoded(picture, "MPO", save_all=True, append_images=[picture])]
-    others += [plain[0][:30] + b"\xff\xd9", encoded(Image.new("RGB", (200, 200)), "JPEG")]
-    for content in (*plain, *others):
+    rng = random.Random(0)
+    damaged = [damage(PLAIN[number % 4], rng) for number in range(100 * installed)]
+    for content in (*PLAIN, *UNUSUAL, *damaged):
         assert result(content, as_tensor=True) == result(content)
-    assert given == ([] if installed else plain)
-    assert isinstance(Decoder(as_tensor=True)(plain[0]), torch.Tensor)
-    assert isinstance(Decoder(1, as_tensor=True)(plain[0]), Image.Image)
-    for number in range(100 * installed):
-        content = damage(plain[number % 4], rng)
-        assert result(content, as_tensor=True) == result(content)
+    assert given == ([] if installed else PLAIN)
+    assert isinstance(Decoder(as_tensor=True)(PLAIN[0]), torch.Tensor)
+    assert isinstance(Decoder(1, as_tensor=True)(PLAIN[0]), Image.Image)
