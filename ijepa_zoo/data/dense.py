@@ -102,17 +102,13 @@ def open_depth(
 ) -> DenseData:
     """Open images with depth maps.
 
-    Args:
-        source: NYU Depth v2's `nyu_depth_v2_labeled.mat` or its folder, which also has
-            `splits.mat`; `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`; or a folder of pairs.
-            There depth maps are `.npy` files or have the word `depth` in their own or a folder's
-            name. An image has the same name except for such words and `rgb`, `image`, `color` or
-            `sync`: `rgb/a/1.jpg` and `depth/a/1.png`. Folders `train` and `test` (or `val`)
-            anywhere in the paths are the split; without them a fixed 20 % are the test set.
-        depth_scale: Stored units per meter in the depth files of a folder; by default 1000
-            (millimeters) in integer files of 16 bits or more, 1 in floating-point arrays.
-        workers: Processes that render scenes.
-        progress: Show a progress bar while rendering.
+    `source` is NYU Depth v2's `nyu_depth_v2_labeled.mat` or its folder, which also has
+    `splits.mat`; `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`; or a folder of pairs. There depth
+    maps are `.npy` files or have the word `depth` in their own or a folder's name. An image has the
+    same name except for such words and `rgb`, `image`, `color` or `sync`: `rgb/a/1.jpg` and
+    `depth/a/1.png`. Folders `train` and `test` (or `val`) anywhere in the paths are the split;
+    without them a fixed 20 % are the test set. `depth_scale` is stored units per meter, by default
+    1000 (millimeters) in integer files of 16 bits or more and 1 in floating-point arrays.
     """
     source = os.fspath(source)
     if depth_scale is not None and not depth_scale > 0:
@@ -138,15 +134,11 @@ def open_segmentation(
 ) -> DenseData:
     """Open images with segmentation masks.
 
-    Args:
-        source: The unpacked archive of ADE20K (`ADEChallengeData2016`, 150 classes) or PASCAL VOC
-            (`VOCdevkit` or `VOC2012`, 21 classes); a folder of pairs as for `open_depth`, with the
-            word `mask`, `annotation`, `label` or `segmentation` instead of `depth`; or
-            `scenes:TRAIN,TEST[,SIZE]`.
-        reduce_zero_label: Ignore class 0 and subtract 1 from the others; by default for ADE20K
-            alone, whose class 0 is everything else.
-        workers: Processes that render scenes or count classes.
-        progress: Show a progress bar while they do.
+    `source` is the unpacked archive of ADE20K (`ADEChallengeData2016`, 150 classes) or PASCAL VOC
+    (`VOCdevkit` or `VOC2012`, 21 classes); a folder of pairs as for `open_depth`, with the word
+    `mask`, `annotation`, `label` or `segmentation` instead of `depth`; or
+    `scenes:TRAIN,TEST[,SIZE]`. `reduce_zero_label` ignores class 0 and subtracts 1 from the others,
+    by default for ADE20K alone, whose class 0 is everything else.
     """
     source = os.fspath(source)
     if source.startswith("scenes:"):

@@ -127,26 +127,23 @@ def _image_column(features: Any, name: str, chosen: str | None) -> str:
 
 def is_hf(path: str) -> bool:
     """Whether a path is `hfds/NAME` or a local dataset, with or without `:OPTION=VALUE,...`."""
-    if path.startswith(_PREFIX):
-        return True
     name = path if os.path.lexists(path) else _split_options(path)[0]
-    return _is_parquet(name) or (os.path.isdir(name) and _is_saved(name))
+    return path.startswith(_PREFIX) or _is_parquet(name) or _is_folder_of_data(name)
 
 
 def _is_parquet(path: str) -> bool:
     return path.endswith(".parquet") and os.path.isfile(path)
 
 
-def _is_saved(folder: str) -> bool:
+def _is_folder_of_data(path: str) -> bool:
     """Whether a folder was written by `save_to_disk`, or has Parquet files but no shards."""
-    names = os.listdir(folder)
+    data = os.path.join(path, "data")  # as in repositories of the Hub
+    names, below = (os.listdir(p) if os.path.isdir(p) else [] for p in (path, data))
     if any(name in _SAVED for name in names):
         return True
-    if any(name.lower().endswith(SHARD_SUFFIXES) for name in names):
-        return False
-    data = os.path.join(folder, "data")  # as in repositories of the Hub
-    names += os.listdir(data) if os.path.isdir(data) else []
-    return any(name.endswith(".parquet") and name != "metadata.parquet" for name in names)
+    has_shards = any(name.lower().endswith(SHARD_SUFFIXES) for name in names)
+    parquet = {name for name in (*names, *below) if name.endswith(".parquet")}
+    return bool(parquet - {"metadata.parquet"}) and not has_shards
 
 
 def hf_splits(path: str) -> list[str]:

@@ -126,9 +126,8 @@ def render_scenes(
 ) -> dict[str, NDArray[Any]]:
     """Render scenes `start` to `start + count - 1`; see `SPLIT_STARTS` and `render_scene`.
 
-    Returns:
-        `images` uint8 `[n, H, W, 3]`, `count` int64 `[n]`, `distance` float32 `[n]`; with `dense`
-        also `masks` uint8, `segmentation` uint8 and `depth` float32 `[n, H, W]`, see `Scene`.
+    Returns `images` uint8 `[n, H, W, 3]`, `count` int64 `[n]`, `distance` float32 `[n]`; with
+    `dense` also `masks` uint8, `segmentation` uint8 and `depth` float32 `[n, H, W]`, see `Scene`.
     """
     shape = (count, size, size)
     arrays: dict[str, NDArray[Any]] = {

@@ -66,18 +66,12 @@ def open_splits(
 ) -> tuple[Split, Split | None]:
     """Open the training and the test split (None without one), with the same class numbers.
 
-    Args:
-        data: All images, or the training split if `test` is given. Anything that `open_images`
-            takes and that has classes. Folders may hold: a folder for each class; `train` and
-            `test` or `val` with such folders (`test` is taken where both have classes); tar shards
-            named after their split; CIFAR-10 or CIFAR-100 (`cifar-10-batches-py`); iNaturalist
-            2018 (`train2018.json`); Places205 (`train_places205.csv`). Of `hfds/NAME`,
-            `torch/NAME` and a CSV with a column `split` both splits are taken.
-        test: The test split, if `data` does not hold it.
-        decoder: See `open_images`.
-
-    Raises:
-        DataError: There are no such images, they have no classes, or an image is in both splits.
+    `data` is all images, or the training split if `test` is given: anything that `open_images`
+    takes and that has classes. Folders may hold a folder for each class; `train` and `test` or
+    `val` with such folders (`test` is taken where both have classes); tar shards named after their
+    split; CIFAR-10 or CIFAR-100 (`cifar-10-batches-py`); iNaturalist 2018 (`train2018.json`);
+    Places205 (`train_places205.csv`). Of `hfds/NAME`, `torch/NAME` and a CSV with a column `split`
+    both splits are taken. An image in both splits raises DataError.
     """
     decoder = decoder or Decoder()
     if test is not None:
@@ -119,34 +113,26 @@ def _of_csv(whole: Split, names: Sequence[str]) -> Split | None:
 
 
 def _open_pair(train: Any, test: Any, decoder: Decoder) -> tuple[Split, Split]:
-    first, second = (
-        _open(data, os.path.basename(os.path.normpath(data)), decoder)
-        if isinstance(data, str | os.PathLike)
-        else _open(data, name, decoder)
-        for data, name in ((train, "train"), (test, "test"))
-    )
-    first, second = _of_csv(first, TRAIN) or first, _of_csv(second, TEST) or second
-    _check_disjoint(first.images, second.images)
-    return _same_classes(first, second)
-
-
-def _check_disjoint(train: ImageDataset, test: ImageDataset) -> None:
-    trained, tested = _real_paths(train), _real_paths(test)
-    if trained is None or tested is None:
-        return
-    shared = np.flatnonzero(np.isin(tested, trained))
+    splits = []
+    for data, name, names in ((train, "train", TRAIN), (test, "test", TEST)):
+        if isinstance(data, str | os.PathLike):
+            name = os.path.basename(os.path.normpath(data))
+        split = _open(data, name, decoder)
+        splits.append(_of_csv(split, names) or split)
+    first, second = splits
+    shared = np.flatnonzero(np.isin(_real_paths(second.images), _real_paths(first.images)))
     if len(shared):
         raise DataError(
             f"{len(shared)} test images are training images too, by links or because one input is "
-            f"inside the other, for example '{test.name(int(shared[0]))}'"
+            f"inside the other, for example '{second.images.name(int(shared[0]))}'"
         )
+    return _same_classes(first, second)
 
 
-def _real_paths(images: ImageDataset) -> Targets | None:
+def _real_paths(images: ImageDataset) -> Targets:
     if isinstance(images, Subset):
-        whole = _real_paths(images.dataset)
-        return None if whole is None else whole[images.indices]
-    return images.real_paths() if isinstance(images, FileDataset) else None
+        return _real_paths(images.dataset)[images.indices]
+    return images.real_paths() if isinstance(images, FileDataset) else np.empty(0, np.int64)
 
 
 def _same_classes(train: Split, test: Split) -> tuple[Split, Split]:
