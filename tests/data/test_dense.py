@@ -259,17 +259,15 @@ def test_masks_of_voc_are_palette_indices(tmp_path):
             open_segmentation(root)
 
 
-@pytest.mark.parametrize("open_data", [open_depth, open_segmentation])
-def test_rendered_scenes(open_data):
-    data = open_data("scenes:2,3,32")
-    for part, split, count in ((data.train, "train", 2), (data.test, "test", 3)):
-        scenes = [render_scene(0, SPLIT_STARTS[split] + index, 32) for index in range(count)]
-        for (image, target, _), scene in zip(part, scenes, strict=True):
-            np.testing.assert_array_equal(np.asarray(image), scene.image)
-            expected = scene.depth if open_data is open_depth else scene.segmentation
-            np.testing.assert_array_equal(target, expected)
-    assert not set(data.train.names) & set(data.test.names)
-    if open_data is open_segmentation:
-        assert data.num_classes == 4
-    else:
-        assert data.max_depth == max(target.max() for _, target, _ in data.train)
+def test_rendered_scenes():
+    depth, segmentation = open_depth("scenes:2,3,32"), open_segmentation("scenes:2,3,32")
+    for split, count in (("train", 2), ("test", 3)):
+        parts = [getattr(data, split) for data in (depth, segmentation)]
+        assert [len(part) for part in parts] == [count, count]
+        for index in range(count):
+            scene = render_scene(0, SPLIT_STARTS[split] + index, 32)
+            for part, expected in zip(parts, (scene.depth, scene.segmentation)):
+                np.testing.assert_array_equal(np.asarray(part[index][0]), scene.image)
+                np.testing.assert_array_equal(part[index][1], expected)
+    assert depth.max_depth == max(target.max() for _, target, _ in depth.train)
+    assert segmentation.num_classes == 4

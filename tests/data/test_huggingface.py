@@ -69,9 +69,9 @@ def test_objects_and_folders(tmp_path):
 
 
 def test_columns_can_be_named_also_below_a_folder_with_a_colon(tmp_path):
-    more = {"img": (STORED[::-1], datasets.Image())}
-    more["fine_label"] = ([5, 4, 3], datasets.Value("int32"))
-    data([0, 1, 1], **more).save_to_disk(tmp_path / "a:" / "d")
+    fine = ([5, 4, 3], datasets.Value("int32"))
+    rows = data([0, 1, 1], img=(STORED[::-1], datasets.Image()), fine_label=fine)
+    rows.save_to_disk(tmp_path / "a:" / "d")
     with pytest.raises(DataError, match="2 columns"):
         open_images(tmp_path / "a:" / "d")
     images = open_images(f"{tmp_path}/a:/d:image=img,label=fine_label")  # as C:\data:label=label

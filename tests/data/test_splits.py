@@ -1,10 +1,12 @@
 """The training and the test split, from what a user names."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 from inputs import Photos, levels, noise, png, put, shard
+from torchvision.datasets import CIFAR10
 
 from ijepa_zoo.data.splits import open_splits
 from ijepa_zoo.errors import DataError
@@ -73,23 +75,11 @@ def test_images_of_both_splits_are_reported(tmp_path, link, target, given, named
         open_splits(*(tmp_path / name for name in given))
 
 
-def test_objects_and_arrays():
+def test_datasets_with_one_label_and_with_several():
     train, test = open_splits(Photos(targets=[0, 1, 1]), Photos(targets=[1, 0, 1]))
     assert (train.name, test.name) == ("train", "test")
     assert (train.targets.tolist(), test.targets.tolist()) == ([0, 1, 1], [1, 0, 1])
-    for data in (noise(8, 8).reshape(2, 4, 8, 3), Photos(targets=[-1, -1, -1])):
-        with pytest.raises(DataError, match="no classes"):
-            open_splits(data)
-    first, second = Photos(targets=np.eye(3, dtype=int)), Photos(targets=np.eye(3, 4, dtype=int))
-    for other in (second, Photos(targets=[0, 1, 1])):
-        with pytest.raises(DataError, match=r"\(3, 3\) and \(3"):
-            open_splits(first, other)
-    train, test = open_splits(first, first)
-    assert train.targets.tolist() == test.targets.tolist() == np.eye(3).tolist()
-
-
-def test_one_label_per_image_beside_several():
-    """Both become matrices; images of unknown classes have none."""
+    # one label beside several: both become matrices; images of unknown classes have none
     train = Photos(targets=np.array([[1, 1], [0, 1], [0, 0]]), classes=["a", "c"])
     test = Photos(targets=[1, -1, 0], classes=["b", "c"])
     splits = open_splits(train, test)
@@ -97,18 +87,37 @@ def test_one_label_per_image_beside_several():
         [[1, 0, 1], [0, 0, 1], [0, 0, 0]],
         [[0, 0, 1], [0, 0, 0], [0, 1, 0]],
     ]
-    known = splits[0].with_classes(["c"], several=True)
-    assert known.targets.tolist() == [[1], [1], [0]]
+    assert splits[0].with_classes(["c"], several=True).targets.tolist() == [[1], [1], [0]]
     known = open_splits(test)[0].with_classes(["c", "x"], several=False)
     assert (known.targets.tolist(), known.classes) == ([0, -1, -1], {0: "c", 1: "x"})
+    matrix = Photos(targets=np.eye(3, dtype=int))
+    assert open_splits(matrix, matrix)[1].targets.tolist() == np.eye(3).tolist()
+    for given, named in (
+        *(([noise(8, 8).reshape(2, 4, 8, 3)], "no classes"), ([Photos(targets=[-1] * 3)], "no cl")),
+        ([matrix, Photos(targets=np.eye(3, 4, dtype=int))], r"\(3, 3\) and \(3, 4"),
+        ([matrix, Photos(targets=[0, 1, 1])], r"\(3, 3\) and \(3"),
+        ([train, Photos(targets=[0, 1, 1], classes=["x", "y"])], "in common"),
+    ):
+        with pytest.raises(DataError, match=named):
+            open_splits(*given)
 
 
-def test_cifar10(cifar10):
-    for data in (cifar10, cifar10 / "cifar-10-batches-py", f"torch/cifar10:root={cifar10}"):
+def test_cifar10(tmp_path, monkeypatch):
+    """Files of 10 images, with torchvision's checksums off."""
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    for seed, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        content = {"data": noise(10, 3072, 1, seed), "labels": list(range(10))}
+        put(folder, {name: pickle.dumps(content)})
+    put(folder, {"batches.meta": pickle.dumps({"label_names": list("abcdefghij")})})
+    for data in (tmp_path, folder, f"torch/cifar10:root={tmp_path}"):
         train, test = open_splits(data)
         assert (len(train.images), len(test.images)) == (50, 10)
         assert classes(test) == list("abcdefghij")
-    train, test = open_splits(f"torch/cifar10:root={cifar10},split=test")
+    expected = noise(10, 3072, 1, 5)[3].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert np.array_equal(np.asarray(test.images.read(3)), expected)
+    train, test = open_splits(f"torch/cifar10:root={tmp_path},split=test")
     assert (len(train.images), test) == (10, None)
 
 
