@@ -198,8 +198,6 @@ class FileDataset(ImageDataset):
                 return self._member(shard, int(self.offsets[index]), int(self.sizes[index]))
             if "\0" in path:
                 raise ImageError("a path cannot hold a NUL character")
-            if not os.path.isfile(path) and os.path.exists(path):  # opening a pipe would block
-                raise ImageError("not a regular file")
             with open(path, "rb") as file:
                 self._check_size(os.fstat(file.fileno()).st_size)
                 return file.read()

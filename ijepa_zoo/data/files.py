@@ -6,7 +6,6 @@ import glob
 import gzip
 import os
 import re
-import stat
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -66,18 +65,14 @@ def expand(path: str) -> list[str]:
 def list_files(paths: Sequence[str]) -> Iterator[File]:
     """List folders (sorted by path bytes), files, shards and `.txt` lists, in the given order."""
     for path in paths:
-        try:
-            mode = os.stat(path).st_mode
-        except OSError as error:
-            raise DataError(f"'{path}' cannot be read: {error.strerror}") from error
+        if not os.path.exists(path):
+            raise DataError(f"'{path}' does not exist")
         parent, suffix = os.path.join(os.path.dirname(path), ""), path.lower()
-        if stat.S_ISDIR(mode):
-            if not (shards := shards_in(path)):
+        if os.path.isdir(path):
+            if not (shards := _shards_in(path)):
                 yield from _walk(path)
             for shard in shards:
                 yield from list_shard(shard, os.path.join(path, ""))
-        elif not stat.S_ISREG(mode) and suffix.endswith((*SHARD_SUFFIXES, ".txt")):
-            raise DataError(f"'{path}' is not a regular file")  # opening a pipe would block
         elif suffix.endswith(SHARD_SUFFIXES):
             yield from list_shard(path, parent)
         elif suffix.endswith(".txt"):
@@ -88,7 +83,7 @@ def list_files(paths: Sequence[str]) -> Iterator[File]:
             yield File(path, parent)
 
 
-def shards_in(folder: str) -> list[str]:
+def _shards_in(folder: str) -> list[str]:
     """The tar shards of a folder that holds no images and no other folders."""
     entries = _entries(folder)
     if any(entry.is_dir() or _is_image(entry.name) for entry in entries):

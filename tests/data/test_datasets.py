@@ -54,6 +54,7 @@ def test_broken_files_have_a_reason(tmp_path):
             with pytest.raises(ImageError) as caught:
                 data.read(index)
             assert str(tmp_path) not in str(caught.value)  # the name is said by who reports it
+    assert str(caught.value).startswith("too large: 1,099,511,627,776 bytes")
 
 
 def test_a_list_of_many_images_stays_small():

@@ -1,7 +1,6 @@
 """`open_images`: what a user names, as one dataset."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -66,9 +65,6 @@ def tree(tmp_path_factory):
     wrong += [{"images": ARRAY, "labels": np.arange(4)}]
     for number, arrays in enumerate(wrong):
         np.savez(root / f"wrong-{number}.npz", **arrays)
-    os.mkfifo(root / "pipe.txt")
-    os.link(root / "pipe.txt", root / "pipe.tar")
-    os.link(root / "pipe.txt", root / "pipe.png")
     return root
 
 
@@ -117,7 +113,6 @@ def test_sources_of_every_kind(source, expected, classes):
     [
         *(("absent", "absent"), ("*.gif", "gif"), ("empty", "empty"), ("texts", "a.md")),
         *(("z/a.zip", "unpack"), ("z", "unpack"), ("s/{007..009}.tar", "007.tar")),
-        *(("pipe.txt", "pipe"), ("pipe.tar", "pipe"), ("pipe.png", "regular")),  # not waited for
         *(([], "no input"), (["hfds/a/b", "photos"], "hfds/a/b"), ("hfds.json", r"hfds\.json")),
         *(("no_such_module_x:Images", "no_such_module_x"), ("json:absent", "absent")),
         *(("string:digits", "str"), ("json:dumps.x", "x"), ("junk.npy", "junk")),
