@@ -40,8 +40,7 @@ class SceneObject(NamedTuple):
     size: str  # large or small
     position: Vector  # center x, y, z in scene units
     yaw: float  # rotation around the vertical axis in radians
-    # center x, y in pixels from the left and top edges, and its depth along the viewing direction
-    pixel_coords: Vector
+    depth: float  # of the center, along the viewing direction
 
     @property
     def radius(self) -> float:
