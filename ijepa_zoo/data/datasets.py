@@ -9,6 +9,7 @@ import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -168,7 +169,6 @@ class FileDataset(ImageDataset):
             renumbered = np.array([*(rank[label] for label in found), -1], np.int64)
             self.targets = renumbered[np.array(targets, np.int64)]
             self.classes = dict(enumerate(rank))
-        self._shards: tuple[int, dict[str, BinaryIO]] = (0, {})
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -206,14 +206,7 @@ class FileDataset(ImageDataset):
 
     def _member(self, shard: str, offset: int, size: int) -> bytes:
         self._check_size(size)  # also against gzip bombs
-        process, shards = self._shards
-        if process != os.getpid():  # forked processes share file positions
-            process, shards = os.getpid(), {}
-        file = shards.pop(shard, None) or open_shard(shard)
-        shards[shard] = file  # the most recently used one is last
-        if len(shards) > _OPEN_SHARDS:
-            shards.pop(next(iter(shards))).close()
-        self._shards = process, shards
+        file = _opened(shard, os.getpid())
         try:
             file.seek(offset)
             return file.read(size)
@@ -250,8 +243,11 @@ class FileDataset(ImageDataset):
                 keys.append(hash((real[folder], name.removeprefix(self.folders[folder][0]))))
         return np.array(keys, np.int64)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": (0, {})}
+
+@lru_cache(_OPEN_SHARDS)
+def _opened(shard: str, process: int) -> BinaryIO:
+    """A shard, opened by each process: forked ones would share the position in the file."""
+    return open_shard(shard)
 
 
 class ArrayDataset(ImageDataset):
