@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import DataError, ImageError
+from ..errors import DataError, ImageError, some
 from .datasets import ArrayDataset, FileDataset, ImageDataset, evenly_spaced
 from .decode import Decoder, deep_range
 from .files import expand, list_files
@@ -120,7 +120,12 @@ def _open_paths(
             names = [os.path.basename(path) for path in paths]
             return ArrayDataset([images for images, _ in arrays], decoder, names, joined)
     files = (file for file in list_files(paths) if exclude is None or not exclude(file.path))
-    return _checked(FileDataset(files, decoder), paths)
+    images = FileDataset(files, decoder)
+    if not len(images):
+        others = [f"'{path}': {reason}" for _, path, reason in images.skipped]
+        found = f", but {len(others)} other files, for example {others[0]}" if others else ""
+        raise DataError(f"no images found in {some(paths)}{found}")
+    return images
 
 
 def _opener(path: str) -> Callable[[str, Decoder], ImageDataset] | None:
@@ -134,19 +139,6 @@ def _opener(path: str) -> Callable[[str, Decoder], ImageDataset] | None:
     if _ATTRIBUTE.fullmatch(path) and not os.path.lexists(path):
         return _open_attribute
     return None
-
-
-def _checked(images: FileDataset, paths: list[str]) -> FileDataset:
-    if len(images):
-        return images
-    named = ", ".join(f"'{path}'" for path in paths[:3]) + ", ..." * (len(paths) > 3)
-    if not images.skipped:
-        raise DataError(f"no images found in {named}")
-    _, path, reason = images.skipped[0]
-    raise DataError(
-        f"no images found in {named}, but {len(images.skipped)} other files, for example "
-        f"'{path}': {reason}"
-    )
 
 
 def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
