@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from inputs import png, put, shard
-from torchvision.datasets import ImageFolder
 
 from ijepa_zoo.data import open_images
 from ijepa_zoo.data.files import list_files
@@ -21,13 +20,6 @@ def test_folder_is_sorted_by_path_bytes(tmp_path):
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.png"))).write_bytes(png())
     found = [os.fsencode(os.path.relpath(f.path, tmp_path)) for f in list_files([str(tmp_path)])]
     assert found == sorted([*map(os.fsencode, given), b"\xff\xfe.png"])
-
-
-def test_classes_are_those_of_torchvisions_image_folder(tmp_path):
-    put(tmp_path, dict.fromkeys(["b/x/1.png", "a/2.png", "b/3.png", "a/deep/er/4.png"], png()))
-    theirs, images = ImageFolder(str(tmp_path)), open_images(tmp_path)
-    ours = {images.name(i): images.label(i) for i in range(len(images))}
-    assert ours == {path: theirs.classes[number] for path, number in theirs.samples}
 
 
 def test_links(tmp_path):

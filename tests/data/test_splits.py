@@ -56,6 +56,8 @@ def test_shards_named_after_their_split_beside_parquet(tmp_path):
     train, test = open_splits(tmp_path)
     assert (levels(train.images), levels(test.images)) == ([1, 2], [3])
     assert (classes(train), classes(test)) == (["3", "4"], ["4"])
+    (tmp_path / "set-val-0.tar").unlink()
+    assert open_splits(tmp_path)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,8 @@ def test_images_of_both_splits_are_reported(tmp_path, link, target, given, named
 
 
 def test_datasets_with_one_label_and_with_several():
-    train, test = open_splits(Photos(targets=[0, 1, 1]), Photos(targets=[1, 0, 1]))
+    named = Photos(targets=[1, 0, 1], classes=["x", "y"])
+    train, test = open_splits(Photos(targets=[0, 1, 1]), named)  # numbers without names stay
     assert (train.name, test.name) == ("train", "test")
     assert (train.targets.tolist(), test.targets.tolist()) == ([0, 1, 1], [1, 0, 1])
     # one label beside several: both become matrices; images of unknown classes have none
@@ -92,13 +95,13 @@ def test_datasets_with_one_label_and_with_several():
     assert (known.targets.tolist(), known.classes) == ([0, -1, -1], {0: "c", 1: "x"})
     matrix = Photos(targets=np.eye(3, dtype=int))
     assert open_splits(matrix, matrix)[1].targets.tolist() == np.eye(3).tolist()
-    for given, named in (
+    for given, message in (
         *(([noise(8, 8).reshape(2, 4, 8, 3)], "no classes"), ([Photos(targets=[-1] * 3)], "no cl")),
         ([matrix, Photos(targets=np.eye(3, 4, dtype=int))], r"\(3, 3\) and \(3, 4"),
         ([matrix, Photos(targets=[0, 1, 1])], r"\(3, 3\) and \(3"),
-        ([train, Photos(targets=[0, 1, 1], classes=["x", "y"])], "in common"),
+        ([train, named], "in common"),
     ):
-        with pytest.raises(DataError, match=named):
+        with pytest.raises(DataError, match=message):
             open_splits(*given)
 
 
