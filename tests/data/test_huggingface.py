@@ -110,6 +110,8 @@ def test_splits(tmp_path):
         assert (train.name, test.name) == ("train", "validation")
         assert (labels(train.images), labels(test.images)) == (["x", "y", "y"], ["y", "x"])
     assert open_splits(f"{tmp_path}/saved:split=validation")[1] is None
+    datasets.DatasetDict({"train": splits["train"]}).save_to_disk(tmp_path / "alone")
+    assert open_splits(tmp_path / "alone")[1] is None
 
 
 def test_rows_without_an_image_and_a_missing_package(tmp_path, monkeypatch):

@@ -90,6 +90,7 @@ def test_datasets_with_one_label_and_with_several():
         [[1, 0, 1], [0, 0, 1], [0, 0, 0]],
         [[0, 0, 1], [0, 0, 0], [0, 1, 0]],
     ]
+    assert open_splits(test, train)[0].targets.tolist() == splits[1].targets.tolist()
     assert splits[0].with_classes(["c"], several=True).targets.tolist() == [[1], [1], [0]]
     known = open_splits(test)[0].with_classes(["c", "x"], several=False)
     assert (known.targets.tolist(), known.classes) == ([0, -1, -1], {0: "c", 1: "x"})
@@ -99,6 +100,7 @@ def test_datasets_with_one_label_and_with_several():
         *(([noise(8, 8).reshape(2, 4, 8, 3)], "no classes"), ([Photos(targets=[-1] * 3)], "no cl")),
         ([matrix, Photos(targets=np.eye(3, 4, dtype=int))], r"\(3, 3\) and \(3, 4"),
         ([matrix, Photos(targets=[0, 1, 1])], r"\(3, 3\) and \(3"),
+        ([matrix, train], r"\(3, 3\) and \(3, 2"),
         ([train, named], "in common"),
     ):
         with pytest.raises(DataError, match=message):
