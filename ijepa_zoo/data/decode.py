@@ -282,8 +282,8 @@ def _pillow(max_pixels: int) -> Iterator[None]:
         raise too_large(int(re.findall(r"\d+", str(error))[0]), max_pixels) from None
     except UnidentifiedImageError:
         raise ImageError(
-            "not an image, in a format that the installed Pillow cannot read, or a TIFF of several "
-            "bands (choose some with --bands or data.bands)"
+            "not an image, or in a format that the installed Pillow cannot read (for a TIFF of "
+            "several bands, choose some with --bands or data.bands)"
         ) from None
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -108,7 +108,8 @@ def _walk(folder: str) -> Iterator[File]:
         for entry in entries:
             path = entry.path
             if not _is_folder(entry):
-                label, skipped = _class_of(path[len(root) :], has_splits), _skip_reason(entry.name)
+                name = path[len(root) :].replace(os.sep, "/")
+                label, skipped = _class_of(name, has_splits), _skip_reason(entry.name)
                 yield File(path, root, label, skipped=skipped)
                 continue
             try:
