@@ -107,7 +107,7 @@ def pretrain(
             init_distributed(config.runtime.device, config.runtime.timeout)
         )
         out = open_folder(out, data, distributed, stack)
-        images = open_training_images(config, data, out / "shards.index")
+        images = open_training_images(config, data)
 
         def reconcile() -> PretrainConfig:
             resolved = run_precision(out, config, distributed)
