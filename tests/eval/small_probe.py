@@ -20,17 +20,20 @@ def encoder(seed=0, **kwargs):
     return create_model("vit_tiny16_ijepa", pretrained=False, **sizes).eval()
 
 
+def save(pixels, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
 def write_pictures(folder, train=12, test=7, classes=3):
     """Class folders; mirrored halves, so that a flip changes nothing."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):
         for kind in range(classes):
-            place = folder / split / f"class{kind}"
-            place.mkdir(parents=True)
             for number in range(count):
                 half = rng.integers(0, 156, (SIZE, SIZE // 2, 3)) + 3 * kind
                 pixels = np.concatenate([half, half[:, ::-1]], axis=1).astype(np.uint8)
-                Image.fromarray(pixels).save(place / f"{number}.png")
+                save(pixels, folder / split / f"class{kind}" / f"{number}.png")
     return folder
 
 
@@ -43,9 +46,7 @@ def pixels_of(folder, split):
 
 
 def normalized(images):
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     return (images - mean) / std
 
 

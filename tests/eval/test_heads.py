@@ -14,9 +14,7 @@ from ijepa_zoo.eval.heads import HeadSpec, make_grid
 from ijepa_zoo.eval.tasks import CROP, Protocol
 
 WIDTHS = {"last": 12, "last4": 48}
-CLASSES = 5
-STEPS = 12
-SGD = Protocol(1, CROP)
+CLASSES, STEPS = 5, 12
 
 
 def specs_of(lrs=(0.5, 0.05), decays=(5e-4, 0.0)):
@@ -30,7 +28,7 @@ def specs_of(lrs=(0.5, 0.05), decays=(5e-4, 0.0)):
 
 
 def grid_of(specs, optimizer="sgd", widths=WIDTHS, classes=CLASSES, seed=3):
-    return make_grid(specs, widths, classes, replace(SGD, optimizer=optimizer), seed)
+    return make_grid(specs, widths, classes, replace(Protocol(1, CROP), optimizer=optimizer), seed)
 
 
 def batches(steps, size=32, seed=0):
@@ -73,85 +71,62 @@ def train_alone(head, spec, optimizer, penalty=0.0):
     return losses
 
 
-def test_every_head_equals_torch_sgd_alone():
-    grid = grid_of(specs_of())
+@pytest.mark.parametrize(("name", "lrs"), [("sgd", (0.5, 0.05)), ("lars", (6.4, 0.64))])
+def test_every_head_equals_torchs_sgd_or_timms_lars_alone(name, lrs):
+    grid = grid_of(specs_of(lrs=lrs), name)
     alone = copy.deepcopy(grid.heads)
-    losses = torch.stack(
-        [grid.step(x, y, lr_scale(step)) for step, (x, y) in enumerate(batches(STEPS))]
-    )
-    features, _ = next(batches(1, size=200, seed=1))
-    grid.eval()
-    every = range(len(grid.specs))
-    found = [logits.argmax(dim=1) for logits in grid.outputs(features, every)]
+    steps = enumerate(batches(STEPS))
+    losses = torch.stack([grid.step(x, y, lr_scale(step)) for step, (x, y) in steps])
     for i, (spec, head) in enumerate(zip(grid.specs, alone)):
-        groups = [{"params": [*head.linear.parameters()], "weight_decay": spec.weight_decay}]
-        groups += [{"params": p} for p in head.norm.parameters()]
-        optimizer = torch.optim.SGD(groups, lr=spec.lr, momentum=0.9, nesterov=True)
-        expected = train_alone(head, spec, optimizer)
+        linear, norm = head.linear, [*head.norm.parameters()]
+        if name == "sgd":
+            groups = [{"params": [*linear.parameters()], "weight_decay": spec.weight_decay}]
+            groups += [{"params": p} for p in norm]
+            optimizer = torch.optim.SGD(groups, lr=spec.lr, momentum=0.9, nesterov=True)
+            expected = train_alone(head, spec, optimizer)
+        else:  # timm's weight decay is not part of the step whose length counts: add it to the loss
+            groups = [{"params": [linear.weight], "always_adapt": True}]
+            groups.append({"params": [linear.bias, *norm]})
+            optimizer = Lars(groups, lr=spec.lr, momentum=0.9, trust_coeff=0.001)
+            expected = train_alone(head, spec, optimizer, spec.weight_decay)
         torch.testing.assert_close(losses[:, i], torch.tensor(expected), rtol=0, atol=1e-5)
         assert_same_head(grid.heads[i], head)
-        logits = head.eval()(features[spec.representation])
-        assert found[i].equal(logits.argmax(dim=1))
     assert len(set(losses[-1].tolist())) == len(grid.specs), "no two heads are the same"
 
 
-def test_every_head_equals_timms_lars_alone():
-    """Weight decay is in the loss here: timm's own is not part of the step whose length counts."""
-    grid = grid_of(specs_of(lrs=(6.4, 0.64)), "lars")
-    alone = copy.deepcopy(grid.heads)
-    for step, (features, labels) in enumerate(batches(STEPS)):
-        grid.step(features, labels, lr_scale(step))
-    for mine, spec, head in zip(grid.heads, grid.specs, alone):
-        weight, start = head.linear.weight, head.linear.weight.detach().clone()
-        groups = [
-            {"params": [weight], "always_adapt": True},
-            {"params": [head.linear.bias, *head.norm.parameters()]},
-        ]
-        optimizer = Lars(groups, lr=spec.lr, momentum=0.9, trust_coeff=0.001)
-        train_alone(head, spec, optimizer, spec.weight_decay)
-        assert_same_head(mine, head)
-        assert (weight - start).abs().max() > 1e-3
-
-
-def single(weight, bias, lr, wd):
-    grid = grid_of([HeadSpec("a", "linear", lr, wd)], "lars", {"a": 1}, 2)
+@pytest.mark.parametrize(
+    ("weight", "bias", "lr", "decay", "expected"),
+    [
+        # both logits are 1, so the gradients of weights and biases are -0.5 and 0.5; weight decay
+        # makes the weights' (1, 2.5) and the biases' (-1.5, -1); the ratio is 0.001 * 5 / |(1, 2.5)|
+        ((3.0, 4.0), (-2.0, -3.0), 2.0, 0.5, (3 - 0.01 / 7.25**0.5, 4 - 0.025 / 7.25**0.5, 1, -1)),
+        ((0.0, 0.0), (0.0, 0.0), 1.0, 0.0, (0.5, -0.5, 0.5, -0.5)),  # no norm: the plain step
+    ],
+)
+def test_lars_step_by_hand(weight, bias, lr, decay, expected):
+    grid = grid_of([HeadSpec("a", "linear", lr, decay)], "lars", {"a": 1}, 2)
     linear = grid.heads[0].linear
-    linear.load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
+    linear.load_state_dict({"weight": torch.tensor(weight)[:, None], "bias": torch.tensor(bias)})
     grid.step({"a": torch.ones(1, 1)}, torch.tensor([0]), 1.0)
-    return linear.weight.detach(), linear.bias.detach()
-
-
-def test_lars_step_by_hand():
-    weight, bias = single([[3.0], [4.0]], [-2.0, -3.0], lr=2.0, wd=0.5)
-    # both logits are 1, so the gradients of weights and biases are -0.5 and 0.5; weight decay
-    # makes the weights' (1, 2.5) and the biases' (-1.5, -1); the ratio is 0.001 * 5 / |(1, 2.5)|
-    ratio = 0.005 / 7.25**0.5
-    torch.testing.assert_close(weight, torch.tensor([[3 - 2 * ratio], [4 - 5 * ratio]]))
-    torch.testing.assert_close(bias, torch.tensor([1.0, -1.0]))
-
-
-def test_lars_takes_the_plain_step_from_weights_of_zero():
-    weight, _ = single([[0.0], [0.0]], [0.0, 0.0], lr=1.0, wd=0.0)
-    torch.testing.assert_close(weight, torch.tensor([[0.5], [-0.5]]))
+    found = torch.cat([linear.weight.flatten(), linear.bias])
+    assert found.tolist() == pytest.approx(expected)
 
 
 def test_first_weights_are_those_of_torchs_linear_layer_and_of_the_seed():
     spec, other = HeadSpec("x", "linear", 0.1, 0.0), HeadSpec("y", "bn", 1.0, 0.0)
-    widths = {"x": 4096, "y": 8}
-    heads = [
-        grid_of(specs, widths=widths, classes=100, seed=seed).heads[-1].linear
+    first, among_others, of_other_seed = (
+        grid_of(specs, widths={"x": 4096, "y": 8}, classes=100, seed=seed).heads[-1].linear
         for specs, seed in (([spec], 1), ([other, spec], 1), ([spec], 2))
-    ]
-    torch.manual_seed(0)
+    )
     usual = nn.Linear(4096, 100)
-    for mine, theirs in ((heads[0].weight, usual.weight), (heads[0].bias, usual.bias)):
+    for mine, theirs in zip(first.parameters(), usual.parameters()):
         assert float(mine.detach().abs().max()) == pytest.approx(1 / 64, rel=0.03)
         assert float((mine.std() / theirs.std()).detach()) == pytest.approx(1, abs=0.15)
-    assert heads[0].weight.equal(heads[1].weight), "of no other head"
-    assert not heads[0].weight.equal(heads[2].weight)
+    assert first.weight.equal(among_others.weight)
+    assert not first.weight.equal(of_other_seed.weight)
 
 
-def test_a_head_that_diverged_has_no_right_answers_and_spoils_no_other():
+def test_a_head_that_diverged_spoils_no_other():
     specs = [HeadSpec("last", "linear", lr, 0.0) for lr in (0.1, 3e38)]
     both, one = grid_of(specs), grid_of(specs[:1])
     for features, labels in batches(6):
@@ -164,15 +139,15 @@ def test_a_head_that_diverged_has_no_right_answers_and_spoils_no_other():
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
 def test_a_step_waits_for_no_device(optimizer):
     """Nothing is read back: on a GPU each such read would wait for all work before it."""
-    grid, seen = grid_of(specs_of(), optimizer), []
+    grid, seen = grid_of(specs_of(), optimizer), set()
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(function.name())
+            seen.add(function.name())
             return function(*args, **kwargs or {})
 
     with Reads():
         for features, labels in batches(2):
             grid.step(features, labels, 1.0)
     assert "aten::native_batch_norm" in seen
-    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"} & {*seen}
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"} & seen

@@ -18,26 +18,20 @@ from ijepa_zoo.metrics import knn_predict
 
 def vote(train, labels, query, k, temperature):
     """The classifier of the papers, one query at a time in plain Python."""
-
-    def cosine(a, b):
-        dot = sum(x * y for x, y in zip(a, b))
-        return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-
-    nearest = sorted(((cosine(query, x), y) for x, y in zip(train, labels)), reverse=True)[:k]
+    similarities = F.cosine_similarity(train.double(), query.double(), dim=1).tolist()
+    nearest = sorted(zip(similarities, labels.tolist()), reverse=True)[:k]
     votes = {}
     for similarity, label in nearest:
         votes[label] = votes.get(label, 0.0) + math.exp(similarity / temperature)
     return sorted(votes, key=votes.get, reverse=True)
 
 
-@settings(max_examples=20)
-@given(st.integers(0, 99), st.sampled_from([3, 7, 1024]), st.sampled_from([5, 11, 16384]))
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.sampled_from([3, 1024]), st.sampled_from([5, 16384]))
 def test_votes_equal_one_query_at_a_time(seed, query_block, bank_block):
     generator = torch.Generator().manual_seed(seed)
-    centers, labels = (
-        torch.randn(4, 6, generator=generator),
-        torch.randint(4, (60,), generator=generator),
-    )
+    centers = torch.randn(4, 6, generator=generator)
+    labels = torch.randint(4, (60,), generator=generator)
     rows = centers[labels] * 0.6 + torch.randn(60, 6, generator=generator)
     rows *= torch.rand(60, 1, generator=generator) * 9 + 1  # lengths must not matter
     bank, queries = F.normalize(rows[:50], dim=1), rows[50:]
@@ -46,32 +40,29 @@ def test_votes_equal_one_query_at_a_time(seed, query_block, bank_block):
     options = {"ks": ks, "temperatures": temperatures, "num_classes": 4, **blocks}
     found = knn_predict(bank, labels[:50], queries, top=2, **options)
     for i, setting in enumerate((k, t) for k in ks for t in temperatures):
-        for j, query in enumerate(queries.double().tolist()):
-            expected = vote(bank.double().tolist(), labels[:50].tolist(), query, *setting)[:2]
+        for j, query in enumerate(queries):
+            expected = vote(bank, labels[:50], query, *setting)[:2]
             assert found[i, j, : len(expected)].tolist() == expected
 
 
 def test_votes_of_a_small_temperature_do_not_underflow():
     bank = F.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.5]]), dim=1)
-    found = knn_predict(
-        bank, torch.tensor([1, 0]), -bank[:1], ks=[2], temperatures=[1e-3], num_classes=2
-    )
+    options = {"ks": [2], "temperatures": [1e-3], "num_classes": 2}
+    found = knn_predict(bank, torch.tensor([1, 0]), -bank[:1], **options)
     assert found.item() == 0, "exp(-1 / 0.001) is 0; the nearer of two far ones decides"
 
 
 @pytest.mark.parametrize("on_test", [False, True])
 def test_probe_equals_a_plain_computation(pictures, tmp_path, on_test):
-    model = encoder()
-    result = evaluate_knn(TASK, model, pictures, tmp_path, select_on_test=on_test, **OPTIONS)
+    result = evaluate_knn(TASK, encoder(), pictures, tmp_path, select_on_test=on_test, **OPTIONS)
     fit, choose = split_off_val(open_task(TASK, pictures)[0], 0)
     images, labels = pixels_of(pictures, "train")
     tests, answers = pixels_of(pictures, "test")
-    x, z = (features_of(model, pixels)["last"] for pixels in (images, tests))
+    x, z = (features_of(encoder(), pixels)["last"] for pixels in (images, tests))
 
     def accuracy(near, classes, queries, truth, name):
         k, temperature = (float(part.split("=")[1]) for part in name.split())
-        args = near.tolist(), classes.tolist()
-        found = [vote(*args, query, int(k), temperature)[0] for query in queries.tolist()]
+        found = [vote(near, classes, query, int(k), temperature)[0] for query in queries]
         return 100 * float((torch.tensor(found) == truth).float().mean())
 
     neighbors = [k for k in KS if k <= (36 if on_test else len(fit))]
@@ -100,8 +91,8 @@ def test_as_few_images_as_neighbors(tmp_path, train, ks):
 def test_a_model_that_uses_its_class_token_is_evaluated_on_it(pictures, tmp_path):
     sizes = {"img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3}
     model = timm.create_model("vit_tiny_patch16_224", **sizes)
-    pools = [
-        evaluate_knn(TASK, model, pictures, tmp_path, pool=pool, **OPTIONS).protocol["pool"]
-        for pool in ("auto", "avg", "cls_avg")
-    ]
-    assert pools == ["cls", "avg", "cls_avg"]
+    pools = {
+        pool: evaluate_knn(TASK, model, pictures, tmp_path, pool=pool, **OPTIONS).protocol["pool"]
+        for pool in ("auto", "cls_avg")
+    }
+    assert pools == {"auto": "cls", "cls_avg": "cls_avg"}

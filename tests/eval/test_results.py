@@ -1,17 +1,20 @@
-"""Results: files, tables, and the report of several."""
+"""Results: files, tables, the report of several, and the state of an unfinished evaluation."""
 
 import csv
-import json
 import math
 from dataclasses import replace
 
 import pytest
+import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from small_probe import OPTIONS, TASK, encoder, the_one
 
-from ijepa_zoo.errors import DataError, SettingsError
-from ijepa_zoo.eval import Result, read_result, write_report
+from ijepa_zoo.errors import DataError, RunError, SettingsError
+from ijepa_zoo.eval import Result, evaluate_knn, read_result, write_report
 from ijepa_zoo.eval.results import Head, wilson_interval
+from ijepa_zoo.eval.runs import EpochState
 
 MODEL = {"name": "a", "architecture": "vit", "weights": "w", "weights_hash": "abcdef012"}
 RESULT = Result(
@@ -44,27 +47,21 @@ def test_the_interval_is_of_the_shares_that_the_answers_do_not_reject(total, dat
         assert (p - share) ** 2 == pytest.approx(z * z * p * (1 - p) / total, abs=1e-9)
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_what_is_written_is_read_and_has_one_row_in_the_table(tmp_path):
     heads = [replace(RESULT.heads[0], loss=math.nan), *RESULT.heads[1:]]
-    path = replace(RESULT, heads=heads, metrics={"x": math.inf}).write(tmp_path / "one")
-    found = read_result(path)
+    odd = replace(RESULT, value=math.nan, heads=heads, metrics={"x": math.inf})
+    found = read_result(odd.write(tmp_path / "one"))
+    assert math.isnan(found.value)
     assert (found.heads[0].loss, found.metrics) == (None, {"x": None})
-    assert found.interval == RESULT.interval
-    assert read_result(RESULT.write(tmp_path / "two")) == RESULT
-    assert math.isnan(read_result(replace(RESULT, value=math.nan).write(tmp_path / "three")).value)
-
-
-def test_results_csv_has_one_row_for_each_folder(tmp_path):
-    RESULT.write(tmp_path / "one")
     replace(RESULT, value=81.0).write(tmp_path / "two")
-    replace(RESULT, value=82.0).write(tmp_path / "one")
+    assert read_result(RESULT.write(tmp_path / "one")) == RESULT
     with (tmp_path / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["result"], row["value"]) for row in rows] == [
-        ("two/result.json", "81.0"),
-        ("one/result.json", "82.0"),
-    ]
-    assert (rows[0]["paper"], rows[0]["low"]) == ("86.7", "77.4")
+        rows = {row["result"]: row for row in csv.DictReader(file)}
+    assert {name: row["value"] for name, row in rows.items()} == {
+        "two/result.json": "81.0",
+        "one/result.json": "80.0",
+    }
+    assert (rows["one/result.json"]["paper"], rows["one/result.json"]["low"]) == ("86.7", "77.4")
 
 
 @pytest.mark.parametrize("content", [b"my,own,table\n1,2,3\n", b"\xff\xfe\x00"])
@@ -86,14 +83,13 @@ def test_a_damaged_or_missing_result_is_named(tmp_path, content):
 
 
 def test_the_terminal_shows_the_chosen_head_and_what_to_compare_with():
-    lines = replace(RESULT, metrics={"top-5": 99.0}).table().splitlines()
+    lines = replace(RESULT, metrics={"top-5": 99.0}, notes=["why"]).table().splitlines()
     cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
     assert ["h2", "79.0", "80.0 (77.4-82.4)"] in cells
-    assert ["top-5", "99"] in cells
-    assert ["paper", "86.7"] in cells
-    assert ["raw pixels", "20.0"] in cells
+    for row in (["top-5", "99"], ["paper", "86.7"], ["raw pixels", "20.0"]):
+        assert row in cells
     assert ["most frequent class", "12.5"] in cells
-    assert "note: why" in replace(RESULT, notes=["why"]).table()
+    assert "note: why" in lines
 
 
 def test_the_report_groups_by_task_data_and_method_with_the_best_in_bold(tmp_path):
@@ -123,4 +119,25 @@ def test_the_report_groups_by_task_data_and_method_with_the_best_in_bold(tmp_pat
     for out in (tmp_path, tmp_path / "results.csv", tmp_path / "0" / "result.json"):
         with pytest.raises(SettingsError, match=str(out)):
             write_report([tmp_path], out)
-    assert json.loads((tmp_path / "0" / "result.json").read_bytes())["value"] == 80
+
+
+def test_a_folder_that_another_process_has_locked_is_named(pictures, tmp_path):
+    evaluate_knn(TASK, encoder(), pictures, tmp_path, **OPTIONS)
+    folder = the_one(tmp_path, "*/result.json").parent
+    with FileLock(folder / ".lock"), pytest.raises(RunError, match=str(folder)):
+        evaluate_knn(TASK, encoder(), pictures, tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_state_with_a_changed_byte_or_a_cut_is_refused(tmp_path, share):
+    state, content = EpochState(tmp_path / "state.pt"), {"epoch": 2, "x": torch.ones(9999)}
+    assert state.load() is None
+    state.save(content)
+    found = state.load()
+    assert (found["epoch"], found["x"].sum()) == (2, 9999)
+    whole = state.path.read_bytes()
+    where = int(len(whole) * share)
+    for damaged in (whole[:where] + bytes([whole[where] ^ 64]) + whole[where + 1 :], whole[:where]):
+        state.path.write_bytes(damaged)
+        with pytest.raises(RunError, match=r"state\.pt"):
+            state.load()
