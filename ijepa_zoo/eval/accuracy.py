@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError
-from .features import Source
-from .results import wilson_interval
 
 if TYPE_CHECKING:
+    from .features import FeatureLoader, Source
     from .probe import Probe
 
 TOP = 5  # for top-5 accuracy
+_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,36 @@ class Metrics:
         return self.values.index(max(self.values))
 
 
-def join_heads(parts: Sequence[Metrics]) -> Metrics:
-    """Concatenate metrics of heads on the same images."""
-    columns = zip(*((p.values, p.intervals, p.others) for p in parts))
-    joined: Any = [[entry for part in column for entry in part] for column in columns]
-    return Metrics(parts[0].name, parts[0].images, *joined)
+@dataclass(frozen=True)
+class Choice:
+    """The chosen head, and metrics of all heads on validation images.
+
+    `test` has the metrics of the chosen head, or of all heads where there are no validation images.
+    """
+
+    index: int
+    val: Metrics | None
+    test: Metrics
+
+
+def choose(
+    loader: FeatureLoader,
+    measure: Callable[[Any], Metrics],
+    test: Callable[[Any, int], Metrics],
+) -> Choice:
+    """Choose a head by what `measure` returns for batches, and `test` it alone."""
+    if not len(loader.probe.val_rows):
+        found = measure(loader.testing())
+        return Choice(found.best, None, found)
+    val = measure(loader.validation())
+    return Choice(val.best, val, test(loader.testing(), val.best))
 
 
 def compute_metrics(
     probe: Probe,
     source: Source,
     batches: Iterable[tuple[Tensor, Tensor]],
-    logits: Callable[[Any], Sequence[Tensor]],
+    logits: Callable[[Any], Iterable[Tensor]],
     heads: int,
 ) -> Metrics:
     """Accuracies of heads, or average precision where images may have several classes."""
@@ -129,6 +148,19 @@ def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
     precision = positive.cumsum(dim=1).gather(1, last) / (last + 1)
     found = (precision * positive).sum(dim=1) / positive.sum(dim=1)
     return found.masked_fill(scores.isnan().any(dim=0) & ~found.isnan(), 0.0)
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """95 % interval of an accuracy in percent, of `right` answers among `total`.
+
+    Wilson's score interval (JASA 22, 1927): unlike the normal approximation it holds for small
+    numbers and near the ends.
+    """
+    share, spread = right / total, _Z * _Z / total
+    middle = share + spread / 2
+    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    low, high = middle - half, middle + half
+    return 100 * max(low / (1 + spread), 0.0), 100 * min(high / (1 + spread), 1.0)
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -44,16 +44,9 @@ from .dense_training import DenseLoader, DenseProbe, Indices, make_dense_grid
 from .features import CACHED_AS_IS, Source
 from .heads import Grid, train
 from .models import EvalModel
-from .probe import (
-    HeadsConfig,
-    epochs_note,
-    evaluate,
-    of_all_processes,
-    run_once,
-    undecoded_note,
-)
+from .probe import HeadsConfig, epochs_note, evaluate, of_all_processes, undecoded_note
 from .results import TEST_SET, Head, Result, data_name
-from .runs import EpochState
+from .runs import run_once
 from .saved_head import save_head
 from .sets import VAL_SHARE
 from .tasks import EvalTransform
@@ -189,19 +182,20 @@ def _evaluate(
             images = protocol.epochs * len(probe.train_rows)
             images += len(probe.val_rows) + len(probe.pairs.test)
             with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:
-                loader = DenseLoader(probe, source, bar)
-                grid = make_dense_grid(
-                    *(
-                        probe.task,
-                        protocol,
-                        source.widths,
-                        source.size,
-                        probe.config.seed,
-                        source.device,
-                    )
+                loader, grid = (
+                    DenseLoader(probe, source, bar),
+                    make_dense_grid(
+                        *(
+                            probe.task,
+                            protocol,
+                            source.widths,
+                            source.size,
+                            config.seed,
+                            source.device,
+                        )
+                    ),
                 )
-                state = EpochState(folder / "state.pt", probe.distributed)
-                losses, earlier = train(protocol, probe.distributed, source, loader, grid, state)
+                losses, earlier = train(probe, source, loader, grid, folder)
                 result, chosen = _measure(probe, source, loader, grid, losses, usual)
             layers = cast("Layers", grid.specs[chosen].representation)
             classifier = Classifier(

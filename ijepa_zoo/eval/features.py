@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,8 +72,6 @@ class BlockFeatures:
             )
         if pool == "auto" and getattr(model.model, "attn_pool", None) is not None:
             pool = "avg"  # the model's attention pooling takes its last block only
-        if kind == "vectors" and pool is None:
-            raise SettingsError("this probe reads one vector per image: use pool avg, cls, ...")
         if precision == "auto":
             precision = fast_precision(torch.device(device))
         self.encoder = Encoder(
@@ -144,11 +144,16 @@ def pixel_options(part: EvalSet) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """Features of a set of images, read from the disk as they are needed."""
+    """Features of the images of a set that could be decoded, read from the disk as needed."""
 
     rows: Tensor
-    indices: npt.NDArray[np.int64]
+    labels: Tensor
+    indices: npt.NDArray[np.int64]  # of the images
     broken: dict[int, str]
+
+    def find(self, images: Targets) -> Targets:
+        """The rows of images."""
+        return np.flatnonzero(np.isin(self.indices, images))
 
 
 class _Pixels:
@@ -199,19 +204,51 @@ def cached_features(
     # copy on write: torch wants writable memory
     rows: np.memmap[Any, Any] = np.lib.format.open_memmap(outputs.features, mode="c")
     good = np.setdiff1d(np.arange(len(part)), [*broken]).astype(np.int64)
-    return CachedFeatures(torch.from_numpy(rows), good, broken)
+    return CachedFeatures(
+        torch.from_numpy(rows), torch.from_numpy(part.targets[good]), good, broken
+    )
 
 
 LabeledRows = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
 
 
-class OnlineLoader:
-    """Every epoch encodes every image with another random crop, as in the protocols."""
+class FeatureLoader(ABC):
+    """Features of the images of a probe; `gathered`: training batches are whole in each process."""
 
-    name, notes = "online", ()
+    name: str
+    batch_size: int
+    steps: int
 
     def __init__(self, probe: Probe, source: Source, bar: Any, *, gather: bool = True) -> None:
         self.probe, self.source, self.bar, self.gathered = probe, source, bar, gather
+        self.device = source.device
+        self.broken: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def training(self, first: int, last: int) -> Iterator[LabeledRows]:
+        """The steps of the epochs from `first` up to `last`, exclusive."""
+
+    @abstractmethod
+    def in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
+        """Images one after the other, the share of this process."""
+
+    def validation(self) -> Iterator[LabeledRows]:
+        """The images that choose the head."""
+        return self.in_order(self.probe.train, self.probe.val_rows)
+
+    def testing(self) -> Iterator[LabeledRows]:
+        """The test images."""
+        return self.in_order(self.probe.test, np.arange(len(self.probe.test)))
+
+
+class OnlineLoader(FeatureLoader):
+    """Every epoch encodes every image with another random crop, as in the protocols."""
+
+    name = "online"
+
+    def __init__(self, probe: Probe, source: Source, bar: Any, *, gather: bool = True) -> None:
+        super().__init__(probe, source, bar, gather=gather)
         protocol = probe.protocol
         self.batches = TrainBatches(
             *(probe.train, probe.train_rows, protocol.transform, source.size, protocol.batch_size),
@@ -221,35 +258,21 @@ class OnlineLoader:
             micro=_PIECE,
         )
         self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
-        self.broken: dict[str, str] = {}
 
     def training(self, first: int, last: int) -> Iterator[LabeledRows]:
-        """The steps of the epochs from `first` up to `last`, exclusive."""
-        numbers = self.batches.numbers(first, last)
+        """See :class:`FeatureLoader`."""
         gather = self.probe.distributed.all_gather_rows
-        pieces: list[LabeledRows] = []
-        for piece in self._encode(self.batches, numbers):
-            pieces.append(piece)
-            if len(pieces) == self.batches.parts:
-                rows, labels = (torch.cat(column) for column in zip(*pieces))
-                if self.gathered:
-                    rows, labels = gather(rows), gather(labels)
-                yield rows, labels
-                pieces = []
+        pieces = self._encode(self.batches, self.batches.numbers(first, last))
+        while step := list(islice(pieces, self.batches.parts)):
+            rows, labels = (torch.cat(column) for column in zip(*step))
+            yield (gather(rows), gather(labels)) if self.gathered else (rows, labels)
 
-    def validation(self) -> Iterator[LabeledRows]:
-        """The images that choose the head, the share of this process."""
-        return self._in_order(self.probe.train, self.probe.val_rows)
-
-    def testing(self) -> Iterator[LabeledRows]:
-        """The test images, the share of this process."""
-        return self._in_order(self.probe.test, np.arange(len(self.probe.test)))
-
-    def _in_order(self, part: EvalSet, rows: Targets) -> Iterator[LabeledRows]:
-        batches = self.probe.in_order(part, rows, self.source.size)
+    def in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
+        """See :class:`FeatureLoader`."""
+        batches = self.probe.in_order(part, images, self.source.size)
         return self._encode(batches, range(len(batches)))
 
-    def _encode(self, batches: Any, numbers: Any) -> Iterator[LabeledRows]:
+    def _encode(self, batches: Any, numbers: Sequence[int]) -> Iterator[LabeledRows]:
         for rows, labels in encoded(self.probe, self.source, batches, numbers, self.broken):
             self.bar.update(len(labels) * self.probe.distributed.world_size)
             yield rows.float(), labels
@@ -276,7 +299,7 @@ def encoded(
             yield rows, labels.to(rows.device, non_blocking=True)
 
 
-class CachedLoader:
+class CachedLoader(FeatureLoader):
     """Features computed once, of every image and its mirror image.
 
     Random crops of the protocol, if it has any, are replaced by the test transform. Without `flips`
@@ -288,72 +311,49 @@ class CachedLoader:
     def __init__(
         self, probe: Probe, source: Source, bar: Any, *, flips: bool = True, gather: bool = True
     ) -> None:
-        self.probe, self.bar, self.device, self.gathered = probe, bar, source.device, gather
-        self.train = cached_features(probe, probe.train, source)
-        self.mirrored = (
-            cached_features(probe, probe.train, source, mirrored=True) if flips else None
-        )
+        super().__init__(probe, source, bar, gather=gather)
+        self.train = self.mirrored = cached_features(probe, probe.train, source)
+        if flips:
+            self.mirrored = cached_features(probe, probe.train, source, mirrored=True)
+            crops = probe.protocol.transform.crop_mode == "center"
+            self.notes = [_CACHED_WITHOUT_CROPS if crops else CACHED_AS_IS]
         self.test = cached_features(probe, probe.test, source)
-        self.broken = {
-            part.images.name(index): reason
-            for part, found in ((probe.train, self.train), (probe.test, self.test))
-            for index, reason in found.broken.items()
-        }
-        self.train_rows = np.flatnonzero(np.isin(self.train.indices, probe.train_rows))
-        self.val_rows = np.flatnonzero(np.isin(self.train.indices, probe.val_rows))
+        for part, found in ((probe.train, self.train), (probe.test, self.test)):
+            self.broken |= {part.images.name(i): reason for i, reason in found.broken.items()}
+        self.train_rows = self.train.find(probe.train_rows)
+        self.val_rows = self.train.find(probe.val_rows)
         if len(self.train_rows) < 2:
             raise DataError("fewer than two training images can be decoded")
         self.batch_size = min(probe.protocol.batch_size, len(self.train_rows))
         self.steps = len(self.train_rows) // self.batch_size
-        crops = probe.protocol.transform.crop_mode == "center"
-        self.notes = (_CACHED_WITHOUT_CROPS if crops else CACHED_AS_IS,)
 
-    def labels(self, part: EvalSet, found: CachedFeatures, indices: Targets) -> Tensor:
-        """Classes of cached rows."""
-        return torch.from_numpy(part.targets[found.indices[indices]]).to(self.device)
-
-    def share(self, indices: Targets) -> Targets:
-        """Those of the indices that belong to this process."""
-        return indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
+    def share(self, rows: Targets) -> Targets:
+        """Those that belong to this process."""
+        return rows[self.probe.distributed.rank :: self.probe.distributed.world_size]
 
     def training(self, first: int, last: int) -> Iterator[LabeledRows]:
-        """The steps of the epochs; images and flips are those of `OnlineLoader`."""
+        """See :class:`FeatureLoader`; images and flips are those of `OnlineLoader`."""
         seed, batch, distributed = self.probe.config.seed, self.batch_size, self.probe.distributed
         shared = (0, 1) if self.gathered else (distributed.rank, distributed.world_size)
         own = share(batch, *shared)
         for epoch in range(first, last):
-            order = numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(
-                len(self.train_rows)
-            )
+            rng = numpy_generator(seed, Stream.EVAL_ORDER, epoch)
+            order = rng.permutation(len(self.train_rows))
             for step in range(self.steps):
                 chosen = self.train_rows[order[step * batch : (step + 1) * batch]][own]
                 draws = numpy_generator(seed, Stream.EVAL_AUGMENT, epoch, step)
                 flips = draws.random((batch, DRAWS))[own, -1] < 0.5
                 rows = self.train.rows[chosen]
-                if self.mirrored is not None:
-                    rows[flips] = self.mirrored.rows[chosen[flips]]
-                labels = self.labels(self.probe.train, self.train, chosen)
-                yield rows.to(self.device).float(), labels
+                rows[flips] = self.mirrored.rows[chosen[flips]]
+                yield rows.to(self.device).float(), self.train.labels[chosen].to(self.device)
                 self.bar.update(batch)
 
-    def validation(self) -> Iterator[LabeledRows]:
-        """See :class:`OnlineLoader`."""
-        return self._in_order(self.probe.train, self.train, self.val_rows)
-
-    def testing(self) -> Iterator[LabeledRows]:
-        """See :class:`OnlineLoader`."""
-        return self._in_order(self.probe.test, self.test, np.arange(len(self.test.indices)))
-
-    def _in_order(
-        self, part: EvalSet, found: CachedFeatures, indices: Targets
-    ) -> Iterator[LabeledRows]:
-        mine = self.share(indices)
+    def in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
+        """See :class:`FeatureLoader`."""
+        found = self.train if part is self.probe.train else self.test
+        mine = self.share(found.find(images))
         count = max(1, _VALUES // math.prod(found.rows.shape[1:]))
         for start in range(0, len(mine), count):
             chosen = mine[start : start + count]
-            labels = self.labels(part, found, chosen)
-            yield found.rows[chosen].to(self.device).float(), labels
+            yield found.rows[chosen].to(self.device).float(), found.labels[chosen].to(self.device)
             self.bar.update(len(chosen) * self.probe.distributed.world_size)
-
-
-FeatureLoader = OnlineLoader | CachedLoader

@@ -17,11 +17,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
 from timm.data.mixup import Mixup
@@ -35,25 +35,19 @@ from torchvision.transforms import v2 as transforms
 
 from ..data.transforms import transform_config
 from ..distributed import init_distributed
+from ..encode import fast_precision
 from ..errors import DataError, RunError, SettingsError, option
 from ..progress import skip
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
-from .accuracy import classification_loss, compute_metrics
+from .accuracy import Choice, classification_loss, compute_metrics
 from .batches import EvalBatch, TrainBatches, library_seeds
+from .features import Source
 from .logreg import choose_rows
 from .models import EvalModel
-from .probe import (
-    EvalConfig,
-    Probe,
-    epochs_note,
-    make_result,
-    of_all_processes,
-    open_probe,
-    run_once,
-)
+from .probe import EvalConfig, Probe, epochs_note, make_result, of_all_processes, open_probe
 from .results import Result
-from .runs import EpochState
+from .runs import STATE, EpochState, run_once
 from .sets import listed_rows
 from .tasks import CROP, Task, find_task
 
@@ -132,16 +126,16 @@ def evaluate_finetune(
     The folder of the result has the trained classifier as ``model``, which
     ``timm.create_model("local-dir:.../model", pretrained=True)`` opens. The same call resumes after
     an interruption, at the last finished epoch, and returns the result at once if it is finished.
-    Processes started by torchrun share each batch.
+    Processes started by torchrun share each batch, and may be others after an interruption.
 
     Args:
-        task: See :class:`~ijepa_zoo.eval.probe.EvalConfig`; a task of classes.
+        task: As `model`, `data` and `out`, a field of :class:`~ijepa_zoo.eval.probe.EvalConfig`;
+            a task of classes.
         model: See there.
         data: See there.
         out: See there.
         list: Text file with the names of the training images to use, one per line, such as
-            ImageNet's 1 %; see `listed_rows`. The default recipe is then the paper's for few
-            labels.
+            ImageNet's 1 %. The default recipe is then the paper's for few labels.
         recipe: Default: the paper's.
         epochs: Default: those of the recipe; the warm-up changes in proportion.
         batch_size: Default: that of the recipe; the learning rate grows linearly with it.
@@ -174,28 +168,20 @@ def evaluate_finetune(
         usual = recipe or (FULL if list is None else few_labels_recipe(network))
         changed = usual.change(epochs, batch_size)
         training = FineTuning(network, opened, probe, changed, micro_batch_size)
-        result = _run(training, epochs_note(changed.epochs, usual.epochs, "recipe"))
+        notes = epochs_note(changed.epochs, usual.epochs, "recipe")
+        method = "finetune" if list is None else "finetune-list"
+
+        def work(folder: Path) -> Result:
+            images = changed.epochs * training.batches.steps * training.batches.batch_size
+            with training.probe.bar(images, folder.name) as bar:
+                training.run(EpochState(folder / STATE, distributed), bar)
+            result = training.test(method, notes)
+            distributed.run_on_main(lambda: _save(training, folder / "model"))
+            return replace(result, seconds=training.earlier)
+
+        result, _ = run_once(training.probe, training, method, training.protocol(), work)
         distributed.barrier()
     return result
-
-
-def _run(training: FineTuning, notes: list[str]) -> Result:
-    """Train, test and save, or read a finished result."""
-    probe, protocol = training.probe, training.protocol()
-    method = "finetune-list" if probe.subset else "finetune"
-
-    def work(folder: Path) -> Result:
-        images = training.recipe.epochs * training.batches.steps * training.batches.batch_size
-        with probe.bar(images, folder.name) as bar:
-            training.run(EpochState(folder / "state.pt", probe.distributed), bar)
-        paper, note = _paper_accuracy(training)
-        result = training.test(method, [*notes, *note], paper=paper)
-        probe.distributed.run_on_main(lambda: _save(training, folder / "model"))
-        return replace(result, seconds=training.earlier)
-
-    # resumes also with another number of processes
-    same = {k: v for k, v in protocol.items() if k not in ("processes", "micro_batch_size")}
-    return run_once(probe, training, method, same, work)[0]
 
 
 def _save(training: FineTuning, folder: Path) -> None:
@@ -211,23 +197,6 @@ def _save(training: FineTuning, folder: Path) -> None:
     }
     origin = f"fine-tuned from {training.about['name']}"
     export(network, folder, license=cfg.get("license"), overwrite=True, origin=origin)
-
-
-def _paper_accuracy(training: FineTuning) -> tuple[float | None, list[str]]:
-    """The paper's accuracy if this run follows its recipe, else a note."""
-    probe, model = training.probe, training.model
-    published = few_labels_recipe(model) if probe.subset else FULL
-    paper = published.paper.get(training.paper_name or "")
-    if paper is None or probe.name != "imagenet1k":
-        return None, []
-    if (
-        training.recipe == published
-        and training.batches.batch_size == published.batch_size
-        and training.size == tuple(model.pretrained_cfg["input_size"][1:])
-        and (not probe.subset or len(probe.train) == _ONE_PERCENT)
-    ):
-        return paper, []
-    return None, [f"the paper has {paper:g} % with another protocol: not comparable"]
 
 
 class FineTuning:
@@ -246,8 +215,14 @@ class FineTuning:
         self.distributed, self.device = probe.distributed, probe.distributed.device
         self.epoch, self.loss, self.earlier = 0, 0.0, 0.0
         self.broken: dict[str, str] = {}
-        precision = _resolve_precision(probe.config.precision, self.device)
-        self.half = precision == "bfloat16"
+        precision = probe.config.precision
+        if precision == "auto":  # float16 would need a GradScaler
+            precision = "bfloat16" if fast_precision(self.device) == "bfloat16" else "float32"
+        if precision not in ("float32", "bfloat16"):
+            raise SettingsError(f"precision is {precision!r}: use float32, bfloat16 or auto")
+        self.autocast = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"
+        )
         self.settings = {"model": self.about, "precision": precision}
         _add_head(network, probe.num_classes, probe.config.seed)
         set_drop_path(network, recipe.drop_path)
@@ -303,17 +278,10 @@ class FineTuning:
         return optimizer, scheduler
 
     def protocol(self) -> dict[str, Any]:
-        """The recipe as used, as plain values."""
-        recipe = asdict(self.recipe)
-        del recipe["paper"]
-        return {
-            **recipe,
-            "batch_size": self.batches.batch_size,
-            "micro_batch_size": self.batches.micro,
-            "processes": self.distributed.world_size,
-            "precision": self.settings["precision"],
-            "test_transform": self.transform.describe(self.size, train=False),
-        }
+        """What decides the result, as plain values."""
+        used = {key: value for key, value in asdict(self.recipe).items() if key != "paper"}
+        transform = self.transform.describe(self.size, train=False)
+        return {**used, "batch_size": self.batches.batch_size, "test_transform": transform}
 
     def run(self, state: EpochState, bar: Any) -> None:
         """Train from the last finished epoch to the end; the state is saved after each."""
@@ -373,33 +341,46 @@ class FineTuning:
                 images, labels = self.mixup(images, labels)
         last = part == self.batches.parts - 1
         with self.module.no_sync() if world > 1 and not last else nullcontext():
-            with self._autocast():
-                loss = self._loss(self.module(images), labels)
+            with self.autocast:
+                logits = self.module(images)
+            if self.probe.train.multi_label:
+                loss = classification_loss(logits.float(), labels)
+            else:
+                smoothing = self.recipe.label_smoothing
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
             # DDP averages over processes, whose shares differ
-            loss = loss.float() * (len(images) * world / self.batches.batch_size)
+            loss = loss * (len(images) * world / self.batches.batch_size)
             torch.autograd.backward(loss)
         return loss.detach()
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.probe.train.multi_label:
-            return classification_loss(logits, labels)
-        smoothing = self.recipe.label_smoothing
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-
-    def test(self, method: str, notes: list[str], **more: Any) -> Result:
+    def test(self, method: str, notes: list[str]) -> Result:
         """The result; every process must call this."""
-        probe, broken = self.probe, self.broken
-        source: Any = self  # whose features are the images
+        probe, source = self.probe, cast("Source", self)  # whose features are the images
         metrics = compute_metrics(probe, source, self._test_images(), self._logits, heads=1)
         if probe.train.multi_label:
             notes = [*notes, "several labels: no mixup, cutmix or label smoothing"]
+        paper, note = self._paper_accuracy()
+        head = (["last epoch"], Choice(0, None, metrics))
         return make_result(
-            *(probe, self.about, method, self.protocol(), ["last epoch"], 0, None, metrics, broken),
+            *(probe, self, method, self.protocol(), *head, self.broken),
             losses=[self.loss],
-            notes=notes,
+            notes=[*notes, *note],
+            paper=paper,
             selection="the last epoch",
-            **more,
         )
+
+    def _paper_accuracy(self) -> tuple[float | None, list[str]]:
+        """The paper's accuracy if this run follows its recipe, else a note."""
+        few = self.probe.subset
+        published = few_labels_recipe(self.model) if few else FULL
+        paper = published.paper.get(self.paper_name or "")
+        if paper is None or self.probe.name != "imagenet1k":
+            return None, []
+        follows = self.recipe == published and self.batches.batch_size == published.batch_size
+        follows &= self.size == tuple(self.model.pretrained_cfg["input_size"][1:])
+        if follows and (not few or len(self.probe.train) == _ONE_PERCENT):
+            return paper, []
+        return None, [f"the paper has {paper:g} % with another protocol: not comparable"]
 
     def _test_images(self) -> Iterator[tuple[Tensor, Tensor]]:
         test = self.probe.test
@@ -409,27 +390,17 @@ class FineTuning:
             self.broken.update(batch.broken)
             yield batch.images[batch.valid], batch.labels[batch.valid].to(self.device)
 
-    def split(self, images: Tensor) -> Any:
+    def split(self, images: Tensor) -> Tensor:
         """The images, as `compute_metrics` asks for features."""
         return images
 
     def _logits(self, images: Any) -> list[Tensor]:
-        with self._autocast():
+        with self.autocast:
             return [self.model(self._normalize(images))]
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         images = pixels.to(self.device, non_blocking=True).float().div_(255)
         return images.sub_(self.mean).div_(self.std)
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half)
-
-
-def _resolve_precision(precision: str, device: torch.device) -> str:
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise SettingsError(f"precision is {precision!r}: use float32, bfloat16 or auto")
-    fast = "bfloat16" if device.type == "cuda" else "float32"
-    return fast if precision == "auto" else precision
 
 
 def rand_augment(
@@ -447,9 +418,8 @@ def rand_augment(
 
 def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     """timm's operation; it asks for 0 bits at the top, which newer versions of Pillow refuse."""
-    if bits >= 8:
-        return image
-    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+    mask = 0xFF & ~((1 << 8 - bits) - 1)
+    return image.point(lambda value: value & mask)
 
 
 def _add_head(model: Any, num_classes: int, seed: int) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from ..errors import RunError
 from ..models.classifier import LinearHead
 from ..progress import skip
 from ..seeds import Stream, torch_generator
-from .accuracy import Metrics, classification_loss, compute_metrics
-from .dense_tasks import DenseProtocol
-from .features import FeatureLoader, Source
-from .probe import Probe, of_all_processes
-from .runs import EpochState
+from .accuracy import classification_loss
+from .features import Source
+from .probe import of_all_processes
+from .runs import STATE, EpochState
 from .tasks import Protocol
 
 _MOMENTUM = 0.9
@@ -174,18 +174,14 @@ class LARS(torch.optim.Optimizer):
 
 
 def train(
-    protocol: Protocol | DenseProtocol,
-    distributed: Distributed,
-    source: Source,
-    loader: Any,
-    grid: Grid,
-    state: EpochState,
+    probe: Any, source: Source, loader: Any, grid: Grid, folder: Path
 ) -> tuple[list[float], float]:
     """Train all heads; returns the last losses, and the seconds of earlier sessions.
 
-    `loader` has `training`, `steps`, `batch_size`, `bar`, `broken` and `gathered`: whether each
-    process has the rows of the whole batch.
+    `probe` is a `Probe` or a `DenseProbe`, `loader` a `FeatureLoader` or a `DenseLoader`.
     """
+    protocol, distributed = probe.protocol, probe.distributed
+    state = EpochState(folder / STATE, distributed)
     losses, earlier, done = [0.0] * len(grid.specs), 0.0, 0
     started = time.perf_counter()
     if (found := state.load()) is not None:
@@ -223,22 +219,3 @@ def train(
     for tensor in grid.heads.state_dict().values():  # GPUs may round differently
         distributed.broadcast(tensor)
     return losses, earlier
-
-
-def choose_and_test(
-    probe: Probe, source: Source, loader: FeatureLoader, grid: Grid
-) -> tuple[int, Metrics | None, Metrics]:
-    """Choose a head on validation images and test it alone; all are tested if there are none."""
-
-    def measure(batches: Any, heads: Sequence[int]) -> Metrics:
-        def logits(features: dict[str, Tensor]) -> list[Tensor]:
-            return grid.outputs(features, heads)
-
-        return compute_metrics(probe, source, batches, logits, len(heads))
-
-    all_heads = range(len(grid.specs))
-    if not len(probe.val_rows):
-        test = measure(loader.testing(), all_heads)
-        return test.best, None, test
-    val = measure(loader.validation(), all_heads)
-    return val.best, val, measure(loader.testing(), [val.best])

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from .accuracy import Metrics, choose, compute_metrics
 from .features import BlockFeatures, CachedLoader, Kind, OnlineLoader, Source
-from .heads import Grid, HeadSpec, choose_and_test, make_grid, train
+from .heads import Grid, HeadSpec, make_grid, train
 from .models import EvalModel
-from .probe import (
-    HeadsConfig,
-    Probe,
-    epochs_note,
-    evaluate_classes,
-    make_result,
-    pooling,
-    run_once,
-)
+from .probe import HeadsConfig, Probe, epochs_note, evaluate_classes, make_result
 from .results import Result
-from .runs import EpochState
+from .runs import run_once
 from .saved_head import save_probe_head
 from .tasks import Protocol, Task
 
@@ -100,21 +93,28 @@ def evaluate_heads(
             with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:
                 loader = loader_class(probe, source, bar, gather=kind == "vectors")
                 grid = make(probe, source)
-                state = EpochState(folder / "state.pt", probe.distributed)
-                losses, earlier = train(
-                    *(probe.protocol, probe.distributed, source, loader, grid, state)
+                losses, earlier = train(probe, source, loader, grid, folder)
+
+                def measure(batches: Any, heads: Sequence[int]) -> Metrics:
+                    def logits(features: dict[str, Tensor]) -> list[Tensor]:
+                        return grid.outputs(features, heads)
+
+                    return compute_metrics(probe, source, batches, logits, len(heads))
+
+                choice = choose(
+                    loader,
+                    lambda batches: measure(batches, range(len(grid.specs))),
+                    lambda batches, head: measure(batches, [head]),
                 )
-                chosen, val, test = choose_and_test(probe, source, loader, grid)
-            spec = grid.specs[chosen]
+            spec = grid.specs[choice.index]
             if isinstance(source, BlockFeatures):
-                layers = "last" if kind == "tokens" else spec.representation
-                save_probe_head(probe, source, grid.heads[chosen], layers, folder, chosen=spec.name)
-            used = {**pooling(source), **protocol, "batch_size": loader.batch_size}
-            paper, notes = _paper_accuracy(
-                probe, source, usual or probe.task.protocol, config.cached
-            )
+                layers, head = spec.representation, grid.heads[choice.index]
+                save_probe_head(probe, source, head, layers, folder, chosen=spec.name)
+            used = {**protocol, "batch_size": loader.batch_size}
+            usual_protocol = usual or probe.task.protocol
+            paper, notes = _paper_accuracy(probe, source, usual_protocol, config.cached)
             return make_result(
-                *(probe, source.about, method, used, grid.names, chosen, val, test, loader.broken),
+                *(probe, source, method, used, grid.names, choice, loader.broken),
                 losses=losses,
                 paper=paper,
                 notes=[*loader.notes, *notes],

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from ..data.datasets import Subset, Targets
 from ..errors import DataError, SettingsError, option
 from ..models.classifier import LinearHead
 from ..seeds import Stream, numpy_generator
-from .accuracy import Metrics, compute_metrics, join_heads
+from .accuracy import Metrics, choose, compute_metrics
 from .features import BlockFeatures, CachedLoader, Source
 from .models import EvalModel
-from .probe import EvalConfig, Probe, evaluate_classes, make_result, pooling, run_once
+from .probe import EvalConfig, Probe, evaluate_classes, make_result
 from .results import Result
+from .runs import run_once
 from .saved_head import save_probe_head
 from .sets import listed_rows
 from .tasks import Task
@@ -121,47 +123,47 @@ def _sweep(
     protocol: dict[str, Any],
     folder: Path,
 ) -> Result:
-    def own_rows(indices: Targets) -> tuple[dict[str, Tensor], Tensor]:
-        mine = loader.share(indices)
-        rows = loader.train.rows[mine].to(loader.device)
-        return source.split(rows), loader.labels(probe.train, loader.train, mine)
+    def own_rows(rows: Targets, name: str) -> tuple[Tensor, Tensor]:
+        mine = loader.share(rows)
+        labels = loader.train.labels[mine].to(loader.device)
+        return source.split(loader.train.rows[mine].to(loader.device))[name], labels
 
-    def measure(fitted: Logistic, name: str, batches: Any) -> Metrics:
-        def logits(features: dict[str, Tensor]) -> list[Tensor]:
-            return [fitted.logits(features[name])]
+    def measure(batches: Any, heads: Sequence[tuple[str, Logistic]]) -> Metrics:
+        def logits(features: dict[str, Tensor]) -> Iterator[Tensor]:
+            return (fitted.logits(features[name]) for name, fitted in heads)
 
-        return compute_metrics(probe, source, batches, logits, 1)
+        return compute_metrics(probe, source, batches, logits, len(heads))
 
-    on_test = not len(loader.val_rows)
-    features, labels = own_rows(loader.train_rows)
+    @cache
+    def fit_all(index: int) -> Logistic:
+        name, c = settings[index]
+        rows = np.concatenate([loader.train_rows, loader.val_rows])
+        return fit_logistic(*own_rows(rows, name), c, **shared)
+
     shared: dict[str, Any] = {
         "num_classes": probe.num_classes,
         "all_reduce": probe.distributed.all_reduce,
     }
-    heads, found = [], []
+    settings, heads = [(name, c) for name in source.widths for c in sorted(cs)], []
     for name in source.widths:
-        fitted = None
+        data, fitted = own_rows(loader.train_rows, name), None
         for c in sorted(cs):
-            fitted = fit_logistic(features[name], labels, c, start=fitted, **shared)
-            batches = loader.testing() if on_test else loader.validation()
-            found.append(measure(fitted, name, batches))
-            heads.append((name, c))
-    del features  # free memory for those of all images
-    val = join_heads(found)
-    chosen = val.best
-    names = [f"{name} C={c:.3g}" for name, c in heads]
-    name, c = heads[chosen]
-    features, labels = own_rows(np.concatenate([loader.train_rows, loader.val_rows]))
-    best = fit_logistic(features[name], labels, c, **shared)
-    if isinstance(source, BlockFeatures):
-        save_probe_head(probe, source, best.head(), name, folder, chosen=names[chosen])
-    failed = [] if best.converged else ["the last fit did not converge"]
-    tested = (None, val) if on_test else (val, measure(best, name, loader.testing()))
-    return make_result(
-        *(probe, source.about, "logreg", {**pooling(source), **protocol}, names, chosen),
-        *(*tested, loader.broken),
-        notes=["after the choice fitted to all training images", *failed],
+            fitted = fit_logistic(*data, c, start=fitted, **shared)
+            heads.append((name, fitted))
+        del data  # free memory for those of all images
+    choice = choose(
+        loader,
+        lambda batches: measure(batches, heads),
+        lambda batches, index: measure(batches, [(settings[index][0], fit_all(index))]),
     )
+    names = [f"{name} C={c:.3g}" for name, c in settings]
+    name, best = settings[choice.index][0], fit_all(choice.index)
+    if isinstance(source, BlockFeatures):
+        save_probe_head(probe, source, best.head(), name, folder, chosen=names[choice.index])
+    notes = ["after the choice fitted to all training images"]
+    notes += [] if best.converged else ["the last fit did not converge"]
+    args = (probe, source, "logreg", protocol, names, choice, loader.broken)
+    return make_result(*args, notes=notes)
 
 
 @dataclass(frozen=True)

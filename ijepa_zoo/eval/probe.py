@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,13 +19,12 @@ from ..distributed import Distributed, init_distributed
 from ..encode import model_name
 from ..errors import DataError, SettingsError, option, some
 from ..progress import progress_bar
-from .accuracy import Metrics
+from .accuracy import Choice
 from .batches import OrderedBatches
 from .features import BlockFeatures, Kind, RawPixels, Source, pixel_options
 from .models import EvalModel, open_model
 from .results import TEST_SET, Head, Result
-from .runs import EpochState, add_baselines, once, run_folder
-from .sets import VAL_SHARE, EvalSet, open_task, split_off_val
+from .sets import VAL_SHARE, EvalSet, open_task, split_classes
 from .tasks import Protocol, Task, find_task
 
 MICRO = 128  # images of a forward pass
@@ -94,13 +92,12 @@ class EvalConfig:
             raise SettingsError(
                 f"{option('random')} is the baseline itself: leave {option('baseline')} out"
             )
-        model = self.model
         options = {name: getattr(self, name) for name in ("checkpoint", "network", "img_size")}
-        if isinstance(model, str):
-            return open_model(model, random=self.random, seed=self.seed, **options)
+        if isinstance(self.model, str):
+            return open_model(self.model, random=self.random, seed=self.seed, **options)
         if self.random or any(value is not None for value in options.values()):
-            names = ", ".join(options)
-            raise SettingsError(f"random, {names} are for a model that is given by its name")
+            raise SettingsError("random, checkpoint, network and img_size are for named models")
+        model = self.model
         found = model if isinstance(model, EvalModel) else EvalModel(model, model_name(model))
         if self.baseline and found.source is None:
             raise SettingsError(f"{option('baseline')} needs a model that is given by its name")
@@ -177,7 +174,7 @@ E = TypeVar("E", bound=Evaluation)
 
 @dataclass(frozen=True)
 class Probe(Evaluation):
-    """A task of classes with its data."""
+    """A task of classes with its data; heads are fitted to `train_rows`, chosen by `val_rows`."""
 
     task: Task
     protocol: Protocol
@@ -189,7 +186,7 @@ class Probe(Evaluation):
 
     @property
     def name(self) -> str:
-        """Name of the task."""
+        """See :class:`Evaluation`."""
         return self.task.name
 
     @property
@@ -198,7 +195,7 @@ class Probe(Evaluation):
         return len(self.train.classes)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the metrics except the model, as plain values."""
+        """See :class:`Evaluation`."""
         return {
             "task": self.task.name,
             "train": self.train.fingerprint(),
@@ -211,16 +208,9 @@ class Probe(Evaluation):
             **self.subset,
         }
 
-    @property
-    def selection(self) -> str:
-        """The images by which the head is chosen."""
-        if not len(self.val_rows):
-            return TEST_SET
-        return f"a seeded 10 % of the {'chosen' if self.subset else 'training'} images"
-
     def with_rows(self, train: EvalSet, **changes: Any) -> Probe:
         """The probe with these training images, of which 10 % choose the head."""
-        rows, val_rows = split_off_val(train, self.config.seed)
+        rows, val_rows = split_classes(train.targets, VAL_SHARE, self.config.seed)
         if self.config.select_on_test:
             rows, val_rows = np.arange(len(train)), val_rows[:0]
         return replace(self, train=train, train_rows=rows, val_rows=val_rows, **changes)
@@ -272,8 +262,6 @@ def evaluate_classes(
                 f"none to choose the best head by: use at least {round(1 / VAL_SHARE)}, and two of "
                 f"a class, or choose on the test set, {option('select_on_test')}"
             )
-        if len(probe.train_rows) < 2:
-            raise DataError("one training image is too few: give at least two")
         return probe
 
     return evaluate(config, open_data, run, kind)
@@ -296,52 +284,25 @@ def evaluate(
 
         source = features(model)
         result, folder = run(probe, source)
-        if config.baseline and not any("random weights" in name for name in result.baselines):
+        if config.baseline:
             others: list[Source] = [features(model.untrained(config.seed))]
             if kind == "vectors":
                 others.append(RawPixels(source.size, model.in_chans, source.device))
             values = {other.about["name"]: run(probe, other)[0].value for other in others}
-            result = add_baselines(folder, result, values, distributed)
+            result = replace(result, baselines={**result.baselines, **values})
+            if distributed.is_main:
+                result.write(folder)
         distributed.barrier()
     return result
 
 
-def run_once(
-    probe: Evaluation,
+def make_result(
+    probe: Probe,
     source: Any,
     method: str,
     protocol: dict[str, Any],
-    work: Callable[[Path], Result],
-) -> tuple[Result, Path]:
-    """The result of an evaluation, from its folder if it is finished, and the folder.
-
-    `work` returns the result, with the seconds of earlier sessions.
-    """
-    identity = {key: value for key, value in source.settings.items() if key != "versions"}
-    settings = {**probe.settings(), **identity, **protocol}
-    folder = run_folder(probe.config.out, probe.name, method, source.about["name"], settings)
-
-    def timed() -> Result:
-        started = time.perf_counter()
-        result = work(folder)
-        return replace(result, seconds=result.seconds + time.perf_counter() - started)
-
-    precision = str(source.settings.get("precision", "float32"))
-    result = once(folder, probe.distributed, precision, timed)
-    if probe.distributed.is_main:
-        EpochState(folder / "state.pt").remove()
-    return result, folder
-
-
-def make_result(
-    probe: Probe,
-    about: dict[str, Any],
-    method: str,
-    protocol: dict[str, Any],
     heads: Sequence[str],
-    chosen: int,
-    val: Metrics | None,
-    test: Metrics,
+    choice: Choice,
     broken: Mapping[str, str],
     *,
     losses: Sequence[float | None] | None = None,
@@ -349,11 +310,8 @@ def make_result(
     selection: str | None = None,
     **more: Any,
 ) -> Result:
-    """The result of a probe of classes; every process must call this.
-
-    `val` has the metrics of all heads, and `test` those of the chosen one; without `val`, `test`
-    has those of all heads.
-    """
+    """The result of a probe of classes; every process must call this."""
+    val, test, chosen = choice.val, choice.test, choice.index
     on_val: list[Any] = [None] * len(heads) if val is None else val.values
     on_test: list[Any] = [None] * len(heads)
     if val is None:
@@ -364,44 +322,40 @@ def make_result(
     rows = probe.train_rows.tolist() if undecoded else ()
     fitted = len(probe.train_rows) - sum(probe.train.images.name(row) in undecoded for row in rows)
     images = {"train": fitted, "val": val.images if val else 0, "test": test.images}
-    selection = selection or probe.selection
     columns = (heads, on_val, on_test, losses or [None] * len(heads))
+    names = [name for name in ("pool", "layers", "precision") if name in source.settings]
+    used = {**{name: source.settings[name] for name in names}, **protocol, **probe.subset}
+    notes = [*notes, *probe.train.notes]
+    if probe.train is not probe.test:
+        notes += probe.test.notes
+    if selection is None:
+        notes += _note_on_choice(len(probe.val_rows))
+        selection = "a seeded 10 % of the training images" if len(probe.val_rows) else TEST_SET
     return Result(
         task=probe.name,
         method=method,
-        model=about,
+        model=source.about,
         value=test.values[tested],
         metric=test.name,
         chosen=heads[chosen],
         selection=selection,
         heads=[Head(*column) for column in zip(*columns)],
-        protocol=json.loads(json.dumps({**protocol, **probe.subset})),
+        protocol=json.loads(json.dumps(used)),
         data={"train": probe.train.record(), "test": probe.test.record()},
         images={name: count for name, count in images.items() if count},
         seed=probe.config.seed,
         interval=test.intervals[tested],
         metrics=test.others[tested],
-        notes=[*notes, *_notes(probe, selection), *undecoded_note(undecoded)],
+        notes=[*notes, *undecoded_note(undecoded)],
         **more,
     )
 
 
-def pooling(source: Source) -> dict[str, Any]:
-    """Settings of an encoder that results show."""
-    names = ("pool", "layers", "precision")
-    return {name: source.settings[name] for name in names if name in source.settings}
-
-
-def _notes(probe: Probe, selection: str) -> list[str]:
-    parts = [probe.train] if probe.train is probe.test else [probe.train, probe.test]
-    notes = [note for part in parts for note in part.notes]
-    if selection == TEST_SET:
-        notes.append(
-            "chosen on the test set, as is common in the literature: the accuracy is biased upward"
-        )
-    elif 0 < len(probe.val_rows) < _FEW:
-        notes.append(f"chosen by {len(probe.val_rows)} images: another seed may choose otherwise")
-    return notes
+def _note_on_choice(images: int) -> list[str]:
+    if not images:
+        return ["chosen on the test set, as is common in the literature: the accuracy is too high"]
+    few = f"chosen by {images} images: another seed may choose otherwise"
+    return [few] if images < _FEW else []
 
 
 def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:

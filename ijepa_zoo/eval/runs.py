@@ -6,13 +6,13 @@ import json
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile
 
 import torch
@@ -25,57 +25,65 @@ from ..errors import RunError
 from ..parts import whole_file
 from .results import RESULT, Result, read_result
 
-_VERSION = 2  # of the states of unfinished evaluations
+if TYPE_CHECKING:
+    from .probe import Evaluation
+
+STATE = "state.pt"
 
 
-def run_folder(out: str | Path, task: str, method: str, model: str, settings: Any) -> Path:
-    """The folder of an evaluation, a function of its settings."""
-    shown = re.sub(r"[^\w.]+", "-", f"{task}-{method}-{model}").strip("-.")[-100:]
-    return Path(out) / f"{shown}-{hash_texts([json.dumps(settings, sort_keys=True)])[:8]}"
+def run_once(
+    probe: Evaluation,
+    source: Any,
+    method: str,
+    protocol: dict[str, Any],
+    work: Callable[[Path], Result],
+) -> tuple[Result, Path]:
+    """The result of an evaluation, from its folder if it is finished, and the folder.
 
+    `work` returns the result, with the seconds of earlier sessions.
+    """
+    distributed = probe.distributed
+    identity = {key: value for key, value in source.settings.items() if key != "versions"}
+    settings = json.dumps({**probe.settings(), **identity, **protocol}, sort_keys=True)
+    name = re.sub(r"[^\w.]+", "-", f"{probe.name}-{method}-{source.about['name']}").strip("-.")
+    folder = Path(probe.config.out) / f"{name[-100:]}-{hash_texts([settings])[:8]}"
+    lock = FileLock(folder / ".lock", timeout=0)
 
-def once(
-    folder: Path, distributed: Distributed, precision: str, work: Callable[[], Result]
-) -> Result:
-    """The result of the folder, or that of `work`, which is then written there."""
-    with ExitStack() as stack:
-        finished = distributed.run_on_main(lambda: _lock(folder, stack))
-        if finished is not None:
-            if distributed.is_main:
-                finished.write_row(folder)  # the table may have been removed
-                print(f"finished before: {folder}; remove it to repeat", file=sys.stderr)
-            return finished
-        result = replace(work(), **_about_run(distributed, precision))
-        if distributed.is_main:
-            result.write(folder)
-            print(f"result: {folder}", file=sys.stderr)
-        return result
-
-
-def _lock(folder: Path, stack: ExitStack) -> Result | None:
-    """Lock the folder; returns the result of a finished evaluation."""
-    try:
+    def begin() -> Result | None:
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(FileLock(folder / ".lock", timeout=0))
-    except Timeout:
-        raise RunError(
-            f"another process evaluates in {folder} now: wait for it, or change --out"
-        ) from None
-    except OSError as error:
-        raise RunError(f"{folder} cannot be used: {error.strerror or error}") from error
-    return read_result(folder / RESULT) if (folder / RESULT).exists() else None
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"another process evaluates in {folder} now: wait for it, or change --out"
+            ) from None
+        return read_result(folder / RESULT) if (folder / RESULT).exists() else None
+
+    try:
+        result, message = distributed.run_on_main(begin), "finished before; remove it to repeat"
+        if result is None:
+            started, message = time.perf_counter(), "finished"
+            result = work(folder)
+            seconds = result.seconds + time.perf_counter() - started
+            result = replace(result, seconds=seconds, **_about_run(distributed, source.settings))
+        if distributed.is_main:
+            result.write(folder)  # a finished one too: its row may have been removed
+            (folder / STATE).unlink(missing_ok=True)
+            print(f"{folder}: {message}", file=sys.stderr)
+    finally:
+        lock.release()
+    return result, folder
 
 
-def _about_run(distributed: Distributed, precision: str) -> dict[str, Any]:
+def _about_run(distributed: Distributed, settings: dict[str, Any]) -> dict[str, Any]:
     """Hardware, versions and date of a result."""
     cuda = distributed.device.type == "cuda"
-    name = torch.cuda.get_device_name(distributed.device) if cuda else _cpu_name()
     return {
         "runtime": {
-            "device": name,
+            "device": torch.cuda.get_device_name() if cuda else platform.machine(),
             "processes": distributed.world_size,
             "cpus": usable_cpus(),
-            "precision": precision,
+            "precision": settings.get("precision", "float32"),
         },
         "versions": {
             "ijepa_zoo": sys.modules["ijepa_zoo"].__version__,  # a layer above: not imported
@@ -84,24 +92,6 @@ def _about_run(distributed: Distributed, precision: str) -> dict[str, Any]:
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_name() -> str:
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
-def add_baselines(
-    folder: Path, result: Result, values: dict[str, float], distributed: Distributed
-) -> Result:
-    """Add baselines to a finished result, also in its folder."""
-    result = replace(result, baselines={**result.baselines, **values})
-    if distributed.is_main:
-        with FileLock(folder / ".lock"):
-            result.write(folder)
-    return result
 
 
 @dataclass(frozen=True)
@@ -114,7 +104,7 @@ class EpochState:
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state, in rank 0 alone; tensors and plain values only."""
         with whole_file(self.path) as file:
-            torch.save({**state, "version": _VERSION}, file)
+            torch.save(state, file)
 
     def load(self) -> dict[str, Any] | None:
         """The last state, its tensors on the CPU; None if there is none."""
@@ -130,15 +120,8 @@ class EpochState:
         try:
             with ZipFile(self.path) as file:
                 damaged = file.testzip()
-            found = torch.load(self.path, map_location="meta", weights_only=True)
-            if found["version"] != _VERSION:
-                damaged = "it is of another version of the package"
-        except Exception as error:  # whatever zip and pickle raise for damaged bytes
+        except Exception as error:  # whatever zipfile raises for damaged bytes
             damaged = f"{type(error).__name__}: {error}"
         if damaged is not None:
             raise RunError(f"'{self.path}' cannot be resumed ({damaged}): remove it to start again")
         return True
-
-    def remove(self) -> None:
-        """Remove it when the evaluation is finished."""
-        self.path.unlink(missing_ok=True)

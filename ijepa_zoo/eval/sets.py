@@ -207,11 +207,6 @@ def _rarest(labels: Labels) -> Targets:
     return np.where(labels.any(axis=1), rarest, labels.shape[1])
 
 
-def split_off_val(train: EvalSet, seed: int) -> tuple[Targets, Targets]:
-    """Indices of the training images that heads are fitted to, and of the 10 % that choose one."""
-    return split_classes(train.targets, VAL_SHARE, seed)
-
-
 def listed_rows(train: EvalSet, files: str | Path) -> Targets:
     """Sorted indices of the images that a text file names, as the 1 % list of ImageNet does.
 

@@ -9,7 +9,7 @@ from small_probe import OPTIONS, TASK, encoder, normalized, pixels_of
 from ijepa_zoo import FeatureExtractor
 from ijepa_zoo.eval import evaluate_attentive
 from ijepa_zoo.eval.attentive import ATTENTIVE
-from ijepa_zoo.eval.sets import open_task, split_off_val
+from ijepa_zoo.eval.sets import open_task, split_classes
 from ijepa_zoo.models.classifier import AttentiveHead
 from ijepa_zoo.seeds import Stream, fold
 
@@ -26,7 +26,7 @@ def tokens_of(images):
 def test_heads_equal_adamw_alone_on_the_extractors_tokens(pictures, tmp_path, cached):
     result = evaluate_attentive(TASK, encoder(), pictures, tmp_path, cached=cached, **HEADS)
     assert result.protocol["optimizer"] == "adamw"
-    fit, choose = split_off_val(open_task(TASK, pictures)[0], 0)
+    fit, choose = split_classes(open_task(TASK, pictures)[0].targets, 0.1, 0)
     images, labels = pixels_of(pictures, "train")
     tests, answers = pixels_of(pictures, "test")
     x, z = tokens_of(images), tokens_of(tests)

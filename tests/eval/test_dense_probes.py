@@ -210,8 +210,10 @@ def maps_of(name, pixels, result, head):
 
 
 def test_cached_features_and_heads_that_are_chosen_on_the_test_set(model, tmp_path):
-    options = {"select_on_test": True}
-    online, cached = (depth(model, SCENES, tmp_path, cached=c, **options) for c in (False, True))
+    online, cached = (
+        depth(model, SCENES, tmp_path / str(cached), cached=cached, select_on_test=True)
+        for cached in (False, True)
+    )
     assert cached.notes[0].startswith("cached: each image")
     for name in ("loss", "test"):
         found, expected = ([getattr(h, name) for h in r.heads] for r in (cached, online))
@@ -254,7 +256,7 @@ def test_depths_in_other_units_are_noticed_before_the_work(model, tmp_path):
     assert (result.protocol["max_depth"], result.images["test"]) == (80, 5)
     assert "without a pixel that counts: 1" in result.notes[-1]
     for wrong in ({"lrs": (0.1,)}, {"max_depth": 0}, {"max_depth": math.nan}):
-        with pytest.raises(SettingsError, match="lrs|--max-depth"):
+        with pytest.raises(SettingsError, match=r"lrs|--max-depth"):
             depth(model, data, tmp_path, **wrong)
 
 

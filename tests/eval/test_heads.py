@@ -97,8 +97,8 @@ def test_every_head_equals_torchs_sgd_or_timms_lars_alone(name, lrs):
 @pytest.mark.parametrize(
     ("weight", "bias", "lr", "decay", "expected"),
     [
-        # both logits are 1, so the gradients of weights and biases are -0.5 and 0.5; weight decay
-        # makes the weights' (1, 2.5) and the biases' (-1.5, -1); the ratio is 0.001 * 5 / |(1, 2.5)|
+        # both logits are 1, so all gradients are -0.5 and 0.5; weight decay makes the weights'
+        # (1, 2.5) and the biases' (-1.5, -1); the ratio is 0.001 * 5 / |(1, 2.5)|
         ((3.0, 4.0), (-2.0, -3.0), 2.0, 0.5, (3 - 0.01 / 7.25**0.5, 4 - 0.025 / 7.25**0.5, 1, -1)),
         ((0.0, 0.0), (0.0, 0.0), 1.0, 0.0, (0.5, -0.5, 0.5, -0.5)),  # no norm: the plain step
     ],

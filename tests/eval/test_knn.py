@@ -12,7 +12,7 @@ from small_probe import OPTIONS, TASK, encoder, features_of, pixels_of, write_pi
 
 from ijepa_zoo.eval import evaluate_knn
 from ijepa_zoo.eval.knn import KS, TEMPERATURES
-from ijepa_zoo.eval.sets import open_task, split_off_val
+from ijepa_zoo.eval.sets import open_task, split_classes
 from ijepa_zoo.metrics import knn_predict
 
 
@@ -55,7 +55,7 @@ def test_votes_of_a_small_temperature_do_not_underflow():
 @pytest.mark.parametrize("on_test", [False, True])
 def test_probe_equals_a_plain_computation(pictures, tmp_path, on_test):
     result = evaluate_knn(TASK, encoder(), pictures, tmp_path, select_on_test=on_test, **OPTIONS)
-    fit, choose = split_off_val(open_task(TASK, pictures)[0], 0)
+    fit, choose = split_classes(open_task(TASK, pictures)[0].targets, 0.1, 0)
     images, labels = pixels_of(pictures, "train")
     tests, answers = pixels_of(pictures, "test")
     x, z = (features_of(encoder(), pixels)["last"] for pixels in (images, tests))

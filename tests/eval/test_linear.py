@@ -29,7 +29,7 @@ from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import EvalModel, evaluate_attentive, evaluate_knn, evaluate_linear
 from ijepa_zoo.eval.features import OnlineLoader
 from ijepa_zoo.eval.heads import Grid, HeadSpec, make_grid
-from ijepa_zoo.eval.sets import open_task, split_off_val
+from ijepa_zoo.eval.sets import open_task, split_classes
 
 BOTH = pytest.mark.parametrize("cached", [False, True])
 
@@ -68,7 +68,7 @@ def test_metrics_are_those_of_torch_optim_on_the_extractors_features(
     tested, testing = [], OnlineLoader.testing
     monkeypatch.setattr(OnlineLoader, "testing", lambda self: tested.append(1) or testing(self))
     result = evaluate(cached=cached)
-    fit, choose = split_off_val(open_task(TASK, pictures)[0], 0)
+    fit, choose = split_classes(open_task(TASK, pictures)[0].targets, 0.1, 0)
     images, labels = pixels_of(pictures, "train")
     tests, answers = pixels_of(pictures, "test")
     x, z = (features_of(encoder(), pixels) for pixels in (images, tests))

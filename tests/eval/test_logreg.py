@@ -96,7 +96,8 @@ def test_images_per_class_are_drawn_by_the_seed(pictures, tmp_path):
     assert rows.tolist() != draw_per_class(labels, 5, 1).tolist()
 
     def run(**more):
-        return evaluate_logreg(TASK, encoder(), pictures, tmp_path, cs=(0.1, 1.0), **OPTIONS, **more)
+        options = {"cs": (0.1, 1.0), **OPTIONS, **more}
+        return evaluate_logreg(TASK, encoder(), pictures, tmp_path, **options)
 
     few, everything = run(per_class=4), run()
     assert few.protocol["per_class"] == 4

@@ -25,7 +25,7 @@ from ijepa_zoo.eval import (
     evaluate_linear,
     evaluate_logreg,
 )
-from ijepa_zoo.eval.sets import open_task, split_off_val
+from ijepa_zoo.eval.sets import open_task, split_classes
 
 NAMES = ["blue", "green", "red"]
 HEADS = {"lrs": (0.5,), "wds": (0.0,), "epochs": 2, "batch_size": 8}
@@ -76,7 +76,7 @@ def test_sets_of_several_labels(labels):
     assert train.multi_label
     assert train.class_names == test.class_names == NAMES
     assert (train.targets.shape, test.targets.shape) == ((30, 3), (20, 3))
-    assert [len(rows) for rows in split_off_val(train, 0)] == [27, 3]
+    assert [len(rows) for rows in split_classes(train.targets, 0.1, 0)] == [27, 3]
     other = labels.with_name("other.csv")
     other.write_text("path,label\n40.png,red;white\n41.png,white\n42.png,\n")
     tested = open_task(TASK, labels, test=other)[1]
