@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import DataError
 
 if TYPE_CHECKING:
+    from .dense_training import DenseLoader
     from .features import FeatureLoader, Source
     from .probe import Probe
 
@@ -23,18 +24,23 @@ _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Metrics:
-    """Test or validation metrics of heads on the same images, in percent."""
+    """Test or validation metrics of heads on the same images."""
 
     name: str  # of the metric in `values`
     images: int  # their number
     values: list[float]  # one for each head
     intervals: Sequence[tuple[float, float] | None]  # 95 %, of values that are shares of images
-    others: list[dict[str, float]]  # further metrics of each head
+    others: list[dict[str, Any]]  # further metrics of each head
+    unit: str = "%"
+    higher_is_better: bool = True
+    constant: dict[str, float] = field(default_factory=dict)  # of predictions without an image
 
     @property
     def best(self) -> int:
         """Index of the best head, the first of equal ones."""
-        return self.values.index(max(self.values))
+        signed = [value if self.higher_is_better else -value for value in self.values]
+        ranked = [-math.inf if math.isnan(value) else value for value in signed]
+        return ranked.index(max(ranked))
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Choice:
 
 
 def choose(
-    loader: FeatureLoader,
+    loader: FeatureLoader | DenseLoader,
     measure: Callable[[Any], Metrics],
     test: Callable[[Any, int], Metrics],
 ) -> Choice:

@@ -23,6 +23,7 @@ from .dense_tasks import DenseProtocol, DenseTask
 from .features import Source
 from .heads import Grid, HeadSpec
 from .probe import Evaluation, HeadsConfig
+from .results import data_name
 
 Indices = npt.NDArray[np.int64]
 Flips = npt.NDArray[np.bool_]
@@ -46,16 +47,16 @@ class DenseProbe(Evaluation):
 
     @property
     def name(self) -> str:
-        """Name of the task."""
-        return f"{self.config.task}-{self.pairs.name}"
+        """See :class:`Evaluation`."""
+        return self.pairs.name
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the metrics except the model, as plain values."""
+        """See :class:`Evaluation`."""
         config = self.config
         return {
             "protocol": vars(self.protocol),
             **self.task.settings,
-            "seed": self.config.seed,
+            "seed": config.seed,
             "train": self.pairs.train.fingerprint,
             "test": self.pairs.test.fingerprint,
             "select_on_test": config.select_on_test,
@@ -63,6 +64,18 @@ class DenseProbe(Evaluation):
             "bands": config.bands,
             **self.target_options,
         }
+
+    def records(self) -> dict[str, Any]:
+        """See :class:`Evaluation`."""
+        about = {"name": data_name(self.config.data), "split": self.pairs.split}
+        return {
+            name: {**about, "images": len(part), "fingerprint": part.fingerprint}
+            for name, part in (("train", self.pairs.train), ("test", self.pairs.test))
+        }
+
+    def train_name(self, row: int) -> str:
+        """See :class:`Evaluation`."""
+        return self.pairs.train.names[row]
 
 
 class DenseBatch(NamedTuple):
@@ -151,8 +164,18 @@ class DenseLoader:
                 yield distributed.all_gather_rows(maps), distributed.all_gather_rows(targets)
                 self.bar.update(size)
 
-    def in_order(
-        self, data: DenseDataset, indices: Indices, *, full: bool, mirrored: bool
+    def validation(self) -> Iterator[DenseBatch]:
+        """The pairs that choose the head, the share of this process."""
+        task, pairs = self.probe.task, self.probe.pairs
+        return self._in_order(pairs.train, self.probe.val_rows, True, task.mirrored)
+
+    def testing(self) -> Iterator[DenseBatch]:
+        """The test pairs, the share of this process."""
+        task, pairs = self.probe.task, self.probe.pairs
+        return self._in_order(pairs.test, np.arange(len(pairs.test)), True, task.mirrored)
+
+    def _in_order(
+        self, data: DenseDataset, indices: Indices, full: bool, mirrored: bool
     ) -> Iterator[DenseBatch]:
         """Pairs one after the other, the share of this process."""
         mine = indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
@@ -195,7 +218,7 @@ class DenseLoader:
         rows: dict[int, int] = {}
         train = probe.pairs.train
         with probe.bar(count, "encoding") as bar:
-            for batch in self.in_order(train, probe.train_rows, full=False, mirrored=True):
+            for batch in self._in_order(train, probe.train_rows, False, True):
                 first, last = len(rows), len(rows) + len(batch.indices)
                 if last > first:
                     maps[:, first:last] = torch.stack(batch.maps.cpu().chunk(2))

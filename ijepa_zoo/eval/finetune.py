@@ -168,7 +168,7 @@ def evaluate_finetune(
         usual = recipe or (FULL if list is None else few_labels_recipe(network))
         changed = usual.change(epochs, batch_size)
         training = FineTuning(network, opened, probe, changed, micro_batch_size)
-        notes = epochs_note(changed.epochs, usual.epochs, "recipe")
+        notes = epochs_note(changed.epochs, usual.epochs)
         method = "finetune" if list is None else "finetune-list"
 
         def work(folder: Path) -> Result:
@@ -281,7 +281,8 @@ class FineTuning:
         """What decides the result, as plain values."""
         used = {key: value for key, value in asdict(self.recipe).items() if key != "paper"}
         transform = self.transform.describe(self.size, train=False)
-        return {**used, "batch_size": self.batches.batch_size, "test_transform": transform}
+        used |= {"batch_size": self.batches.batch_size, "test_transform": transform}
+        return {**used, **self.probe.subset}
 
     def run(self, state: EpochState, bar: Any) -> None:
         """Train from the last finished epoch to the end; the state is saved after each."""

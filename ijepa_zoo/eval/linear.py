@@ -131,7 +131,7 @@ def _paper_accuracy(
 ) -> tuple[float | None, list[str]]:
     """The paper's accuracy if this run follows its protocol, and notes on what differs."""
     paper = probe.task.paper.get(source.paper_name or "")
-    notes = epochs_note(probe.protocol.epochs, usual.epochs, "protocol")
+    notes = epochs_note(probe.protocol.epochs, usual.epochs)
     config = probe.config
     different = probe.protocol != probe.task.protocol or not len(probe.val_rows)
     different |= config.img_size is not None or config.pool != "auto"

@@ -77,7 +77,7 @@ def evaluate_logreg(
 
     def run(probe: Probe, source: Source) -> tuple[Result, Path]:
         transform = probe.protocol.transform.describe(source.size, train=False)
-        protocol = {"cs": [*cs], "transform": transform}
+        protocol = {"cs": [*cs], "transform": transform, **probe.subset}
 
         def work(folder: Path) -> Result:
             with probe.bar(0, "logistic regression") as bar:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -27,10 +27,12 @@ from .results import TEST_SET, Head, Result
 from .sets import VAL_SHARE, EvalSet, open_task, split_classes
 from .tasks import Protocol, Task, find_task
 
+if TYPE_CHECKING:
+    from .dense_training import DenseProbe
+
 MICRO = 128  # images of a forward pass
 _LARGEST = 1e6  # learning rate and weight decay
 _CACHE_SECONDS = 21_600.0
-_FEW = 100  # fewer images to choose by give a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +157,22 @@ class Evaluation(ABC):
     def name(self) -> str:
         """Name of the task."""
 
+    @property
+    def notes(self) -> list[str]:
+        """Notes on the data, for the user."""
+        return []
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Everything that decides the metrics except the model, as plain values."""
+
+    @abstractmethod
+    def records(self) -> dict[str, Any]:
+        """Training and test data as results record them."""
+
+    @abstractmethod
+    def train_name(self, row: int) -> str:
+        """Name of a training image."""
 
     def loaded(self, batches: Any, numbers: Sequence[int]) -> Iterator[Any]:
         """Batches by their numbers, decoded ahead."""
@@ -205,8 +220,20 @@ class Probe(Evaluation):
             "select_on_test": not len(self.val_rows),
             "skip_broken": self.config.skip_broken,
             "seed": self.config.seed,
-            **self.subset,
         }
+
+    @property
+    def notes(self) -> list[str]:
+        """See :class:`Evaluation`."""
+        return list(dict.fromkeys([*self.train.notes, *self.test.notes]))
+
+    def records(self) -> dict[str, Any]:
+        """See :class:`Evaluation`."""
+        return {"train": self.train.record(), "test": self.test.record()}
+
+    def train_name(self, row: int) -> str:
+        """See :class:`Evaluation`."""
+        return self.train.images.name(row)
 
     def with_rows(self, train: EvalSet, **changes: Any) -> Probe:
         """The probe with these training images, of which 10 % choose the head."""
@@ -297,7 +324,7 @@ def evaluate(
 
 
 def make_result(
-    probe: Probe,
+    probe: Probe | DenseProbe,
     source: Any,
     method: str,
     protocol: dict[str, Any],
@@ -310,52 +337,46 @@ def make_result(
     selection: str | None = None,
     **more: Any,
 ) -> Result:
-    """The result of a probe of classes; every process must call this."""
+    """The result of an evaluation; every process must call this."""
     val, test, chosen = choice.val, choice.test, choice.index
-    on_val: list[Any] = [None] * len(heads) if val is None else val.values
-    on_test: list[Any] = [None] * len(heads)
-    if val is None:
-        on_test, tested = test.values, chosen
-    else:
-        on_test[chosen], tested = test.values[0], 0
-    undecoded = of_all_processes(broken, probe.distributed)
-    rows = probe.train_rows.tolist() if undecoded else ()
-    fitted = len(probe.train_rows) - sum(probe.train.images.name(row) in undecoded for row in rows)
+    none = [None] * len(heads)
+    tested = chosen if val is None else 0
+    on_test = test.values if val is None else [*none[:chosen], test.values[0], *none[chosen + 1 :]]
+    columns = (heads, none if val is None else val.values, on_test, losses or none)
+    broken = of_all_processes(broken, probe.distributed)
+    rows = probe.train_rows.tolist()
+    fitted = sum(probe.train_name(row) not in broken for row in rows) if broken else len(rows)
     images = {"train": fitted, "val": val.images if val else 0, "test": test.images}
-    columns = (heads, on_val, on_test, losses or [None] * len(heads))
     names = [name for name in ("pool", "layers", "precision") if name in source.settings]
-    used = {**{name: source.settings[name] for name in names}, **protocol, **probe.subset}
-    notes = [*notes, *probe.train.notes]
-    if probe.train is not probe.test:
-        notes += probe.test.notes
-    if selection is None:
-        notes += _note_on_choice(len(probe.val_rows))
-        selection = "a seeded 10 % of the training images" if len(probe.val_rows) else TEST_SET
+    used = {**{name: source.settings[name] for name in names}, **protocol}
+    notes = [*notes, *probe.notes]
+    if selection is None and val is None:
+        notes.append("chosen on the test set, as is common in the literature: biased upward")
+    if broken:
+        named = some(f"{name}: {reason}" for name, reason in broken.items())
+        notes.append(f"images that could not be decoded: {len(broken)} ({named})")
+    held_out = "a seeded 10 % of the training images"
     return Result(
         task=probe.name,
         method=method,
         model=source.about,
         value=test.values[tested],
         metric=test.name,
+        unit=test.unit,
+        higher_is_better=test.higher_is_better,
         chosen=heads[chosen],
-        selection=selection,
+        selection=selection or (TEST_SET if val is None else held_out),
         heads=[Head(*column) for column in zip(*columns)],
         protocol=json.loads(json.dumps(used)),
-        data={"train": probe.train.record(), "test": probe.test.record()},
+        data=probe.records(),
         images={name: count for name, count in images.items() if count},
         seed=probe.config.seed,
         interval=test.intervals[tested],
         metrics=test.others[tested],
-        notes=[*notes, *undecoded_note(undecoded)],
+        baselines=test.constant,
+        notes=notes,
         **more,
     )
-
-
-def _note_on_choice(images: int) -> list[str]:
-    if not images:
-        return ["chosen on the test set, as is common in the literature: the accuracy is too high"]
-    few = f"chosen by {images} images: another seed may choose otherwise"
-    return [few] if images < _FEW else []
 
 
 def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
@@ -363,14 +384,6 @@ def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict
     return {k: v for part in distributed.all_gather_object(texts) for k, v in part.items()}
 
 
-def undecoded_note(broken: Mapping[str, str], what: str = "image") -> list[str]:
-    """A note on what could not be decoded, by name and reason; empty if there is nothing."""
-    if not broken:
-        return []
-    named = some(f"{name}: {reason}" for name, reason in broken.items())
-    return [f"{what}s that could not be decoded: {len(broken)} ({named})"]
-
-
-def epochs_note(epochs: int, usual: int, whose: str) -> list[str]:
-    """A note if the number of epochs is not the usual one."""
-    return [] if epochs == usual else [f"epochs: {epochs} instead of the {whose}'s {usual}"]
+def epochs_note(epochs: int, usual: int) -> list[str]:
+    """A note if the number of epochs is not the protocol's."""
+    return [] if epochs == usual else [f"epochs: {epochs} instead of the protocol's {usual}"]
