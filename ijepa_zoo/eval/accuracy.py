@@ -15,7 +15,7 @@ from ..errors import DataError
 
 if TYPE_CHECKING:
     from .dense_training import DenseLoader
-    from .features import FeatureLoader, Source
+    from .features import OnlineLoader, Source
     from .probe import Probe
 
 TOP = 5  # for top-5 accuracy
@@ -56,7 +56,7 @@ class Choice:
 
 
 def choose(
-    loader: FeatureLoader | DenseLoader,
+    loader: OnlineLoader | DenseLoader,
     measure: Callable[[Any], Metrics],
     test: Callable[[Any, int], Metrics],
 ) -> Choice:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.datasets import Targets
-from ..data.transforms import DRAWS
 from ..encode import Batch, Encoder, fast_precision, hash_texts
 from ..errors import DataError, SettingsError
 from ..extract import extract_batches
 from ..parts import Outputs
-from ..seeds import Stream, numpy_generator
-from .batches import OrderedBatches, TrainBatches, share
+from .batches import OrderedBatches, TrainBatches
 from .models import EvalModel
 from .sets import EvalSet
 
@@ -212,63 +209,50 @@ def cached_features(
 LabeledRows = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
 
 
-class FeatureLoader(ABC):
-    """Features of the images of a probe; `gathered`: training batches are whole in each process."""
+class OnlineLoader:
+    """Every epoch encodes every image with another random crop, as in the protocols.
 
-    name: str
-    batch_size: int
-    steps: int
+    Unless `gathered`, each process has its share of the training batches only.
+    """
+
+    name = "online"
+    piece: int | None = _PIECE  # images of a forward pass in training; None for whole batches
+    notes: Sequence[str] = ()
 
     def __init__(self, probe: Probe, source: Source, bar: Any, *, gather: bool = True) -> None:
         self.probe, self.source, self.bar, self.gathered = probe, source, bar, gather
         self.device = source.device
         self.broken: dict[str, str] = {}
-        self.notes: list[str] = []
-
-    @abstractmethod
-    def training(self, first: int, last: int) -> Iterator[LabeledRows]:
-        """The steps of the epochs from `first` up to `last`, exclusive."""
-
-    @abstractmethod
-    def in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
-        """Images one after the other, the share of this process."""
-
-    def validation(self) -> Iterator[LabeledRows]:
-        """The images that choose the head."""
-        return self.in_order(self.probe.train, self.probe.val_rows)
-
-    def testing(self) -> Iterator[LabeledRows]:
-        """The test images."""
-        return self.in_order(self.probe.test, np.arange(len(self.probe.test)))
-
-
-class OnlineLoader(FeatureLoader):
-    """Every epoch encodes every image with another random crop, as in the protocols."""
-
-    name = "online"
-
-    def __init__(self, probe: Probe, source: Source, bar: Any, *, gather: bool = True) -> None:
-        super().__init__(probe, source, bar, gather=gather)
-        protocol = probe.protocol
-        self.batches = TrainBatches(
-            *(probe.train, probe.train_rows, protocol.transform, source.size, protocol.batch_size),
-            seed=probe.config.seed,
-            rank=probe.distributed.rank,
-            world=probe.distributed.world_size,
-            micro=_PIECE,
-        )
+        self.batches = self._batches(probe.train_rows, probe.distributed.world_size)
         self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
 
+    def _batches(self, rows: Targets, world: int) -> TrainBatches:
+        protocol, rank = self.probe.protocol, self.probe.distributed.rank if world > 1 else 0
+        return TrainBatches(
+            *(self.probe.train, rows, protocol.transform, self.source.size, protocol.batch_size),
+            seed=self.probe.config.seed,
+            rank=rank,
+            world=world,
+            micro=self.piece or protocol.batch_size,
+        )
+
     def training(self, first: int, last: int) -> Iterator[LabeledRows]:
-        """See :class:`FeatureLoader`."""
+        """The steps of the epochs from `first` up to `last`, exclusive."""
         gather = self.probe.distributed.all_gather_rows
         pieces = self._encode(self.batches, self.batches.numbers(first, last))
         while step := list(islice(pieces, self.batches.parts)):
             rows, labels = (torch.cat(column) for column in zip(*step))
             yield (gather(rows), gather(labels)) if self.gathered else (rows, labels)
 
-    def in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
-        """See :class:`FeatureLoader`."""
+    def validation(self) -> Iterator[LabeledRows]:
+        """The images that choose the head, the share of this process."""
+        return self._in_order(self.probe.train, self.probe.val_rows)
+
+    def testing(self) -> Iterator[LabeledRows]:
+        """The test images, the share of this process."""
+        return self._in_order(self.probe.test, np.arange(len(self.probe.test)))
+
+    def _in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
         batches = self.probe.in_order(part, images, self.source.size)
         return self._encode(batches, range(len(batches)))
 
@@ -281,10 +265,7 @@ class OnlineLoader(FeatureLoader):
 def encoded(
     probe: Probe, source: Source, batches: Any, numbers: Sequence[int], broken: dict[str, str]
 ) -> Iterator[LabeledRows]:
-    """Rows and classes of the images of batches, by their numbers, that could be decoded.
-
-    Name and reason of the others are added to `broken`.
-    """
+    """Rows and classes of the images of batches that could be decoded; `broken` gets the others."""
     waiting: deque[Tensor] = deque()
 
     def pixels() -> Iterator[Batch]:
@@ -299,14 +280,14 @@ def encoded(
             yield rows, labels.to(rows.device, non_blocking=True)
 
 
-class CachedLoader(FeatureLoader):
+class CachedLoader(OnlineLoader):
     """Features computed once, of every image and its mirror image.
 
     Random crops of the protocol, if it has any, are replaced by the test transform. Without `flips`
     there are no mirror images, for classifiers that are not trained in epochs.
     """
 
-    name = "cached"
+    name, piece = "cached", None
 
     def __init__(
         self, probe: Probe, source: Source, bar: Any, *, flips: bool = True, gather: bool = True
@@ -324,32 +305,26 @@ class CachedLoader(FeatureLoader):
         self.val_rows = self.train.find(probe.val_rows)
         if len(self.train_rows) < 2:
             raise DataError("fewer than two training images can be decoded")
-        self.batch_size = min(probe.protocol.batch_size, len(self.train_rows))
-        self.steps = len(self.train_rows) // self.batch_size
+        world = 1 if gather else probe.distributed.world_size
+        self.batches = self._batches(self.train_rows, world)
+        self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
 
     def share(self, rows: Targets) -> Targets:
         """Those that belong to this process."""
         return rows[self.probe.distributed.rank :: self.probe.distributed.world_size]
 
     def training(self, first: int, last: int) -> Iterator[LabeledRows]:
-        """See :class:`FeatureLoader`; images and flips are those of `OnlineLoader`."""
-        seed, batch, distributed = self.probe.config.seed, self.batch_size, self.probe.distributed
-        shared = (0, 1) if self.gathered else (distributed.rank, distributed.world_size)
-        own = share(batch, *shared)
-        for epoch in range(first, last):
-            rng = numpy_generator(seed, Stream.EVAL_ORDER, epoch)
-            order = rng.permutation(len(self.train_rows))
-            for step in range(self.steps):
-                chosen = self.train_rows[order[step * batch : (step + 1) * batch]][own]
-                draws = numpy_generator(seed, Stream.EVAL_AUGMENT, epoch, step)
-                flips = draws.random((batch, DRAWS))[own, -1] < 0.5
-                rows = self.train.rows[chosen]
-                rows[flips] = self.mirrored.rows[chosen[flips]]
-                yield rows.to(self.device).float(), self.train.labels[chosen].to(self.device)
-                self.bar.update(batch)
+        """The same images and flips as in `OnlineLoader`."""
+        for number in self.batches.numbers(first, last):
+            _, plan = self.batches.plan(number)
+            chosen = np.array([row for _, row, _ in plan])
+            flips = np.array([draws[-1] < 0.5 for *_, draws in plan])
+            rows = self.train.rows[chosen]
+            rows[flips] = self.mirrored.rows[chosen[flips]]
+            yield rows.to(self.device).float(), self.train.labels[chosen].to(self.device)
+            self.bar.update(self.batch_size)
 
-    def in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
-        """See :class:`FeatureLoader`."""
+    def _in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
         found = self.train if part is self.probe.train else self.test
         mine = self.share(found.find(images))
         count = max(1, _VALUES // math.prod(found.rows.shape[1:]))

@@ -178,7 +178,7 @@ def train(
 ) -> tuple[list[float], float]:
     """Train all heads; returns the last losses, and the seconds of earlier sessions.
 
-    `probe` is a `Probe` or a `DenseProbe`, `loader` a `FeatureLoader` or a `DenseLoader`.
+    `probe` is a `Probe` or a `DenseProbe`, `loader` a `OnlineLoader` or a `DenseLoader`.
     """
     protocol, distributed = probe.protocol, probe.distributed
     state = EpochState(folder / STATE, distributed)
