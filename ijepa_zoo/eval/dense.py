@@ -78,14 +78,13 @@ def evaluate_dense_depth(
     exchange their features. The chosen head is saved in the folder of the result (`model`).
 
     Args:
-        model: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
-        data: NYU Depth v2's `nyu_depth_v2_labeled.mat` or a folder that holds it (`splits.mat`
-            beside it), pairs of images and depth maps, or rendered scenes; see `open_depth`.
+        model: As `out`, a field of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
+        data: See `open_depth`: NYU Depth v2, pairs of images and depth maps, or rendered scenes.
         out: See there.
         protocol: How heads are trained.
         max_depth: Farther pixels are ignored; default: that of the data, else 10 m.
         depth_scale: Units of depth files per meter; see `open_depth`.
-        options: Further fields of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
+        options: Further fields of `HeadsConfig`.
 
     Returns:
         The result, which is also in the folder; its value is the RMSE in meters or scene units.
@@ -96,10 +95,7 @@ def evaluate_dense_depth(
         RunError: Another process works on the same evaluation, or features are not finite.
     """
     if max_depth is not None and not 1e-3 < max_depth < math.inf:
-        raise SettingsError(
-            f"{option('max_depth')} is {max_depth:g}: depths from 0.001 to it count, so give a "
-            "larger one, such as 10"
-        )
+        raise SettingsError(f"{option('max_depth')} is {max_depth:g}: give a depth such as 10")
 
     def make_task(pairs: DenseData, used: Any) -> DenseTask:
         limit = max_depth if max_depth is not None else pairs.max_depth or _MAX_DEPTH
@@ -122,13 +118,12 @@ def evaluate_segmentation(
     """Train segmentation heads on frozen patch features, and measure the best on the test set.
 
     Args:
-        model: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
-        data: ADE20K, VOC, a folder of images and masks, or rendered scenes; see
-            `open_segmentation`.
+        model: As `out`, a field of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
+        data: See `open_segmentation`: ADE20K, VOC, images and masks, or rendered scenes.
         out: See there.
         protocol: How heads are trained.
         reduce_zero_label: Ignore class 0 and count from 1; default: for ADE20K only.
-        options: Further fields of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
+        options: Further fields of `HeadsConfig`.
 
     Returns:
         The result; its value is the mean IoU in percent, its `metrics["IoU"]` that of each class.
@@ -157,18 +152,16 @@ def _evaluate(
     for name in ("test", "lrs", "wds"):
         if getattr(config, name) is not None:
             raise SettingsError(f"{option(name)} is not for dense probes: use `protocol` or `data`")
-    given: dict[str, Any] = {"epochs": config.epochs, "batch_size": config.batch_size}
-    protocol = replace(usual, **{name: n for name, n in given.items() if n is not None})
+    batch_size, epochs = config.batch_size or usual.batch_size, config.epochs or usual.epochs
+    protocol = replace(usual, batch_size=batch_size, epochs=epochs)
 
     def open_data(distributed: Distributed, model: EvalModel) -> DenseProbe:
         workers = usable_cpus() if config.workers is None else config.workers
         shown = config.progress and distributed.is_main
         pairs = open_pairs(config.data, workers=workers, progress=shown, **target_options)
         decoder = config.decoder(model.in_chans, as_tensor=False)
-        train, test = (
-            replace(part, decoder=decoder, skip_broken=config.skip_broken)
-            for part in (pairs.train, pairs.test)
-        )
+        given: dict[str, Any] = {"decoder": decoder, "skip_broken": config.skip_broken}
+        train, test = (replace(part, **given) for part in (pairs.train, pairs.test))
         pairs, images = replace(pairs, train=train, test=test), len(train)
         task = make_task(pairs, protocol)
         distributed.run_on_main(lambda: _check(config, pairs, task))

@@ -165,19 +165,18 @@ class DenseLoader:
                 self.bar.update(size)
 
     def validation(self) -> Iterator[DenseBatch]:
-        """The pairs that choose the head, the share of this process."""
-        task, pairs = self.probe.task, self.probe.pairs
-        return self._in_order(pairs.train, self.probe.val_rows, True, task.mirrored)
+        """The pairs that choose the head, the share of this process; targets keep their size."""
+        probe = self.probe
+        return self._in_order(probe.pairs.train, probe.val_rows, True, probe.task.mirrored)
 
     def testing(self) -> Iterator[DenseBatch]:
-        """The test pairs, the share of this process."""
-        task, pairs = self.probe.task, self.probe.pairs
-        return self._in_order(pairs.test, np.arange(len(pairs.test)), True, task.mirrored)
+        """The test pairs, the share of this process; targets keep their size."""
+        pairs, mirrored = self.probe.pairs.test, self.probe.task.mirrored
+        return self._in_order(pairs, np.arange(len(pairs)), True, mirrored)
 
     def _in_order(
         self, data: DenseDataset, indices: Indices, full: bool, mirrored: bool
     ) -> Iterator[DenseBatch]:
-        """Pairs one after the other, the share of this process."""
         mine = indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
         starts = range(0, len(mine), self.batch_size)
         parts = [mine[start : start + self.batch_size] for start in starts]
@@ -193,9 +192,8 @@ class DenseLoader:
         def batches() -> Iterator[tuple[Tensor, list[str | None]]]:
             loaded = self.probe.loaded(items, range(len(plan)))
             for (indices, _), (pixels, targets, reasons) in zip(plan, loaded):
-                for index, reason in zip(indices.tolist(), reasons):
-                    if reason is not None:
-                        self.broken[data.names[index]] = reason
+                found = zip(indices.tolist(), reasons)
+                self.broken |= {data.names[i]: reason for i, reason in found if reason is not None}
                 good = [slot for slot, reason in enumerate(reasons) if reason is None]
                 waiting.append((targets, indices[good]))
                 yield pixels, reasons * (2 if mirrored else 1)
@@ -216,15 +214,14 @@ class DenseLoader:
         maps = torch.empty(2, count, *source.row_shape)
         targets = torch.empty(count, *source.size)
         rows: dict[int, int] = {}
-        train = probe.pairs.train
         with probe.bar(count, "encoding") as bar:
-            for batch in self._in_order(train, probe.train_rows, False, True):
-                first, last = len(rows), len(rows) + len(batch.indices)
-                if last > first:
-                    maps[:, first:last] = torch.stack(batch.maps.cpu().chunk(2))
-                    targets[first:last] = torch.stack(batch.targets)
-                rows |= zip(batch.indices.tolist(), range(first, last))
-                bar.update(last - first)
+            for batch in self._in_order(probe.pairs.train, probe.train_rows, False, True):
+                for side, found in enumerate(batch.maps.cpu().chunk(2)):
+                    maps[side, len(rows) : len(rows) + len(found)] = found
+                for index, target in zip(batch.indices.tolist(), batch.targets):
+                    targets[len(rows)] = target
+                    rows[index] = len(rows)
+                bar.update(len(batch.indices))
         return _Store(maps, targets, rows, source.device)
 
 

@@ -48,20 +48,10 @@ def evaluate_logreg(
     training images; then the classifier is fitted to all of them. DINOv2 (arXiv 2304.07193,
     `dinov2/eval/log_regression.py`) does the same on one layer, with the same 45 values of C.
 
-    Args:
-        task: As `model`, `data`, `out` and the options, a field of `EvalConfig`.
-        model: See `EvalConfig`.
-        data: See `EvalConfig`.
-        out: See `EvalConfig`.
-        list: Text file with the names of the training images to use, one per line, such as
-            ImageNet's 1 %; see `listed_rows`.
-        per_class: Number of training images of each class, drawn by the seed.
-        cs: Values of C.
-        options: Further fields of `EvalConfig`.
-
-    Raises:
-        DataError: The data or the list cannot be used, or do not fit the task.
-        SettingsError: An option or the model does not fit.
+    `list` is a text file with the names of the training images to use, one per line, such as
+    ImageNet's 1 % (see `listed_rows`); `per_class` draws so many of each class by the seed; `cs`
+    are the values of C. The other arguments are fields of :class:`~ijepa_zoo.eval.EvalConfig`;
+    errors are those of :func:`evaluate_linear`.
     """
     if list is not None and per_class is not None:
         raise SettingsError(f"use {option('list')} or {option('per_class')}, not both")
@@ -101,15 +91,11 @@ def draw_per_class(labels: Targets, number: int, seed: int) -> Targets:
 def choose_rows(probe: Probe, rows: Targets, subset: dict[str, Any]) -> Probe:
     """The probe with some of the training images."""
     train = probe.train
-    sizes = train.class_sizes(rows)
-    present = sizes[sizes > 0]
-    if len(present) < 2:
+    classes = int((train.class_sizes(rows) > 0).sum())
+    if classes < 2:
         raise DataError(f"the chosen images ({subset}) are of one class; use at least two")
     how = ", ".join(f"{key}={value}" for key, value in subset.items())
-    note = (
-        f"{how}: {len(rows)} of {len(train)} training images, at most {present.max()} "
-        f"of each of {len(present)} classes"
-    )
+    note = f"{how}: {len(rows)} of {len(train)} training images, of {classes} classes"
     images, targets = Subset(train.images, rows), train.targets[rows]
     few = replace(train, images=images, targets=targets, notes=(*train.notes, note))
     return probe.with_rows(few, subset=subset)
@@ -168,16 +154,12 @@ def _sweep(
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted classifier: weights `[C, D]` and biases `[C]`.
-
-    `objective` was minimized, divided by C and the number of images; `converged` is False if the
-    iterations did not suffice.
-    """
+    """A fitted classifier: weights `[C, D]` and biases `[C]`."""
 
     weight: Tensor
     bias: Tensor
-    objective: float
-    converged: bool
+    objective: float  # minimized, divided by C and the number of images
+    converged: bool  # False if the iterations did not suffice
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits `[n, C]` of features `[n, D]`."""
