@@ -68,68 +68,65 @@ def choose(
     return Choice(val.best, val, test(loader.testing(), val.best))
 
 
+@torch.inference_mode()
+def _gather(
+    probe: Probe, source: Source, batches: Any, function: Callable[[Any], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[n, H, ...]` of a function of features, and labels, of the images of all processes.
+
+    Synchronizes only at the end.
+    """
+    found = [(function(source.split(rows)), labels) for rows, labels in batches]
+    columns: list[list[Tensor]] = [list(column) for column in zip(*found)]
+    shapes = probe.distributed.all_gather_object([c[0].cpu()[:0] for c in columns])
+    if not any(shapes):
+        raise DataError("none of the images to choose by, or to test on, can be decoded")
+    # a process may have no images
+    own = columns or [[part] for part in next(filter(None, shapes))]
+    outputs, labels = (probe.distributed.all_gather_rows(torch.cat(c).cpu()) for c in own)
+    return outputs, labels
+
+
 def compute_metrics(
     probe: Probe,
     source: Source,
     batches: Iterable[tuple[Tensor, Tensor]],
     logits: Callable[[Any], Iterable[Tensor]],
-    heads: int,
 ) -> Metrics:
     """Accuracies of heads, or average precision where images may have several classes."""
     if not probe.train.multi_label:
 
         def predict(features: Any) -> Tensor:
-            return torch.stack([likeliest(found) for found in logits(features)])
+            return torch.stack([likeliest(found) for found in logits(features)], dim=1)
 
-        return count_correct(probe, source, batches, predict, heads)
-    with torch.inference_mode():
-        none = torch.empty(0, probe.num_classes)  # a process may have no images
-        scores, answers = [none.expand(heads, -1, -1)], [none.to(torch.uint8)]
-        for rows, labels in batches:
-            scores.append(torch.stack([*logits(source.split(rows))]).float().cpu())
-            answers.append(labels.cpu())
-        whole = probe.distributed.all_gather_rows(torch.cat(scores, dim=1).transpose(0, 1))
-        labels = probe.distributed.all_gather_rows(torch.cat(answers))
-        if not labels.any():
-            raise DataError("none of the images to choose by, or to test on, has a label")
-        found = [average_precision(whole[:, head], labels) for head in range(heads)]
-    values = [100 * float(precisions.nanmean()) for precisions in found]
-    return Metrics("mean average precision", len(labels), values, [None] * heads, [{}] * heads)
+        return count_correct(probe, source, batches, predict)
+    scores, labels = _gather(probe, source, batches, lambda f: torch.stack([*logits(f)], dim=1))
+    if not labels.any():
+        raise DataError("none of the images to choose by, or to test on, has a label")
+    found = [average_precision(head.float(), labels) for head in scores.unbind(dim=1)]
+    values, none = [100 * float(precisions.nanmean()) for precisions in found], [None] * len(found)
+    return Metrics("mean average precision", len(labels), values, none, [{}] * len(found))
 
 
-@torch.inference_mode()
 def count_correct(
     probe: Probe,
     source: Source,
     batches: Iterable[tuple[Tensor, Tensor]],
     predict: Callable[[Any], Tensor],
-    heads: int,
 ) -> Metrics:
-    """Accuracies over the images of all processes; synchronizes only at the end."""
-    classes, device = probe.num_classes, source.device
-    correct = torch.zeros(heads, classes, dtype=torch.int64, device=device)
-    top = torch.zeros(heads, dtype=torch.int64, device=device)
-    images = torch.zeros(classes, dtype=torch.int64, device=device)
-    for rows, labels in batches:
-        right = predict(source.split(rows)) == labels[:, None]
-        correct.index_add_(1, labels, right[..., 0].long())
-        top += right.any(dim=2).sum(dim=1)
-        images.index_add_(0, labels, torch.ones_like(labels))
-    flat = torch.cat([correct.flatten(), top, images]).cpu()
-    sizes = [heads * classes, heads, classes]
-    correct, top, images = torch.split(probe.distributed.all_reduce(flat), sizes)
-    correct, total, seen = correct.view(heads, classes), int(images.sum()), images > 0
-    if not total:
-        raise DataError("none of the images to choose by, or to test on, can be decoded")
-    answers = correct.sum(dim=1).tolist()
-    per_class = (correct[:, seen].double() / images[seen]).mean(dim=1).tolist()
-    others = [{"mean per-class accuracy": 100 * share} for share in per_class]
-    if classes > TOP:
-        for found, number in zip(others, top.tolist()):
-            found["top-5 accuracy"] = 100 * number / total
-    intervals = [wilson_interval(number, total) for number in answers]
-    values = [100 * number / total for number in answers]
-    return Metrics("top-1 accuracy", total, values, intervals, others)
+    """Accuracies of the likeliest classes `[b, H, k]` that `predict` returns for features."""
+    predicted, labels = _gather(probe, source, batches, predict)
+    right = predicted == labels[:, None, None]
+    first, images = right[..., 0].double(), labels.bincount(minlength=probe.num_classes)
+    by_class = first.new_zeros(probe.num_classes, first.shape[1]).index_add_(0, labels, first)
+    per_class = (by_class / images[:, None])[images > 0].mean(dim=0)
+    others = [{"mean per-class accuracy": 100 * share} for share in per_class.tolist()]
+    if probe.num_classes > TOP:
+        for found, share in zip(others, right.any(dim=2).double().mean(dim=0).tolist()):
+            found["top-5 accuracy"] = 100 * share
+    intervals = [wilson_interval(int(n), len(labels)) for n in first.sum(dim=0).tolist()]
+    values = [100 * share for share in first.mean(dim=0).tolist()]
+    return Metrics("top-1 accuracy", len(labels), values, intervals, others)
 
 
 def likeliest(logits: Tensor) -> Tensor:

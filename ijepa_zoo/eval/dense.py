@@ -39,11 +39,11 @@ from ..errors import DataError, ImageError, SettingsError, option, some
 from ..features import Layers
 from ..models.classifier import Classifier
 from ..seeds import Stream, numpy_generator
-from .accuracy import Metrics, choose
+from .accuracy import Metrics
 from .dense_tasks import DenseProtocol, DenseTask, Depth, DepthProtocol, Segmentation
 from .dense_training import DenseGrid, DenseLoader, DenseProbe, make_dense_grid
 from .features import CACHED_AS_IS
-from .heads import train
+from .heads import train_and_choose
 from .models import EvalModel
 from .probe import HeadsConfig, epochs_note, evaluate, make_result
 from .results import Result
@@ -155,7 +155,7 @@ def _evaluate(
     batch_size, epochs = config.batch_size or usual.batch_size, config.epochs or usual.epochs
     protocol = replace(usual, batch_size=batch_size, epochs=epochs)
 
-    def open_data(distributed: Distributed, model: EvalModel) -> DenseProbe:
+    def open_data(config: HeadsConfig, distributed: Distributed, model: EvalModel) -> DenseProbe:
         workers = usable_cpus() if config.workers is None else config.workers
         shown = config.progress and distributed.is_main
         pairs = open_pairs(config.data, workers=workers, progress=shown, **target_options)
@@ -169,7 +169,7 @@ def _evaluate(
         held_out = 0 if config.select_on_test else max(1, round(VAL_SHARE * images))
         rows = np.sort(order[held_out:]), np.sort(order[:held_out])
         used = replace(config, workers=0) if _is_rendered(config.data) else config
-        return DenseProbe(used, distributed, pairs, task, protocol, *rows, target_options)
+        return DenseProbe(used, distributed, *rows, pairs, task, protocol, target_options)
 
     def run(probe: DenseProbe, source: Any) -> tuple[Result, Path]:
         task, names = probe.task, probe.pairs.class_names
@@ -181,12 +181,11 @@ def _evaluate(
                 loader = DenseLoader(probe, source, bar)
                 about = (source.widths, source.size, config.seed, source.device)
                 grid = make_dense_grid(task, protocol, *about)
-                losses, earlier = train(probe, source, loader, grid, folder)
-                choice = choose(
-                    loader,
-                    lambda batches: _measure(loader, grid, batches, range(len(grid.specs))),
-                    lambda batches, head: _measure(loader, grid, batches, [head]),
-                )
+
+                def measure(batches: Any, heads: Sequence[int]) -> Metrics:
+                    return _measure(loader, grid, batches, heads)
+
+                choice, trained = train_and_choose(probe, source, loader, grid, folder, measure)
             layers = cast("Layers", grid.specs[choice.index].representation)
             classifier = Classifier(
                 *(source.model.model, grid.heads[choice.index], layers, None, names),
@@ -200,9 +199,8 @@ def _evaluate(
             return make_result(
                 *(probe, source, task.method, asdict(protocol) | task.settings, grid.names),
                 *(choice, loader.broken),
-                losses=losses,
                 notes=notes,
-                seconds=earlier,
+                **trained,
             )
 
         return run_once(probe, source, task.method, {}, work)

@@ -41,8 +41,6 @@ class DenseProbe(Evaluation):
     pairs: DenseData
     task: DenseTask
     protocol: DenseProtocol
-    train_rows: Indices
-    val_rows: Indices
     target_options: dict[str, Any]
 
     @property

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +36,6 @@ from ..data.transforms import transform_config
 from ..distributed import init_distributed
 from ..encode import fast_precision
 from ..errors import DataError, RunError, SettingsError, option
-from ..progress import skip
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
 from .accuracy import Choice, classification_loss, compute_metrics
@@ -45,9 +43,9 @@ from .batches import EvalBatch, TrainBatches, library_seeds
 from .features import Source
 from .logreg import choose_rows
 from .models import EvalModel
-from .probe import EvalConfig, Probe, epochs_note, make_result, of_all_processes, open_probe
+from .probe import EvalConfig, Probe, epochs_note, make_result, open_probe
 from .results import Result
-from .runs import STATE, EpochState, run_once
+from .runs import run_once, train_epochs
 from .sets import listed_rows
 from .tasks import CROP, Task, find_task
 
@@ -172,12 +170,12 @@ def evaluate_finetune(
         method = "finetune" if list is None else "finetune-list"
 
         def work(folder: Path) -> Result:
-            images = changed.epochs * training.batches.steps * training.batches.batch_size
-            with training.probe.bar(images, folder.name) as bar:
-                training.run(EpochState(folder / STATE, distributed), bar)
-            result = training.test(method, notes)
+            images = changed.epochs * training.steps * training.batch_size
+            with training.probe.bar(images, folder.name) as training.bar:
+                losses, seconds = training.run(folder)
+            result = training.test(method, notes, losses=losses, seconds=seconds)
             distributed.run_on_main(lambda: _save(training, folder / "model"))
-            return replace(result, seconds=training.earlier)
+            return result
 
         result, _ = run_once(training.probe, training, method, training.protocol(), work)
         distributed.barrier()
@@ -213,7 +211,7 @@ class FineTuning:
         self.model, self.recipe = network, recipe
         self.about, self.paper_name = model.describe(), model.paper_name
         self.distributed, self.device = probe.distributed, probe.distributed.device
-        self.epoch, self.loss, self.earlier = 0, 0.0, 0.0
+        self.bar: Any = None
         self.broken: dict[str, str] = {}
         precision = probe.config.precision
         if precision == "auto":  # float16 would need a GradScaler
@@ -245,6 +243,7 @@ class FineTuning:
             unit=2,  # mixup takes pairs
             augment=rand_augment(recipe.auto_augment, self.size, config["mean"]),
         )
+        self.steps, self.batch_size = self.batches.steps, self.batches.batch_size
         self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device=self.device)
         self.mixup: Any = None
         if (recipe.mixup or recipe.cutmix) and not probe.train.multi_label:
@@ -258,14 +257,14 @@ class FineTuning:
 
     def _optimizer(self) -> tuple[torch.optim.AdamW, Any]:
         """AdamW with a learning rate for each layer, and timm's schedule of steps."""
-        recipe, steps = self.recipe, self.batches.steps
+        recipe, steps = self.recipe, self.steps
         groups = param_groups_layer_decay(
             self.model,
             weight_decay=recipe.weight_decay,
             no_weight_decay_list=self.model.no_weight_decay(),
             layer_decay=recipe.layer_decay,
         )
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr * self.batches.batch_size / 256)
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr * self.batch_size / 256)
         warmup = round(recipe.warmup_epochs * steps)
         scheduler = CosineLRScheduler(
             optimizer,
@@ -281,58 +280,41 @@ class FineTuning:
         """What decides the result, as plain values."""
         used = {key: value for key, value in asdict(self.recipe).items() if key != "paper"}
         transform = self.transform.describe(self.size, train=False)
-        used |= {"batch_size": self.batches.batch_size, "test_transform": transform}
+        used |= {"batch_size": self.batch_size, "test_transform": transform}
         return {**used, **self.probe.subset}
 
-    def run(self, state: EpochState, bar: Any) -> None:
-        """Train from the last finished epoch to the end; the state is saved after each."""
-        epochs, started = self.recipe.epochs, time.perf_counter()
-        if (found := state.load()) is not None:
-            self.model.load_state_dict(found["model"])
-            self.optimizer.load_state_dict(found["optimizer"])
-            self.epoch, self.loss = found["epoch"], found["loss"]
-            self.earlier, self.broken = found["seconds"], found["broken"]
-        skip(bar, self.epoch * self.batches.steps * self.batches.batch_size)
-        pieces = self.probe.loaded(self.batches, self.batches.numbers(self.epoch, epochs))
-        self.model.train()
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            while self.epoch < epochs:
-                self.loss = self._train_epoch(pieces, bar)
-                self.epoch += 1
-                shown = {"epoch": f"{self.epoch}/{epochs}", "loss": f"{self.loss:.3g}"}
-                bar.set_postfix(**shown, refresh=False)
-                self.broken = of_all_processes(self.broken, self.distributed)
-                if self.distributed.is_main:
-                    seconds = self.earlier + time.perf_counter() - started
-                    kept = {"epoch": self.epoch, "loss": self.loss, "broken": self.broken}
-                    weights, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-                    kept |= {"seconds": seconds, "model": weights, "optimizer": optimizer}
-                    state.save(kept)
+    def training(self, first: int, last: int) -> Iterator[EvalBatch]:
+        """Pieces of the batches of epochs from `first` up to `last`, exclusive."""
+        return self.probe.loaded(self.batches, self.batches.numbers(first, last))
 
-    def _train_epoch(self, pieces: Iterator[EvalBatch], bar: Any) -> float:
-        steps, parts = self.batches.steps, self.batches.parts
+    def run(self, folder: Path) -> tuple[list[float], float]:
+        """Train; returns the last loss, and the seconds of earlier sessions; see `train_epochs`."""
+        args = (self.optimizer, self._train_epoch, self.recipe.epochs, folder)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            return train_epochs(self.probe, self, self.model, *args)
+
+    def _train_epoch(self, pieces: Iterator[EvalBatch], epoch: int) -> list[float]:
         total = torch.zeros((), device=self.device)
-        for step in range(steps):
-            self.scheduler.step_update(self.epoch * steps + step)
+        for step in range(self.steps):
+            self.scheduler.step_update(epoch * self.steps + step)
             self.optimizer.zero_grad()
-            for part, batch in enumerate(islice(pieces, parts)):
-                total += self.backward(batch, step, part)
+            for part, batch in enumerate(islice(pieces, self.batches.parts)):
+                total += self.backward(batch, epoch, step, part)
             self.optimizer.step()
-            bar.update(self.batches.batch_size)
-        loss = float(self.distributed.all_reduce(total)) / (steps * self.distributed.world_size)
+            self.bar.update(self.batch_size)
+        loss = float(self.distributed.all_reduce(total)) / self.steps / self.distributed.world_size
         if not math.isfinite(loss):
             raise RunError(
-                f"the loss of epoch {self.epoch + 1} is {loss}: use a smaller "
-                f"{option('batch_size')}, with which the learning rate shrinks, or "
-                f"{option('precision')} float32"
+                f"the loss of epoch {epoch + 1} is {loss}: use a smaller {option('batch_size')}, "
+                f"with which the learning rate shrinks, or {option('precision')} float32"
             )
-        return loss
+        return [loss]
 
-    def backward(self, batch: EvalBatch, step: int, part: int) -> Tensor:
+    def backward(self, batch: EvalBatch, epoch: int, step: int, part: int) -> Tensor:
         """Add the gradients of a micro-batch, weighted by its share; returns its loss."""
         self.broken.update(batch.broken)
         rank, world = self.distributed.rank, self.distributed.world_size
-        keys = (self.probe.config.seed, Stream.EVAL_AUGMENT, self.epoch, step, part, rank)
+        keys = (self.probe.config.seed, Stream.EVAL_AUGMENT, epoch, step, part, rank)
         images = self._normalize(batch.images)
         labels = batch.labels.to(self.device, non_blocking=True)
         torch.manual_seed(fold(*keys))  # of erased pixels and stochastic depth
@@ -350,24 +332,24 @@ class FineTuning:
                 smoothing = self.recipe.label_smoothing
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
             # DDP averages over processes, whose shares differ
-            loss = loss * (len(images) * world / self.batches.batch_size)
+            loss = loss * (len(images) * world / self.batch_size)
             torch.autograd.backward(loss)
         return loss.detach()
 
-    def test(self, method: str, notes: list[str]) -> Result:
+    def test(self, method: str, notes: list[str], **more: Any) -> Result:
         """The result; every process must call this."""
         probe, source = self.probe, cast("Source", self)  # whose features are the images
-        metrics = compute_metrics(probe, source, self._test_images(), self._logits, heads=1)
+        metrics = compute_metrics(probe, source, self._test_images(), self._logits)
         if probe.train.multi_label:
             notes = [*notes, "several labels: no mixup, cutmix or label smoothing"]
         paper, note = self._paper_accuracy()
         head = (["last epoch"], Choice(0, None, metrics))
         return make_result(
             *(probe, self, method, self.protocol(), *head, self.broken),
-            losses=[self.loss],
             notes=[*notes, *note],
             paper=paper,
             selection="the last epoch",
+            **more,
         )
 
     def _paper_accuracy(self) -> tuple[float | None, list[str]]:
@@ -377,7 +359,7 @@ class FineTuning:
         paper = published.paper.get(self.paper_name or "")
         if paper is None or self.probe.name != "imagenet1k":
             return None, []
-        follows = self.recipe == published and self.batches.batch_size == published.batch_size
+        follows = self.recipe == published and self.batch_size == published.batch_size
         follows &= self.size == tuple(self.model.pretrained_cfg["input_size"][1:])
         if follows and (not few or len(self.probe.train) == _ONE_PERCENT):
             return paper, []

@@ -16,7 +16,7 @@ from ..metrics import knn_predict
 from .accuracy import TOP, Metrics, choose, count_correct
 from .features import CachedLoader, Source
 from .models import EvalModel
-from .probe import EvalConfig, Probe, evaluate_classes, make_result
+from .probe import EvalConfig, Probe, evaluate, make_result, open_probe
 from .results import Result
 from .runs import run_once
 from .tasks import Task
@@ -41,7 +41,8 @@ def evaluate_knn(
     The arguments are fields of :class:`~ijepa_zoo.eval.probe.EvalConfig`; errors are those of
     :func:`evaluate_linear`.
     """
-    return evaluate_classes(EvalConfig(task=task, model=model, data=data, out=out, **options), _run)
+    config = EvalConfig(task=task, model=model, data=data, out=out, **options)
+    return evaluate(config, open_probe, _run)
 
 
 def _run(probe: Probe, source: Source) -> tuple[Result, Path]:
@@ -70,9 +71,10 @@ def _vote(probe: Probe, source: Source, loader: CachedLoader, protocol: dict[str
         options: dict[str, Any] = {"num_classes": classes, "top": min(TOP, classes)}
 
         def predict(features: dict[str, Tensor]) -> Tensor:
-            return knn_predict(bank, labels, features[name], ks=ks, temperatures=ts, **options)
+            found = knn_predict(bank, labels, features[name], ks=ks, temperatures=ts, **options)
+            return found.transpose(0, 1)
 
-        return count_correct(probe, source, batches, predict, len(ks) * len(ts))
+        return count_correct(probe, source, batches, predict)
 
     def test(batches: Any, chosen: int) -> Metrics:
         everything = np.concatenate([loader.train_rows, loader.val_rows])

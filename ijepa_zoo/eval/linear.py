@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .accuracy import Metrics, choose, compute_metrics
+from .accuracy import Metrics, compute_metrics
 from .features import BlockFeatures, CachedLoader, Kind, OnlineLoader, Source
-from .heads import Grid, HeadSpec, make_grid, train
+from .heads import Grid, HeadSpec, make_grid, train_and_choose
 from .models import EvalModel
-from .probe import HeadsConfig, Probe, epochs_note, evaluate_classes, make_result
+from .probe import HeadsConfig, Probe, epochs_note, evaluate, make_result, open_probe
 from .results import Result
 from .runs import run_once
 from .saved_head import save_probe_head
@@ -73,7 +73,8 @@ def evaluate_heads(
     """
     loader_class = CachedLoader if config.cached else OnlineLoader
 
-    def prepare(probe: Probe) -> Probe:
+    def open_data(*args: Any) -> Probe:
+        probe = open_probe(*args)
         own = probe.task.protocol
         protocol = own if usual is None else replace(usual, transform=own.transform)
         return replace(probe, protocol=config.change(protocol))
@@ -93,19 +94,14 @@ def evaluate_heads(
             with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:
                 loader = loader_class(probe, source, bar, gather=kind == "vectors")
                 grid = make(probe, source)
-                losses, earlier = train(probe, source, loader, grid, folder)
 
                 def measure(batches: Any, heads: Sequence[int]) -> Metrics:
                     def logits(features: dict[str, Tensor]) -> list[Tensor]:
                         return grid.outputs(features, heads)
 
-                    return compute_metrics(probe, source, batches, logits, len(heads))
+                    return compute_metrics(probe, source, batches, logits)
 
-                choice = choose(
-                    loader,
-                    lambda batches: measure(batches, range(len(grid.specs))),
-                    lambda batches, head: measure(batches, [head]),
-                )
+                choice, trained = train_and_choose(probe, source, loader, grid, folder, measure)
             spec = grid.specs[choice.index]
             if isinstance(source, BlockFeatures):
                 layers, head = spec.representation, grid.heads[choice.index]
@@ -115,15 +111,14 @@ def evaluate_heads(
             paper, notes = _paper_accuracy(probe, source, usual_protocol, config.cached)
             return make_result(
                 *(probe, source, method, used, grid.names, choice, loader.broken),
-                losses=losses,
                 paper=paper,
                 notes=[*loader.notes, *notes],
-                seconds=earlier,
+                **trained,
             )
 
         return run_once(probe, source, f"{method}-{loader_class.name}", protocol, work)
 
-    return evaluate_classes(config, run, kind=kind, prepare=prepare)
+    return evaluate(config, open_data, run, kind)
 
 
 def _paper_accuracy(

@@ -20,7 +20,7 @@ from ..seeds import Stream, numpy_generator
 from .accuracy import Metrics, choose, compute_metrics
 from .features import BlockFeatures, CachedLoader, Source
 from .models import EvalModel
-from .probe import EvalConfig, Probe, evaluate_classes, make_result
+from .probe import EvalConfig, Probe, evaluate, make_result, open_probe
 from .results import Result
 from .runs import run_once
 from .saved_head import save_probe_head
@@ -56,7 +56,8 @@ def evaluate_logreg(
     if list is not None and per_class is not None:
         raise SettingsError(f"use {option('list')} or {option('per_class')}, not both")
 
-    def few(probe: Probe) -> Probe:
+    def open_data(*args: Any) -> Probe:
+        probe = open_probe(*args)
         if list is not None:
             return choose_rows(probe, listed_rows(probe.train, list), {"list": Path(list).name})
         if per_class is not None:
@@ -77,7 +78,7 @@ def evaluate_logreg(
         return run_once(probe, source, "logreg", protocol, work)
 
     config = EvalConfig(task=task, model=model, data=data, out=out, **options)
-    return evaluate_classes(config, run, prepare=few)
+    return evaluate(config, open_data, run)
 
 
 def draw_per_class(labels: Targets, number: int, seed: int) -> Targets:
@@ -118,7 +119,7 @@ def _sweep(
         def logits(features: dict[str, Tensor]) -> Iterator[Tensor]:
             return (fitted.logits(features[name]) for name, fitted in heads)
 
-        return compute_metrics(probe, source, batches, logits, len(heads))
+        return compute_metrics(probe, source, batches, logits)
 
     @cache
     def fit_all(index: int) -> Logistic:

@@ -24,6 +24,7 @@ from .batches import OrderedBatches
 from .features import BlockFeatures, Kind, RawPixels, Source, pixel_options
 from .models import EvalModel, open_model
 from .results import TEST_SET, Head, Result
+from .runs import of_all_processes
 from .sets import VAL_SHARE, EvalSet, open_task, split_classes
 from .tasks import Protocol, Task, find_task
 
@@ -151,6 +152,8 @@ class Evaluation(ABC):
 
     config: EvalConfig
     distributed: Distributed
+    train_rows: Targets  # images that heads are fitted to
+    val_rows: Targets  # training images that choose a head
 
     @property
     @abstractmethod
@@ -184,19 +187,18 @@ class Evaluation(ABC):
         return progress_bar(self.config.progress and self.distributed.is_main, total, description)
 
 
+C = TypeVar("C", bound=EvalConfig)
 E = TypeVar("E", bound=Evaluation)
 
 
 @dataclass(frozen=True)
 class Probe(Evaluation):
-    """A task of classes with its data; heads are fitted to `train_rows`, chosen by `val_rows`."""
+    """A task of classes with its data."""
 
     task: Task
     protocol: Protocol
     train: EvalSet
     test: EvalSet
-    train_rows: Targets
-    val_rows: Targets
     subset: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -268,43 +270,27 @@ def open_probe(config: EvalConfig, distributed: Distributed, model: EvalModel) -
         progress=config.progress and distributed.is_main,
     )
     none = np.empty(0, np.int64)
-    probe = Probe(config, distributed, task, task.protocol, train, test, none, none)
+    probe = Probe(config, distributed, none, none, task, task.protocol, train, test)
     return probe.with_rows(train)
 
 
-def evaluate_classes(
-    config: EvalConfig,
-    run: Callable[[Probe, Source], tuple[Result, Path]],
-    *,
-    kind: Kind = "vectors",
-    prepare: Callable[[Probe], Probe] = lambda probe: probe,
-) -> Result:
-    """Evaluate a model on a task of classes, and its baselines."""
-
-    def open_data(distributed: Distributed, model: EvalModel) -> Probe:
-        probe = prepare(open_probe(config, distributed, model))
-        if not config.select_on_test and not len(probe.val_rows):
-            raise DataError(
-                f"the training images ({len(probe.train)} of {probe.num_classes} classes) leave "
-                f"none to choose the best head by: use at least {round(1 / VAL_SHARE)}, and two of "
-                f"a class, or choose on the test set, {option('select_on_test')}"
-            )
-        return probe
-
-    return evaluate(config, open_data, run, kind)
-
-
 def evaluate(
-    config: EvalConfig,
-    open_data: Callable[[Distributed, EvalModel], E],
+    config: C,
+    open_data: Callable[[C, Distributed, EvalModel], E],
     run: Callable[[E, Source], tuple[Result, Path]],
-    kind: Kind,
+    kind: Kind = "vectors",
 ) -> Result:
     """Evaluate a model, and with `baseline` the untrained model and raw pixels."""
     model = config.open_model()
     # the others may wait for hours while rank 0 writes the cache
     with init_distributed(config.device, timeout=_CACHE_SECONDS) as distributed:
-        probe = open_data(distributed, model)
+        probe = open_data(config, distributed, model)
+        if not config.select_on_test and not len(probe.val_rows):
+            raise DataError(
+                "the training images leave none to choose the best head by: use at least "
+                f"{round(1 / VAL_SHARE)}, and two of a class, or choose on the test set, "
+                + option("select_on_test")
+            )
 
         def features(model: EvalModel) -> BlockFeatures:
             return BlockFeatures(model, config.pool, kind, distributed.device, config.precision)
@@ -377,11 +363,6 @@ def make_result(
         notes=notes,
         **more,
     )
-
-
-def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
-    """The texts of all processes; every process must call this."""
-    return {k: v for part in distributed.all_gather_object(texts) for k, v in part.items()}
 
 
 def epochs_note(epochs: int, usual: int) -> list[str]:

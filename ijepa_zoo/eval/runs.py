@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,12 +17,14 @@ from zipfile import ZipFile
 
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 from ..data.loading import usable_cpus
 from ..distributed import Distributed
 from ..encode import hash_texts
 from ..errors import RunError
 from ..parts import whole_file
+from ..progress import skip
 from .results import RESULT, Result, read_result
 
 if TYPE_CHECKING:
@@ -125,3 +127,49 @@ class EpochState:
         if damaged is not None:
             raise RunError(f"'{self.path}' cannot be resumed ({damaged}): remove it to start again")
         return True
+
+
+def train_epochs(
+    probe: Evaluation,
+    loader: Any,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_epoch: Callable[[Iterator[Any], int], list[float]],
+    epochs: int,
+    folder: Path,
+) -> tuple[list[float], float]:
+    """Train from the last finished epoch to the end; the state is saved after each.
+
+    `loader` has `training`, `steps`, `batch_size`, `bar` and `broken`; `train_epoch` takes its
+    batches and the number of an epoch, and returns losses. Returns the last losses, and the seconds
+    of earlier sessions.
+    """
+    distributed, started = probe.distributed, time.perf_counter()
+    state = EpochState(folder / STATE, distributed)
+    losses: list[float] = []
+    earlier, done = 0.0, 0
+    if (found := state.load()) is not None:
+        module.load_state_dict(found["module"])
+        optimizer.load_state_dict(found["optimizer"])
+        done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
+        loader.broken.update(found["broken"])
+    skip(loader.bar, done * loader.steps * loader.batch_size)
+    batches = loader.training(done, epochs)
+    module.train()
+    for epoch in range(done, epochs):
+        losses = train_epoch(batches, epoch)
+        shown = {"epoch": f"{epoch + 1}/{epochs}", "loss": f"{min(losses):.3g}"}
+        loader.bar.set_postfix(**shown, refresh=False)
+        broken = of_all_processes(loader.broken, distributed)
+        if distributed.is_main:
+            seconds = earlier + time.perf_counter() - started
+            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
+            tensors = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+            state.save({**kept, **tensors})
+    module.eval()
+    return losses, earlier
+
+
+def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
+    """The texts of all processes; every process must call this."""
+    return {k: v for part in distributed.all_gather_object(texts) for k, v in part.items()}

@@ -115,7 +115,7 @@ def evaluate_head(
         task = TASKS.get(about["task"]) or replace(TASKS["classes"], name=about["task"])
         part = _open_test(config, task, classifier)
         protocol, none = replace(task.protocol, transform=transform), np.empty(0, np.int64)
-        probe = Probe(config, distributed, task, protocol, part, part, none, none)
+        probe = Probe(config, distributed, none, none, task, protocol, part, part)
         model = EvalModel(classifier.encoder, about["model"] or model_name(classifier.encoder))
         kind: Any = "tokens" if isinstance(classifier.head, AttentiveHead) else "vectors"
         source = BlockFeatures(model, about["pool"], kind, distributed.device, config.precision)
@@ -128,7 +128,7 @@ def evaluate_head(
             batches = probe.in_order(part, np.arange(len(part)), source.size)
             broken: dict[str, str] = {}
             rows = encoded(probe, source, batches, range(len(batches)), broken)
-            metrics = compute_metrics(probe, source, rows, lambda f: [module(f[name].float())], 1)
+            metrics = compute_metrics(probe, source, rows, lambda f: [module(f[name].float())])
             tested = ([about["chosen"]], Choice(0, None, metrics), broken)
             how = "the probe that trained it"
             return make_result(probe, source, "saved head", settings, *tested, selection=how)

@@ -22,7 +22,7 @@ def measure(logits, labels, classes):
     source = SimpleNamespace(device=torch.device("cpu"), split=lambda rows: rows)
     rows = torch.arange(len(labels)).split(50)
     batches = [(part, labels[part]) for part in rows if len(part)]
-    return compute_metrics(probe, source, batches, lambda part: [*logits[:, part]], len(logits))
+    return compute_metrics(probe, source, batches, lambda part: [*logits[:, part]])
 
 
 def test_accuracies_equal_a_plain_computation():

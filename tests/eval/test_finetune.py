@@ -56,7 +56,7 @@ def dark_and_bright(count=24):
 def training_of(recipe=QUICK, network=None, **more):
     train, none, task = dark_and_bright(), np.arange(0), find_task("classes")
     config = EvalConfig(model=None, data=None, workers=0)
-    probe = Probe(config, Distributed(), task, task.protocol, train, train, none, none)
+    probe = Probe(config, Distributed(), none, none, task, task.protocol, train, train)
     network = network or network_of()
     return FineTuning(network, EvalModel(network, "small"), probe, recipe, **more)
 
@@ -99,7 +99,8 @@ def test_updates_are_those_of_a_plain_loop(tmp_path, micro_batch_size, parts):
     """The whole training again with torch alone, from the same batches, in pieces or not."""
     training = training_of(PLAIN, micro_batch_size=micro_batch_size)
     start = {k: v.clone() for k, v in training.model.state_dict().items()}
-    training.run(EpochState(tmp_path / "state.pt"), Bar())
+    training.bar = Bar()
+    training.run(tmp_path)
     assert training.batches.parts == parts
     other = training_of(PLAIN)
     other.model.load_state_dict(start)
@@ -132,7 +133,7 @@ def test_mixup_goes_into_images_and_targets():
 
     training.mixup = spy
     batch = training.batches[0]
-    loss = training.backward(batch, 0, 0)
+    loss = training.backward(batch, 0, 0, 0)
     images, mixed, target = seen
     hard = F.one_hot(batch.labels, 2).float()
     lam = float((target - hard.flip(0)).abs().max())

@@ -137,7 +137,7 @@ def test_a_killed_run_resumes_exactly(pictures, tmp_path, monkeypatch, probe, ca
 
 def test_a_finished_evaluation_is_not_repeated(evaluate, monkeypatch):
     first = evaluate()
-    monkeypatch.setattr("ijepa_zoo.eval.linear.train", None)
+    monkeypatch.setattr("ijepa_zoo.eval.linear.train_and_choose", None)
     assert evaluate() == first
     for change in ({"seed": 1}, {"model": encoder(1)}, {"lrs": (0.1,)}, {"cached": True}):
         with pytest.raises(TypeError, match="NoneType"):
