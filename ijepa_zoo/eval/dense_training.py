@@ -285,7 +285,7 @@ def make_dense_grid(
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=generator) * _STD)
             bias.zero_()
-        heads[HeadSpec(name, kind, lr, protocol.weight_decay)] = head.to(device)
-        groups.append({"params": [*head.parameters()], "lr": lr, "base_lr": lr})
-    optimizer = torch.optim.AdamW(groups, weight_decay=protocol.weight_decay)
-    return DenseGrid(task, heads, optimizer, size)
+        spec = HeadSpec(name, kind, lr, protocol.weight_decay)
+        heads[spec] = head.to(device)
+        groups += spec.groups(head.parameters())
+    return DenseGrid(task, heads, torch.optim.AdamW(groups), size)

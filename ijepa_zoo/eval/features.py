@@ -44,7 +44,7 @@ _CACHED_WITHOUT_CROPS = (
 )
 
 
-class BlockFeatures:
+class BlockFeatures(Encoder):
     """Features of a frozen encoder, from one pass over each image.
 
     The final LayerNorm is applied to the output of each block, and the patches are averaged
@@ -71,7 +71,7 @@ class BlockFeatures:
             pool = "avg"  # the model's attention pooling takes its last block only
         if precision == "auto":
             precision = fast_precision(torch.device(device))
-        self.encoder = Encoder(
+        super().__init__(
             model.model,
             layers="last" if kind == "tokens" else "last4",
             pool=pool if kind == "vectors" else None,
@@ -80,11 +80,8 @@ class BlockFeatures:
             precision=precision,
             host=False,
         )
-        self.model, self.kind = model, kind
-        self.row_shape, self.dtype = self.encoder.row_shape, self.encoder.dtype
-        self.device, self.settings = self.encoder.device, self.encoder.settings
-        self.size, self.about = self.encoder.size, model.describe()
-        self.encode, self.paper_name = self.encoder.encode, model.paper_name
+        self.kind, self.model, self.about = kind, model, model.describe()
+        self.paper_name = model.paper_name
         width = self.row_shape[0]
         self.widths = {"last": width // 4, "last4": width}
         if kind == "tokens":

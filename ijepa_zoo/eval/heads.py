@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -38,6 +38,14 @@ class HeadSpec:
     def name(self) -> str:
         """Name such as 'last4 bn lr=0.01 wd=0.0005'."""
         return f"{self.representation} {self.kind} lr={self.lr:g} wd={self.weight_decay:g}"
+
+    def groups(self, decayed: Iterable[Any], free: Iterable[Any] = ()) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer: with weight decay, and without."""
+        rates = {"lr": self.lr, "base_lr": self.lr}
+        return [
+            {"params": list(decayed), **rates, "weight_decay": self.weight_decay},
+            {"params": list(free), **rates, "weight_decay": 0.0},
+        ]
 
 
 class Grid(nn.Module):
@@ -133,10 +141,7 @@ def make_grid(
         for parameter in head.linear.parameters():  # as torch.nn.Linear
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
         heads[spec] = head.to(device)
-        rates, decay = {"lr": spec.lr, "base_lr": spec.lr}, {"weight_decay": spec.weight_decay}
-        groups.append({"params": [*head.linear.parameters()], **rates, **decay})
-        if spec.kind == "bn":
-            groups.append({"params": [*head.norm.parameters()], **rates, "weight_decay": 0.0})
+        groups += spec.groups(head.linear.parameters(), head.norm.parameters())
     if protocol.optimizer == "lars":
         groups = [{"decay": group.pop("weight_decay"), **group} for group in groups]
         return Grid(heads, LARS(groups, lr=0.1, momentum=_MOMENTUM))
