@@ -1,6 +1,5 @@
 """Fine-tuning: recipes, updates against a plain loop, resumed runs, the saved model."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -10,25 +9,23 @@ import timm
 import torch
 import torch.nn.functional as F
 from small_probe import OPTIONS, break_files, save, the_one
+from timm.layers import DropPath
 
 import ijepa_zoo
 from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import EvalConfig, EvalModel, evaluate_finetune, find_task
-from ijepa_zoo.eval.batches import TrainBatches
 from ijepa_zoo.eval.finetune import (
     FEW_LABELS,
     FULL,
     FineTuneRecipe,
     FineTuning,
     few_labels_recipe,
-    rand_augment,
 )
 from ijepa_zoo.eval.probe import Probe
 from ijepa_zoo.eval.runs import EpochState
 from ijepa_zoo.eval.sets import EvalSet
-from ijepa_zoo.eval.tasks import CROP
 from ijepa_zoo.models.factory import create_model
 
 LR = 2e-2  # of a batch of 8
@@ -69,29 +66,27 @@ class Bar:
 
 
 def test_recipes_are_the_papers():
-    shared = {"epochs": 50, "layer_decay": 0.75, "label_smoothing": 0.1, "min_lr": 1e-6}
-    shared |= {"auto_augment": "rand-m9-mstd0.5-inc1", "warmup_epochs": 5}
-    full = {"batch_size": 528, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.25, "lr": 1e-4}
-    full |= {"weight_decay": 0.04, "random_erasing": 0.25}
-    few = {"batch_size": 512, "mixup": 0, "cutmix": 0, "drop_path": 0, "random_erasing": 0}
-    assert vars(FULL).items() >= (shared | full).items()
-    assert vars(FEW_LABELS).items() >= (shared | few).items()
-    assert FEW_LABELS.lr * FEW_LABELS.batch_size / 256 == pytest.approx(3e-5)
+    augment = ("rand-m9-mstd0.5-inc1", 0.25)
+    papers = ({"vit_huge16_448_ijepa.in1k": 87.1},
+              {"vit_huge14_ijepa.in1k": 73.3, "vit_huge16_448_ijepa.in1k": 77.3})  # fmt: skip
+    full = (50, 1e-4, 528, 0.04, 0.75, 0.25, 0.8, 1.0, 0.1, *augment, 5.0, 1e-6, papers[0])
+    few = (50, 3e-5 / 2, 512, 0.4, 0.75, 0, 0, 0, 0.1, augment[0], 0, 5.0, 1e-6, papers[1])
+    assert (FineTuneRecipe(*full), FineTuneRecipe(*few)) == (FULL, FEW_LABELS)
     decays = [few_labels_recipe(network_of(embed_dim=d)).weight_decay for d in (1280, 1024)]
     assert decays == [0.4, 0.05]
-    for size, resized in ((224, (256, 256)), (448, (448, 448))):  # large images are tested whole
-        transform = training_of(network=network_of(size, patch_size=32)).transform
-        assert transform.resize_to((size, size)) == resized
 
 
-def test_drop_path_grows_over_the_depth():
-    def rates(network):
-        return [m.drop_prob for m in network.modules() if isinstance(m, timm.layers.DropPath)]
-
-    expected, training = network_of(drop_path_rate=0.3), training_of(replace(PLAIN, drop_path=0.3))
-    assert rates(training.model) == pytest.approx(rates(expected))
-    assert len(rates(expected)) == 6
-    assert rates(training_of(PLAIN, network=training.model).model) == []
+def test_large_images_are_tested_whole_and_drop_path_grows_over_the_depth():
+    for size, resized in ((224, (256, 256)), (448, (448, 448))):
+        training = training_of(replace(PLAIN, drop_path=0.3), network_of(size, patch_size=32))
+        assert training.transform.resize_to((size, size)) == resized
+    networks = [training.model, network_of(drop_path_rate=0.3)]
+    rates = [
+        [module.drop_prob for module in network.modules() if isinstance(module, DropPath)]
+        for network in networks
+    ]
+    assert rates[0] == pytest.approx(rates[1])
+    assert len(rates[1]) == 6
 
 
 @pytest.mark.parametrize(("micro_batch_size", "parts"), [(32, 1), (2, 4)])
@@ -124,43 +119,16 @@ def test_updates_are_those_of_a_plain_loop(tmp_path, micro_batch_size, parts):
 
 
 def test_mixup_goes_into_images_and_targets():
-    training = training_of(replace(QUICK, drop_path=0.0, cutmix=0.0, random_erasing=0.0))
-    seen, original = [], training.mixup
-
-    def spy(images, labels):
-        seen.extend([images.clone(), *original(images, labels)])
-        return seen[1:]
-
-    training.mixup = spy
-    batch = training.batches[0]
-    loss = training.backward(batch, 0, 0, 0)
-    images, mixed, target = seen
-    hard = F.one_hot(batch.labels, 2).float()
-    lam = float((target - hard.flip(0)).abs().max())
-    assert 0 < lam < 1
-    torch.testing.assert_close(target, hard * lam + hard.flip(0) * (1 - lam))
-    torch.testing.assert_close(mixed, images * lam + images.flip(0) * (1 - lam))
+    recipe = replace(QUICK, drop_path=0.0, random_erasing=0.0, cutmix=0.0)
+    training = training_of(recipe)
+    mixed, mixup = [], training.mixup
+    training.mixup = lambda *batch: mixed.extend(mixup(*batch)) or mixed
+    loss = training.backward(training.batches[0], 0, 0, 0)
+    images, target = mixed
+    assert ((target > 0) & (target < 1)).any()
     smooth = target * 0.9 + 0.05
-    expected = -(smooth * training.model(mixed).log_softmax(1)).sum(1).mean()
+    expected = -(smooth * training.model(images).log_softmax(1)).sum(1).mean()
     assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_augmentation_is_a_function_of_seed_epoch_step_and_place():
-    augment = rand_augment("rand-m9-mstd0.5-inc1", (32, 32), (0.5, 0.5, 0.5))
-
-    def batches(**more):
-        settings = {"seed": 0, "augment": augment, "unit": 2, **more}
-        return TrainBatches(dark_and_bright(), np.arange(24), CROP, (32, 32), 8, **settings)
-
-    state = np.random.get_state()[1].copy()
-    whole = batches()[4].images
-    assert torch.equal(batches()[4].images, whole)
-    assert not torch.equal(batches(augment=None)[4].images, whole)
-    assert not torch.equal(batches(seed=1)[4].images, whole)
-    shared = [batches(rank=r, world=3)[4].images for r in range(3)]
-    assert [len(images) for images in shared] == [2, 2, 4]
-    assert torch.equal(torch.cat(shared), whole)
-    assert (np.random.get_state()[1] == state).all()
 
 
 @pytest.fixture
@@ -190,9 +158,7 @@ def test_the_trained_classifier_is_kept_and_the_given_model_stays_as_it_was(
     before = {k: v.clone() for k, v in network.state_dict().items()}
     result = run(folder, tmp_path, network)
     assert result.value == result.metrics["mean per-class accuracy"] == 100
-    assert result.images == {"train": 20, "test": 10}
-    assert (result.protocol["layer_decay"], result.data["test"]["most_frequent"]) == (0.9, 50)
-    assert result.notes == []
+    assert (result.images, result.notes) == ({"train": 20, "test": 10}, [])
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
     assert network.num_classes == 0
     saved = the_one(tmp_path, "*/model")
@@ -202,7 +168,6 @@ def test_the_trained_classifier_is_kept_and_the_given_model_stays_as_it_was(
         assert list(opened.pretrained_cfg["label_names"]) == ["bright", "dark"]
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(stock(images), ours(images))
-    assert json.loads((saved / "config.json").read_text())["num_classes"] == 2
 
 
 def test_a_killed_run_resumes_with_the_same_numbers(folder, tmp_path, monkeypatch):
@@ -225,8 +190,6 @@ def test_a_killed_run_resumes_with_the_same_numbers(folder, tmp_path, monkeypatc
     assert result.images == expected.images == {"train": 19, "test": 9}
     assert result.notes == expected.notes
     assert all(name in result.notes[-1] for name in ("train/dark/3.png", "test/dark/4.png"))
-    found = the_one(tmp_path / "killed", "*/result.json").parent
-    assert sorted(p.name for p in found.iterdir()) == [".lock", "model", "result.json"]
 
 
 @pytest.mark.parametrize(

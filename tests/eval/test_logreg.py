@@ -72,8 +72,7 @@ def test_probe_equals_scikit_learn_on_the_listed_images(pictures, tmp_path):
     file.write_text("\n".join(f"class{kind}/{n}.png" for kind in range(3) for n in range(8)))
     result = evaluate_logreg(TASK, encoder(), pictures, tmp_path, list=file, **OPTIONS)
     assert sum(result.images.values()) == 24 + 21
-    assert len(result.heads) == 90
-    assert (min(CS), max(CS)) == (1e-6, 1e5)
+    assert (len(result.heads), min(CS), max(CS)) == (90, 1e-6, 1e5)
     assert "24 of 36" in " ".join(result.notes)
     images, labels = pixels_of(pictures, "train")
     rows = listed_rows(open_task(TASK, pictures)[0], file)
@@ -94,16 +93,8 @@ def test_images_per_class_are_drawn_by_the_seed(pictures, tmp_path):
     assert np.bincount(labels[rows]).tolist() == [4, 5, 5]
     assert (np.diff(rows) > 0).all()
     assert rows.tolist() != draw_per_class(labels, 5, 1).tolist()
-
-    def run(**more):
-        options = {"cs": (0.1, 1.0), **OPTIONS, **more}
-        return evaluate_logreg(TASK, encoder(), pictures, tmp_path, **options)
-
-    few, everything = run(per_class=4), run()
-    assert few.protocol["per_class"] == 4
-    assert few.images["train"] + few.images["val"] == 12
-    assert everything.images["train"] + everything.images["val"] == 36
-    with pytest.raises(DataError, match="--select-on-test"):
-        run(per_class=1)
+    args, options = (TASK, encoder(), pictures, tmp_path), {"cs": (0.1, 1.0), **OPTIONS}
+    few = evaluate_logreg(*args, per_class=4, **options)
+    assert (few.protocol["per_class"], few.images["train"] + few.images["val"]) == (4, 12)
     with pytest.raises(SettingsError, match="--per-class"):
-        run(per_class=1, list="x")
+        evaluate_logreg(*args, per_class=1, list="x", **options)

@@ -22,27 +22,18 @@ def assert_weights_of(model, network):
         assert torch.equal(value, network.state_dict()[key]), key
 
 
-def test_names_of_this_package_carry_their_weights():
-    model = open_model(NANO)
-    assert model.paper_name == model.name == f"{NANO}.photos"
-    about = model.describe()
-    assert about["weights"] == f"target encoder of {NANO}.photos"
-    assert about["image_size"] == [64, 64]
-    assert about["parameters"] == sum(p.numel() for p in model.model.parameters())
-    assert not model.model.training
-
-
 def test_random_weights_depend_on_the_seed_alone():
     model = open_model(NANO)
+    assert model.paper_name == model.name == f"{NANO}.photos"
+    assert not model.model.training
+    about = model.describe()
+    assert about["weights"] == f"target encoder of {NANO}.photos"
     state = torch.get_rng_state()
-    first, again, other = (model.untrained(seed).describe() for seed in (0, 0, 1))
+    first, other = (model.untrained(seed).describe() for seed in (0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert first == again == open_model(NANO, random=True).describe()
-    assert len({d["weights_hash"] for d in (first, other, model.describe())}) == 3
-    assert first["architecture"] == model.describe()["architecture"]
+    assert first == open_model(NANO, random=True).describe()
     assert first["name"] == f"{NANO}, random weights"
-    unreleased = open_model("vit_tiny16_ijepa", random=True, img_size=32)
-    assert unreleased.describe()["image_size"] == [32, 32]
+    assert len({d["weights_hash"] for d in (first, other, about)}) == 3
 
 
 def test_timms_weights_need_no_hub_when_they_are_in_the_cache(monkeypatch, tmp_path):
@@ -82,22 +73,18 @@ def test_folders_are_opened_with_their_own_architecture(tmp_path):
     assert_weights_of(open_model(f"timm:local-dir:{tmp_path}"), made)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch14_dinov3x", "qqq", "resnet18"])
-def test_names_that_are_not_vits_are_refused(name):
-    with pytest.raises(SettingsError, match=r"dinov3x|qqq|ResNet"):
-        open_model(name, random=True)
-
-
 @pytest.mark.parametrize(
     ("given", "named"),
     [
         ({"model": "vit_tiny16_ijepa"}, "vit_tiny16_ijepa"),  # has no released weights
+        ({"model": "vit_small_patch14_dinov3x", "random": True}, "dinov3x"),
+        ({"model": "resnet18", "random": True}, "ResNet"),
         ({"random": True, "checkpoint": "a.pth"}, "--checkpoint"),
         ({"random": True, "baseline": True}, "--baseline"),
         ({"model": encoder(), "baseline": True}, "--baseline"),
         ({"model": encoder(), "random": True}, "random"),
     ],
 )
-def test_options_that_contradict_are_refused(given, named):
+def test_names_and_options_that_do_not_fit_are_refused(given, named):
     with pytest.raises((SettingsError, CheckpointError), match=named):
         EvalConfig(**{"model": NANO, "data": "x", **given}).open_model()

@@ -57,17 +57,12 @@ def test_what_is_written_is_read_and_has_one_row_in_the_table(tmp_path):
     replace(RESULT, value=81.0).write(tmp_path / "two")
     assert read_result(RESULT.write(tmp_path / "one")) == RESULT
     with (tmp_path / "results.csv").open(newline="") as file:
-        rows = {row["result"]: row for row in csv.DictReader(file)}
-    assert {name: row["value"] for name, row in rows.items()} == {
-        "two/result.json": "81.0",
-        "one/result.json": "80.0",
-    }
-    assert (rows["one/result.json"]["paper"], rows["one/result.json"]["low"]) == ("86.7", "77.4")
+        rows = {row["result"]: (row["value"], row["low"]) for row in csv.DictReader(file)}
+    assert rows == {"two/result.json": ("81.0", "77.4"), "one/result.json": ("80.0", "77.4")}
 
 
-@pytest.mark.parametrize("content", [b"my,own,table\n1,2,3\n", b"\xff\xfe\x00"])
-def test_another_table_is_not_overwritten_and_costs_no_result(tmp_path, content):
-    table = tmp_path / "results.csv"
+def test_another_table_is_not_overwritten_and_costs_no_result(tmp_path):
+    table, content = tmp_path / "results.csv", b"my,own,table\n1,2,\xff\n"
     table.write_bytes(content)
     with pytest.raises(DataError, match=r"results\.csv"):
         RESULT.write(tmp_path / "one")
@@ -87,10 +82,8 @@ def test_the_terminal_shows_the_chosen_head_and_what_to_compare_with():
     lines = replace(RESULT, metrics={"top-5": 99.0}, notes=["why"]).table().splitlines()
     cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines]
     assert ["h2", "79.0", "80.0 (77.4-82.4)"] in cells
-    for row in (["top-5", "99"], ["paper", "86.7"], ["raw pixels", "20.0"]):
+    for row in (["top-5", "99"], ["paper", "86.7"], ["raw pixels", "20.0"], ["note: why"]):
         assert row in cells
-    assert ["most frequent class", "12.5"] in cells
-    assert "note: why" in lines
 
 
 def test_the_report_groups_by_task_data_and_method_with_the_best_in_bold(tmp_path):
@@ -103,18 +96,16 @@ def test_the_report_groups_by_task_data_and_method_with_the_best_in_bold(tmp_pat
         result.write(tmp_path / str(number))
     text = write_report([tmp_path, tmp_path / "0"], tmp_path / "new" / "report.md").read_text()
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.split("\n")]
-    rows = [row for row in rows if row[0] in ("count", "depth")]
-    assert [(row[0], row[2], row[3], row[5]) for row in rows] == [
+    assert [(row[0], row[2], row[3], row[5]) for row in rows if row[0] in ("count", "depth")] == [
         ("count", "linear", "b", "**85.0** (77.4-82.4)"),
         ("count", "linear", "a", "80.0 (77.4-82.4)"),
         ("count", "linear, cached", "a", "80.0 (77.4-82.4)"),
         ("depth", "linear", "b", "**0.25**"),
         ("depth", "linear", "a", "0.5"),
     ]
-    assert rows[1][6:8] == ["86.7", "raw pixels 20.0, most frequent class 12.5"]
-    for out in (tmp_path, tmp_path / "results.csv", tmp_path / "0" / "result.json"):
-        with pytest.raises(SettingsError, match=str(out)):
-            write_report([tmp_path], out)
+    assert "| 86.7 | raw pixels 20.0, most frequent class 12.5 |" in text
+    with pytest.raises(SettingsError, match=str(tmp_path)):
+        write_report([tmp_path], tmp_path / "results.csv")
 
 
 def test_a_folder_that_another_process_has_locked_is_named(pictures, tmp_path):

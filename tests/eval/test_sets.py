@@ -5,10 +5,8 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from small_probe import save
 
 from ijepa_zoo.data.datasets import ArrayDataset
@@ -45,9 +43,6 @@ def test_classes_of_folders_and_images_without_one_of_training(tmp_path):
     assert (train.name, test.name) == ("train", "val")
     assert "1 of 15" in train.notes[0]
     assert all(text in test.notes[0] for text in ("3 of 5", "(a, d)", "val/a/0.png"))
-    put(tmp_path / "none", {"e": 1})
-    with pytest.raises(DataError, match="'none'"):
-        opened(tmp_path / "train", test=tmp_path / "none")
 
 
 def test_one_folder_is_split_with_a_fixed_seed_that_is_recorded(tmp_path):
@@ -57,15 +52,6 @@ def test_one_folder_is_split_with_a_fixed_seed_that_is_recorded(tmp_path):
     assert sorted(levels(train) + levels(test)) == list(range(65))
     assert "seed 0" in train.notes[0]
     assert levels(test) == [12, 15, 2, 24, 34, 39, 40, 44, 46, 7, 60, 61, 58]
-
-
-def test_labels_that_do_not_start_at_zero(tmp_path):
-    for name, labels in (("train", [1, 4, 9]), ("test", [9, 4, 1])):
-        images = np.zeros((30, 4, 4, 3), np.uint8)
-        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.array(labels * 10))
-    train, test = opened(str(tmp_path / "train.npz"), test=str(tmp_path / "test.npz"))
-    assert (train.targets[:3].tolist(), test.targets[:3].tolist()) == ([0, 1, 2], [2, 1, 0])
-    assert train.class_names == ["1", "4", "9"]
 
 
 def test_counts_that_training_does_not_have_are_left_out(tmp_path):
@@ -86,23 +72,22 @@ def test_counts_that_training_does_not_have_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "task", "options", "named"),
+    ("data", "task", "test", "named"),
     [
-        ("one", "classes", {}, "a"),
-        ("two", "cifar100", {}, "100 classes"),
-        ("scenes:60,8", "classes", {}, "--task count"),
-        ("gone", "classes", {}, "gone"),
-        ("scenes:20,20", "count", {"test": "x"}, "CLEVR"),
+        ("one", "classes", None, "'a'"),
+        ("two", "classes", "one/val", "'val'"),
+        ("two", "cifar100", None, "100 classes"),
+        ("scenes:60,8", "classes", None, "--task count"),
+        ("gone", "classes", None, "gone"),
+        ("scenes:20,20", "count", "x", "CLEVR"),
     ],
 )
-def test_data_that_do_not_fit_the_task_are_refused(
-    tmp_path, monkeypatch, data, task, options, named
-):
-    put(tmp_path / "one", {"train/a": 5, "val/a": 1, "val/b": 1})
+def test_data_that_do_not_fit_the_task_are_refused(tmp_path, monkeypatch, data, task, test, named):
+    put(tmp_path / "one", {"train/a": 5, "val/c": 1})
     put(tmp_path / "two", {"a": 5, "b": 5})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=named):
-        opened(data, task, **options)
+        opened(data, task, test=test)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.integers(0, 100), st.booleans())
@@ -114,7 +99,6 @@ def test_splits_are_stratified_and_keep_every_class(labels, seed, several):
     matrix[:, sizes.argmax()] = 1  # also of the class that has the most images
     first, second = split_classes(matrix if several else labels, 0.1, seed)
     assert sorted([*first, *second]) == list(range(len(labels)))
-    assert (np.diff(first) > 0).all()
     assert {*labels[first]} == {*labels}
     held = np.bincount(labels[second], minlength=len(sizes))
     assert (np.abs(held - 0.1 * sizes) < 1).all()
@@ -127,31 +111,18 @@ def test_fingerprints_tell_sets_apart_and_not_places(tmp_path):
         put(tmp_path / folder, {"train/a": 6, "train/b": 6, "val/a": 2, "val/b": 2})
     (one, test), (two, _) = opened(tmp_path / "one"), opened(tmp_path / "two")
     assert one.fingerprint() == two.fingerprint() != test.fingerprint()
-    put(tmp_path / "two" / "train", {"a": 7})
-    more = opened(tmp_path / "two")[0]
     (tmp_path / "two" / "train" / "b").rename(tmp_path / "two" / "train" / "c")
-    renamed = opened(tmp_path / "two")[0]
-    assert len({part.fingerprint() for part in (one, more, renamed)}) == 3
-    before, file = one.files_state, tmp_path / "one" / "train" / "a" / "3.png"
-    os.utime(file, (1, 1))
+    assert opened(tmp_path / "two")[0].fingerprint() != one.fingerprint()
+    before = one.files_state
+    os.utime(tmp_path / "one" / "train" / "a" / "3.png", (1, 1))
     changed = opened(tmp_path / "one")[0]
     assert before != changed.files_state
     assert one.fingerprint() == changed.fingerprint()
-
-
-def test_arrays_are_compared_by_every_byte_and_read_as_pillow_images():
-    class Fast(ArrayDataset):
-        def read(self, index):
-            return torch.from_numpy(np.array(super().read(index))).permute(2, 0, 1)
-
-    pixels = np.random.default_rng(0).integers(0, 256, (200, 7, 5, 3), np.uint8)
-    images = Fast([pixels], Decoder(as_tensor=True))
-    before, after = (EvalSet(images, np.zeros(200, int), {}, "train") for _ in range(2))
-    assert isinstance(before.read(1), Image.Image)
-    assert (np.asarray(before.read(1)) == pixels[1]).all()
-    assert before.files_state
-    pixels[77, 1, 1, 1] ^= 1
-    assert after.files_state != before.files_state
+    pixels = np.zeros((200, 7, 5, 3), np.uint8)
+    arrays = [EvalSet(ArrayDataset([pixels], Decoder()), one.targets, {}, "x") for _ in range(2)]
+    before = arrays[0].files_state
+    pixels[77, 1, 1, 1] = 1
+    assert arrays[1].files_state != before
 
 
 def test_lists_of_training_images(tmp_path):
@@ -161,9 +132,9 @@ def test_lists_of_training_images(tmp_path):
     file.write_text("b/3.png\n\nown.png \na/1.png\n")
     names = [train.images.name(row)[-7:] for row in listed_rows(train, file)]
     assert names == ["a/1.png", "b/3.png", "own.png"]
-    for lines, named in (("a/1.png\na/99.png", "a/99.png"), ("", "list.txt"), ("3.png", "3.png")):
+    for lines in ("a/1.png\na/99.png", "", "3.png"):
         file.write_text(lines)
-        with pytest.raises(DataError, match=named):
+        with pytest.raises(DataError, match=lines[-6:]):
             listed_rows(train, file)
     with pytest.raises(DataError, match=r"nothing\.txt"):
         listed_rows(train, tmp_path / "nothing.txt")
