@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn import metrics as reference
-from small_probe import OPTIONS, break_files, save, the_one
+from small_probe import OPTIONS, save, the_one
 from torch import nn
 
 from ijepa_zoo import create_model
@@ -26,10 +26,9 @@ from ijepa_zoo.eval.dense_tasks import (
     depth_metrics,
 )
 from ijepa_zoo.eval.dense_training import make_dense_grid
-from ijepa_zoo.eval.runs import EpochState
 
 PROTOCOL = DepthProtocol(epochs=2, batch_size=4, lrs=(3e-3, 1e-2), bins=16, upsample=2)
-NANO, SCENES = "vit_nano8_64_ijepa", "scenes:16,5"
+NANO, SCENES = "vit_nano8_64_ijepa.photos", "scenes:16,5"
 
 
 class PlainHead(nn.Module):
@@ -72,16 +71,13 @@ def test_heads_of_the_grid_equal_dinov2s_head_and_loss_alone():
     for head, (plain, _) in zip(grid.heads, alone):
         for name, tensor in plain.state_dict().items():
             torch.testing.assert_close(head.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
-    depth = torch.zeros(4, 6, 10)
-    depth[0, 0, 0] = 1  # one pixel has no variance
-    assert not grid.step(features, depth, 0.5).any()
+    assert not grid.step(features, torch.zeros(4, 6, 10), 0.5).any(), "no pixel counts"
 
 
 def test_depth_metrics_by_hand():
     depth = torch.tensor([[1.0, 2.0], [4.0, 0.0]])
     predicted = torch.tensor([[[1.0, 3.0], [8.0, 99.0]]])
     valid = Depth(10, 8, 1).valid(depth)
-    metrics = dict(zip(DEPTH_METRICS, depth_metrics(predicted, depth, valid, 10)[0].tolist()))
     logs = [0, math.log(1.5), math.log(2)]
     expected = {
         "rmse": math.sqrt((0 + 1 + 16) / 3),
@@ -93,18 +89,18 @@ def test_depth_metrics_by_hand():
         "delta_2": 2 / 3,  # 1.5 < 1.5625
         "delta_3": 2 / 3,  # 2 > 1.953
     }
-    assert metrics == pytest.approx(expected, rel=1e-6)
+    assert tuple(expected) == DEPTH_METRICS
+    found = depth_metrics(predicted, depth, valid, 10)[0].tolist()
+    assert found == pytest.approx([*expected.values()], rel=1e-6)
 
 
 def test_pixels_count_up_to_the_largest_depth_and_in_the_eigen_crop():
     depth = torch.full((480, 640), 10.0)
     depth[100, 100], depth[101, 100], depth[102, 100] = 10.01, 0.0, 0.001
-    task = Depth(10, 8, 1, crop="eigen")
+    task, cropped = Depth(10, 8, 1, crop="eigen"), torch.zeros(480, 640)
+    cropped[45:471, 41:601] = 1
     assert int((~task.valid(depth)).sum()) == 3
-    cropped = task.valid(depth, test=True)
-    rows, columns = cropped.nonzero().T
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (45, 470, 41, 600)
-    assert int(cropped.sum()) == 426 * 560 - 3
+    assert torch.equal(task.valid(depth, test=True), task.valid(depth) & cropped.bool())
 
 
 def test_learning_rates_of_the_protocols():
@@ -120,9 +116,8 @@ def test_pixels_without_a_class_are_ignored_and_other_classes_refused():
     task, logits = Segmentation(3), torch.randn(2, 3, 4, 4)
     target = torch.randint(0, 3, (2, 8, 8)).float()
     target[:, :3] = 255
-    full = F.interpolate(logits, (8, 8), mode="bilinear", align_corners=False)
-    known = full.permute(0, 2, 3, 1)[target != 255]
-    expected = F.cross_entropy(known, target[target != 255].long())
+    full = F.interpolate(logits, (8, 8), mode="bilinear").permute(0, 2, 3, 1)[target != 255]
+    expected = F.cross_entropy(full, target[target != 255].long())
     torch.testing.assert_close(task.loss(logits, target), expected)
     for wrong in (-1.0, 3.0):
         with pytest.raises(ImageError, match=f"class {wrong:g}"):
@@ -134,7 +129,7 @@ def test_pixels_without_a_class_are_ignored_and_other_classes_refused():
 
 @pytest.fixture(scope="module")
 def model():
-    return open_model(NANO, random=True, img_size=32)
+    return open_model("vit_nano8_64_ijepa", random=True, img_size=32)
 
 
 def depth(model, data, out, **options):
@@ -153,50 +148,46 @@ def write_depth(file, meters):
     save(np.full((30, 40), meters * 1000, np.uint16), file)
 
 
+@torch.no_grad()
+def maps_of(image, result, model, head):
+    """A head on timm's features of the shipped encoder, of an image and its mirror image."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
+    pixels, encoder = (pixels - mean) / std, create_model(NANO).eval()
+    n = 1 if result.chosen.startswith("last ") else 4
+    sides = [
+        encoder.get_intermediate_layers(side, n=n, reshape=True, norm=True)
+        for side in (pixels, pixels.flip(-1))
+    ]
+    maps = [head(torch.cat(side, dim=1)) for side in sides]
+    whole = F.interpolate(maps[0].view(1, -1, *maps[0].shape[-2:]), (64, 64), mode="bilinear")
+    torch.testing.assert_close(model(pixels), whole, atol=1e-3, rtol=1e-4)
+    return maps
+
+
 def test_the_test_depths_are_those_of_the_saved_head(tmp_path):
     """Predictions by another route: features by timm, DINOv2's head with the saved weights."""
-    name, data = "vit_nano8_64_ijepa.photos", open_depth(SCENES)
-    result = depth(name, SCENES, tmp_path)
+    data, result = open_depth(SCENES), depth(NANO, SCENES, tmp_path)
     folder = the_one(tmp_path, "*/model")
     saved = create_model(f"local-dir:{folder}").eval()
     assert json.loads((folder / "config.json").read_text())["unit"] == "scene units"
     args = saved.head.args
-    plain = PlainHead(args["in_features"], 16, args["depth_range"][1], 2, args["batch_norm"])
+    plain = PlainHead(args["in_features"], 16, args["depth_range"][1], 2, args["batch_norm"]).eval()
     plain.load_state_dict(saved.head.state_dict())
-    errors = []
+    errors, mean = [], np.mean([data.train[i][1] for i in range(16)])
     for image, target, _ in data.test:
-        pixels = normalized(image, saved)
-        sides = [maps_of(name, side, result, plain.eval()) for side in (pixels, pixels.flip(-1))]
-        whole = F.interpolate(sides[0][None], (64, 64), mode="bilinear", align_corners=False)
-        torch.testing.assert_close(saved(pixels), whole, atol=1e-3, rtol=1e-4)
-        mean = (sides[0] + sides[1].flip(-1)) / 2
-        full = F.interpolate(mean[None], (64, 64), mode="bilinear", align_corners=False)[0, 0]
+        sides = maps_of(image, result, saved, plain)
+        full = F.interpolate((sides[0] + sides[1].flip(-1))[None] / 2, (64, 64), mode="bilinear")
         known = (target > 0) & (target <= data.max_depth)
-        difference = np.clip(full.numpy(), 1e-3, data.max_depth)[known] - target[known]
-        errors.append(math.sqrt((difference.astype(np.float64) ** 2).mean()))
-    assert result.value == pytest.approx(np.mean(errors), rel=1e-4)
-    assert result.images == {"train": 14, "val": 2, "test": 5}
-    assert result.notes == []
+        found = np.clip(full[0, 0].numpy(), 1e-3, data.max_depth)
+        squares = [(p - target[known]).astype(float) ** 2 for p in (found[known], mean)]
+        errors.append([math.sqrt(square.mean()) for square in squares])
+    expected = np.mean(errors, axis=0)
+    assert result.value == pytest.approx(expected[0], rel=1e-4)
+    assert result.baselines["rmse of the mean depth"] == pytest.approx(expected[1], rel=0.05)
+    assert (result.images, result.notes) == ({"train": 14, "val": 2, "test": 5}, [])
     assert min(result.heads, key=lambda head: head.val).name == result.chosen
     assert [head.name for head in result.heads if head.test is not None] == [result.chosen]
-    mean = np.mean([data.train[i][1] for i in range(16)])
-    errors = [np.sqrt(((mean - data.test[i][1]) ** 2).mean()) for i in range(5)]
-    assert result.baselines["rmse of the mean depth"] == pytest.approx(np.mean(errors), rel=0.05)
-
-
-def normalized(image, model):
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return (pixels - mean) / std
-
-
-@torch.no_grad()
-def maps_of(name, pixels, result, head):
-    """A head on the features of the named encoder."""
-    layers = 1 if result.chosen.startswith("last ") else 4
-    encoder = create_model(name).eval()
-    maps = encoder.get_intermediate_layers(pixels, n=layers, reshape=True, norm=True)
-    return head(torch.cat(maps, dim=1))
 
 
 def test_cached_features_and_heads_that_are_chosen_on_the_test_set(model, tmp_path):
@@ -212,28 +203,6 @@ def test_cached_features_and_heads_that_are_chosen_on_the_test_set(model, tmp_pa
     assert online.images == {"train": 16, "test": 5}
 
 
-def test_a_killed_run_resumes_with_the_same_numbers(model, tmp_path, monkeypatch):
-    data, original = write_pairs(tmp_path / "data"), EpochState.save
-    break_files([data / "test/3.png", data / "train/4_depth.png"])
-    with pytest.raises(DataError, match=r"\d(_depth)?\.png"):
-        depth(model, data, tmp_path / "whole")
-    whole = depth(model, data, tmp_path / "whole", skip_broken=True)
-
-    def kill(self, state):
-        original(self, state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EpochState, "save", kill)
-        with pytest.raises(KeyboardInterrupt):
-            depth(model, data, tmp_path / "killed", skip_broken=True)
-    result = depth(model, data, tmp_path / "killed", skip_broken=True)
-    assert (result.heads, result.value) == (whole.heads, whole.value)
-    assert (result.notes, result.baselines) == (whole.notes, whole.baselines)
-    assert result.images == {"train": 4, "val": 1, "test": 5}
-    assert all(name in result.notes[-1] for name in ("test/3.png", "train/4_depth.png"))
-
-
 def test_depths_in_other_units_are_noticed_before_the_work(model, tmp_path):
     data = write_pairs(tmp_path / "data", meters=40.0)
     with pytest.raises(DataError, match=r"train/0\.png.*--depth-scale"):
@@ -241,7 +210,7 @@ def test_depths_in_other_units_are_noticed_before_the_work(model, tmp_path):
     write_depth(data / "test/0_depth.png", 0)  # unknown
     result = depth(model, data, tmp_path / "out", max_depth=80)
     assert (result.protocol["max_depth"], result.images["test"]) == (80, 5)
-    for wrong in ({"lrs": (0.1,)}, {"max_depth": 0}, {"max_depth": math.nan}):
+    for wrong in ({"lrs": (0.1,)}, {"max_depth": math.nan}):
         with pytest.raises(SettingsError, match=r"lrs|--max-depth"):
             depth(model, data, tmp_path, **wrong)
 
@@ -257,37 +226,35 @@ def test_iou_of_pixels_at_their_own_size_is_scikit_learns(tmp_path):
             name = f"{split}/ADE_{short}_{n:08}"
             save(large, root / "annotations" / f"{name}.png")
             save(np.array(image).repeat(2, 0).repeat(2, 1), root / "images" / f"{name}.jpg")
-    rows = [f"{n}\t0.1\t9\t9\t1\tthing {n}, object  " for n in range(1, 151)]
-    header = "Idx\tRatio\tTrain\tVal\tStuff\tName"
-    (root / "objectInfo150.txt").write_text("\n".join([header, *rows]) + "\n")
-    name, protocol = "vit_nano8_64_ijepa.photos", DenseProtocol(epochs=2, batch_size=4, lrs=(1e-2,))
-    out = tmp_path / "out"
-    result = evaluate_segmentation(name, tmp_path, out, protocol=protocol, **OPTIONS)
+    options = {"protocol": DenseProtocol(epochs=2, batch_size=4, lrs=(1e-2,)), **OPTIONS}
+    result = evaluate_segmentation(NANO, tmp_path, tmp_path / "out", **options)
     assert (result.task, result.method, result.unit) == ("ADE20K", "segmentation", "%")
     assert max(result.heads, key=lambda head: head.val).name == result.chosen
-    saved = create_model(f"local-dir:{the_one(out, '*/model')}").eval()
-    assert saved.class_names == list(result.metrics["IoU"])
-    assert saved.class_names[-1] == "thing 150, object"
+    saved = create_model(f"local-dir:{the_one(tmp_path, 'out/*/model')}").eval()
     truths, guesses = [], []
     for path in sorted(root.glob("images/validation/*")):
         mask = root / "annotations/validation" / f"{path.stem}.png"
         target = np.asarray(Image.open(mask)).astype(int) - 1
         image = Image.open(path).resize((64, 64), Image.Resampling.BICUBIC)
-        patches = maps_of(name, normalized(image, saved), result, saved.head)
-        full = F.interpolate(patches, target.shape, mode="bilinear", align_corners=False)
+        full = F.interpolate(
+            maps_of(image, result, saved, saved.head)[0], target.shape, mode="bilinear"
+        )
         truths.append(target[target >= 0])
         guesses.append(full[0].argmax(0).numpy()[target >= 0])
     truth, guess = np.concatenate(truths), np.concatenate(guesses)
     there = sorted({*truth} | {*guess})
     assert len({*guess}) > 1
     expected = 100 * reference.jaccard_score(truth, guess, labels=there, average=None)
-    found = list(result.metrics["IoU"].values())
-    assert [n for n, value in enumerate(found) if value is not None] == there
-    assert [found[n] for n in there] == pytest.approx(list(expected), abs=0.05)
+    found = {
+        n: value for n, value in enumerate(result.metrics["IoU"].values()) if value is not None
+    }
+    assert found == pytest.approx(dict(zip(there, expected)), abs=0.05)
     assert result.value == pytest.approx(np.mean(expected), abs=0.05)
-    scores = [reference.accuracy_score(truth, guess), reference.recall_score(truth, guess,
-              labels=sorted({*truth}), average="macro")]  # fmt: skip
-    names = ("pixel accuracy", "mean class accuracy")
-    assert [result.metrics[n] for n in names] == pytest.approx([100 * s for s in scores], abs=0.05)
+    recall = reference.recall_score(truth, guess, labels=np.unique(truth), average="macro")
+    for name, share in {
+        "pixel accuracy": reference.accuracy_score(truth, guess),
+        "mean class accuracy": recall,
+    }.items():
+        assert result.metrics[name] == pytest.approx(100 * share, abs=0.05)
     share = 100 * np.bincount(truth).max() / len(truth)
     assert result.baselines["pixel accuracy of the most frequent class"] == pytest.approx(share)

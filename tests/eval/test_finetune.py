@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from small_probe import OPTIONS, break_files, save, the_one
+from small_probe import OPTIONS, save, the_one
 from timm.layers import DropPath
 
 import ijepa_zoo
@@ -24,7 +25,6 @@ from ijepa_zoo.eval.finetune import (
     few_labels_recipe,
 )
 from ijepa_zoo.eval.probe import Probe
-from ijepa_zoo.eval.runs import EpochState
 from ijepa_zoo.eval.sets import EvalSet
 from ijepa_zoo.models.factory import create_model
 
@@ -80,13 +80,12 @@ def test_large_images_are_tested_whole_and_drop_path_grows_over_the_depth():
     for size, resized in ((224, (256, 256)), (448, (448, 448))):
         training = training_of(replace(PLAIN, drop_path=0.3), network_of(size, patch_size=32))
         assert training.transform.resize_to((size, size)) == resized
-    networks = [training.model, network_of(drop_path_rate=0.3)]
-    rates = [
+    found, expected = (
         [module.drop_prob for module in network.modules() if isinstance(module, DropPath)]
-        for network in networks
-    ]
-    assert rates[0] == pytest.approx(rates[1])
-    assert len(rates[1]) == 6
+        for network in (training.model, network_of(drop_path_rate=0.3))
+    )
+    assert found == pytest.approx(expected)
+    assert len(expected) == 6
 
 
 @pytest.mark.parametrize(("micro_batch_size", "parts"), [(32, 1), (2, 4)])
@@ -133,18 +132,18 @@ def test_mixup_goes_into_images_and_targets():
 
 @pytest.fixture
 def folder(tmp_path):
-    for split, count in (("train", 10), ("test", 5)):
-        for name, level in (("dark", 30), ("bright", 200)):
-            for n in range(count):
-                pixels = np.full((36, 40, 3), level + n, np.uint8)
-                save(pixels, tmp_path / "data" / split / name / f"{n}.png")
+    parts = [("train", 10), ("test", 5)]
+    for (split, count), (name, level) in product(parts, [("dark", 30), ("bright", 200)]):
+        for n in range(count):
+            pixels = np.full((36, 40, 3), level + n, np.uint8)
+            save(pixels, tmp_path / "data" / split / name / f"{n}.png")
     return tmp_path / "data"
 
 
-def run(folder, out, network=None, **more):
+def run(data, out, network=None, task="classes", **more):
     arguments = {"recipe": replace(PLAIN, epochs=4), "skip_broken": True, **OPTIONS, **more}
-    model = EvalModel(network or network_of(), "small")
-    return evaluate_finetune("classes", model, folder, out, **arguments)
+    model = EvalModel(network or network_of(), "small", "weights")
+    return evaluate_finetune(task, model, data, out, **arguments)
 
 
 @pytest.mark.parametrize("timm_model", [False, True])
@@ -170,28 +169,6 @@ def test_the_trained_classifier_is_kept_and_the_given_model_stays_as_it_was(
     assert torch.equal(stock(images), ours(images))
 
 
-def test_a_killed_run_resumes_with_the_same_numbers(folder, tmp_path, monkeypatch):
-    break_files([folder / "train" / "dark" / "3.png", folder / "test" / "dark" / "4.png"])
-    recipe = replace(QUICK, drop_path=0.2, batch_size=20)
-    expected = run(folder, tmp_path / "whole", recipe=recipe)
-    original = EpochState.save
-
-    def kill(self, state):
-        original(self, state)
-        if state["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EpochState, "save", kill)
-        with pytest.raises(KeyboardInterrupt):
-            run(folder, tmp_path / "killed", recipe=recipe)
-    result = run(folder, tmp_path / "killed", recipe=recipe)
-    assert (result.heads, result.value) == (expected.heads, expected.value)
-    assert result.images == expected.images == {"train": 19, "test": 9}
-    assert result.notes == expected.notes
-    assert all(name in result.notes[-1] for name in ("train/dark/3.png", "test/dark/4.png"))
-
-
 @pytest.mark.parametrize(
     ("options", "error", "named"),
     [
@@ -199,6 +176,7 @@ def test_a_killed_run_resumes_with_the_same_numbers(folder, tmp_path, monkeypatc
         ({"epochs": 0}, SettingsError, "epochs"),
         ({"batch_size": 1}, SettingsError, "batch_size"),
         ({"baseline": True}, SettingsError, "baseline"),
+        ({"task": "count"}, DataError, "eval count"),
         ({"network": torch.nn.Linear(2, 2)}, SettingsError, "Linear"),
         ({"recipe": replace(PLAIN, lr=1e30)}, RunError, "precision"),  # the loss is not finite
     ],
@@ -206,9 +184,6 @@ def test_a_killed_run_resumes_with_the_same_numbers(folder, tmp_path, monkeypatc
 def test_options_that_do_not_fit_are_refused(folder, tmp_path, options, error, named):
     with pytest.raises(error, match=named):
         run(folder, tmp_path, **options)
-    assert not list(tmp_path.glob("*/result.json"))
-    with pytest.raises(DataError, match="eval count"):
-        evaluate_finetune("count", EvalModel(network_of(), "small"), "scenes:8000,4000", tmp_path)
 
 
 @pytest.mark.parametrize("change", [{}, {"epochs": 2}, {"batch_size": 10}, {"size": 64}])
@@ -217,10 +192,9 @@ def test_the_papers_accuracy_is_beside_its_recipe_alone(folder, tmp_path, monkey
     monkeypatch.setattr("ijepa_zoo.eval.finetune.FULL", published)
     network, size = network_of(), change.get("size", 32)
     network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, size, size)}
+    options = {key: value for key, value in change.items() if key != "size"}
     task = replace(find_task("imagenet1k"), num_classes=None)
-    options = {key: value for key, value in change.items() if key != "size"} | OPTIONS
-    model = EvalModel(network, "small", "weights")
-    result = evaluate_finetune(task, model, folder, tmp_path / "out", **options)
+    result = run(folder, tmp_path, network, task, recipe=None, **options)
     assert result.paper == (None if change else 87.1)
     assert any("not comparable" in note for note in result.notes) == bool(change)
 

@@ -30,7 +30,7 @@ from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import EvalModel, evaluate_attentive, evaluate_knn, evaluate_linear
 from ijepa_zoo.eval.attentive import ATTENTIVE
 from ijepa_zoo.eval.features import OnlineLoader
-from ijepa_zoo.eval.heads import Grid, HeadSpec, make_grid
+from ijepa_zoo.eval.heads import HeadSpec, make_grid
 from ijepa_zoo.eval.knn import KS, TEMPERATURES
 from ijepa_zoo.eval.sets import open_task, split_classes
 from ijepa_zoo.models.classifier import AttentiveHead
@@ -196,39 +196,18 @@ def test_cached_features_with_flips_are_the_protocol_where_nothing_is_cropped(ev
     assert online.protocol["features"] != cached.protocol["features"]
 
 
-@pytest.mark.parametrize("probe", [evaluate_linear, evaluate_attentive])
 @BOTH
-def test_a_killed_run_resumes_exactly_and_names_broken_images(
-    evaluate, pictures, tmp_path, monkeypatch, probe, cached
-):
+def test_broken_images_count_nowhere(evaluate, pictures, tmp_path, cached):
     data = shutil.copytree(pictures, tmp_path / "copy")
     break_files([data / "train" / "class1" / "5.png", data / "test" / "class0" / "3.png"])
-    options = {"batch_size": 15, "epochs": 3, "cached": cached, "lrs": (1e-3,), "wds": (0.1,)}
-    options |= {"data": data, "probe": probe, "select_on_test": True}
+    options = {"data": data, "cached": cached, "select_on_test": True}
     with pytest.raises(DataError, match=r"class./\d\.png"):
         evaluate(**options)
-    options["skip_broken"] = True
-    whole = evaluate(out=tmp_path / "whole", **options)
-    step, calls = Grid.step, []
-
-    def dying(self, *args):
-        calls.append(1)
-        if len(calls) == 6:  # of two steps an epoch: in the last one
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    monkeypatch.setattr(Grid, "step", dying)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(out=tmp_path / "killed", **options)
-    assert len(list(tmp_path.glob("killed/*/state.pt"))) == 1
-    resumed = evaluate(out=tmp_path / "killed", **options)
-    assert len(calls) == 6 + 2
-    assert not list(tmp_path.glob("killed/*/state.pt"))
-    assert (resumed.heads, resumed.value) == (whole.heads, whole.value)
-    assert (resumed.notes, resumed.images) == (whole.notes, {"train": 35, "test": 20})
-    assert whole.value == max(head.test for head in whole.heads)
-    assert whole.interval[0] < whole.value < whole.interval[1]
-    assert all(name in whole.notes[-1] for name in ("class1/5.png", "class0/3.png", " 2 ("))
+    result = evaluate(**options, skip_broken=True)
+    assert result.images == {"train": 35, "test": 20}
+    assert result.value == max(head.test for head in result.heads)
+    assert result.interval[0] < result.value < result.interval[1]
+    assert all(name in result.notes[-1] for name in ("class1/5.png", "class0/3.png", " 2 ("))
 
 
 def test_a_finished_evaluation_is_not_repeated(evaluate, monkeypatch):
