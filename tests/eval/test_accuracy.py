@@ -12,7 +12,12 @@ from sklearn.metrics import average_precision_score
 
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import DataError
-from ijepa_zoo.eval.accuracy import average_precision, classification_loss, compute_metrics
+from ijepa_zoo.eval.accuracy import (
+    average_precision,
+    classification_loss,
+    compute_metrics,
+    wilson_interval,
+)
 
 
 def measure(logits, labels, classes):
@@ -36,7 +41,8 @@ def test_accuracies_equal_a_plain_computation():
     right = [logits[head].argmax(1) == labels for head in range(2)]
     assert found.values == pytest.approx([*(100 * float(r.double().mean()) for r in right), 0])
     assert (found.images, found.best) == (90, 1)
-    assert found.intervals[1][0] < found.values[1] < found.intervals[1][1]
+    assert wilson_interval(8, 10) == pytest.approx((49.0162, 94.3318), abs=1e-4)  # statsmodels
+    assert found.intervals[1] == wilson_interval(int(right[1].sum()), 90)
     classes = [float(right[0][labels == k].double().mean()) for k in range(7)]
     assert found.others[0]["mean per-class accuracy"] == pytest.approx(100 * sum(classes) / 7)
     top = (logits[0].argsort(dim=1, descending=True)[:, :5] == labels[:, None]).any(1).double()

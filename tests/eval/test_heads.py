@@ -20,10 +20,6 @@ def grid_of(specs, optimizer="sgd", widths=WIDTHS, classes=5, seed=3):
     return make_grid(specs, widths, classes, replace(Protocol(1, CROP), optimizer=optimizer), seed)
 
 
-def specs_of(*lrs):
-    return [HeadSpec(*found) for found in product(WIDTHS, ("bn", "linear"), lrs, (5e-4, 0.0))]
-
-
 def batches(steps=12, size=32):
     """Features with unequal means and scales, that labels depend on; and a learning rate."""
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +50,8 @@ def train_alone(head, spec, optimizer, penalty=0.0):
 
 @pytest.mark.parametrize(("name", "lrs"), [("sgd", (0.5, 0.05)), ("lars", (6.4, 0.64))])
 def test_every_head_equals_torchs_sgd_or_timms_lars_alone(name, lrs):
-    grid = grid_of(specs_of(*lrs), name)
+    kinds = product(WIDTHS, ("bn", "linear"), lrs, (5e-4, 0.0))
+    grid = grid_of([HeadSpec(*kind) for kind in kinds], name)
     alone = copy.deepcopy(grid.heads)
     losses = torch.stack([grid.step(*batch) for batch in batches()])
     for i, (spec, head) in enumerate(zip(grid.specs, alone)):

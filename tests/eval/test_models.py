@@ -82,7 +82,6 @@ def test_folders_are_opened_with_their_own_architecture(tmp_path):
         ({"random": True, "checkpoint": "a.pth"}, "--checkpoint"),
         ({"random": True, "baseline": True}, "--baseline"),
         ({"model": encoder(), "baseline": True}, "--baseline"),
-        ({"model": encoder(), "random": True}, "random"),
     ],
 )
 def test_names_and_options_that_do_not_fit_are_refused(given, named):

@@ -3,12 +3,11 @@
 import shutil
 
 import pytest
-import torch
-from small_probe import TASK, encoder, pixels_of, the_one, write_pictures
+from small_probe import TASK, encoder, the_one, write_pictures
 
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.encode import Encoder
-from ijepa_zoo.eval.features import BlockFeatures, RawPixels, cached_features
+from ijepa_zoo.eval.features import BlockFeatures, cached_features
 from ijepa_zoo.eval.models import EvalModel
 from ijepa_zoo.eval.probe import EvalConfig, open_probe
 
@@ -20,12 +19,12 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def cached(pictures, tmp_path):
-    def run(model=None, source=None, options=None, **kwargs):
+    def run(model=None, precision="auto", **options):
         model = EvalModel(model or encoder(), "m")
-        options = {"out": tmp_path / "out", "workers": 0} | (options or {})
+        options = {"out": tmp_path / "out", "workers": 0, **options}
         config = EvalConfig(task=TASK, model=model, data=pictures, **options)
         probe = open_probe(config, Distributed(), model)
-        return cached_features(probe, probe.train, source or BlockFeatures(model), **kwargs)
+        return cached_features(probe, probe.train, BlockFeatures(model, precision=precision))
 
     return run
 
@@ -60,9 +59,9 @@ def test_a_stale_cache_is_never_used(cached, pictures, encoded, change):
     elif change == "transform":
         model.set_input_size(img_size=64)
     elif change == "precision":
-        kwargs = {"source": BlockFeatures(EvalModel(model, "m"), precision="bfloat16")}
+        kwargs = {"precision": "bfloat16"}
     elif change == "bands":
-        kwargs = {"options": {"bands": (2, 1, 0)}}
+        kwargs = {"bands": (2, 1, 0)}
     elif change == "more":
         shutil.copy(file, file.with_name("one-more.png"))
     cached(model, **kwargs)
@@ -77,10 +76,3 @@ def test_a_file_cut_short_is_computed_again(cached, tmp_path, encoded):
     file.write_bytes(content[:-9])
     assert cached().rows.equal(first)
     assert sum(encoded) == 300
-
-
-def test_raw_pixels_are_the_images(cached, pictures):
-    rows = cached(source=RawPixels((32, 32), 3, torch.device("cpu"))).rows.view(150, 3, 32, 32)
-    images, _ = pixels_of(pictures, "train")
-    assert rows.sum() == pytest.approx(float(images.sum()), rel=1e-5)
-    torch.testing.assert_close(rows[0], images[0], atol=1e-5, rtol=1e-5)

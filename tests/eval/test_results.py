@@ -7,13 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import given
-from hypothesis import strategies as st
 from small_probe import OPTIONS, TASK, encoder, the_one
 
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import Result, evaluate_knn, read_result, write_report
-from ijepa_zoo.eval.accuracy import wilson_interval
 from ijepa_zoo.eval.results import Head
 from ijepa_zoo.eval.runs import EpochState
 
@@ -35,17 +32,6 @@ RESULT = Result(
     baselines={"raw pixels": 20.0},
     date="2026-01-01T00:00:00+00:00",
 )
-
-
-@given(st.integers(1, 10_000), st.data())
-def test_the_interval_is_of_the_shares_that_the_answers_do_not_reject(total, data):
-    """The ends solve (p - share)^2 = z^2 p (1 - p) / n."""
-    right, z = data.draw(st.integers(0, total)), 1.959963984540054
-    share, (low, high) = right / total, (end / 100 for end in wilson_interval(right, total))
-    assert 0 <= low <= share + 1e-12
-    assert share - 1e-12 <= high <= 1
-    for p in (low, high):
-        assert (p - share) ** 2 == pytest.approx(z * z * p * (1 - p) / total, abs=1e-9)
 
 
 def test_what_is_written_is_read_and_has_one_row_in_the_table(tmp_path):

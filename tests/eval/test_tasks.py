@@ -5,7 +5,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from ijepa_zoo.eval.attentive import ATTENTIVE
-from ijepa_zoo.eval.tasks import TASKS, EvalTransform, find_task
+from ijepa_zoo.eval.tasks import TASKS, find_task
 from ijepa_zoo.weights.registry import checkpoints
 
 # facts of the paper and of VISSL's configurations: classes, epochs, milestones, filter, crop mode
@@ -70,10 +70,3 @@ def test_schedules_are_those_of_torch(name):
 def test_the_attentive_schedule_changes_with_every_step_and_ends_at_zero():
     expected = rates(lr_scheduler.CosineAnnealingLR, 20 * 7, 20 * 7)
     assert [ATTENTIVE.lr_scale(s, 7, 256) for s in range(20 * 7)] == pytest.approx(expected)
-
-
-def test_descriptions_tell_transforms_apart():
-    made = [EvalTransform(c, i) for c in ("center", "squash") for i in ("bicubic", "bilinear")]
-    words = {t.describe((s, s), train=b) for t in made for s in (224, 32) for b in (True, False)}
-    assert len(words) == 16
-    assert made[0].resize_to((64, 448)) == (73, 512)
