@@ -10,54 +10,41 @@ import pytest
 import several_processes
 from small_probe import OPTIONS, TASK, break_files, encoder, save, the_one
 from test_dense_probes import PROTOCOL, write_pairs
-from test_finetune import QUICK
+from test_finetune import PLAIN, QUICK
 from test_saved_heads import write_labeled
 
-from ijepa_zoo.eval import (
-    EvalModel,
-    evaluate_attentive,
-    evaluate_dense_depth,
-    evaluate_finetune,
-    evaluate_knn,
-    evaluate_linear,
-    evaluate_logreg,
-    read_result,
-)
+from ijepa_zoo import eval as probes
 from ijepa_zoo.eval.runs import EpochState
 
 HEADS = {"epochs": 2, "batch_size": 15, "lrs": (1e-2,), "wds": (0.1,)}
-PLAIN = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0}
-RECIPE = replace(QUICK, epochs=2, drop_path=0.2)
+DENSE = {"protocol": PROTOCOL, "batch_size": 3}
+RECIPE = {"recipe": replace(QUICK, epochs=2, drop_path=0.2)}
+PLAIN_RECIPE = {"recipe": replace(PLAIN, epochs=1), "micro_batch_size": 2}
+CACHED = {"cached": True}
 RUNS = {  # the probe, its data and options
-    "linear-online": (evaluate_linear, "pictures", HEADS),
-    "linear-cached": (evaluate_linear, "pictures", {"cached": True, **HEADS}),
-    "attentive-online": (evaluate_attentive, "pictures", HEADS),
-    "attentive-cached": (evaluate_attentive, "pictures", {"cached": True, **HEADS}),
-    "knn": (evaluate_knn, "pictures", {}),
-    "logreg-labels": (evaluate_logreg, "labels/labels.csv", {"cs": (0.1, 1.0)}),
-    "finetune": (evaluate_finetune, "pictures", {"recipe": RECIPE}),
-    "finetune-plain": (
-        *(evaluate_finetune, "pictures"),
-        {"recipe": replace(RECIPE, drop_path=0.0, epochs=1, **PLAIN), "micro_batch_size": 2},
-    ),
-    "dense-online": (evaluate_dense_depth, "pairs", {"protocol": PROTOCOL, "batch_size": 3}),
-    "dense-cached": (
-        *(evaluate_dense_depth, "pairs"),
-        {"protocol": PROTOCOL, "batch_size": 3, "cached": True},
-    ),
+    "linear-online": ("linear", "pictures", HEADS),
+    "linear-cached": ("linear", "pictures", HEADS | CACHED),
+    "attentive-online": ("attentive", "pictures", HEADS),
+    "attentive-cached": ("attentive", "pictures", HEADS | CACHED),
+    "knn": ("knn", "pictures", {}),
+    "logreg": ("logreg", "labels/labels.csv", {"cs": (0.1, 1.0)}),
+    "finetune": ("finetune", "pictures", RECIPE),
+    "finetune-plain": ("finetune", "pictures", PLAIN_RECIPE),
+    "dense-online": ("dense_depth", "pairs", DENSE),
+    "dense-cached": ("dense_depth", "pairs", DENSE | CACHED),
 }
-IN_TWO = ["linear-online", "attentive-cached", "knn", "logreg-labels", "finetune-plain"]
-IN_TWO.append("dense-cached")
-KILLED = [name for name in RUNS if name not in ("knn", "logreg-labels", "finetune-plain")]
+IN_TWO = ["linear-online", "attentive-cached", "knn", "logreg", "finetune-plain", "dense-cached"]
+KILLED = [name for name in RUNS if name not in ("knn", "logreg", "finetune-plain")]
 
 
 @cache
 def run(name, data, out):
     probe, source, options = RUNS[name]
-    task = () if probe is evaluate_dense_depth else (TASK,)
     options = {"skip_broken": True, **OPTIONS, **options}
-    model = EvalModel(encoder(), "small")
-    return probe(*task, model, Path(data) / source, Path(out) / name, **options)
+    if probe != "dense_depth":
+        options["task"] = TASK
+    function, model = getattr(probes, f"evaluate_{probe}"), probes.EvalModel(encoder(), "small")
+    return function(model=model, data=Path(data) / source, out=Path(out) / name, **options)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +96,7 @@ def test_two_processes_do_what_one_does(data, tmp_path):
     assert [status for status, _ in ended] == [0, 0], ended
     for name in IN_TWO:
         one = run(name, data, data / "one")
-        two = read_result(the_one(tmp_path / name, "*/result.json"))
+        two = probes.read_result(the_one(tmp_path / name, "*/result.json"))
         assert two.runtime["processes"] == 2
         assert two.value == pytest.approx(one.value, rel=1e-3), name
         assert (two.images, two.notes) == (one.images, one.notes)
