@@ -37,6 +37,7 @@ _STD = 0.01  # of the initial weights, as in mmsegmentation's heads
 class DenseProbe(Evaluation):
     """Pairs of images and targets, and how heads are trained on them."""
 
+    notes = ()
     config: HeadsConfig
     pairs: DenseData
     task: DenseTask
@@ -45,11 +46,11 @@ class DenseProbe(Evaluation):
 
     @property
     def name(self) -> str:
-        """See :class:`Evaluation`."""
+        """Name of the data."""
         return self.pairs.name
 
     def settings(self) -> dict[str, Any]:
-        """See :class:`Evaluation`."""
+        """See `Probe`."""
         config = self.config
         return {
             "protocol": vars(self.protocol),
@@ -64,7 +65,7 @@ class DenseProbe(Evaluation):
         }
 
     def records(self) -> dict[str, Any]:
-        """See :class:`Evaluation`."""
+        """See `Probe`."""
         about = {"name": data_name(self.config.data), "split": self.pairs.split}
         return {
             name: {**about, "images": len(part), "fingerprint": part.fingerprint}
@@ -72,7 +73,7 @@ class DenseProbe(Evaluation):
         }
 
     def train_name(self, row: int) -> str:
-        """See :class:`Evaluation`."""
+        """See `Probe`."""
         return self.pairs.train.names[row]
 
 

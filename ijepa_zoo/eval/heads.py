@@ -170,12 +170,18 @@ class LARS(torch.optim.SGD):
         super().step()
 
 
-def train(
-    probe: Any, source: Source, loader: Any, grid: Grid, folder: Path
-) -> tuple[list[float], float]:
-    """Train all heads; returns the last losses, and the seconds of earlier sessions.
+def train_and_choose(
+    probe: Any,
+    source: Source,
+    loader: Any,
+    grid: Grid,
+    folder: Path,
+    measure: Callable[[Any, Sequence[int]], Metrics],
+) -> tuple[Choice, dict[str, Any]]:
+    """Train all heads and choose one; `measure` has the metrics of some heads on batches.
 
-    `probe` is a `Probe` or a `DenseProbe`, `loader` an `OnlineLoader` or a `DenseLoader`.
+    `probe` is a `Probe` or a `DenseProbe`, `loader` an `OnlineLoader` or a `DenseLoader`. Also
+    returns the last losses, and the seconds of earlier sessions.
     """
     protocol, distributed = probe.protocol, probe.distributed
     mine = None if loader.gathered else distributed
@@ -197,22 +203,9 @@ def train(
         return losses
 
     args = (grid, grid.optimizer, train_epoch, protocol.epochs, folder)
-    trained = train_epochs(probe, loader, *args)
+    losses, seconds = train_epochs(probe, loader, *args)
     for tensor in grid.heads.state_dict().values():  # GPUs may round differently
         distributed.broadcast(tensor)
-    return trained
-
-
-def train_and_choose(
-    probe: Any,
-    source: Source,
-    loader: Any,
-    grid: Grid,
-    folder: Path,
-    measure: Callable[[Any, Sequence[int]], Metrics],
-) -> tuple[Choice, dict[str, Any]]:
-    """Train all heads and choose one; `measure` has the metrics of some heads on batches."""
-    losses, seconds = train(probe, source, loader, grid, folder)
     every = range(len(grid.specs))
     choice = choose(loader, lambda b: measure(b, every), lambda b, head: measure(b, [head]))
     return choice, {"losses": losses, "seconds": seconds}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,35 +146,13 @@ class HeadsConfig(EvalConfig):
 
 
 @dataclass(frozen=True)
-class Evaluation(ABC):
-    """A task with its data, for any number of models."""
+class Evaluation:
+    """A task with its data, for any number of models; see `Probe` and `DenseProbe`."""
 
     config: EvalConfig
     distributed: Distributed
     train_rows: Targets  # images that heads are fitted to
     val_rows: Targets  # training images that choose a head
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Name of the task."""
-
-    @property
-    def notes(self) -> list[str]:
-        """Notes on the data, for the user."""
-        return []
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the metrics except the model, as plain values."""
-
-    @abstractmethod
-    def records(self) -> dict[str, Any]:
-        """Training and test data as results record them."""
-
-    @abstractmethod
-    def train_name(self, row: int) -> str:
-        """Name of a training image."""
 
     def loaded(self, batches: Any, numbers: Sequence[int]) -> Iterator[Any]:
         """Batches by their numbers, decoded ahead."""
@@ -203,7 +180,7 @@ class Probe(Evaluation):
 
     @property
     def name(self) -> str:
-        """See :class:`Evaluation`."""
+        """Name of the task."""
         return self.task.name
 
     @property
@@ -212,7 +189,7 @@ class Probe(Evaluation):
         return len(self.train.classes)
 
     def settings(self) -> dict[str, Any]:
-        """See :class:`Evaluation`."""
+        """Everything that decides the metrics except the model, as plain values."""
         return {
             "task": self.task.name,
             "train": self.train.fingerprint(),
@@ -226,15 +203,15 @@ class Probe(Evaluation):
 
     @property
     def notes(self) -> list[str]:
-        """See :class:`Evaluation`."""
+        """Notes on the data, for the user."""
         return list(dict.fromkeys([*self.train.notes, *self.test.notes]))
 
     def records(self) -> dict[str, Any]:
-        """See :class:`Evaluation`."""
+        """Training and test data as results record them."""
         return {"train": self.train.record(), "test": self.test.record()}
 
     def train_name(self, row: int) -> str:
-        """See :class:`Evaluation`."""
+        """Name of a training image."""
         return self.train.images.name(row)
 
     def with_rows(self, train: EvalSet, **changes: Any) -> Probe:

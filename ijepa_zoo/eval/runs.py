@@ -28,13 +28,14 @@ from ..progress import skip
 from .results import RESULT, Result, read_result
 
 if TYPE_CHECKING:
-    from .probe import Evaluation
+    from .dense_training import DenseProbe
+    from .probe import Probe
 
 STATE = "state.pt"
 
 
 def run_once(
-    probe: Evaluation,
+    probe: Probe | DenseProbe,
     source: Any,
     method: str,
     protocol: dict[str, Any],
@@ -130,7 +131,7 @@ class EpochState:
 
 
 def train_epochs(
-    probe: Evaluation,
+    probe: Probe | DenseProbe,
     loader: Any,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
