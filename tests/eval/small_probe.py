@@ -37,23 +37,18 @@ def write_pictures(folder, train=12, test=7, classes=3):
     return folder
 
 
-def pixels_of(folder, split):
-    """float `[n, 3, H, W]` in 0..1 and classes of all pictures, in the order of their names."""
-    files = sorted((folder / split).rglob("*.png"))
-    arrays = [np.asarray(Image.open(file)) for file in files]
-    labels = torch.tensor([int(file.parent.name[-1]) for file in files])
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255, labels
-
-
-def normalized(images):
+def pixels_of(folder):
+    """Normalized images and classes of all pictures, in the order of their names."""
+    files = sorted(folder.rglob("*.png"))
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-    return (images - mean) / std
+    labels = torch.tensor([int(file.parent.name[-1]) for file in files])
+    return (pixels.permute(0, 3, 1, 2) / 255 - mean) / std, labels
 
 
-def features_of(model, images):
-    """`last` and `last4` of images in 0..1, by the extractor."""
-    with torch.no_grad():
-        return {n: FeatureExtractor(model, n)(normalized(images)) for n in ("last", "last4")}
+@torch.no_grad()
+def features_of(images, layers, pool="auto"):
+    return FeatureExtractor(encoder(), layers, pool)(images)
 
 
 def break_files(files):

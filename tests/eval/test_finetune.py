@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import product
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from small_probe import OPTIONS, save, the_one
 from timm.layers import DropPath
 
 import ijepa_zoo
-from ijepa_zoo.data import open_images
 from ijepa_zoo.distributed import Distributed
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import EvalConfig, EvalModel, evaluate_finetune, find_task
@@ -24,8 +24,7 @@ from ijepa_zoo.eval.finetune import (
     FineTuning,
     few_labels_recipe,
 )
-from ijepa_zoo.eval.probe import Probe
-from ijepa_zoo.eval.sets import EvalSet
+from ijepa_zoo.eval.probe import open_probe
 from ijepa_zoo.models.factory import create_model
 
 LR = 2e-2  # of a batch of 8
@@ -43,26 +42,27 @@ def network_of(img_size=32, **sizes):
     return create_model("vit_nano8_64_ijepa", pretrained=False, img_size=img_size, **sizes)
 
 
-def dark_and_bright(count=24):
-    labels = np.arange(count) % 2
-    noise = np.random.default_rng(0).integers(0, 60, (count, 40, 40, 3))
-    images = open_images((noise + 150 * labels[:, None, None, None]).astype(np.uint8))
-    return EvalSet(images, labels.astype(np.int64), {0: "dark", 1: "bright"}, "train")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten images of each class for training, dark and bright, and five for testing."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    classes = product([("train", 10), ("test", 5)], [("dark", 0), ("bright", 150)])
+    for (split, count), (name, level) in classes:
+        for n in range(count):
+            pixels = rng.integers(level, level + 60, (36, 40, 3)).astype(np.uint8)
+            save(pixels, root / split / name / f"{n}.png")
+    return root
 
 
-def training_of(recipe=QUICK, network=None, **more):
-    train, none, task = dark_and_bright(), np.arange(0), find_task("classes")
-    config = EvalConfig(model=None, data=None, workers=0)
-    probe = Probe(config, Distributed(), none, none, task, task.protocol, train, train)
-    network = network or network_of()
-    return FineTuning(network, EvalModel(network, "small"), probe, recipe, **more)
+@pytest.fixture
+def training_of(folder):
+    def make(recipe=QUICK, network=None, **more):
+        model = EvalModel(network or network_of(), "small")
+        config = EvalConfig(task="classes", model=model, data=folder, workers=0)
+        probe = open_probe(config, Distributed(), model)
+        return FineTuning(model.model, model, probe, recipe, **more)
 
-
-class Bar:
-    disable = True
-
-    def update(self, count): ...
-    def set_postfix(self, **shown): ...
+    return make
 
 
 def test_recipes_are_the_papers():
@@ -76,7 +76,7 @@ def test_recipes_are_the_papers():
     assert decays == [0.4, 0.05]
 
 
-def test_large_images_are_tested_whole_and_drop_path_grows_over_the_depth():
+def test_large_images_are_tested_whole_and_drop_path_grows_over_the_depth(training_of):
     for size, resized in ((224, (256, 256)), (448, (448, 448))):
         training = training_of(replace(PLAIN, drop_path=0.3), network_of(size, patch_size=32))
         assert training.transform.resize_to((size, size)) == resized
@@ -89,11 +89,11 @@ def test_large_images_are_tested_whole_and_drop_path_grows_over_the_depth():
 
 
 @pytest.mark.parametrize(("micro_batch_size", "parts"), [(32, 1), (2, 4)])
-def test_updates_are_those_of_a_plain_loop(tmp_path, micro_batch_size, parts):
+def test_updates_are_those_of_a_plain_loop(tmp_path, training_of, micro_batch_size, parts):
     """The whole training again with torch alone, from the same batches, in pieces or not."""
     training = training_of(PLAIN, micro_batch_size=micro_batch_size)
     start = {k: v.clone() for k, v in training.model.state_dict().items()}
-    training.bar = Bar()
+    training.bar = MagicMock()
     training.run(tmp_path)
     assert training.batches.parts == parts
     other = training_of(PLAIN)
@@ -103,9 +103,9 @@ def test_updates_are_those_of_a_plain_loop(tmp_path, micro_batch_size, parts):
         [{"params": [p], "weight_decay": 0.04 if p.ndim > 1 else 0.0} for p in named.values()]
     )
     mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
-    for step in range(9):
-        share = 0.5 * (1 + math.cos(math.pi * (step - 3) / 6))  # MAE's schedule
-        lr = LR * step / 3 if step < 3 else 1e-6 + (LR - 1e-6) * share
+    for step in range(6):  # two an epoch
+        share = 0.5 * (1 + math.cos(math.pi * (step - 2) / 4))  # MAE's schedule
+        lr = LR * step / 2 if step < 2 else 1e-6 + (LR - 1e-6) * share
         for group, name in zip(optimizer.param_groups, named):
             above = next(n for layer, n in ABOVE.items() if name.startswith(f"{layer}."))
             group["lr"] = lr * 0.9**above
@@ -117,7 +117,7 @@ def test_updates_are_those_of_a_plain_loop(tmp_path, micro_batch_size, parts):
         torch.testing.assert_close(tensor, model.state_dict()[name], atol=2e-4, rtol=1e-3)
 
 
-def test_mixup_goes_into_images_and_targets():
+def test_mixup_goes_into_images_and_targets(training_of):
     recipe = replace(QUICK, drop_path=0.0, random_erasing=0.0, cutmix=0.0)
     training = training_of(recipe)
     mixed, mixup = [], training.mixup
@@ -128,16 +128,6 @@ def test_mixup_goes_into_images_and_targets():
     smooth = target * 0.9 + 0.05
     expected = -(smooth * training.model(images).log_softmax(1)).sum(1).mean()
     assert float(loss) == pytest.approx(expected.item(), rel=1e-4)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    parts = [("train", 10), ("test", 5)]
-    for (split, count), (name, level) in product(parts, [("dark", 30), ("bright", 200)]):
-        for n in range(count):
-            pixels = np.full((36, 40, 3), level + n, np.uint8)
-            save(pixels, tmp_path / "data" / split / name / f"{n}.png")
-    return tmp_path / "data"
 
 
 def run(data, out, network=None, task="classes", **more):

@@ -19,16 +19,15 @@ from small_probe import (
     TASK,
     break_files,
     encoder,
-    normalized,
+    features_of,
+    pixels_of,
     save,
     write_pictures,
 )
 
 import ijepa_zoo
-from ijepa_zoo import FeatureExtractor
 from ijepa_zoo.errors import DataError, RunError, SettingsError
 from ijepa_zoo.eval import EvalModel, evaluate_attentive, evaluate_knn, evaluate_linear
-from ijepa_zoo.eval.attentive import ATTENTIVE
 from ijepa_zoo.eval.features import OnlineLoader
 from ijepa_zoo.eval.heads import HeadSpec, make_grid
 from ijepa_zoo.eval.knn import KS, TEMPERATURES
@@ -57,29 +56,21 @@ def parts(pictures):
     return [(images[part], labels[part]) for part in rows] + [test]
 
 
-def pixels_of(folder):
-    files = sorted(folder.rglob("*.png"))
-    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))
-    labels = torch.tensor([int(file.parent.name[-1]) for file in files])
-    return normalized(pixels.permute(0, 3, 1, 2) / 255), labels
-
-
-@torch.no_grad()
-def features_of(parts, layers, pool="auto"):
-    return [(FeatureExtractor(encoder(), layers, pool)(x), labels) for x, labels in parts]
+def data_of(parts, layers, pool="auto"):
+    return [(features_of(images, layers, pool), labels) for images, labels in parts]
 
 
 def accuracy(head, features, labels):
     return 100 * float((head(features).argmax(1) == labels).float().mean())
 
 
-def trained_alone(head, optimizer, features, labels, scale):
+def trained_alone(head, optimizer, features, labels, scales):
     """The head trained on all images at once; returns the last loss."""
     rates = [group["lr"] for group in optimizer.param_groups]
     head.train()
-    for epoch in range(PROTOCOL.epochs):
+    for scale in scales:
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * len(labels) / 256 * scale(epoch)
+            group["lr"] = rate * len(labels) / 256 * scale
         loss = F.cross_entropy(head(features), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -108,7 +99,7 @@ def test_linear_heads_are_those_of_sgd_on_the_extractors_features(
     result = evaluate(cached=cached)
     assert len(tested) == 1, "the test set is read once"
     assert list(result.images.values()) == [len(labels) for _, labels in parts]
-    data = {name: features_of(parts, name) for name in ("last", "last4")}
+    data = {name: data_of(parts, name) for name in ("last", "last4")}
     specs = [HeadSpec(*v, 5e-4) for v in product(data, ("linear", "bn"), PROTOCOL.lrs)]
     grid = make_grid(specs, {"last": 48, "last4": 192}, 3, PROTOCOL, 0)
     for found, spec, start in zip(result.heads, grid.specs, grid.heads, strict=True):
@@ -116,8 +107,8 @@ def test_linear_heads_are_those_of_sgd_on_the_extractors_features(
         groups = [{"params": head.linear.parameters(), "weight_decay": spec.weight_decay}]
         groups += [{"params": p} for p in head.norm.parameters()]
         optimizer = torch.optim.SGD(groups, lr=spec.lr, momentum=0.9, nesterov=True)
-        cosine = lambda epoch: 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / 3))  # noqa: E731
-        loss = trained_alone(head, optimizer, *own[0], cosine)
+        scales = [0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * epoch / 3)) for epoch in range(3)]
+        loss = trained_alone(head, optimizer, *own[0], scales)
         assert found.name == spec.name
         assert_head(result, found, loss, head, own)
 
@@ -126,14 +117,14 @@ def test_linear_heads_are_those_of_sgd_on_the_extractors_features(
 def test_attentive_heads_are_those_of_adamw_on_the_extractors_tokens(evaluate, parts, cached):
     options = {"epochs": 3, "lrs": (3e-3, 1e-3), "wds": (0.1,), "cached": cached}
     result = evaluate(probe=evaluate_attentive, **options)
-    maps = features_of(parts, "last", None)
+    maps = data_of(parts, "last", None)
     data = [(found.flatten(2).transpose(1, 2), labels) for found, labels in maps]
     for found, lr in zip(result.heads, options["lrs"]):
         torch.manual_seed(fold(0, Stream.EVAL_INIT))
         head = AttentiveHead(48, 3, num_heads=3)
         groups = [{"params": p, "weight_decay": 0.1 * (p.ndim > 1)} for p in head.parameters()]
-        scale = lambda epoch: ATTENTIVE.with_epochs(3).lr_scale(epoch, 1, 256)  # noqa: E731
-        loss = trained_alone(head, torch.optim.AdamW(groups, lr=lr), *data[0], scale)
+        scales = [0.5 * (1 + math.cos(math.pi * epoch / 3)) for epoch in range(3)]
+        loss = trained_alone(head, torch.optim.AdamW(groups, lr=lr), *data[0], scales)
         assert_head(result, found, loss, head, data)
 
 
@@ -154,7 +145,7 @@ def voting(bank, labels, k, temperature):
 @pytest.mark.parametrize("on_test", [False, True])
 def test_knn_equals_a_plain_computation(evaluate, parts, on_test):
     result = evaluate(probe=evaluate_knn, select_on_test=on_test)
-    fit, val, test = features_of(parts, "last")
+    fit, val, test = data_of(parts, "last")
     everything = [torch.cat(column) for column in zip(fit, val)]
     bank, queries = (everything, test) if on_test else (fit, val)
     names = [f"k={k} T={t:g}" for k in KS if k <= len(bank[1]) for t in TEMPERATURES]

@@ -66,11 +66,12 @@ def test_probe_equals_scikit_learn_on_the_listed_images(pictures, tmp_path):
     assert sum(result.images.values()) == 24 + 21
     assert (len(result.heads), min(CS), max(CS)) == (90, 1e-6, 1e5)
     assert "24 of 36" in " ".join(result.notes)
-    images, labels = pixels_of(pictures, "train")
     rows = listed_rows(open_task(TASK, pictures)[0], file)
-    tests, answers = pixels_of(pictures, "test")
     name, c = result.chosen.split(" C=")
-    x, z = (features_of(encoder(), pixels)[name] for pixels in (images, tests))
+    (x, labels), (z, answers) = (
+        (features_of(images, name), classes)
+        for images, classes in (pixels_of(pictures / split) for split in ("train", "test"))
+    )
     exact = min(CS, key=lambda value: abs(value - float(c)))
     theirs = scikit_learn(x[rows].double(), labels[rows], exact)
     assert result.value == pytest.approx(100 * theirs.score(z.numpy(), answers.numpy()), abs=5)
