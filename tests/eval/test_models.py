@@ -47,16 +47,12 @@ def test_timms_weights_need_no_hub_when_they_are_in_the_cache(monkeypatch, tmp_p
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     save_model(made, repository / "snapshots" / "abc" / "model.safetensors")
-    for name in (TIMM, f"timm:{TIMM}"):
-        model = open_model(name)
-        assert model.paper_name == model.name == TIMM
-        assert model.model.num_classes == 0
-        assert_weights_of(model, made)
-    untrained = open_model(TIMM, img_size=32).untrained(0)
-    assert untrained.describe()["image_size"] == [32, 32]
-    assert untrained.describe()["weights_hash"] != model.describe()["weights_hash"]
-    with pytest.raises(SettingsError, match="checkpoint"):
-        open_model(TIMM, checkpoint="x.pth")
+    model = open_model(f"timm:{TIMM}", img_size=32)
+    assert (model.paper_name, model.model.num_classes) == (TIMM, 0)
+    untrained = model.untrained(0).describe()
+    assert untrained["image_size"] == model.describe()["image_size"] == [32, 32]
+    assert untrained["weights_hash"] != model.describe()["weights_hash"]
+    assert_weights_of(open_model(TIMM), made)
 
 
 def test_folders_are_opened_with_their_own_architecture(tmp_path):
@@ -80,6 +76,7 @@ def test_folders_are_opened_with_their_own_architecture(tmp_path):
         ({"model": "vit_small_patch14_dinov3x", "random": True}, "dinov3x"),
         ({"model": "resnet18", "random": True}, "ResNet"),
         ({"random": True, "checkpoint": "a.pth"}, "--checkpoint"),
+        ({"model": TIMM, "checkpoint": "a.pth"}, "checkpoint"),
         ({"random": True, "baseline": True}, "--baseline"),
         ({"model": encoder(), "baseline": True}, "--baseline"),
     ],
