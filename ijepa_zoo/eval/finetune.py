@@ -80,9 +80,7 @@ class FineTuneRecipe:
         epochs = self.epochs if epochs is None else epochs
         size = self.batch_size if batch_size is None else batch_size
         if epochs < 1 or size < 2:
-            raise SettingsError(
-                f"epochs is {epochs} and batch_size {size}: fine-tuning needs at least 1 and 2"
-            )
+            raise SettingsError(f"epochs is {epochs} and batch_size {size}: use at least 1 and 2")
         warmup = self.warmup_epochs * epochs / self.epochs
         return replace(self, epochs=epochs, warmup_epochs=warmup, batch_size=size)
 
@@ -126,25 +124,13 @@ def evaluate_finetune(
     an interruption, at the last finished epoch, and returns the result at once if it is finished.
     Processes started by torchrun share each batch, and may be others after an interruption.
 
-    Args:
-        task: As `model`, `data` and `out`, a field of :class:`~ijepa_zoo.eval.probe.EvalConfig`;
-            a task of classes.
-        model: See there.
-        data: See there.
-        out: See there.
-        list: Text file with the names of the training images to use, one per line, such as
-            ImageNet's 1 %. The default recipe is then the paper's for few labels.
-        recipe: Default: the paper's.
-        epochs: Default: those of the recipe; the warm-up changes in proportion.
-        batch_size: Default: that of the recipe; the learning rate grows linearly with it.
-        micro_batch_size: Images of a forward and backward pass of a process.
-        grad_checkpointing: Compute activations twice instead of keeping them.
-        options: Further fields of `EvalConfig`.
-
-    Raises:
-        DataError: The data or the list cannot be used, or do not fit the task.
-        SettingsError: An option or the model does not fit.
-        RunError: Another process works on the same evaluation, or the loss is not finite.
+    `list` is a text file with the names of the training images to use, one per line, such as
+    ImageNet's 1 %. `recipe` is the paper's by default, with a list that for few labels; the warm-up
+    changes in proportion to `epochs`, and the learning rate grows linearly with `batch_size`. A
+    forward and backward pass of a process has `micro_batch_size` images, and `grad_checkpointing`
+    computes activations twice instead of keeping them. The other arguments are fields of
+    :class:`~ijepa_zoo.eval.EvalConfig`; errors are those of :func:`evaluate_linear`, and a loss
+    that is not finite is a `RunError`.
     """
     chosen = find_task(task) if isinstance(task, str) else task
     if chosen.kind != "classes":

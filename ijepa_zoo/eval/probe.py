@@ -91,9 +91,7 @@ class EvalConfig:
     def open_model(self) -> EvalModel:
         """The model of these options."""
         if self.random and self.baseline:
-            raise SettingsError(
-                f"{option('random')} is the baseline itself: leave {option('baseline')} out"
-            )
+            raise SettingsError(f"{option('random')} is the {option('baseline')} itself")
         options = {name: getattr(self, name) for name in ("checkpoint", "network", "img_size")}
         if isinstance(self.model, str):
             return open_model(self.model, random=self.random, seed=self.seed, **options)
