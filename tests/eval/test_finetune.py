@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -72,7 +73,8 @@ def test_recipes_are_the_papers():
     full = (50, 1e-4, 528, 0.04, 0.75, 0.25, 0.8, 1.0, 0.1, *augment, 5.0, 1e-6, papers[0])
     few = (50, 3e-5 / 2, 512, 0.4, 0.75, 0, 0, 0, 0.1, augment[0], 0, 5.0, 1e-6, papers[1])
     assert (FineTuneRecipe(*full), FineTuneRecipe(*few)) == (FULL, FEW_LABELS)
-    decays = [few_labels_recipe(network_of(embed_dim=d)).weight_decay for d in (1280, 1024)]
+    networks = [SimpleNamespace(embed_dim=width) for width in (1280, 1024)]
+    decays = [few_labels_recipe(network).weight_decay for network in networks]
     assert decays == [0.4, 0.05]
 
 
