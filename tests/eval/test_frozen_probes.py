@@ -160,16 +160,18 @@ def test_knn_equals_a_plain_computation(evaluate, parts, on_test):
             assert result.value == pytest.approx(accuracy(classify, *test), abs=1e-3)
     about = {"pool": "avg", "layers": [3], "ks": [10, 20, 50, 100, 200]}
     about |= {"temperatures": [0.02, 0.04, 0.07, 0.1, 0.2]}
+    about |= {"test_transform": "bilinear resize to 32x32"}
     assert result.protocol.items() >= about.items()
 
 
-def test_a_class_token_and_fewer_images_than_neighbors(evaluate, tmp_path):
-    few = write_pictures(tmp_path / "few", train=3, test=2, classes=2)
+@pytest.mark.parametrize(("train", "ks"), [(3, {"k=6"}), (10, {"k=10", "k=20"})])
+def test_a_class_token_and_as_few_images_as_neighbors(evaluate, tmp_path, train, ks):
+    few = write_pictures(tmp_path / "few", train=train, test=2, classes=2)
     sizes = {"img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3}
     model = timm.create_model("vit_tiny_patch16_224", **sizes)
     result = evaluate(model, probe=evaluate_knn, data=few, select_on_test=True)
     assert result.protocol["pool"] == "cls"
-    assert {head.name.split()[0] for head in result.heads} == {"k=6"}
+    assert {head.name.split()[0] for head in result.heads} == ks
 
 
 def test_cached_features_with_flips_are_the_protocol_where_nothing_is_cropped(evaluate, tmp_path):
