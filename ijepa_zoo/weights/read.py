@@ -124,7 +124,6 @@ def open_entry(entry: registry.Checkpoint, cache_dir: str | Path | None = None) 
                 source.url,
                 network,
                 cache_dir=cache_dir,
-                size=source.size,
                 sha256=source.sha256.get(network),
             )
         else:

@@ -41,7 +41,6 @@ class Source:
     revision: str | None = None
     filename: str | None = None
     folder: str | None = None  # inside this package
-    size: int | None = None  # exact bytes of the source file: another size is refused
     gigabytes: float | None = None  # its size, rounded
     # of each network (official files: of the fetched tensor bytes), if known
     sha256: Mapping[str, str] = field(default_factory=dict)

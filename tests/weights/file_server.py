@@ -1,48 +1,24 @@
-"""A file server on 127.0.0.1 for tests: ranges, ETags, faults, and files of the Hub."""
+"""A file server on 127.0.0.1 for tests: ranges, ETags, faults, and repositories of the Hub."""
 
 import hashlib
 import importlib
 import re
 import threading
-import urllib.parse
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.utils
 import pytest
 
+COMMIT = "a" * 40  # of every repository, on its branch main
+
 
 @dataclass
 class Answered:
-    """One request and the bytes of its answer's body."""
+    """One request: the range of a 206 (first byte, byte after the last) and the bytes sent."""
 
-    path: str
-    range: tuple[int, int] | None = None  # first byte, byte after the last; of a 206
+    range: tuple[int, int] | None = None
     sent: int = 0
-
-
-@dataclass
-class Faults:
-    """What the server does wrong."""
-
-    ignore_ranges: bool = False
-    shift: int = 0  # sends the range this many bytes later
-    statuses: list[int] = field(default_factory=list)  # of the next requests, instead of answers
-    cut_after: int | None = None  # bytes of each body
-    before: Callable[[int], object] = lambda count: None  # called with the number of requests
-
-
-@dataclass
-class Repository:
-    """A model repository of the Hub: one commit, on branch ``main``."""
-
-    files: dict[str, bytes]
-
-    @property
-    def commit(self) -> str:
-        content = b"\0".join(name.encode() + data for name, data in sorted(self.files.items()))
-        return hashlib.sha1(content).hexdigest()
 
 
 class FileServer:
@@ -50,20 +26,21 @@ class FileServer:
 
     Attributes:
         files: Content by path, such as ``/ijepa/a.pth.tar``.
-        repositories: By name, such as ``facebook/ijepa_vith14_1k``; served as the Hub does.
-        token: If set, repositories are shown only to requests that carry it.
-        faults: What goes wrong.
+        repositories: Files of each repository of the Hub, such as ``facebook/ijepa_vith14_1k``.
         answered: All requests so far.
+        before: Called with the number of earlier requests, before each answer.
+        statuses: Status codes that answer the next requests.
+        cut_after: Bytes of a body after which the connection breaks.
+        shift: Ranges are sent this many bytes later.
+        ignores_ranges: Every answer is the whole file.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.repositories: dict[str, Repository] = {}
-        self.token: str | None = None
+        self.repositories: dict[str, dict[str, bytes]] = {}
         self.forget()
-        self._http = ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("H", (_Handler,), {"server_": self})
-        )
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._http.files = self
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> "FileServer":
@@ -82,45 +59,14 @@ class FileServer:
     def forget(self) -> None:
         """Start the count anew, without faults."""
         self.answered: list[Answered] = []
-        self.faults = Faults()
-
-
-def isolate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo the environment's offline mode, proxies and tokens."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    _forget_sessions()
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(variable, raising=False)
-    for variable in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(variable, "127.0.0.1")
-
-
-def point_hub_at(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make ``huggingface_hub``, which reads ``HF_ENDPOINT`` when imported, use the server."""
-    isolate(monkeypatch)
-    constants = "huggingface_hub.constants"
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
-    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    importlib.import_module("huggingface_hub.file_download")  # below 1.0 it has a copy
-    copy = "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE"
-    monkeypatch.setattr(copy, template, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-
-
-def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do what ``HF_HUB_OFFLINE=1`` does before ``huggingface_hub`` is imported."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    _forget_sessions()
-
-
-def _forget_sessions() -> None:
-    if hasattr(huggingface_hub.utils, "reset_sessions"):  # below 1.0: sessions are on- or offline
-        huggingface_hub.utils.reset_sessions()
+        self.before = lambda count: None
+        self.statuses: list[int] = []
+        self.cut_after: int | None = None
+        self.shift = 0
+        self.ignores_ranges = False
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server_: FileServer
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
@@ -130,65 +76,70 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        server = self.server_
-        self.answer = Answered(self.path)
-        server.answered.append(self.answer)
-        server.faults.before(len(server.answered) - 1)
-        path = urllib.parse.unquote(self.path.split("?")[0])
-        hub = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        if server.faults.statuses:
-            self._say(server.faults.statuses.pop(0), {}, b"")
-        elif hub:
-            self._hub_file(*hub.groups())
-        elif path in server.files:
-            self._file(server.files[path], {})
+        server = self.server.files
+        self.answered = Answered()
+        server.answered.append(self.answered)
+        server.before(len(server.answered) - 1)
+        hub = re.fullmatch(rf"/(.+/.+)/resolve/(?:main|{COMMIT})/(.+)", self.path)
+        files = server.repositories.get(hub[1], {}) if hub else server.files
+        headers = {"X-Repo-Commit": COMMIT} if files and hub else {}
+        content = files.get(hub[2] if hub else self.path)
+        if server.statuses:
+            self.answer(server.statuses.pop(0), {}, b"")
+        elif content is None:
+            self.answer(404, {**headers, "X-Error-Code": "EntryNotFound"} if headers else {}, b"")
         else:
-            self._say(404, {}, b"")
+            etag = f'"{hashlib.sha256(content).hexdigest()}"'
+            self.answer_range(content, {**headers, "ETag": etag})
 
-    def _hub_file(self, name: str, revision: str, filename: str) -> None:
-        repository, token = self.server_.repositories.get(name), self.server_.token
-        if repository is None or (token and self.headers["Authorization"] != f"Bearer {token}"):
-            self._say(401, {"X-Error-Code": "RepoNotFound"}, b"")
-        elif revision not in ("main", repository.commit):
-            self._say(404, {"X-Error-Code": "RevisionNotFound"}, b"")
-        elif filename not in repository.files:
-            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repository.commit}
-            self._say(404, headers, b"")
-        else:
-            content = repository.files[filename]
-            self._file(content, {"X-Repo-Commit": repository.commit, "ETag": _etag(content)})
-
-    def _file(self, content: bytes, headers: dict[str, str]) -> None:
-        headers["ETag"] = _etag(content)
+    def answer_range(self, content: bytes, headers: dict[str, str]) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None or self.server_.faults.ignore_ranges:
-            self._say(200, headers, content)
+        if asked is None or self.server.files.ignores_ranges:
+            self.answer(200, headers, content)
             return
-        start = int(asked[1]) + self.server_.faults.shift
+        start = int(asked[1]) + self.server.files.shift
         stop = min(int(asked[2] or len(content)) + 1, len(content))
-        if start >= stop:
-            self._say(416, {"Content-Range": f"bytes */{len(content)}"}, b"")
-            return
-        self.answer.range = (start, stop)
+        self.answered.range = start, stop
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        self._say(206, headers, content[start:stop])
+        self.answer(206, headers, content[start:stop])
 
-    def _say(self, status: int, headers: dict[str, str], body: bytes) -> None:
+    def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        cut = self.server_.faults.cut_after
+        cut = self.server.files.cut_after
         if cut is not None and len(body) > cut:
             body, self.close_connection = body[:cut], True
         try:
             self.wfile.write(body)
-            self.answer.sent = len(body)
+            self.answered.sent = len(body)
         except ConnectionError:  # the client has ended the request
             self.close_connection = True
 
 
-def _etag(content: bytes) -> str:
-    return f'"{hashlib.sha256(content).hexdigest()}"'
+def point_hub_at(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``huggingface_hub``, which reads its environment when imported, use the server."""
+    go_offline(monkeypatch, False)
+    constants = "huggingface_hub.constants"
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
+    monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    importlib.import_module("huggingface_hub.file_download")  # below 1.0 it has a copy
+    copy = "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE"
+    monkeypatch.setattr(copy, template, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def go_offline(monkeypatch: pytest.MonkeyPatch, is_offline: bool = True) -> None:
+    """Do what ``HF_HUB_OFFLINE`` does before ``huggingface_hub`` is imported."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", is_offline)
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(variable, "127.0.0.1")
+    if hasattr(huggingface_hub.utils, "reset_sessions"):  # below 1.0: sessions are on- or offline
+        huggingface_hub.utils.reset_sessions()

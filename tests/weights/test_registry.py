@@ -9,13 +9,11 @@ import ijepa_zoo
 from ijepa_zoo.weights import registry
 
 CHECKPOINTS = registry.checkpoints()
-OFFICIAL = {
-    "vit_huge14_ijepa.in1k": "IN1K-vit.h.14-300e.pth.tar",
-    "vit_huge14_ijepa.in22k": "IN22K-vit.h.14-900e.pth.tar",
-    "vit_huge16_448_ijepa.in1k": "IN1K-vit.h.16-448px-300e.pth.tar",
-    "vit_giant16_ijepa.in22k": "IN22K-vit.g.16-600e.pth.tar",
-}
-REPOSITORIES = {  # and the first three features of the first token, as the model cards have them
+RELEASED = {  # and the first three features of the first token, as the model cards have them
+    "vit_huge14_ijepa.in1k": "IN1K-vit.h.14-300e",
+    "vit_huge14_ijepa.in22k": "IN22K-vit.h.14-900e",
+    "vit_huge16_448_ijepa.in1k": "IN1K-vit.h.16-448px-300e",
+    "vit_giant16_ijepa.in22k": "IN22K-vit.g.16-600e",
     "vit_huge14_ijepa.in1k_context": ("facebook/ijepa_vith14_1k", [-0.0621, -0.0054, -2.7513]),
     "vit_huge14_ijepa.in22k_context": ("facebook/ijepa_vith14_22k", [0.0358, -0.0045, -0.2154]),
     "vit_huge16_448_ijepa.in1k_context": ("facebook/ijepa_vith16_1k", [0.5145, -0.1259, 0.0615]),
@@ -24,9 +22,9 @@ REPOSITORIES = {  # and the first three features of the first token, as the mode
 
 
 def test_names_and_defaults():
-    names = [checkpoint.name for checkpoint in CHECKPOINTS]
-    assert len(set(names)) == len(names)
-    assert set(names) == set(ijepa_zoo.list_models(pretrained=True))
+    names = {checkpoint.name for checkpoint in CHECKPOINTS}
+    assert len(names) == len(CHECKPOINTS)
+    assert names == set(ijepa_zoo.list_models(pretrained=True))
     for model in {checkpoint.model for checkpoint in CHECKPOINTS}:
         assert registry.find(model).network == "target_encoder"
         assert registry.find(model).tag == timm.get_pretrained_cfg(model).tag
@@ -34,7 +32,7 @@ def test_names_and_defaults():
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
-def test_pretrained_cfg_and_sizes(checkpoint):
+def test_pretrained_cfg_of_timm(checkpoint):
     cfg = timm.get_pretrained_cfg(checkpoint.name)
     for key in ("tag", "input_size", "mean", "std", "crop_pct", "interpolation"):
         assert getattr(cfg, key) == getattr(checkpoint, key), key
@@ -43,6 +41,20 @@ def test_pretrained_cfg_and_sizes(checkpoint):
     assert cfg.description.startswith(f"{checkpoint.network} of I-JEPA, {checkpoint.data}")
     assert checkpoint.mean == (0.485, 0.456, 0.406)  # not 0.5, as in the authors' repositories
     assert checkpoint.std == (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(("name", "released"), RELEASED.items())
+def test_sources_are_what_the_authors_released(name, released):
+    checkpoint = registry.find(*name.split("."))
+    source = checkpoint.source
+    if isinstance(released, str):
+        assert source.url == f"https://dl.fbaipublicfiles.com/ijepa/{released}.pth.tar"
+        assert set(checkpoint.networks) == set(registry.NETWORKS)
+        assert (checkpoint.format, checkpoint.license) == ("official", "CC-BY-NC-4.0")
+    else:
+        assert (checkpoint.networks, checkpoint.format) == (("encoder",), "transformers")
+        assert (source.hf_hub_id, checkpoint.check["tokens_0_3_0_3"][0]) == released
+        assert re.fullmatch("[0-9a-f]{40}", source.revision)
 
 
 @pytest.mark.parametrize("name", ["vit_nano8_64_ijepa", "vit_huge16_448_ijepa"])
@@ -54,18 +66,16 @@ def test_predictor_of_a_name_is_that_of_its_weights(name):
     assert len(ijepa.predictor.predictor_blocks) == checkpoint.predictor["depth"]
 
 
-@pytest.mark.parametrize(("name", "file"), OFFICIAL.items())
-def test_official_files_have_all_networks(name, file):
-    checkpoint = registry.find(*name.split("."))
-    assert checkpoint.source.url == f"https://dl.fbaipublicfiles.com/ijepa/{file}"
-    assert set(checkpoint.networks) == set(registry.NETWORKS)
-    assert (checkpoint.format, checkpoint.license) == ("official", "CC-BY-NC-4.0")
-
-
-@pytest.mark.parametrize(("name", "source"), REPOSITORIES.items())
-def test_repositories_have_the_context_encoder(name, source):
-    checkpoint = registry.find(*name.split("."))
-    assert (checkpoint.networks, checkpoint.format) == (("encoder",), "transformers")
-    assert checkpoint.source.hf_hub_id == source[0]
-    assert re.fullmatch("[0-9a-f]{40}", checkpoint.source.revision)
-    assert checkpoint.check["tokens_0_3_0_3"][0] == source[1]
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vit_small16_ijepa", (384, 12, 6, 16, 224)),
+        ("vit_huge16_448_ijepa", (1280, 32, 16, [16, 16], [448, 448])),
+        ("vit_huge14_ijepa", (1280, 32, 16, [14, 14], [224, 224])),
+        ("vit_custom_ijepa", (384, 11, 6, 16, 224)),
+    ],
+)
+def test_registered_name_is_that_of_the_sizes(name, sizes):
+    args = dict(zip(("embed_dim", "depth", "num_heads", "patch_size", "img_size"), sizes))
+    assert registry.model_name(args) == name
+    assert registry.model_name(args, "vit_base_patch16_gap_224") == name
