@@ -290,21 +290,21 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
             f"network={network!r} selects weights, but there are none: use pretrained=True or "
             "checkpoint=PATH"
         )
-    weights = None
+    networks = None
     if pretrained or checkpoint is not None:
-        weights = load.resolve(
+        networks = load.resolve(
             variant,
-            checkpoint=checkpoint,
-            network=network,
+            checkpoint,
             pretrained_cfg=kwargs.get("pretrained_cfg"),
             overlay=kwargs.get("pretrained_cfg_overlay"),
             cache_dir=kwargs.get("cache_dir"),
         )
 
     def build(**arguments: Any) -> IJepaEncoder:
-        if weights is None:
+        if networks is None:
             return IJepaEncoder(**arguments)
-        return load.build_with_weights(IJepaEncoder, arguments, weights)
+        chosen = networks.choose(network)
+        return load.build_with_weights(IJepaEncoder, arguments, networks, chosen)
 
     model = build_model_with_cfg(
         build,
@@ -314,8 +314,8 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
         **{**registry.ARCHITECTURES.get(variant, {}), **kwargs},
     )
     has_own_cfg = isinstance(kwargs.get("pretrained_cfg"), dict)
-    if weights is not None and checkpoint is not None and not has_own_cfg:
-        model.pretrained_cfg = {**model.pretrained_cfg, **weights.networks.preprocessing}
+    if networks is not None and checkpoint is not None and not has_own_cfg:
+        model.pretrained_cfg = {**model.pretrained_cfg, **networks.preprocessing}
         model.default_cfg = model.pretrained_cfg
     return model
 

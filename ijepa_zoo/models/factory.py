@@ -188,8 +188,7 @@ def _load(vit: Any, networks: Networks, network: str) -> Any:
     state = load.fit(networks.states[network](), vit, networks.origin, networks.grid_size)
     load.check(vit, state, networks.origin)
     vit.load_state_dict(state, strict=False)  # a classifier may be new
-    vit.weights_origin = load.Weights(networks, network).origin
-    vit.weights_network = network
+    load.record_source(vit, networks, network)
     return vit
 
 
@@ -252,7 +251,7 @@ def create_ijepa(
         checkpoint=checkpoint,
         pretrained_cfg=tag or None,
         cache_dir=encoder_kwargs.get("cache_dir"),
-    ).networks
+    )
     absent = [network for network in registry.NETWORKS if network not in networks.states]
     if absent:
         complete = [c.name for c in registry.checkpoints() if len(c.networks) == 3]

@@ -86,7 +86,7 @@ def fetch_official(
         if path.exists():  # another process has downloaded it meanwhile
             return path
         remote = RemoteFile(url)
-        known = {"url": url, "size": remote.size, "etag": remote.etag, "sha256": {}}
+        known: dict[str, Any] = {"url": url, "size": remote.size, "etag": remote.etag, "sha256": {}}
         if record.exists():
             known = json.loads(record.read_bytes())
         _require_equal(f"size of {url}", remote.size, known["size"], record)

@@ -204,7 +204,7 @@ def _from_source(
     if entry is not None:
         networks = open_entry(entry, cache_dir)
     elif name in registry.ARCHITECTURES and not Path(text).exists():
-        networks = load.resolve(name, pretrained_cfg=tag or None).networks  # its error names all
+        networks = load.resolve(name, pretrained_cfg=tag or None)  # its error names all
     else:
         networks = open_checkpoint(text, cache_dir)
     model_name = model_name or networks.model
@@ -215,7 +215,7 @@ def _from_source(
     if UNLABELED in networks.states:  # the caller may name it
         states = {network or UNLABELED: networks.states[UNLABELED]()}
     else:
-        chosen = networks.choose(network, entry.network if entry else "target_encoder")
+        chosen = networks.choose(network)
         wanted = [chosen] if network or only_one else list(networks.states)
         states = {key: networks.states[key]() for key in wanted}
     args = {**networks.args, **encoder_kwargs}
@@ -272,7 +272,7 @@ def _describe(encoder: VisionTransformer, origin: str) -> Networks:
     if getattr(encoder, "multi_label", False):
         preprocessing["multi_label"] = True
     norm_eps = encoder.norm.eps if is_ours else 1e-6  # other ViTs get theirs from the name
-    return Networks(origin, {}, "memory", model, args, norm_eps, pretrained_cfg=preprocessing)
+    return Networks(origin, {}, model, args, norm_eps, pretrained_cfg=preprocessing)
 
 
 def vit_args(encoder: VisionTransformer) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
 from ..errors import CheckpointError, RunError
 from . import configs, formats, registry
@@ -207,7 +206,10 @@ def _image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 def _write_official(
     networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
-    """Write all three networks as a checkpoint of the official repository, at epoch 0."""
+    """Write all three networks as a checkpoint of the official repository, at epoch 0.
+
+    It has no state of the optimizer: the official script logs that, and starts a fresh one.
+    """
     _refuse_other_vit(networks)
     absent = [name for name in registry.NETWORKS if name not in networks.states]
     if network is not None or absent:
@@ -220,43 +222,17 @@ def _write_official(
             f"the predictor of {networks.origin} has context='shared', which the official "
             "repository lacks: export to native instead"
         )
-    states = {name: read() for name, read in networks.states.items()}
-    content: dict[str, Any] = {
-        name: formats.to_official(
-            {key: t.detach().to("cpu", dtype or t.dtype) for key, t in state.items()}
-        )
-        for name, state in states.items()
-    }
+    content: dict[str, Any] = {"epoch": 0}
+    for network, read in networks.states.items():
+        content[network] = {  # trained with DistributedDataParallel
+            f"module.{name}": tensor.detach().to("cpu", dtype or tensor.dtype)
+            for name, tensor in read().items()
+        }
     try:
-        torch.save(content | _fresh_training(states), folder / OFFICIAL_FILE)
+        torch.save(content, folder / OFFICIAL_FILE)
     except RuntimeError as error:  # torch's error for a full disk
         reason = str(error).splitlines()[0]
         raise RunError(f"{OFFICIAL_FILE} cannot be written: {reason}") from error
-
-
-def _fresh_training(states: Mapping[str, State]) -> dict[str, Any]:
-    """Optimizer, scaler and counters at step 0, which the official repository also loads."""
-    # Its groups: weights of encoder and predictor, positions included, then biases and 1-d tensors.
-    groups: list[dict[str, Any]] = []
-    for is_exempt in (False, True):
-        for network in ("encoder", "predictor"):
-            count = sum(
-                ("bias" in name or tensor.ndim == 1) is is_exempt
-                for name, tensor in states[network].items()
-            )
-            parameters = [nn.Parameter(torch.empty(0, device="meta")) for _ in range(count)]
-            exempt = {"WD_exclude": True, "weight_decay": 0} if is_exempt else {}
-            groups.append({"params": parameters, **exempt})
-    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5}
-    return {
-        "opt": torch.optim.AdamW(groups).state_dict(),
-        "scaler": {**scaler, "growth_interval": 2000, "_growth_tracker": 0},
-        "epoch": 0,
-        "loss": 0.0,
-        "batch_size": 0,
-        "world_size": 1,
-        "lr": 1e-3,
-    }
 
 
 _NETWORK = {

@@ -21,51 +21,10 @@ from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.weights import formats
 
 
-@pytest.fixture(scope="session")
-def states(official):
-    """The networks of the official file, in our names."""
-    content = torch.load(official, weights_only=True)
-    return {
-        network: {k.removeprefix("module."): v for k, v in content[network].items()}
-        for network in ("encoder", "target_encoder", "predictor")
-    }
-
-
-@pytest.fixture
-def state(states):
-    return dict(states["target_encoder"])
-
-
-@pytest.fixture
-def create(tiny):
-    def load(checkpoint, **kwargs):
-        return ijepa_zoo.create_model(
-            "vit_tiny16_ijepa", checkpoint=checkpoint, **{**tiny, **kwargs}
-        )
-
-    return load
-
-
 @pytest.fixture
 def file(state, tmp_path):
     """The target encoder alone."""
-    save_file(state, tmp_path / "weights.safetensors")
-    return tmp_path / "weights.safetensors"
-
-
-def prefixed(state, prefix):
-    return {prefix + name: tensor for name, tensor in state.items()}
-
-
-# --- contents that load
-
-
-@pytest.mark.parametrize("network", [None, "encoder"])
-@torch.no_grad()
-def test_official_file_gives_the_expected_tokens(official, create, expected, network):
-    tokens = create(official, network=network).encode(expected["input"])
-    assert_close(tokens, expected[network or "target_encoder"], rtol=1e-5, atol=1e-5)
-    assert (expected["encoder"] - expected["target_encoder"]).abs().max() > 0.1
+    return write(tmp_path / "weights.safetensors", state, "safetensors")
 
 
 def write(path, state, kind):
@@ -76,95 +35,92 @@ def write(path, state, kind):
     return path
 
 
+def prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def equal(model, state):
+    assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
+
+
+# --- contents that load
+
+
+@pytest.mark.parametrize("network", [None, "encoder"])
+@torch.no_grad()
+def test_official_file_gives_the_expected_tokens(official, create, expected, network):
+    tokens = create(official, network=network).encode(expected["input"])
+    assert_close(tokens, expected[network or "target_encoder"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("a.safetensors", "safetensors"), ("a.ckpt", "zip"), ("a.pth.tar", "legacy")],
 )
+@torch.no_grad()
 def test_files_load_exactly_and_are_never_changed(create, state, tmp_path, name, kind):
     path = write(tmp_path / name, state, kind)
     before = path.read_bytes()
     model, twin = create(path), create(path)
-    assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.add_(1.0)
-    assert_close(dict(twin.state_dict()), state, rtol=0, atol=0)
+    equal(model, state)
+    for tensor in model.state_dict().values():
+        tensor.add_(1.0)
+    equal(twin, state)
     assert path.read_bytes() == before
 
 
-SAVED = {
-    "timm": lambda s: s,
-    "transformers": lambda s: formats.to_transformers(s, "memory"),
-    "ddp": lambda s: prefixed(s, "module."),
-    "compiled": lambda s: prefixed(s, "_orig_mod."),
-    "ddp of compiled": lambda s: prefixed(s, "module._orig_mod."),
-    "compiled ddp": lambda s: prefixed(s, "_orig_mod.module."),
-    "compiled blocks": lambda s: {
-        k.replace("blocks.0.", "blocks.0._orig_mod.").replace("blocks.1.", "blocks.1._orig_mod."): v
-        for k, v in s.items()
-    },
-    "state_dict": lambda s: {"state_dict": s, "epoch": 3},
-    "model": lambda s: {"model": prefixed(s, "module."), "epoch": 3},
-    "timm train": lambda s: {
-        **{"arch": "vit", "state_dict": {k: v + 1 for k, v in s.items()}, "state_dict_ema": s},
-        **{"optimizer": {}, "version": 2},
-    },
-    "target encoder": lambda s: {"target_encoder": prefixed(s, "module."), "epoch": 1},
-    "lightning": lambda s: {
-        **{"state_dict": prefixed(s, "model.") | {"criterion.weight": torch.ones(2)}},
-        **{"hyper_parameters": {"lr": 1e-3}, "callbacks": {}, "loops": {"state_dict": {}}},
-    },
-    "classifier": lambda s: {**s, "head.weight": torch.ones(10, 48), "head.bias": torch.ones(10)},
-}
-LOGGED = {
-    **dict.fromkeys(("ddp", "ddp of compiled", "compiled ddp", "target encoder"), "'module.'"),
-    **dict.fromkeys(("compiled", "ddp of compiled", "compiled ddp"), "'_orig_mod.'"),
-    **{"compiled blocks": "'_orig_mod.'", "state_dict": "'state_dict' is used"},
-    **{"model": "'model' is used", "timm train": "'state_dict_ema' is used"},
-    **{"lightning": "criterion.weight", "classifier": "num_classes=10"},
+SAVED = {  # and what is logged about it
+    "transformers": (lambda s: formats.to_transformers(s, "memory"), ""),
+    "ddp of compiled": (lambda s: prefixed(s, "module._orig_mod."), "'_orig_mod.', 'module.'"),
+    "compiled blocks": (
+        lambda s: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in s.items()},
+        "'_orig_mod.'",
+    ),
+    "model": (lambda s: {"model": prefixed(s, "module."), "epoch": 3}, "'model' is used"),
+    "timm train": (
+        lambda s: {"state_dict": {k: v + 1 for k, v in s.items()}, "state_dict_ema": s, "arch": ""},
+        "'state_dict_ema' is used",
+    ),
+    "target encoder": (lambda s: {"target_encoder": prefixed(s, "module.")}, "'module.'"),
+    "lightning": (
+        lambda s: {"state_dict": prefixed(s, "model.") | {"criterion.weight": torch.ones(2)}},
+        "criterion.weight",
+    ),
+    "classifier": (
+        lambda s: {**s, "head.weight": torch.ones(10, 48), "head.bias": torch.ones(10)},
+        "num_classes=10",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", SAVED)
 def test_checkpoints_as_people_save_them(create, state, tmp_path, kind, caplog):
     caplog.set_level(logging.INFO, "ijepa_zoo")
-    torch.save(SAVED[kind](state), tmp_path / "a.pth")
-    assert_close(dict(create(tmp_path / "a.pth").state_dict()), state, rtol=0, atol=0)
-    assert LOGGED.get(kind, "") in caplog.text
+    save, logged = SAVED[kind]
+    torch.save(save(state), tmp_path / "a.pth")
+    equal(create(tmp_path / "a.pth"), state)
+    assert logged in caplog.text
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert bool(warned) == (kind in ("timm train", "lightning", "classifier"))
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.module."])
 def test_state_dict_of_an_ijepa(create, tiny, tiny_predictor, official, tmp_path, prefix):
     sizes = {**tiny, **tiny_predictor}
     ijepa = ijepa_zoo.create_ijepa("vit_tiny16_ijepa", checkpoint=official, **sizes)
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": prefixed(ijepa.state_dict(), prefix)}, path)
-    again = ijepa_zoo.create_ijepa("vit_tiny16_ijepa", checkpoint=path, **sizes)
-    assert_close(dict(again.state_dict()), dict(ijepa.state_dict()), rtol=0, atol=0)
+    equal(ijepa_zoo.create_ijepa("vit_tiny16_ijepa", checkpoint=path, **sizes), ijepa.state_dict())
     assert create(path).weights_origin.startswith("target encoder of")
-    assert torch.equal(create(path, network="encoder").norm.weight, ijepa.encoder.norm.weight)
+    equal(create(path, network="encoder"), ijepa.encoder.state_dict())
 
 
-def test_classifier_is_kept_where_num_classes_fits(create, official, state, tmp_path):
-    model = create(official, num_classes=6)
-    torch.save(model.state_dict(), tmp_path / "a.pth")
-    assert torch.equal(create(tmp_path / "a.pth", num_classes=6).head.weight, model.head.weight)
-    other = create(tmp_path / "a.pth", num_classes=4)
-    assert other.head.weight.std().item() == pytest.approx(0.02, rel=0.3)
+def test_classifier_is_kept_where_num_classes_fits(create, state, tmp_path):
     head = {"head.weight": torch.randn(5, 48), "head.bias": torch.randn(5)}
-    torch.save({"state_dict": {**prefixed(state, "backbone."), **head}}, tmp_path / "b.ckpt")
-    beside = create(tmp_path / "b.ckpt", num_classes=5)  # the prefix of its body
-    assert torch.equal(beside.head.weight, head["head.weight"])
-
-
-def test_a_file_is_opened_once_for_all_networks(official, tiny, tiny_predictor, monkeypatch):
-    opened = []
-    load = torch.load
-    monkeypatch.setattr(torch, "load", lambda path, **kw: opened.append(path) or load(path, **kw))
-    ijepa_zoo.create_ijepa("vit_tiny16_ijepa", checkpoint=official, **tiny, **tiny_predictor)
-    assert opened == [official]
+    torch.save({"state_dict": {**prefixed(state, "backbone."), **head}}, tmp_path / "a.ckpt")
+    equal(create(tmp_path / "a.ckpt", num_classes=5), {**state, **head})
+    other = create(tmp_path / "a.ckpt", num_classes=4)
+    assert other.head.weight.std().item() == pytest.approx(0.02, rel=0.3)
 
 
 # --- contents that are refused
@@ -184,6 +140,10 @@ def test_a_file_is_opened_once_for_all_networks(official, tiny, tiny_predictor, 
         (lambda s: s.update(cls_token=torch.zeros(1, 1, 48)), "cls_token"),
         (lambda s: s.update({"a.predictor_embed.weight": torch.ones(1)}), "several networks"),
         (lambda s: s.update(epoch=3) or s.pop("pos_embed"), "pos_embed"),
+        (
+            lambda s: s.update({"patch_embed.proj.weight": torch.zeros(48, 4, 16, 16)}),
+            "in_chans=4",
+        ),
     ],
 )
 def test_tensors_missing_left_over_twice_or_unusable_are_refused(
@@ -198,25 +158,17 @@ def test_tensors_missing_left_over_twice_or_unusable_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"embed_dim": 96}, r"\[48\] in the file, \[96\]"),
-        ({"mlp_ratio": 2}, r"mlp\.fc1\.weight is \[192, 48\] in the file, \[96, 48\]"),
+        ({"embed_dim": 96}, r"is \[48.*\], in the model \[96"),
         ({"depth": 3}, r"lacks blocks\.2\."),
-        ({"depth": 1}, r"blocks\.1\."),
+        ({"depth": 1}, r"unused blocks\.1\."),
         ({"qkv_bias": False}, r"blocks\.0\.attn\.qkv\.bias"),
-        ({"init_values": 0.1}, r"lacks blocks\.0\.ls1\.gamma"),
+        ({"network": "encoder"}, "network="),
     ],
     ids=str,
 )
-def test_other_architectures_are_refused(file, create, arguments, named):
+def test_other_architectures_and_networks_are_refused(file, create, arguments, named):
     with pytest.raises(CheckpointError, match=rf"weights\.safetensors.*{named}"):
         create(file, **arguments)
-
-
-def test_network_that_is_not_there_is_refused(official, file, create):
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors.*network="):
-        create(file, network="encoder")
-    with pytest.raises(CheckpointError, match=r"official-tiny16-64.*'decoder'"):
-        create(official, network="decoder")
 
 
 class _Touch:
@@ -248,11 +200,10 @@ def test_objects_of_other_classes_are_named_and_not_loaded(
     assert not (tmp_path / "trace").exists()
 
 
-PICKLE = pickle.dumps([1.5], protocol=2)
-
-
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.9, b"<!DOCTYPE html>", PICKLE], ids=str)
+@pytest.mark.parametrize(
+    "share", [0.0, 0.9, b"<!DOCTYPE html>", pickle.dumps([1.5], protocol=2)], ids=str
+)
 def test_truncated_and_other_files_are_refused(create, state, tmp_path, kind, share):
     suffix = "safetensors" if kind == "safetensors" else "pth"
     path = write(tmp_path / f"part.{suffix}", state, kind)
@@ -263,44 +214,32 @@ def test_truncated_and_other_files_are_refused(create, state, tmp_path, kind, sh
 
 
 def test_paths_without_a_checkpoint_are_refused(create, tmp_path):
-    with pytest.raises(CheckpointError, match=r"nowhere\.pth"):
-        create(tmp_path / "nowhere.pth")
-    with pytest.raises(CheckpointError, match="hf-hub:facebook/ijepa"):
-        create("facebook/ijepa")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        create(tmp_path)
+    for path, named in (
+        (tmp_path / "nowhere.pth", r"nowhere\.pth"),
+        ("facebook/ijepa", "hf-hub:facebook/ijepa"),
+        (tmp_path, r"config\.json"),
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            create(path)
 
 
 # --- sizes that differ from those of the checkpoint
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{"img_size": (96, 64)}, {"img_size": 32}, {"patch_size": 8, "img_size": (48, 80)}],
-    ids=str,
+    "sizes", [{"img_size": (96, 64)}, {"patch_size": 8, "img_size": (48, 80)}], ids=str
 )
 def test_other_image_and_patch_sizes_are_resampled_as_timm_does(file, create, state, tiny, sizes):
-    model = create(file, **sizes)
     own = {"class_token": False, "fc_norm": False, "num_classes": 0, "global_pool": "avg"}
     stock = VisionTransformer(**own, **{**tiny, **sizes})
     expected = checkpoint_filter_fn({name: tensor.clone() for name, tensor in state.items()}, stock)
-    assert_close(dict(model.state_dict()), dict(expected), rtol=0, atol=0)
-    assert model.pos_embed.shape != state["pos_embed"].shape
+    equal(create(file, **sizes), expected)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 4])
 def test_other_channels_are_adapted_as_timm_does(file, create, state, channels):
-    weight = create(file, in_chans=channels).patch_embed.proj.weight.detach()
     expected = adapt_input_conv(channels, state["patch_embed.proj.weight"].clone())
-    assert_close(weight, expected, rtol=0, atol=0)
-
-
-def test_channels_that_timm_cannot_adapt_are_refused(create, state, tmp_path):
-    state["patch_embed.proj.weight"] = torch.zeros(48, 4, 16, 16)
-    save_file(state, tmp_path / "a.safetensors")
-    assert create(tmp_path / "a.safetensors", in_chans=4).patch_embed.proj.in_channels == 4
-    with pytest.raises(CheckpointError, match="in_chans=4"):
-        create(tmp_path / "a.safetensors")
+    equal(create(file, in_chans=channels), {**state, "patch_embed.proj.weight": expected})
 
 
 def test_wide_grid_comes_from_the_config_and_a_bare_file_is_taken_as_square(create, tmp_path):
@@ -312,11 +251,12 @@ def test_wide_grid_comes_from_the_config_and_a_bare_file_is_taken_as_square(crea
     expected = resample_abs_pos_embed(model.pos_embed, [4, 4], [2, 8], num_prefix_tokens=0)
     assert_close(create(tmp_path / "wide").pos_embed, expected)
     assert torch.equal(create(tmp_path / "wide.pth").pos_embed, model.pos_embed)
+    wide = create(tmp_path / "wide.pth", img_size=(32, 64), patch_size=(16, 8))
+    assert wide.pos_embed.shape == (1, 16, 48)
 
 
-@pytest.mark.parametrize("pool", ["avg", "map"])
-def test_parts_that_pretraining_lacks_are_initialized(official, create, state, pool):
-    model = create(official, num_classes=300, global_pool=pool)
+def test_parts_that_pretraining_lacks_are_initialized(official, create, state):
+    model = create(official, num_classes=300, global_pool="map")
     assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for name, tensor in model.state_dict().items():
         if name.startswith("attn_pool.") and name.endswith("weight") and "norm" not in name:
@@ -336,28 +276,23 @@ def test_features_only_of_a_checkpoint(official, create, expected):
 # --- tensors
 
 
-def test_dtype_and_device_of_the_call_hold(official, create, state):
-    model = create(official, dtype=torch.bfloat16, device="cpu")
-    for name, tensor in model.state_dict().items():
-        assert_close(tensor, state[name].to(torch.bfloat16), rtol=0, atol=0)
+def test_dtype_and_device_of_the_call_hold(official, create, state, tmp_path):
+    half = {name: tensor.bfloat16() for name, tensor in state.items()}
+    equal(create(official, dtype=torch.bfloat16, device="cpu"), half)
     assert {t.device.type for t in create(official, device="meta").parameters()} == {"meta"}
-
-
-def test_file_in_half_precision_gives_a_trainable_model_in_float32(create, state, tmp_path):
-    half = {name: tensor.half() for name, tensor in state.items()}
-    save_file(half, tmp_path / "half.safetensors")
-    model = create(tmp_path / "half.safetensors")
+    model = create(write(tmp_path / "half.safetensors", half, "safetensors"))
+    equal(model, {name: tensor.float() for name, tensor in half.items()})
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
-    for name, tensor in model.state_dict().items():
-        assert_close(tensor, half[name].float(), rtol=0, atol=0)
 
 
-def test_loading_draws_no_random_number(official, file, create, tiny, tiny_predictor):
-    before = torch.get_rng_state()
-    create(official)
-    create(file, img_size=96)
+def test_all_networks_are_opened_once_and_draw_no_random_number(
+    official, tiny, tiny_predictor, monkeypatch
+):
+    opened, load, before = [], torch.load, torch.get_rng_state()
+    monkeypatch.setattr(torch, "load", lambda path, **kw: opened.append(path) or load(path, **kw))
     ijepa_zoo.create_ijepa("vit_tiny16_ijepa", checkpoint=official, **tiny, **tiny_predictor)
+    assert opened == [official]
     assert torch.equal(torch.get_rng_state(), before)
 
 

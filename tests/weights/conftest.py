@@ -1,0 +1,44 @@
+"""Encoders of the size of the official test file, and its networks."""
+
+import pytest
+import torch
+
+import ijepa_zoo
+
+
+@pytest.fixture
+def state(official):
+    """The target encoder of the official file, in our names."""
+    content = torch.load(official, weights_only=True)["target_encoder"]
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+@pytest.fixture
+def create(tiny):
+    """Creates an encoder of that file's size, from a checkpoint."""
+
+    def create(checkpoint, **kwargs):
+        return ijepa_zoo.create_model(
+            "vit_tiny16_ijepa", checkpoint=checkpoint, **{**tiny, **kwargs}
+        )
+
+    return create
+
+
+@pytest.fixture
+def stir():
+    """Makes a network nonlinear, which std 0.02 hardly is."""
+
+    @torch.no_grad()
+    def stir(model):
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        return model.eval()
+
+    return stir
+
+
+@pytest.fixture
+def encoder(create, stir):
+    """Creates an encoder with random weights."""
+    return lambda **kwargs: stir(create(None, pretrained=False, **kwargs))
