@@ -83,15 +83,6 @@ def test_predictions_and_gradients_equal_those_of_plain_blocks(context, referenc
     assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
-def test_order_of_targets_is_kept_and_that_of_the_context_does_not_matter():
-    predictor, tokens, order = make(2), torch.randn(2, 5, 48), [3, 0, 4, 1, 2]
-    expected = predictor(tokens, CONTEXT, TARGETS)
-    assert expected.shape == (2, 3, 2, 48)
-    shuffled = predictor(tokens[:, order], CONTEXT[:, order], TARGETS.flip(-1))
-    assert_close(shuffled.flip(-2), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_gradients_of_repeated_positions_accumulate_in_float32():
     predictor, tokens = make(2), torch.randn(64, 5, 48)
     context, targets = CONTEXT[:1].expand(64, -1), TARGETS[:1].expand(64, -1, -1)
@@ -105,14 +96,24 @@ def test_gradients_of_repeated_positions_accumulate_in_float32():
 
 
 @torch.no_grad()
-def test_bfloat16_and_autocast():
+def test_bfloat16():
     predictor, tokens = make(2), torch.randn(2, 5, 48)
     expected = predictor(tokens, CONTEXT, TARGETS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_close(predictor(tokens, CONTEXT, TARGETS).float(), expected, rtol=0.2, atol=0.5)
     half = predictor.bfloat16()(tokens.bfloat16(), CONTEXT, TARGETS)
     assert half.dtype == torch.bfloat16
     assert_close(half.float(), expected, rtol=0.2, atol=0.5)
+
+
+@torch.no_grad()
+def test_noise_is_embedded_and_moves_the_position_of_targets():
+    predictor, tokens, noise = make(1), torch.randn(2, 5, 48), torch.zeros(16, 48)
+    predictor.predictor_embed.bias.zero_()
+    plain, noise[10] = predictor(tokens, CONTEXT, TARGETS), torch.randn(48)
+    found = predictor(tokens, CONTEXT, TARGETS, noise)
+    predictor.predictor_pos_embed[0, 10] += predictor.predictor_embed(noise[10])
+    assert_close(found, predictor(tokens, CONTEXT, TARGETS))
+    assert not torch.allclose(found[0, 0], plain[0, 0])
+    assert torch.equal(found[0, 1:], plain[0, 1:])  # position 10 is in the first block alone
 
 
 @pytest.mark.parametrize("shift", [-16, 16])
@@ -131,21 +132,14 @@ def test_indices_of_other_shapes_are_refused(context, targets):
         make(1)(torch.randn(2, 5, 48), context, targets)
 
 
-@torch.no_grad()
-def test_noise_is_embedded_and_moves_the_position_of_targets():
-    predictor, tokens, noise = make(1), torch.randn(2, 5, 48), torch.zeros(16, 48)
-    predictor.predictor_embed.bias.zero_()
-    plain, noise[10] = predictor(tokens, CONTEXT, TARGETS), torch.randn(48)
-    found = predictor(tokens, CONTEXT, TARGETS, noise)
-    predictor.predictor_pos_embed[0, 10] += predictor.predictor_embed(noise[10])
-    assert_close(found, predictor(tokens, CONTEXT, TARGETS))
-    assert not torch.allclose(found[0, 0], plain[0, 0])
-    assert torch.equal(found[0, 1:], plain[0, 1:])  # position 10 is in the first block alone
-
-
 @pytest.mark.parametrize(
-    "arguments", [{"num_heads": 3, "predictor_embed_dim": 32}, {"context": "once"}]
+    ("arguments", "named"),
+    [
+        ({"num_heads": 3, "predictor_embed_dim": 32}, "32"),
+        ({"depth": 0}, "depth 0"),
+        ({"context": "once"}, "once"),
+    ],
 )
-def test_impossible_arguments_are_refused(arguments):
-    with pytest.raises(SettingsError, match=str([*arguments.values()][-1])):
+def test_impossible_arguments_are_refused(arguments, named):
+    with pytest.raises(SettingsError, match=named):
         Predictor((4, 4), 48, **arguments)
