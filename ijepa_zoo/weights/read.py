@@ -145,6 +145,7 @@ def open_entry(entry: registry.Checkpoint, cache_dir: str | Path | None = None) 
         {network: partial(read, network) for network in entry.networks},
         model=entry.model,
         predictor=entry.predictor,
+        pretrained_cfg=entry.preprocessing,
         license=entry.license,
     )
 
