@@ -2,9 +2,9 @@
 
 import hashlib
 import importlib
+import itertools
 import re
 import threading
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.utils
@@ -13,25 +13,16 @@ import pytest
 COMMIT = "a" * 40  # of every repository, on its branch main
 
 
-@dataclass
-class Answered:
-    """One request: the range of a 206 (first byte, byte after the last) and the bytes sent."""
-
-    range: tuple[int, int] | None = None
-    sent: int = 0
-
-
 class FileServer:
     """``with FileServer() as server:`` serves ``server.files`` at ``server.url + path``.
 
     Attributes:
         files: Content by path, such as ``/ijepa/a.pth.tar``.
         repositories: Files of each repository of the Hub, such as ``facebook/ijepa_vith14_1k``.
-        answered: All requests so far.
+        answered: Bytes of each answer so far, by its number.
         before: Called with the number of earlier requests, before each answer.
         statuses: Status codes that answer the next requests.
         cut_after: Bytes of a body after which the connection breaks.
-        shift: Ranges are sent this many bytes later.
         ignores_ranges: Every answer is the whole file.
     """
 
@@ -54,15 +45,15 @@ class FileServer:
     @property
     def sent(self) -> int:
         """Bytes of bodies sent so far."""
-        return sum(request.sent for request in self.answered)
+        return sum(self.answered.values())
 
     def forget(self) -> None:
         """Start the count anew, without faults."""
-        self.answered: list[Answered] = []
+        self.numbers = itertools.count()
+        self.answered: dict[int, int] = {}
         self.before = lambda count: None
         self.statuses: list[int] = []
         self.cut_after: int | None = None
-        self.shift = 0
         self.ignores_ranges = False
 
 
@@ -77,45 +68,37 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server = self.server.files
-        self.answered = Answered()
-        server.answered.append(self.answered)
-        server.before(len(server.answered) - 1)
+        number = next(server.numbers)
+        server.answered[number] = 0
+        server.before(number)
         hub = re.fullmatch(rf"/(.+/.+)/resolve/(?:main|{COMMIT})/(.+)", self.path)
         files = server.repositories.get(hub[1], {}) if hub else server.files
         headers = {"X-Repo-Commit": COMMIT} if files and hub else {}
         content = files.get(hub[2] if hub else self.path)
+        status = 200
         if server.statuses:
-            self.answer(server.statuses.pop(0), {}, b"")
+            status, content = server.statuses.pop(0), b""
         elif content is None:
-            self.answer(404, {**headers, "X-Error-Code": "EntryNotFound"} if headers else {}, b"")
+            status, content = 404, b""
+            headers |= {"X-Error-Code": "EntryNotFound"} if headers else {}
         else:
-            etag = f'"{hashlib.sha256(content).hexdigest()}"'
-            self.answer_range(content, {**headers, "ETag": etag})
-
-    def answer_range(self, content: bytes, headers: dict[str, str]) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked is None or self.server.files.ignores_ranges:
-            self.answer(200, headers, content)
-            return
-        start = int(asked[1]) + self.server.files.shift
-        stop = min(int(asked[2] or len(content)) + 1, len(content))
-        self.answered.range = start, stop
-        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        self.answer(206, headers, content[start:stop])
-
-    def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            headers["ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if asked and not server.ignores_ranges:
+                start, stop = int(asked[1]), min(int(asked[2] or 1 << 60) + 1, len(content))
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+                status, content = 206, content[start:stop]
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        cut = self.server.files.cut_after
-        if cut is not None and len(body) > cut:
-            body, self.close_connection = body[:cut], True
+        if server.cut_after is not None and len(content) > server.cut_after:
+            content, self.close_connection = content[: server.cut_after], True
         try:
-            self.wfile.write(body)
-            self.answered.sent = len(body)
+            self.wfile.write(content)
+            server.answered[number] = len(content)
         except ConnectionError:  # the client has ended the request
             self.close_connection = True
 

@@ -57,7 +57,7 @@ def test_default_is_the_target_encoder_and_only_it_is_downloaded(released, offic
     assert released.sent < len(official.read_bytes()) / 2
     released.forget()
     again = timm.create_model("vit_huge14_ijepa.in1k", pretrained=True, **SIZES)
-    assert released.answered == []
+    assert not released.answered
     assert torch.equal(again.norm.weight, model.norm.weight)
     with pytest.raises(CheckpointError, match=r"blocks\.|embed_dim|pos_embed"):
         ijepa_zoo.create_model("vit_huge14_ijepa.in1k")
@@ -72,7 +72,7 @@ def test_context_encoder_by_network_by_tag_and_by_repository(released, expected,
     go_offline(monkeypatch)
     released.forget()
     ijepa_zoo.create_model(**by_tag)
-    assert released.answered == []
+    assert not released.answered
     with pytest.raises(CheckpointError, match=r"target_encoder.*predictor"):
         ijepa_zoo.create_ijepa("vit_huge14_ijepa.in1k_context", **SIZES)
 
@@ -98,12 +98,6 @@ def test_repository_that_timm_has_pushed(released, tmp_path):
     for create in (timm.create_model, ijepa_zoo.create_model):
         loaded = create("hf-hub:me/model", pretrained=True).eval()
         assert_close(loaded(images), model(images))
-
-
-def test_all_three_networks(released, tiny_predictor, expected):
-    ijepa = ijepa_zoo.create_ijepa("vit_huge14_ijepa", **tiny_predictor, **SIZES)
-    check_tokens(ijepa.encoder, expected, "encoder")
-    check_tokens(ijepa.target_encoder, expected, "target_encoder")
 
 
 def test_export_fetches_one_network_and_knows_its_license(released, tmp_path):
