@@ -50,7 +50,6 @@ def test_a_saved_classifier_gives_the_same_outputs(kind, with_encoder, tmp_path)
         assert ((expected > 0.1) & (expected < 10)).all()
     assert opened.class_names == classifier.class_names
     assert json.loads((folder / "config.json").read_text())["top1"] == 61.5
-    assert ijepa_zoo.create_transform(opened) is not None
 
 
 def test_an_encoder_of_other_weights_is_refused(tmp_path):

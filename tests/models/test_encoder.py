@@ -1,7 +1,5 @@
 """The encoder against timm's VisionTransformer and the names of the official repository."""
 
-import copy
-import io
 import itertools
 import json
 import math
@@ -11,7 +9,6 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay
 from torch.testing import assert_close
 
 import ijepa_zoo
@@ -19,15 +16,6 @@ from ijepa_zoo.errors import SettingsError
 from ijepa_zoo.models.encoder import as_encoder, encode_visible, sincos_positions
 from ijepa_zoo.weights import registry
 
-OFFICIAL = {  # names in golden/state_dicts.json
-    "vit_tiny16_ijepa": "vit_tiny16_224",
-    "vit_small16_ijepa": "vit_small16_224",
-    "vit_base16_ijepa": "vit_base16_224",
-    "vit_large16_ijepa": "vit_large16_224",
-    "vit_huge14_ijepa": "vit_huge14_224",
-    "vit_huge16_448_ijepa": "vit_huge16_448",
-    "vit_giant16_ijepa": "vit_giant16_224",
-}
 SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3}
 KEEP = torch.tensor([[0, 3, 9, 12], [1, 2, 15, 7]])
 
@@ -45,45 +33,22 @@ def stock_of(model, **kwargs):
     return stock.train(model.training)
 
 
-def draw(height=64, width=64, channels=3, batch=2):
-    return torch.randn(batch, channels, height, width)
+def draw(height=64, width=64, channels=3):
+    return torch.randn(2, channels, height, width)
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_names_shapes_and_counts_equal_the_official_repository(name, golden):
-    official = json.loads((golden / "state_dicts.json").read_text())[OFFICIAL[name]]
+@pytest.mark.parametrize("name", [name for name in registry.ARCHITECTURES if "nano" not in name])
+def test_names_shapes_and_heads_equal_the_official_repository(name, golden):
+    theirs = name.removesuffix("_ijepa") + ("" if "448" in name else "_224")
+    official = json.loads((golden / "state_dicts.json").read_text())[theirs]
     ijepa = ijepa_zoo.create_ijepa(name, pretrained=False, device="meta")
-    for network in ("encoder", "predictor"):
+    for network, positions in (("encoder", "pos_embed"), ("predictor", "predictor_pos_embed")):
         ours = getattr(ijepa, network)
         shapes = {key: list(tensor.shape) for key, tensor in ours.state_dict().items()}
         assert shapes == official[network]
-        positions = dict(ours.named_buffers())  # parameters in the official repository
-        assert set(positions) == {"pos_embed" if network == "encoder" else "predictor_pos_embed"}
-        tensors = (*ours.parameters(), *positions.values())
-        assert sum(tensor.numel() for tensor in tensors) == official[f"{network}_parameters"]
+        assert set(dict(ours.named_buffers())) == {positions}  # a parameter in theirs
     blocks = [*ijepa.encoder.blocks, *ijepa.predictor.predictor_blocks]
     assert {block.attn.num_heads for block in blocks} == {official["num_heads"]}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if args["embed_dim"] > 384 else [])
-        for name, args in registry.ARCHITECTURES.items()
-    ],
-)
-@torch.no_grad()
-def test_tokens_equal_timm_at_every_registered_size(name):
-    model = ijepa_zoo.create_model(name, pretrained=False, device="meta").to_empty(device="cpu")
-    for index, tensor in enumerate(model.state_dict().values()):
-        generator = torch.Generator().manual_seed(index)
-        block = torch.randn(997, generator=generator) * 0.05  # cheap; no width is a multiple of it
-        tensor.copy_(block.repeat(tensor.numel() // 997 + 1)[: tensor.numel()].view(tensor.shape))
-    args, size = registry.ARCHITECTURES[name], model.patch_embed.img_size
-    stock, images = stock_of(model, img_size=size, **args).eval(), draw(*size, batch=1)
-    tokens = model.eval().encode(images)
-    assert tokens.shape == (1, model.patch_embed.num_patches, args["embed_dim"])
-    assert_close(tokens, stock.forward_features(images), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -113,75 +78,42 @@ def test_every_argument_gives_the_output_of_timm(kwargs, size):
 @torch.no_grad()
 def test_new_input_size_resamples_positions_as_timm_does():
     model = make().eval()
-    stock, images = stock_of(model), draw(96, 64)
-    for size in ({"img_size": (96, 64)}, {"patch_size": (8, 8)}):
-        before, old = model.pos_embed.clone(), model.patch_embed.grid_size
-        for network in (model, stock):
-            network.set_input_size(**size)
-        assert_close(model(images), stock(images))
-        new = list(model.patch_embed.grid_size)
-        assert_close(model.pos_embed, resample_abs_pos_embed(before, new, old, num_prefix_tokens=0))
-        assert "pos_embed" in dict(model.named_buffers())
+    old = model.pos_embed.clone()
+    model.set_input_size((96, 64), (8, 8))
+    expected = resample_abs_pos_embed(old, [12, 8], [4, 4], num_prefix_tokens=0)
+    assert_close(dict(model.named_buffers()), {"pos_embed": expected})
+    assert model.encode(draw(96, 64), torch.arange(96).repeat(2, 1)).shape == (2, 96, 48)
     with pytest.raises(SettingsError, match="60"):
         model.set_input_size((60, 64))
-
-
-def test_positions_are_never_trained_and_parameter_groups_equal_timm():
-    model = make(num_classes=5)
-    groups = []
-    for network in (model, stock_of(model, num_classes=5)):
-        names = {parameter: name for name, parameter in network.named_parameters()}
-        found = {}
-        for group in param_groups_layer_decay(network, 0.05, network.no_weight_decay()):
-            for parameter in group["params"]:
-                found[names[parameter]] = group["lr_scale"], group["weight_decay"]
-        groups.append(found)
-    assert groups[1].pop("pos_embed")
-    assert groups[0] == groups[1]
 
 
 @pytest.mark.parametrize("how", ["checkpointing", "compiled"])
 def test_checkpointed_and_compiled_encoders_give_the_same_numbers_and_gradients(how):
     model, images = make(depth=1), draw()
 
-    def gradients(forward, encode):
+    def gradients(encode):
         tokens = encode(images, KEEP)
-        loss = forward(images).square().sum() + tokens.square().sum()
-        return tokens, *torch.autograd.grad(loss, list(model.parameters()))
+        weight = model.blocks[0].attn.qkv.weight
+        return tokens, *torch.autograd.grad(tokens.square().sum(), weight)
 
-    expected = gradients(model, model.encode)
+    expected = gradients(model.encode)
     if how == "checkpointing":
         model.set_grad_checkpointing()
-        found = gradients(model, model.encode)
+        found = gradients(model.encode)
     else:
-        options = {"backend": "aot_eager", "fullgraph": True}
-        found = gradients(torch.compile(model, **options), torch.compile(model.encode, **options))
+        found = gradients(torch.compile(model.encode, backend="aot_eager", fullgraph=True))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_copies_and_pickles_are_independent_and_equal():
-    model, images, file = make(num_classes=5).eval(), draw(), io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    copies = [copy.deepcopy(model), torch.load(file, weights_only=False)]
-    expected = model(images)
-    model.pos_embed.zero_()
-    model.norm.bias.fill_(9.0)
-    for twin in copies:
-        assert_close(twin(images), expected)
 
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_initialization_is_that_of_the_official_repository(reset):
     ijepa = ijepa_zoo.create_ijepa("vit_tiny16_ijepa", pretrained=False, num_classes=5)
-    positions = ijepa.encoder.pos_embed.clone()
     if reset:
         with torch.no_grad():
             for tensor in (*ijepa.encoder.parameters(), ijepa.encoder.pos_embed):
                 tensor.fill_(7.0)
         ijepa.encoder.init_weights()
-    assert torch.equal(ijepa.encoder.pos_embed, positions)
+    assert torch.equal(ijepa.encoder.pos_embed, sincos_positions(192, (14, 14)))
     for network in (ijepa.encoder, ijepa.predictor):
         for name, parameter in network.named_parameters():
             if name.endswith("bias"):
@@ -194,39 +126,16 @@ def test_initialization_is_that_of_the_official_repository(reset):
                 assert parameter.mean().item() == pytest.approx(0, abs=0.1 / count**0.5), name
 
 
-@pytest.mark.parametrize(("width", "grid"), [(8, (3, 3)), (12, (2, 5)), (4, (1, 1))])
-def test_positions_equal_the_formula(width, grid):
+def test_positions_equal_the_formula():
     expected = [
-        wave(position / 10000 ** (k / (width // 4)))
-        for row, column in itertools.product(*map(range, grid))
+        wave(position / 10000 ** (k / 3))
+        for row, column in itertools.product(range(2), range(5))
         for position in (column, row)
         for wave in (math.sin, math.cos)
-        for k in range(width // 4)
+        for k in range(3)
     ]
-    table = sincos_positions(width, grid)
-    assert_close(table, torch.tensor(expected).view(1, -1, width), rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_kept_patches_are_encoded_in_their_order_and_others_have_no_influence():
-    model, images, order = make().eval(), draw(), [2, 0, 3, 1]
-    tokens = model.encode(images, KEEP)
-    assert_close(model.encode(images, KEEP[:, order]), tokens[:, order], rtol=1e-5, atol=1e-6)
-    corner = torch.tensor([[0, 1, 4, 5]] * 2)  # the upper left quarter
-    changed = images.clone()
-    changed[:, :, 32:] = changed[:, :, :, 32:] = 5.0
-    assert torch.equal(model.encode(changed, corner), model.encode(images, corner))
-    changed[:, :, 0, 0] += 1.0
-    assert not torch.allclose(model.encode(changed, corner), model.encode(images, corner))
-
-
-@pytest.mark.parametrize(("size", "kwargs"), [(64, {}), (96, {"dynamic_img_size": True})])
-@torch.no_grad()
-def test_keeping_all_patches_is_encoding_the_image(size, kwargs):
-    model, images = make(**kwargs).eval(), draw(size)
-    everything = torch.arange(size // 4).repeat(2, 1)
-    assert_close(model.encode(images, everything), model.encode(images))
-    assert_close(model.encode(images), model.forward_features(images), rtol=0, atol=0)
+    table = sincos_positions(12, (2, 5))
+    assert_close(table, torch.tensor(expected).view(1, 10, 12), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
@@ -240,10 +149,10 @@ def test_vit_of_timm_with_class_and_register_tokens():
         kept = torch.cat([torch.arange(3), 3 + indices])
         x = embedded[row // 2 : row // 2 + 1, kept]
         assert_close(tokens[row], vit.norm(vit.blocks(vit.norm_pre(x)))[0, 3:])
-    assert_close(encode_visible(vit, images), vit.forward_features(images)[:, 3:])
     first, last = as_encoder(vit).encode_layers(images, 2)
-    assert_close([last], vit.encode_layers(images))
-    assert_close(last, vit.encode(images))
+    assert_close(last, vit.forward_features(images)[:, 3:])
+    assert_close([vit.encode(images)], vit.encode_layers(images))
+    assert_close(vit.encode(images), last)
     assert not torch.allclose(first, last)
 
 
@@ -265,7 +174,7 @@ def test_networks_that_cannot_encode_chosen_patches_are_refused(name, kwargs, re
 
 
 @pytest.mark.parametrize(
-    "keep", [KEEP[0], KEEP[:, None], torch.zeros(3, 4).long(), KEEP.int()], ids=str
+    "keep", [KEEP[0], KEEP[:, None], torch.zeros(3, 4).long(), KEEP.int(), KEEP[:0]], ids=str
 )
 def test_indices_of_a_wrong_shape_or_dtype_are_refused(keep):
     with pytest.raises(SettingsError, match="keep"):

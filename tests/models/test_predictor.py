@@ -87,21 +87,12 @@ def test_gradients_of_repeated_positions_accumulate_in_float32():
     predictor, tokens = make(2), torch.randn(64, 5, 48)
     context, targets = CONTEXT[:1].expand(64, -1), TARGETS[:1].expand(64, -1, -1)
     weight = predictor.predictor_blocks[0].attn.qkv.weight
-    loss = predictor(tokens, context, targets).square().mean()
-    (expected,) = torch.autograd.grad(loss, weight)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = predictor(tokens, context, targets).float().square().mean()
-    (found,) = torch.autograd.grad(loss, weight)
-    assert F.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.999
-
-
-@torch.no_grad()
-def test_bfloat16():
-    predictor, tokens = make(2), torch.randn(2, 5, 48)
-    expected = predictor(tokens, CONTEXT, TARGETS)
-    half = predictor.bfloat16()(tokens.bfloat16(), CONTEXT, TARGETS)
-    assert half.dtype == torch.bfloat16
-    assert_close(half.float(), expected, rtol=0.2, atol=0.5)
+    gradients = []
+    for is_half in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):
+            loss = predictor(tokens, context, targets).float().square().mean()
+        gradients += torch.autograd.grad(loss, weight)
+    assert F.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0) > 0.999
 
 
 @torch.no_grad()
@@ -133,13 +124,9 @@ def test_indices_of_other_shapes_are_refused(context, targets):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"num_heads": 3, "predictor_embed_dim": 32}, "32"),
-        ({"depth": 0}, "depth 0"),
-        ({"context": "once"}, "once"),
-    ],
+    "arguments", [{"predictor_embed_dim": 32}, {"depth": 0}, {"context": "once"}], ids=str
 )
-def test_impossible_arguments_are_refused(arguments, named):
-    with pytest.raises(SettingsError, match=named):
+def test_impossible_arguments_are_refused(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(SettingsError, match=f"{name}.*{value}"):
         Predictor((4, 4), 48, **arguments)
