@@ -1,7 +1,6 @@
 """Folders of timm, transformers, earlier versions and pretraining runs."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -21,11 +20,12 @@ EXPORTS_0_1 = Path(__file__).parent / "exports_0_1"
 # --- timm
 
 
-@pytest.mark.parametrize("num_classes", [0, 5])
-@pytest.mark.parametrize(("name", "size"), [("vit_tiny16_ijepa", {}), ("vit_custom_ijepa", TINY)])
+@pytest.mark.parametrize(
+    ("name", "args"), [("vit_tiny16_ijepa", {"num_classes": 5}), ("vit_custom_ijepa", TINY)]
+)
 @torch.no_grad()
-def test_timm_saves_our_encoder_and_both_load_it(stir, tmp_path, name, size, num_classes):
-    args = {"img_size": 32, **size, "num_classes": num_classes}
+def test_timm_saves_our_encoder_and_both_load_it(stir, tmp_path, name, args):
+    args = {"img_size": 32, **args}
     model = stir(ijepa_zoo.create_model(name, pretrained=False, **args))
     timm.models.save_for_hf(model, tmp_path, model_args=args, safe_serialization="both")
     images = torch.randn(2, 3, 32, 32)
@@ -46,8 +46,6 @@ def test_timm_records_the_arguments_and_loads_the_newer_weights(
     for create in (timm.create_model, ijepa_zoo.create_model):
         loaded = create(f"local-dir:{tmp_path}", pretrained=True)
         assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
-    is_ours = make is ijepa_zoo.create_model
-    assert (str(official) in (tmp_path / "config.json").read_text()) is not is_ours
 
 
 @pytest.mark.parametrize("sizes", [{"img_size": 32, "depth": 1}, TINY])
@@ -104,19 +102,17 @@ def test_exports_of_version_0_1_load(folder, network):
         ijepa_zoo.create_model("vit_tiny16_ijepa", checkpoint=EXPORTS_0_1 / folder, **args)
 
 
-@torch.no_grad()
 def test_run_and_checkpoint_folders(tmp_path):
-    step = tmp_path / "run" / "checkpoints" / "step-00120"
+    run = tmp_path / "run"
+    step = run / "checkpoints" / "step-00120"
     step.mkdir(parents=True)
-    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
-    run = re.escape(str(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match=rf"ijepa-zoo export {run} .*--step 120"):
-        ijepa_zoo.create_model(f"local-dir:{step}")
-    with pytest.raises(CheckpointError, match=rf"ijepa-zoo export {run}"):
-        ijepa_zoo.create_model(f"local-dir:{tmp_path / 'run'}")
-    shutil.copytree(EXPORTS_0_1 / "native", tmp_path / "run" / "export")
+    (run / "config.yaml").write_text("seed: 0\n")
+    for folder, command in ((step, rf"{run} .*--step 120"), (run, f"{run}")):
+        with pytest.raises(CheckpointError, match=f"ijepa-zoo export {command}"):
+            ijepa_zoo.create_model(f"local-dir:{folder}")
+    shutil.copytree(EXPORTS_0_1 / "native", run / "export")
+    ijepa = ijepa_zoo.create_ijepa(f"local-dir:{run}")
     expected = load_file(EXPORTS_0_1 / "expected.safetensors")
-    ijepa = ijepa_zoo.create_ijepa(f"local-dir:{tmp_path / 'run'}")
     for name in ("encoder", "target_encoder"):
         tokens = getattr(ijepa, name).encode(expected["input"])
         assert_close(tokens, expected[name], rtol=1e-5, atol=1e-5)

@@ -53,12 +53,10 @@ def test_tensors_that_transformers_lacks_are_refused():
         formats.to_transformers({**state, "blocks.0.ls1.gamma": ONE}, "memory")
 
 
-PREFIXES = st.lists(
-    st.sampled_from(["module.", "_orig_mod.", "model.", "backbone.", "_fsdp_wrapped_module."]),
-    max_size=3,
-).map("".join)
-WRAPPERS = ["state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module"]
-WRAPPERS += ["teacher", "net", "network", "weights", ""]
+PREFIX = st.sampled_from(["module.", "_orig_mod.", "model.", "_fsdp_wrapped_module."])
+PREFIXES = st.lists(PREFIX, max_size=3).map("".join)
+WRAPPERS = "state_dict_ema model_ema state_dict model model_state_dict module teacher net network"
+WRAPPERS = ["", "weights", *WRAPPERS.split()]
 
 
 @given(PREFIXES, st.sampled_from(WRAPPERS), st.booleans())
@@ -80,15 +78,10 @@ def test_networks_of_one_module_are_told_apart(prefix, networks):
     assert formats.find_networks(own, "some/file") == own
 
 
-@pytest.mark.parametrize(
-    "names",
-    [[], ["epoch"], ["conv1.weight", "fc.bias"], ["vit.embeddings.position_embeddings"]],
-    ids=str,
-)
-def test_other_contents_are_refused_with_what_was_found(names):
-    content = dict.fromkeys(names, torch.zeros(1))
-    with pytest.raises(CheckpointError, match=f"some/file.*{names[0] if names else 'nothing'}"):
-        formats.find_networks(content, "some/file")
+@pytest.mark.parametrize("name", ["epoch", "fc.bias", "vit.embeddings.position_embeddings", ""])
+def test_other_contents_are_refused_with_what_was_found(name):
+    with pytest.raises(CheckpointError, match=f"some/file.*{name or 'nothing'}"):
+        formats.find_networks({name: ONE} if name else {}, "some/file")
 
 
 def test_safetensors_header_is_that_of_the_package():

@@ -19,12 +19,9 @@ SIZE = {"embed_dim": 24, "depth": 1, "num_heads": 3, "img_size": 64}
 
 @pytest.fixture(scope="module")
 def image():
-    """Smooth colors and some noise, so that the resize filter matters and rounding does not."""
-    random = np.random.default_rng(0)
-    coarse = Image.fromarray(random.integers(0, 255, (9, 12, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((300, 200), Image.Resampling.BICUBIC), dtype=float)
-    noisy = smooth + random.normal(0, 8, smooth.shape)
-    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+    """Smooth colors, so that the resize filter matters and rounding does not."""
+    coarse = np.random.default_rng(0).integers(0, 255, (9, 12, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((300, 200), Image.Resampling.BICUBIC)
 
 
 def check_close(ours, theirs):
@@ -38,8 +35,7 @@ def check_close(ours, theirs):
     "cfg",
     [  # with even margins: libraries round half a pixel differently
         {**IMAGENET, "crop_pct": 0.875, "interpolation": "bilinear"},
-        {**HALF, "crop_pct": 1.0, "crop_mode": "squash"},
-        {**IMAGENET, "crop_pct": 0.94, "crop_mode": "squash"},
+        {**HALF, "crop_pct": 0.94, "crop_mode": "squash"},
     ],
     ids=str,
 )
