@@ -10,7 +10,7 @@ from file_server import COMMIT, FileServer, go_offline, point_hub_at
 from torch.testing import assert_close
 
 import ijepa_zoo
-from ijepa_zoo.errors import CheckpointError
+from ijepa_zoo.errors import CheckpointError, FetchError
 from ijepa_zoo.weights import registry
 
 SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -75,6 +75,12 @@ def test_context_encoder_by_network_by_tag_and_by_repository(released, expected,
     assert not released.answered
     with pytest.raises(CheckpointError, match=r"target_encoder.*predictor"):
         ijepa_zoo.create_ijepa("vit_huge14_ijepa.in1k_context", **SIZES)
+
+
+@pytest.mark.parametrize("name", ["me/none", "no name at all", f"{THEIRS}@v9"])
+def test_refusals_of_the_hub(released, name):
+    with pytest.raises(FetchError, match=name.partition("@")[0]):
+        ijepa_zoo.create_model(f"hf-hub:{name}")
 
 
 def test_authors_repositories_have_the_preprocessing_of_pretraining(released, caplog):
