@@ -1,7 +1,9 @@
-"""Encoders of the size of the official test file, and its networks."""
+"""Encoders of the size of the official test file, its networks, and a comparison of transforms."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ijepa_zoo
 
@@ -42,3 +44,17 @@ def stir():
 def encoder(create, stir):
     """Creates an encoder with random weights."""
     return lambda **kwargs: stir(create(None, pretrained=False, **kwargs))
+
+
+@pytest.fixture
+def check_pixels():
+    """Checks that a transform gives the pixels of a model's own, but for rounding."""
+    coarse = np.random.default_rng(0).integers(0, 255, (9, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((300, 200), Image.Resampling.BICUBIC)
+
+    def check(model, transform):
+        difference = (ijepa_zoo.create_transform(model)(image) - transform(image)).abs()
+        assert difference.max() < 2.5 / 255 / 0.224  # two gray levels
+        assert difference.mean() < 0.005
+
+    return check

@@ -1,6 +1,7 @@
 """Exports: loaded by the other libraries, exact in round trips, safe to overwrite, described."""
 
 import shutil
+from functools import partial
 from unittest.mock import Mock, call
 
 import pytest
@@ -42,39 +43,52 @@ def front_matter(folder):
 # --- loaded by other libraries
 
 
+SQUASH = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.94, "crop_mode": "squash"}
+BILINEAR = {"pretrained_cfg_overlay": {"crop_pct": 0.875, "interpolation": "bilinear"}}
+
+
 @pytest.mark.parametrize(
     ("to", "kwargs"),
     [
         ("native", {"norm_layer": torch.nn.LayerNorm, "num_classes": 5}),
+        ("native", {"pretrained_cfg_overlay": SQUASH}),
         ("timm", {"img_size": (96, 64), "patch_size": (8, 16), "in_chans": 1}),
-        ("timm", {"mlp_ratio": 1.7, "qkv_bias": False, "drop_path_rate": 0.1}),
+        ("timm", {"mlp_ratio": 1.7, "qkv_bias": False, "drop_path_rate": 0.1, **BILINEAR}),
         ("timm", {"num_classes": 5, "global_pool": "map"}),
-        ("transformers", {"patch_size": 8, "mlp_ratio": 1.7, "qkv_bias": False, "img_size": 96}),
-        ("transformers", {"norm_layer": torch.nn.LayerNorm}),
+        ("transformers", {"patch_size": 8, "mlp_ratio": 1.7, "qkv_bias": False, **BILINEAR}),
+        ("transformers", {"norm_layer": torch.nn.LayerNorm, "pretrained_cfg_overlay": SQUASH}),
         ("transformers", {"num_classes": 5}),
     ],
 )
 @torch.no_grad()
-def test_code_in_the_card_gives_the_output_of_any_plain_encoder(encoder, tmp_path, to, kwargs):
+def test_code_in_the_card_gives_the_output_of_any_plain_encoder(
+    encoder, check_pixels, tmp_path, to, kwargs, caplog
+):
     if to == "transformers":
         pytest.importorskip("transformers")
     model = encoder(**kwargs)
     images = torch.randn(2, kwargs.get("in_chans", 3), *model.patch_embed.img_size)
     folder = ijepa_zoo.export(model, tmp_path / "a", to)
     code = front_matter(folder)[1].split("```python\n")[1].split("```")[0]
-    scope = {"image": Image.new("RGB", (90, 70))}
+    scope = {"image": Image.new("L", (90, 70))}
     exec(code.replace("FOLDER", str(folder)), scope)
     theirs = scope["model"].eval()
-    output = theirs(images)
-    if to == "timm":
-        assert type(theirs) is timm.models.VisionTransformer
-    elif to == "transformers":
+    output, again = theirs(images), ijepa_zoo.create_model(f"local-dir:{folder}").eval()
+    check_pixels(model, ijepa_zoo.create_transform(again))
+    if to == "transformers":
         output = output.logits if model.num_classes else output.last_hidden_state.mean(1)
         assert scope["logits" if model.num_classes else "features"].shape == (1, output.shape[1])
+        read = partial(scope["processor"], return_tensors="pt")
+        check_pixels(model, lambda image: read(image)["pixel_values"][0])
+    elif to == "timm":
+        assert type(theirs) is timm.models.VisionTransformer
+        if "in_chans" not in kwargs:
+            config = timm.data.resolve_model_data_config(theirs)
+            check_pixels(model, timm.data.create_transform(**config))
     assert_close(output, model(images), rtol=1e-4, atol=1e-5)
-    again = ijepa_zoo.create_model(f"local-dir:{folder}").eval()
     assert again.norm.eps == model.norm.eps
     assert_close(again(images), model(images), rtol=1e-5, atol=1e-5)
+    assert not [record for record in caplog.records if record.name.startswith("ijepa_zoo")]
 
 
 # --- round trips

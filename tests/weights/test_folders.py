@@ -62,17 +62,29 @@ def test_stock_timm_folder_loads(stir, tmp_path, sizes):
 # --- transformers
 
 
-@pytest.mark.parametrize(("eps", "options"), [(1e-12, {}), (1e-2, {"max_shard_size": "20KB"})])
+SMALL = {"size": {"height": 32, "width": 32}}
+CENTER = {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+CENTER |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+@pytest.mark.parametrize(
+    ("eps", "shards", "kind", "options"),
+    [(1e-12, 1, "ViTImageProcessor", SMALL), (1e-2, 4, "BitImageProcessor", CENTER)],
+)
 @torch.no_grad()
-def test_transformers_folder_gives_the_tokens_of_transformers(tmp_path, eps, options):
+def test_transformers_folder_gives_the_tokens_and_pixels_of_transformers(
+    check_pixels, tmp_path, eps, shards, kind, options, caplog
+):
     transformers = pytest.importorskip("transformers")
     config = transformers.IJepaConfig(
         **{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32},
         **{"intermediate_size": 50, "initializer_range": 0.2, "layer_norm_eps": eps},
     )
     theirs = transformers.IJepaModel(config).eval()
-    theirs.save_pretrained(tmp_path, **options)
-    assert len(list(tmp_path.glob("*.safetensors"))) == (4 if options else 1)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB" if shards > 1 else "1GB")
+    processor = getattr(transformers, kind)(**options)
+    processor.save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == shards
     images = torch.randn(2, 3, 32, 32)
     by_name = {"embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 50 / 24, "img_size": 32}
     for model in (
@@ -82,6 +94,8 @@ def test_transformers_folder_gives_the_tokens_of_transformers(tmp_path, eps, opt
         assert model.norm.eps == model.blocks[0].norm1.eps == eps
         tokens = model.eval().encode(images)
         assert_close(tokens, theirs(images).last_hidden_state, rtol=1e-4, atol=1e-5)
+        check_pixels(model, lambda image: processor(image, return_tensors="pt")["pixel_values"][0])
+    assert ("mean 0.5" in caplog.text) is (options is SMALL)
 
 
 # --- exports of version 0.1

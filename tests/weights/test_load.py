@@ -39,13 +39,6 @@ def equal(model, state):
 # --- contents that load
 
 
-@pytest.mark.parametrize("network", [None, "encoder"])
-@torch.no_grad()
-def test_official_file_gives_the_expected_tokens(official, create, expected, network):
-    tokens = create(official, network=network).encode(expected["input"])
-    assert_close(tokens, expected[network or "target_encoder"], rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("a.safetensors", "safetensors"), ("a.ckpt", "zip"), ("a.pth.tar", "legacy")],
