@@ -21,14 +21,12 @@ RELEASED = {  # and the first three features of the first token, as the model ca
 }
 
 
-def test_names_and_defaults():
-    names = {checkpoint.name for checkpoint in CHECKPOINTS}
-    assert len(names) == len(CHECKPOINTS)
-    assert names == set(ijepa_zoo.list_models(pretrained=True))
+def test_names_are_those_of_timm_and_defaults_are_target_encoders():
+    names = [checkpoint.name for checkpoint in CHECKPOINTS]
+    assert sorted(names) == sorted(ijepa_zoo.list_models(pretrained=True))
     for model in {checkpoint.model for checkpoint in CHECKPOINTS}:
         assert registry.find(model).network == "target_encoder"
         assert registry.find(model).tag == timm.get_pretrained_cfg(model).tag
-    assert registry.find("vit_huge14_ijepa", "in2k") is None
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
@@ -38,9 +36,7 @@ def test_pretrained_cfg_of_timm(checkpoint):
         assert getattr(cfg, key) == getattr(checkpoint, key), key
     assert cfg.license == checkpoint.license.lower()
     assert (cfg.url, cfg.hf_hub_id) == (checkpoint.source.url, checkpoint.source.hf_hub_id)
-    assert cfg.description.startswith(f"{checkpoint.network} of I-JEPA, {checkpoint.data}")
     assert checkpoint.mean == (0.485, 0.456, 0.406)  # not 0.5, as in the authors' repositories
-    assert checkpoint.std == (0.229, 0.224, 0.225)
 
 
 @pytest.mark.parametrize(("name", "released"), RELEASED.items())
