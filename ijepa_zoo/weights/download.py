@@ -44,10 +44,8 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
     By default ``$IJEPA_ZOO_CACHE``, ``$XDG_CACHE_HOME/ijepa_zoo`` or ``~/.cache/ijepa_zoo``.
     """
-    chosen = cache_dir or os.environ.get("IJEPA_ZOO_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ijepa_zoo"
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(cache_dir or os.environ.get("IJEPA_ZOO_CACHE") or shared / "ijepa_zoo").expanduser()
 
 
 def fetch_official(
@@ -105,11 +103,7 @@ def fetch_official(
 
 
 def fetch_hub(
-    repo_id: str,
-    filename: str,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
+    repo_id: str, filename: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
     """Call ``huggingface_hub.hf_hub_download``; failures raise :class:`FetchError`."""
     from huggingface_hub import errors, hf_hub_download
