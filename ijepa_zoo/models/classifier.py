@@ -144,15 +144,10 @@ HEADS: dict[str, type[nn.Module]] = {
 class Classifier(nn.Module):
     """A frozen or fine-tuned encoder with a head on its features.
 
-    Args:
-        encoder: A timm model that :class:`ijepa_zoo.FeatureExtractor` takes.
-        head: A :class:`LinearHead`, :class:`AttentiveHead` or :class:`DenseHead`.
-        layers: See :class:`ijepa_zoo.FeatureExtractor`.
-        pool: See there; the attentive and dense heads always take patch tokens, None.
-        class_names: Names of the classes, in the order of the logits.
-        multi_label: The logits are of independent classes (sigmoid instead of softmax).
-        transform: Entries of timm's data config that differ from the encoder's: crop_pct,
-            crop_mode, interpolation.
+    ``layers`` and ``pool`` are those of :class:`ijepa_zoo.FeatureExtractor`; attentive and dense
+    heads take patch tokens, so no pooling. With ``multi_label`` the logits are of independent
+    classes (sigmoid instead of softmax). ``transform`` has the entries of timm's data config that
+    differ from the encoder's: crop_pct, crop_mode, interpolation.
     """
 
     def __init__(

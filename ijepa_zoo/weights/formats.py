@@ -122,12 +122,6 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, State]:
         tensors = {name: plain[full_name] for name, full_name in own.items()}
         found[network] = _to_timm(tensors, origin)
     rest = plain.keys() - used
-    twice = {name for name in rest if any(name in own for own in found.values())}
-    if twice:
-        raise CheckpointError(
-            f"{origin} has {some(twice)} beside the same names with the prefix {prefixes[0]!r}: "
-            "remove those that should not be loaded"
-        )
     if rest:
         _log.warning("%s: %s are not used", origin, some(rest))
     removed = {prefix for prefix in prefixes if prefix}
