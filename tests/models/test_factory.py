@@ -81,6 +81,7 @@ def test_all_networks_of_a_checkpoint(official, tiny, tiny_predictor, expected, 
 
 
 MODEL, IJEPA = ijepa_zoo.create_model, ijepa_zoo.create_ijepa
+NEW = {"pretrained": False, "img_size": 64}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,19 @@ MODEL, IJEPA = ijepa_zoo.create_model, ijepa_zoo.create_ijepa
         (MODEL, NANO, {"network": "encoder", "pretrained": False}, SettingsError, "'encoder'"),
         (IJEPA, NANO, {"network": "encoder"}, SettingsError, "network"),
         (IJEPA, NANO, {"features_only": True}, SettingsError, "features_only"),
+        (MODEL, NANO, {**NEW, "class_token": True}, SettingsError, "class_token"),
+        (MODEL, NANO, {**NEW, "reg_tokens": 4}, SettingsError, "reg_tokens"),
+        (MODEL, NANO, {**NEW, "global_pool": "token"}, SettingsError, "global_pool"),
+        (MODEL, NANO, {**NEW, "num_heads": 5}, SettingsError, "num_heads"),
+        (MODEL, NANO, {**NEW, "embed_dim": 42, "num_heads": 2}, SettingsError, "42"),
+        (MODEL, NANO, {**NEW, "img_size": (64, 60)}, SettingsError, r"\(64, 56\) or \(64, 64\)"),
+        (IJEPA, NANO, {**NEW, "predictor_embed_dim": 25}, SettingsError, "predictor_embed_dim 25"),
+        (IJEPA, NANO, {**NEW, "predictor_depth": 0}, SettingsError, "depth 0"),
+        (IJEPA, NANO, {**NEW, "predictor_context": "once"}, SettingsError, "context.*once"),
+        (IJEPA, NANO, {**NEW, "loss": "l1"}, SettingsError, "loss.*l1"),
+        (IJEPA, NANO, {**NEW, "target_layers": 0}, SettingsError, "target_layers.*0"),
+        (IJEPA, NANO, {**NEW, "target_layers": 7}, SettingsError, "target_layers.*7"),
+        (IJEPA, NANO, {**NEW, "position_noise": -1}, SettingsError, "position_noise.*-1"),
     ],
 )
 def test_unknown_names_and_arguments_that_contradict_are_refused(

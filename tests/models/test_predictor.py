@@ -100,12 +100,3 @@ def test_noise_is_embedded_and_moves_the_position_of_targets():
 def test_indices_outside_the_grid_or_of_other_shapes_are_refused(context, targets, error):
     with pytest.raises(error):
         make(1)(TOKENS, context, targets)
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"predictor_embed_dim": 32}, {"depth": 0}, {"context": "once"}], ids=str
-)
-def test_impossible_arguments_are_refused(arguments):
-    ((name, value),) = arguments.items()
-    with pytest.raises(SettingsError, match=f"{name}.*{value}"):
-        Predictor((4, 4), 48, **arguments)

@@ -40,9 +40,6 @@ def front_matter(folder):
     return yaml.safe_load(head), body
 
 
-# --- loaded by other libraries
-
-
 SQUASH = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.94, "crop_mode": "squash"}
 BILINEAR = {"pretrained_cfg_overlay": {"crop_pct": 0.875, "interpolation": "bilinear"}}
 
@@ -91,9 +88,6 @@ def test_code_in_the_card_gives_the_output_of_any_plain_encoder(
     assert not [record for record in caplog.records if record.name.startswith("ijepa_zoo")]
 
 
-# --- round trips
-
-
 def test_round_trip_of_an_official_file_is_exact(source, official, create, tmp_path):
     end = ijepa_zoo.export(source("native"), tmp_path / "end", "official")
     ours, theirs = (torch.load(p, weights_only=True) for p in (end / OFFICIAL_FILE, official))
@@ -132,9 +126,6 @@ def test_exports_are_byte_identical_also_in_half_precision(source, create, expec
             assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     tokens = create(one).eval().encode(expected["input"])
     assert 0 < (tokens - expected["target_encoder"]).abs().max() < 0.02
-
-
-# --- refusals
 
 
 @pytest.mark.parametrize(
@@ -176,9 +167,6 @@ def test_wrong_arguments_are_refused(official, tiny, tmp_path, model, kwargs, er
             **{"model_name": "vit_tiny16_ijepa", **tiny, **kwargs},
         )
     assert not list(tmp_path.iterdir())
-
-
-# --- folders
 
 
 @pytest.mark.parametrize("to", ["native", "official"])
@@ -224,9 +212,6 @@ def test_interrupted_export_changes_nothing(source, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             source("official", folder, overwrite=True)
     assert names(tmp_path) == ["a", *(f"a/{name}" for name in before)]
-
-
-# --- labels and cards
 
 
 @pytest.mark.parametrize("to", FOLDERS)

@@ -17,24 +17,6 @@ TINY = {"embed_dim": 24, "depth": 1, "num_heads": 3, "img_size": 32}
 EXPORTS_0_1 = Path(__file__).parent / "exports_0_1"
 
 
-# --- timm
-
-
-@pytest.mark.parametrize(
-    ("name", "args"), [("vit_tiny16_ijepa", {"num_classes": 5}), ("vit_custom_ijepa", TINY)]
-)
-@torch.no_grad()
-def test_timm_saves_our_encoder_and_both_load_it(stir, tmp_path, name, args):
-    args = {"img_size": 32, **args}
-    model = stir(ijepa_zoo.create_model(name, pretrained=False, **args))
-    timm.models.save_for_hf(model, tmp_path, model_args=args, safe_serialization="both")
-    images = torch.randn(2, 3, 32, 32)
-    for create in (timm.create_model, ijepa_zoo.create_model):
-        loaded = create(f"local-dir:{tmp_path}", pretrained=True)
-        assert loaded.pretrained_cfg["architecture"] == name
-        assert_close(loaded.eval()(images), model(images))
-
-
 @pytest.mark.parametrize("make", [timm.create_model, ijepa_zoo.create_model])
 def test_timm_records_the_arguments_and_loads_the_newer_weights(
     official, tiny, stir, tmp_path, make
@@ -57,9 +39,6 @@ def test_stock_timm_folder_loads(stir, tmp_path, sizes):
     images = torch.randn(2, 3, 32, 32)
     tokens = ijepa_zoo.create_model(f"local-dir:{tmp_path}").eval().encode(images)
     assert_close(tokens, stock.forward_features(images), rtol=1e-5, atol=1e-5)
-
-
-# --- transformers
 
 
 SMALL = {"size": {"height": 32, "width": 32}}
@@ -98,9 +77,6 @@ def test_transformers_folder_gives_the_tokens_and_pixels_of_transformers(
     assert ("mean 0.5" in caplog.text) is (options is SMALL)
 
 
-# --- exports of version 0.1
-
-
 @pytest.mark.parametrize(
     ("folder", "network"),
     [("native", "target_encoder"), ("timm", "target_encoder"), ("transformers", "encoder")],
@@ -131,9 +107,6 @@ def test_run_and_checkpoint_folders(tmp_path):
         tokens = getattr(ijepa, name).encode(expected["input"])
         assert_close(tokens, expected[name], rtol=1e-5, atol=1e-5)
     assert ijepa.predictor.mask_token.shape == (1, 1, 8)
-
-
-# --- configurations
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,6 @@ def equal(model, state):
     assert_close(dict(model.state_dict()), dict(state), rtol=0, atol=0)
 
 
-# --- contents that load
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("a.safetensors", "safetensors"), ("a.ckpt", "zip"), ("a.pth.tar", "legacy")],
@@ -79,9 +76,6 @@ def test_checkpoints_as_people_save_them(create, state, tmp_path, kind, caplog):
     assert logged in caplog.text
     warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert bool(warned) == (kind in ("timm train", "lightning", "classifier"))
-
-
-# --- contents that are refused
 
 
 @pytest.mark.parametrize(
@@ -168,9 +162,6 @@ def test_paths_without_a_checkpoint_are_refused(create, path, named):
         create(path)
 
 
-# --- sizes that differ from those of the checkpoint
-
-
 @pytest.mark.parametrize(
     "sizes",
     [{"img_size": (96, 64), "in_chans": 1}, {"patch_size": 8, "img_size": (48, 80), "in_chans": 4}],
@@ -207,9 +198,6 @@ def test_parts_that_pretraining_lacks_are_initialized(official, create, state):
         elif not name.startswith(("head.", "attn_pool.")):
             assert torch.equal(tensor, state[name]), name
     assert model(torch.randn(2, 3, 64, 64)).isfinite().all()
-
-
-# --- tensors
 
 
 def test_dtype_and_device_of_the_call_hold(official, create, state, tmp_path):
