@@ -14,21 +14,11 @@ COMMIT = "a" * 40  # of every repository, on its branch main
 
 
 class FileServer:
-    """``with FileServer() as server:`` serves ``server.files`` at ``server.url + path``.
-
-    Attributes:
-        files: Content by path, such as ``/ijepa/a.pth.tar``.
-        repositories: Files of each repository of the Hub, such as ``facebook/ijepa_vith14_1k``.
-        answered: Bytes of each answer so far, by its number.
-        before: Called with the number of earlier requests, before each answer.
-        statuses: Status codes that answer the next requests.
-        cut_after: Bytes of a body after which the connection breaks.
-        ignores_ranges: Every answer is the whole file.
-    """
+    """``with FileServer() as server:`` serves ``server.files`` at ``server.url + path``."""
 
     def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.files: dict[str, bytes] = {}  # by path, such as /ijepa/a.pth.tar
+        self.repositories: dict[str, dict[str, bytes]] = {}  # of the Hub: files by name
         self.forget()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._http.files = self
@@ -50,11 +40,11 @@ class FileServer:
     def forget(self) -> None:
         """Start the count anew, without faults."""
         self.numbers = itertools.count()
-        self.answered: dict[int, int] = {}
-        self.before = lambda count: None
-        self.statuses: list[int] = []
-        self.cut_after: int | None = None
-        self.ignores_ranges = False
+        self.answered: dict[int, int] = {}  # bytes of each answer
+        self.before = lambda number: None  # called before each answer
+        self.statuses: list[int] = []  # that answer the next requests
+        self.cut_after: int | None = None  # bytes of a body, then the connection breaks
+        self.ignores_ranges = False  # every answer is the whole file
 
 
 class _Handler(BaseHTTPRequestHandler):

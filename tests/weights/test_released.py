@@ -1,6 +1,6 @@
-"""Released weights end to end: the real names and code, a local server, small files."""
+"""The registry, and its weights end to end: real names and code, a local server, small files."""
 
-import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -15,6 +15,7 @@ from ijepa_zoo.weights import registry
 
 SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
 THEIRS = "facebook/ijepa_vith14_1k"
+CHECKPOINTS = registry.checkpoints()
 
 
 def check_tokens(model, expected, network):
@@ -29,12 +30,8 @@ def released(official, monkeypatch, tmp_path):
     sizes = {"model_name": "vit_tiny16_ijepa", "network": "encoder", **SIZES}
     folder = ijepa_zoo.export(official, tmp_path / "theirs", "transformers", **sizes)
     content = {file.name: file.read_bytes() for file in folder.iterdir()}
-    config = json.loads(content["config.json"])
-    del config["ijepa_zoo_network"]
-    processor = json.loads(content["preprocessor_config.json"])
-    processor |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # as in the real ones
-    content["config.json"] = json.dumps(config).encode()
-    content["preprocessor_config.json"] = json.dumps(processor).encode()
+    name = "preprocessor_config.json"
+    content[name] = content[name].replace(b"0.485", b"0.5")  # as in the real ones
     with FileServer() as server:
         point_hub_at(server, monkeypatch)
         server.files["/ijepa/official.pth.tar"] = official.read_bytes()
@@ -83,15 +80,13 @@ def test_refusals_of_the_hub(released, name):
         ijepa_zoo.create_model(f"hf-hub:{name}")
 
 
-def test_authors_repositories_have_the_preprocessing_of_pretraining(released, caplog):
+def test_authors_repositories_have_the_preprocessing_of_pretraining(released):
     model = ijepa_zoo.create_model(f"hf-hub:{THEIRS}")
     assert tuple(model.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
     assert model.weights_origin == f"encoder of hf-hub:{THEIRS}"
     released.repositories["me/copy"] = released.repositories[THEIRS]
-    caplog.clear()
     copied = ijepa_zoo.create_model("hf-hub:me/copy")
-    assert tuple(copied.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)
-    assert "me/copy" in caplog.text
+    assert tuple(copied.pretrained_cfg["mean"]) == (0.5, 0.456, 0.406)
 
 
 def test_repository_that_timm_has_pushed(released, tmp_path):
@@ -113,3 +108,42 @@ def test_export_fetches_one_network_and_knows_its_license(released, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: cc-by-nc-4.0" in card
     assert "**target encoder**" in card
+
+
+def test_names_are_those_of_timm_and_defaults_are_target_encoders():
+    names = [checkpoint.name for checkpoint in CHECKPOINTS]
+    assert sorted(names) == sorted(ijepa_zoo.list_models(pretrained=True))
+    for model in {checkpoint.model for checkpoint in CHECKPOINTS}:
+        assert registry.find(model).network == "target_encoder"
+        assert registry.find(model).tag == timm.get_pretrained_cfg(model).tag
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda checkpoint: checkpoint.name)
+def test_entries_agree_with_timm_and_with_what_the_authors_released(checkpoint):
+    cfg, source = timm.get_pretrained_cfg(checkpoint.name), checkpoint.source
+    for key in ("tag", "input_size", "mean", "std", "crop_pct", "interpolation"):
+        assert getattr(cfg, key) == getattr(checkpoint, key), key
+    assert cfg.license == checkpoint.license.lower()
+    assert (cfg.url, cfg.hf_hub_id) == (source.url, source.hf_hub_id)
+    assert checkpoint.mean == (0.485, 0.456, 0.406)  # not 0.5, as in the authors' repositories
+    if source.url:
+        assert checkpoint.networks == ("target_encoder", "encoder", "predictor")
+        assert (checkpoint.format, checkpoint.license) == ("official", "CC-BY-NC-4.0")
+    if source.hf_hub_id:
+        assert (checkpoint.format, checkpoint.networks) == ("transformers", ("encoder",))
+        assert re.fullmatch("[0-9a-f]{40}", source.revision)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("vit_small16_ijepa", (384, 12, 6, 16, 224)),
+        ("vit_huge16_448_ijepa", (1280, 32, 16, [16, 16], [448, 448])),
+        ("vit_huge14_ijepa", (1280, 32, 16, [14, 14], [224, 224])),
+        ("vit_custom_ijepa", (384, 11, 6, 16, 224)),
+    ],
+)
+def test_registered_name_is_that_of_the_sizes(name, sizes):
+    args = dict(zip(("embed_dim", "depth", "num_heads", "patch_size", "img_size"), sizes))
+    assert registry.model_name(args) == name
+    assert registry.model_name(args, "vit_base_patch16_gap_224") == name
