@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import LayerNorm, resample_abs_pos_embed, resample_patch_embed
@@ -119,7 +119,7 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
             weight = adapt_input_conv(size[1], weight)
         state["patch_embed.proj.weight"] = weight
     positions = state.get("pos_embed")
-    if _has_positions(positions) and model.pos_embed is not None:
+    if positions is not None and positions.ndim == 3 and model.pos_embed is not None:
         grid = tuple(model.patch_embed.grid_size)
         first = 0 if model.no_embed_class else model.num_prefix_tokens  # of class and registers
         patches = _fit_positions(positions[:, first:], grid, origin, old_grid)
@@ -149,17 +149,10 @@ def fit_predictor(
     state: State, predictor: Any, origin: str, old_grid: tuple[int, int] | None = None
 ) -> State:
     """Adapt a predictor's positions to another patch grid; arguments as for :func:`fit`."""
-    state = dict(state)
-    positions = state.get("predictor_pos_embed")
-    if _has_positions(positions):
-        state["predictor_pos_embed"] = _fit_positions(
-            positions, tuple(predictor.grid_size), origin, old_grid
-        )
-    return state
-
-
-def _has_positions(positions: Tensor | None) -> TypeGuard[Tensor]:
-    return positions is not None and positions.ndim == 3 and positions.numel() > 0
+    name, grid = "predictor_pos_embed", tuple(predictor.grid_size)
+    if name not in state:  # which `check` reports
+        return state
+    return {**state, name: _fit_positions(state[name], grid, origin, old_grid)}
 
 
 def _fit_positions(

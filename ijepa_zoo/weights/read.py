@@ -92,7 +92,8 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
     text = str(location)
     if text.startswith(HUB_PREFIX):
         repository = text.removeprefix(HUB_PREFIX).partition("@")[0]
-        return _open_folder(_files(text, cache_dir), text, registry.find_repository(repository))
+        entries = (c for c in registry.checkpoints() if c.source.hf_hub_id == repository)
+        return _open_folder(_files(text, cache_dir), text, next(entries, None))
     path = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
     if not text.removeprefix(FOLDER_PREFIX) or not path.exists():
         hint = ""

@@ -66,7 +66,10 @@ SAVED = {  # and what is logged about it
         lambda s: {"state_dict": prefixed(s, "model.") | {"criterion.weight": torch.ones(2)}},
         "criterion.weight",
     ),
-    "classifier": (lambda s: {**s, "head.weight": torch.ones(10, 48)}, "num_classes=10"),
+    "classifier": (
+        lambda s: {**prefixed(s, "backbone."), "head.weight": torch.ones(10, 48)},
+        "num_classes=10",
+    ),
 }
 
 
