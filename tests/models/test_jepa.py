@@ -107,6 +107,8 @@ def test_update_of_the_target_encoder(make, momentum):
             own = old[name.removeprefix("target_")]
             expected = momentum * expected + (1 - momentum) * own
         assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(SettingsError, match=r"momentum.*1\.1"):
+        ijepa.update_target(1.1)
 
 
 def test_several_masks_of_an_image_equal_several_copies_of_it(make):
@@ -116,11 +118,6 @@ def test_several_masks_of_an_image_equal_several_copies_of_it(make):
     targets = torch.stack([TARGETS, other[1]], dim=1).flatten(0, 1)
     copies = (ijepa(IMAGES, CONTEXT, TARGETS) + ijepa(IMAGES, *other)) / 2
     assert_close(ijepa(IMAGES, context, targets), copies)
-
-
-def test_momentum_outside_its_range_is_refused(make):
-    with pytest.raises(SettingsError, match=r"momentum.*1\.1"):
-        make().update_target(1.1)
 
 
 def one_sequence_per_target_block(predictor, tokens, context, targets):

@@ -129,43 +129,34 @@ def test_exports_are_byte_identical_also_in_half_precision(source, create, expec
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "to", "named"),
+    ("architecture", "kwargs", "error", "named"),
     [
-        ({"qk_norm": True}, "native", "k_norm"),
-        ({"act_layer": "relu"}, "timm", "ReLU"),
-        ({"norm_layer": torch.nn.LayerNorm}, "timm", "1e-05"),
-        ({"num_classes": 5, "global_pool": "max"}, "transformers", "'max'"),
-        ({"num_classes": 5, "global_pool": "map"}, "transformers", "attn_pool"),
-        ({"img_size": (96, 64)}, "transformers", "96x64"),
-        ({}, "official", "three networks"),
-    ],
-)
-def test_what_a_format_cannot_express_is_refused(encoder, tmp_path, kwargs, to, named):
-    with pytest.raises(CheckpointError, match=named):
-        ijepa_zoo.export(encoder(**kwargs), tmp_path / "a", to)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("model", "kwargs", "error", "named"),
-    [
+        ({"qk_norm": True}, {"to": "native"}, CheckpointError, "k_norm"),
+        ({"act_layer": "relu"}, {"to": "timm"}, CheckpointError, "ReLU"),
+        ({"norm_layer": torch.nn.LayerNorm}, {"to": "timm"}, CheckpointError, "1e-05"),
+        ({"num_classes": 5, "global_pool": "max"}, {"to": "transformers"}, CheckpointError, "max"),
+        ({"img_size": (96, 64)}, {"to": "transformers"}, CheckpointError, "96x64"),
+        ({}, {"to": "official"}, CheckpointError, "three networks"),
+        (None, {"to": "official", "network": "encoder"}, CheckpointError, "network=encoder"),
+        (None, {"model_name": None}, CheckpointError, "--model"),
+        (None, {"depth": 3}, CheckpointError, r"blocks\.2"),
         (None, {"to": "onnx"}, SettingsError, "'onnx'"),
         (None, {"network": "predictor"}, SettingsError, "'predictor'"),
         (None, {"dtype": torch.int8}, SettingsError, "int8"),
-        (None, {"model_name": None}, CheckpointError, "--model"),
-        (None, {"to": "official", "network": "encoder"}, CheckpointError, "network=encoder"),
-        (None, {"depth": 3}, CheckpointError, r"blocks\.2"),
-        (torch.nn.Linear(2, 2), {}, SettingsError, "Linear"),
-        ("vit_base16_ijepa", {}, CheckpointError, "vit_base16_ijepa"),
     ],
 )
-def test_wrong_arguments_are_refused(official, tiny, tmp_path, model, kwargs, error, named):
+def test_what_cannot_be_exported_is_refused(
+    encoder, official, tiny, tmp_path, architecture, kwargs, error, named
+):
+    model = official if architecture is None else encoder(**architecture)
+    if architecture is None:
+        kwargs = {"model_name": "vit_tiny16_ijepa", **tiny, **kwargs}
     with pytest.raises(error, match=named):
-        ijepa_zoo.export(
-            model or official,
-            tmp_path / "a",
-            **{"model_name": "vit_tiny16_ijepa", **tiny, **kwargs},
-        )
+        ijepa_zoo.export(model, tmp_path / "a", **kwargs)
+    with pytest.raises(SettingsError, match="Linear"):
+        ijepa_zoo.export(torch.nn.Linear(2, 2), tmp_path / "a")
+    with pytest.raises(CheckpointError, match="vit_base16_ijepa"):
+        ijepa_zoo.export("vit_base16_ijepa", tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 

@@ -134,16 +134,10 @@ def test_entries_agree_with_timm_and_with_what_the_authors_released(checkpoint):
         assert re.fullmatch("[0-9a-f]{40}", source.revision)
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    [
-        ("vit_small16_ijepa", (384, 12, 6, 16, 224)),
-        ("vit_huge16_448_ijepa", (1280, 32, 16, [16, 16], [448, 448])),
-        ("vit_huge14_ijepa", (1280, 32, 16, [14, 14], [224, 224])),
-        ("vit_custom_ijepa", (384, 11, 6, 16, 224)),
-    ],
-)
-def test_registered_name_is_that_of_the_sizes(name, sizes):
-    args = dict(zip(("embed_dim", "depth", "num_heads", "patch_size", "img_size"), sizes))
-    assert registry.model_name(args) == name
-    assert registry.model_name(args, "vit_base_patch16_gap_224") == name
+@pytest.mark.parametrize("name", registry.ARCHITECTURES)
+def test_registered_name_is_that_of_the_sizes(name):
+    args = {"img_size": 448 if "448" in name else 224, **registry.ARCHITECTURES[name]}
+    pairs = {key: [args[key], args[key]] for key in ("img_size", "patch_size")}
+    for given in (args, {**args, **pairs}):
+        assert registry.model_name(given, "vit_base_patch16_gap_224") == name
+        assert registry.model_name({**given, "depth": 11}) == "vit_custom_ijepa"
