@@ -51,8 +51,7 @@ def export(
         folder: Where to write; must not exist, unless ``overwrite``.
         to: 'native' (all networks of the source, also a timm folder), 'timm' (``timm.create_model(
             'local-dir:FOLDER')``), 'transformers' (``IJepaModel.from_pretrained``) or 'official'
-            (a .pth.tar of the official repository, with a fresh optimizer; needs all three
-            networks).
+            (a .pth.tar of the official repository, without an optimizer; needs all three networks).
         network: The network that a format for one network takes, default 'target_encoder'; the
             name of a single encoder, or of the network in a file that does not record it.
         dtype: Store tensors in this dtype; None keeps theirs.
