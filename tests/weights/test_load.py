@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch.testing import assert_close
 
 import ijepa_zoo
-from ijepa_zoo.errors import CheckpointError, SettingsError
+from ijepa_zoo.errors import CheckpointError
 from ijepa_zoo.weights import formats
 
 WIDTH, DEPTH, CLASSES = 8, 12, 5  # numbers of blocks with two digits
@@ -304,20 +304,3 @@ def test_networks_of_one_module_are_told_apart(prefix, networks):
 def test_other_contents_are_refused_with_what_was_found(name):
     with pytest.raises(CheckpointError, match=f"some/file.*{name or 'nothing'}"):
         formats.find_networks({name: ONE} if name else {}, "some/file")
-
-
-def test_safetensors_header_is_that_of_the_package():
-    dtypes = (torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16)
-    dtypes += (torch.float16, torch.int16, torch.float8_e4m3fn, torch.int8, torch.uint8, torch.bool)
-    tensors = {f"{kind}ä{n}": torch.arange(n).to(kind) for n in (0, 3) for kind in dtypes}
-    tensors["scalar"] = torch.tensor(3.5)
-    tensors |= {"a": torch.arange(9.0), "z": torch.arange(2.0)}  # by name, not by shape
-    described = {name: (t.dtype, tuple(t.shape)) for name, t in reversed(tensors.items())}
-    header, starts = formats.safetensors_header(described, {"format": "pt"})
-    expected = safetensors.torch.save(tensors, {"format": "pt"})
-    assert expected.startswith(header)
-    for name, tensor in tensors.items():
-        written = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        assert expected[starts[name] : starts[name] + len(written)] == written
-    with pytest.raises(SettingsError, match="complex128"):
-        formats.safetensors_header({"a": (torch.complex128, ())}, {})
