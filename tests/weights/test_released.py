@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import ijepa_zoo
 from ijepa_zoo.errors import CheckpointError, FetchError
+from ijepa_zoo.models.predictor import PREDICTORS
 from ijepa_zoo.weights import registry
 
 SIZES = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -126,6 +127,8 @@ def test_entries_agree_with_timm_and_with_what_the_authors_released(checkpoint):
     assert cfg.license == checkpoint.license.lower()
     assert (cfg.url, cfg.hf_hub_id) == (source.url, source.hf_hub_id)
     assert checkpoint.mean == (0.485, 0.456, 0.406)  # not 0.5, as in the authors' repositories
+    if checkpoint.predictor:
+        assert PREDICTORS[checkpoint.model] == checkpoint.predictor
     if source.url:
         assert checkpoint.networks == ("target_encoder", "encoder", "predictor")
         assert (checkpoint.format, checkpoint.license) == ("official", "CC-BY-NC-4.0")
