@@ -62,6 +62,9 @@ def test_loss_and_gradients(make, loss):
     smooth = torch.where(error < 1, 0.5 * error.square(), error - 0.5)
     found = ijepa(IMAGES, CONTEXT, TARGETS)
     assert_close(found, (smooth if loss == "smooth_l1" else error.square()).mean())
+    if loss == "smooth_l1":
+        by_default = ijepa_zoo.IJepa(ijepa.encoder, ijepa.predictor, ijepa.target_encoder)
+        assert torch.equal(by_default(IMAGES, CONTEXT, TARGETS), found)
     found.backward()
     for name, parameter in ijepa.named_parameters():
         if name.startswith("target_encoder."):
