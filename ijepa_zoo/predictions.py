@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .encode import Encoder, class_names, is_multi_label
+from .encode import Encoder, class_names
 from .errors import SettingsError
 from .extract import ExtractionReport, require_pyarrow, run_extraction, utf8
 from .features import FeatureExtractor
@@ -113,7 +113,8 @@ class Predictions(nn.Module):
         if self.is_dense:
             one = logits.shape[1] == 1
             return logits[:, 0] * _MILLI if one else logits.argmax(dim=1).float()
-        found = logits.sigmoid() if is_multi_label(self.model) else logits.softmax(dim=1)
+        is_multi_label = getattr(self.model, "multi_label", False)
+        found = logits.sigmoid() if is_multi_label else logits.softmax(dim=1)
         if self.topk is None:
             return found
         best = found.topk(self.topk)
@@ -136,12 +137,12 @@ def _map_outputs(path: Path) -> Outputs:
     return Outputs.beside(path / "maps.csv", "maps", "csv")
 
 
-def _rows(parts: Parts, index: Path, width: int) -> Iterator[tuple[dict[str, Any], Any]]:
+def _rows(parts: Parts, index: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """Every image with its row, or None if it could not be read."""
     with index.open("rb") as lines:
         images = (line for line in map(json.loads, lines) if "skipped" not in line)
         for part in range(len(parts)):
-            values = iter(np.fromfile(parts.rows_file(part), "<f4").reshape(-1, width))
+            values = iter(parts.rows(part).numpy())
             for _ in range(parts.size(part)):
                 line = next(images)
                 yield line, None if "error" in line else next(values)
@@ -156,7 +157,7 @@ def _write_table(
     columns.append("error")
 
     def lines() -> Iterator[list[Any]]:
-        for line, row in _rows(parts, outputs.index, shape[1]):
+        for line, row in _rows(parts, outputs.index):
             found: list[Any] = [None] * 2 * topk
             if row is not None:
                 found[0::2] = [names[int(number)] for number in row[topk:]]
@@ -191,16 +192,16 @@ def _write_maps(
     file: BinaryIO, parts: Parts, outputs: Outputs, shape: tuple[int, ...], settings: dict[str, Any]
 ) -> None:
     """PNG files in the folder, and the table of images and their maps."""
-    folder, (height, width) = outputs.features.parent, shape[1:]
+    folder = outputs.features.parent
     large = len(settings["classes"]) == 1 or len(settings["classes"]) > 256
 
     def lines() -> Iterator[list[Any]]:
-        for number, (line, row) in enumerate(_rows(parts, outputs.index, height * width)):
+        for number, (line, row) in enumerate(_rows(parts, outputs.index)):
             name = None
             if row is not None:
                 name = f"{number:06}-{Path(line['path']).stem}.png"
                 dtype = np.uint16 if large else np.uint8
-                values = row.reshape(height, width).clip(0, np.iinfo(dtype).max).round()
+                values = row.clip(0, np.iinfo(dtype).max).round()
                 Image.fromarray(values.astype(dtype)).save(folder / name)
             yield [line["path"], name, line.get("error")]
 

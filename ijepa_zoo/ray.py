@@ -138,7 +138,8 @@ class FeatureActor:
         good = np.array([error is None for error in errors], bool)
         values = np.zeros((len(images), *self.encoder.row_shape), self.encoder.settings["dtype"])
         if pieces:
-            values[good] = torch.cat([rows for rows, _ in self.encoder.encode(pieces)]).numpy()
+            found = [rows for rows, _ in self.encoder.encode(pieces)]
+            values[good] = torch.cat(found).cpu().numpy()
         if not np.isfinite(values).all():
             raise RunError(
                 "features are NaN or infinite: use float32 for dtype and precision; if that fails "

@@ -334,10 +334,10 @@ def test_values_are_checked_by_the_parser(capsys, option, value):
 
 
 def test_names_beyond_the_encoding_of_the_terminal(photos):
-    arguments = [*FEATURES[:-1], os.fsdecode(b"f\xff.npy"), "--device", "cpu", "--workers", "0"]
+    arguments = [*FEATURES[:-1], "f日.npy", "--device", "cpu", "--workers", "0"]
     done = start("-m", "ijepa_zoo", *arguments, env={"PYTHONIOENCODING": "ascii:strict"})
     assert (done.returncode, done.stderr) == (0, b"")
-    assert rb"f\udcff.npy" in done.stdout
+    assert rb"f\u65e5.npy" in done.stdout
 
 
 def test_features_of_a_model_of_timm(photos, monkeypatch, capsys):

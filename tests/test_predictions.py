@@ -90,7 +90,7 @@ def test_a_run_resumes_and_is_not_repeated(images, classifier, tmp_path, monkeyp
         patch.setattr("ijepa_zoo.extract.merge", None)
         with pytest.raises(TypeError):
             ijepa_zoo.predict(images, classifier, tmp_path / "killed.csv", **options)
-    assert len(list((tmp_path / "killed.csv.parts").glob("*.rows"))) == 3
+    assert len(list((tmp_path / "killed.csv.parts").glob("*.safetensors"))) == 3
     ijepa_zoo.predict(images, classifier, tmp_path / "killed.csv", **options)
     assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     again = ijepa_zoo.predict(images, classifier, tmp_path / "killed.csv", **options)

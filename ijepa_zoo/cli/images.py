@@ -175,11 +175,10 @@ def _print_report(
 
     settings, shape = report.settings, " x ".join(map(str, report.shape))
     done = f"{report.shape[0]} done, {len(report.failed)} failed, {report.skipped} skipped"
-    rate = f"{report.images_per_second:.1f} images/s on {settings['device']}"
     lines = [
         ("model", f"{settings['model']}, {settings['weights']}"),
         *details,
-        ("images", f"{done} ({'all done before' if report.already_done else rate})"),
+        ("images", f"{done}{' (all done before)' if report.already_done else ''}"),
         ("written", f"{report.features}  [{shape}] {report.dtype}"),
         *(("", file) for file in files),
     ]

@@ -81,7 +81,6 @@ class BlockFeatures:
             dtype="float16" if kind == "tokens" and precision != "float32" else "float32",
             device=device,
             precision=precision,
-            host=False,
         )
         self.model, self.kind = model, kind
         self.row_shape, self.dtype = self.encoder.row_shape, self.encoder.dtype
