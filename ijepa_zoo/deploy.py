@@ -1,12 +1,13 @@
 """Export a model for servers as ONNX or torch.export: uint8 pixels in, float32 features out."""
 
 import copy
-import importlib
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from math import floor, inf
 from pathlib import Path
 from typing import Any, Literal
@@ -63,12 +64,11 @@ def export_graph(
 
     Args:
         model: A timm model, for example from :func:`ijepa_zoo.create_model`.
-        folder: Output folder; must not exist unless ``overwrite``.
+        folder: Output folder; must not exist unless ``overwrite``. Returned.
         to: 'onnx' (``model.onnx``, and ``model.onnx.data`` for weights beyond 1.9 GB) or
             'torch-export' (``model.pt2`` for ``torch.export.load``).
-        layers: 'last', 'last4' or block indices, see :class:`ijepa_zoo.FeatureExtractor`.
-        pool: 'auto', 'avg', 'cls', 'cls_avg' or None for maps, see
-            :class:`ijepa_zoo.FeatureExtractor`.
+        layers: See :class:`ijepa_zoo.FeatureExtractor`.
+        pool: See there.
         output: 'features', 'logits' of a classifier, or 'auto': logits if the model has them.
         dtype: 'float32', 'float16' or, for 'torch-export', 'bfloat16': of weights and computation.
         quantize: 'int8' for linear layers in 8 bits, for 'onnx' on CPUs. Activations are scaled by
@@ -78,13 +78,6 @@ def export_graph(
         license: License of the weights (SPDX); default: that of the model's ``pretrained_cfg``.
         overwrite: Replace an earlier export of this kind.
         progress: Show a progress bar.
-
-    Returns:
-        The folder.
-
-    Raises:
-        RunError: If the file disagrees with the model, the model's own features are not finite or
-            all zero, or ``folder`` exists. An existing folder stays unchanged.
     """
     folder = Path(folder)
     check_request(folder, to, dtype=dtype, quantize=quantize, overwrite=overwrite)
@@ -146,15 +139,11 @@ def check_request(
     if quantize and (to, dtype) != ("onnx", "float32"):
         raise SettingsError(f"quantize={quantize!r} needs onnx and dtype float32: leave it out")
     check_destination(Path(folder), WRITTEN, overwrite)
-    if to == "onnx":
-        try:
-            for package in _ONNX_PACKAGES:
-                importlib.import_module(package)
-        except ImportError as error:
-            raise MissingPackageError(
-                f"export to ONNX needs more packages ({error}): "
-                f"pip install {' '.join(_ONNX_PACKAGES)}"
-            ) from error
+    missing = [name for name in _ONNX_PACKAGES if to == "onnx" and find_spec(name) is None]
+    if missing:
+        raise MissingPackageError(
+            f"export to ONNX needs {', '.join(missing)}: pip install {' '.join(_ONNX_PACKAGES)}"
+        )
 
 
 class _Graph(nn.Module):
@@ -307,7 +296,7 @@ def _check(
     run: Callable[[Tensor], Tensor], pairs: list[tuple[Tensor, Tensor]], precision: str
 ) -> dict[str, Any]:
     """Compare the file with the model; raise RunError above the limit of the precision."""
-    limit, batches, cosines = _LIMITS[precision], [], []
+    limit, errors, cosines = _LIMITS[precision], [], []
     for images, expected in pairs:
         got = run(images)
         same_shape = got.shape == expected.shape
@@ -318,11 +307,10 @@ def _check(
                 f"{list(images.shape)}, more than {limit:g}, the limit for {precision}: it is not "
                 "kept; try another precision, or newer versions of torch and onnxscript"
             )
-        size = list(images.shape[-2:])
-        batches.append({"images": len(images), "size": size, "relative_error": error})
+        errors.append(error)
         cosines.append(F.cosine_similarity(got.flatten(1), expected.flatten(1)).min().item())
-    checked = {"on": "rendered scenes", "limit": limit, "batches": batches}
-    return {"checked": {**checked, "lowest_cosine": min(cosines)}}
+    worst = {"relative_error": max(errors), "lowest_cosine": min(cosines)}
+    return {"checked": {"on": "rendered scenes", "limit": limit, **worst}}
 
 
 def _shapes(graph: _Graph, features: Tensor) -> dict[str, Any]:
@@ -367,14 +355,9 @@ def _preprocessing(model: nn.Module) -> dict[str, Any]:
 def _description(model: nn.Module, license: str | None) -> dict[str, Any]:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     weights = getattr(model, "weights_origin", "not from a checkpoint")
-    network = getattr(model, "weights_network", "").replace("_", " ")
-    known = f"{network} of " if weights.startswith(f"{network} of ") else ""
-    source = weights.removeprefix(known)
-    if Path(source).is_absolute():  # leave out local folders
-        source = Path(source).name
     return {
         "model": model_name(model),
-        "weights": f"{known}{source}",
+        "weights": re.sub(r"(^| of )/.*/", r"\1", weights),  # leave out local folders
         "weights_hash": weights_fingerprint(model),
         "license": license or cfg.get("license"),
     }
