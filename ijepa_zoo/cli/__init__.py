@@ -28,15 +28,7 @@ _COMMANDS = {  # module here, help
     "plot": ("pretrain", "curves and masks of a pretraining run, a PNG"),
     "eval": ("eval", "the paper's probes on your data"),
 }
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PATH = {
-    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
-}
-_NO_MEMORY = (  # of torch's allocators, its shared memory, Python's threads
-    *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"),
-    "can't start new thread",
-)
+_NO_MEMORY = ("out of memory", "allocate memory")  # of torch's allocators and the system
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,20 +73,12 @@ def _describe(error: Exception, memory: str | None) -> str | None:
     """A sentence about an error that a user can fix; None for any other, which is a bug."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
-        if error.errno in _DISK_FULL or (error.errno in _PATH and error.filename is not None):
-            names = [
-                n for n in (error.filename, error.filename2) if isinstance(n, str | os.PathLike)
-            ]
-            return ": ".join([str(error.strerror), *(repr(os.fspath(name)) for name in names)])
-        return None
-    out_of_memory = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _NO_MEMORY)
-    )
-    if not out_of_memory:
-        return None
-    reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
-    return f"out of memory{reason}{f': use {memory}' if memory else ''}"
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _NO_MEMORY):
+        reason = str(error).partition("\n")[0]
+        return f"out of memory ({reason}){f': use {memory}' if memory else ''}"
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        return str(error)
+    return None
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -111,8 +111,8 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _features(args: argparse.Namespace) -> int:
     _check_paths(args.inputs)
-    if args.picture:
-        _check_picture(args.picture)
+    if args.picture and not args.picture.endswith(".png"):
+        raise SettingsError(f"--picture '{args.picture}' is drawn as a PNG: end its name in .png")
     from ..extract import extract_features
     from ..models.classifier import Classifier
 
@@ -143,18 +143,6 @@ def _check_paths(inputs: list[str]) -> None:
             raise DataError(f"'{path}' does not exist")
 
 
-def _check_picture(path: str) -> None:
-    """Refuse an invalid name of a picture before the work."""
-    from PIL import Image
-
-    Image.init()
-    folder, suffix = os.path.dirname(path), os.path.splitext(path)[1].lower()
-    if Image.EXTENSION.get(suffix) not in Image.SAVE:
-        raise SettingsError(f"--picture '{path}' has no suffix of an image file, such as .png")
-    if not os.path.isdir(folder or "."):
-        raise SettingsError(f"the folder of --picture '{path}' does not exist")
-
-
 def _draw(args: argparse.Namespace, model: Any) -> None:
     from ..data.decode import Decoder
     from ..data.sources import open_images
@@ -164,6 +152,7 @@ def _draw(args: argparse.Namespace, model: Any) -> None:
     channels = transform_config(model)["input_size"][0]
     decoder = Decoder(channels, args.value_range, args.bands, args.max_pixels)
     images = open_images(args.inputs, decoder=decoder)
+    os.makedirs(os.path.dirname(args.picture) or ".", exist_ok=True)
     save_pca_picture(images, model, args.picture, count=args.picture_images, device=args.device)
 
 
