@@ -31,7 +31,7 @@ ROOT = HERE.parent.parent
 PIECE = 15 * 2**20  # bytes
 HUGE = ["--model=vit_huge14_ijepa", "--batch-size=128", "--compile", "--device=cuda"]
 SMOKE = ("tests", "train bf16", "features")  # steps that differ on a CPU
-NANO = ["--model=vit_nano8_64_ijepa", "--batch-size=4", "--device=cpu", "--rounds=3", "--steps=1"]
+NANO = ["--model=vit_nano8_64_ijepa", "--batch-size=2", "--device=cpu", "--rounds=3", "--steps=1"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
     features = [str(HERE / "extract_features.py"), size[0], f"--device={'cuda' if cuda else 'cpu'}"]
     features += ["--vs", "timm", "transformers", "--precision=bfloat16", "--vs-precision=bfloat16"]
     features += ["--images=2000", "--batch-size=256", "--compile", "--rounds=3"] if cuda else []
-    features += ["--images=8", "--batch-size=4", "--rounds=3", "--seconds=0.1"] if not cuda else []
+    features += ["--images=2", "--batch-size=2", "--rounds=3", "--seconds=0.1"] if not cuda else []
     tests = ["-m", "pytest", "-m", "gpu", *(["tests/test_gpu.py"] if args.smoke else [])]
     planned = [
         Step("tests", tests, 90),
