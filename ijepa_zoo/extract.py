@@ -43,7 +43,7 @@ class ExtractionReport:
 
     Attributes:
         features: The file of features, `[rows, *row]` in the order of the input.
-        index: JSON lines, one per input file.
+        index: JSON lines, one per image.
         record: Settings and counts of the run, JSON.
         shape: Shape of the features.
         dtype: Their dtype.

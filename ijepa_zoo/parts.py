@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from .distributed import Distributed
 from .errors import RunError, SettingsError
 
 _MOST_PARTS = 4096
-_IMAGES = {"inputs", "paths"}  # settings that are hashes of the list of images
 # File, parts, all outputs, shape of the rows, settings.
 Writer: TypeAlias = "Callable[[BinaryIO, Parts, Outputs, tuple[int, ...], dict[str, Any]], None]"
 
@@ -72,11 +70,9 @@ class Outputs:
 
     def failures(self) -> dict[int, tuple[str, str]]:
         """Path and reason of each image without a row, by its number, of a finished run."""
-        if not json.loads(self.record.read_bytes())["failed"]:
-            return {}
         with self.index.open("rb") as file:
-            lines = [line for line in map(json.loads, file) if "skipped" not in line]
-        return {i: (line["path"], line["error"]) for i, line in enumerate(lines) if "error" in line}
+            lines = enumerate(map(json.loads, file))
+            return {i: (line["path"], line["error"]) for i, line in lines if "error" in line}
 
 
 @dataclass(frozen=True)
@@ -249,9 +245,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    shown = [key for key in changed if key not in _IMAGES]
-    texts = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in shown]
-    return "; ".join(texts + ["other images"] * (len(shown) < len(changed)))
+    return "; ".join(f"{key}: was {before.get(key)}, is {now.get(key)}" for key in changed)
 
 
 def merge(
@@ -263,35 +257,30 @@ def merge(
     write: Writer,
 ) -> None:
     """Join the parts into the final files, atomically, the record last."""
-    counts = {"rows": 0, "failed": 0, "skipped": 0}
+    rows = 0
     temporary = outputs.parts / "merged.tmp"
+    errors = (error for part in range(len(parts)) for error in parts.errors(part))
     with whole_file(outputs.index, temporary) as file:
-        for line in _index_lines(images, parts):
-            kind = "failed" if "error" in line else "skipped" if "skipped" in line else "rows"
-            counts[kind] += 1
+        for index, error in enumerate(errors):
+            line: dict[str, Any] = {
+                "row": None,
+                "path": images.name(index),
+                "label": images.label(index),
+            }
+            line |= {"row": rows} if error is None else {"error": error}
+            rows += error is None
             file.write(json.dumps(line).encode() + b"\n")
-    shape, dtype = (counts["rows"], *row_shape), settings["dtype"]
+    shape = (rows, *row_shape)
     with whole_file(outputs.features, temporary) as file:
         write(file, parts, outputs, shape, settings)
-    about = {"shape": list(shape), "dtype": dtype, "bytes": outputs.sizes(), "settings": settings}
+    record = {
+        "rows": rows,
+        "failed": len(images) - rows,
+        "skipped": len(images.skipped),
+        "shape": shape,
+        "dtype": settings["dtype"],
+        "bytes": outputs.sizes(),
+        "settings": settings,
+    }
     with whole_file(outputs.record, temporary) as file:
-        file.write(json.dumps({**counts, **about}, indent=1).encode() + b"\n")
-
-
-def _index_lines(images: ImageDataset, parts: Parts) -> Iterator[dict[str, Any]]:
-    """Row, path and label of every image; `error` or `skipped` where there is no row."""
-    reasons = (error for part in range(len(parts)) for error in parts.errors(part))
-    skipped = deque(images.skipped)
-    row = 0
-    for index in range(len(images) + 1):
-        while skipped and skipped[0][0] == index:
-            _, path, why = skipped.popleft()
-            yield {"row": None, "path": path, "label": None, "skipped": why}
-        if index == len(images):
-            return
-        about = {"path": images.name(index), "label": images.label(index)}
-        if (reason := next(reasons)) is not None:
-            yield {"row": None, **about, "error": reason}
-        else:
-            yield {"row": row, **about}
-            row += 1
+        file.write(json.dumps(record, indent=1).encode() + b"\n")

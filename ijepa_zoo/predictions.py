@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -140,11 +141,9 @@ def _map_outputs(path: Path) -> Outputs:
 def _rows(parts: Parts, index: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """Every image with its row, or None if it could not be read."""
     with index.open("rb") as lines:
-        images = (line for line in map(json.loads, lines) if "skipped" not in line)
         for part in range(len(parts)):
             values = iter(parts.rows(part).numpy())
-            for _ in range(parts.size(part)):
-                line = next(images)
+            for line in map(json.loads, itertools.islice(lines, parts.size(part))):
                 yield line, None if "error" in line else next(values)
 
 
@@ -183,7 +182,7 @@ def _write_parquet(file: BinaryIO, columns: list[str], lines: Iterator[list[Any]
     kinds = [pa.float32() if name.startswith("probability") else pa.string() for name in columns]
     schema = pa.schema(list(zip(columns, kinds)))
     with parquet.ParquetWriter(file, schema) as writer:
-        while group := [line for _, line in zip(range(65_536), lines)]:
+        while group := list(itertools.islice(lines, 65_536)):
             values = ([utf8(v) if isinstance(v, str) else v for v in c] for c in zip(*group))
             writer.write_table(pa.table([*map(pa.array, values, kinds)], schema=schema))
 
