@@ -1,8 +1,6 @@
 """The scripts of examples/benchmarks run, small, on a CPU."""
 
 import json
-import os
-import runpy
 import sys
 from pathlib import Path
 
@@ -50,23 +48,6 @@ def test_gpu_run_goes_on_when_a_step_fails_or_hangs(tmp_path, monkeypatch):
     status = [one["status"] for one in results.values()]
     assert status == ["exit code 3", "stopped after 1 s", "done"]
     assert "why" in (tmp_path / "log.txt").read_text()
-
-
-@pytest.mark.skipif("IJEPA_OFFICIAL" not in os.environ, reason="IJEPA_OFFICIAL: the official clone")
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("train_step.py", "--model", "vit_nano8_64_ijepa", "--vs", "official"),
-        ("masks.py",),
-        ("crops.py",),
-    ],
-)
-def test_official_step_agrees(tmp_path, monkeypatch, command):
-    out = tmp_path / "result.json"
-    options = ["--official", os.environ["IJEPA_OFFICIAL"], "--rounds", "3", "--seconds", "1"]
-    monkeypatch.setattr(sys, "argv", [*command, *options, "--out", str(out)])
-    runpy.run_path(str(SCRIPTS / command[0]), run_name="__main__")
-    assert json.loads(out.read_text())["ratios"]["official"]["median"] > 0
 
 
 def test_tables_are_made_from_the_results():

@@ -24,24 +24,7 @@ ROOT = Path(__file__).parents[1]
 NANO = "vit_nano8_64_ijepa"
 EXPORT = ["export", "weights.pth", "folder", "--to", "timm"]
 FEATURES = ["features", "photos", "--model", NANO, "--out", "f.npy"]
-PROBE = ["--model", NANO, "--data", "photos"]
-# commands of the long works, the function that each calls, options that need less memory
-WORKS = {
-    "features": (
-        FEATURES, "ijepa_zoo.extract.extract_features", ["--batch-size", "--precision"]
-    ),
-    "pretrain": (
-        ["pretrain", "custom_small", "--data", "photos", "--out", "run"],
-        "ijepa_zoo.cli.pretrain.pretrain", ["runtime.micro_batch_size"],
-    ),
-    "knn": (
-        ["eval", "knn", *PROBE], "ijepa_zoo.cli.eval.evaluate_knn", ["--img-size", "--precision"]
-    ),
-    "finetune": (
-        ["eval", "finetune", *PROBE], "ijepa_zoo.cli.eval.evaluate_finetune",
-        ["--micro-batch-size", "--grad-checkpointing"],
-    ),
-}  # fmt: skip
+FINETUNE = ["eval", "finetune", "--model", NANO, "--data", "photos"]
 USER_ERRORS = [
     kind
     for kind in vars(errors).values()
@@ -51,14 +34,15 @@ USER_ERRORS = [
 
 @pytest.fixture
 def failing(monkeypatch):
-    """`failing(error)` makes every work raise it."""
+    """`failing(error)` makes the commands raise it."""
 
     def fail(error):
         def work(*args, **kwargs):
             raise error
 
-        for target in ("ijepa_zoo.weights.export.export", *(t for _, t, _ in WORKS.values())):
-            monkeypatch.setattr(target, work)
+        monkeypatch.setattr("ijepa_zoo.weights.export.export", work)
+        monkeypatch.setattr("ijepa_zoo.extract.extract_features", work)
+        monkeypatch.setattr("ijepa_zoo.cli.eval.evaluate_finetune", work)
 
     return fail
 
@@ -125,11 +109,16 @@ def test_errors_of_the_system_name_the_file(failing, capsys, number, name):
     assert str(name or "") in err
 
 
-@pytest.mark.parametrize("work", WORKS)
-def test_lack_of_memory_names_options_and_interrupted_work_can_be_resumed(
-    photos, failing, capsys, work
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (FEATURES, ["--batch-size", "--workers", "--precision"]),
+        (FINETUNE, ["--micro-batch-size", "--grad-checkpointing"]),
+    ],
+)
+def test_lack_of_memory_names_options_and_interrupted_work_resumes(
+    photos, failing, capsys, command, options
 ):
-    command, _, options = WORKS[work]
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60, dtype=torch.uint8)
     for error in (
@@ -141,13 +130,9 @@ def test_lack_of_memory_names_options_and_interrupted_work_can_be_resumed(
         err = capsys.readouterr().err
         assert err.count("\n") == 1
         assert [option for option in options if option not in err] == []
-        assert main(EXPORT) == 1
-        assert "use" not in capsys.readouterr().err
     failing(KeyboardInterrupt())
     assert main(command) == 130
     assert "resume" in capsys.readouterr().err
-    assert main(EXPORT) == 130
-    assert "resume" not in capsys.readouterr().err
 
 
 def start(tmp_path, script, *words, **kwargs):
@@ -221,11 +206,17 @@ def test_features_and_picture(photos, capsys):
     assert (maps.shape, maps.dtype) == ((6, 256, 8, 8), np.float16)
 
 
-def test_features_of_a_classifier_folder_are_those_of_its_encoder(photos):
+def test_features_of_a_classifier_are_those_of_its_encoder_and_prefixes_are_reported(
+    photos, caplog
+):
+    caplog.handler.setLevel(logging.INFO)  # the command sets that of the logger
     encoder = ijepa_zoo.create_model(NANO)
     save_classifier("head", Classifier(encoder, LinearHead(encoder.embed_dim, 3)), encoder=NANO)
-    for source, out in ((NANO, "f.npy"), ("local-dir:head", "g.npy")):
-        assert features("--model", source, "--out", out) == 0
+    state = encoder.state_dict()
+    save_file({f"module.{k}": v.contiguous() for k, v in state.items()}, "w.safetensors")
+    assert features("--checkpoint", "w.safetensors") == 0
+    assert "'module.'" in caplog.text
+    assert features("--model", "local-dir:head", "--out", "g.npy") == 0
     assert np.array_equal(np.load("f.npy"), np.load("g.npy"))
 
 
@@ -284,18 +275,20 @@ def test_features_of_a_model_of_timm(photos, monkeypatch, extraction, capsys):
         (["--picture", "a.jpg"], 2, "a.jpg"),
         (["--pool", "cls"], 2, "class token"),
         (["--device", "cuda:99"], 1, "device 'cuda:99'"),
-        (["phtos"], 1, "phtos"),
-        (["photos/*.tif"], 1, "photos/*.tif"),
-        (["torch/cifar10"], 1, "torch/cifar10"),
     ],
 )
 def test_wrong_values_are_named(photos, capsys, arguments, status, named):
-    words = [*FEATURES, *arguments] if arguments[0][0] == "-" else [*arguments, *FEATURES[2:]]
-    assert main(words if words[0] == "features" else ["features", *words]) == status
+    assert main([*FEATURES, *arguments]) == status
     err = capsys.readouterr().err
     assert err.startswith("ijepa-zoo: error: ")
     assert named in err
     assert not Path("f.npy").exists()
+
+
+@pytest.mark.parametrize("path", ["phtos", "photos/*.tif"])
+def test_wrong_paths_are_found_before_the_weights(photos, capsys, path):
+    assert main(["features", path, "--model", "vit_huge14_ijepa", "--out", "f.npy"]) == 1
+    assert path in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -309,11 +302,3 @@ def test_values_are_checked_by_the_parser(capsys, option, value):
     err = capsys.readouterr().err
     assert option in err
     assert repr(value) in err
-
-
-def test_removed_prefixes_are_reported(photos, caplog):
-    caplog.handler.setLevel(logging.INFO)  # the command sets that of the logger
-    state = ijepa_zoo.create_model(NANO).state_dict()
-    save_file({f"module.{k}": v.contiguous() for k, v in state.items()}, "w.safetensors")
-    assert features("--checkpoint", "w.safetensors") == 0
-    assert "'module.'" in caplog.text

@@ -133,16 +133,15 @@ def test_maps_of_other_sizes_resample_positions_as_timm_does(model, tmp_path, to
 @needs_new_timm
 def test_models_of_timm(tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=48).eval()
-    options = {"output": "features", "dynamic_size": True}
-    folder = export_graph(vit, tmp_path / "served", "torch-export", **options)
-    pixels = some_pixels(2)
+    options = {"to": "torch-export", "output": "features", "dynamic_size": True}
+    folder, pixels = export_graph(vit, tmp_path / "served", **options), some_pixels(2)
     with torch.no_grad():
         wanted = vit.forward_features((pixels / 255 - 0.5) / 0.5)[:, 0]
     torch.testing.assert_close(run(folder, pixels), wanted)
     assert record(folder)["pool"] == "cls"
     eva = timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28)
     with pytest.raises(SettingsError, match="Eva"):  # rotary positions
-        export_graph(eva, tmp_path / "eva", "torch-export", dynamic_size=True)
+        export_graph(eva, tmp_path / "eva", **options)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +162,8 @@ def test_file_that_disagrees_is_not_kept(tmp_path, monkeypatch, damage):
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
 def test_weights_without_features_are_refused(tmp_path, value):
     broken = make_model(depth=1)
-    torch.nn.init.constant_(broken.norm.weight, value)
-    torch.nn.init.constant_(broken.norm.bias, value)
+    for parameter in broken.norm.parameters():
+        torch.nn.init.constant_(parameter, value)
     with pytest.raises(RunError, match="the model itself"):
         export_graph(broken, tmp_path / "served", "torch-export")
     assert not list(tmp_path.iterdir())

@@ -238,12 +238,6 @@ def test_formats_and_precisions(whole, images, tmp_path, name, options, error):
     assert model.patch_embed.proj.weight.dtype == torch.float32
 
 
-def test_maps_of_several_layers(whole, images, tmp_path):
-    maps = load(extract(images, tmp_path / NAME, layers=[0, -1], pool=None).features)
-    assert maps.shape == (GOOD, 96, 4, 4)
-    torch.testing.assert_close(maps[:, 48:].mean((2, 3)), load(whole.features))
-
-
 def test_neighbors_do_not_change_a_row(whole, tmp_path):
     """A row has the same bits whether its neighbors are there or broken."""
     copy = make_images(tmp_path / "copy")
@@ -398,10 +392,3 @@ def test_fingerprints_see_every_element():
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[5, 7] += 1e-3
     assert weights_fingerprint(model) != before
-
-
-def test_batches_fill_a_gpu():
-    encoder = Encoder(make_model(), device="cpu")
-    assert encoder.batch_size == 32
-    encoder.device = torch.device("cuda", 0)
-    assert encoder.batch_size == 4096  # of 16 patches

@@ -185,7 +185,7 @@ def test_wrong_options(options: dict[str, Any], named: str) -> None:
         FeatureExtractor(vit(), **options)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), timm.create_model("mixer_s32_224")], ids=type)
-def test_other_models_are_refused_by_name(model: nn.Module) -> None:
-    with pytest.raises(SettingsError, match=type(model).__name__):
-        FeatureExtractor(model)
+def test_other_models_are_refused_by_name() -> None:
+    for model in (nn.Linear(2, 2), timm.create_model("mixer_s32_224")):
+        with pytest.raises(SettingsError, match=type(model).__name__):
+            FeatureExtractor(model)
