@@ -6,7 +6,6 @@ in `Parts` until all of them can be merged into the final files.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Callable
@@ -338,22 +337,17 @@ def _write_rows(
     if outputs.format == "parquet":
         _write_parquet(file, parts, outputs.index, shape[1], dtype)
         return
-    file.write(_header(outputs.format, shape, dtype, settings))
-    for part in range(len(parts)):
-        file.write(parts.rows(part).view(torch.uint8).numpy().data)
-
-
-def _header(format: str, shape: tuple[int, ...], dtype: str, settings: dict[str, Any]) -> bytes:
-    if format == "safetensors":
+    if outputs.format == "safetensors":
         metadata = {
             key: str(utf8(value)) if isinstance(value, str) else json.dumps(value)
             for key, value in settings.items()
         }
-        return safetensors_header({"features": (DTYPES[dtype], shape)}, metadata)[0]
-    buffer = io.BytesIO()
-    description = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False}
-    np.lib.format.write_array_header_1_0(buffer, {**description, "shape": shape})
-    return buffer.getvalue()
+        file.write(safetensors_header({"features": (DTYPES[dtype], shape)}, metadata)[0])
+    else:
+        description = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False}
+        np.lib.format.write_array_header_1_0(file, {**description, "shape": shape})
+    for part in range(len(parts)):
+        file.write(parts.rows(part).view(torch.uint8).numpy().data)
 
 
 def _write_parquet(file: BinaryIO, parts: Parts, index: Path, width: int, dtype: str) -> None:

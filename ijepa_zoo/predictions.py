@@ -68,21 +68,22 @@ def predict(
             "the model has no classifier: name the folder of a fine-tuned model or of a probe, "
             "local-dir:RESULT/model"
         )
-    path = Path(out)
     is_dense = isinstance(model, Classifier) and model.is_dense
     if not is_dense and not 1 <= topk <= len(names):
         raise SettingsError(f"topk is {topk}: the model has {len(names)} classes")
-    outputs = _map_outputs(path) if is_dense else _table_outputs(path)
-    predictions = Predictions(model, topk)
 
     def make_encoder(device: torch.device) -> Encoder:
         encoder = Encoder(
-            model, precision=precision, device=device, threads=threads, extractor=predictions
+            model,
+            precision=precision,
+            device=device,
+            threads=threads,
+            extractor=Predictions(model, topk),
         )
         encoder.settings |= {"classes": names, "topk": topk}
         return encoder
 
-    write = _write_maps if is_dense else _write_table
+    outputs, write = _outputs(Path(out), is_dense), _write_maps if is_dense else _write_table
     return run_extraction(inputs, model, make_encoder, outputs, write, **options)
 
 
@@ -122,20 +123,18 @@ class Predictions(nn.Module):
         return torch.cat([best.values, best.indices.float()], dim=1)
 
 
-def _table_outputs(path: Path) -> Outputs:
+def _outputs(path: Path, is_dense: bool) -> Outputs:
+    """A table, or for a dense head a table in a folder of maps."""
     format = TABLES.get(path.suffix.lower())
+    if is_dense:
+        if format or path.is_file():
+            raise SettingsError(f"'{path}' is not a folder: a dense head writes a map per image")
+        return Outputs.beside(path / "maps.csv", "maps", "csv")
     if format is None or path.is_dir():
         raise SettingsError(f"'{path}' is not the name of a table: end it in {', '.join(TABLES)}")
     if format == "parquet":
         require_pyarrow()
     return Outputs.beside(path, path.stem, format)
-
-
-def _map_outputs(path: Path) -> Outputs:
-    """The list of the maps is a table in the folder."""
-    if path.suffix.lower() in TABLES or path.is_file():
-        raise SettingsError(f"'{path}' is not a folder: a dense head writes a map per image")
-    return Outputs.beside(path / "maps.csv", "maps", "csv")
 
 
 def _rows(parts: Parts, index: Path) -> Iterator[tuple[dict[str, Any], Any]]:
