@@ -11,22 +11,11 @@ import torch
 from ijepa_zoo.distributed import Distributed, choose_device, init_distributed, read_environment
 from ijepa_zoo.errors import DistributedError
 
-TORCHRUN = {
-    "RANK": "1",
-    "WORLD_SIZE": "2",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500",
-}
-SLURM = {
-    "SLURM_STEP_NUM_TASKS": "16",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
-    "SLURM_PROCID": "9",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_NODELIST": "gpu[07-08],gpu11",
-    "SLURM_JOB_ID": "123456",
-}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_PROCID": "9"}
+SLURM |= {"SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-08],gpu11"}
+SLURM |= {"SLURM_JOB_ID": "123456"}
 
 
 def test_environments():

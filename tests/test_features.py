@@ -82,10 +82,9 @@ def test_class_token_and_mean_of_each_block() -> None:
 )
 def test_maps_of_rectangles_and_dynamic_sizes(options: Any, size: tuple[int, int]) -> None:
     model, images = vit(**options), torch.randn(2, 3, *size)
-    height, width = (-(-side // 8) for side in size)
     tokens = model.forward_features(images)[:, model.num_prefix_tokens :]
     got = FeatureExtractor(model, [0, -1], pool=None)(images)
-    assert got.shape == (2, 96, height, width)
+    assert got.shape == (2, 96, *(-(-side // 8) for side in size))
     torch.testing.assert_close(got[:, 48:].flatten(2).transpose(1, 2), tokens)
 
 
@@ -157,7 +156,7 @@ def test_networks_without_blocks(name: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("pool", ["avg", "cls"])
 def test_pooled_in_float32_and_differentiable(pool: str) -> None:
-    model = vit(class_token=True).to(torch.bfloat16)
+    model = vit(class_token=True).bfloat16()
     with torch.enable_grad():
         features = FeatureExtractor(model, pool=pool)(IMAGES.bfloat16())
         features.sum().backward()

@@ -86,18 +86,23 @@ def test_a_table_has_the_likeliest_classes_and_the_errors(images, tmp_path):
 
 
 def test_a_run_resumes_and_is_not_repeated(images, tmp_path, monkeypatch):
-    model, options = classifier(), {**QUIET, "batch_size": 1}
-    ijepa_zoo.predict(images, model, tmp_path / "whole.csv", **options)
+    model = classifier()
+
+    def predict(name, **options):
+        given = {**QUIET, "batch_size": 1, **options}
+        return ijepa_zoo.predict(images, model, tmp_path / name, **given)
+
+    predict("whole.csv")
     with monkeypatch.context() as patch:
         patch.setattr("ijepa_zoo.extract.merge", None)
         with pytest.raises(TypeError):
-            ijepa_zoo.predict(images, model, tmp_path / "killed.csv", **options)
+            predict("killed.csv")
     assert len(list((tmp_path / "killed.csv.parts").glob("*.safetensors"))) == 3
-    ijepa_zoo.predict(images, model, tmp_path / "killed.csv", **options)
+    predict("killed.csv")
     assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert ijepa_zoo.predict(images, model, tmp_path / "killed.csv", **options).already_done
+    assert predict("killed.csv").already_done
     with pytest.raises(RunError, match="topk"):
-        ijepa_zoo.predict(images, model, tmp_path / "killed.csv", topk=2, **options)
+        predict("killed.csv", topk=2)
 
 
 @pytest.mark.parametrize("names", [NAMES, ["depth"]])

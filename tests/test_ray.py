@@ -1,9 +1,11 @@
-"""Features on Ray Data: the functions by themselves, and the example that resumes."""
+"""Features on Ray Data: the functions by themselves, a lost node, and the example."""
 
 import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from pyarrow import parquet
 import ijepa_zoo
 from ijepa_zoo.errors import DataError, MissingPackageError, SettingsError
 from ijepa_zoo.models.classifier import Classifier, LinearHead, save_classifier
-from ijepa_zoo.ray import FeatureActor, decode_images, read_images
+from ijepa_zoo.ray import FeatureActor, decode_images, map_features, read_images
 
 NANO = "vit_nano8_64_ijepa"
 ROOT = Path(__file__).parent.parent
@@ -141,6 +143,49 @@ def test_what_a_row_of_parquet_cannot_hold_is_refused(options):
     model = partial(ijepa_zoo.create_model, NANO, img_size=32)
     with pytest.raises(SettingsError, match="Parquet"):
         FeatureActor(model, device="cpu", threads=1, **options)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_node_gives_the_same_features(tmp_path):
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    write_images(tmp_path / "images", 200, broken=3)
+    seen = tmp_path / "seen"
+    seen.mkdir()
+
+    def slow(batch: pa.Table) -> pa.Table:
+        node = ray.get_runtime_context().get_node_id()
+        for path in batch["path"].to_pylist():
+            Path(seen, f"{node}-{Path(path).name}").touch()
+            time.sleep(0.1)
+        return batch
+
+    small = {"num_cpus": 1, "object_store_memory": 200_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    node = cluster.add_node(**small)
+
+    def kill() -> int:
+        """Remove the node after 50 images; returns how many all nodes had seen."""
+        while len(list(seen.glob(f"{node.node_id}*"))) < 50:
+            time.sleep(0.05)
+        cluster.remove_node(node, allow_graceful=False)
+        return len(list(seen.iterdir()))
+
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        killed = ThreadPoolExecutor().submit(kill)
+        images = read_images(str(tmp_path / "images"))
+        slowed = images.map_batches(slow, batch_size=None, batch_format="pyarrow")
+        # Actors that reserve no CPU leave the last CPU to decoding.
+        rows = map_features(slowed, NANO, actors=2, num_cpus=0, device="cpu", threads=1)
+        rows.write_parquet(str(tmp_path / "out"))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert killed.result(timeout=1) < 190
+    rows = parquet.read_table(tmp_path / "out").to_pylist()
+    assert_same(rows, *features_of(tmp_path / "images", tmp_path / "f.parquet"))
 
 
 @pytest.mark.slow

@@ -37,11 +37,10 @@ def photos(tmp_path):
     rng = np.random.default_rng(0)
     for part, count in (("train", 20), ("val", 8)):
         for name, brightest in (("bright", 256), ("dark", 128)):
-            folder = tmp_path / part / name
-            folder.mkdir(parents=True)
+            (tmp_path / part / name).mkdir(parents=True)
             for number in range(count):
                 pixels = rng.integers(0, brightest, (26, 26, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{number}.png")
     return tmp_path
 
 
