@@ -64,7 +64,7 @@ _OF_TRAINING = (
     *("select_on_test", "with_encoder", "epochs", "batch_size", "lrs", "wds", "pool"),
 )
 # Every other option is an argument of the probe's function, with the same name.
-_OWN = {"run", "probe", "interrupted", "memory", "debug", "quiet"}
+_OWN = {"run", "probe", "interrupted", "debug", "quiet"}
 
 
 def add_eval(commands: options.Commands) -> list[argparse.ArgumentParser]:
@@ -153,11 +153,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     run = options.add_run_options(parser, batch)
     run.add_argument("--seed", type=count, default=0, metavar="N", help="default: 0")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
-    smaller = "a smaller --batch-size, " if trained else ""
-    if name == "finetune":
-        smaller = "a smaller --micro-batch-size, --grad-checkpointing, "
-    memory = f"{smaller}a smaller --img-size, --precision bfloat16 or fewer --workers"
-    parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME, memory=memory)
+    parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME)
     return parser
 
 

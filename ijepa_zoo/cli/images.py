@@ -78,8 +78,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     run = options.add_run_options(parser, batch_size="32, more on a CUDA GPU")
     run.add_argument("--threads", type=options.positive, metavar="N",
         help="threads of the computation on a CPU (default: one per CPU)")  # fmt: skip
-    memory = "a smaller --batch-size, fewer --workers or --precision bfloat16"
-    parser.set_defaults(interrupted=options.RESUME, memory=memory)
+    parser.set_defaults(interrupted=options.RESUME)
 
 
 def _arguments(args: argparse.Namespace, *more: str) -> dict[str, Any]:
