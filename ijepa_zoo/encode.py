@@ -82,6 +82,7 @@ class Encoder:
             "images_at_once": self.piece,
             "versions": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         }
+        self.settings |= getattr(extractor, "settings", {})
         if precision == "bfloat16-weights":
             extractor = copy.deepcopy(extractor).to(torch.bfloat16)
         self.extractor = extractor.to(self.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -127,19 +126,14 @@ def extract_features(
     """
     if min(1 if batch_size is None else batch_size, threads or 1) < 1 or (workers or 0) < 0:
         raise SettingsError("batch_size and threads must be at least 1, workers at least 0")
-
-    def make_encoder(device: torch.device) -> Encoder:
-        return Encoder(
-            model, layers=layers, pool=pool, dtype=dtype, precision=precision, device=device,
-            threads=threads,
-        )  # fmt: skip
-
-    outputs = _outputs(Path(out), format, dtype, pool)
+    features = {"layers": layers, "pool": pool, "dtype": dtype}
     return run_extraction(
-        *(inputs, model, make_encoder, outputs, _write_rows),
+        *(inputs, model, features, _outputs(Path(out), format, dtype, pool), _write_rows),
         batch_size=batch_size,
         device=device,
         workers=workers,
+        threads=threads,
+        precision=precision,
         strict=strict,
         value_range=value_range,
         bands=bands,
@@ -152,13 +146,15 @@ def extract_features(
 def run_extraction(
     inputs: Any,
     model: nn.Module,
-    make_encoder: Callable[[torch.device], Encoder],
+    features: dict[str, Any],
     outputs: Outputs,
     write: Writer,
     *,
     device: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
+    threads: int | None = None,
+    precision: str = "auto",
     strict: bool = False,
     value_range: tuple[float, float] | None = None,
     bands: tuple[int, ...] | None = None,
@@ -166,9 +162,11 @@ def run_extraction(
     overwrite: bool = False,
     progress: bool = False,
 ) -> ExtractionReport | None:
-    """Extract features or predictions; options are those of `extract_features`."""
+    """Extract features or predictions; `features` are options of `Encoder`."""
     with init_distributed(device, timeout=_WEEK) as distributed:
-        encoder = make_encoder(distributed.device)
+        encoder = Encoder(
+            model, device=distributed.device, precision=precision, threads=threads, **features
+        )
         decoder = Decoder(encoder.in_chans, value_range, bands, max_pixels)
         images = open_images(inputs, decoder=decoder, exclude=outputs.own)
         outputs.refuse_inputs(images)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .encode import Encoder, class_names
+from .encode import class_names
 from .errors import SettingsError
 from .extract import ExtractionReport, require_pyarrow, run_extraction, utf8
 from .features import FeatureExtractor
@@ -36,8 +36,6 @@ def predict(
     out: str | os.PathLike[str],
     *,
     topk: int = 1,
-    precision: str = "auto",
-    threads: int | None = None,
     **options: Any,
 ) -> ExtractionReport | None:
     """Predict the classes of images and write them as a table.
@@ -54,10 +52,9 @@ def predict(
             classifier folder of a probe.
         out: File ending in .csv or .parquet; a folder for a dense head.
         topk: Classes per image, the most probable first.
-        precision: See :func:`ijepa_zoo.extract_features`.
-        threads: See there.
         options: Further arguments of :func:`ijepa_zoo.extract_features`: batch_size, device,
-            workers, strict, value_range, bands, max_pixels, overwrite, progress.
+            workers, threads, precision, strict, value_range, bands, max_pixels, overwrite,
+            progress.
 
     Returns:
         The result; None on ranks other than 0.
@@ -71,20 +68,9 @@ def predict(
     is_dense = isinstance(model, Classifier) and model.is_dense
     if not is_dense and not 1 <= topk <= len(names):
         raise SettingsError(f"topk is {topk}: the model has {len(names)} classes")
-
-    def make_encoder(device: torch.device) -> Encoder:
-        encoder = Encoder(
-            model,
-            precision=precision,
-            device=device,
-            threads=threads,
-            extractor=Predictions(model, topk),
-        )
-        encoder.settings |= {"classes": names, "topk": topk}
-        return encoder
-
     outputs, write = _outputs(Path(out), is_dense), _write_maps if is_dense else _write_table
-    return run_extraction(inputs, model, make_encoder, outputs, write, **options)
+    predictions = {"extractor": Predictions(model, topk)}
+    return run_extraction(inputs, model, predictions, outputs, write, **options)
 
 
 class Predictions(nn.Module):
@@ -98,6 +84,7 @@ class Predictions(nn.Module):
     def __init__(self, model: Any, topk: int | None = None) -> None:
         super().__init__()
         self.model, self.topk = model, topk
+        self.settings = {"classes": class_names(model), "topk": topk}
         is_ours = isinstance(model, Classifier)
         self.is_dense = is_ours and model.is_dense
         features = model.extractor if is_ours else FeatureExtractor(model)
