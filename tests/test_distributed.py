@@ -26,7 +26,7 @@ def test_environments():
     assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("gpu07", "23456")
     assert read_environment({"SLURM_STEP_NUM_TASKS": "1"}) is None
     with init_distributed("cpu") as distributed:
-        assert distributed == Distributed()
+        assert distributed == Distributed(0, 1, 0, 1, torch.device("cpu"))
         assert distributed.is_main
 
 
@@ -57,9 +57,10 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device() == torch.device("cuda", 0)
     assert choose_device("auto", 1, 2) == torch.device("cuda", 1)
     assert choose_device("cuda:0", 1, 2) == torch.device("cuda", 0)
-    assert current == [1, 0]
+    assert current == [0, 1, 0]
     with pytest.raises(DistributedError, match="GPU 2"):
         choose_device("cuda", 2, 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm shows each task its own

@@ -208,7 +208,7 @@ def test_ranks_with_different_models_all_fail(images, tmp_path):
 
 
 def test_table(whole, images, tmp_path):
-    report = extract(images, tmp_path / "g.parquet")
+    report = extract(images, tmp_path / "new/folder/g.parquet")
     rows = parquet.read_table(report.features)
     np.testing.assert_array_equal(np.stack(rows["features"].to_numpy()), load(whole.features))
     good = [line for line in index(whole) if line["row"] is not None]
@@ -272,7 +272,7 @@ def test_finished_run_is_not_repeated_and_others_are_refused(images, tmp_path, m
 @pytest.mark.parametrize("damaged", ["f.npy", "f.index.jsonl", "f.run.json"])
 def test_truncated_files_and_those_of_the_user_are_refused(images, tmp_path, damaged):
     (tmp_path / damaged).write_text("mine")
-    with pytest.raises(RunError, match=damaged):
+    with pytest.raises(RunError, match=f"{damaged}' is not from a finished run"):
         extract(images, tmp_path / "f.npy")
     assert (tmp_path / damaged).read_text() == "mine"
     extract(images, tmp_path / "f.npy", overwrite=True)
