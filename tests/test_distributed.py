@@ -53,6 +53,9 @@ def test_devices(monkeypatch):
     for name in ("cuda:7", "gpu", "meta"):
         with pytest.raises(DistributedError, match=name):
             choose_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DistributedError, match="GPU 0"):
+        choose_device("cuda")
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
