@@ -106,6 +106,7 @@ for _ in range(2):  # a job may evaluate twice
             raise AssertionError
         distributed.barrier()
         print("rank", rank, "done")
+    assert not torch.distributed.is_initialized()
     time.sleep(rank)  # the other one must not take the addresses of the group before
 """
 DIES = """
