@@ -66,11 +66,11 @@ def test_one_step_is_near_the_cpu_in_fp32(device, precision, limits, monkeypatch
 @pytest.mark.parametrize(
     ("precision", "tolerance"),
     [
-        pytest.param("float32", 1e-3),
-        pytest.param("bfloat16", 0.03),
-        pytest.param("float16", 0.01),
-        pytest.param("bfloat16-weights", 0.05),
-        pytest.param("auto", 0.03),
+        ("float32", 1e-3),
+        ("bfloat16", 0.03),
+        ("float16", 0.01),
+        ("bfloat16-weights", 0.05),
+        ("auto", 0.03),
     ],
 )
 @pytest.mark.gpu
