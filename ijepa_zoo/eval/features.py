@@ -78,7 +78,6 @@ class BlockFeatures(Encoder):
             dtype="float16" if kind == "tokens" and precision != "float32" else "float32",
             device=device,
             precision=precision,
-            host=False,
         )
         self.kind, self.model, self.about = kind, model, model.describe()
         self.paper_name = model.paper_name
