@@ -46,7 +46,7 @@ class ExtractionReport:
         shape: Shape of the features.
         dtype: Their dtype.
         failed: Path and reason of each image without a row.
-        skipped: Files in folders or shards that are not images by their names.
+        skipped: Path and reason of each file in folders or shards that is not an image by its name.
         already_done: Whether a finished run with the same settings was found.
         settings: Settings of the run.
     """
@@ -57,7 +57,7 @@ class ExtractionReport:
     shape: tuple[int, ...]
     dtype: str
     failed: list[tuple[str, str]]
-    skipped: int
+    skipped: list[tuple[str, str]]
     already_done: bool
     settings: dict[str, Any]
 
@@ -381,7 +381,7 @@ def _report(outputs: Outputs, already_done: bool) -> ExtractionReport:
         shape=tuple(record["shape"]),
         dtype=record["dtype"],
         failed=[*outputs.failures().values()],
-        skipped=record["skipped"],
+        skipped=[(path, reason) for path, reason in record["skipped"]],
         already_done=already_done,
         settings=record["settings"],
     )

@@ -276,7 +276,7 @@ def merge(
     record = {
         "rows": rows,
         "failed": len(images) - rows,
-        "skipped": len(images.skipped),
+        "skipped": [(path, reason) for _, path, reason in images.skipped],
         "shape": shape,
         "dtype": settings["dtype"],
         "bytes": outputs.sizes(),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..extract import ExtractionReport
 
 SOME_IMAGES_FAILED = 3
-_SHOWN = 20  # failures printed; the index has all
+_SHOWN = 20  # failed and skipped files printed; index and record have all
 
 
 def add_features(commands: options.Commands) -> list[argparse.ArgumentParser]:
@@ -154,7 +154,7 @@ def _print_report(
     from ..distributed import read_environment
 
     settings, shape = report.settings, " x ".join(map(str, report.shape))
-    done = f"{report.shape[0]} done, {len(report.failed)} failed, {report.skipped} skipped"
+    done = f"{report.shape[0]} done, {len(report.failed)} failed, {len(report.skipped)} skipped"
     lines = [
         ("model", f"{settings['model']}, {settings['weights']}"),
         *details,
@@ -164,10 +164,11 @@ def _print_report(
     ]
     for name, text in lines:
         print(f"{name:9} {text}")
-    for path, reason in report.failed[:_SHOWN]:
-        print(f"failed: {path!r}: {reason}", file=sys.stderr)
-    if len(report.failed) > _SHOWN:
-        rest = len(report.failed) - _SHOWN
-        print(f"and {rest} more, see 'error' in {report.index}", file=sys.stderr)
+    for kind, found in (("failed", report.failed), ("skipped", report.skipped)):
+        for path, reason in found[:_SHOWN]:
+            print(f"{kind}: {path!r}: {reason}", file=sys.stderr)
+        if len(found) > _SHOWN:
+            where = report.index if kind == "failed" else report.record
+            print(f"and {len(found) - _SHOWN} more, see {where}", file=sys.stderr)
     is_alone = read_environment(os.environ) is None  # torchrun calls any other status a failure
     return SOME_IMAGES_FAILED if report.failed and is_alone else 0
