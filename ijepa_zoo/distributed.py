@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _groups = itertools.count()  # started by this process; all processes start the same ones
-_START = "start with: torchrun --nproc-per-node NUMBER_OF_GPUS -m ijepa_zoo COMMAND ..."
 
 
 @dataclass(frozen=True)
@@ -165,18 +164,17 @@ def read_environment(environment: MutableMapping[str, str]) -> tuple[int, int, i
         if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) == 1:
             return None
         environment.update(_from_slurm(environment))
-    missing = [name for name in _TORCHRUN if not environment.get(name)]
-    if missing:
-        raise DistributedError(f"{' and '.join(missing)} not set, but others of torch's: {_START}")
     try:
         rank, world_size, local_rank = (int(environment[name]) for name in _TORCHRUN[:3])
         local_world_size = int(environment.get("LOCAL_WORLD_SIZE") or 1)
-    except ValueError as error:
-        raise DistributedError(f"RANK, WORLD_SIZE or LOCAL_RANK: {error}: {_START}") from None
-    if not 0 <= rank < world_size or not 0 <= local_rank < world_size:
+        fits = 0 <= rank < world_size and 0 <= local_rank < world_size
+    except (KeyError, ValueError):
+        fits = False
+    if not fits or not all(environment.get(name) for name in _TORCHRUN):
+        found = ", ".join(f"{name}={environment.get(name)}" for name in _TORCHRUN)
         raise DistributedError(
-            f"RANK={rank} and LOCAL_RANK={local_rank} must be below WORLD_SIZE={world_size}: "
-            + _START
+            f"{found} are not those of a process of a job: start with torchrun --nproc-per-node "
+            "NUMBER_OF_GPUS -m ijepa_zoo COMMAND ..."
         )
     return rank, world_size, local_rank, local_world_size
 
@@ -207,19 +205,16 @@ def choose_device(name: str = "auto", local_rank: int = 0, world_size: int = 1) 
             torch.zeros(1, device=device).cpu()
             return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise DistributedError(
-            f"device {name!r} cannot be used here ({reason}): use auto, cuda or cpu"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise DistributedError(f"device {name!r} cannot be used here: {reason}") from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = local_rank if device.index is None else device.index
-    if count == 1 and device.index is None:
-        index = 0  # Slurm may show each process its own GPU only
+    # Slurm may show each process its own GPU only.
+    index = device.index if device.index is not None else 0 if count == 1 else local_rank
     if index >= count:
         raise DistributedError(
             f"device {name!r} of process {local_rank} needs GPU {index}, and torch "
             f"{torch.__version__} finds {count}: see nvidia-smi and CUDA_VISIBLE_DEVICES, start "
-            f"fewer processes, or use the device cpu"
+            "fewer processes, or use the device cpu"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

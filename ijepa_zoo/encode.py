@@ -38,8 +38,8 @@ class Encoder:
     number of threads.
 
     Arguments are those of :func:`ijepa_zoo.extract_features`; `extractor` replaces the
-    `FeatureExtractor`, see `ijepa_zoo.predictions`, and without `host` results stay on the device.
-    `settings` determine the features.
+    `FeatureExtractor`, see `ijepa_zoo.predictions`. `settings` determine the features, which stay
+    on the device.
     """
 
     def __init__(
@@ -52,12 +52,10 @@ class Encoder:
         precision: str = "float32",
         device: str | torch.device = "auto",
         threads: int | None = None,
-        host: bool = True,
         extractor: Any = None,
     ) -> None:
         self.device = choose_device(device) if isinstance(device, str) else device
         on_cpu = self.device.type == "cpu"
-        self.result_device = torch.device("cpu") if host else self.device
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")
         if precision == "auto":
@@ -84,6 +82,7 @@ class Encoder:
             "images_at_once": self.piece,
             "versions": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         }
+        self.settings |= getattr(extractor, "settings", {})
         if precision == "bfloat16-weights":
             extractor = copy.deepcopy(extractor).to(torch.bfloat16)
         self.extractor = extractor.to(self.device)
@@ -142,7 +141,7 @@ class Encoder:
     def _encode(self, pixels: Tensor, reasons: list[str | None]) -> Tensor:
         good = [slot for slot, reason in enumerate(reasons) if reason is None]
         if not good:
-            return torch.empty(0, *self.row_shape, dtype=self.dtype, device=self.result_device)
+            return torch.empty(0, *self.row_shape, dtype=self.dtype, device=self.device)
         # The operations of torchvision's ToTensor and Normalize, in their order: the same bits.
         images = pixels.to(self.device, non_blocking=True).float().div_(255)
         images = images.sub_(self.mean).div_(self.std)
@@ -152,7 +151,7 @@ class Encoder:
             features: Tensor = self.extractor(images)
         if len(good) < len(features):  # indexing with a list synchronizes
             features = features[good]
-        return features.to(self.result_device, self.dtype)
+        return features.to(self.dtype)
 
 
 def fast_precision(device: torch.device) -> str:
@@ -177,11 +176,6 @@ def class_names(model: Any) -> list[str] | None:
     if isinstance(names, dict):  # timm's form for names with gaps
         names = [names.get(i, names.get(str(i), i)) for i in range(count)]
     return [str(name) for name in names] if len(names) == count else [*map(str, range(count))]
-
-
-def is_multi_label(model: Any) -> bool:
-    """Whether an image may have several classes: probabilities are sigmoids of the logits."""
-    return bool(getattr(model, "multi_label", False))
 
 
 def weights_fingerprint(model: nn.Module) -> str:

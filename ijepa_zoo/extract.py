@@ -6,13 +6,8 @@ in `Parts` until all of them can be merged into the final files.
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import os
-import shutil
-import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -46,13 +41,12 @@ class ExtractionReport:
 
     Attributes:
         features: The file of features, `[rows, *row]` in the order of the input.
-        index: JSON lines, one per input file.
+        index: JSON lines, one per image.
         record: Settings and counts of the run, JSON.
         shape: Shape of the features.
         dtype: Their dtype.
         failed: Path and reason of each image without a row.
-        skipped: Files in folders or shards that are not images by their names.
-        images_per_second: Rate of all processes in this session; 0 if nothing was left to do.
+        skipped: Path and reason of each file in folders or shards that is not an image by its name.
         already_done: Whether a finished run with the same settings was found.
         settings: Settings of the run.
     """
@@ -63,8 +57,7 @@ class ExtractionReport:
     shape: tuple[int, ...]
     dtype: str
     failed: list[tuple[str, str]]
-    skipped: int
-    images_per_second: float
+    skipped: list[tuple[str, str]]
     already_done: bool
     settings: dict[str, Any]
 
@@ -133,19 +126,14 @@ def extract_features(
     """
     if min(1 if batch_size is None else batch_size, threads or 1) < 1 or (workers or 0) < 0:
         raise SettingsError("batch_size and threads must be at least 1, workers at least 0")
-
-    def make_encoder(device: torch.device) -> Encoder:
-        return Encoder(
-            model, layers=layers, pool=pool, dtype=dtype, precision=precision, device=device,
-            threads=threads,
-        )  # fmt: skip
-
-    outputs = _outputs(Path(out), format, dtype, pool)
+    features = {"layers": layers, "pool": pool, "dtype": dtype}
     return run_extraction(
-        *(inputs, model, make_encoder, outputs, _write_rows),
+        *(inputs, model, features, _outputs(Path(out), format, dtype, pool), _write_rows),
         batch_size=batch_size,
         device=device,
         workers=workers,
+        threads=threads,
+        precision=precision,
         strict=strict,
         value_range=value_range,
         bands=bands,
@@ -158,13 +146,15 @@ def extract_features(
 def run_extraction(
     inputs: Any,
     model: nn.Module,
-    make_encoder: Callable[[torch.device], Encoder],
+    features: dict[str, Any],
     outputs: Outputs,
     write: Writer,
     *,
     device: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
+    threads: int | None = None,
+    precision: str = "auto",
     strict: bool = False,
     value_range: tuple[float, float] | None = None,
     bands: tuple[int, ...] | None = None,
@@ -172,9 +162,11 @@ def run_extraction(
     overwrite: bool = False,
     progress: bool = False,
 ) -> ExtractionReport | None:
-    """Extract features or predictions; options are those of `extract_features`."""
+    """Extract features or predictions; `features` are options of `Encoder`."""
     with init_distributed(device, timeout=_WEEK) as distributed:
-        encoder = make_encoder(distributed.device)
+        encoder = Encoder(
+            model, device=distributed.device, precision=precision, threads=threads, **features
+        )
         decoder = Decoder(encoder.in_chans, value_range, bands, max_pixels)
         images = open_images(inputs, decoder=decoder, exclude=outputs.own)
         outputs.refuse_inputs(images)
@@ -191,7 +183,7 @@ def run_extraction(
             "inputs": images.fingerprint(),
             "paths": hash_texts(images.name(index) for index in range(len(images))),
         }
-        extracted = extract_batches(
+        already_done = extract_batches(
             *(images, ImageBatches(images, model, batch_size, strict), encoder, outputs, settings),
             distributed,
             write=write,
@@ -199,16 +191,7 @@ def run_extraction(
             overwrite=overwrite,
             progress=progress,
         )
-        return _report(outputs, extracted) if distributed.is_main else None
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """Number of images that all processes computed in this session, and its seconds."""
-
-    already_done: bool
-    computed: int = 0
-    seconds: float = 0.0
+        return _report(outputs, already_done) if distributed.is_main else None
 
 
 def extract_batches(
@@ -225,24 +208,22 @@ def extract_batches(
     is_cache: bool = False,
     progress: bool = False,
     title: str = "features",
-) -> Extracted:
-    """Turn batches of images into files, resumable; every process must call this.
+) -> bool:
+    """Turn batches of images into files, resumable; returns whether they were finished before.
 
-    `batches` gives a `Batch` by its number, see `ImageBatches`; `encoder` turns them into rows, see
-    `Encoder`; `settings` are plain values that determine the numbers. With `is_cache`, files that
-    are damaged or made with other settings are replaced.
+    Every process must call this. `batches` gives a `Batch` by its number, see `ImageBatches`;
+    `encoder` turns them into rows, see `Encoder`; `settings` are plain values that determine the
+    numbers. With `is_cache`, files that are damaged or made with other settings are replaced.
     """
     settings = json.loads(json.dumps(settings))  # as they are read back
     with lock_outputs(outputs, settings, overwrite, is_cache, distributed) as finished:
-        if finished:
-            return Extracted(already_done=True)
-        row_bytes = math.prod(encoder.row_shape) * encoder.dtype.itemsize
-        parts = Parts(outputs.parts, len(images), batches.batch_size, row_bytes)
-        show = progress and distributed.is_main
-        extracted = _compute(parts, images, batches, encoder, distributed, workers, show, title)
-        if distributed.is_main:
-            merge(outputs, parts, images, encoder.row_shape, settings, write or _write_rows)
-    return extracted
+        if not finished:
+            parts = Parts(outputs.parts, len(images), batches.batch_size)
+            show = progress and distributed.is_main
+            _compute(parts, images, batches, encoder, distributed, workers, show, title)
+            if distributed.is_main:
+                merge(outputs, parts, images, encoder.row_shape, settings, write or _write_rows)
+    return finished
 
 
 def _compute(
@@ -254,7 +235,7 @@ def _compute(
     workers: int | None,
     show: bool,
     title: str,
-) -> Extracted:
+) -> None:
     """Compute the missing parts of this rank."""
     done = distributed.broadcast_object(parts.complete() if distributed.is_main else set())
     if batches.strict:  # parts with failures are computed again, to raise the error
@@ -265,28 +246,22 @@ def _compute(
     loaded = load_in_order(batches, order, workers, pin_memory=encoder.device.type == "cuda")
     total = sum(map(parts.size, own))
     before = total - sum(map(parts.size, missing))
-    start = time.perf_counter()
     with (
         closing(encoder.encode(loaded)) as encoded,
         progress_bar(show, total, title, "image", before) as bar,
     ):
         for part in missing:
-            rows, errors = [], []
-            for _ in parts.batches(part):
-                features, reasons = next(encoded)
-                rows.append(features.to("cpu", encoder.dtype))
-                errors += reasons
-            if not all(torch.isfinite(batch).all() for batch in rows):
+            found = [next(encoded) for _ in parts.batches(part)]
+            rows = torch.cat([features for features, _ in found]).to("cpu", encoder.dtype)
+            if not rows.isfinite().all():
                 name = images.name(part * parts.images_each)
                 raise RunError(
                     f"features of the batches starting at {name!r} are NaN or infinite: use "
                     "float32 for dtype and precision; if that fails too, the weights are damaged"
                 )
-            parts.write(part, rows, errors)
+            parts.write(part, rows, [reason for _, reasons in found for reason in reasons])
             bar.update(parts.size(part))
     distributed.barrier()
-    computed = parts.images - sum(map(parts.size, done))
-    return Extracted(False, computed, time.perf_counter() - start)
 
 
 class ImageBatches:
@@ -358,47 +333,36 @@ def _write_rows(
     """Write the features in one of `FORMATS`."""
     dtype = settings["dtype"]
     if outputs.format == "parquet":
-        _write_parquet(file, parts, outputs.index, shape, dtype)
+        _write_parquet(file, parts, outputs.index, shape[1], dtype)
         return
-    file.write(_header(outputs.format, shape, dtype, settings))
-    for part in range(len(parts)):
-        with parts.rows_file(part).open("rb") as rows:
-            shutil.copyfileobj(rows, file, 1 << 20)
-
-
-def _header(format: str, shape: tuple[int, ...], dtype: str, settings: dict[str, Any]) -> bytes:
-    if format == "safetensors":
+    if outputs.format == "safetensors":
         metadata = {
             key: str(utf8(value)) if isinstance(value, str) else json.dumps(value)
             for key, value in settings.items()
         }
-        return safetensors_header({"features": (DTYPES[dtype], shape)}, metadata)[0]
-    buffer = io.BytesIO()
-    description = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False}
-    np.lib.format.write_array_header_1_0(buffer, {**description, "shape": shape})
-    return buffer.getvalue()
+        file.write(safetensors_header({"features": (DTYPES[dtype], shape)}, metadata)[0])
+    else:
+        description = {"descr": np.dtype(dtype).newbyteorder("<").str, "fortran_order": False}
+        np.lib.format.write_array_header_1_0(file, {**description, "shape": shape})
+    for part in range(len(parts)):
+        file.write(parts.rows(part).view(torch.uint8).numpy().data)
 
 
-def _write_parquet(
-    file: BinaryIO, parts: Parts, index: Path, shape: tuple[int, ...], dtype: str
-) -> None:
+def _write_parquet(file: BinaryIO, parts: Parts, index: Path, width: int, dtype: str) -> None:
     """Columns path, label, features; one row group per part that has rows."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    width = int(np.prod(shape[1:]))
     features = pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), width)
     schema = pa.schema([("path", pa.string()), ("label", pa.string()), ("features", features)])
     with index.open("rb") as lines, parquet.ParquetWriter(file, schema) as writer:
         rows = (line for line in map(json.loads, lines) if line["row"] is not None)
-        for part in range(len(parts)):
-            values = np.fromfile(parts.rows_file(part), dtype)
-            named = [next(rows) for _ in range(len(values) // width)]
-            if named:
+        for values in map(parts.rows, range(len(parts))):
+            if named := [next(rows) for _ in values]:
                 columns = [
                     pa.array([utf8(line["path"]) for line in named], pa.string()),
                     pa.array([utf8(line["label"]) for line in named], pa.string()),
-                    pa.FixedSizeListArray.from_arrays(pa.array(values), width),
+                    pa.FixedSizeListArray.from_arrays(pa.array(values.flatten().numpy()), width),
                 ]
                 writer.write_table(pa.table(columns, schema=schema))
 
@@ -408,7 +372,7 @@ def utf8(text: str | None) -> str | None:
     return text and text.encode("utf-8", "backslashreplace").decode()
 
 
-def _report(outputs: Outputs, extracted: Extracted) -> ExtractionReport:
+def _report(outputs: Outputs, already_done: bool) -> ExtractionReport:
     record = json.loads(outputs.record.read_bytes())
     return ExtractionReport(
         features=outputs.features,
@@ -417,8 +381,7 @@ def _report(outputs: Outputs, extracted: Extracted) -> ExtractionReport:
         shape=tuple(record["shape"]),
         dtype=record["dtype"],
         failed=[*outputs.failures().values()],
-        skipped=record["skipped"],
-        images_per_second=extracted.computed / max(extracted.seconds, 1e-9),
-        already_done=extracted.already_done,
+        skipped=[(path, reason) for path, reason in record["skipped"]],
+        already_done=already_done,
         settings=record["settings"],
     )

@@ -26,9 +26,8 @@ class FeatureExtractor(nn.Module):
     appendix A.1). Where timm normalizes after pooling (`fc_norm`), `avg` therefore differs from
     timm's pooled output.
 
-    In a network without such blocks (ResNet, ConvNeXt, Swin), the features are the map of timm's
-    `forward_features`, pooled and normalized by the norm of the head, if any (ConvNeXt), as in
-    timm.
+    A network without such blocks (ResNet, ConvNeXt, Swin) gives the input of timm's classifier,
+    which is called 'avg', or the map of `forward_features`.
 
     Args:
         model: A timm ViT, or a timm network whose `forward_features` returns a map.
@@ -63,25 +62,40 @@ class FeatureExtractor(nn.Module):
         self._is_vit = _is_vit(model)
         if self._is_vit:
             self.layers = _block_indices(layers, len(self.model.blocks))
+            self.pool = self._choose_pool(pool)
             width = self.model.embed_dim * len(self.layers)
+            self.num_features = 2 * width if self.pool == "cls_avg" else width
         else:
-            _require_map(self.model, layers)
-            self.layers = [-1]
+            self._check_network(layers, pool)
+            self.layers, self.pool = [-1], "avg" if pool == "auto" else pool
             width = self.model.num_features
-        self.pool = self._choose_pool(pool)
-        self.num_features = 2 * width if self.pool == "cls_avg" else width
+            pooled = getattr(model, "head_hidden_size", width)  # wider in MobileNetV3
+            self.num_features = width if pool is None else pooled
+
+    def _check_network(self, layers: Layers, pool: str | None) -> None:
+        name = type(self.model).__name__
+        if layers != "last" or pool not in ("auto", "avg", None):
+            raise SettingsError(f"{name} has no ViT blocks: use layers='last', pool='avg' or None")
+        shape: Any = ()
+        if hasattr(self.model, "forward_features"):
+            maps = self._map_of_zeros(transform_config(self.model)["input_size"][1:])
+            shape = getattr(maps, "shape", ())
+        if len(shape) != 4 or shape[1] != self.model.num_features:
+            raise SettingsError(
+                f"{name} is neither a timm ViT nor a timm network whose forward_features() returns "
+                "a map: use another model, for example vit_huge14_ijepa"
+            )
 
     def _choose_pool(self, pool: str | None) -> str | None:
         if pool not in POOLS:
             raise SettingsError(f"pool is {pool!r}; use one of {', '.join(map(repr, POOLS))}")
         name = type(self.model).__name__
-        has_cls = self._is_vit and _has_class_token(self.model)
-        has_map = self._is_vit and getattr(self.model, "attn_pool", None) is not None
+        has_cls = _has_class_token(self.model)
+        has_map = getattr(self.model, "attn_pool", None) is not None
         if pool == "auto":
             own = getattr(self.model, "global_pool", "avg")
-            own = getattr(own, "pool_type", own)  # a module in networks without blocks
             pool = "map" if has_map else "cls" if own == "token" and has_cls else "avg"
-            if pool == "avg" and isinstance(own, str) and own != "avg":
+            if pool == "avg" and own != "avg":
                 _log.warning("%s has global_pool=%r: features are pooled by 'avg'", name, own)
         if pool in ("cls", "cls_avg") and not has_cls:
             raise SettingsError(
@@ -93,19 +107,12 @@ class FeatureExtractor(nn.Module):
             raise SettingsError(f"the attention pooling of {name} {why}: use pool='avg'")
         return pool
 
-    @property
-    def final_norm(self) -> nn.Module:
-        """The final LayerNorm; in some timm ViTs it is `fc_norm`, after the pooling."""
-        candidates = (getattr(self.model, name, None) for name in ("norm", "fc_norm"))
-        found = (n for n in candidates if n is not None and not isinstance(n, nn.Identity))
-        return next(found, nn.Identity())
-
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the maps of images of `size` pixels."""
         if self._is_vit:
             height, width = self.model.patch_embed.dynamic_feat_size(size)
         else:
-            height, width = _map_of_zeros(self.model, size).shape[-2:]
+            height, width = self._map_of_zeros(size).shape[-2:]
         return height, width
 
     def row_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
@@ -123,16 +130,15 @@ class FeatureExtractor(nn.Module):
             `[B, D]` in float32 or wider, or maps `[B, D, h, w]` with `pool=None`; `D` is
             `num_features`.
         """
-        if self.pool == "map":
-            tokens = self.model.forward_features(images)
-            features: Tensor = self.model.forward_head(tokens, pre_logits=True)
-        elif self._is_vit:
-            features = self._from_tokens(images)
+        if self._is_vit and self.pool != "map":
+            features = self._from_blocks(images)
+        elif self.pool is None:
+            return self._map(images)
         else:
-            features = self._from_map(images)
+            features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
         return features if self.pool is None else features.to(_wide(features))
 
-    def _from_tokens(self, images: Tensor) -> Tensor:
+    def _from_blocks(self, images: Tensor) -> Tensor:
         with_cls = self.pool in ("cls", "cls_avg")
         blocks: list[Any] = self.model.forward_intermediates(
             images,
@@ -143,30 +149,31 @@ class FeatureExtractor(nn.Module):
             stop_early=True,
             **({"return_prefix_tokens": True} if with_cls else {}),
         )
-        norm = self.final_norm
+        norm = _final_norm(self.model)
         if with_cls:
             parts: list[Tensor] = []
             for patches, prefix in blocks:
                 parts.append(norm(prefix[:, 0]))
                 if self.pool == "cls_avg":
-                    parts.append(_mean(norm(patches), 1))
+                    parts.append(_mean(norm(patches)))
             return torch.cat(parts, dim=-1)
         tokens = torch.cat([norm(patches) for patches in blocks], dim=-1)
         if self.pool == "avg":
-            return _mean(tokens, 1)
+            return _mean(tokens)
         height, width = self.grid((images.shape[-2], images.shape[-1]))
         return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
-    def _from_map(self, images: Tensor) -> Tensor:
-        maps: Tensor = self.model.forward_features(images)
-        channels_last = _is_channels_last(self.model)
-        if self.pool is None:
-            return maps.permute(0, 3, 1, 2) if channels_last else maps
-        pooled = _mean(maps, (1, 2) if channels_last else (2, 3), keepdim=True)
-        norm = getattr(getattr(self.model, "head", None), "norm", None)
-        if norm is not None:
-            pooled = norm(pooled.to(maps.dtype))
-        return pooled.flatten(1)
+    def _map(self, images: Tensor) -> Any:
+        maps = self.model.forward_features(images)
+        is_channels_last = str(getattr(self.model, "output_fmt", "NCHW")) == "NHWC"
+        return maps.permute(0, 3, 1, 2) if is_channels_last else maps
+
+    @torch.inference_mode()
+    def _map_of_zeros(self, size: tuple[int, int]) -> Any:
+        """Map `[1, C, h, w]` of one image, or whatever `forward_features` returns instead."""
+        channels = transform_config(self.model)["input_size"][0]
+        with evaluating(self.model):
+            return self._map(next(self.model.parameters()).new_zeros(1, channels, *size))
 
 
 @contextmanager
@@ -194,57 +201,32 @@ def _has_class_token(model: Any) -> bool:
     return in_blocks and getattr(model, "cls_token", None) is not None
 
 
-def _require_map(model: Any, layers: Layers) -> None:
-    name = type(model).__name__
-    if layers != "last":
-        raise SettingsError(f"{name} has no ViT blocks to choose: use a timm ViT or layers='last'")
-    shape: Any = ()
-    if hasattr(model, "forward_features"):
-        maps = _map_of_zeros(model, transform_config(model)["input_size"][1:])
-        shape = getattr(maps, "shape", ())
-    if len(shape) != 4 or shape[1] != model.num_features:
-        raise SettingsError(
-            f"{name} is neither a timm ViT nor a timm network whose forward_features() returns a "
-            "map: use another model, for example vit_huge14_ijepa"
-        )
-
-
-@torch.inference_mode()
-def _map_of_zeros(model: Any, size: tuple[int, int]) -> Any:
-    """Map `[1, C, h, w]` of one image, or whatever `forward_features` returns instead."""
-    channels = transform_config(model)["input_size"][0]
-    image = next(model.parameters()).new_zeros(1, channels, *size)
-    with evaluating(model):
-        maps = model.forward_features(image)
-    return maps.permute(0, 3, 1, 2) if _is_channels_last(model) else maps
-
-
-def _is_channels_last(model: Any) -> bool:
-    return str(getattr(model, "output_fmt", "NCHW")) == "NHWC"
+def _final_norm(model: nn.Module) -> nn.Module:
+    """The final LayerNorm; in some timm ViTs it is `fc_norm`, after the pooling."""
+    candidates = (getattr(model, name, None) for name in ("norm", "fc_norm"))
+    found = (n for n in candidates if n is not None and not isinstance(n, nn.Identity))
+    return next(found, nn.Identity())
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype.itemsize > 4 else torch.float32
 
 
-def _mean(tensor: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
-    return tensor.mean(dim, keepdim=keepdim, dtype=_wide(tensor))
+def _mean(tokens: Tensor) -> Tensor:
+    return tokens.mean(1, dtype=_wide(tokens))
 
 
 def _block_indices(layers: Layers, depth: int) -> list[int]:
+    """Indices from 0, ascending."""
     if isinstance(layers, str):
-        if layers not in ("last", "last4"):
-            raise SettingsError(
-                f"layers is {layers!r}; use 'last', 'last4' or a list of block indices"
-            )
-        layers = range(-1, 0) if layers == "last" else range(-4, 0)
-    bad = [i for i in layers if not -depth <= i < depth]
-    if bad or not layers:
+        ends = {"last": range(-1, 0), "last4": range(-4, 0)}
+        if layers not in ends:
+            raise SettingsError(f"layers is {layers!r}; use last, last4 or a list of block indices")
+        layers = ends[layers]
+    indices = sorted(i % depth for i in layers if -depth <= i < depth)
+    if not layers or len(set(indices)) < len(layers):
         raise SettingsError(
-            f"layers {list(layers)} do not fit a model of {depth} blocks: use indices from 0 to "
-            f"{depth - 1}, or from {-depth} to -1 counted from the end"
+            f"layers {list(layers)} do not fit {depth} blocks: use each index once, from "
+            f"0 to {depth - 1}, or from {-depth} to -1 counted from the end"
         )
-    indices = sorted(i % depth for i in layers)
-    if len(set(indices)) < len(indices):
-        raise SettingsError(f"layers {list(layers)} name a block twice: give each block once")
     return indices

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .data.datasets import ImageDataset
@@ -20,7 +20,6 @@ from .distributed import Distributed
 from .errors import RunError, SettingsError
 
 _MOST_PARTS = 4096
-_IMAGES = {"inputs", "paths"}  # settings that are hashes of the list of images
 # File, parts, all outputs, shape of the rows, settings.
 Writer: TypeAlias = "Callable[[BinaryIO, Parts, Outputs, tuple[int, ...], dict[str, Any]], None]"
 
@@ -38,6 +37,10 @@ class Outputs:
     @classmethod
     def beside(cls, path: Path, stem: str, format: str) -> Outputs:
         """The files of a run whose features are `path`."""
+        try:
+            os.fsencode(path).decode()
+        except UnicodeDecodeError:
+            raise SettingsError(f"{str(path)!r} is not UTF-8: safetensors cannot open it") from None
         index, record = path.with_name(f"{stem}.index.jsonl"), path.with_name(f"{stem}.run.json")
         return cls(path, index, record, path.with_name(f"{path.name}.parts"), format)
 
@@ -67,25 +70,21 @@ class Outputs:
 
     def failures(self) -> dict[int, tuple[str, str]]:
         """Path and reason of each image without a row, by its number, of a finished run."""
-        if not json.loads(self.record.read_bytes())["failed"]:
-            return {}
         with self.index.open("rb") as file:
-            lines = [line for line in map(json.loads, file) if "skipped" not in line]
-        return {i: (line["path"], line["error"]) for i, line in enumerate(lines) if "error" in line}
+            lines = enumerate(map(json.loads, file))
+            return {i: (line["path"], line["error"]) for i, line in lines if "error" in line}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Fixed ranges of a run's batches, each written as two files when it is complete.
+    """Fixed ranges of a run's batches, each a file `000007.safetensors` when it is complete.
 
-    `000007.rows` has the features of the good images, C order, little-endian; `000007.json`,
-    renamed after it, null or a reason for each image.
+    The file has the `rows` of the good images and, as metadata, null or a reason for each image.
     """
 
     folder: Path
     images: int
     batch_size: int
-    row_bytes: int
 
     @property
     def batches_each(self) -> int:
@@ -110,35 +109,33 @@ class Parts:
         return range(first, first + -(-self.size(part) // self.batch_size))
 
     def complete(self) -> set[int]:
-        """Numbers of the complete parts whose two files agree; others are computed again."""
+        """Numbers of the complete parts; those that are absent or damaged are computed again."""
         return {part for part in range(len(self)) if self._is_complete(part)}
 
     def _is_complete(self, part: int) -> bool:
         try:
-            errors, size = self.errors(part), self.rows_file(part).stat().st_size
-        except (ValueError, FileNotFoundError):
+            self.errors(part)
+        except (SafetensorError, FileNotFoundError):
             return False
-        return len(errors) == self.size(part) and size == errors.count(None) * self.row_bytes
+        return True
 
-    def write(self, part: int, rows: Sequence[Tensor], errors: Sequence[str | None]) -> None:
+    def write(self, part: int, rows: Tensor, errors: Sequence[str | None]) -> None:
         """Write a complete part."""
-        with whole_file(self.rows_file(part)) as file:
-            for row in rows:
-                file.write(row.contiguous().view(torch.uint8).numpy().tobytes())
-        with whole_file(self._errors_file(part)) as file:
-            file.write(json.dumps(errors).encode())
+        with whole_file(self._file(part)) as file:
+            file.write(save({"rows": rows.contiguous()}, {"errors": json.dumps(errors)}))
+
+    def rows(self, part: int) -> Tensor:
+        """Features of the good images of a part."""
+        return load_file(self._file(part))["rows"]
 
     def errors(self, part: int) -> list[str | None]:
         """For each image of a part, None or why it has no row."""
-        errors: list[str | None] = json.loads(self._errors_file(part).read_bytes())
+        with safe_open(self._file(part), "pt") as file:
+            errors: list[str | None] = json.loads(file.metadata()["errors"])
         return errors
 
-    def rows_file(self, part: int) -> Path:
-        """File of the features of a part."""
-        return self.folder / f"{part:06}.rows"
-
-    def _errors_file(self, part: int) -> Path:
-        return self.folder / f"{part:06}.json"
+    def _file(self, part: int) -> Path:
+        return self.folder / f"{part:06}.safetensors"
 
 
 @contextmanager
@@ -196,18 +193,13 @@ def _is_finished(outputs: Outputs, settings: dict[str, Any], is_cache: bool) -> 
     if not found or resumes:
         return False
     record = _read(outputs.record)
-    before = record.get("settings")
+    before = record.get("settings", {})
     is_whole = len(found) == len(outputs.files) and outputs.sizes() == record.get("bytes")
-    if before == settings and is_whole:
-        return True
-    if is_cache:
-        return False
-    if not before:
-        why = "is not from a finished run"
-    elif before != settings:
+    if (before == settings and is_whole) or is_cache:
+        return before == settings and is_whole
+    why = "is not from a finished run, or was changed since"
+    if before and before != settings:
         why = f"was made with other settings ({_differences(before, settings)})"
-    else:
-        why = "is from a run whose files have been changed or removed since"
     raise RunError(
         f"'{found[0]}' {why}: choose another output, or --overwrite (overwrite=True) to replace it"
     )
@@ -217,14 +209,13 @@ def _start_or_resume(outputs: Outputs, settings: dict[str, Any], overwrite: bool
     """Keep the parts of a run with these settings, or start a new one."""
     before = _read(outputs.parts / "settings.json")
     if before != settings:
-        has_parts = any(outputs.parts.glob("[0-9]*.json"))
-        if before and has_parts and not overwrite:
+        if before and any(outputs.parts.glob("[0-9]*")) and not overwrite:
             raise RunError(
                 f"'{outputs.parts}' has an unfinished run with other settings "
                 f"({_differences(before, settings)}): use those settings to resume it, or "
                 "--overwrite (overwrite=True) to start over"
             )
-        _remove(outputs, "[0-9]*.rows*", "[0-9]*.json*", "merged.tmp")
+        _remove(outputs, "[0-9]*", "merged.tmp")
         with whole_file(outputs.parts / "settings.json") as file:
             file.write(json.dumps(settings).encode())
     outputs.record.unlink(missing_ok=True)  # the old files no longer count as a finished run
@@ -232,7 +223,7 @@ def _start_or_resume(outputs: Outputs, settings: dict[str, Any], overwrite: bool
 
 def _remove_parts(outputs: Outputs) -> None:
     """Remove the parts of a finished run, then their settings."""
-    _remove(outputs, "[0-9]*.rows*", "[0-9]*.json*", "merged.tmp", "settings.json*", "*lock")
+    _remove(outputs, "[0-9]*", "merged.tmp", "settings.json*", "*lock")
     with suppress(OSError):  # it does not exist, or a new run has just opened its lock in it
         outputs.parts.rmdir()
 
@@ -254,9 +245,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    shown = [key for key in changed if key not in _IMAGES]
-    texts = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in shown]
-    return "; ".join(texts + ["other images"] * (len(shown) < len(changed)))
+    return "; ".join(f"{key}: was {before.get(key)}, is {now.get(key)}" for key in changed)
 
 
 def merge(
@@ -268,35 +257,30 @@ def merge(
     write: Writer,
 ) -> None:
     """Join the parts into the final files, atomically, the record last."""
-    counts = {"rows": 0, "failed": 0, "skipped": 0}
+    rows = 0
     temporary = outputs.parts / "merged.tmp"
+    errors = (error for part in range(len(parts)) for error in parts.errors(part))
     with whole_file(outputs.index, temporary) as file:
-        for line in _index_lines(images, parts):
-            kind = "failed" if "error" in line else "skipped" if "skipped" in line else "rows"
-            counts[kind] += 1
+        for index, error in enumerate(errors):
+            line: dict[str, Any] = {
+                "row": None,
+                "path": images.name(index),
+                "label": images.label(index),
+            }
+            line |= {"row": rows} if error is None else {"error": error}
+            rows += error is None
             file.write(json.dumps(line).encode() + b"\n")
-    shape, dtype = (counts["rows"], *row_shape), settings["dtype"]
+    shape = (rows, *row_shape)
     with whole_file(outputs.features, temporary) as file:
         write(file, parts, outputs, shape, settings)
-    about = {"shape": list(shape), "dtype": dtype, "bytes": outputs.sizes(), "settings": settings}
+    record = {
+        "rows": rows,
+        "failed": len(images) - rows,
+        "skipped": [(path, reason) for _, path, reason in images.skipped],
+        "shape": shape,
+        "dtype": settings["dtype"],
+        "bytes": outputs.sizes(),
+        "settings": settings,
+    }
     with whole_file(outputs.record, temporary) as file:
-        file.write(json.dumps({**counts, **about}, indent=1).encode() + b"\n")
-
-
-def _index_lines(images: ImageDataset, parts: Parts) -> Iterator[dict[str, Any]]:
-    """Row, path and label of every image; `error` or `skipped` where there is no row."""
-    reasons = (error for part in range(len(parts)) for error in parts.errors(part))
-    skipped = deque(images.skipped)
-    row = 0
-    for index in range(len(images) + 1):
-        while skipped and skipped[0][0] == index:
-            _, path, why = skipped.popleft()
-            yield {"row": None, "path": path, "label": None, "skipped": why}
-        if index == len(images):
-            return
-        about = {"path": images.name(index), "label": images.label(index)}
-        if (reason := next(reasons)) is not None:
-            yield {"row": None, **about, "error": reason}
-        else:
-            yield {"row": row, **about}
-            row += 1
+        file.write(json.dumps(record, indent=1).encode() + b"\n")

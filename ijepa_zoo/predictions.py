@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .encode import Encoder, class_names, is_multi_label
+from .encode import class_names
 from .errors import SettingsError
 from .extract import ExtractionReport, require_pyarrow, run_extraction, utf8
 from .features import FeatureExtractor
@@ -35,8 +36,6 @@ def predict(
     out: str | os.PathLike[str],
     *,
     topk: int = 1,
-    precision: str = "auto",
-    threads: int | None = None,
     **options: Any,
 ) -> ExtractionReport | None:
     """Predict the classes of images and write them as a table.
@@ -53,10 +52,9 @@ def predict(
             classifier folder of a probe.
         out: File ending in .csv or .parquet; a folder for a dense head.
         topk: Classes per image, the most probable first.
-        precision: See :func:`ijepa_zoo.extract_features`.
-        threads: See there.
         options: Further arguments of :func:`ijepa_zoo.extract_features`: batch_size, device,
-            workers, strict, value_range, bands, max_pixels, overwrite, progress.
+            workers, threads, precision, strict, value_range, bands, max_pixels, overwrite,
+            progress.
 
     Returns:
         The result; None on ranks other than 0.
@@ -67,22 +65,12 @@ def predict(
             "the model has no classifier: name the folder of a fine-tuned model or of a probe, "
             "local-dir:RESULT/model"
         )
-    path = Path(out)
     is_dense = isinstance(model, Classifier) and model.is_dense
     if not is_dense and not 1 <= topk <= len(names):
         raise SettingsError(f"topk is {topk}: the model has {len(names)} classes")
-    outputs = _map_outputs(path) if is_dense else _table_outputs(path)
-    predictions = Predictions(model, topk)
-
-    def make_encoder(device: torch.device) -> Encoder:
-        encoder = Encoder(
-            model, precision=precision, device=device, threads=threads, extractor=predictions
-        )
-        encoder.settings |= {"classes": names, "topk": topk}
-        return encoder
-
-    write = _write_maps if is_dense else _write_table
-    return run_extraction(inputs, model, make_encoder, outputs, write, **options)
+    outputs, write = _outputs(Path(out), is_dense), _write_maps if is_dense else _write_table
+    predictions = {"extractor": Predictions(model, topk)}
+    return run_extraction(inputs, model, predictions, outputs, write, **options)
 
 
 class Predictions(nn.Module):
@@ -96,6 +84,7 @@ class Predictions(nn.Module):
     def __init__(self, model: Any, topk: int | None = None) -> None:
         super().__init__()
         self.model, self.topk = model, topk
+        self.settings = {"classes": class_names(model), "topk": topk}
         is_ours = isinstance(model, Classifier)
         self.is_dense = is_ours and model.is_dense
         features = model.extractor if is_ours else FeatureExtractor(model)
@@ -113,15 +102,21 @@ class Predictions(nn.Module):
         if self.is_dense:
             one = logits.shape[1] == 1
             return logits[:, 0] * _MILLI if one else logits.argmax(dim=1).float()
-        found = logits.sigmoid() if is_multi_label(self.model) else logits.softmax(dim=1)
+        is_multi_label = getattr(self.model, "multi_label", False)
+        found = logits.sigmoid() if is_multi_label else logits.softmax(dim=1)
         if self.topk is None:
             return found
         best = found.topk(self.topk)
         return torch.cat([best.values, best.indices.float()], dim=1)
 
 
-def _table_outputs(path: Path) -> Outputs:
+def _outputs(path: Path, is_dense: bool) -> Outputs:
+    """A table, or for a dense head a table in a folder of maps."""
     format = TABLES.get(path.suffix.lower())
+    if is_dense:
+        if format or path.is_file():
+            raise SettingsError(f"'{path}' is not a folder: a dense head writes a map per image")
+        return Outputs.beside(path / "maps.csv", "maps", "csv")
     if format is None or path.is_dir():
         raise SettingsError(f"'{path}' is not the name of a table: end it in {', '.join(TABLES)}")
     if format == "parquet":
@@ -129,21 +124,12 @@ def _table_outputs(path: Path) -> Outputs:
     return Outputs.beside(path, path.stem, format)
 
 
-def _map_outputs(path: Path) -> Outputs:
-    """The list of the maps is a table in the folder."""
-    if path.suffix.lower() in TABLES or path.is_file():
-        raise SettingsError(f"'{path}' is not a folder: a dense head writes a map per image")
-    return Outputs.beside(path / "maps.csv", "maps", "csv")
-
-
-def _rows(parts: Parts, index: Path, width: int) -> Iterator[tuple[dict[str, Any], Any]]:
+def _rows(parts: Parts, index: Path) -> Iterator[tuple[dict[str, Any], Any]]:
     """Every image with its row, or None if it could not be read."""
     with index.open("rb") as lines:
-        images = (line for line in map(json.loads, lines) if "skipped" not in line)
         for part in range(len(parts)):
-            values = iter(np.fromfile(parts.rows_file(part), "<f4").reshape(-1, width))
-            for _ in range(parts.size(part)):
-                line = next(images)
+            values = iter(parts.rows(part).numpy())
+            for line in map(json.loads, itertools.islice(lines, parts.size(part))):
                 yield line, None if "error" in line else next(values)
 
 
@@ -156,7 +142,7 @@ def _write_table(
     columns.append("error")
 
     def lines() -> Iterator[list[Any]]:
-        for line, row in _rows(parts, outputs.index, shape[1]):
+        for line, row in _rows(parts, outputs.index):
             found: list[Any] = [None] * 2 * topk
             if row is not None:
                 found[0::2] = [names[int(number)] for number in row[topk:]]
@@ -182,7 +168,7 @@ def _write_parquet(file: BinaryIO, columns: list[str], lines: Iterator[list[Any]
     kinds = [pa.float32() if name.startswith("probability") else pa.string() for name in columns]
     schema = pa.schema(list(zip(columns, kinds)))
     with parquet.ParquetWriter(file, schema) as writer:
-        while group := [line for _, line in zip(range(65_536), lines)]:
+        while group := list(itertools.islice(lines, 65_536)):
             values = ([utf8(v) if isinstance(v, str) else v for v in c] for c in zip(*group))
             writer.write_table(pa.table([*map(pa.array, values, kinds)], schema=schema))
 
@@ -191,16 +177,16 @@ def _write_maps(
     file: BinaryIO, parts: Parts, outputs: Outputs, shape: tuple[int, ...], settings: dict[str, Any]
 ) -> None:
     """PNG files in the folder, and the table of images and their maps."""
-    folder, (height, width) = outputs.features.parent, shape[1:]
+    folder = outputs.features.parent
     large = len(settings["classes"]) == 1 or len(settings["classes"]) > 256
 
     def lines() -> Iterator[list[Any]]:
-        for number, (line, row) in enumerate(_rows(parts, outputs.index, height * width)):
+        for number, (line, row) in enumerate(_rows(parts, outputs.index)):
             name = None
             if row is not None:
                 name = f"{number:06}-{Path(line['path']).stem}.png"
                 dtype = np.uint16 if large else np.uint8
-                values = row.reshape(height, width).clip(0, np.iinfo(dtype).max).round()
+                values = row.clip(0, np.iinfo(dtype).max).round()
                 Image.fromarray(values.astype(dtype)).save(folder / name)
             yield [line["path"], name, line.get("error")]
 

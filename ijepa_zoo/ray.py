@@ -45,13 +45,10 @@ def decode_images(
 ) -> pa.Table:
     """Decode and transform image files; `pixels` uint8 `[C, H, W]` and `error` replace them.
 
-    Args:
-        batch: Rows with the bytes of an image file, or with a struct of `bytes` and `path`, as in
-            Parquet files of the Hugging Face Hub.
-        transform: Of the model, `create_transform(model, normalize=False)`.
-        decoder: Default: that of the transform.
-        column: Of the files. Default: the first that is not null of `bytes`, `image`, and columns
-            named like an image suffix (`jpg`, `png`), as WebDataset samples have them.
+    `column` has the bytes of image files, or structs of `bytes` and `path` as on the Hugging Face
+    Hub. Default: the first that is not null of `bytes`, `image`, and columns named like an image
+    suffix (`jpg`, `png`), as WebDataset samples have them. `transform` is that of
+    `create_transform(model, normalize=False)`.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -86,15 +83,9 @@ def decode_images(
 class FeatureActor:
     """Turns decoded images into features, or into class probabilities if the model is a classifier.
 
-    Args:
-        model: A name for :func:`ijepa_zoo.create_model`, or a function that creates the model.
-        layers: See :func:`ijepa_zoo.extract_features`.
-        pool: See there; None, which gives maps, is refused.
-        dtype: 'float32' or 'float16'.
-        precision: See there.
-        device: See there.
-        threads: Threads of the computation on a CPU. Default: torch's, which are the CPUs that Ray
-            assigns to the actor.
+    `model` is a name for :func:`ijepa_zoo.create_model`, or a function that creates the model; the
+    options are those of :func:`ijepa_zoo.extract_features`, without maps. `threads` are by default
+    torch's, which are the CPUs that Ray assigns to the actor.
     """
 
     def __init__(
@@ -112,15 +103,10 @@ class FeatureActor:
         is_classifier = class_names(network) is not None
         self.column = "probabilities" if is_classifier else "features"
         self.encoder = Encoder(
-            network,
-            layers=layers,
-            pool=pool,
-            dtype=dtype,
-            precision=precision,
-            device=device,
+            network, layers=layers, pool=pool, dtype=dtype, precision=precision, device=device,
             threads=threads or torch.get_num_threads(),
             extractor=Predictions(network) if is_classifier else None,
-        )
+        )  # fmt: skip
         is_dense = getattr(network, "is_dense", False)
         if is_dense or len(self.encoder.row_shape) != 1 or dtype == "bfloat16":
             raise SettingsError(
@@ -138,7 +124,8 @@ class FeatureActor:
         good = np.array([error is None for error in errors], bool)
         values = np.zeros((len(images), *self.encoder.row_shape), self.encoder.settings["dtype"])
         if pieces:
-            values[good] = torch.cat([rows for rows, _ in self.encoder.encode(pieces)]).numpy()
+            found = [rows for rows, _ in self.encoder.encode(pieces)]
+            values[good] = torch.cat(found).cpu().numpy()
         if not np.isfinite(values).all():
             raise RunError(
                 "features are NaN or infinite: use float32 for dtype and precision; if that fails "
@@ -152,11 +139,9 @@ class FeatureActor:
 def read_images(paths: str | Sequence[str], filesystem: Any = None) -> Dataset:
     """Read image files, Parquet files or WebDataset shards, without decoding images.
 
-    Args:
-        paths: Files or folders, all of one kind, local or URIs such as s3:// and gs://. The suffix
-            of the first tells Parquet files and tar shards from images and folders of images, which
-            give the columns `bytes` and `path`.
-        filesystem: Of pyarrow. Default: by the paths.
+    `paths` are files or folders of one kind, local or URIs such as s3:// and gs://. The suffix of
+    the first tells Parquet files and tar shards from images and folders of images, which give the
+    columns `bytes` and `path`.
     """
     data = _ray_data()
     paths = [paths] if isinstance(paths, str) else list(paths)
@@ -164,7 +149,7 @@ def read_images(paths: str | Sequence[str], filesystem: Any = None) -> Dataset:
     if suffix.endswith(".parquet"):
         return data.read_parquet(paths, filesystem=filesystem)
     if suffix.endswith(SHARD_SUFFIXES):
-        types = ["tar", "tar.gz", "tgz"]
+        types = [suffix[1:] for suffix in SHARD_SUFFIXES]
         return data.read_webdataset(
             paths, filesystem=filesystem, decoder=None, file_extensions=types
         )
@@ -193,8 +178,7 @@ def map_features(
         column: See :func:`decode_images`.
         decoder: Sets ranges of values, bands or the largest size. Default: that of the model.
         actors: Copies of the model; the least and the most for a pool that grows and shrinks.
-        num_cpus: CPUs that each actor reserves. The tasks that read and decode reserve one each.
-            Default: 1.
+        num_cpus: CPUs that each actor reserves, by default 1, as the tasks that decode.
         num_gpus: GPUs that each actor reserves.
         batch_size: Images per call of an actor. Default: 256 with GPUs, else 32.
         options: Arguments of :class:`FeatureActor`.

@@ -83,4 +83,4 @@ def save_pca_picture(
     pixels = torch.stack(chosen)
     encoder = Encoder(model, pool=None, device=device)
     ((maps, _),) = encoder.encode([(pixels, [None] * len(pixels))])
-    pca_picture(pixels, maps).save(path)
+    pca_picture(pixels, maps.cpu()).save(path)

@@ -11,13 +11,9 @@ from safetensors.torch import load_file
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _clean():
+    """A seed; a trainer on a GPU chooses kernels for the whole process."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _kernels():
-    """A trainer on a GPU chooses kernels for the whole process."""
     precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
     yield
     torch.set_float32_matmul_precision(precision)

@@ -14,6 +14,8 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 _PRELOAD = [
     "torch.distributed.fsdp",
@@ -34,14 +36,10 @@ def free_port():
 def _context():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
     return context
 
 
@@ -57,21 +55,16 @@ def _child(script, arguments, environment, errors):
 def start(script, world, *arguments):
     """Start `world` processes of a script; each has a file `errors` for what it prints."""
     context, port = _context(), free_port()
+    script, arguments = textwrap.dedent(script), [*map(str, arguments)]
     processes = []
     for rank in range(world):
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        environment |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
+        environment |= {"MASTER_ADDR": "127.0.0.1"}
         descriptor, errors = tempfile.mkstemp(suffix=f".rank{rank}")
         os.close(descriptor)
-        script = textwrap.dedent(script)
         process = context.Process(
-            target=_child, args=(script, [*map(str, arguments)], environment, errors), daemon=True
+            target=_child, args=(script, arguments, environment, errors), daemon=True
         )
         process.errors = Path(errors)
         process.start()

@@ -22,22 +22,21 @@ needs_onnx = pytest.mark.skipif(not HAVE_ONNX, reason="the extra onnx is not ins
 needs_new_timm = pytest.mark.skipif(
     not hasattr(timm.layers, "is_exporting"), reason="older timm keeps positions of the own size"
 )
-FREE_FORMATS = [
-    pytest.param("onnx", marks=needs_onnx),
-    pytest.param("torch-export", marks=needs_new_timm),
-]
-FORMATS = [pytest.param("onnx", marks=needs_onnx), "torch-export"]
 TINY = {"img_size": 48, "embed_dim": 96, "depth": 2, "num_heads": 3, "pretrained": False}
 
 
-@pytest.fixture(scope="module")
-def model():
+def make_model(**options):
     torch.manual_seed(0)
-    made = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY).eval()
+    made = ijepa_zoo.create_model("vit_tiny16_ijepa", **{**TINY, **options}).eval()
     for name, parameter in made.named_parameters():  # norms and biases that do something
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
     return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
 
 
 def normalized(pixels):
@@ -46,23 +45,8 @@ def normalized(pixels):
 
 
 @torch.no_grad()
-def maps(model, pixels, blocks):
-    """Maps of the blocks by hooks."""
-    outputs = {}
-    hooks = [
-        model.blocks[i].register_forward_hook(lambda _, __, out, i=i: outputs.update({i: out}))
-        for i in blocks
-    ]
-    model.forward_features(normalized(pixels))
-    tokens = torch.cat([model.norm(outputs[i]) for i in blocks], -1)
-    for hook in hooks:
-        hook.remove()
-    height, width = (side // 16 for side in pixels.shape[-2:])
-    return tokens.transpose(1, 2).reshape(len(pixels), -1, height, width)
-
-
-def features(model, pixels):
-    return maps(model, pixels, [1]).mean((2, 3))
+def features(model, pixels, layers="last", pool="avg"):
+    return ijepa_zoo.FeatureExtractor(model, layers, pool)(normalized(pixels))
 
 
 def some_pixels(count, height=48, width=48):
@@ -87,171 +71,139 @@ def record(folder):
     return json.loads((folder / "serving.json").read_text())
 
 
-def relative_error(got, wanted):
-    return (got - wanted).norm() / wanted.norm()
-
-
-@pytest.mark.parametrize("to", FORMATS)
-def test_features_of_any_batch(model, tmp_path, to):
-    folder = export_graph(model, tmp_path / "served", to)
+@pytest.mark.parametrize(
+    ("to", "options", "limit"),
+    [
+        pytest.param("onnx", {}, 1e-5, marks=needs_onnx),
+        pytest.param("onnx", {"dtype": "float16"}, 2e-3, marks=needs_onnx),
+        pytest.param("onnx", {"quantize": "int8"}, 0.05, marks=needs_onnx),
+        ("torch-export", {}, 1e-5),
+        ("torch-export", {"dtype": "bfloat16"}, 2e-2),
+    ],
+)
+def test_features_of_any_batch_in_every_precision(model, tmp_path, monkeypatch, to, options, limit):
+    if not options:
+        monkeypatch.setattr(deploy, "_ONE_FILE", 10_000)
+    folder = export_graph(model, tmp_path / "made", to, **options).rename(tmp_path / "served")
     for count in (1, 2, 7):
         pixels = some_pixels(count)
-        torch.testing.assert_close(run(folder, pixels), features(model, pixels))
+        got, wanted = run(folder, pixels), features(model, pixels)
+        assert got.dtype == torch.float32
+        assert (got - wanted).norm() / wanted.norm() < limit
     about = record(folder)
     assert about["input"] == {"name": "images", "dtype": "uint8", "shape": ["batch", 3, 48, 48]}
     assert about["output"] == {"name": "features", "dtype": "float32", "shape": ["batch", 96]}
     assert (about["layers"], about["pool"]) == ([1], "avg")
-    assert [check["images"] for check in about["checked"]["batches"]] == [1, 2, 5]
-    assert about["checked"]["lowest_cosine"] > 0.99999
+    assert about["precision"] == next(iter(options.values()), "float32")
+    assert about["checked"]["lowest_cosine"] > 1 - limit
+    names = {about["file"], "serving.json"}
+    assert {path.name for path in folder.iterdir()} - names == (
+        {"model.onnx.data"} if to == "onnx" and not options else set()
+    )
+    size = sum(path.stat().st_size for path in folder.glob("model.*"))
+    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert (size < 0.7 * whole) == bool(options)
     for path in folder.iterdir():  # the file does not tell where it was made
         for place in (ijepa_zoo.__file__, torch.__file__, folder):
             assert str(Path(place).parent).encode() not in path.read_bytes(), path
 
 
-@pytest.mark.parametrize("to", FREE_FORMATS)
+@pytest.mark.parametrize(
+    "to",
+    [
+        pytest.param("onnx", marks=needs_onnx),
+        pytest.param("torch-export", marks=needs_new_timm),
+    ],
+)
 def test_maps_of_other_sizes_resample_positions_as_timm_does(model, tmp_path, to):
     options = {"layers": [0, -1], "pool": None, "dynamic_size": True}
     folder = export_graph(model, tmp_path / "served", to, **options)
     assert record(folder)["input"]["shape"] == ["batch", 3, "height", "width"]
     assert record(folder)["input"]["multiple_of"] == [16, 16]
-    resized = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY).eval()
+    assert record(folder)["output"]["shape"] == ["batch", 192, "rows", "columns"]
     for size in ((48, 48), (32, 112), (144, 144)):
-        resized.load_state_dict(model.state_dict())
+        resized = make_model()
         resized.set_input_size(size)
         pixels = some_pixels(3, *size)
-        torch.testing.assert_close(run(folder, pixels), maps(resized, pixels, [0, 1]))
-        resized.set_input_size((48, 48))
+        wanted = features(resized, pixels, [0, 1], None)
+        torch.testing.assert_close(run(folder, pixels), wanted)
     assert not model.dynamic_img_size
 
 
 @needs_new_timm
-def test_other_sizes_need_absolute_positions(tmp_path):
-    eva = timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28)
-    with pytest.raises(SettingsError, match="Eva"):
-        export_graph(eva, tmp_path / "served", "torch-export", dynamic_size=True)
-
-
-@needs_new_timm
-def test_class_token_of_a_timm_model(tmp_path):
-    vit = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=48).eval()
-    options = {"output": "features", "dynamic_size": True}
-    folder = export_graph(vit, tmp_path / "served", "torch-export", **options)
-    pixels = some_pixels(2)
+def test_models_of_timm(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=48).eval()
+    options = {"to": "torch-export", "output": "features", "dynamic_size": True}
+    folder, pixels = export_graph(vit, tmp_path / "served", **options), some_pixels(2)
     with torch.no_grad():
         wanted = vit.forward_features((pixels / 255 - 0.5) / 0.5)[:, 0]
     torch.testing.assert_close(run(folder, pixels), wanted)
     assert record(folder)["pool"] == "cls"
-
-
-@pytest.mark.parametrize(
-    ("to", "dtype", "limit"),
-    [
-        pytest.param("onnx", "float16", 2e-3, marks=needs_onnx),
-        ("torch-export", "bfloat16", 2e-2),
-    ],
-)
-def test_half_precision_is_smaller_and_close(model, tmp_path, to, dtype, limit):
-    folder = export_graph(model, tmp_path / "half", to, dtype=dtype)
-    size = sum(path.stat().st_size for path in folder.glob("model.*"))
-    assert size < 0.7 * sum(tensor.nbytes for tensor in model.state_dict().values())
-    pixels = some_pixels(4)
-    got = run(folder, pixels)
-    assert got.dtype == torch.float32
-    assert 0 < relative_error(got, features(model, pixels)) < limit
-    assert next(model.parameters()).dtype == torch.float32
-
-
-@needs_onnx
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_int8_and_weights_beyond_one_file(model, tmp_path, monkeypatch, quantize):
-    import onnx
-
-    monkeypatch.setattr(deploy, "_ONE_FILE", 10_000)
-    folder = export_graph(model, tmp_path / "served", quantize=quantize)
-    names = {"model.onnx", "serving.json"} | ({"model.onnx.data"} if quantize is None else set())
-    assert {path.name for path in folder.iterdir()} == names
-    operators = [node.op_type for node in onnx.load(folder / "model.onnx").graph.node]
-    linear = 4 * 2 if quantize else 0  # qkv, proj, fc1, fc2 of two blocks
-    assert operators.count("MatMulInteger") == linear
-    moved = folder.rename(tmp_path / "elsewhere")
-    pixels = some_pixels(3)
-    limit = 0.05 if quantize else 1e-5
-    assert relative_error(run(moved, pixels), features(model, pixels)) < limit
-    assert record(moved)["precision"] == (quantize or "float32")
+    eva = timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28)
+    with pytest.raises(SettingsError, match="Eva"):  # rotary positions
+        export_graph(eva, tmp_path / "eva", **options)
 
 
 @pytest.mark.parametrize(
     "damage", [lambda x: x * 1.001, lambda x: x * float("nan"), lambda x: x[:1]]
 )
-def test_file_that_disagrees_is_not_kept(model, tmp_path, monkeypatch, damage):
-    earlier = tmp_path / "served"
-    earlier.mkdir()
-    (earlier / "serving.json").write_text("earlier")
-    load = deploy._load
-    monkeypatch.setattr(deploy, "_load", lambda *args: lambda images: damage(load(*args)(images)))
+def test_file_that_disagrees_is_not_kept(tmp_path, monkeypatch, damage):
+    (tmp_path / "serving.json").write_text("earlier")
+    monkeypatch.setattr(deploy, "_trace", lambda graph: graph)
+    monkeypatch.setattr(deploy, "_write", lambda *_: None)
+    wrong = make_model(depth=1)
+    monkeypatch.setattr(deploy, "_load", lambda *_: lambda pixels: damage(features(wrong, pixels)))
     with pytest.raises(RunError, match="differs"):
-        export_graph(model, earlier, "torch-export", overwrite=True)
-    assert [path.name for path in tmp_path.rglob("*")] == ["served", "serving.json"]
-    assert (earlier / "serving.json").read_text() == "earlier"
+        export_graph(wrong, tmp_path, "torch-export", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["serving.json"]
+    assert (tmp_path / "serving.json").read_text() == "earlier"
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
 def test_weights_without_features_are_refused(tmp_path, value):
-    broken = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY).eval()
-    torch.nn.init.constant_(broken.norm.weight, value)
-    torch.nn.init.constant_(broken.norm.bias, value)
+    broken = make_model(depth=1)
+    for parameter in broken.norm.parameters():
+        torch.nn.init.constant_(parameter, value)
     with pytest.raises(RunError, match="the model itself"):
         export_graph(broken, tmp_path / "served", "torch-export")
     assert not list(tmp_path.iterdir())
 
 
-def test_model_is_left_as_it_was(tmp_path):
-    model = ijepa_zoo.create_model("vit_tiny16_ijepa", **TINY).double().train()
+def test_model_is_left_as_it_was_and_its_preprocessing_is_described(tmp_path):
+    model = make_model().double().train()
     model.blocks[1].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [part.training for part in model.modules()]
-    export_graph(model, tmp_path / "served", "torch-export")
-    export_graph(model, tmp_path / "served", "torch-export", overwrite=True)
-    assert [part.training for part in model.modules()] == modes
-    assert model.patch_embed.strict_img_size
-    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
-
-
-def test_described_preprocessing_gives_the_pixels_of_the_transform(model, tmp_path):
     about = record(export_graph(model, tmp_path / "served", "torch-export"))["preprocessing"]
+    assert [part.training for part in model.modules()] == modes
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     transform = ijepa_zoo.create_transform(model, normalize=False)
-    for path in PHOTOS:
-        for shape in ((133, 67), (67, 133), (20, 20)):
-            image = Image.open(path).resize(shape)
-            short, (height, width) = about["resize"], about["center_crop"]
-            scaled = [int(short * side / min(image.size)) for side in image.size]
-            filter = Image.Resampling[about["interpolation"].upper()]
-            resized = image.convert(about["color"]).resize(scaled, filter)
-            left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
-            pixels = np.asarray(resized.crop((left, top, left + width, top + height)))
-            np.testing.assert_array_equal(pixels.transpose(2, 0, 1), transform(image))
-    wide = ijepa_zoo.create_model("vit_tiny16_ijepa", **{**TINY, "img_size": (32, 48)})
-    with pytest.raises(SettingsError, match="32x48"):
-        export_graph(wide, tmp_path / "wide", "torch-export")
+    short, (height, width) = about["resize"], about["center_crop"]
+    filter = Image.Resampling[about["interpolation"].upper()]
+    for shape in ((133, 67), (67, 133), (20, 20)):
+        image = Image.open(PHOTOS[0]).resize(shape).convert(about["color"])
+        scaled = [int(short * side / min(image.size)) for side in image.size]
+        left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+        cropped = image.resize(scaled, filter).crop((left, top, left + width, top + height))
+        np.testing.assert_array_equal(np.asarray(cropped).transpose(2, 0, 1), transform(image))
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "error", "named"),
     [
-        ({"to": "tensorrt"}, "tensorrt"),
-        ({"dtype": "float64"}, "float64"),
-        ({"quantize": "int4"}, "int4"),
-        ({"to": "onnx", "dtype": "bfloat16"}, "bfloat16"),
-        ({"to": "torch-export", "quantize": "int8"}, "int8"),
-        ({"output": "logits", "to": "torch-export"}, "no classifier"),
+        ({"to": "tensorrt"}, SettingsError, "tensorrt"),
+        ({"dtype": "float64"}, SettingsError, "float64"),
+        ({"quantize": "int4"}, SettingsError, "int4"),
+        ({"to": "onnx", "dtype": "bfloat16"}, SettingsError, "bfloat16"),
+        ({"to": "torch-export", "quantize": "int8"}, SettingsError, "int8"),
+        ({"to": "torch-export", "output": "logits"}, SettingsError, "no classifier"),
+        ({"to": "torch-export"}, SettingsError, "32x48"),
+        ({"to": "onnx"}, MissingPackageError, "onnxscript.*pip install onnx onnxscript"),
     ],
+    ids=str,
 )
-def test_impossible_options(model, tmp_path, options, named):
-    with pytest.raises(SettingsError, match=named):
-        export_graph(model, tmp_path / "served", **options)
-
-
-def test_missing_packages_are_named(model, tmp_path, monkeypatch):
+def test_impossible_requests(tmp_path, monkeypatch, options, error, named):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingPackageError, match=r"onnxscript.*pip install onnx onnxscript"):
-        export_graph(model, tmp_path / "served", "onnx")
+    size = {"img_size": (32, 48)} if named == "32x48" else {}
+    with pytest.raises(error, match=named):
+        export_graph(make_model(depth=1, **size), tmp_path / "served", **options)

@@ -11,22 +11,11 @@ import torch
 from ijepa_zoo.distributed import Distributed, choose_device, init_distributed, read_environment
 from ijepa_zoo.errors import DistributedError
 
-TORCHRUN = {
-    "RANK": "1",
-    "WORLD_SIZE": "2",
-    "LOCAL_RANK": "1",
-    "LOCAL_WORLD_SIZE": "2",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500",
-}
-SLURM = {
-    "SLURM_STEP_NUM_TASKS": "16",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
-    "SLURM_PROCID": "9",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_NODELIST": "gpu[07-08],gpu11",
-    "SLURM_JOB_ID": "123456",
-}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_PROCID": "9"}
+SLURM |= {"SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-08],gpu11"}
+SLURM |= {"SLURM_JOB_ID": "123456"}
 
 
 def test_environments():
@@ -37,29 +26,26 @@ def test_environments():
     assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("gpu07", "23456")
     assert read_environment({"SLURM_STEP_NUM_TASKS": "1"}) is None
     with init_distributed("cpu") as distributed:
-        assert distributed == Distributed()
+        assert distributed == Distributed(0, 1, 0, 1, torch.device("cpu"))
         assert distributed.is_main
 
 
-def test_half_of_slurms_variables():
-    with pytest.raises(DistributedError, match="LOCAL_RANK not set"):
-        read_environment({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"})
-
-
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("environment", "change", "named"),
     [
-        ({"RANK": ""}, "RANK"),
-        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "MASTER_ADDR and MASTER_PORT"),
-        ({"RANK": "2"}, "RANK=2"),
-        ({"RANK": "one"}, "'one'"),
-        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        (TORCHRUN, {"RANK": ""}, "RANK=,"),
+        (TORCHRUN, {"MASTER_ADDR": ""}, "MASTER_ADDR=,"),
+        (TORCHRUN, {"RANK": "2"}, "RANK=2"),
+        (TORCHRUN, {"RANK": "one"}, "RANK=one"),
+        (TORCHRUN, {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1"),
+        (TORCHRUN, {"LOCAL_RANK": "2"}, "LOCAL_RANK=2"),
+        (TORCHRUN, {"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        (SLURM, {"SLURM_LOCALID": ""}, "LOCAL_RANK=,"),
     ],
 )
-def test_wrong_environments_are_refused(change, named):
+def test_wrong_environments_are_refused(environment, change, named):
     with pytest.raises(DistributedError, match=named):
-        read_environment({**TORCHRUN, **change})
+        read_environment({**environment, **change})
 
 
 def test_devices(monkeypatch):
@@ -67,34 +53,60 @@ def test_devices(monkeypatch):
     for name in ("cuda:7", "gpu", "meta"):
         with pytest.raises(DistributedError, match=name):
             choose_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DistributedError, match="GPU 0"):
+        choose_device("cuda")
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device() == torch.device("cuda", 0)
     assert choose_device("auto", 1, 2) == torch.device("cuda", 1)
-    assert current == [1]
-    with pytest.raises(DistributedError, match="GPU 3"):
-        choose_device("cuda", 3, 4)
+    assert choose_device("cuda:0", 1, 2) == torch.device("cuda", 0)
+    assert current == [0, 1, 0]
+    with pytest.raises(DistributedError, match="GPU 2"):
+        choose_device("cuda", 2, 4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm shows each task its own
     assert choose_device("cuda", 3, 4) == torch.device("cuda", 0)
+    with pytest.raises(DistributedError, match="GPU 1"):
+        choose_device("cuda:1", 1, 4)
 
 
 EXCHANGE = """
 import time
 import torch
 from ijepa_zoo.distributed import init_distributed
+from ijepa_zoo.errors import RunError
+
+def main_only():
+    raise RunError(f"only rank {distributed.rank}")
 
 for _ in range(2):  # a job may evaluate twice
     with init_distributed("auto", 30) as distributed:
         rank = distributed.rank
         assert (distributed.world_size, distributed.local_world_size) == (2, 2)
         assert distributed.device.type == "cpu"
-        assert distributed.all_reduce(torch.tensor([1.0, rank])).tolist() == [2, 1]
+        own = torch.tensor([1.0, rank])
+        assert distributed.all_reduce(own).tolist() == [2, 1] and own.tolist() == [1, rank]
         rows = distributed.all_gather(torch.full((2, 3), rank))
         assert rows[:, 0].tolist() == [0, 0, 1, 1] and rows.shape == (4, 3)
+        rows = distributed.all_gather_rows(torch.full((3 * rank, 2), 1 + rank))
+        assert rows[:, 1].tolist() == [2, 2, 2]
+        rows = distributed.all_gather_rows(torch.full((2 - rank, 2), 1 + rank))
+        assert rows[:, 1].tolist() == [1, 1, 2]
+        assert distributed.broadcast(torch.tensor([rank])).tolist() == [0]
         assert distributed.broadcast_object({"from": rank}) == {"from": 0}
+        assert distributed.all_gather_object(str(rank)) == ["0", "1"]
+        assert distributed.run_on_main(lambda: rank + 5) == 5
+        try:
+            distributed.run_on_main(main_only)
+        except RunError as error:
+            assert str(error) == "only rank 0"
+        else:
+            raise AssertionError
         distributed.barrier()
         print("rank", rank, "done")
+    assert not torch.distributed.is_initialized()
     time.sleep(rank)  # the other one must not take the addresses of the group before
 """
 DIES = """
@@ -109,23 +121,18 @@ with init_distributed("cpu") as distributed:
 """
 
 
-def under_torchrun(path, script):
+@pytest.mark.parametrize(("script", "succeeds"), [(EXCHANGE, True), (DIES, False)])
+def test_jobs_of_torchrun(tmp_path, script, succeeds):
+    """Exchanges; a killed process ends the job."""
+    path = tmp_path / "script.py"
     path.write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*command, f"--master-port={several_processes.free_port()}", path],
+    port = f"--master-port={several_processes.free_port()}"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", port, path],
         env={**os.environ, "PYTHONPATH": str(several_processes.ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=250,
     )
-
-
-def test_exchanges_under_torchrun(tmp_path):
-    done = under_torchrun(tmp_path / "script.py", EXCHANGE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done") == 4
-
-
-def test_a_killed_process_ends_the_job(tmp_path):
-    assert under_torchrun(tmp_path / "script.py", DIES).returncode != 0
+    assert (done.returncode == 0) == succeeds, done.stderr
+    assert done.stdout.count("done") == (4 if succeeds else 0)

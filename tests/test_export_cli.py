@@ -1,6 +1,7 @@
 """`ijepa-zoo export`: every source to every format, and the example that serves an ONNX file."""
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from small_run import CONFIG, after_updates, pictures
-from test_deploy import needs_onnx, normalized
+from test_deploy import features, needs_onnx, run
 
 import ijepa_zoo
 from ijepa_zoo.cli import main
@@ -42,29 +43,28 @@ def bias(name):
     return ijepa_zoo.create_model(name).norm.bias
 
 
-def served(folder):
-    """Features of one picture by an exported program, and the picture normalized."""
-    pixels = torch.from_numpy(pictures(1)).permute(0, 3, 1, 2)
-    return torch.export.load(f"{folder}/model.pt2").module()(pixels), pixels
-
-
 def about(folder):
     return json.loads(Path(folder, "serving.json").read_text())
 
 
-def test_released_weights_to_the_formats_of_weights(here, capsys):
-    for to in ("timm", "transformers", "official", "native"):
+def test_released_weights_to_the_formats_of_weights(here, capsys, monkeypatch):
+    wanted = bias(NANO).half().float()
+    for to in ("timm", "transformers", "native"):
         assert main(["export", NANO, to, "--to", to, "--dtype", "float16"]) == 0
+        assert torch.equal(bias(f"local-dir:{to}").float(), wanted)
     out = capsys.readouterr().out
     assert "native/model.safetensors" in out
     assert 'create_model("local-dir:native")' in out
-    wanted = bias(NANO).half().float()
     assert torch.equal(timm.create_model("local-dir:timm", pretrained=True).norm.bias, wanted)
-    for folder in ("timm", "transformers", "native"):
-        assert torch.equal(bias(f"local-dir:{folder}").float(), wanted)
+    assert main(["export", NANO, "official", "--to", "official"]) == 0
     (file,) = Path("official").glob("*.pth.tar")
     assert main(["export", str(file), "again", "--model", NANO]) == 0
-    assert torch.equal(bias("local-dir:again").float(), wanted)
+    assert torch.equal(bias("local-dir:again"), bias(NANO))
+    call = {}
+    monkeypatch.setattr("ijepa_zoo.weights.export.export", lambda *_, **kw: call.update(kw) or here)
+    words = ["--push-to", "me/repo", "--private", "--revision", "v2"]
+    assert main(["export", NANO, "out", *words]) == 0
+    assert call.items() >= {"push_to": "me/repo", "private": True, "revision": "v2"}.items()
 
 
 def test_any_step_of_a_run(here, stopped, capsys):
@@ -78,57 +78,55 @@ def test_any_step_of_a_run(here, stopped, capsys):
     wanted = ijepa_zoo.create_model("local-dir:native", network="encoder").eval()
     assert not torch.equal(wanted.norm.bias, newest)
     assert torch.equal(bias("local-dir:timm"), wanted.norm.bias)
-    got, _ = served("torch-export")
+    pixels = torch.from_numpy(pictures(1)).permute(0, 3, 1, 2)
     images = ijepa_zoo.create_transform(wanted)(pictures(1)[0])[None]
     with torch.no_grad():
-        torch.testing.assert_close(got, wanted.encode(images).mean(1))
+        torch.testing.assert_close(run(Path("torch-export"), pixels), wanted.encode(images).mean(1))
     assert "after 4 steps" in about("torch-export")["weights"]
 
 
+@pytest.fixture
+def own(here):
+    """Weights of a smaller encoder, in a file that does not say so."""
+    small = {"embed_dim": 64, "depth": 2}
+    model = ijepa_zoo.create_model(NANO, pretrained=False, **small).eval()
+    save_file(model.state_dict(), "own.safetensors")
+    return ["export", str(here / "own.safetensors"), "served"], model
+
+
 @needs_onnx
-def test_name_to_onnx_served_by_the_example(here, capfd):
-    assert main(["export", NANO, "served", "--to", "onnx", "--layers", "last4", "--quiet"]) == 0
+def test_onnx_served_by_the_example(here, own, capfd, monkeypatch):
+    words, model = own
+    words += ["--model", NANO, "--embed-dim", "64", "--depth", "2", "--to", "onnx", "--quiet"]
+    assert main(words) == 0
     out, err = capfd.readouterr()
-    assert "features float32 ['batch', 512]" in out
+    assert "features float32 ['batch', 64]" in out
     assert not err
-    assert NANO in about("served")["weights"]
-    assert about("served")["license"] == "apache-2.0"
+    assert about("served")["weights"] == "own.safetensors"
     photos = sorted(map(str, (ROOT / "examples/images/photos").glob("*.jpg")))
-    words = [str(ROOT / "examples" / "serve_onnx.py"), str(here / "served"), *photos]
+    script = str(ROOT / "examples" / "serve_onnx.py")
     alone = "import runpy, sys; sys.modules.update(torch=None, timm=None, ijepa_zoo=None); "
     alone += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    for command in (["-c", alone, *words], [*words, "--compare", NANO]):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=200
-        )
-        assert f"features [{len(photos)}, 512]" in done.stdout, done.stderr
-    assert f"relative error to {NANO} in PyTorch" in done.stdout
+    command = [sys.executable, "-c", alone, script, str(here / "served"), *photos]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert f"features [{len(photos)}, 64]" in done.stdout, done.stderr
+    ijepa_zoo.export(model, "model", to="native")
+    monkeypatch.setattr(sys, "argv", [script, "served", *photos, "--compare", "local-dir:model"])
+    runpy.run_path(script, run_name="__main__")
+    assert "relative error to local-dir:model in PyTorch" in capfd.readouterr().out
 
 
-def test_own_file_to_torch_export_with_options(here, capsys):
-    model = ijepa_zoo.create_model(NANO, pretrained=False, embed_dim=64, depth=2).eval()
-    save_file(model.state_dict(), "own.safetensors")
-    words = ["export", "own.safetensors", "served", "--to", "torch-export"]
+def test_own_file_to_torch_export_with_options(own, capsys):
+    words, model = own
+    words += ["--to", "torch-export"]
     assert main(words) == 2
     assert "--model" in capsys.readouterr().err
     words += ["--model", NANO, "--embed-dim", "64", "--depth", "2", "--license", "MIT"]
     assert main([*words, "--layers", "0,1", "--pool", "none", "--quiet"]) == 0
     made = about("served")
     assert (made["precision"], made["license"], made["layers"]) == ("float32", "MIT", [0, 1])
-    got, pixels = served("served")
-    with torch.no_grad():
-        wanted = ijepa_zoo.FeatureExtractor(model, [0, 1], None)(normalized(pixels))
-    torch.testing.assert_close(got, wanted)
-
-
-def test_upload_options_reach_the_function(here, monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        "ijepa_zoo.weights.export.export", lambda *args, **kwargs: calls.append(kwargs) or here
-    )
-    words = ["--push-to", "me/repo", "--private", "--revision", "v2"]
-    assert main(["export", NANO, "out", *words]) == 0
-    assert calls[0].items() >= {"push_to": "me/repo", "private": True, "revision": "v2"}.items()
+    pixels = torch.from_numpy(pictures(1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(run(Path("served"), pixels), features(model, pixels, [0, 1], None))
 
 
 @pytest.mark.parametrize(
@@ -156,6 +154,4 @@ def test_wrong_usage_names_the_value(here, capsys, words, named):
 def test_existing_folder_is_refused_before_the_source_is_read(here, capsys, to):
     Path("out").mkdir()
     assert main(["export", "hf-hub:nobody/absent", "out", "--to", to]) == 1
-    err = capsys.readouterr().err
-    assert "out" in err
-    assert "--overwrite" in err
+    assert "--overwrite" in capsys.readouterr().err

@@ -43,11 +43,5 @@ def test_official_context_encoder_is_the_hub_file(record: registry.Checkpoint) -
     hub = ijepa_zoo.create_model(f"{record.name}_context").state_dict()
     assert ranged.keys() == hub.keys()
     assert all(torch.equal(ranged[name], hub[name]) for name in hub)
-
-
-@pytest.mark.parametrize("record", OFFICIAL, ids=lambda record: record.name)
-def test_official_target_encoder_is_another_network(record: registry.Checkpoint) -> None:
     target = ijepa_zoo.create_model(record.name).state_dict()
-    context = ijepa_zoo.create_model(record.name, network="encoder").state_dict()
-    assert not torch.equal(target["norm.weight"], context["norm.weight"])
-    assert torch.equal(target["pos_embed"], context["pos_embed"])
+    assert not torch.equal(target["norm.weight"], ranged["norm.weight"])

@@ -1,3 +1,5 @@
+"""Multi-block masks: recorded numbers of the official sampler, and laws of both modes."""
+
 import json
 import math
 from pathlib import Path
@@ -13,6 +15,7 @@ from ijepa_zoo.masks import MultiBlockMasks
 from ijepa_zoo.seeds import fold
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "masks.json").read_text())
+MODES = pytest.mark.parametrize("mode", ["published", "unbiased"])
 
 
 def coverage(index, patches):
@@ -45,16 +48,14 @@ def test_published_statistics(batch_size, first, batches):
     golden = GOLDEN["statistics"][str(batch_size)]
     masks = MultiBlockMasks((16, 16))
     tokens = np.zeros((seeds, batches))
-    context_shares = np.zeros((seeds, batches, patches))
-    target_shares = np.zeros((seeds, batches, patches))
+    context_shares, target_shares = np.zeros((2, seeds, batches, patches))
     lengths = []
-    for seed in range(seeds):
-        for i in range(batches):
-            context, targets = masks.sample(batch_size, seed=seed, step=first + i)
-            tokens[seed, i] = context.shape[1]
-            context_shares[seed, i] = coverage(context, patches).mean(axis=0)
-            target_shares[seed, i] = coverage(targets.flatten(0, 1), patches).mean(axis=0)
-            lengths.append(targets.shape[2])
+    for seed, i in np.ndindex(seeds, batches):
+        context, targets = masks.sample(batch_size, seed=seed, step=first + i)
+        tokens[seed, i] = context.shape[1]
+        context_shares[seed, i] = coverage(context, patches).mean(axis=0)
+        target_shares[seed, i] = coverage(targets.flatten(0, 1), patches).mean(axis=0)
+        lengths.append(targets.shape[2])
 
     def z(ours, expected, resolution):
         variance = ours.var(axis=0, ddof=1).mean(axis=0) / batches * (1 + 1 / seeds)
@@ -92,9 +93,12 @@ def samplers(draw):
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(samplers(), st.integers(0, 2**40), st.integers(0, 10**6))
 def test_every_sampler(masks, seed, step):
+    def sample(**options):
+        return masks.sample(12, seed=seed, step=step, **options)
+
     (height, width), (context_height, context_width) = masks.block_sizes(step)
     patches, columns = math.prod(masks.grid_size), masks.grid_size[1]
-    context, targets = masks.sample(12, seed=seed, step=step)
+    context, targets = sample()
     assert targets.shape == (12, masks.num_targets, height * width)
     assert context.shape[1] > masks.min_keep
     assert (context.diff(dim=1) > 0).all()
@@ -104,150 +108,86 @@ def test_every_sampler(masks, seed, step):
     for m in range(masks.num_targets):
         coverage(targets[:, m], patches)
         rows, places = targets[:, m] // columns, targets[:, m] % columns
-        block = rows.reshape(12, height, width), places.reshape(12, height, width)
-        assert (block[0].diff(dim=1) == 1).all()
-        assert (block[1].diff(dim=2) == 1).all()
+        assert (rows.reshape(12, height, width).diff(dim=1) == 1).all()
+        assert (places.reshape(12, height, width).diff(dim=2) == 1).all()
     if masks.mode == "published":  # never uses the last row and column
         for indices in (context, targets):
             assert (indices % columns).max() < columns - 1
             assert (indices // columns).max() < masks.grid_size[0] - 1
     # a part of a batch is a slice of it, and each group is cut to its own shortest context
-    some_context, some_targets = masks.sample(12, seed=seed, step=step, part=slice(5, 9))
+    some_context, some_targets = sample(part=slice(5, 9))
     assert torch.equal(some_targets, targets[5:9])
     assert torch.equal(some_context, context[5:9])
-    groups = [
-        masks.sample(12, seed=seed, step=step, part=slice(i, i + 4), group_size=4)[0]
-        for i in (0, 4, 8)
-    ]
+    groups = [sample(part=slice(i, i + 4), group_size=4)[0] for i in (0, 4, 8)]
     assert min(group.shape[1] for group in groups) == context.shape[1]
-    half = masks.sample(12, seed=seed, step=step, part=slice(6, 8), group_size=4)[0]
-    assert torch.equal(half, groups[1][2:])
+    assert torch.equal(sample(part=slice(6, 8), group_size=4)[0], groups[1][2:])
 
 
-@pytest.mark.parametrize("mode", ["published", "unbiased"])
-def test_groups_have_lengths_of_their_own_and_targets_do_not_overlap_the_context(mode):
-    masks = MultiBlockMasks((16, 16), mode=mode)
+def test_groups_have_lengths_of_their_own():
+    masks = MultiBlockMasks((16, 16))
     lengths = set()
-    for step in range(6):
-        parts = [slice(i, i + 4) for i in (0, 4, 8)]
-        for part in parts:
-            context, targets = masks.sample(12, seed=0, step=step, part=part, group_size=4)
-            lengths.add(context.shape[1])
-            for m in range(4):
-                assert not (coverage(context, 256) & coverage(targets[:, m], 256)).any()
+    for step, first in np.ndindex(6, 3):
+        part = slice(4 * first, 4 * first + 4)
+        lengths.add(masks.sample(12, seed=0, step=step, part=part, group_size=4)[0].shape[1])
     assert len(lengths) > 6
     for last in (3, 6):
         with pytest.raises(SettingsError, match=rf"3 to {last}.*group_size=4"):
             masks.sample(12, seed=0, step=0, part=slice(3, last), group_size=4)
 
 
-def test_function_of_seed_and_step():
-    masks = MultiBlockMasks((8, 8), min_keep=4)
-
-    def draw(**keys):
-        return [t.tolist() for t in masks.sample(8, **{"seed": 0, "step": 5, **keys})]
-
-    first = draw()
-    for other in ({"seed": 1}, {"step": 6}):
-        assert draw(**other) != first
-    assert draw() == first
-
-
 @pytest.mark.parametrize(
-    ("mode", "expected"), [("published", 16074613985611943747), ("unbiased", 7966140067393764236)]
+    ("grid", "mode", "expected"),
+    [
+        ((8, 8), "published", 16074613985611943747),
+        ((8, 8), "unbiased", 7966140067393764236),
+        ((128, 128), "unbiased", 3879743423125583519),  # so many random keys are equal somewhere
+    ],
 )
-def test_masks_are_stable(mode, expected):
-    # Recorded once: a change would silently change every run.
-    masks = MultiBlockMasks((8, 8), num_targets=12, target_scale=(0.3, 0.4), mode=mode)
-    context, targets = masks.sample(16, seed=0, step=0)
-    assert fold(*context.flatten().tolist(), *targets.flatten().tolist()) == expected
+def test_masks_are_the_recorded_ones_of_seed_and_step(grid, mode, expected):
+    """A change would silently change every run."""
+    full = grid == (8, 8)  # targets leave nothing, and are dropped from the constraint
+    options = {"num_targets": 12, "target_scale": (0.3, 0.4)} if full else {}
+    masks = MultiBlockMasks(grid, mode=mode, **options)
+    size, step = (16, 0) if full else (64, 1)
+    context, targets = masks.sample(size, seed=0, step=step)
+    assert fold(*context.flatten().tolist(), *targets.flatten().tolist() * full) == expected
+    kept = coverage(context, math.prod(grid))
+    overlaps = [(coverage(m, math.prod(grid)) & kept).any() for m in targets.unbind(1)]
+    assert any(overlaps) == full
+    for other in ({"seed": 1, "step": step}, {"seed": 0, "step": step + 1}):
+        assert masks.sample(size, **other)[1].tolist() != targets.tolist()
 
 
-def test_published_cut_keeps_the_first_indices():
-    context, _ = MultiBlockMasks((16, 16)).sample(64, seed=0, step=1)
-    assert context[:, -1].float().mean() < 0.75 * 255
-
-
-def test_unbiased_cut_is_uniform():
-    """Of the patches that could be context, late ones are kept as often as early ones."""
-    masks = MultiBlockMasks((16, 16), context_scale=(1.0, 1.0), mode="unbiased")
-    shares, cut = [], 0
-    for step in range(20):
+@MODES
+def test_unbiased_has_none_of_the_three_biases_of_published(mode):
+    large = MultiBlockMasks((64, 64), mode=mode)
+    sizes = np.array([large.block_sizes(step)[0] for step in range(400)], float)
+    correlation = np.corrcoef(sizes.prod(axis=1), sizes[:, 0] / sizes[:, 1])[0, 1]
+    masks = MultiBlockMasks((16, 16), context_scale=(1.0, 1.0), mode=mode)
+    drawn, kept = np.zeros((2, 16, 16))
+    for step in range(40):
         context, targets = masks.sample(64, seed=2, step=step)
-        kept = coverage(context, 256)
-        # The whole grid is context here, so every patch outside the targets could be kept.
-        free = np.ones((64, 256), bool)
-        np.put_along_axis(free, targets.flatten(1).numpy(), False, axis=1)
-        cut += (free & ~kept).sum()
-        for row, chosen in zip(free, kept):
-            shares.append(np.mean(np.flatnonzero(chosen[row]) + 0.5) / row.sum())
-    assert cut > 10_000
-    assert abs(np.mean(shares) - 0.5) < 4 * np.std(shares) / math.sqrt(len(shares))
-
-
-def test_unbiased_cut_of_many_patches_gives_every_image_its_own():
-    """Random keys of so many patches are equal somewhere."""
-    context, targets = MultiBlockMasks((128, 128), mode="unbiased").sample(64, seed=0, step=1)
-    assert context.min() >= 0
-    kept = coverage(context, 128**2)
-    assert not (kept & coverage(targets[:, 0], 128**2)).any()
-    assert fold(*context.flatten().tolist()) == 3879743423125583519
-
-
-def test_unbiased_covers_the_grid_evenly():
-    """Corners of target blocks are uniform over all positions, the last row and column included."""
-    masks = MultiBlockMasks((6, 7), num_targets=2, target_scale=(0.2, 0.2),
-                            target_aspect=(1.0, 1.0), min_keep=4, mode="unbiased")  # fmt: skip
-    (height, width), _ = masks.block_sizes(0)
-    corners = np.concatenate(
-        [masks.sample(200, seed=0, step=s)[1][:, :, 0].reshape(-1).numpy() for s in range(20)]
-    )
-    counts = np.bincount(corners, minlength=42).reshape(6, 7)
-    possible = counts[: 6 - height + 1, : 7 - width + 1]
-    assert counts.sum() == possible.sum()
-    expected = counts.sum() / possible.size
-    freedom = possible.size - 1
-    chi_square = ((possible - expected) ** 2 / expected).sum()
-    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
-
-
-def test_scale_and_aspect_are_independent_only_in_unbiased_mode():
-    def correlation(mode):
-        masks = MultiBlockMasks((64, 64), mode=mode)
-        sizes = np.array([masks.block_sizes(step)[0] for step in range(400)], float)
-        area, aspect = sizes.prod(axis=1), sizes[:, 0] / sizes[:, 1]
-        return np.corrcoef(area, aspect)[0, 1]
-
-    assert correlation("published") > 0.95
-    assert abs(correlation("unbiased")) < 4 / math.sqrt(400)
+        drawn += np.bincount(targets.flatten(), minlength=256).reshape(16, 16)
+        kept += np.bincount(context.flatten(), minlength=256).reshape(16, 16)
+    rows, columns = kept.sum(axis=1), drawn.sum(axis=0)
+    if mode == "published":  # one draw for both; long contexts cut at the bottom; no last column
+        assert correlation > 0.95
+        assert rows[-2] < 0.8 * rows[0]
+        assert columns[-1] == 0
+    else:
+        assert abs(correlation) < 4 / math.sqrt(400)
+        np.testing.assert_allclose(rows, rows[::-1], rtol=0.1)
+        np.testing.assert_allclose(columns, columns[::-1], rtol=0.1)
 
 
 def test_unbiased_blocks_may_fill_the_grid():
-    masks = MultiBlockMasks((4, 9), context_scale=(1.0, 1.0), min_keep=0, mode="unbiased")
-    assert masks.block_sizes(0)[1] == (4, 9)
-    published = MultiBlockMasks((4, 9), context_scale=(1.0, 1.0), min_keep=0)
-    assert max(published.block_sizes(0)[1]) < 9
+    whole = {"context_scale": (1.0, 1.0), "min_keep": 0}
+    assert MultiBlockMasks((4, 9), **whole, mode="unbiased").block_sizes(0)[1] == (4, 9)
+    assert max(MultiBlockMasks((4, 9), **whole).block_sizes(0)[1]) < 9
     # 24 patches; sides of 4.4 and 5.45 are rounded, and only one that does not fit sets the other
     for grid, aspect, size in (((4, 12), 4.4**2 / 24, (4, 5)), ((12, 4), 24 / 4.4**2, (5, 4))):
         options = {"target_scale": (0.5, 0.5), "target_aspect": (aspect, aspect), "min_keep": 0}
         assert MultiBlockMasks(grid, **options, mode="unbiased").block_sizes(0)[0] == size
-
-
-def test_targets_are_dropped_from_the_constraint_when_nothing_is_left():
-    masks = MultiBlockMasks((8, 8), num_targets=12, target_scale=(0.3, 0.4), min_keep=10)
-    overlaps = 0
-    for step in range(5):
-        context, targets = masks.sample(16, seed=0, step=step)
-        hidden = coverage(context, 64)
-        for m in range(12):
-            overlaps += int((coverage(targets[:, m], 64) & hidden).any())
-    assert overlaps > 0
-
-
-def test_allow_overlap():
-    masks = MultiBlockMasks((16, 16), allow_overlap=True)
-    _, (height, width) = masks.block_sizes(0)
-    assert masks.sample(4, seed=0, step=0)[0].shape == (4, height * width)
 
 
 # targets of 5 x 5 on the 6 x 6 that are used: 11 patches are left
@@ -255,6 +195,7 @@ FULL = {"grid_size": (7, 7), "target_scale": (0.52, 0.52), "target_aspect": (1.0
 # 11 x 11 on 12 x 12, of the largest scale and aspect alone
 LARGEST = {"grid_size": (12, 12), "target_scale": (0.5, 0.7715), "target_aspect": (0.5, 1.0)}
 LARGEST |= {"mode": "unbiased"}
+SQUARE = {"target_scale": (0.9, 0.9), "target_aspect": (1.0, 1.0), "mode": "unbiased"}
 
 
 @pytest.mark.parametrize(
@@ -276,22 +217,26 @@ LARGEST |= {"mode": "unbiased"}
         ({**FULL, "min_keep": 11}, "no context"),
         ({**FULL, "min_keep": 11, "target_scale": (0.3, 0.4287)}, "no context"),  # 1 step in 200
         ({**LARGEST, "min_keep": 23}, "no context"),
+        # accepted, at the bounds
+        ({"grid_size": (8, 8), "min_keep": 8}, None),
+        ({"target_scale": (0.95, 0.95), "mode": "unbiased"}, None),
+        ({"grid_size": (12, 12), "min_keep": 120, "allow_overlap": True, **SQUARE}, None),
+        (FULL, None),
+        ({**LARGEST, "min_keep": 22}, None),
+        ({**FULL, "min_keep": 11, "target_scale": (0.3, 0.428)}, None),  # at most 4 x 4
+        ({"target_scale": (1.0, 1.0), "allow_overlap": True}, None),
+        ({"num_targets": 1, "min_keep": 0, "target_scale": (0.2, 0.2)}, None),
     ],
 )
-def test_refuses_settings(changes, named):
-    with pytest.raises(SettingsError, match=named):
-        MultiBlockMasks(**{"grid_size": (16, 16), **changes})
-
-
-def test_bounds_of_what_is_accepted():
-    MultiBlockMasks((8, 8), min_keep=8).sample(4, seed=0, step=0)  # as the refusal suggests
-    MultiBlockMasks((16, 16), target_scale=(0.95, 0.95), mode="unbiased")
-    square = {"target_scale": (0.9, 0.9), "target_aspect": (1.0, 1.0), "mode": "unbiased"}
-    MultiBlockMasks((12, 12), min_keep=120, allow_overlap=True, **square)  # blocks are 11 x 11
-    MultiBlockMasks(**FULL)
-    MultiBlockMasks(**LARGEST, min_keep=22)
-    MultiBlockMasks(**{**FULL, "min_keep": 11, "target_scale": (0.3, 0.428)})  # at most 4 x 4
-    MultiBlockMasks((16, 16), target_scale=(1.0, 1.0), allow_overlap=True)
-    MultiBlockMasks((16, 16), num_targets=1, min_keep=0, target_scale=(0.2, 0.2))
+def test_bounds_of_settings(changes, named):
+    settings = {"grid_size": (16, 16), **changes}
+    if named is not None:
+        with pytest.raises(SettingsError, match=named):
+            MultiBlockMasks(**settings)
+        return
+    masks = MultiBlockMasks(**settings)
+    context, _ = masks.sample(4, seed=0, step=0)
+    if masks.allow_overlap:
+        assert context.shape == (4, math.prod(masks.block_sizes(0)[1]))
     with pytest.raises(SettingsError, match="batch_size is 0"):
-        MultiBlockMasks((16, 16)).sample(0, seed=0, step=0)
+        masks.sample(0, seed=0, step=0)

@@ -1,11 +1,11 @@
-"""Features on Ray Data: the functions by themselves, and a cluster that loses a node."""
+"""Features on Ray Data: the functions by themselves, a lost node, and the example."""
 
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ijepa_zoo.ray import FeatureActor, decode_images, map_features, read_images
 NANO = "vit_nano8_64_ijepa"
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "examples" / "images" / "photos"
-BROKEN = {"empty": b"", "text": b"not an image", "cut": (PHOTOS / "cat.jpg").read_bytes()[:5000]}
+BROKEN = [b"", b"not an image", (PHOTOS / "cat.jpg").read_bytes()[:5000]]
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +42,14 @@ def table(contents: list[bytes | None], **columns) -> pa.Table:
 
 
 def write_images(folder: Path, count: int, broken: int) -> list[Path]:
-    """Crops of the example photos, some of them broken."""
+    """Crops of an example photo, some of them broken."""
     folder.mkdir()
-    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
-    numbers = np.random.default_rng(0)
-    paths = [folder / f"{i:03}.jpg" for i in range(count)]
-    for i, path in enumerate(paths):
-        photo = photos[i % len(photos)]
-        width, height = numbers.integers(70, 200, 2)
-        left = numbers.integers(photo.width - width)
-        top = numbers.integers(photo.height - height)
-        photo.crop((left, top, left + width, top + height)).save(path)
-    for i, path in enumerate(paths[:: count // broken][:broken] if broken else []):
-        path.write_bytes(list(BROKEN.values())[i % len(BROKEN)])
+    photo = Image.open(PHOTOS / "cat.jpg").convert("RGB")
+    paths = [folder / f"{number:03}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        photo.crop((number, 0, 70 + 5 * number, 90)).save(path)
+    for path, content in zip(paths[1::2], BROKEN[:broken]):
+        path.write_bytes(content)
     return paths
 
 
@@ -89,54 +84,44 @@ def test_a_missing_ray_names_the_command_that_installs_it(monkeypatch):
 
 def test_batches_have_the_features_and_errors_of_extract_features(tmp_path, transform, actor):
     paths = write_images(tmp_path / "images", 12, broken=3)
-    batch = table([path.read_bytes() for path in paths], path=[str(path) for path in paths])
-    result = actor(decode_images(batch, transform))
-    assert result.column_names == ["path", "error", "features"]
+    columns = {"label": pa.array([1, None] * 6), "tags": pa.array([["a", "b"], None] * 6)}
+    contents = [path.read_bytes() for path in paths]
+    batch = table(contents, path=[str(path) for path in paths], **columns)
+    decoded = decode_images(batch, transform)
+    result = actor(decoded)
+    assert result.column_names == ["path", "label", "tags", "error", "features"]
     features, errors = features_of(tmp_path / "images", tmp_path / "f.parquet")
     assert len(errors) == 3
     assert_same(result.to_pylist(), features, errors)
-
-
-def test_pixels_are_those_of_the_model_transform(transform):
-    photo = (PHOTOS / "cat.jpg").read_bytes()
-    decoded = decode_images(table([photo, b"", None]), transform)
+    for name, column in columns.items():  # other columns keep their types
+        assert result[name].combine_chunks().equals(column)
     pixels = decoded["pixels"].combine_chunks().to_numpy_ndarray()
-    assert pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels[0], transform(photo).numpy())
-    assert not pixels[1:].any()
-    assert decoded["error"].to_pylist() == [None, "empty file", "no image in this row"]
-
-
-def test_other_columns_keep_their_types(transform, actor):
-    columns = {"label": pa.array([1, None]), "tags": pa.array([["a", "b"], None])}
-    batch = table([(PHOTOS / "cat.jpg").read_bytes()] * 2, **columns)
-    result = actor(decode_images(batch, transform))
-    for name, column in columns.items():
-        assert result[name].type == column.type
-        assert result[name].to_pylist() == column.to_pylist()
+    for content, own, error in zip(contents, pixels, decoded["error"].to_pylist()):
+        expected = np.zeros_like(own) if error else transform(content).numpy()
+        np.testing.assert_array_equal(own, expected)
 
 
 def test_images_of_parquet_and_of_webdataset_samples_are_found(transform):
     photo = (PHOTOS / "cat.jpg").read_bytes()
-    expected = transform(photo).numpy()
     structs = pa.table({"image": [{"bytes": photo, "path": "cat.jpg"}]})
     samples = pa.table({"__key__": ["a", "b"], "JPG": [None, photo], "png": [photo, None]})
     for batch in (structs, samples, pa.table({"thumbnail": [photo], "bytes": [b"other"]})):
         column = "thumbnail" if "thumbnail" in batch.column_names else None
         decoded = decode_images(batch, transform, column=column)
         for pixels in decoded["pixels"].combine_chunks().to_numpy_ndarray():
-            np.testing.assert_array_equal(pixels, expected)
+            np.testing.assert_array_equal(pixels, transform(photo).numpy())
     assert decode_images(structs, transform)["path"].to_pylist() == ["cat.jpg"]
     with pytest.raises(DataError, match="__key__"):
         decode_images(samples, transform, column="image")
 
 
-@pytest.mark.parametrize("contents", [[], [b"", b"x"]], ids=["no rows", "only broken images"])
+@pytest.mark.parametrize("contents", [[], [b"", None]], ids=["no rows", "only broken images"])
 def test_batches_without_a_good_image(contents, transform, actor):
     usual = actor(decode_images(table([(PHOTOS / "cat.jpg").read_bytes()]), transform))
     result = actor(decode_images(table(contents), transform))
     assert result.schema == usual.schema
     assert result["features"].to_pylist() == [None] * len(contents)
+    assert result["error"].to_pylist() == ["empty file", "no image in this row"][: len(contents)]
 
 
 def test_a_classifier_folder_gives_probabilities(tmp_path, transform):
@@ -145,11 +130,10 @@ def test_a_classifier_folder_gives_probabilities(tmp_path, transform):
     save_classifier(tmp_path / "model", classifier, with_encoder=True)
     photo = (PHOTOS / "cat.jpg").read_bytes()
     actor = FeatureActor(f"local-dir:{tmp_path / 'model'}", device="cpu", threads=1)
-    result = actor(decode_images(table([photo, b""]), transform))
+    found = actor(decode_images(table([photo, b""]), transform))["probabilities"].to_pylist()
     image = ijepa_zoo.create_transform(encoder)(photo)[None]
     with torch.no_grad():
         expected = classifier(image).softmax(dim=1)[0]
-    found = result["probabilities"].to_pylist()
     assert found[0] == pytest.approx(expected.tolist(), abs=1e-6)
     assert found[1] is None
 
@@ -164,52 +148,13 @@ def test_what_a_row_of_parquet_cannot_hold_is_refused(options):
 @pytest.mark.slow
 def test_a_cluster_that_loses_a_node_gives_the_same_features(tmp_path):
     ray = pytest.importorskip("ray")
-    write_images(tmp_path / "images", 200, broken=10)
-    features, errors = features_of(tmp_path / "images", tmp_path / "f.parquet")
-    assert len(errors) == 10
-    kill_a_node_in_the_middle(ray, tmp_path / "images", tmp_path)
-    rows = parquet.read_table(tmp_path / "out").to_pylist()
-    assert_same(rows, features, errors)
-
-
-def extract(images: Path, out: Path, *options: str) -> str:
-    """What `examples/ray/extract.py` prints, on one node of two CPUs."""
-    command = [sys.executable, str(ROOT / "examples/ray/extract.py"), str(images), str(out)]
-    command += ["--model", NANO, "--group", "1", *options]
-    small = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "200000000"}
-    environment = {**os.environ, **small}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_the_example_resumes_by_shards(tmp_path):
-    pytest.importorskip("ray")
-    images, out = tmp_path / "images", tmp_path / "out"
-    images.mkdir()
-    for name in "ab":
-        write_images(images / name, 6, broken=1)
-    assert "0 shards done before, 2 to do" in extract(images, out)
-    first = {path: path.stat().st_mtime_ns for path in (out / "000000").iterdir()}
-    (out / "000001" / "_done.json").unlink()  # as if the run had ended there
-    write_images(images / "0", 6, broken=0)
-    printed = extract(images, out)
-    assert "1 shards done before, 2 to do" in printed
-    assert "6 images, 1 errors" in printed
-    assert "3 shards done before, 0 to do" in extract(images, out)
-    assert {path: path.stat().st_mtime_ns for path in (out / "000000").iterdir()} == first
-    rows = parquet.read_table(out).to_pylist()
-    assert_same(rows, *features_of(images, tmp_path / "f.parquet"))
-
-
-def kill_a_node_in_the_middle(ray, images: Path, folder: Path) -> None:
-    """Write features to `folder / "out"` on two nodes of one CPU, one of which is killed."""
     from ray.cluster_utils import Cluster
 
-    (folder / "seen").mkdir()
+    write_images(tmp_path / "images", 200, broken=3)
+    seen = tmp_path / "seen"
+    seen.mkdir()
 
-    def slow(batch: pa.Table, seen: str = str(folder / "seen")) -> pa.Table:
+    def slow(batch: pa.Table) -> pa.Table:
         node = ray.get_runtime_context().get_node_id()
         for path in batch["path"].to_pylist():
             Path(seen, f"{node}-{Path(path).name}").touch()
@@ -218,34 +163,59 @@ def kill_a_node_in_the_middle(ray, images: Path, folder: Path) -> None:
 
     small = {"num_cpus": 1, "object_store_memory": 200_000_000}
     cluster = Cluster(initialize_head=True, head_node_args=small)
+    node = cluster.add_node(**small)
+
+    def kill() -> int:
+        """Remove the node after 50 images; returns how many all nodes had seen."""
+        while len(list(seen.glob(f"{node.node_id}*"))) < 50:
+            time.sleep(0.05)
+        cluster.remove_node(node, allow_graceful=False)
+        return len(list(seen.iterdir()))
+
+    ray.init(address=cluster.address, log_to_driver=False)
     try:
-        node = cluster.add_node(**small)
-        ray.init(address=cluster.address, log_to_driver=False)
-        finished, seen_before = threading.Event(), []
-
-        def kill() -> None:
-            while not finished.is_set():
-                names = [path.name for path in (folder / "seen").iterdir()]
-                if sum(name.startswith(node.node_id) for name in names) >= 50:
-                    cluster.remove_node(node, allow_graceful=False)
-                    seen_before.append(len(names))
-                    return
-                time.sleep(0.05)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        try:
-            slowed = read_images(str(images)).map_batches(
-                slow, batch_size=None, batch_format="pyarrow"
-            )
-            # Actors that reserve no CPU leave the last CPU to decoding.
-            rows = map_features(slowed, NANO, actors=2, num_cpus=0, device="cpu", threads=1)
-            rows.write_parquet(str(folder / "out"))
-            assert seen_before
-            assert seen_before[0] < 190
-        finally:
-            finished.set()
-            killer.join()
+        killed = ThreadPoolExecutor().submit(kill)
+        images = read_images(str(tmp_path / "images"))
+        slowed = images.map_batches(slow, batch_size=None, batch_format="pyarrow")
+        # Actors that reserve no CPU leave the last CPU to decoding.
+        rows = map_features(slowed, NANO, actors=2, num_cpus=0, device="cpu", threads=1)
+        rows.write_parquet(str(tmp_path / "out"))
     finally:
         ray.shutdown()
         cluster.shutdown()
+    assert killed.result(timeout=1) < 190
+    rows = parquet.read_table(tmp_path / "out").to_pylist()
+    assert_same(rows, *features_of(tmp_path / "images", tmp_path / "f.parquet"))
+
+
+@pytest.mark.slow
+def test_the_example_resumes_by_shards(tmp_path):
+    pytest.importorskip("ray")
+    images, out = tmp_path / "images", tmp_path / "out"
+
+    def extract() -> str:
+        command = [sys.executable, str(ROOT / "examples/ray/extract.py"), str(images), str(out)]
+        small = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "200000000"}
+        done = subprocess.run(
+            [*command, "--model", NANO, "--group", "1"],
+            env={**os.environ, **small},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    images.mkdir()
+    for name in "ab":
+        write_images(images / name, 6, broken=1)
+    assert "0 shards done before, 2 to do" in extract()
+    first = {path: path.stat().st_mtime_ns for path in (out / "000000").iterdir()}
+    (out / "000001" / "_done.json").unlink()  # as if the run had ended there
+    write_images(images / "0", 6, broken=0)
+    printed = extract()
+    assert "1 shards done before, 2 to do" in printed
+    assert "6 images, 1 errors" in printed
+    assert "3 shards done before, 0 to do" in extract()
+    assert {path: path.stat().st_mtime_ns for path in (out / "000000").iterdir()} == first
+    rows = parquet.read_table(out).to_pylist()
+    assert_same(rows, *features_of(images, tmp_path / "f.parquet"))

@@ -58,10 +58,6 @@ def test_python_of_the_readme(folder: Path) -> None:
     exec(block("import timm, ijepa_zoo"), names)
     assert names["model"].num_classes == 100
     assert len(names["backbone"].feature_info.channels()) == 3
-
-
-def test_all_three_networks(folder: Path) -> None:
-    names: dict = {}
     exec(block("MultiBlockMasks"), names)
     assert names["predicted"].shape[:2] == (1, 4)
     assert names["loss"].item() > 0
@@ -89,16 +85,13 @@ def test_first_command_draws_the_picture(folder: Path) -> None:
     assert np.abs(drawn - shown).mean() < 8  # the committed file has a palette of 256 colors
 
 
-def test_features_of_a_folder(folder: Path) -> None:
+def test_features_and_exports(folder: Path) -> None:
     assert main([*command("features photos/ "), "--workers", "0"]) == 0
     names: dict = {}
     exec(block("features.index.jsonl"), names)
     assert names["cats"].shape == (4, 4 * 128)
     exec(block("extract_features("), names)
     assert names["report"].shape == (4, 4 * 128)
-
-
-def test_export_to_other_libraries(folder: Path) -> None:
     assert main(command("export vit_huge14_ijepa.in1k exported --to timm")) == 0
     assert main(command("export vit_huge14_ijepa.in1k official --to official")) == 0
     ijepa_zoo.create_model("local-dir:exported")
@@ -114,13 +107,10 @@ def test_pretrain(folder: Path) -> None:
     assert names["model"].embed_dim == 128
 
 
-def test_every_weight_is_in_the_table() -> None:
+def test_tables_have_every_weight_and_the_measured_ratios() -> None:
     named = set(re.findall(r"`(vit_\w+_ijepa\.\w+)`", README))
     known = {n for n in ijepa_zoo.list_models(pretrained=True) if not n.endswith("_context")}
     assert known <= named
-
-
-def test_ratios_are_those_of_the_benchmarks() -> None:
     measured = re.findall(r"\*\*([\d.]+)\*\* \(", PAGES["examples/benchmarks/README.md"])
     assert set(re.findall(r"\| \*\*([\d.]+)\*\* \|", README)) <= set(measured)
 

@@ -28,15 +28,6 @@ _COMMANDS = {  # module here, help
     "plot": ("pretrain", "curves and masks of a pretraining run, a PNG"),
     "eval": ("eval", "the paper's probes on your data"),
 }
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_PATH = {
-    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST),
-    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
-}
-_NO_MEMORY = (  # of torch's allocators, its shared memory, Python's threads
-    *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"),
-    "can't start new thread",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGTERM or SIGUSR1 and saved, 130 interrupted.
 
     Raises:
-        Exception: Any error but a `UserError`, a full disk, a wrong path and a lack of memory.
+        Exception: Any error but a `UserError`, a full disk and a wrong path, which are the user's.
     """
     args = _parse(sys.argv[1:] if argv is None else argv)
     logging.getLogger("ijepa_zoo").setLevel(logging.INFO)  # such as prefixes that are removed
@@ -67,34 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except Exception as error:
-        text = _describe(error, args.memory)
-        if text is None:
+    except (UserError, OSError) as error:
+        # of the system, a wrong path or a full disk
+        if not (isinstance(error, UserError) or error.filename or error.errno == errno.ENOSPC):
             raise
         if args.debug:
             traceback.print_exc()
-        print(f"ijepa-zoo: error: {text}", file=sys.stderr)
-        return error.exit_code if isinstance(error, UserError) else FAILED
-
-
-def _describe(error: Exception, memory: str | None) -> str | None:
-    """A sentence about an error that a user can fix; None for any other, which is a bug."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno != errno.ENOMEM:
-        if error.errno in _DISK_FULL or (error.errno in _PATH and error.filename is not None):
-            names = [
-                n for n in (error.filename, error.filename2) if isinstance(n, str | os.PathLike)
-            ]
-            return ": ".join([str(error.strerror), *(repr(os.fspath(name)) for name in names)])
-        return None
-    out_of_memory = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in _NO_MEMORY)
-    )
-    if not out_of_memory:
-        return None
-    reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
-    return f"out of memory{reason}{f': use {memory}' if memory else ''}"
+        print(f"ijepa-zoo: error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", FAILED)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -114,7 +85,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     help_debug = "print the traceback of every error"
     parser.add_argument("--debug", action="store_true", help=help_debug)
-    parser.set_defaults(interrupted="interrupted", memory=None)
+    parser.set_defaults(interrupted="interrupted")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (module, purpose) in _COMMANDS.items():
         if name != command:

@@ -64,7 +64,7 @@ _OF_TRAINING = (
     *("select_on_test", "with_encoder", "epochs", "batch_size", "lrs", "wds", "pool"),
 )
 # Every other option is an argument of the probe's function, with the same name.
-_OWN = {"run", "probe", "interrupted", "memory", "debug", "quiet"}
+_OWN = {"run", "probe", "interrupted", "debug", "quiet"}
 
 
 def add_eval(commands: options.Commands) -> list[argparse.ArgumentParser]:
@@ -96,44 +96,37 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     )
     own = parser.add_argument_group("options of the probe")
     _add_task(own, name)
-    own.add_argument("--out", default="results", metavar="DIR",
-        help="folder of all evaluations (default: results)")  # fmt: skip
+    add = own.add_argument
+    add("--out", default="results", metavar="DIR", help="of all evaluations (default: results)")
+    if name in ("logreg", "finetune"):
+        add("--list", metavar="FILE",
+            help="names of the training images, one per line, such as ImageNet's 1 %%")  # fmt: skip
     if name == "logreg":
-        own.add_argument("--list", metavar="FILE",
-            help="names of the training images, one per line (ImageNet's 1 %%)")  # fmt: skip
-        own.add_argument("--per-class", type=positive, metavar="K",
-            help="use K training images per class")  # fmt: skip
+        add("--per-class", type=positive, metavar="K", help="use K training images per class")
     if name != "finetune":
-        own.add_argument("--baseline", action="store_true",
-            help="also evaluate random weights and raw pixels")  # fmt: skip
-        own.add_argument("--select-on-test", action="store_true",
+        add("--baseline", action="store_true", help="also evaluate random weights and raw pixels")
+        add("--select-on-test", action="store_true",
             help="choose the best setting on the test set, as is common in the literature",
         )  # fmt: skip
     if name in (*_HEADS, "segmentation"):
-        own.add_argument("--cached", action="store_true",
-            help="encode each image once, then train on the features")  # fmt: skip
+        add("--cached", action="store_true", help="encode images once, then train on the features")
     if name in _HEADS:
-        own.add_argument("--lrs", type=options.numbers, metavar="LR,LR",
+        add("--lrs", type=options.numbers, metavar="LR,LR",
             help="learning rates per 256 images (default: those of the protocol)")  # fmt: skip
-        own.add_argument("--wds", type=options.numbers, metavar="WD,WD",
+        add("--wds", type=options.numbers, metavar="WD,WD",
             help="weight decays (default: those of the protocol)")  # fmt: skip
     if name in (*_HEADS, "segmentation", "logreg"):
-        own.add_argument("--with-encoder", action="store_true",
+        add("--with-encoder", action="store_true",
             help="save the encoder beside the chosen head (default: a reference)")  # fmt: skip
     if name in (*_HEADS, "segmentation", "finetune"):
-        own.add_argument("--epochs", type=positive, metavar="N",
-            help="default: those of the paper's protocol")  # fmt: skip
+        add("--epochs", type=positive, metavar="N", help="default: those of the paper's protocol")
     if name == "finetune":
-        own.add_argument("--list", metavar="FILE",
-            help="names of the training images to use, one per line: the recipe for 1 %% of "
-            "ImageNet")  # fmt: skip
-        own.add_argument("--micro-batch-size", type=positive, default=MICRO_BATCH, metavar="N",
+        add("--micro-batch-size", type=positive, default=MICRO_BATCH, metavar="N",
             help=f"images per forward pass of a process (default: {MICRO_BATCH})")  # fmt: skip
-        own.add_argument("--grad-checkpointing", action="store_true", help="less memory, slower")
+        add("--grad-checkpointing", action="store_true", help="less memory, slower")
     keeps_head = name in (*_HEADS, "logreg")
     if keeps_head:
-        own.add_argument("--head", metavar="DIR",
-            help="test a saved head (RUN/model) on --data instead of training one")  # fmt: skip
+        add("--head", metavar="DIR", help="test a saved head (RUN/model) on --data, train none")
     model = options.add_model_options(parser, required=not keeps_head)
     model.add_argument("--random", action="store_true", help="random weights, drawn by --seed")
     if name not in ("finetune", "segmentation", "attentive"):
@@ -153,11 +146,7 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
     run = options.add_run_options(parser, batch)
     run.add_argument("--seed", type=count, default=0, metavar="N", help="default: 0")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
-    smaller = "a smaller --batch-size, " if trained else ""
-    if name == "finetune":
-        smaller = "a smaller --micro-batch-size, --grad-checkpointing, "
-    memory = f"{smaller}a smaller --img-size, --precision bfloat16 or fewer --workers"
-    parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME, memory=memory)
+    parser.set_defaults(run=_evaluate, probe=name, interrupted=options.RESUME)
     return parser
 
 

@@ -8,31 +8,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, SettingsError
-from .options import (
-    DTYPES,
-    RESUME,
-    Commands,
-    add_feature_options,
-    add_model_options,
-    add_pixel_options,
-    add_run_options,
-    feature_options,
-    open_model,
-    positive,
-)
+from . import options
 
 if TYPE_CHECKING:
     from ..extract import ExtractionReport
 
 SOME_IMAGES_FAILED = 3
-_SHOWN = 20  # failures printed; the index has all
-_PASSED = (  # options that are arguments of the functions, with the same names
-    *("batch_size", "device", "workers", "threads", "precision", "strict", "value_range"),
-    *("bands", "max_pixels", "overwrite"),
-)
+_SHOWN = 20  # failed and skipped files printed; index and record have all
 
 
-def add_features(commands: Commands) -> list[argparse.ArgumentParser]:
+def add_features(commands: options.Commands) -> list[argparse.ArgumentParser]:
     """`features`."""
     parser = commands.add_parser(
         "features",
@@ -46,18 +31,18 @@ def add_features(commands: Commands) -> list[argparse.ArgumentParser]:
     add("--out", required=True, metavar="FILE",
         help="required: file to write, .safetensors, .npy or .parquet")  # fmt: skip
     add("--format", choices=("safetensors", "npy", "parquet"), help="default: by the suffix")
-    add_feature_options(out)
-    add("--dtype", choices=DTYPES, default="float32", help="of the file (default: float32)")
+    options.add_feature_options(out)
+    add("--dtype", choices=options.DTYPES, default="float32", help="of the file (default: float32)")
     add("--overwrite", action="store_true", help="replace files that have other settings")
     add("--picture", metavar="FILE", help="draw principal components of patch features, a PNG")
-    add("--picture-images", type=positive, default=12, metavar="N",
+    add("--picture-images", type=options.positive, default=12, metavar="N",
         help="images in the picture (default: 12)")  # fmt: skip
     _add_run(parser)
     parser.set_defaults(run=_features)
     return [parser]
 
 
-def add_predict(commands: Commands) -> list[argparse.ArgumentParser]:
+def add_predict(commands: options.Commands) -> list[argparse.ArgumentParser]:
     """`predict`."""
     parser = commands.add_parser(
         "predict",
@@ -66,12 +51,12 @@ def add_predict(commands: Commands) -> list[argparse.ArgumentParser]:
         "command resumes after an interruption. Exit status 3: done, but some images failed.",
     )
     _add_inputs(parser)
-    out = parser.add_argument_group("output options")
-    out.add_argument("--out", required=True, metavar="FILE",
+    add = parser.add_argument_group("output options").add_argument
+    add("--out", required=True, metavar="FILE",
         help="required: file to write, .csv or .parquet; a folder for a dense head")  # fmt: skip
-    out.add_argument("--topk", type=positive, default=1, metavar="K",
+    add("--topk", type=options.positive, default=1, metavar="K",
         help="classes per image, the most probable first (default: 1)")  # fmt: skip
-    out.add_argument("--overwrite", action="store_true", help="replace files of other settings")
+    add("--overwrite", action="store_true", help="replace files of other settings")
     _add_run(parser)
     parser.set_defaults(run=_predict)
     return [parser]
@@ -82,28 +67,35 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     data.add_argument("inputs", nargs="+", metavar="INPUT",
         help="folders, images, globs, tar shards, .txt lists of paths, .npy, hfds/NAME, ...",
     )  # fmt: skip
-    add_pixel_options(data)
-    data.add_argument("--max-pixels", type=positive, default=178_956_970, metavar="N",
+    options.add_pixel_options(data)
+    data.add_argument("--max-pixels", type=options.positive, default=178_956_970, metavar="N",
         help="images of more pixels fail (default: 178956970, as in Pillow)")  # fmt: skip
     data.add_argument("--strict", action="store_true", help="stop at the first image that fails")
-    add_model_options(parser)
+    options.add_model_options(parser)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    run = add_run_options(parser, batch_size="32, more on a CUDA GPU")
-    run.add_argument("--threads", type=positive, metavar="N",
+    run = options.add_run_options(parser, batch_size="32, more on a CUDA GPU")
+    run.add_argument("--threads", type=options.positive, metavar="N",
         help="threads of the computation on a CPU (default: one per CPU)")  # fmt: skip
-    memory = "a smaller --batch-size, fewer --workers or --precision bfloat16"
-    parser.set_defaults(interrupted=RESUME, memory=memory)
+    parser.set_defaults(interrupted=options.RESUME)
+
+
+def _arguments(args: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """Options that are arguments of `extract_features` and `predict`, with the same names."""
+    names = (
+        *("batch_size", "device", "workers", "threads", "precision", "strict", "value_range"),
+        *("bands", "max_pixels", "overwrite"),
+    )
+    return {"progress": True, **{name: getattr(args, name) for name in (*names, *more)}}
 
 
 def _predict(args: argparse.Namespace) -> int:
     _check_paths(args.inputs)
     from ..predictions import predict
 
-    model = open_model(args)
-    options = {name: getattr(args, name) for name in _PASSED}
-    report = predict(args.inputs, model, args.out, topk=args.topk, progress=True, **options)
+    model = options.open_model(args)
+    report = predict(args.inputs, model, args.out, **_arguments(args, "topk"))
     if report is None:  # rank 0 reports
         return 0
     return _print_report(report, [("classes", str(len(report.settings["classes"])))], [])
@@ -111,17 +103,16 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _features(args: argparse.Namespace) -> int:
     _check_paths(args.inputs)
-    if args.picture:
-        _check_picture(args.picture)
+    if args.picture and not args.picture.endswith(".png"):
+        raise SettingsError(f"--picture '{args.picture}' is drawn as a PNG: end its name in .png")
     from ..extract import extract_features
     from ..models.classifier import Classifier
 
-    model = open_model(args)
+    model = options.open_model(args)
     if isinstance(model, Classifier):
         model = model.encoder
-    options = {name: getattr(args, name) for name in ("dtype", "format", *_PASSED)}
-    options |= feature_options(args)
-    report = extract_features(args.inputs, model, args.out, progress=True, **options)
+    arguments = _arguments(args, "dtype", "format") | options.feature_options(args)
+    report = extract_features(args.inputs, model, args.out, **arguments)
     if report is None:
         return 0
     files = [f"{report.index}  which row is which image", f"{report.record}  settings and counts"]
@@ -143,18 +134,6 @@ def _check_paths(inputs: list[str]) -> None:
             raise DataError(f"'{path}' does not exist")
 
 
-def _check_picture(path: str) -> None:
-    """Refuse an invalid name of a picture before the work."""
-    from PIL import Image
-
-    Image.init()
-    folder, suffix = os.path.dirname(path), os.path.splitext(path)[1].lower()
-    if Image.EXTENSION.get(suffix) not in Image.SAVE:
-        raise SettingsError(f"--picture '{path}' has no suffix of an image file, such as .png")
-    if not os.path.isdir(folder or "."):
-        raise SettingsError(f"the folder of --picture '{path}' does not exist")
-
-
 def _draw(args: argparse.Namespace, model: Any) -> None:
     from ..data.decode import Decoder
     from ..data.sources import open_images
@@ -164,6 +143,7 @@ def _draw(args: argparse.Namespace, model: Any) -> None:
     channels = transform_config(model)["input_size"][0]
     decoder = Decoder(channels, args.value_range, args.bands, args.max_pixels)
     images = open_images(args.inputs, decoder=decoder)
+    os.makedirs(os.path.dirname(args.picture) or ".", exist_ok=True)
     save_pca_picture(images, model, args.picture, count=args.picture_images, device=args.device)
 
 
@@ -174,21 +154,21 @@ def _print_report(
     from ..distributed import read_environment
 
     settings, shape = report.settings, " x ".join(map(str, report.shape))
-    done = f"{report.shape[0]} done, {len(report.failed)} failed, {report.skipped} skipped"
-    rate = f"{report.images_per_second:.1f} images/s on {settings['device']}"
+    done = f"{report.shape[0]} done, {len(report.failed)} failed, {len(report.skipped)} skipped"
     lines = [
         ("model", f"{settings['model']}, {settings['weights']}"),
         *details,
-        ("images", f"{done} ({'all done before' if report.already_done else rate})"),
+        ("images", f"{done}{' (all done before)' if report.already_done else ''}"),
         ("written", f"{report.features}  [{shape}] {report.dtype}"),
         *(("", file) for file in files),
     ]
     for name, text in lines:
         print(f"{name:9} {text}")
-    for path, reason in report.failed[:_SHOWN]:
-        print(f"failed: {path!r}: {reason}", file=sys.stderr)
-    if len(report.failed) > _SHOWN:
-        rest = len(report.failed) - _SHOWN
-        print(f"and {rest} more, see 'error' in {report.index}", file=sys.stderr)
+    for kind, found in (("failed", report.failed), ("skipped", report.skipped)):
+        for path, reason in found[:_SHOWN]:
+            print(f"{kind}: {path!r}: {reason}", file=sys.stderr)
+        if len(found) > _SHOWN:
+            where = report.index if kind == "failed" else report.record
+            print(f"and {len(found) - _SHOWN} more, see {where}", file=sys.stderr)
     is_alone = read_environment(os.environ) is None  # torchrun calls any other status a failure
     return SOME_IMAGES_FAILED if report.failed and is_alone else 0

@@ -11,16 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingsError
-from .options import (
-    DTYPES,
-    Commands,
-    add_feature_options,
-    add_img_size,
-    add_network,
-    count,
-    feature_options,
-    positive,
-)
+from . import options
 
 _WEIGHTS, _GRAPHS = ("native", "timm", "transformers", "official"), ("onnx", "torch-export")
 _SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans", "mlp_ratio")
@@ -30,7 +21,7 @@ _OF_WEIGHTS = ("push_to", "private", "revision")
 _OF_CHECKPOINTS = ("model", *_SIZES)
 
 
-def add_list(commands: Commands) -> list[argparse.ArgumentParser]:
+def add_list(commands: options.Commands) -> list[argparse.ArgumentParser]:
     """`list`."""
     parser = commands.add_parser("list", description="List the models and their weights.")
     parser.add_argument("--pretrained", action="store_true", help="only names with weights")
@@ -38,7 +29,7 @@ def add_list(commands: Commands) -> list[argparse.ArgumentParser]:
     return [parser]
 
 
-def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
+def add_export(commands: options.Commands) -> list[argparse.ArgumentParser]:
     """`export`."""
     parser = commands.add_parser(
         "export",
@@ -53,19 +44,23 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
     add("folder", nargs="?", metavar="DST", help="folder to write (a run: default RUN/export)")
     add("--to", choices=(*_WEIGHTS, *_GRAPHS), default="native",
         help="format (default: native); official needs all three networks")  # fmt: skip
-    add("--dtype", choices=DTYPES, help="of the weights (default: unchanged; of graphs: float32)")
+    add(
+        "--dtype",
+        choices=options.DTYPES,
+        help="of the weights (default: unchanged; of graphs: float32)",
+    )
     add("--license", metavar="SPDX", help="license of the weights (default: as in the source)")
     add("--overwrite", action="store_true", help="replace DST once the new folder is complete")
 
     source = parser.add_argument_group("source options")
-    add_network(source)
-    source.add_argument("--step", type=count, metavar="N",
+    options.add_network(source)
+    source.add_argument("--step", type=options.count, metavar="N",
         help="step of a run's checkpoint (default: the newest)")  # fmt: skip
     source.add_argument("--model", metavar="NAME",
         help="a name of `ijepa-zoo list`, if SOURCE does not record one")  # fmt: skip
-    add_img_size(source)
+    options.add_img_size(source)
     for name in _SIZES:
-        kind = float if name == "mlp_ratio" else positive
+        kind = float if name == "mlp_ratio" else options.positive
         option = f"--{name.replace('_', '-')}"
         source.add_argument(option, type=kind, metavar="N", help="default: that of the model")
 
@@ -75,7 +70,7 @@ def add_export(commands: Commands) -> list[argparse.ArgumentParser]:
     hub.add_argument("--revision", metavar="NAME", help="branch of REPO (default: main)")
 
     graph = parser.add_argument_group("options of onnx and torch-export")
-    add_feature_options(graph)
+    options.add_feature_options(graph)
     graph.add_argument("--quantize", choices=("int8",),
         help="onnx: linear layers in 8 bits, faster on CPUs")  # fmt: skip
     graph.add_argument("--dynamic-size", action="store_true",
@@ -122,14 +117,17 @@ def _export(args: argparse.Namespace) -> int:
         *(_OF_CHECKPOINTS if is_run else ["step"]),
     ]
     if given := [name for name in unused if getattr(args, name) not in (None, False)]:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         kind = "a run" if is_run else "weights"
-        raise SettingsError(f"{options}: not for {kind} ({args.source}) with --to {args.to}")
+        raise SettingsError(f"{shown}: not for {kind} ({args.source}) with --to {args.to}")
     if args.folder is None and (to_graph or not is_run or args.to != "native"):
         raise SettingsError(
             f"name the folder to write: ijepa-zoo export {args.source} DST --to {args.to}"
         )
-    folder = _export_graph(args, is_run) if to_graph else _export_weights(args, is_run)
+    sizes = {name: getattr(args, name) for name in ("img_size", *_SIZES)}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    write = _export_graph if to_graph else _export_weights
+    folder = write(args, is_run, sizes)
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file}  {file.stat().st_size:,} bytes")
     if args.to == "native":
@@ -139,47 +137,41 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _export_weights(args: argparse.Namespace, is_run: bool) -> Path:
+def _export_weights(args: argparse.Namespace, is_run: bool, sizes: dict[str, Any]) -> Path:
     import torch
 
     from ..train import export_run
     from ..weights.export import export
 
-    options: dict[str, Any] = {
-        "to": args.to,
-        "network": args.network,
-        "dtype": getattr(torch, args.dtype) if args.dtype else None,
-        "license": args.license,
-        "overwrite": args.overwrite,
-        **_sizes(args),
-    }
+    given = {name: getattr(args, name) for name in ("to", "network", "license", "overwrite")}
+    given |= {"dtype": getattr(torch, args.dtype) if args.dtype else None, **sizes}
     if args.push_to:
-        options |= {"push_to": args.push_to, "private": args.private, "revision": args.revision}
+        given |= {"push_to": args.push_to, "private": args.private, "revision": args.revision}
     if is_run:
-        return export_run(args.source, args.folder, step=args.step, **options)
-    return export(args.source, args.folder, model_name=args.model, **options)
+        return export_run(args.source, args.folder, step=args.step, **given)
+    return export(args.source, args.folder, model_name=args.model, **given)
 
 
-def _export_graph(args: argparse.Namespace, is_run: bool) -> Path:
+def _export_graph(args: argparse.Namespace, is_run: bool, sizes: dict[str, Any]) -> Path:
     from ..deploy import check_request, export_graph
 
-    options: dict[str, Any] = {"dtype": args.dtype or "float32", "quantize": args.quantize}
-    check_request(args.folder, args.to, overwrite=args.overwrite, **options)
+    given: dict[str, Any] = {name: getattr(args, name) for name in ("quantize", "overwrite")}
+    given["dtype"] = args.dtype or "float32"
+    check_request(args.folder, args.to, **given)
     return export_graph(
-        _run_encoder(args) if is_run else _open_encoder(args),
+        _open_run(args) if is_run else _open_encoder(args, sizes),
         args.folder,
         args.to,
-        **feature_options(args),
+        **options.feature_options(args),
         output="features" if args.layers or args.pool else "auto",
         dynamic_size=args.dynamic_size,
         license=args.license,
-        overwrite=args.overwrite,
         progress=not args.quiet,
-        **options,
+        **given,
     )
 
 
-def _run_encoder(args: argparse.Namespace) -> Any:
+def _open_run(args: argparse.Namespace) -> Any:
     from ..train import load_run
 
     networks, _ = load_run(args.source, args.step)
@@ -190,33 +182,23 @@ def _run_encoder(args: argparse.Namespace) -> Any:
     return encoder
 
 
-def _open_encoder(args: argparse.Namespace) -> Any:
+def _open_encoder(args: argparse.Namespace, sizes: dict[str, Any]) -> Any:
     from ..models.factory import create_model
 
-    source, options = args.source, {"network": args.network, **_sizes(args)}
+    source = args.source
     if args.model:
-        return create_model(args.model, checkpoint=source, **options)
+        return create_model(args.model, checkpoint=source, network=args.network, **sizes)
     if os.path.isfile(source):
         raise SettingsError(f"{source} does not record its architecture: add --model NAME")
-    if os.path.isdir(source):
-        source = f"local-dir:{source}"
-    return create_model(source, **options)
-
-
-def _sizes(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        name: getattr(args, name)
-        for name in ("img_size", *_SIZES)
-        if getattr(args, name) is not None
-    }
+    name = f"local-dir:{source}" if os.path.isdir(source) else source
+    return create_model(name, network=args.network, **sizes)
 
 
 def _print_graph(record: dict[str, Any]) -> None:
     for name in ("input", "output"):
         tensor = record[name]
         print(f"{name}: {tensor['name']} {tensor['dtype']} {tensor['shape']}")
-    worst = max(check["relative_error"] for check in record["checked"]["batches"])
-    cosine = record["checked"]["lowest_cosine"]
-    print(f"checked: relative error {worst:.1g}, cosine {cosine:.6f} to the model in float32")
+    error, cosine = record["checked"]["relative_error"], record["checked"]["lowest_cosine"]
+    print(f"checked: relative error {error:.1g}, cosine {cosine:.6f} to the model in float32")
     if not record["license"]:
         print("the license of the weights is unknown: name it with --license", file=sys.stderr)

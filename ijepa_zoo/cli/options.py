@@ -22,15 +22,10 @@ def add_model_options(
     group.add_argument("--model", required=required, metavar="NAME[.TAG]",
         help=f"required: {names}" if required else names,
     )  # fmt: skip
-    add_checkpoint(group)
+    group.add_argument("--checkpoint", metavar="PATH", help="your own weights, or hf-hub:REPO")
     add_network(group)
     add_img_size(group)
     return group
-
-
-def add_checkpoint(parser: argparse._ActionsContainer) -> None:
-    """Weights other than the released ones."""
-    parser.add_argument("--checkpoint", metavar="PATH", help="your own weights, or hf-hub:REPO")
 
 
 def add_network(parser: argparse._ActionsContainer) -> None:
@@ -48,7 +43,8 @@ def add_img_size(parser: argparse._ActionsContainer) -> None:
 def add_pixel_options(group: argparse._ActionsContainer) -> None:
     """How image files become channels of 8 bits."""
     group.add_argument("--value-range", type=value_range, metavar="LOW,HIGH",
-        help="values that become 0 and 255 in images of more than 8 bits (default: by data type)",
+        help="values that become 0 and 255 in images of more than 8 bits, negative ones as "
+        "--value-range=-1,1 (default: by data type)",
     )  # fmt: skip
     group.add_argument("--bands", type=bands, metavar="0,1,2",
         help="bands or pages of the files that become the channels")  # fmt: skip
@@ -113,60 +109,45 @@ def is_main_process() -> bool:
 
 
 def count(text: str) -> int:
-    """A non-negative integer."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a non-negative integer")
+    """A non-negative integer; argparse turns a ValueError into an error that names the option."""
+    if int(text) < 0:
+        raise ValueError
     return int(text)
 
 
 def positive(text: str) -> int:
     """A positive integer."""
-    if not count(text):
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if int(text) < 1:
+        raise ValueError
     return int(text)
 
 
 def size(text: str) -> int | tuple[int, int]:
     """Side of a square, or height and width, in pixels."""
-    sides = [positive(side) for side in text.split(",")]
-    if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 224 or 224,448")
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    if "," not in text:
+        return positive(text)
+    height, width = map(positive, text.split(","))
+    return height, width
 
 
 def value_range(text: str) -> tuple[float, float]:
     """The lowest and the highest value."""
-    try:
-        low, high = (float(value) for value in text.split(","))
-    except ValueError:
-        low, high = 0.0, 0.0
+    low, high = map(float, text.split(","))
     if not low < high:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a range such as 0,4095 (negative: --value-range=-1,1)"
-        )
+        raise ValueError
     return low, high
 
 
 def bands(text: str) -> tuple[int, ...]:
     """Numbers of bands, from 0."""
-    return tuple(count(band) for band in text.split(","))
+    return tuple(map(count, text.split(",")))
 
 
 def layers(text: str) -> str | list[int]:
     """Which blocks: last, last4 or their indices."""
-    if text in ("last", "last4"):
-        return text
-    try:
-        return [int(index) for index in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither last, last4 nor block indices such as 3,7,11"
-        ) from None
+    return text if text in ("last", "last4") else list(map(int, text.split(",")))
 
 
 def numbers(text: str) -> tuple[float, ...]:
     """Numbers separated by commas."""
-    try:
-        return tuple(float(number) for number in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0.1,0.01") from None
+    return tuple(map(float, text.split(",")))

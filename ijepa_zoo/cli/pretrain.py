@@ -26,10 +26,6 @@ from .options import RESUME, Commands, is_main_process
 
 STOPPED, INTERRUPTED = 75, 130
 _CHANGE = re.compile(r"(seed|[a-z]+\.[a-z_]+)=")
-_MEMORY = (
-    "a smaller runtime.micro_batch_size, runtime.activation_checkpointing=true or fewer "
-    "runtime.workers"
-)
 
 
 def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
@@ -61,7 +57,7 @@ def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
     add("--recipes", action="store_true", help="list the recipes")
     add("--settings", action="store_true", help="print all settings of the recipe")
     add("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(run=_pretrain, interrupted=RESUME, memory=_MEMORY)
+    parser.set_defaults(run=_pretrain, interrupted=RESUME)
     return [parser]
 
 

@@ -22,11 +22,6 @@ from .splits import Split, list_split
 
 Kind = Literal["count", "distance"]
 
-_DISTANCES = (
-    f"up to {DISTANCE_EDGES[0]:g}",
-    *(f"{low:g} to {high:g}" for low, high in pairwise(DISTANCE_EDGES)),
-)
-
 
 def open_clevr(
     data: str | os.PathLike[str],
@@ -99,5 +94,6 @@ def _rendered(scenes: dict[str, Targets], split: str, kind: Kind, decoder: Decod
 
 def _class_names(numbers: Targets, kind: Kind) -> dict[int, str]:
     if kind == "distance":
-        return dict(enumerate(_DISTANCES))
+        bins = (f"{low:g} to {high:g}" for low, high in pairwise(DISTANCE_EDGES))
+        return dict(enumerate([f"up to {DISTANCE_EDGES[0]:g}", *bins]))
     return {number: f"{number} objects" for number in sorted(set(numbers.tolist()))}

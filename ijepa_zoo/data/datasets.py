@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -26,8 +25,6 @@ Labels = npt.NDArray[Any]  # Targets, or several labels per image: uint8 0/1, `[
 SAMPLED = 64  # images that a fingerprint reads
 _OPEN_SHARDS = 64  # open files that random access to many shards may hold
 _BYTES_PER_PIXEL, _METADATA = 8, 1 << 26  # no file of an image is larger
-_INDEX_VERSION = 2
-_INDEX_ARRAYS = ("folder_of", "names", "ends", "offsets", "sizes", "targets")
 
 
 class ImageDataset(ABC):
@@ -143,7 +140,6 @@ class FileDataset(ImageDataset):
         folders: dict[tuple[str, str | None, str], int] = {}
         labels: dict[str | None, int] = {None: -1}
         self.problems: dict[int, str] = {}  # why an image cannot be read, by its number
-        self.links: set[int] = set()  # numbers of the files that are symbolic links
         names = bytearray()
         folder_of, ends, offsets, sizes, targets = array("i"), *(array("q") for _ in range(4))
         for file in files:
@@ -152,8 +148,6 @@ class FileDataset(ImageDataset):
                 continue
             if file.problem is not None:
                 self.problems[len(ends)] = file.problem
-            if file.is_link:
-                self.links.add(len(ends))
             path, shard = file.path, file.shard
             start = len(shard) + 1 if shard else len(path) - len(os.path.basename(path))
             folder = (path[:start], shard, file.root)
@@ -175,7 +169,6 @@ class FileDataset(ImageDataset):
             renumbered = np.array([*(rank[label] for label in found), -1], np.int64)
             self.targets = renumbered[np.array(targets, np.int64)]
             self.classes = dict(enumerate(rank))
-        self._shards: tuple[int, dict[str, BinaryIO]] = (0, {})
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -205,8 +198,6 @@ class FileDataset(ImageDataset):
                 return self._member(shard, int(self.offsets[index]), int(self.sizes[index]))
             if "\0" in path:
                 raise ImageError("a path cannot hold a NUL character")
-            if not os.path.isfile(path) and os.path.exists(path):  # opening a pipe would block
-                raise ImageError("not a regular file")
             with open(path, "rb") as file:
                 self._check_size(os.fstat(file.fileno()).st_size)
                 return file.read()
@@ -215,14 +206,7 @@ class FileDataset(ImageDataset):
 
     def _member(self, shard: str, offset: int, size: int) -> bytes:
         self._check_size(size)  # also against gzip bombs
-        process, shards = self._shards
-        if process != os.getpid():  # forked processes share file positions
-            process, shards = os.getpid(), {}
-        file = shards.pop(shard, None) or open_shard(shard)
-        shards[shard] = file  # the most recently used one is last
-        if len(shards) > _OPEN_SHARDS:
-            shards.pop(next(iter(shards))).close()
-        self._shards = process, shards
+        file = _opened(shard, os.getpid())
         try:
             file.seek(offset)
             return file.read(size)
@@ -248,59 +232,22 @@ class FileDataset(ImageDataset):
         return [shard for shard in shards if is_compressed(shard)]
 
     def real_paths(self) -> npt.NDArray[np.int64]:
-        """A hash for each image of its real path, and of its name in a shard."""
-        real = {path: os.path.realpath(path) for path, _, _ in self.folders if "\0" not in path}
+        """A hash for each image of its path with links resolved."""
+        real = [os.path.realpath(folder) for folder, _, _ in self.folders]
         keys = array("q")
-        for index in range(len(self)):
-            folder, name = self.folders[self.folder_of[index]][0], self.name(index)
-            if index in self.links:
+        for index, folder in enumerate(self.folder_of):
+            name = self.name(index)
+            if os.path.islink(name):
                 keys.append(hash(os.path.split(os.path.realpath(name))))
             else:
-                keys.append(hash((real.get(folder, folder), name.removeprefix(folder))))
+                keys.append(hash((real[folder], name.removeprefix(self.folders[folder][0]))))
         return np.array(keys, np.int64)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": (0, {})}
 
-    def save_index(self, path: Path, shards: list[str]) -> None:
-        """Save the list of all members of `shards`."""
-        about = {
-            "version": _INDEX_VERSION,
-            "shards": _file_states(shards),
-            "folders": self.folders,
-            "problems": list(self.problems.items()),
-            "skipped": self.skipped,
-            "classes": list(self.classes.items()),
-        }
-        arrays = {name: getattr(self, name) for name in _INDEX_ARRAYS}
-        arrays = {name: values for name, values in arrays.items() if values is not None}
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            np.savez(file, about=np.array(json.dumps(about)), **arrays)
-        temporary.replace(path)
-
-    @classmethod
-    def load_index(cls, path: Path, shards: list[str], decoder: Decoder) -> FileDataset | None:
-        """The saved list of `shards`; None without one, or if a shard has changed since."""
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                about = json.loads(str(saved["about"]))
-                arrays = {name: saved[name] for name in saved.files if name in _INDEX_ARRAYS}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            return None  # missing or damaged: build it again
-        if about.get("version") != _INDEX_VERSION or about["shards"] != _file_states(shards):
-            return None
-        found = cls((), decoder)
-        found.__dict__.update(arrays)
-        found.folders = [tuple(folder) for folder in about["folders"]]
-        found.problems, found.classes = dict(about["problems"]), dict(about["classes"])
-        found.skipped = [tuple(skipped) for skipped in about["skipped"]]
-        return found
-
-
-def _file_states(files: list[str]) -> list[list[Any]]:
-    states = ((file, os.stat(file)) for file in files)
-    return [[file, state.st_size, state.st_mtime_ns] for file, state in states]
+@lru_cache(_OPEN_SHARDS)
+def _opened(shard: str, process: int) -> BinaryIO:
+    """A shard, opened by each process: forked ones would share the position in the file."""
+    return open_shard(shard)
 
 
 class ArrayDataset(ImageDataset):

@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import ImageError, MissingPackageError, SettingsError
-from .tiff import loses_bands, read_tiff, select_bands, stack_pages, tiff_bands, too_large
+from .tiff import TIFF, loses_bands, read_tiff, select_bands, stack_pages, too_large
 
 MAX_PIXELS = 178_956_970  # Pillow's limit, about 13,000 x 13,000
 Pixels = Image.Image | torch.Tensor  # RGB or grayscale image, or uint8 [C, H, W]
@@ -93,47 +93,42 @@ class Decoder:
             raise ImageError("empty file")
         if raw.startswith(np.lib.format.MAGIC_PREFIX):
             return self._from_array(_load_array(raw))
-        if self.as_tensor and self.in_chans == 3 and self.bands is None:
-            pixels = _decode_jpeg(raw, self.max_pixels)
-            if pixels is not None:
-                return pixels
-        return self._decode_file(raw)
+        with _pillow(self.max_pixels):
+            if self.as_tensor and self.in_chans == 3 and self.bands is None:
+                with suppress(Exception):  # damaged: Pillow's error is reported
+                    if (pixels := _decode_jpeg(raw, self.max_pixels)) is not None:
+                        return pixels
+            return self._decode_file(raw)
 
     def _decode_file(self, content: bytes) -> Pixels:
-        with _pillow_limits(self.max_pixels), _reasons(self.max_pixels):
-            bands = tiff_bands(content)
-            if bands > 4:  # Pillow does not open it
-                return self._decode_bands(content, bands)
-            try:
-                image: Image.Image = Image.open(io.BytesIO(content), formats=_known_formats())
-            except UnidentifiedImageError:
-                if bands > 1:  # its header says grayscale, which Pillow reads with one band only
-                    return self._decode_bands(content, bands)
-                raise ImageError(
-                    "not an image, or in a format that the installed Pillow cannot read"
-                ) from None
-            if image.width * image.height > self.max_pixels:
-                raise too_large(image.width * image.height, self.max_pixels)
-            if 0 in image.size:
-                raise ImageError(f"an image of {image.width} x {image.height} pixels")
-            if loses_bands(image, bands):
-                return self._decode_bands(content, bands)
-            pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
-            deep = _is_deep_color(image)
-            if self.bands is not None:
-                array = _read_deep(content, image) if deep else stack_pages(image, pages)
-                return self._from_array(select_bands(array, self.bands))
-            if pages > 1:
-                raise ImageError(f"a file of {pages} pages: choose some with --bands or data.bands")
-            if deep and self.value_range is not None:
-                return self._convert(_scale_color(content, image, self.value_range))
-            image.load()
-            return self._convert(_upright(image))
+        try:
+            image: Image.Image = Image.open(io.BytesIO(content), formats=_known_formats())
+        except UnidentifiedImageError:
+            if self.bands is not None and content.startswith(TIFF):
+                return self._decode_bands(content)
+            raise
+        if image.width * image.height > self.max_pixels:
+            raise too_large(image.width * image.height, self.max_pixels)
+        if 0 in image.size:
+            raise ImageError(f"an image of {image.width} x {image.height} pixels")
+        if loses_bands(image):
+            return self._decode_bands(content)
+        pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        deep = _is_deep_color(image)
+        if self.bands is not None:
+            array = _read_deep(content, image) if deep else stack_pages(image, pages)
+            return self._from_array(select_bands(array, self.bands))
+        if pages > 1:
+            raise ImageError(f"a file of {pages} pages: choose some with --bands or data.bands")
+        if deep and self.value_range is not None:
+            return self._convert(_scale_color(content, image, self.value_range))
+        image.load()
+        return self._convert(_upright(image))
 
-    def _decode_bands(self, content: bytes, bands: int) -> Pixels:
+    def _decode_bands(self, content: bytes) -> Pixels:
         """Decode a TIFF whose bands Pillow cannot read."""
         if self.bands is None:
-            raise ImageError(f"an image of {bands} bands: choose some with --bands or data.bands")
+            raise ImageError("an image of several bands: choose some with --bands or data.bands")
         return self._from_array(select_bands(read_tiff(content, self.max_pixels), self.bands))
 
     def _convert(self, image: Image.Image) -> Image.Image:
@@ -200,28 +195,21 @@ def _natural_range(values: npt.NDArray[Any]) -> tuple[float, float]:
 
 def deep_range(raw: Raw) -> tuple[int, int] | None:
     """Smallest and largest value of an image of integers of more than 8 bits; None for others."""
+    deep = False
     try:
-        if not isinstance(raw, bytes):
-            values = np.asarray(raw)
-        elif raw.startswith(np.lib.format.MAGIC_PREFIX):
-            values = _load_array(raw)
-        else:
-            values = _deep_values(raw)
-    except Exception:  # damaged files make Pillow raise anything; they are reported when read
+        if isinstance(raw, bytes) and not raw.startswith(np.lib.format.MAGIC_PREFIX):
+            with _pillow(MAX_PIXELS):
+                raw = Image.open(io.BytesIO(raw), formats=["PNG", "TIFF", "PPM"])
+                deep = _is_deep_color(raw)
+                raw = np.asarray(raw)
+        values = _load_array(raw) if isinstance(raw, bytes) else np.asarray(raw)
+    except ImageError:  # reported when it is read
         return None
-    if values.dtype.kind not in "ui" or values.dtype.itemsize == 1 or not values.size:
+    is_deep = deep or (values.dtype.kind in "ui" and values.dtype.itemsize > 1)
+    if not is_deep or not values.size:
         return None
-    return int(values.min()), int(values.max())
-
-
-def _deep_values(content: bytes) -> npt.NDArray[Any]:
-    """Values of a 16-bit file; of color files from the upper 8 bits."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(content), formats=["PNG", "TIFF", "PPM"])
-        deep = _is_deep_color(image)
-        values = np.asarray(image)
-    return values.astype(np.int32) * 257 if deep else values
+    scale = 257 if deep else 1  # Pillow keeps the upper 8 bits of color
+    return int(values.min()) * scale, int(values.max()) * scale
 
 
 def _is_deep_color(image: Image.Image) -> bool:
@@ -248,11 +236,8 @@ def _other_order(args: Any) -> Any:
 def _scale_color(
     content: bytes, image: Image.Image, value_range: tuple[float, float]
 ) -> Image.Image:
-    """Scale 16-bit color to 8 bits, with its transparency."""
-    values = _read_deep(content, image)
-    scaled = Image.fromarray(to_uint8(values[..., :3], value_range))
-    if "A" in image.getbands():
-        scaled.putalpha(image.getchannel("A"))
+    """Scale 16-bit color to 8 bits."""
+    scaled = Image.fromarray(to_uint8(_read_deep(content, image)[..., :3], value_range))
     scaled.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
     return _upright(scaled)
 
@@ -282,32 +267,30 @@ def _load_array(content: bytes) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def _pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Set Pillow's process-wide limits; it raises above twice `MAX_IMAGE_PIXELS`."""
+def _pillow(max_pixels: int) -> Iterator[None]:
+    """Set Pillow's process-wide limits, and raise its errors as `ImageError`."""
     limit, truncated = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
-    Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)
+    Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # it raises above twice that
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about metadata and large images
             yield
-    finally:
-        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, truncated
-
-
-@contextmanager
-def _reasons(max_pixels: int) -> Iterator[None]:
-    """Raise Pillow's errors as `ImageError`."""
-    try:
-        yield
     except (ImageError, MissingPackageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise too_large(int(re.findall(r"\d+", str(error))[0]), max_pixels) from None
+    except UnidentifiedImageError:
+        raise ImageError(
+            "not an image, or in a format that the installed Pillow cannot read (for a TIFF of "
+            "several bands, choose some with --bands or data.bands)"
+        ) from None
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
         kind = "truncated" if "truncated" in reason.lower() else "broken"
         raise ImageError(f"{kind} image: {reason}") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = limit, truncated
 
 
 @cache
@@ -320,20 +303,15 @@ def _decode_jpeg(content: bytes, max_pixels: int) -> torch.Tensor | None:
     """The pixels of a plain RGB JPEG file; None for other files, which Pillow decodes."""
     decoder = _torchcodec()
     # torchcodec would fill the rest of a truncated file with gray
-    if decoder is None or not (
-        content.startswith(b"\xff\xd8\xff") and content.endswith(b"\xff\xd9")
-    ):
+    whole = content.startswith(b"\xff\xd8\xff") and content.endswith(b"\xff\xd9")
+    if decoder is None or not whole:
         return None
-    with _pillow_limits(max_pixels):
-        try:
-            image = Image.open(io.BytesIO(content), formats=["JPEG"])
-            upright = image.getexif().get(_ORIENTATION, 1) == 1
-            plain = image.format == "JPEG" and image.mode == "RGB" and upright
-            if not plain or not 0 < image.width * image.height <= max_pixels:
-                return None
-            pixels = decoder(content)
-        except Exception:  # damaged: Pillow's error is reported
-            return None
+    image = Image.open(io.BytesIO(content), formats=["JPEG"])
+    upright = image.getexif().get(_ORIENTATION, 1) == 1
+    plain = image.format == "JPEG" and image.mode == "RGB" and upright
+    if not plain or image.width * image.height > max_pixels:
+        return None
+    pixels = decoder(content)
     return pixels if pixels.shape == (3, image.height, image.width) else None
 
 

@@ -102,17 +102,13 @@ def open_depth(
 ) -> DenseData:
     """Open images with depth maps.
 
-    Args:
-        source: NYU Depth v2's `nyu_depth_v2_labeled.mat` or its folder, which also has
-            `splits.mat`; `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`; or a folder of pairs.
-            There depth maps are `.npy` files or have the word `depth` in their own or a folder's
-            name. An image has the same name except for such words and `rgb`, `image`, `color` or
-            `sync`: `rgb/a/1.jpg` and `depth/a/1.png`. Folders `train` and `test` (or `val`)
-            anywhere in the paths are the split; without them a fixed 20 % are the test set.
-        depth_scale: Stored units per meter in the depth files of a folder; by default 1000
-            (millimeters) in integer files of 16 bits or more, 1 in floating-point arrays.
-        workers: Processes that render scenes.
-        progress: Show a progress bar while rendering.
+    `source` is NYU Depth v2's `nyu_depth_v2_labeled.mat` or its folder, which also has
+    `splits.mat`; `scenes:TRAIN,TEST[,SIZE]`, see `render_splits`; or a folder of pairs. There depth
+    maps are `.npy` files or have the word `depth` in their own or a folder's name. An image has the
+    same name except for such words and `rgb`, `image`, `color` or `sync`: `rgb/a/1.jpg` and
+    `depth/a/1.png`. Folders `train` and `test` (or `val`) anywhere in the paths are the split;
+    without them a fixed 20 % are the test set. `depth_scale` is stored units per meter, by default
+    1000 (millimeters) in integer files of 16 bits or more and 1 in floating-point arrays.
     """
     source = os.fspath(source)
     if depth_scale is not None and not depth_scale > 0:
@@ -138,15 +134,11 @@ def open_segmentation(
 ) -> DenseData:
     """Open images with segmentation masks.
 
-    Args:
-        source: The unpacked archive of ADE20K (`ADEChallengeData2016`, 150 classes) or PASCAL VOC
-            (`VOCdevkit` or `VOC2012`, 21 classes); a folder of pairs as for `open_depth`, with the
-            word `mask`, `annotation`, `label` or `segmentation` instead of `depth`; or
-            `scenes:TRAIN,TEST[,SIZE]`.
-        reduce_zero_label: Ignore class 0 and subtract 1 from the others; by default for ADE20K
-            alone, whose class 0 is everything else.
-        workers: Processes that render scenes or count classes.
-        progress: Show a progress bar while they do.
+    `source` is the unpacked archive of ADE20K (`ADEChallengeData2016`, 150 classes) or PASCAL VOC
+    (`VOCdevkit` or `VOC2012`, 21 classes); a folder of pairs as for `open_depth`, with the word
+    `mask`, `annotation`, `label` or `segmentation` instead of `depth`; or
+    `scenes:TRAIN,TEST[,SIZE]`. `reduce_zero_label` ignores class 0 and subtracts 1 from the others,
+    by default for ADE20K alone, whose class 0 is everything else.
     """
     source = os.fspath(source)
     if source.startswith("scenes:"):
@@ -175,41 +167,37 @@ def open_segmentation(
 
 @dataclass(frozen=True)
 class _LargestClass:
-    """The largest class id of each mask, or why it cannot be read."""
+    """The largest class id of each mask, and its source or why it cannot be read."""
 
     data: DenseDataset
 
-    def __getitem__(self, index: int) -> int | str:
+    def __getitem__(self, index: int) -> tuple[int, str]:
         try:
             mask = self.data.load(index)[1]
         except ImageError as error:
-            return str(error)
-        return int(mask.max(where=mask != IGNORE_INDEX, initial=0))
+            return 0, str(error)
+        largest = int(mask.max(where=mask != IGNORE_INDEX, initial=0))
+        return largest, f"that of {self.data.names[index]}"
 
 
 def _count_classes(data: DenseData, workers: int, progress: bool) -> int:
     """Number of classes, from all masks."""
-    largest, name, unread = 0, data.train.names[0], ""
+    found: list[tuple[int, str]] = []
     for part in (data.train, data.test):
         with progress_bar(progress, len(part), "classes of masks") as bar:
-            found = load_in_order(_LargestClass(part), range(len(part)), workers)
-            for index, number in enumerate(found):
-                if isinstance(number, int) and number > largest:
-                    largest, name = number, part.names[index]
-                unread = number if isinstance(number, str) else unread
+            for item in load_in_order(_LargestClass(part), range(len(part)), workers):
+                found.append(item)
                 bar.update()
+    largest, where = max(found, key=lambda item: item[0])
     if not 0 < largest < _MOST_CLASSES:
         raise DataError(
-            f"the largest class of all masks is {largest} ({unread or f'that of {name}'}): masks "
-            f"hold class ids from 0 to at most {_MOST_CLASSES - 1}, and {IGNORE_INDEX} for pixels "
-            "without one"
+            f"the largest class of all masks is {largest} ({where}): masks hold class ids from 0 "
+            f"to at most {_MOST_CLASSES - 1}, and {IGNORE_INDEX} for pixels without one"
         )
     return largest + 1
 
 
-def _rendered(
-    source: str, target: str, workers: int, progress: bool
-) -> tuple[DenseDataset, DenseDataset]:
+def _rendered(source: str, target: str, workers: int, progress: bool) -> list[DenseDataset]:
     sets = []
     splits = render_splits(source, workers, progress, dense=True)
     for split, scenes in zip(("train", "test"), splits):
@@ -217,7 +205,7 @@ def _rendered(
         names = [f"{source} {split}[{index}]" for index in range(len(images))]
         digest = blake2b(images.tobytes() + targets.tobytes(), digest_size=8).hexdigest()
         sets.append(DenseDataset(names, partial(_load_arrays, images, targets), digest))
-    return sets[0], sets[1]
+    return sets
 
 
 def _load_arrays(images: npt.NDArray[np.uint8], targets: Target, index: int) -> tuple[Raw, Target]:
@@ -249,35 +237,34 @@ def _load_files(
     return content, read_target(target)
 
 
-def _nyu_file(file: Path) -> tuple[DenseDataset, DenseDataset]:
+def _nyu_file(file: Path) -> list[DenseDataset]:
     """The official 795 training and 654 test pairs: `images` `[n, 3, W, H]`, `depths` in meters."""
     splits = file.with_name(NYU_SPLITS)
-    for path in (file, splits):
-        if not path.is_file():
-            raise DataError(f"'{path}' does not exist: put {NYU_FILE} and {NYU_SPLITS} together")
     try:
         h5py, loadmat = import_module("h5py"), import_module("scipy.io").loadmat
     except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"{NYU_FILE} needs h5py and scipy: pip install h5py scipy"
-        ) from error
+        needs = f"{NYU_FILE} needs h5py and scipy: pip install h5py scipy"
+        raise MissingPackageError(needs) from error
     path = file
     try:
+        state = file.stat()
         with h5py.File(file, "r") as opened:
             opened["images"], opened["depths"]
         path = splits
         found = loadmat(splits)
         numbers = [found[name].ravel().astype(np.int64) for name in ("trainNdxs", "testNdxs")]
     except Exception as error:  # scipy raises anything on damaged bytes
-        raise DataError(f"'{path}' is damaged or not of NYU Depth v2 ({error})") from error
+        raise DataError(
+            f"'{path}' is missing, damaged or not of NYU Depth v2 ({error}): put {NYU_FILE} and "
+            f"{NYU_SPLITS} together"
+        ) from error
     sets = []
     for part in numbers:
-        state = file.stat()
         digest = blake2b(f"{state.st_size} {state.st_mtime_ns}\n".encode(), digest_size=8)
         digest.update(part.astype("<i8").tobytes())
         names = [f"{file.name}[{number}]" for number in part]  # from 1, as in the split
         sets.append(DenseDataset(names, partial(_load_nyu, file, part - 1), digest.hexdigest()))
-    return sets[0], sets[1]
+    return sets
 
 
 def _load_nyu(file: Path, rows: npt.NDArray[np.int64], index: int) -> tuple[Raw, Target]:

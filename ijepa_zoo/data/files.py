@@ -6,7 +6,6 @@ import glob
 import gzip
 import os
 import re
-import stat
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -43,7 +42,6 @@ class File:
     size: int = 0  # bytes of the member
     problem: str | None = None  # why it cannot be read, if known
     skipped: str | None = None  # why it is not an image of the input, which is not a failure
-    is_link: bool = False  # whether the file is a symbolic link
 
 
 def expand(path: str) -> list[str]:
@@ -67,19 +65,14 @@ def expand(path: str) -> list[str]:
 def list_files(paths: Sequence[str]) -> Iterator[File]:
     """List folders (sorted by path bytes), files, shards and `.txt` lists, in the given order."""
     for path in paths:
-        try:
-            mode = os.stat(path).st_mode
-        except OSError as error:
-            raise DataError(f"'{path}' cannot be read: {error.strerror}") from error
-        parent = os.path.join(os.path.dirname(path), "")
-        suffix = path.lower()
-        if stat.S_ISDIR(mode):
-            if not (shards := shards_in(path)):
-                yield from _Walk(path).files()
+        if not os.path.exists(path):
+            raise DataError(f"'{path}' does not exist")
+        parent, suffix = os.path.join(os.path.dirname(path), ""), path.lower()
+        if os.path.isdir(path):
+            if not (shards := _shards_in(path)):
+                yield from _walk(path)
             for shard in shards:
                 yield from list_shard(shard, os.path.join(path, ""))
-        elif not stat.S_ISREG(mode) and suffix.endswith((*SHARD_SUFFIXES, ".txt")):
-            raise DataError(f"'{path}' is not a regular file")  # opening a pipe would block
         elif suffix.endswith(SHARD_SUFFIXES):
             yield from list_shard(path, parent)
         elif suffix.endswith(".txt"):
@@ -87,10 +80,10 @@ def list_files(paths: Sequence[str]) -> Iterator[File]:
         elif suffix.endswith(".zip"):
             raise DataError(f"'{path}' is {_ZIP}")
         else:
-            yield File(path, parent, is_link=os.path.islink(path))
+            yield File(path, parent)
 
 
-def shards_in(folder: str) -> list[str]:
+def _shards_in(folder: str) -> list[str]:
     """The tar shards of a folder that holds no images and no other folders."""
     entries = _entries(folder)
     if any(entry.is_dir() or _is_image(entry.name) for entry in entries):
@@ -98,48 +91,50 @@ def shards_in(folder: str) -> list[str]:
     return [entry.path for entry in entries if entry.name.lower().endswith(SHARD_SUFFIXES)]
 
 
-class _Walk:
-    """Walk a folder; each real folder is visited once, also if several links lead to it."""
+def _walk(folder: str) -> Iterator[File]:
+    """Files below a folder; each real folder is visited once, also if several links lead to it."""
+    root = os.path.join(folder, "")
+    real_root = os.path.join(os.path.realpath(root), "")
+    entries = _entries(root)
+    has_splits = _are_splits({entry.name for entry in entries if _is_folder(entry)})
+    visited: set[tuple[int, int]] = set()
 
-    def __init__(self, root: str) -> None:
-        self.root = os.path.join(root, "")
-        self.real_root = os.path.join(os.path.realpath(root), "")
-        self.visited: set[tuple[int, int]] = set()
+    def is_read_elsewhere(entry: os.DirEntry[str], state: os.stat_result) -> bool:
+        real = os.path.join(os.path.realpath(entry.path), "") if entry.is_symlink() else ""
+        inside = real and (real.startswith(real_root) or real_root.startswith(real))
+        return bool(inside) or (state.st_dev, state.st_ino) in visited
 
-    def files(self) -> Iterator[File]:
-        entries = _entries(self.root)
-        folders = [entry.name for entry in entries if _is_folder(entry)]
-        has_splits = bool(folders) and SPLITS.issuperset(folders)
+    def below(entries: list[os.DirEntry[str]]) -> Iterator[File]:
         for entry in entries:
-            label = None if has_splits or not _is_folder(entry) else entry.name
-            yield from self._below(entry, label, has_splits)
+            path = entry.path
+            if not _is_folder(entry):
+                name = path[len(root) :].replace(os.sep, "/")
+                label, skipped = _class_of(name, has_splits), _skip_reason(entry.name)
+                yield File(path, root, label, skipped=skipped)
+                continue
+            try:
+                state, found = entry.stat(), _entries(path)
+            except OSError as error:
+                reason = f"the folder cannot be listed: {error.strerror}"
+                yield File(path, root, problem=reason)
+                continue
+            if is_read_elsewhere(entry, state):
+                yield File(path, root, skipped="a link to a folder that is read elsewhere")
+                continue
+            visited.add((state.st_dev, state.st_ino))
+            yield from below(found)
 
-    def _below(
-        self, entry: os.DirEntry[str], label: str | None, is_split: bool = False
-    ) -> Iterator[File]:
-        if not _is_folder(entry):
-            skipped = _skip_reason(entry.name)
-            yield File(entry.path, self.root, label, skipped=skipped, is_link=entry.is_symlink())
-            return
-        if entry.is_symlink():
-            real = os.path.join(os.path.realpath(entry.path), "")
-            if real.startswith(self.real_root) or self.real_root.startswith(real):
-                yield File(entry.path, self.root, skipped="a link to a folder of this input")
-                return
-        try:
-            state = entry.stat()
-            entries = _entries(entry.path)
-        except OSError as error:
-            reason = f"the folder cannot be listed: {error.strerror}"
-            yield File(entry.path, self.root, label, problem=reason)
-            return
-        if (state.st_dev, state.st_ino) in self.visited:
-            yield File(entry.path, self.root, skipped="a link to a folder that was read before")
-            return
-        self.visited.add((state.st_dev, state.st_ino))
-        for below in entries:
-            own = below.name if is_split and _is_folder(below) else label
-            yield from self._below(below, own)
+    return below(entries)
+
+
+def _are_splits(folders: set[str]) -> bool:
+    return bool(folders) and SPLITS.issuperset(folders)
+
+
+def _class_of(name: str, has_splits: bool) -> str | None:
+    """The first folder of a relative path, below the folder of its split if there are those."""
+    folders = name.split("/")[:-1][has_splits:]
+    return folders[0] if folders else None
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -195,22 +190,28 @@ def is_compressed(path: str) -> bool:
 
 def list_shard(path: str, root: str) -> list[File]:
     """Members of a shard; if it is damaged, those before the damage and an entry with the error."""
-    files: list[File] = []
-    labels: dict[str, str] = {}
+    files: list[tuple[str, File]] = []
+    texts: dict[str, str] = {}
+    problem = None
     try:
         with open_shard(path) as file:
             for name, member in _members(file):
                 if name.endswith(".cls") and member.isfile():
                     file.seek(member.offset_data)
                     text = file.read(min(member.size, _LONGEST_LABEL))
-                    labels[_sample_key(name)] = text.decode("utf-8", "surrogateescape").strip()
+                    texts[_sample_key(name)] = text.decode("utf-8", "surrogateescape").strip()
                 else:
-                    files.append(_member_file(path, root, name, member))
+                    files.append((name, _member_file(path, root, name, member)))
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, OverflowError) as error:
-        files.append(File(path, root, problem=f"a damaged tar shard: {error}"))
-    if not files:
-        files.append(File(path, root, problem="a tar shard without files"))
-    return _with_labels(files, labels)
+        problem = f"a damaged tar shard: {error}"
+    has_splits = _are_splits({name.split("/")[0] for name, _ in files if "/" in name})
+    listed = [
+        replace(file, label=texts.get(_sample_key(name), _class_of(name, has_splits)))
+        for name, file in files
+    ]
+    if problem or not listed:
+        listed.append(File(path, root, problem=problem or "a tar shard without files"))
+    return listed
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[str, tarfile.TarInfo]]:
@@ -236,27 +237,8 @@ def _member_file(path: str, root: str, name: str, member: tarfile.TarInfo) -> Fi
     problem, skipped = None, _skip_reason(name)
     if skipped is None and (not member.isfile() or member.issparse()):
         problem = "refused: a link, device or sparse file inside a tar shard"
-    label = name.split("/")[0] if "/" in name and problem is None else None
-    extent = (member.offset_data, member.size)
-    return File(f"{path}/{name}", root, label, path, *extent, problem, skipped)
-
-
-def _with_labels(files: list[File], texts: dict[str, str]) -> list[File]:
-    """Set labels from `.cls` texts, else from folders, below split folders if there are those."""
-    folders = {file.label for file in files} - {None}
-    has_splits = bool(folders) and SPLITS.issuperset(folders)
-    if not texts and not has_splits:
-        return files
-    found = []
-    for file in files:
-        name = file.path.removeprefix(f"{file.shard}/")
-        label = file.label
-        if has_splits and label is not None:
-            label = name.split("/")[1] if name.count("/") > 1 else None
-        if file.shard is not None:
-            label = texts.get(_sample_key(name), label)
-        found.append(replace(file, label=label))
-    return found
+    shown, extent = f"{path}/{name}", (member.offset_data, member.size)
+    return File(shown, root, None, path, *extent, problem, skipped)
 
 
 def _sample_key(name: str) -> str:

@@ -57,27 +57,27 @@ class HFDataset(ImageDataset):
         column = label or next(iter([*kinds, *usual]), None)
         if column is None:
             return
-        values = data.select_columns([column]).with_format(None)[:][column]
-        kind = features[column]
-        several = getattr(kind, "feature", None)  # type of the items of a list
-        item = kind if several is None else several
-        found = values if several is not None else ([value] for value in values)
-        lists = [[label for label in row or () if label is not None] for row in found]
-        names = item.names if isinstance(item, datasets.ClassLabel) else []
-        if getattr(item, "dtype", "") in ("string", "large_string"):
-            names = sorted({label for row in lists for label in row})
-            number_of = {name: number for number, name in enumerate(names)}
-            lists = [[number_of[label] for label in row] for row in lists]
-        elif not getattr(item, "dtype", "").startswith(("int", "uint", "bool")):
+        item = getattr(features[column], "feature", None)  # type of the items of a list
+        several, item = item is not None, item or features[column]
+        dtype = getattr(item, "dtype", "")
+        if not dtype.startswith(("int", "uint", "bool", "string", "large_string")):
             _log.warning(
                 "%s: column '%s' is %s, not classes, and is ignored; name another with "
-                "label=COLUMN", self._name, column, kind,
+                "label=COLUMN", self._name, column, features[column],
             )  # fmt: skip
             return
-        if several is None:
-            self.targets = np.array([row[0] if row else -1 for row in lists], np.int64)
-        else:
+        values = data.select_columns([column]).with_format(None)[:][column]
+        rows = values if several else ([value] for value in values)
+        lists = [[value for value in row or () if value is not None] for row in rows]
+        names = item.names if isinstance(item, datasets.ClassLabel) else []
+        if "string" in dtype:
+            names = sorted({value for row in lists for value in row})
+            number_of = {name: number for number, name in enumerate(names)}
+            lists = [[number_of[value] for value in row] for row in lists]
+        if several:
             self.targets = indicator_matrix(lists, len(names))
+        else:
+            self.targets = np.array([row[0] if row else -1 for row in lists], np.int64)
         self.classes = dict(enumerate(names))
 
     def __len__(self) -> int:
@@ -85,11 +85,11 @@ class HFDataset(ImageDataset):
 
     def raw(self, index: int) -> Raw:
         """The bytes of an image."""
-        stored = self.data[int(index)][self.column]
-        if stored is None or (stored["bytes"] is None and stored["path"] is None):
-            raise ImageError("no image in this row")
-        if stored["bytes"] is not None:
+        stored = self.data[int(index)][self.column] or {}
+        if stored.get("bytes") is not None:
             return bytes(stored["bytes"])
+        if stored.get("path") is None:
+            raise ImageError("no image in this row")
         try:
             return Path(stored["path"]).read_bytes()
         except OSError as error:
@@ -127,26 +127,23 @@ def _image_column(features: Any, name: str, chosen: str | None) -> str:
 
 def is_hf(path: str) -> bool:
     """Whether a path is `hfds/NAME` or a local dataset, with or without `:OPTION=VALUE,...`."""
-    if path.startswith(_PREFIX):
-        return True
     name = path if os.path.lexists(path) else _split_options(path)[0]
-    return _is_parquet(name) or (os.path.isdir(name) and _is_saved(name))
+    return path.startswith(_PREFIX) or _is_parquet(name) or _is_folder_of_data(name)
 
 
 def _is_parquet(path: str) -> bool:
     return path.endswith(".parquet") and os.path.isfile(path)
 
 
-def _is_saved(folder: str) -> bool:
+def _is_folder_of_data(path: str) -> bool:
     """Whether a folder was written by `save_to_disk`, or has Parquet files but no shards."""
-    names = os.listdir(folder)
+    data = os.path.join(path, "data")  # as in repositories of the Hub
+    names, below = (os.listdir(p) if os.path.isdir(p) else [] for p in (path, data))
     if any(name in _SAVED for name in names):
         return True
-    if any(name.lower().endswith(SHARD_SUFFIXES) for name in names):
-        return False
-    data = os.path.join(folder, "data")  # as in repositories of the Hub
-    names += os.listdir(data) if os.path.isdir(data) else []
-    return any(name.endswith(".parquet") and name != "metadata.parquet" for name in names)
+    has_shards = any(name.lower().endswith(SHARD_SUFFIXES) for name in names)
+    parquet = {name for name in (*names, *below) if name.endswith(".parquet")}
+    return bool(parquet - {"metadata.parquet"}) and not has_shards
 
 
 def hf_splits(path: str) -> list[str]:

@@ -21,8 +21,8 @@ _SPLITS = {"training": "train", "testing": "test", "valid": "val", "validation":
 class LabeledFiles(FileDataset):
     """The images of a CSV with the columns `path` and `label`, and optionally `split`.
 
-    Paths are relative to the folder of the CSV. Several lines of a path, or `;` in a label, are
-    several labels of an image; then `targets` is a 0/1 matrix. An empty label is no class.
+    Paths are relative to the folder of the CSV. Several lines of a path, or `;` in a label, give an
+    image several labels; then `targets` is a 0/1 matrix. An image with an empty label has no class.
     `splits` has the indices of each split; it is empty without such a column.
     """
 
@@ -48,10 +48,7 @@ class LabeledFiles(FileDataset):
                 f"'{missing[0]}': give paths relative to the folder of the CSV"
             )
         root = os.path.join(folder, "") if folder else ""
-        files = (
-            File(file, root, next(iter(found), None), is_link=os.path.islink(file))
-            for file, found in labels.items()
-        )
+        files = (File(file, root, next(iter(found), None)) for file, found in labels.items())
         super().__init__(files, decoder)
         if any(len(found) > 1 for found in labels.values()):
             names = sorted({label for found in labels.values() for label in found})

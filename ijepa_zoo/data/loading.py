@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -40,11 +39,6 @@ def load_in_order(
     A `UserError` of an item is raised here, without its traceback in the worker.
     """
     workers = min(len(order), usable_cpus() if workers is None else workers)
-    if workers and getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RunError(
-            "this script starts its work when it is imported, which worker processes do: put the "
-            'call under `if __name__ == "__main__":`, or use workers=0'
-        )
     loader = DataLoader(
         _Caught(items),
         batch_size=None,

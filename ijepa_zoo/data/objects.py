@@ -7,6 +7,7 @@ import logging
 import struct
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -46,15 +47,13 @@ class ObjectDataset(ImageDataset):
             raise DataError(f"{name} is a {type(data).__name__} without images")
         self.data = data
         self.targets = _labels_of(data, name)
-        names = (getattr(data, attribute, None) for attribute in _NAMES)
-        found = next((names for names in names if isinstance(names, list | tuple)), ())
+        found = [getattr(data, attribute, None) for attribute in _NAMES]
+        names = next((names for names in found if isinstance(names, list | tuple)), ())
         if self.targets is not None:
-            self.classes = {
-                number: ", ".join(name) if isinstance(name, tuple) else str(name)
-                for number, name in enumerate(found)
-            }
-            if len({*self.classes.values()}) < len(self.classes):
-                raise DataError(f"{name} has two classes of the same name: {some(found)}")
+            joined = [", ".join(n) if isinstance(n, tuple) else str(n) for n in names]
+            self.classes = dict(enumerate(joined))
+            if len({*joined}) < len(joined):
+                raise DataError(f"{name} has two classes of the same name: {some(joined)}")
 
     def __len__(self) -> int:
         return len(self.data)
@@ -80,15 +79,10 @@ class ObjectDataset(ImageDataset):
         targets = b"" if self.targets is None else self.targets.astype("<i8").tobytes()
         digest = hashlib.blake2b(f"{len(self)} ".encode() + targets, digest_size=8)
         for index in evenly_spaced(len(self), SAMPLED):
-            first, second = self._content(index), self._content(index)
-            digest.update(first if first == second else b"")
+            with suppress(ImageError):
+                first, second = (np.asarray(self.raw(index)).tobytes() for _ in range(2))
+                digest.update(first if first == second else b"")
         return digest.hexdigest()
-
-    def _content(self, index: int) -> bytes:
-        try:
-            return np.asarray(self.raw(index)).tobytes()
-        except ImageError:
-            return b""
 
 
 def _labels_of(data: Any, name: str) -> Labels | None:

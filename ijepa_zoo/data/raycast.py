@@ -8,8 +8,7 @@ stays float32.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +31,7 @@ COLORS = {
 }
 
 
-@dataclass(frozen=True)
-class SceneObject:
+class SceneObject(NamedTuple):
     """One object with CLEVR's attributes."""
 
     shape: str
@@ -42,8 +40,7 @@ class SceneObject:
     size: str  # large or small
     position: Vector  # center x, y, z in scene units
     yaw: float  # rotation around the vertical axis in radians
-    # center x, y in pixels from the left and top edges, and its depth along the viewing direction
-    pixel_coords: Vector
+    depth: float  # of the center, along the viewing direction
 
     @property
     def radius(self) -> float:
@@ -51,8 +48,7 @@ class SceneObject:
         return SIZES[self.size]
 
 
-@dataclass(frozen=True)
-class Camera:
+class Camera(NamedTuple):
     """A square perspective camera."""
 
     eye: Vector
@@ -68,8 +64,7 @@ class Camera:
         return 0.5 + scale * dot(offset, self.right), 0.5 - scale * dot(offset, self.up), depth
 
 
-@dataclass(frozen=True)
-class Light:
+class Light(NamedTuple):
     """A distant light: unit vector toward it, strength, penumbra width per unit of distance."""
 
     direction: Vector
@@ -77,8 +72,7 @@ class Light:
     softness: float
 
 
-@dataclass(frozen=True)
-class Hits:
+class Hits(NamedTuple):
     """What each ray hits first: id (0 ground, k the k-th object), depth, unit normal, direction."""
 
     ids: NDArray[np.uint8]

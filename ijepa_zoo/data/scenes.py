@@ -69,7 +69,7 @@ class Scene:
     @property
     def distance(self) -> float:
         """Depth of the nearest object's center, in scene units."""
-        return min(item.pixel_coords[2] for item in self.objects)
+        return min(item.depth for item in self.objects)
 
 
 def distance_class(distance: float) -> int:
@@ -94,7 +94,7 @@ def render_scene(seed: int, index: int, size: int = 64, *, supersample: int = 2)
             f"size must be >= 32 and supersample >= 1, not {size} and {supersample}"
         )
     rng = numpy_generator(seed, Stream.SCENES, index)
-    camera, lights, objects, hits = _sample_scene(rng, size)
+    camera, lights, objects, hits = _sample_scene(rng)
     resolution = size * supersample
     if resolution != _LAYOUT_RESOLUTION:
         hits = trace(camera, objects, resolution)
@@ -126,9 +126,8 @@ def render_scenes(
 ) -> dict[str, NDArray[Any]]:
     """Render scenes `start` to `start + count - 1`; see `SPLIT_STARTS` and `render_scene`.
 
-    Returns:
-        `images` uint8 `[n, H, W, 3]`, `count` int64 `[n]`, `distance` float32 `[n]`; with `dense`
-        also `masks` uint8, `segmentation` uint8 and `depth` float32 `[n, H, W]`, see `Scene`.
+    Returns `images` uint8 `[n, H, W, 3]`, `count` int64 `[n]`, `distance` float32 `[n]`; with
+    `dense` also `masks` uint8, `segmentation` uint8 and `depth` float32 `[n, H, W]`, see `Scene`.
     """
     shape = (count, size, size)
     arrays: dict[str, NDArray[Any]] = {
@@ -188,13 +187,13 @@ _GAP = 0.2  # between the footprints of two objects
 
 
 def _sample_scene(
-    rng: np.random.Generator, size: int
+    rng: np.random.Generator,
 ) -> tuple[Camera, list[Light], list[SceneObject], Hits]:
-    """Draw a scene in which every object is visible; `size` only scales `pixel_coords`."""
+    """Draw a scene in which every object is visible."""
     count = int(rng.integers(COUNTS[0], COUNTS[-1] + 1))  # drawn once, so that it stays uniform
     camera, lights = _sample_camera(rng), _sample_lights(rng)
     while True:
-        objects = _sample_objects(rng, camera, count, size)
+        objects = _sample_objects(rng, camera, count)
         if len(objects) == count:
             hits = trace(camera, objects, _LAYOUT_RESOLUTION)
             visible = np.bincount(hits.ids[1::2, 1::2].ravel(), minlength=count + 1)
@@ -229,9 +228,7 @@ def _sample_lights(rng: np.random.Generator) -> list[Light]:
     return lights
 
 
-def _sample_objects(
-    rng: np.random.Generator, camera: Camera, count: int, size: int
-) -> list[SceneObject]:
+def _sample_objects(rng: np.random.Generator, camera: Camera, count: int) -> list[SceneObject]:
     """Draw separate objects inside the frame; fewer if one finds no free position."""
     objects: list[SceneObject] = []
     for _ in range(count):
@@ -253,7 +250,6 @@ def _sample_objects(
                 break
         else:
             return objects
-        position, pixel_coords = (x, y, height), (left * size, top * size, depth)
         yaw = rng.uniform(0.0, 2.0 * math.pi)
-        objects.append(SceneObject(shape, color, material, extent, position, yaw, pixel_coords))
+        objects.append(SceneObject(shape, color, material, extent, (x, y, height), yaw, depth))
     return objects

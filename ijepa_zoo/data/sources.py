@@ -10,17 +10,16 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..errors import DataError, ImageError
+from ..errors import DataError, ImageError, some
 from .datasets import ArrayDataset, FileDataset, ImageDataset, evenly_spaced
 from .decode import Decoder, deep_range
-from .files import SHARD_SUFFIXES, expand, list_files, shards_in
+from .files import expand, list_files
 from .huggingface import HFDataset, is_hf, open_hf, parse_options
 from .labels import LabeledFiles
 from .objects import ObjectDataset
@@ -39,7 +38,6 @@ _TORCH_SPLITS = {  # that are not called train and test
     "places365": ("train-standard", "val"),
     "inaturalist": ("2021_train", "2021_valid"),
 }
-_EIGHT_BITS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp")  # files that never have more
 _DEEP_SAMPLED = 16  # files whose range of values is checked
 _log = logging.getLogger(__name__)
 
@@ -51,7 +49,6 @@ def open_images(
     value_range: tuple[float, float] | None = None,
     bands: tuple[int, ...] | None = None,
     decoder: Decoder | None = None,
-    index: Path | None = None,
     exclude: Callable[[str], bool] | None = None,
 ) -> ImageDataset:
     """Open images from any source. They are listed, not decoded.
@@ -76,7 +73,6 @@ def open_images(
         value_range: See `Decoder`.
         bands: See `Decoder`.
         decoder: Replaces the three arguments before.
-        index: File that caches the list of members of tar shards.
         exclude: Predicate on paths; files for which it is true are left out.
 
     Raises:
@@ -89,7 +85,7 @@ def open_images(
         source = [source]
     if isinstance(source, list | tuple) and all(isinstance(s, str | os.PathLike) for s in source):
         paths = [path for given in source for path in expand(os.fspath(given))]
-        images = _open_paths(paths, decoder, index, exclude)
+        images = _open_paths(paths, decoder, exclude)
     elif isinstance(source, torch.Tensor):
         array = source.detach().cpu().numpy()
         images = ArrayDataset([array.transpose(0, 2, 3, 1) if array.ndim == 4 else array], decoder)
@@ -104,10 +100,7 @@ def open_images(
 
 
 def _open_paths(
-    paths: list[str],
-    decoder: Decoder,
-    index: Path | None,
-    exclude: Callable[[str], bool] | None,
+    paths: list[str], decoder: Decoder, exclude: Callable[[str], bool] | None
 ) -> ImageDataset:
     if not paths:
         raise DataError("no input is named: give a folder, files, shards or a dataset")
@@ -126,7 +119,13 @@ def _open_paths(
             joined = np.concatenate(targets) if len(targets) == len(arrays) else None
             names = [os.path.basename(path) for path in paths]
             return ArrayDataset([images for images, _ in arrays], decoder, names, joined)
-    return _open_files(paths, decoder, index, exclude)
+    files = (file for file in list_files(paths) if exclude is None or not exclude(file.path))
+    images = FileDataset(files, decoder)
+    if not len(images):
+        others = [f"'{path}': {reason}" for _, path, reason in images.skipped]
+        found = f", but {len(others)} other files, for example {others[0]}" if others else ""
+        raise DataError(f"no images found in {some(paths)}{found}")
+    return images
 
 
 def _opener(path: str) -> Callable[[str, Decoder], ImageDataset] | None:
@@ -140,42 +139,6 @@ def _opener(path: str) -> Callable[[str, Decoder], ImageDataset] | None:
     if _ATTRIBUTE.fullmatch(path) and not os.path.lexists(path):
         return _open_attribute
     return None
-
-
-def _open_files(
-    paths: list[str],
-    decoder: Decoder,
-    index: Path | None,
-    exclude: Callable[[str], bool] | None,
-) -> FileDataset:
-    inside = [shards_in(path) if os.path.isdir(path) else [path] for path in paths]
-    shards = [shard for found in inside for shard in found]
-    only_shards = all(inside) and all(s.lower().endswith(SHARD_SUFFIXES) for s in shards)
-    if index is None or not only_shards or not all(map(os.path.isfile, shards)):
-        files = (file for file in list_files(paths) if exclude is None or not exclude(file.path))
-        return _checked(FileDataset(files, decoder), paths)
-    from filelock import FileLock
-
-    index.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{index}.lock"):  # one process of a run lists, the others wait
-        images = FileDataset.load_index(index, shards, decoder)
-        if images is None:
-            images = _checked(FileDataset(list_files(shards), decoder), paths)
-            images.save_index(index, shards)
-    return images
-
-
-def _checked(images: FileDataset, paths: list[str]) -> FileDataset:
-    if len(images):
-        return images
-    named = ", ".join(f"'{path}'" for path in paths[:3]) + ", ..." * (len(paths) > 3)
-    if not images.skipped:
-        raise DataError(f"no images found in {named}")
-    _, path, reason = images.skipped[0]
-    raise DataError(
-        f"no images found in {named}, but {len(images.skipped)} other files, for example "
-        f"'{path}': {reason}"
-    )
 
 
 def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
@@ -192,40 +155,40 @@ def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         raise DataError(f"'{path}' cannot be read as an array: {error}") from error
 
 
-def _torch_class(path: str) -> tuple[str, Any]:
-    """Lowercase name and class of a torchvision dataset."""
+def _torch_class(path: str) -> tuple[Any, str, dict[str, str]]:
+    """Class of a torchvision dataset, its lowercase name, and options."""
     from torchvision import datasets
 
-    name = parse_options(path, _TORCH_OPTIONS)[0].removeprefix("torch/")
-    plain = re.sub("[_-]", "", name.lower())
+    name, options = parse_options(path, _TORCH_OPTIONS)
+    plain = re.sub("torch/|[_-]", "", name.lower())
     found = {cls.lower(): getattr(datasets, cls) for cls in datasets.__all__}.get(plain)
     if found is None:
         raise DataError(f"torchvision has no dataset '{name}': use the name of its class")
-    return plain, found
+    return found, plain, options
 
 
 def torch_splits(path: str) -> Sequence[str]:
-    """Names of the training and the test split of `torch/NAME`; empty without splits."""
-    plain, cls = _torch_class(path)
-    chosen = "split" in parse_options(path, _TORCH_OPTIONS)[1]
+    """Names of the training and the test split of `torch/NAME`; empty if it has no splits."""
+    cls, plain, options = _torch_class(path)
     has_splits = not {"split", "train", "version"}.isdisjoint(signature(cls).parameters)
-    return _TORCH_SPLITS.get(plain, ("train", "test")) if has_splits and not chosen else ()
+    whole = "split" in options or not has_splits
+    return () if whole else _TORCH_SPLITS.get(plain, ("train", "test"))
 
 
 def _open_torch(path: str, decoder: Decoder) -> ImageDataset:
-    _, cls = _torch_class(path)
-    options = parse_options(path, _TORCH_OPTIONS)[1]
+    cls, _, options = _torch_class(path)
     if "root" not in options:
         raise DataError(f"'{path}' needs the folder of the data: {path}:root=DIR")
-    accepted = signature(cls).parameters
-    arguments: dict[str, Any] = {"root": options["root"]}
-    if "download" in accepted:
-        arguments["download"] = options.get("download") == "true"
     split = options.get("split") or next(iter(torch_splits(path)), "train")
-    if "split" in accepted or "version" in accepted:
-        arguments["split" if "split" in accepted else "version"] = split
-    elif "train" in accepted:
-        arguments["train"] = split == "train"
+    arguments = {
+        "root": options["root"],
+        "download": options.get("download") == "true",
+        "split": split,
+        "version": split,  # of INaturalist
+        "train": split == "train",
+    }
+    accepted = signature(cls).parameters
+    arguments = {name: value for name, value in arguments.items() if name in accepted}
     try:
         found = cls(**arguments)
     except (RuntimeError, OSError, ValueError) as error:
@@ -242,10 +205,7 @@ def _open_attribute(path: str, decoder: Decoder) -> ImageDataset:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists, but one that it imports does not
-        raise DataError(
-            f"'{path}' is neither a file or folder nor module:attribute: there is no module "
-            f"'{error.name}'"
-        ) from None
+        raise DataError(f"'{path}' does not exist, and there is no module '{error.name}'") from None
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise DataError(f"'{path}': module {module_name} has no {attribute}")
@@ -259,16 +219,13 @@ def _warn_of_dark_files(images: ImageDataset) -> None:
     """Warn if 16-bit images use a small part of their range, which 8 bits would not resolve."""
     if images.decoder.value_range is not None or isinstance(images, ObjectDataset):
         return
-    ranges = {}
+    ranges: dict[str, tuple[int, int]] = {}
     for index in evenly_spaced(len(images), _DEEP_SAMPLED):
-        name = images.name(index)
-        if name.lower().endswith(_EIGHT_BITS):
-            continue
         with suppress(ImageError):
             if (limits := deep_range(images.raw(index))) is not None:
-                ranges[name] = limits
-    low = min((limits[0] for limits in ranges.values()), default=0)
-    high = max((limits[1] for limits in ranges.values()), default=0)
+                ranges[images.name(index)] = limits
+    low = min((low for low, _ in ranges.values()), default=0)
+    high = max((high for _, high in ranges.values()), default=0)
     if ranges and high - low < 65536 // 8:
         _log.warning(
             "16-bit images such as %s hold values from %d to %d, less than an eighth of their "

@@ -21,8 +21,9 @@ from .sources import open_images, torch_splits
 
 _ALSO_TRAIN, _ALSO_TEST = ("trainval", "train-standard", "2021_train"), ("2021_valid",)
 _CIFAR = {"cifar-10-batches-py": "torch/cifar10", "cifar-100-python": "torch/cifar100"}
-_PLACES_LISTS = (".", "trainvalsplit_places205")  # of the official archives, as the images
-_PLACES_IMAGES = (".", "images256", "data/vision/torralba/deeplearning/images256")
+# of the official archives of iNaturalist 2018 and Places205
+_LISTS = ("{}2018.json", "{}_places205.csv", "trainvalsplit_places205/{}_places205.csv")
+_IMAGE_FOLDERS = (".", "images256", "data/vision/torralba/deeplearning/images256")
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,12 @@ def open_splits(
 ) -> tuple[Split, Split | None]:
     """Open the training and the test split (None without one), with the same class numbers.
 
-    Args:
-        data: All images, or the training split if `test` is given. Anything that `open_images`
-            takes and that has classes. Folders may hold: a folder for each class; `train` and
-            `test` or `val` with such folders (`test` is taken where both have classes); tar shards
-            named after their split; CIFAR-10 or CIFAR-100 (`cifar-10-batches-py`); iNaturalist
-            2018 (`train2018.json`); Places205 (`train_places205.csv`). Of `hfds/NAME`,
-            `torch/NAME` and a CSV with a column `split` both splits are taken.
-        test: The test split, if `data` does not hold it.
-        decoder: See `open_images`.
-
-    Raises:
-        DataError: There are no such images, they have no classes, or an image is in both splits.
+    `data` is all images, or the training split if `test` is given: anything that `open_images`
+    takes and that has classes. Folders may hold a folder for each class; `train` and `test` or
+    `val` with such folders (`test` is taken where both have classes); tar shards named after their
+    split; CIFAR-10 or CIFAR-100 (`cifar-10-batches-py`); iNaturalist 2018 (`train2018.json`);
+    Places205 (`train_places205.csv`). Of `hfds/NAME`, `torch/NAME` and a CSV with a column `split`
+    both splits are taken. An image in both splits raises DataError.
     """
     decoder = decoder or Decoder()
     if test is not None:
@@ -118,34 +113,26 @@ def _of_csv(whole: Split, names: Sequence[str]) -> Split | None:
 
 
 def _open_pair(train: Any, test: Any, decoder: Decoder) -> tuple[Split, Split]:
-    first, second = (
-        _open(data, os.path.basename(os.path.normpath(data)), decoder)
-        if isinstance(data, str | os.PathLike)
-        else _open(data, name, decoder)
-        for data, name in ((train, "train"), (test, "test"))
-    )
-    first, second = _of_csv(first, TRAIN) or first, _of_csv(second, TEST) or second
-    _check_disjoint(first.images, second.images)
-    return _same_classes(first, second)
-
-
-def _check_disjoint(train: ImageDataset, test: ImageDataset) -> None:
-    trained, tested = _real_paths(train), _real_paths(test)
-    if trained is None or tested is None:
-        return
-    shared = np.flatnonzero(np.isin(tested, trained))
+    splits = []
+    for data, name, names in ((train, "train", TRAIN), (test, "test", TEST)):
+        if isinstance(data, str | os.PathLike):
+            name = os.path.basename(os.path.normpath(data))
+        split = _open(data, name, decoder)
+        splits.append(_of_csv(split, names) or split)
+    first, second = splits
+    shared = np.flatnonzero(np.isin(_real_paths(second.images), _real_paths(first.images)))
     if len(shared):
         raise DataError(
             f"{len(shared)} test images are training images too, by links or because one input is "
-            f"inside the other, for example '{test.name(int(shared[0]))}'"
+            f"inside the other, for example '{second.images.name(int(shared[0]))}'"
         )
+    return _same_classes(first, second)
 
 
-def _real_paths(images: ImageDataset) -> Targets | None:
+def _real_paths(images: ImageDataset) -> Targets:
     if isinstance(images, Subset):
-        whole = _real_paths(images.dataset)
-        return None if whole is None else whole[images.indices]
-    return images.real_paths() if isinstance(images, FileDataset) else None
+        return _real_paths(images.dataset)[images.indices]
+    return images.real_paths() if isinstance(images, FileDataset) else np.empty(0, np.int64)
 
 
 def _same_classes(train: Split, test: Split) -> tuple[Split, Split]:
@@ -175,11 +162,11 @@ def _open_folder(path: str, decoder: Decoder) -> tuple[Split, Split | None]:
         if folder.name in _CIFAR and folder.is_dir():
             name = f"{_CIFAR[folder.name]}:root={folder.parent}"
             return _open_named(name, torch_splits(name), decoder)
-    if (root / "train2018.json").is_file():
-        return _inaturalist(root, "train", decoder), _inaturalist(root, "val", decoder)
-    for lists in (root / name for name in _PLACES_LISTS):
-        if (lists / "train_places205.csv").is_file():
-            return _places(root, lists, "train", decoder), _places(root, lists, "val", decoder)
+    for name in _LISTS:
+        if (root / name.format("train")).is_file():
+            lists = ((split, root / name.format(split)) for split in ("train", "val"))
+            first, second = (_listed(root, path, split, decoder) for split, path in lists)
+            return first, second
     train, test = _class_folders(root, TRAIN), _class_folders(root, TEST)
     if train and test:
         return _open_pair(train, test, decoder)
@@ -221,44 +208,28 @@ def _open_named(path: str, splits: Sequence[str], decoder: Decoder) -> tuple[Spl
     raise DataError(f"'{path}' has no classes in {' or '.join(tests)}: give a test set")
 
 
-def _inaturalist(root: Path, split: str, decoder: Decoder) -> Split:
-    path = root / f"{split}2018.json"
+def _listed(root: Path, path: Path, split: str, decoder: Decoder) -> Split:
+    """The images of an official list, iNaturalist 2018's JSON or Places205's CSV."""
+    classes: dict[int, str] = {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        files = {image["id"]: image["file_name"] for image in found["images"]}
-        targets = {files[a["image_id"]]: a["category_id"] for a in found["annotations"]}
-        classes = {c["id"]: c["name"] for c in found.get("categories", ())}
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            found = json.loads(text)
+            files = {image["id"]: image["file_name"] for image in found["images"]}
+            targets = {files[a["image_id"]]: a["category_id"] for a in found["annotations"]}
+            classes = {c["id"]: c["name"] for c in found.get("categories", ())}
+        else:
+            pairs = (
+                line.strip().rpartition(" ")[::2] for line in text.splitlines() if line.strip()
+            )
+            targets = {name: int(label) for name, label in pairs}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"'{path}' is not a list of iNaturalist 2018: {error!r}") from error
-    return _listed(path, root, targets, classes, split, decoder)
-
-
-def _places(root: Path, lists: Path, split: str, decoder: Decoder) -> Split:
-    path = lists / f"{split}_places205.csv"
-    try:
-        lines = filter(str.strip, path.read_text(encoding="utf-8").splitlines())
-        pairs = (line.strip().rpartition(" ")[::2] for line in lines)
-        targets = {name: int(label) for name, label in pairs}
-    except (OSError, ValueError) as error:
-        raise DataError(f"'{path}' is not a list of names and class numbers: {error}") from error
-    first = next(iter(targets), "")
-    images = next((root / p for p in _PLACES_IMAGES if (root / p / first).is_file()), root)
-    return _listed(path, images, targets, {}, split, decoder)
-
-
-def _listed(
-    path: Path,
-    root: Path,
-    targets: Mapping[str, int],
-    classes: Mapping[int, str],
-    split: str,
-    decoder: Decoder,
-) -> Split:
-    """The images of a list, if the first one exists."""
+        raise DataError(f"'{path}' is not a list of images and classes: {error!r}") from error
     first = next(iter(targets), "no image")
-    if not (root / first).is_file():
+    images = next((root / f for f in _IMAGE_FOLDERS if (root / f / first).is_file()), None)
+    if images is None:
         raise DataError(f"'{path}' lists '{first}', which is not in '{root}': unpack the images")
-    return list_split(root, targets, classes, split, decoder)
+    return list_split(images, targets, classes, split, decoder)
 
 
 def list_split(

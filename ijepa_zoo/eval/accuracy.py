@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,100 +12,121 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError
-from .features import Source
-from .results import wilson_interval
 
 if TYPE_CHECKING:
+    from .dense_training import DenseLoader
+    from .features import OnlineLoader, Source
     from .probe import Probe
 
 TOP = 5  # for top-5 accuracy
+_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Test or validation metrics of heads on the same images, in percent."""
+    """Test or validation metrics of heads on the same images."""
 
     name: str  # of the metric in `values`
     images: int  # their number
     values: list[float]  # one for each head
     intervals: Sequence[tuple[float, float] | None]  # 95 %, of values that are shares of images
-    others: list[dict[str, float]]  # further metrics of each head
+    others: list[dict[str, Any]]  # further metrics of each head
+    unit: str = "%"
+    higher_is_better: bool = True
+    constant: dict[str, float] = field(default_factory=dict)  # of predictions without an image
 
     @property
     def best(self) -> int:
         """Index of the best head, the first of equal ones."""
-        return self.values.index(max(self.values))
+        signed = [value if self.higher_is_better else -value for value in self.values]
+        ranked = [-math.inf if math.isnan(value) else value for value in signed]
+        return ranked.index(max(ranked))
 
 
-def join_heads(parts: Sequence[Metrics]) -> Metrics:
-    """Concatenate metrics of heads on the same images."""
-    columns = zip(*((p.values, p.intervals, p.others) for p in parts))
-    joined: Any = [[entry for part in column for entry in part] for column in columns]
-    return Metrics(parts[0].name, parts[0].images, *joined)
+@dataclass(frozen=True)
+class Choice:
+    """The chosen head, and metrics of all heads on validation images.
+
+    `test` has the metrics of the chosen head, or of all heads where there are no validation images.
+    """
+
+    index: int
+    val: Metrics | None
+    test: Metrics
+
+
+def choose(
+    loader: OnlineLoader | DenseLoader,
+    measure: Callable[[Any], Metrics],
+    test: Callable[[Any, int], Metrics],
+) -> Choice:
+    """Choose a head by what `measure` returns for batches, and `test` it alone."""
+    if not len(loader.probe.val_rows):
+        found = measure(loader.testing())
+        return Choice(found.best, None, found)
+    val = measure(loader.validation())
+    return Choice(val.best, val, test(loader.testing(), val.best))
+
+
+@torch.inference_mode()
+def _gather(
+    probe: Probe, source: Source, batches: Any, function: Callable[[Any], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[n, H, ...]` of a function of features, and labels, of the images of all processes.
+
+    Synchronizes only at the end.
+    """
+    found = [(function(source.split(rows)), labels) for rows, labels in batches]
+    columns: list[list[Tensor]] = [list(column) for column in zip(*found)]
+    shapes = probe.distributed.all_gather_object([c[0].cpu()[:0] for c in columns])
+    if not any(shapes):
+        raise DataError("none of the images to choose by, or to test on, can be decoded")
+    # a process may have no images
+    own = columns or [[part] for part in next(filter(None, shapes))]
+    outputs, labels = (probe.distributed.all_gather_rows(torch.cat(c).cpu()) for c in own)
+    return outputs, labels
 
 
 def compute_metrics(
     probe: Probe,
     source: Source,
     batches: Iterable[tuple[Tensor, Tensor]],
-    logits: Callable[[Any], Sequence[Tensor]],
-    heads: int,
+    logits: Callable[[Any], Iterable[Tensor]],
 ) -> Metrics:
     """Accuracies of heads, or average precision where images may have several classes."""
     if not probe.train.multi_label:
 
         def predict(features: Any) -> Tensor:
-            return torch.stack([likeliest(found) for found in logits(features)])
+            return torch.stack([likeliest(found) for found in logits(features)], dim=1)
 
-        return count_correct(probe, source, batches, predict, heads)
-    with torch.inference_mode():
-        none = torch.empty(0, probe.num_classes)  # a process may have no images
-        scores, answers = [none.expand(heads, -1, -1)], [none.to(torch.uint8)]
-        for rows, labels in batches:
-            scores.append(torch.stack([*logits(source.split(rows))]).float().cpu())
-            answers.append(labels.cpu())
-        whole = probe.distributed.all_gather_rows(torch.cat(scores, dim=1).transpose(0, 1))
-        labels = probe.distributed.all_gather_rows(torch.cat(answers))
-        if not labels.any():
-            raise DataError("none of the images to choose by, or to test on, has a label")
-        found = [average_precision(whole[:, head], labels) for head in range(heads)]
-    values = [100 * float(precisions.nanmean()) for precisions in found]
-    return Metrics("mean average precision", len(labels), values, [None] * heads, [{}] * heads)
+        return count_correct(probe, source, batches, predict)
+    scores, labels = _gather(probe, source, batches, lambda f: torch.stack([*logits(f)], dim=1))
+    if not labels.any():
+        raise DataError("none of the images to choose by, or to test on, has a label")
+    found = [average_precision(head.float(), labels) for head in scores.unbind(dim=1)]
+    values, none = [100 * float(precisions.nanmean()) for precisions in found], [None] * len(found)
+    return Metrics("mean average precision", len(labels), values, none, [{}] * len(found))
 
 
-@torch.inference_mode()
 def count_correct(
     probe: Probe,
     source: Source,
     batches: Iterable[tuple[Tensor, Tensor]],
     predict: Callable[[Any], Tensor],
-    heads: int,
 ) -> Metrics:
-    """Accuracies over the images of all processes; synchronizes only at the end."""
-    classes, device = probe.num_classes, source.device
-    correct = torch.zeros(heads, classes, dtype=torch.int64, device=device)
-    top = torch.zeros(heads, dtype=torch.int64, device=device)
-    images = torch.zeros(classes, dtype=torch.int64, device=device)
-    for rows, labels in batches:
-        right = predict(source.split(rows)) == labels[:, None]
-        correct.index_add_(1, labels, right[..., 0].long())
-        top += right.any(dim=2).sum(dim=1)
-        images.index_add_(0, labels, torch.ones_like(labels))
-    flat = torch.cat([correct.flatten(), top, images]).cpu()
-    sizes = [heads * classes, heads, classes]
-    correct, top, images = torch.split(probe.distributed.all_reduce(flat), sizes)
-    correct, total, seen = correct.view(heads, classes), int(images.sum()), images > 0
-    if not total:
-        raise DataError("none of the images to choose by, or to test on, can be decoded")
-    answers = correct.sum(dim=1).tolist()
-    per_class = (correct[:, seen].double() / images[seen]).mean(dim=1).tolist()
-    others = [{"mean per-class accuracy": 100 * share} for share in per_class]
-    if classes > TOP:
-        for found, number in zip(others, top.tolist()):
-            found["top-5 accuracy"] = 100 * number / total
-    intervals = [wilson_interval(number, total) for number in answers]
-    values = [100 * number / total for number in answers]
-    return Metrics("top-1 accuracy", total, values, intervals, others)
+    """Accuracies of the likeliest classes `[b, H, k]` that `predict` returns for features."""
+    predicted, labels = _gather(probe, source, batches, predict)
+    right = predicted == labels[:, None, None]
+    first, images = right[..., 0].double(), labels.bincount(minlength=probe.num_classes)
+    by_class = first.new_zeros(probe.num_classes, first.shape[1]).index_add_(0, labels, first)
+    per_class = (by_class / images[:, None])[images > 0].mean(dim=0)
+    others = [{"mean per-class accuracy": 100 * share} for share in per_class.tolist()]
+    if probe.num_classes > TOP:
+        for found, share in zip(others, right.any(dim=2).double().mean(dim=0).tolist()):
+            found["top-5 accuracy"] = 100 * share
+    intervals = [wilson_interval(int(n), len(labels)) for n in first.sum(dim=0).tolist()]
+    values = [100 * share for share in first.mean(dim=0).tolist()]
+    return Metrics("top-1 accuracy", len(labels), values, intervals, others)
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -129,6 +151,19 @@ def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
     precision = positive.cumsum(dim=1).gather(1, last) / (last + 1)
     found = (precision * positive).sum(dim=1) / positive.sum(dim=1)
     return found.masked_fill(scores.isnan().any(dim=0) & ~found.isnan(), 0.0)
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """95 % interval of an accuracy in percent, of `right` answers among `total`.
+
+    Wilson's score interval (JASA 22, 1927): unlike the normal approximation it holds for small
+    numbers and near the ends.
+    """
+    share, spread = right / total, _Z * _Z / total
+    middle = share + spread / 2
+    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
+    low, high = middle - half, middle + half
+    return 100 * max(low / (1 + spread), 0.0), 100 * min(high / (1 + spread), 1.0)
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

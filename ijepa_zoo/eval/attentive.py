@@ -19,7 +19,7 @@ from torch import nn
 
 from ..models.classifier import AttentiveHead
 from ..seeds import Stream, fold
-from .features import Source
+from .features import BlockFeatures, Source
 from .heads import Grid, HeadSpec
 from .linear import evaluate_heads
 from .models import EvalModel
@@ -58,19 +58,17 @@ def evaluate_attentive(
 
 def attentive_grid(probe: Probe, source: Source) -> Grid:
     """Heads of equal initial weights for each rate and decay, with the encoder's num_heads."""
-    block: Any = source.model.model.blocks[-1]  # type: ignore[union-attr,index]
-    width, half = source.widths["patches"], source.settings["precision"] != "float32"
+    assert isinstance(source, BlockFeatures)
+    block: Any = source.model.model.blocks[-1]  # type: ignore[index]
     heads: dict[HeadSpec, nn.Module] = {}
     groups = []
     for lr, wd in product(probe.protocol.lrs, probe.protocol.weight_decays):
+        spec, width = HeadSpec("patches", "attentive", lr, wd), source.widths["patches"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold(probe.config.seed, Stream.EVAL_INIT))
             head = AttentiveHead(width, probe.num_classes, block.attn.num_heads)
-        heads[HeadSpec("patches", "attentive", lr, wd)] = head.to(source.device)
+        heads[spec] = head.to(source.device)
         decayed = [p for p in head.parameters() if p.ndim > 1]
-        free = [p for p in head.parameters() if p.ndim == 1]
-        rates = {"lr": lr, "base_lr": lr}
-        groups.append({"params": decayed, **rates, "weight_decay": wd})
-        groups.append({"params": free, **rates, "weight_decay": 0.0})
-    autocast = torch.bfloat16 if half and source.device.type == "cuda" else None
-    return Grid(heads, torch.optim.AdamW(groups), autocast)
+        groups += spec.groups(decayed, [p for p in head.parameters() if p.ndim == 1])
+    half = source.settings["precision"] != "float32" and source.device.type == "cuda"
+    return Grid(heads, torch.optim.AdamW(groups), torch.bfloat16 if half else None)

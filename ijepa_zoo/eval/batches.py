@@ -98,22 +98,27 @@ class TrainBatches(Dataset[EvalBatch]):
         each = self.steps * self.parts
         return range(first_epoch * each, last_epoch * each)
 
-    def __getitem__(self, number: int) -> EvalBatch:
-        """A piece of a batch; images that cannot be decoded are replaced by others."""
+    def plan(self, number: int) -> tuple[tuple[int, int], list[tuple[int, int, list[float]]]]:
+        """Epoch and step of a piece, and slot, row and random numbers of each of its images."""
         step, part = divmod(number, self.parts)
         epoch, step = divmod(step, self.steps)
         first = self.share.start + part * self.micro
         order = _permutation(len(self.rows), self.seed, epoch)[step * self.batch_size :]
         rng = numpy_generator(self.seed, Stream.EVAL_AUGMENT, epoch, step)
         draws = rng.random((self.batch_size, DRAWS)).tolist()
+        slots = range(first, min(first + self.micro, self.share.stop))
+        return (epoch, step), [(i, int(self.rows[order[i]]), draws[i]) for i in slots]
+
+    def __getitem__(self, number: int) -> EvalBatch:
+        """A piece of a batch; images that cannot be decoded are replaced by others."""
         broken: list[tuple[str, str]] = []
         images, indices = [], []
-        for slot in range(first, min(first + self.micro, self.share.stop)):
-            keys = (epoch, step, slot)
-            index, image = self._read(int(self.rows[order[slot]]), keys, broken)
-            pixels = random_pixels(image, self.transform, self.size, draws[slot])
+        step, plan = self.plan(number)
+        for slot, row, draws in plan:
+            index, image = self._read(row, (*step, slot), broken)
+            pixels = random_pixels(image, self.transform, self.size, draws)
             if self.augment is not None:
-                with library_seeds(self.seed, Stream.EVAL_AUGMENT, *keys):
+                with library_seeds(self.seed, Stream.EVAL_AUGMENT, *step, slot):
                     pixels = self.augment(pixels)
             images.append(pixels)
             indices.append(index)
@@ -121,20 +126,19 @@ class TrainBatches(Dataset[EvalBatch]):
         return EvalBatch(torch.stack(images), labels, [None] * len(labels), broken)
 
     def _read(
-        self, index: int, keys: tuple[int, int, int], broken: list[tuple[str, str]]
+        self, row: int, keys: tuple[int, int, int], broken: list[tuple[str, str]]
     ) -> tuple[int, Pixels]:
         """The image, or another one where it cannot be decoded, and its index."""
         rng = numpy_generator(self.seed, Stream.EVAL_ORDER, *keys)
         others = self.rows[rng.integers(len(self.rows), size=_REPLACEMENTS)].tolist()
-        for candidate in (index, *others):
+        for candidate in (row, *others):
             try:
                 return candidate, self.data.read(candidate)
             except ImageError as error:
                 broken.append((self.data.images.name(candidate), str(error)))
-        name, reason = broken[-1]
         raise DataError(
-            f"{self.data.images.name(index)} cannot be decoded, nor can {_REPLACEMENTS} others "
-            f"drawn instead; the last was {name}: {reason}"
+            f"{self.data.images.name(row)} cannot be decoded, nor can {_REPLACEMENTS} others "
+            f"drawn instead: {broken[-1][1]}"
         )
 
 

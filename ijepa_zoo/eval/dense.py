@@ -30,30 +30,24 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..data.dense import DenseData, DenseDataset, open_depth, open_segmentation
+from ..data.dense import DenseData, open_depth, open_segmentation
 from ..data.loading import usable_cpus
 from ..distributed import Distributed
-from ..errors import DataError, ImageError, SettingsError, option
+from ..errors import DataError, ImageError, SettingsError, option, some
 from ..features import Layers
 from ..models.classifier import Classifier
 from ..seeds import Stream, numpy_generator
+from .accuracy import Metrics
 from .dense_tasks import DenseProtocol, DenseTask, Depth, DepthProtocol, Segmentation
-from .dense_training import DenseLoader, DenseProbe, Indices, make_dense_grid
-from .features import CACHED_AS_IS, Source
-from .heads import Grid, train
+from .dense_training import DenseGrid, DenseLoader, DenseProbe, make_dense_grid
+from .features import CACHED_AS_IS
+from .heads import train_and_choose
 from .models import EvalModel
-from .probe import (
-    HeadsConfig,
-    epochs_note,
-    evaluate,
-    of_all_processes,
-    run_once,
-    undecoded_note,
-)
-from .results import TEST_SET, Head, Result, data_name
-from .runs import EpochState
+from .probe import HeadsConfig, epochs_note, evaluate, make_result
+from .results import Result
+from .runs import run_once
 from .saved_head import save_head
 from .sets import VAL_SHARE
 from .tasks import EvalTransform
@@ -84,14 +78,13 @@ def evaluate_dense_depth(
     exchange their features. The chosen head is saved in the folder of the result (`model`).
 
     Args:
-        model: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
-        data: NYU Depth v2's `nyu_depth_v2_labeled.mat` or a folder that holds it (`splits.mat`
-            beside it), pairs of images and depth maps, or rendered scenes; see `open_depth`.
+        model: As `out`, a field of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
+        data: See `open_depth`: NYU Depth v2, pairs of images and depth maps, or rendered scenes.
         out: See there.
         protocol: How heads are trained.
         max_depth: Farther pixels are ignored; default: that of the data, else 10 m.
         depth_scale: Units of depth files per meter; see `open_depth`.
-        options: Further fields of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
+        options: Further fields of `HeadsConfig`.
 
     Returns:
         The result, which is also in the folder; its value is the RMSE in meters or scene units.
@@ -102,10 +95,7 @@ def evaluate_dense_depth(
         RunError: Another process works on the same evaluation, or features are not finite.
     """
     if max_depth is not None and not 1e-3 < max_depth < math.inf:
-        raise SettingsError(
-            f"{option('max_depth')} is {max_depth:g}: depths from 0.001 to it count, so give a "
-            "larger one, such as 10"
-        )
+        raise SettingsError(f"{option('max_depth')} is {max_depth:g}: give a depth such as 10")
 
     def make_task(pairs: DenseData, used: Any) -> DenseTask:
         limit = max_depth if max_depth is not None else pairs.max_depth or _MAX_DEPTH
@@ -128,13 +118,12 @@ def evaluate_segmentation(
     """Train segmentation heads on frozen patch features, and measure the best on the test set.
 
     Args:
-        model: See :class:`~ijepa_zoo.eval.probe.EvalConfig`.
-        data: ADE20K, VOC, a folder of images and masks, or rendered scenes; see
-            `open_segmentation`.
+        model: As `out`, a field of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
+        data: See `open_segmentation`: ADE20K, VOC, images and masks, or rendered scenes.
         out: See there.
         protocol: How heads are trained.
         reduce_zero_label: Ignore class 0 and count from 1; default: for ADE20K only.
-        options: Further fields of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
+        options: Further fields of `HeadsConfig`.
 
     Returns:
         The result; its value is the mean IoU in percent, its `metrics["IoU"]` that of each class.
@@ -163,18 +152,16 @@ def _evaluate(
     for name in ("test", "lrs", "wds"):
         if getattr(config, name) is not None:
             raise SettingsError(f"{option(name)} is not for dense probes: use `protocol` or `data`")
-    given: dict[str, Any] = {"epochs": config.epochs, "batch_size": config.batch_size}
-    protocol = replace(usual, **{name: n for name, n in given.items() if n is not None})
+    batch_size, epochs = config.batch_size or usual.batch_size, config.epochs or usual.epochs
+    protocol = replace(usual, batch_size=batch_size, epochs=epochs)
 
-    def open_data(distributed: Distributed, model: EvalModel) -> DenseProbe:
+    def open_data(config: HeadsConfig, distributed: Distributed, model: EvalModel) -> DenseProbe:
         workers = usable_cpus() if config.workers is None else config.workers
         shown = config.progress and distributed.is_main
         pairs = open_pairs(config.data, workers=workers, progress=shown, **target_options)
         decoder = config.decoder(model.in_chans, as_tensor=False)
-        train, test = (
-            replace(part, decoder=decoder, skip_broken=config.skip_broken)
-            for part in (pairs.train, pairs.test)
-        )
+        given: dict[str, Any] = {"decoder": decoder, "skip_broken": config.skip_broken}
+        train, test = (replace(part, **given) for part in (pairs.train, pairs.test))
         pairs, images = replace(pairs, train=train, test=test), len(train)
         task = make_task(pairs, protocol)
         distributed.run_on_main(lambda: _check(config, pairs, task))
@@ -182,37 +169,41 @@ def _evaluate(
         held_out = 0 if config.select_on_test else max(1, round(VAL_SHARE * images))
         rows = np.sort(order[held_out:]), np.sort(order[:held_out])
         used = replace(config, workers=0) if _is_rendered(config.data) else config
-        return DenseProbe(used, distributed, pairs, task, protocol, *rows, target_options)
+        return DenseProbe(used, distributed, *rows, pairs, task, protocol, target_options)
 
     def run(probe: DenseProbe, source: Any) -> tuple[Result, Path]:
+        task, names = probe.task, probe.pairs.class_names
+
         def work(folder: Path) -> Result:
             images = protocol.epochs * len(probe.train_rows)
             images += len(probe.val_rows) + len(probe.pairs.test)
             with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:
                 loader = DenseLoader(probe, source, bar)
-                grid = make_dense_grid(
-                    *(
-                        probe.task,
-                        protocol,
-                        source.widths,
-                        source.size,
-                        probe.config.seed,
-                        source.device,
-                    )
-                )
-                state = EpochState(folder / "state.pt", probe.distributed)
-                losses, earlier = train(protocol, probe.distributed, source, loader, grid, state)
-                result, chosen = _measure(probe, source, loader, grid, losses, usual)
-            layers = cast("Layers", grid.specs[chosen].representation)
+                about = (source.widths, source.size, config.seed, source.device)
+                grid = make_dense_grid(task, protocol, *about)
+
+                def measure(batches: Any, heads: Sequence[int]) -> Metrics:
+                    return _measure(loader, grid, batches, heads)
+
+                choice, trained = train_and_choose(probe, source, loader, grid, folder, measure)
+            layers = cast("Layers", grid.specs[choice.index].representation)
             classifier = Classifier(
-                *(source.model.model, grid.heads[chosen], layers, None, probe.pairs.class_names),
+                *(source.model.model, grid.heads[choice.index], layers, None, names),
                 transform=vars(_WHOLE),
             )
-            record = probe.task.head_record
-            save_head(config, probe.distributed, source.model, classifier, folder, **record)
-            return replace(result, seconds=earlier)
+            save_head(
+                config, probe.distributed, source.model, classifier, folder, **task.head_record
+            )
+            notes = [CACHED_AS_IS] if config.cached else []
+            notes += epochs_note(protocol.epochs, usual.epochs)
+            return make_result(
+                *(probe, source, task.method, asdict(protocol) | task.settings, grid.names),
+                *(choice, loader.broken),
+                notes=notes,
+                **trained,
+            )
 
-        return run_once(probe, source, "dense", {}, work)
+        return run_once(probe, source, task.method, {}, work)
 
     return evaluate(config, open_data, run, "maps")
 
@@ -222,107 +213,29 @@ def _check(config: HeadsConfig, pairs: DenseData, task: DenseTask) -> None:
     if len(pairs.train) < 4:
         raise DataError(f"'{config.data}' has fewer than four training pairs")
     for data in (pairs.train, pairs.test):
-        reasons = []
+        found = f"none of {_TRIED} can be read"
         for index in np.linspace(0, len(data) - 1, min(len(data), _TRIED)).astype(int).tolist():
             try:
                 target = torch.from_numpy(data[index][1].astype(np.float32))
-            except ImageError as error:
-                reasons.append(str(error))
+            except ImageError:
                 continue
             if task.valid(target, test=True).any():
                 break
-            span = f"{target.min():g} to {target.max():g}"
-            reasons.insert(0, f"its values are from {span}, {task.counts} count")
+            found = f"values are from {target.min():g} to {target.max():g}, {task.counts} count"
         else:
-            raise DataError(f"no pixel of '{data.names[0]}' and others counts: {reasons[0]}")
-
-
-def _measure(
-    probe: DenseProbe,
-    source: Source,
-    loader: DenseLoader,
-    grid: Grid,
-    losses: Sequence[float],
-    usual: DenseProtocol,
-) -> tuple[Result, int]:
-    """Choose a head on held-out training images and test it."""
-    task, config, pairs = probe.task, probe.config, probe.pairs
-    asked: Sequence[int] = range(len(grid.specs))
-    val: list[float | None] = [None] * len(asked)
-    kept = 0
-    if len(probe.val_rows):
-        total, kept = _score(probe, source, loader, grid, pairs.train, probe.val_rows, asked)
-        values = task.summary(total, kept)[: len(asked), 0]
-        val, asked = [*values.tolist()], [_best(task, values)]
-    tests = np.arange(len(pairs.test))
-    total, count = _score(probe, source, loader, grid, pairs.test, tests, asked)
-    metrics = task.summary(total, count)
-    best = _best(task, metrics[: len(asked), 0])
-    own, blind = metrics[best].tolist(), metrics[len(asked) :].tolist()
-    tested = dict(zip(asked, metrics[:, 0].tolist()))
-    broken = of_all_processes(loader.broken, probe.distributed)
-    notes = [CACHED_AS_IS] if config.cached else []
-    notes += epochs_note(probe.protocol.epochs, usual.epochs, "protocol")
-    if without := len(tests) - count - sum(name in broken for name in pairs.test.names):
-        notes.append(f"test pairs without a pixel that counts: {without}, not among those tested")
-    fitted = sum(pairs.train.names[index] not in broken for index in probe.train_rows.tolist())
-    result = Result(
-        task=pairs.name,
-        method=task.method,
-        model=source.about,
-        value=own[0],
-        chosen=grid.names[asked[best]],
-        selection="a seeded 10 % of the training images" if kept else TEST_SET,
-        heads=[Head(name, val[i], tested.get(i), losses[i]) for i, name in enumerate(grid.names)],
-        protocol=asdict(probe.protocol) | task.settings,
-        data={
-            name: {
-                "name": data_name(config.data),
-                "split": pairs.split,
-                "images": len(part),
-                "fingerprint": part.fingerprint,
-            }
-            for name, part in (("train", pairs.train), ("test", pairs.test))
-        },
-        images={"train": fitted, "val": kept, "test": count},
-        seed=config.seed,
-        metric=task.metric,
-        unit=task.unit,
-        higher_is_better=task.higher_is_better,
-        metrics=dict(zip(task.metrics[1:], own[1:])) | task.more(total[best]),
-        baselines={
-            f"{task.metrics[column]} of {name}": row[column]
-            for name, row in zip(task.blind, blind)
-            for column in task.shown
-        },
-        notes=[*notes, *undecoded_note(broken, "pair")],
-    )
-    return result, asked[best]
-
-
-def _best(task: DenseTask, metrics: Tensor) -> int:
-    sign = 1 if task.higher_is_better else -1
-    return int(torch.nan_to_num(sign * metrics, nan=-math.inf).argmax())
+            raise DataError(f"no pixel of '{data.names[0]}' and others counts: {found}")
 
 
 @torch.inference_mode()
-def _score(
-    probe: DenseProbe,
-    source: Source,
-    loader: DenseLoader,
-    grid: Any,
-    data: DenseDataset,
-    indices: Indices,
-    asked: Sequence[int],
-) -> tuple[Tensor, int]:
-    """Statistics of some heads and of constant predictions, and the number of images."""
-    task, distributed = probe.task, probe.distributed
-    total = torch.zeros(len(asked) + len(task.blind), *task.shape, dtype=torch.float64)
+def _measure(loader: DenseLoader, grid: DenseGrid, batches: Any, heads: Sequence[int]) -> Metrics:
+    """Metrics of some heads and of constant predictions."""
+    task, distributed = loader.probe.task, loader.probe.distributed
+    total = torch.zeros(len(heads) + len(task.blind), *task.shape, dtype=torch.float64)
     count = torch.zeros(1, dtype=torch.int64)
-    for batch in loader.in_order(data, indices, full=True, mirrored=task.mirrored):
+    for batch in batches:
         if not batch.targets:
             continue
-        predictions = grid.outputs(source.split(batch.maps), asked)
+        predictions = grid.outputs(loader.source.split(batch.maps), heads)
         if task.mirrored:  # the mean over both sides, as in DINOv2
             pairs = [prediction.chunk(2) for prediction in predictions]
             predictions = [(plain + mirror.flip(-1)) / 2 for plain, mirror in pairs]
@@ -332,9 +245,20 @@ def _score(
                 total += task.statistics(maps, grid.sums, target)
                 count += 1
         loader.bar.update(len(batch.targets) * distributed.world_size)
-    images = int(distributed.all_reduce(count))
+    total, images = distributed.all_reduce(total), int(distributed.all_reduce(count))
     if not images:
-        name = data.names[int(indices[0])]
-        reason = loader.broken.get(name, "no pixel of its target counts")
-        raise DataError(f"none of {len(indices)} pairs can be measured: '{name}': {reason}")
-    return distributed.all_reduce(total), images
+        reason = some(loader.broken.values()) or f"no pixel counts: {task.counts} count"
+        raise DataError(f"no pair to choose by, or to test on, can be measured: {reason}")
+    rows = task.summary(total, images).tolist()
+    constant = {
+        f"{task.metrics[column]} of {name}": row[column]
+        for name, row in zip(task.blind, rows[len(heads) :])
+        for column in task.shown
+    }
+    others = [
+        dict(zip(task.metrics[1:], row[1:])) | task.more(statistics)
+        for row, statistics in zip(rows[: len(heads)], total)
+    ]
+    values, none = [row[0] for row in rows[: len(heads)]], [None] * len(heads)
+    unit, higher = task.unit, task.higher_is_better
+    return Metrics(task.metric, images, values, none, others, unit, higher, constant)

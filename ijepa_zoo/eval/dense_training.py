@@ -23,6 +23,7 @@ from .dense_tasks import DenseProtocol, DenseTask
 from .features import Source
 from .heads import Grid, HeadSpec
 from .probe import Evaluation, HeadsConfig
+from .results import data_name
 
 Indices = npt.NDArray[np.int64]
 Flips = npt.NDArray[np.bool_]
@@ -36,26 +37,25 @@ _STD = 0.01  # of the initial weights, as in mmsegmentation's heads
 class DenseProbe(Evaluation):
     """Pairs of images and targets, and how heads are trained on them."""
 
+    notes = ()
     config: HeadsConfig
     pairs: DenseData
     task: DenseTask
     protocol: DenseProtocol
-    train_rows: Indices
-    val_rows: Indices
     target_options: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """Name of the task."""
-        return f"{self.config.task}-{self.pairs.name}"
+        """Name of the data."""
+        return self.pairs.name
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the metrics except the model, as plain values."""
+        """See `Probe`."""
         config = self.config
         return {
             "protocol": vars(self.protocol),
             **self.task.settings,
-            "seed": self.config.seed,
+            "seed": config.seed,
             "train": self.pairs.train.fingerprint,
             "test": self.pairs.test.fingerprint,
             "select_on_test": config.select_on_test,
@@ -63,6 +63,18 @@ class DenseProbe(Evaluation):
             "bands": config.bands,
             **self.target_options,
         }
+
+    def records(self) -> dict[str, Any]:
+        """See `Probe`."""
+        about = {"name": data_name(self.config.data), "split": self.pairs.split}
+        return {
+            name: {**about, "images": len(part), "fingerprint": part.fingerprint}
+            for name, part in (("train", self.pairs.train), ("test", self.pairs.test))
+        }
+
+    def train_name(self, row: int) -> str:
+        """See `Probe`."""
+        return self.pairs.train.names[row]
 
 
 class DenseBatch(NamedTuple):
@@ -151,10 +163,19 @@ class DenseLoader:
                 yield distributed.all_gather_rows(maps), distributed.all_gather_rows(targets)
                 self.bar.update(size)
 
-    def in_order(
-        self, data: DenseDataset, indices: Indices, *, full: bool, mirrored: bool
+    def validation(self) -> Iterator[DenseBatch]:
+        """The pairs that choose the head, the share of this process; targets keep their size."""
+        probe = self.probe
+        return self._in_order(probe.pairs.train, probe.val_rows, True, probe.task.mirrored)
+
+    def testing(self) -> Iterator[DenseBatch]:
+        """The test pairs, the share of this process; targets keep their size."""
+        pairs, mirrored = self.probe.pairs.test, self.probe.task.mirrored
+        return self._in_order(pairs, np.arange(len(pairs)), True, mirrored)
+
+    def _in_order(
+        self, data: DenseDataset, indices: Indices, full: bool, mirrored: bool
     ) -> Iterator[DenseBatch]:
-        """Pairs one after the other, the share of this process."""
         mine = indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
         starts = range(0, len(mine), self.batch_size)
         parts = [mine[start : start + self.batch_size] for start in starts]
@@ -170,9 +191,8 @@ class DenseLoader:
         def batches() -> Iterator[tuple[Tensor, list[str | None]]]:
             loaded = self.probe.loaded(items, range(len(plan)))
             for (indices, _), (pixels, targets, reasons) in zip(plan, loaded):
-                for index, reason in zip(indices.tolist(), reasons):
-                    if reason is not None:
-                        self.broken[data.names[index]] = reason
+                found = zip(indices.tolist(), reasons)
+                self.broken |= {data.names[i]: reason for i, reason in found if reason is not None}
                 good = [slot for slot, reason in enumerate(reasons) if reason is None]
                 waiting.append((targets, indices[good]))
                 yield pixels, reasons * (2 if mirrored else 1)
@@ -193,15 +213,14 @@ class DenseLoader:
         maps = torch.empty(2, count, *source.row_shape)
         targets = torch.empty(count, *source.size)
         rows: dict[int, int] = {}
-        train = probe.pairs.train
         with probe.bar(count, "encoding") as bar:
-            for batch in self.in_order(train, probe.train_rows, full=False, mirrored=True):
-                first, last = len(rows), len(rows) + len(batch.indices)
-                if last > first:
-                    maps[:, first:last] = torch.stack(batch.maps.cpu().chunk(2))
-                    targets[first:last] = torch.stack(batch.targets)
-                rows |= zip(batch.indices.tolist(), range(first, last))
-                bar.update(last - first)
+            for batch in self._in_order(probe.pairs.train, probe.train_rows, False, True):
+                for side, found in enumerate(batch.maps.cpu().chunk(2)):
+                    maps[side, len(rows) : len(rows) + len(found)] = found
+                for index, target in zip(batch.indices.tolist(), batch.targets):
+                    targets[len(rows)] = target
+                    rows[index] = len(rows)
+                bar.update(len(batch.indices))
         return _Store(maps, targets, rows, source.device)
 
 
@@ -267,7 +286,7 @@ def make_dense_grid(
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=generator) * _STD)
             bias.zero_()
-        heads[HeadSpec(name, kind, lr, protocol.weight_decay)] = head.to(device)
-        groups.append({"params": [*head.parameters()], "lr": lr, "base_lr": lr})
-    optimizer = torch.optim.AdamW(groups, weight_decay=protocol.weight_decay)
-    return DenseGrid(task, heads, optimizer, size)
+        spec = HeadSpec(name, kind, lr, protocol.weight_decay)
+        heads[spec] = head.to(device)
+        groups += spec.groups(head.parameters())
+    return DenseGrid(task, heads, torch.optim.AdamW(groups), size)

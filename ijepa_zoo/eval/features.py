@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,13 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.datasets import Targets
-from ..data.transforms import DRAWS
 from ..encode import Batch, Encoder, fast_precision, hash_texts
 from ..errors import DataError, SettingsError
 from ..extract import extract_batches
 from ..parts import Outputs
-from ..seeds import Stream, numpy_generator
-from .batches import OrderedBatches, TrainBatches, share
+from .batches import OrderedBatches, TrainBatches
 from .models import EvalModel
 from .sets import EvalSet
 
@@ -45,7 +44,7 @@ _CACHED_WITHOUT_CROPS = (
 )
 
 
-class BlockFeatures:
+class BlockFeatures(Encoder):
     """Features of a frozen encoder, from one pass over each image.
 
     The final LayerNorm is applied to the output of each block, and the patches are averaged
@@ -70,24 +69,18 @@ class BlockFeatures:
             )
         if pool == "auto" and getattr(model.model, "attn_pool", None) is not None:
             pool = "avg"  # the model's attention pooling takes its last block only
-        if kind == "vectors" and pool is None:
-            raise SettingsError("this probe reads one vector per image: use pool avg, cls, ...")
         if precision == "auto":
             precision = fast_precision(torch.device(device))
-        self.encoder = Encoder(
+        super().__init__(
             model.model,
             layers="last" if kind == "tokens" else "last4",
             pool=pool if kind == "vectors" else None,
             dtype="float16" if kind == "tokens" and precision != "float32" else "float32",
             device=device,
             precision=precision,
-            host=False,
         )
-        self.model, self.kind = model, kind
-        self.row_shape, self.dtype = self.encoder.row_shape, self.encoder.dtype
-        self.device, self.settings = self.encoder.device, self.encoder.settings
-        self.size, self.about = self.encoder.size, model.describe()
-        self.encode, self.paper_name = self.encoder.encode, model.paper_name
+        self.kind, self.model, self.about = kind, model, model.describe()
+        self.paper_name = model.paper_name
         width = self.row_shape[0]
         self.widths = {"last": width // 4, "last4": width}
         if kind == "tokens":
@@ -144,11 +137,16 @@ def pixel_options(part: EvalSet) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """Features of a set of images, read from the disk as they are needed."""
+    """Features of the images of a set that could be decoded, read from the disk as needed."""
 
     rows: Tensor
-    indices: npt.NDArray[np.int64]
+    labels: Tensor
+    indices: npt.NDArray[np.int64]  # of the images
     broken: dict[int, str]
+
+    def find(self, images: Targets) -> Targets:
+        """The rows of images."""
+        return np.flatnonzero(np.isin(self.indices, images))
 
 
 class _Pixels:
@@ -199,43 +197,48 @@ def cached_features(
     # copy on write: torch wants writable memory
     rows: np.memmap[Any, Any] = np.lib.format.open_memmap(outputs.features, mode="c")
     good = np.setdiff1d(np.arange(len(part)), [*broken]).astype(np.int64)
-    return CachedFeatures(torch.from_numpy(rows), good, broken)
+    return CachedFeatures(
+        torch.from_numpy(rows), torch.from_numpy(part.targets[good]), good, broken
+    )
 
 
 LabeledRows = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
 
 
 class OnlineLoader:
-    """Every epoch encodes every image with another random crop, as in the protocols."""
+    """Every epoch encodes every image with another random crop, as in the protocols.
 
-    name, notes = "online", ()
+    Unless `gathered`, each process has its share of the training batches only.
+    """
+
+    name = "online"
+    piece: int | None = _PIECE  # images of a forward pass in training; None for whole batches
+    notes: Sequence[str] = ()
 
     def __init__(self, probe: Probe, source: Source, bar: Any, *, gather: bool = True) -> None:
         self.probe, self.source, self.bar, self.gathered = probe, source, bar, gather
-        protocol = probe.protocol
-        self.batches = TrainBatches(
-            *(probe.train, probe.train_rows, protocol.transform, source.size, protocol.batch_size),
-            seed=probe.config.seed,
-            rank=probe.distributed.rank,
-            world=probe.distributed.world_size,
-            micro=_PIECE,
-        )
-        self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
+        self.device = source.device
         self.broken: dict[str, str] = {}
+        self.batches = self._batches(probe.train_rows, probe.distributed.world_size)
+        self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
+
+    def _batches(self, rows: Targets, world: int) -> TrainBatches:
+        protocol, rank = self.probe.protocol, self.probe.distributed.rank if world > 1 else 0
+        return TrainBatches(
+            *(self.probe.train, rows, protocol.transform, self.source.size, protocol.batch_size),
+            seed=self.probe.config.seed,
+            rank=rank,
+            world=world,
+            micro=self.piece or protocol.batch_size,
+        )
 
     def training(self, first: int, last: int) -> Iterator[LabeledRows]:
         """The steps of the epochs from `first` up to `last`, exclusive."""
-        numbers = self.batches.numbers(first, last)
         gather = self.probe.distributed.all_gather_rows
-        pieces: list[LabeledRows] = []
-        for piece in self._encode(self.batches, numbers):
-            pieces.append(piece)
-            if len(pieces) == self.batches.parts:
-                rows, labels = (torch.cat(column) for column in zip(*pieces))
-                if self.gathered:
-                    rows, labels = gather(rows), gather(labels)
-                yield rows, labels
-                pieces = []
+        pieces = self._encode(self.batches, self.batches.numbers(first, last))
+        while step := list(islice(pieces, self.batches.parts)):
+            rows, labels = (torch.cat(column) for column in zip(*step))
+            yield (gather(rows), gather(labels)) if self.gathered else (rows, labels)
 
     def validation(self) -> Iterator[LabeledRows]:
         """The images that choose the head, the share of this process."""
@@ -245,11 +248,11 @@ class OnlineLoader:
         """The test images, the share of this process."""
         return self._in_order(self.probe.test, np.arange(len(self.probe.test)))
 
-    def _in_order(self, part: EvalSet, rows: Targets) -> Iterator[LabeledRows]:
-        batches = self.probe.in_order(part, rows, self.source.size)
+    def _in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
+        batches = self.probe.in_order(part, images, self.source.size)
         return self._encode(batches, range(len(batches)))
 
-    def _encode(self, batches: Any, numbers: Any) -> Iterator[LabeledRows]:
+    def _encode(self, batches: Any, numbers: Sequence[int]) -> Iterator[LabeledRows]:
         for rows, labels in encoded(self.probe, self.source, batches, numbers, self.broken):
             self.bar.update(len(labels) * self.probe.distributed.world_size)
             yield rows.float(), labels
@@ -258,10 +261,7 @@ class OnlineLoader:
 def encoded(
     probe: Probe, source: Source, batches: Any, numbers: Sequence[int], broken: dict[str, str]
 ) -> Iterator[LabeledRows]:
-    """Rows and classes of the images of batches, by their numbers, that could be decoded.
-
-    Name and reason of the others are added to `broken`.
-    """
+    """Rows and classes of the images of batches that could be decoded; `broken` gets the others."""
     waiting: deque[Tensor] = deque()
 
     def pixels() -> Iterator[Batch]:
@@ -276,84 +276,55 @@ def encoded(
             yield rows, labels.to(rows.device, non_blocking=True)
 
 
-class CachedLoader:
+class CachedLoader(OnlineLoader):
     """Features computed once, of every image and its mirror image.
 
     Random crops of the protocol, if it has any, are replaced by the test transform. Without `flips`
     there are no mirror images, for classifiers that are not trained in epochs.
     """
 
-    name = "cached"
+    name, piece = "cached", None
 
     def __init__(
         self, probe: Probe, source: Source, bar: Any, *, flips: bool = True, gather: bool = True
     ) -> None:
-        self.probe, self.bar, self.device, self.gathered = probe, bar, source.device, gather
-        self.train = cached_features(probe, probe.train, source)
-        self.mirrored = (
-            cached_features(probe, probe.train, source, mirrored=True) if flips else None
-        )
+        super().__init__(probe, source, bar, gather=gather)
+        self.train = self.mirrored = cached_features(probe, probe.train, source)
+        if flips:
+            self.mirrored = cached_features(probe, probe.train, source, mirrored=True)
+            crops = probe.protocol.transform.crop_mode == "center"
+            self.notes = [_CACHED_WITHOUT_CROPS if crops else CACHED_AS_IS]
         self.test = cached_features(probe, probe.test, source)
-        self.broken = {
-            part.images.name(index): reason
-            for part, found in ((probe.train, self.train), (probe.test, self.test))
-            for index, reason in found.broken.items()
-        }
-        self.train_rows = np.flatnonzero(np.isin(self.train.indices, probe.train_rows))
-        self.val_rows = np.flatnonzero(np.isin(self.train.indices, probe.val_rows))
+        for part, found in ((probe.train, self.train), (probe.test, self.test)):
+            self.broken |= {part.images.name(i): reason for i, reason in found.broken.items()}
+        self.train_rows = self.train.find(probe.train_rows)
+        self.val_rows = self.train.find(probe.val_rows)
         if len(self.train_rows) < 2:
             raise DataError("fewer than two training images can be decoded")
-        self.batch_size = min(probe.protocol.batch_size, len(self.train_rows))
-        self.steps = len(self.train_rows) // self.batch_size
-        crops = probe.protocol.transform.crop_mode == "center"
-        self.notes = (_CACHED_WITHOUT_CROPS if crops else CACHED_AS_IS,)
+        world = 1 if gather else probe.distributed.world_size
+        self.batches = self._batches(self.train_rows, world)
+        self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
 
-    def labels(self, part: EvalSet, found: CachedFeatures, indices: Targets) -> Tensor:
-        """Classes of cached rows."""
-        return torch.from_numpy(part.targets[found.indices[indices]]).to(self.device)
-
-    def share(self, indices: Targets) -> Targets:
-        """Those of the indices that belong to this process."""
-        return indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
+    def share(self, rows: Targets) -> Targets:
+        """Those that belong to this process."""
+        return rows[self.probe.distributed.rank :: self.probe.distributed.world_size]
 
     def training(self, first: int, last: int) -> Iterator[LabeledRows]:
-        """The steps of the epochs; images and flips are those of `OnlineLoader`."""
-        seed, batch, distributed = self.probe.config.seed, self.batch_size, self.probe.distributed
-        shared = (0, 1) if self.gathered else (distributed.rank, distributed.world_size)
-        own = share(batch, *shared)
-        for epoch in range(first, last):
-            order = numpy_generator(seed, Stream.EVAL_ORDER, epoch).permutation(
-                len(self.train_rows)
-            )
-            for step in range(self.steps):
-                chosen = self.train_rows[order[step * batch : (step + 1) * batch]][own]
-                draws = numpy_generator(seed, Stream.EVAL_AUGMENT, epoch, step)
-                flips = draws.random((batch, DRAWS))[own, -1] < 0.5
-                rows = self.train.rows[chosen]
-                if self.mirrored is not None:
-                    rows[flips] = self.mirrored.rows[chosen[flips]]
-                labels = self.labels(self.probe.train, self.train, chosen)
-                yield rows.to(self.device).float(), labels
-                self.bar.update(batch)
+        """The same images and flips as in `OnlineLoader`."""
+        for number in self.batches.numbers(first, last):
+            _, plan = self.batches.plan(number)
+            chosen = np.array([row for _, row, _ in plan])
+            flips = np.array([draws[-1] < 0.5 for *_, draws in plan])
+            rows = self.train.rows[chosen]
+            rows[flips] = self.mirrored.rows[chosen[flips]]
+            yield rows.to(self.device).float(), self.train.labels[chosen].to(self.device)
+            self.bar.update(self.batch_size)
 
-    def validation(self) -> Iterator[LabeledRows]:
-        """See :class:`OnlineLoader`."""
-        return self._in_order(self.probe.train, self.train, self.val_rows)
-
-    def testing(self) -> Iterator[LabeledRows]:
-        """See :class:`OnlineLoader`."""
-        return self._in_order(self.probe.test, self.test, np.arange(len(self.test.indices)))
-
-    def _in_order(
-        self, part: EvalSet, found: CachedFeatures, indices: Targets
-    ) -> Iterator[LabeledRows]:
-        mine = self.share(indices)
+    def _in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
+        found = self.train if part is self.probe.train else self.test
+        mine = self.share(found.find(images))
         count = max(1, _VALUES // math.prod(found.rows.shape[1:]))
         for start in range(0, len(mine), count):
             chosen = mine[start : start + count]
-            labels = self.labels(part, found, chosen)
-            yield found.rows[chosen].to(self.device).float(), labels
+            yield found.rows[chosen].to(self.device).float(), found.labels[chosen].to(self.device)
             self.bar.update(len(chosen) * self.probe.distributed.world_size)
-
-
-FeatureLoader = OnlineLoader | CachedLoader

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from ..distributed import Distributed
 from ..errors import RunError
 from ..models.classifier import LinearHead
-from ..progress import skip
 from ..seeds import Stream, torch_generator
-from .accuracy import Metrics, classification_loss, compute_metrics
-from .dense_tasks import DenseProtocol
-from .features import FeatureLoader, Source
-from .probe import Probe, of_all_processes
-from .runs import EpochState
+from .accuracy import Choice, Metrics, choose, classification_loss
+from .features import Source
+from .runs import train_epochs
 from .tasks import Protocol
 
 _MOMENTUM = 0.9
@@ -41,6 +38,14 @@ class HeadSpec:
     def name(self) -> str:
         """Name such as 'last4 bn lr=0.01 wd=0.0005'."""
         return f"{self.representation} {self.kind} lr={self.lr:g} wd={self.weight_decay:g}"
+
+    def groups(self, decayed: Iterable[Any], free: Iterable[Any] = ()) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer: with weight decay, and without."""
+        rates = {"lr": self.lr, "base_lr": self.lr}
+        return [
+            {"params": list(decayed), **rates, "weight_decay": self.weight_decay},
+            {"params": list(free), **rates, "weight_decay": 0.0},
+        ]
 
 
 class Grid(nn.Module):
@@ -127,7 +132,8 @@ def make_grid(
     Heads of equal width start from the same weights. BatchNorm has eps 1e-5 and momentum 0.1, and
     no weight decay.
     """
-    heads, groups = {}, []
+    heads: dict[HeadSpec, nn.Module] = {}
+    groups: list[dict[str, Any]] = []
     for spec in specs:
         width = widths[spec.representation]
         head = LinearHead(width, num_classes, batch_norm=spec.kind == "bn")
@@ -135,69 +141,52 @@ def make_grid(
         for parameter in head.linear.parameters():  # as torch.nn.Linear
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
         heads[spec] = head.to(device)
-        rates, decay = {"lr": spec.lr, "base_lr": spec.lr}, {"weight_decay": spec.weight_decay}
-        groups.append({"params": [*head.linear.parameters()], **rates, **decay})
-        if spec.kind == "bn":
-            groups.append({"params": [*head.norm.parameters()], **rates, "weight_decay": 0.0})
+        groups += spec.groups(head.linear.parameters(), head.norm.parameters())
     if protocol.optimizer == "lars":
-        return Grid(heads, LARS(groups, momentum=_MOMENTUM))
+        groups = [{"decay": group.pop("weight_decay"), **group} for group in groups]
+        return Grid(heads, LARS(groups, lr=0.1, momentum=_MOMENTUM))
     return Grid(heads, torch.optim.SGD(groups, lr=0.1, momentum=_MOMENTUM, nesterov=True))
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(torch.optim.SGD):
     """SGD with momentum whose updates of a matrix have 0.001 times the norm of the matrix.
 
     LARS (arXiv 1708.03888) by VISSL's rule (`vissl/optimizers/lars.py`): the norm is that of the
     gradient *with* weight decay, and the factor is 1 where a norm is 0. NVIDIA's and timm's
     versions divide by the sum of the norms of gradient and weight decay. Biases and BatchNorm
-    take plain steps (`exclude_bias_and_norm`).
+    take plain steps (`exclude_bias_and_norm`). Groups have their weight decay as `decay`.
     """
-
-    def __init__(self, params: Any, momentum: float) -> None:
-        super().__init__(params, {"momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                update = parameter.grad.add(parameter, alpha=group["weight_decay"])
+                update = parameter.grad.add_(parameter, alpha=group["decay"])
                 if parameter.ndim > 1:
                     length, change = parameter.norm(), update.norm()
                     usable = (length > 0) & (change > 0)
                     update.mul_(torch.where(usable, _TRUST * length / change, 1.0))
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                parameter.sub_(momentum, alpha=group["lr"])
+        super().step()
 
 
-def train(
-    protocol: Protocol | DenseProtocol,
-    distributed: Distributed,
+def train_and_choose(
+    probe: Any,
     source: Source,
     loader: Any,
     grid: Grid,
-    state: EpochState,
-) -> tuple[list[float], float]:
-    """Train all heads; returns the last losses, and the seconds of earlier sessions.
+    folder: Path,
+    measure: Callable[[Any, Sequence[int]], Metrics],
+) -> tuple[Choice, dict[str, Any]]:
+    """Train all heads and choose one; `measure` has the metrics of some heads on batches.
 
-    `loader` has `training`, `steps`, `batch_size`, `bar`, `broken` and `gathered`: whether each
-    process has the rows of the whole batch.
+    `probe` is a `Probe` or a `DenseProbe`, `loader` an `OnlineLoader` or a `DenseLoader`. Also
+    returns the last losses, and the seconds of earlier sessions.
     """
-    losses, earlier, done = [0.0] * len(grid.specs), 0.0, 0
-    started = time.perf_counter()
-    if (found := state.load()) is not None:
-        grid.load_state_dict(found["heads"])
-        grid.optimizer.load_state_dict(found["optimizer"])
-        done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
-        loader.broken.update(found["broken"])
-    skip(loader.bar, done * loader.steps * loader.batch_size)
-    batches = loader.training(done, protocol.epochs)
+    protocol, distributed = probe.protocol, probe.distributed
     mine = None if loader.gathered else distributed
-    grid.train()
-    for epoch in range(done, protocol.epochs):
+
+    def train_epoch(batches: Iterator[tuple[Tensor, Tensor]], epoch: int) -> list[float]:
         # the last entry counts batches that are not finite, without a synchronization
         total = torch.zeros(len(grid.specs) + 1, device=source.device)
         for step, (rows, targets) in enumerate(islice(batches, loader.steps), epoch * loader.steps):
@@ -211,34 +200,12 @@ def train(
             exact = source.settings.get("precision") == "float32"
             advice = "check the model's weights" if exact else "use --precision float32"
             raise RunError(f"features of {source.about['name']} are NaN or infinite: {advice}")
-        shown = {"epoch": f"{epoch + 1}/{protocol.epochs}", "loss": f"{min(losses):.3g}"}
-        loader.bar.set_postfix(**shown, refresh=False)
-        broken = of_all_processes(loader.broken, distributed)
-        if distributed.is_main:
-            seconds = earlier + time.perf_counter() - started
-            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
-            heads, optimizer = grid.state_dict(), grid.optimizer.state_dict()
-            state.save({**kept, "heads": heads, "optimizer": optimizer})
-    grid.eval()
+        return losses
+
+    args = (grid, grid.optimizer, train_epoch, protocol.epochs, folder)
+    losses, seconds = train_epochs(probe, loader, *args)
     for tensor in grid.heads.state_dict().values():  # GPUs may round differently
         distributed.broadcast(tensor)
-    return losses, earlier
-
-
-def choose_and_test(
-    probe: Probe, source: Source, loader: FeatureLoader, grid: Grid
-) -> tuple[int, Metrics | None, Metrics]:
-    """Choose a head on validation images and test it alone; all are tested if there are none."""
-
-    def measure(batches: Any, heads: Sequence[int]) -> Metrics:
-        def logits(features: dict[str, Tensor]) -> list[Tensor]:
-            return grid.outputs(features, heads)
-
-        return compute_metrics(probe, source, batches, logits, len(heads))
-
-    all_heads = range(len(grid.specs))
-    if not len(probe.val_rows):
-        test = measure(loader.testing(), all_heads)
-        return test.best, None, test
-    val = measure(loader.validation(), all_heads)
-    return val.best, val, measure(loader.testing(), [val.best])
+    every = range(len(grid.specs))
+    choice = choose(loader, lambda b: measure(b, every), lambda b, head: measure(b, [head]))
+    return choice, {"losses": losses, "seconds": seconds}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from ..data.datasets import Targets
 from ..metrics import knn_predict
-from .accuracy import TOP, Metrics, count_correct
+from .accuracy import TOP, Metrics, choose, count_correct
 from .features import CachedLoader, Source
 from .models import EvalModel
-from .probe import EvalConfig, Probe, evaluate_classes, make_result, pooling, run_once
+from .probe import EvalConfig, Probe, evaluate, make_result, open_probe
 from .results import Result
+from .runs import run_once
 from .tasks import Task
 
 KS = (10, 20, 50, 100, 200)
@@ -39,7 +41,8 @@ def evaluate_knn(
     The arguments are fields of :class:`~ijepa_zoo.eval.probe.EvalConfig`; errors are those of
     :func:`evaluate_linear`.
     """
-    return evaluate_classes(EvalConfig(task=task, model=model, data=data, out=out, **options), _run)
+    config = EvalConfig(task=task, model=model, data=data, out=out, **options)
+    return evaluate(config, open_probe, _run)
 
 
 def _run(probe: Probe, source: Source) -> tuple[Result, Path]:
@@ -51,41 +54,36 @@ def _run(probe: Probe, source: Source) -> tuple[Result, Path]:
 
     def work(folder: Path) -> Result:
         with probe.bar(0, "neighbors") as bar:
-            loader = CachedLoader(probe, source, bar, flips=False)
-            return _vote(probe, source, loader, protocol)
+            return _vote(probe, source, CachedLoader(probe, source, bar, flips=False), protocol)
 
     return run_once(probe, source, "knn", protocol, work)
 
 
 def _vote(probe: Probe, source: Source, loader: CachedLoader, protocol: dict[str, Any]) -> Result:
-    all_rows = np.concatenate([loader.train_rows, loader.val_rows])
-    name = next(iter(source.widths))
-    rows = source.split(loader.train.rows)[name]  # of the file: only these columns are read
+    name, classes, found = next(iter(source.widths)), probe.num_classes, loader.train
+    rows = source.split(found.rows)[name]  # of the file: only these columns are read
+    number = len(loader.train_rows)
+    ks = [k for k in KS if k <= number] or [number]
 
-    def answer(indices: Targets, batches: Any, settings: list[tuple[int, float]]) -> Metrics:
-        bank = F.normalize(rows[indices].to(loader.device), dim=1)
-        labels = loader.labels(probe.train, loader.train, indices)
-        ks, temperatures = (list(dict.fromkeys(column)) for column in zip(*settings))
-        classes = probe.num_classes
+    def answer(bank_rows: Targets, batches: Any, ks: Sequence[int], ts: Sequence[float]) -> Metrics:
+        bank = F.normalize(rows[bank_rows].to(loader.device), dim=1)
+        labels = found.labels[bank_rows].to(loader.device)
         options: dict[str, Any] = {"num_classes": classes, "top": min(TOP, classes)}
 
         def predict(features: dict[str, Tensor]) -> Tensor:
-            queries = features[name]
-            return knn_predict(bank, labels, queries, ks=ks, temperatures=temperatures, **options)
+            found = knn_predict(bank, labels, features[name], ks=ks, temperatures=ts, **options)
+            return found.transpose(0, 1)
 
-        return count_correct(probe, source, batches, predict, len(settings))
+        return count_correct(probe, source, batches, predict)
 
-    on_test = not len(loader.val_rows)
-    number = len(loader.train_rows)
-    grid = list(product([k for k in KS if k <= number] or [number], TEMPERATURES))
-    val = answer(loader.train_rows, loader.testing() if on_test else loader.validation(), grid)
-    chosen = val.best
-    return make_result(
-        *(probe, source.about, "knn", {**pooling(source), **protocol}),
-        [f"k={k} T={temperature:g}" for k, temperature in grid],
-        chosen,
-        None if on_test else val,
-        val if on_test else answer(all_rows, loader.testing(), [grid[chosen]]),
-        loader.broken,
-        notes=["all training images are neighbors of test images"],
-    )
+    def test(batches: Any, chosen: int) -> Metrics:
+        everything = np.concatenate([loader.train_rows, loader.val_rows])
+        k, temperature = settings[chosen]
+        return answer(everything, batches, [k], [temperature])
+
+    settings = list(product(ks, TEMPERATURES))
+    choice = choose(loader, lambda b: answer(loader.train_rows, b, ks, TEMPERATURES), test)
+    names = [f"k={k} T={temperature:g}" for k, temperature in settings]
+    notes = ["all training images are neighbors of test images"]
+    args = (probe, source, "knn", protocol, names, choice, loader.broken)
+    return make_result(*args, notes=notes)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from .accuracy import Metrics, compute_metrics
 from .features import BlockFeatures, CachedLoader, Kind, OnlineLoader, Source
-from .heads import Grid, HeadSpec, choose_and_test, make_grid, train
+from .heads import Grid, HeadSpec, make_grid, train_and_choose
 from .models import EvalModel
-from .probe import (
-    HeadsConfig,
-    Probe,
-    epochs_note,
-    evaluate_classes,
-    make_result,
-    pooling,
-    run_once,
-)
+from .probe import HeadsConfig, Probe, epochs_note, evaluate, make_result, open_probe
 from .results import Result
-from .runs import EpochState
+from .runs import run_once
 from .saved_head import save_probe_head
 from .tasks import Protocol, Task
 
@@ -80,7 +73,8 @@ def evaluate_heads(
     """
     loader_class = CachedLoader if config.cached else OnlineLoader
 
-    def prepare(probe: Probe) -> Probe:
+    def open_data(*args: Any) -> Probe:
+        probe = open_probe(*args)
         own = probe.task.protocol
         protocol = own if usual is None else replace(usual, transform=own.transform)
         return replace(probe, protocol=config.change(protocol))
@@ -100,30 +94,31 @@ def evaluate_heads(
             with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:
                 loader = loader_class(probe, source, bar, gather=kind == "vectors")
                 grid = make(probe, source)
-                state = EpochState(folder / "state.pt", probe.distributed)
-                losses, earlier = train(
-                    *(probe.protocol, probe.distributed, source, loader, grid, state)
-                )
-                chosen, val, test = choose_and_test(probe, source, loader, grid)
-            spec = grid.specs[chosen]
+
+                def measure(batches: Any, heads: Sequence[int]) -> Metrics:
+                    def logits(features: dict[str, Tensor]) -> list[Tensor]:
+                        return grid.outputs(features, heads)
+
+                    return compute_metrics(probe, source, batches, logits)
+
+                choice, trained = train_and_choose(probe, source, loader, grid, folder, measure)
+            spec = grid.specs[choice.index]
             if isinstance(source, BlockFeatures):
-                layers = "last" if kind == "tokens" else spec.representation
-                save_probe_head(probe, source, grid.heads[chosen], layers, folder, chosen=spec.name)
-            used = {**pooling(source), **protocol, "batch_size": loader.batch_size}
-            paper, notes = _paper_accuracy(
-                probe, source, usual or probe.task.protocol, config.cached
-            )
+                layers, head = spec.representation, grid.heads[choice.index]
+                save_probe_head(probe, source, head, layers, folder, chosen=spec.name)
+            used = {**protocol, "batch_size": loader.batch_size}
+            usual_protocol = usual or probe.task.protocol
+            paper, notes = _paper_accuracy(probe, source, usual_protocol, config.cached)
             return make_result(
-                *(probe, source.about, method, used, grid.names, chosen, val, test, loader.broken),
-                losses=losses,
+                *(probe, source, method, used, grid.names, choice, loader.broken),
                 paper=paper,
                 notes=[*loader.notes, *notes],
-                seconds=earlier,
+                **trained,
             )
 
         return run_once(probe, source, f"{method}-{loader_class.name}", protocol, work)
 
-    return evaluate_classes(config, run, kind=kind, prepare=prepare)
+    return evaluate(config, open_data, run, kind)
 
 
 def _paper_accuracy(
@@ -131,7 +126,7 @@ def _paper_accuracy(
 ) -> tuple[float | None, list[str]]:
     """The paper's accuracy if this run follows its protocol, and notes on what differs."""
     paper = probe.task.paper.get(source.paper_name or "")
-    notes = epochs_note(probe.protocol.epochs, usual.epochs, "protocol")
+    notes = epochs_note(probe.protocol.epochs, usual.epochs)
     config = probe.config
     different = probe.protocol != probe.task.protocol or not len(probe.val_rows)
     different |= config.img_size is not None or config.pool != "auto"

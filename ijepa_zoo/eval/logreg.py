@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from ..data.datasets import Subset, Targets
 from ..errors import DataError, SettingsError, option
 from ..models.classifier import LinearHead
 from ..seeds import Stream, numpy_generator
-from .accuracy import Metrics, compute_metrics, join_heads
+from .accuracy import Metrics, choose, compute_metrics
 from .features import BlockFeatures, CachedLoader, Source
 from .models import EvalModel
-from .probe import EvalConfig, Probe, evaluate_classes, make_result, pooling, run_once
+from .probe import EvalConfig, Probe, evaluate, make_result, open_probe
 from .results import Result
+from .runs import run_once
 from .saved_head import save_probe_head
 from .sets import listed_rows
 from .tasks import Task
@@ -46,25 +48,16 @@ def evaluate_logreg(
     training images; then the classifier is fitted to all of them. DINOv2 (arXiv 2304.07193,
     `dinov2/eval/log_regression.py`) does the same on one layer, with the same 45 values of C.
 
-    Args:
-        task: As `model`, `data`, `out` and the options, a field of `EvalConfig`.
-        model: See `EvalConfig`.
-        data: See `EvalConfig`.
-        out: See `EvalConfig`.
-        list: Text file with the names of the training images to use, one per line, such as
-            ImageNet's 1 %; see `listed_rows`.
-        per_class: Number of training images of each class, drawn by the seed.
-        cs: Values of C.
-        options: Further fields of `EvalConfig`.
-
-    Raises:
-        DataError: The data or the list cannot be used, or do not fit the task.
-        SettingsError: An option or the model does not fit.
+    `list` is a text file with the names of the training images to use, one per line, such as
+    ImageNet's 1 % (see `listed_rows`); `per_class` draws so many of each class by the seed; `cs`
+    are the values of C. The other arguments are fields of :class:`~ijepa_zoo.eval.EvalConfig`;
+    errors are those of :func:`evaluate_linear`.
     """
     if list is not None and per_class is not None:
         raise SettingsError(f"use {option('list')} or {option('per_class')}, not both")
 
-    def few(probe: Probe) -> Probe:
+    def open_data(*args: Any) -> Probe:
+        probe = open_probe(*args)
         if list is not None:
             return choose_rows(probe, listed_rows(probe.train, list), {"list": Path(list).name})
         if per_class is not None:
@@ -75,7 +68,7 @@ def evaluate_logreg(
 
     def run(probe: Probe, source: Source) -> tuple[Result, Path]:
         transform = probe.protocol.transform.describe(source.size, train=False)
-        protocol = {"cs": [*cs], "transform": transform}
+        protocol = {"cs": [*cs], "transform": transform, **probe.subset}
 
         def work(folder: Path) -> Result:
             with probe.bar(0, "logistic regression") as bar:
@@ -85,7 +78,7 @@ def evaluate_logreg(
         return run_once(probe, source, "logreg", protocol, work)
 
     config = EvalConfig(task=task, model=model, data=data, out=out, **options)
-    return evaluate_classes(config, run, prepare=few)
+    return evaluate(config, open_data, run)
 
 
 def draw_per_class(labels: Targets, number: int, seed: int) -> Targets:
@@ -99,15 +92,11 @@ def draw_per_class(labels: Targets, number: int, seed: int) -> Targets:
 def choose_rows(probe: Probe, rows: Targets, subset: dict[str, Any]) -> Probe:
     """The probe with some of the training images."""
     train = probe.train
-    sizes = train.class_sizes(rows)
-    present = sizes[sizes > 0]
-    if len(present) < 2:
+    classes = int((train.class_sizes(rows) > 0).sum())
+    if classes < 2:
         raise DataError(f"the chosen images ({subset}) are of one class; use at least two")
     how = ", ".join(f"{key}={value}" for key, value in subset.items())
-    note = (
-        f"{how}: {len(rows)} of {len(train)} training images, at most {present.max()} "
-        f"of each of {len(present)} classes"
-    )
+    note = f"{how}: {len(rows)} of {len(train)} training images, of {classes} classes"
     images, targets = Subset(train.images, rows), train.targets[rows]
     few = replace(train, images=images, targets=targets, notes=(*train.notes, note))
     return probe.with_rows(few, subset=subset)
@@ -121,61 +110,57 @@ def _sweep(
     protocol: dict[str, Any],
     folder: Path,
 ) -> Result:
-    def own_rows(indices: Targets) -> tuple[dict[str, Tensor], Tensor]:
-        mine = loader.share(indices)
-        rows = loader.train.rows[mine].to(loader.device)
-        return source.split(rows), loader.labels(probe.train, loader.train, mine)
+    def own_rows(rows: Targets, name: str) -> tuple[Tensor, Tensor]:
+        mine = loader.share(rows)
+        labels = loader.train.labels[mine].to(loader.device)
+        return source.split(loader.train.rows[mine].to(loader.device))[name], labels
 
-    def measure(fitted: Logistic, name: str, batches: Any) -> Metrics:
-        def logits(features: dict[str, Tensor]) -> list[Tensor]:
-            return [fitted.logits(features[name])]
+    def measure(batches: Any, heads: Sequence[tuple[str, Logistic]]) -> Metrics:
+        def logits(features: dict[str, Tensor]) -> Iterator[Tensor]:
+            return (fitted.logits(features[name]) for name, fitted in heads)
 
-        return compute_metrics(probe, source, batches, logits, 1)
+        return compute_metrics(probe, source, batches, logits)
 
-    on_test = not len(loader.val_rows)
-    features, labels = own_rows(loader.train_rows)
+    @cache
+    def fit_all(index: int) -> Logistic:
+        name, c = settings[index]
+        rows = np.concatenate([loader.train_rows, loader.val_rows])
+        return fit_logistic(*own_rows(rows, name), c, **shared)
+
     shared: dict[str, Any] = {
         "num_classes": probe.num_classes,
         "all_reduce": probe.distributed.all_reduce,
     }
-    heads, found = [], []
+    settings, heads = [(name, c) for name in source.widths for c in sorted(cs)], []
     for name in source.widths:
-        fitted = None
+        data, fitted = own_rows(loader.train_rows, name), None
         for c in sorted(cs):
-            fitted = fit_logistic(features[name], labels, c, start=fitted, **shared)
-            batches = loader.testing() if on_test else loader.validation()
-            found.append(measure(fitted, name, batches))
-            heads.append((name, c))
-    del features  # free memory for those of all images
-    val = join_heads(found)
-    chosen = val.best
-    names = [f"{name} C={c:.3g}" for name, c in heads]
-    name, c = heads[chosen]
-    features, labels = own_rows(np.concatenate([loader.train_rows, loader.val_rows]))
-    best = fit_logistic(features[name], labels, c, **shared)
-    if isinstance(source, BlockFeatures):
-        save_probe_head(probe, source, best.head(), name, folder, chosen=names[chosen])
-    failed = [] if best.converged else ["the last fit did not converge"]
-    tested = (None, val) if on_test else (val, measure(best, name, loader.testing()))
-    return make_result(
-        *(probe, source.about, "logreg", {**pooling(source), **protocol}, names, chosen),
-        *(*tested, loader.broken),
-        notes=["after the choice fitted to all training images", *failed],
+            fitted = fit_logistic(*data, c, start=fitted, **shared)
+            heads.append((name, fitted))
+        del data  # free memory for those of all images
+    choice = choose(
+        loader,
+        lambda batches: measure(batches, heads),
+        lambda batches, index: measure(batches, [(settings[index][0], fit_all(index))]),
     )
+    names = [f"{name} C={c:.3g}" for name, c in settings]
+    name, best = settings[choice.index][0], fit_all(choice.index)
+    if isinstance(source, BlockFeatures):
+        save_probe_head(probe, source, best.head(), name, folder, chosen=names[choice.index])
+    notes = ["after the choice fitted to all training images"]
+    notes += [] if best.converged else ["the last fit did not converge"]
+    args = (probe, source, "logreg", protocol, names, choice, loader.broken)
+    return make_result(*args, notes=notes)
 
 
 @dataclass(frozen=True)
 class Logistic:
-    """A fitted classifier: weights `[C, D]` and biases `[C]`.
-
-    `objective` was minimized, divided by C and the number of images; `converged` is False if the
-    iterations did not suffice.
-    """
+    """A fitted classifier: weights `[C, D]` and biases `[C]`."""
 
     weight: Tensor
     bias: Tensor
-    objective: float
-    converged: bool
+    objective: float  # minimized, divided by C and the number of images
+    converged: bool  # False if the iterations did not suffice
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits `[n, C]` of features `[n, D]`."""

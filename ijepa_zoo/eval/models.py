@@ -62,8 +62,7 @@ class EvalModel:
 
     def untrained(self, seed: int) -> EvalModel:
         """The same architecture with random weights."""
-        if self.source is None:
-            raise SettingsError(f"{option('baseline')} needs a model that is given by its name")
+        assert self.source is not None, "it has no name"
         return open_model(self.source, random=True, seed=seed, img_size=self.img_size)
 
 
@@ -86,7 +85,7 @@ def open_model(
         random: The same architecture with random weights instead of its own.
         seed: Decides the random weights.
         checkpoint: See :func:`ijepa_zoo.create_model`.
-        network: See :func:`ijepa_zoo.create_model`.
+        network: See there.
         img_size: Image size in pixels; None for the model's own.
 
     Raises:
@@ -95,10 +94,7 @@ def open_model(
         FetchError: They cannot be fetched.
     """
     if random and (checkpoint or network):
-        raise SettingsError(
-            f"{option('random')} takes no weights: leave {option('checkpoint')} and "
-            f"{option('network')} out"
-        )
+        raise SettingsError(f"{option('random')} takes neither {option('checkpoint')} nor network")
     source = f"{_FOLDER}{name}" if os.path.isdir(name) else name
     kwargs: dict[str, Any] = {"img_size": img_size} if img_size else {}
     with torch.random.fork_rng(devices=[]):
@@ -109,9 +105,7 @@ def open_model(
             model = create_model(source, pretrained=not random, **kwargs)
             model = model.encoder if isinstance(model, Classifier) else model
         elif checkpoint or network:
-            raise SettingsError(
-                f"checkpoint and network are for models of this package, and {name!r} is timm's"
-            )
+            raise SettingsError(f"{name!r} is timm's, and takes neither checkpoint nor network")
         else:
             source = source.removeprefix(_TIMM)
             with torch.device("meta"):  # refuse what is not a ViT before weights are fetched

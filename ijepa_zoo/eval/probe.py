@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -20,19 +18,21 @@ from ..distributed import Distributed, init_distributed
 from ..encode import model_name
 from ..errors import DataError, SettingsError, option, some
 from ..progress import progress_bar
-from .accuracy import Metrics
+from .accuracy import Choice
 from .batches import OrderedBatches
 from .features import BlockFeatures, Kind, RawPixels, Source, pixel_options
 from .models import EvalModel, open_model
 from .results import TEST_SET, Head, Result
-from .runs import EpochState, add_baselines, once, run_folder
-from .sets import VAL_SHARE, EvalSet, open_task, split_off_val
+from .runs import of_all_processes
+from .sets import VAL_SHARE, EvalSet, open_task, split_classes
 from .tasks import Protocol, Task, find_task
+
+if TYPE_CHECKING:
+    from .dense_training import DenseProbe
 
 MICRO = 128  # images of a forward pass
 _LARGEST = 1e6  # learning rate and weight decay
 _CACHE_SECONDS = 21_600.0
-_FEW = 100  # fewer images to choose by give a warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +91,13 @@ class EvalConfig:
     def open_model(self) -> EvalModel:
         """The model of these options."""
         if self.random and self.baseline:
-            raise SettingsError(
-                f"{option('random')} is the baseline itself: leave {option('baseline')} out"
-            )
-        model = self.model
+            raise SettingsError(f"{option('random')} is the {option('baseline')} itself")
         options = {name: getattr(self, name) for name in ("checkpoint", "network", "img_size")}
-        if isinstance(model, str):
-            return open_model(model, random=self.random, seed=self.seed, **options)
+        if isinstance(self.model, str):
+            return open_model(self.model, random=self.random, seed=self.seed, **options)
         if self.random or any(value is not None for value in options.values()):
-            names = ", ".join(options)
-            raise SettingsError(f"random, {names} are for a model that is given by its name")
+            raise SettingsError("random, checkpoint, network and img_size are for named models")
+        model = self.model
         found = model if isinstance(model, EvalModel) else EvalModel(model, model_name(model))
         if self.baseline and found.source is None:
             raise SettingsError(f"{option('baseline')} needs a model that is given by its name")
@@ -147,20 +144,13 @@ class HeadsConfig(EvalConfig):
 
 
 @dataclass(frozen=True)
-class Evaluation(ABC):
-    """A task with its data, for any number of models."""
+class Evaluation:
+    """A task with its data, for any number of models; see `Probe` and `DenseProbe`."""
 
     config: EvalConfig
     distributed: Distributed
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Name of the task."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """Everything that decides the metrics except the model, as plain values."""
+    train_rows: Targets  # images that heads are fitted to
+    val_rows: Targets  # training images that choose a head
 
     def loaded(self, batches: Any, numbers: Sequence[int]) -> Iterator[Any]:
         """Batches by their numbers, decoded ahead."""
@@ -172,6 +162,7 @@ class Evaluation(ABC):
         return progress_bar(self.config.progress and self.distributed.is_main, total, description)
 
 
+C = TypeVar("C", bound=EvalConfig)
 E = TypeVar("E", bound=Evaluation)
 
 
@@ -183,8 +174,6 @@ class Probe(Evaluation):
     protocol: Protocol
     train: EvalSet
     test: EvalSet
-    train_rows: Targets
-    val_rows: Targets
     subset: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -208,19 +197,24 @@ class Probe(Evaluation):
             "select_on_test": not len(self.val_rows),
             "skip_broken": self.config.skip_broken,
             "seed": self.config.seed,
-            **self.subset,
         }
 
     @property
-    def selection(self) -> str:
-        """The images by which the head is chosen."""
-        if not len(self.val_rows):
-            return TEST_SET
-        return f"a seeded 10 % of the {'chosen' if self.subset else 'training'} images"
+    def notes(self) -> list[str]:
+        """Notes on the data, for the user."""
+        return list(dict.fromkeys([*self.train.notes, *self.test.notes]))
+
+    def records(self) -> dict[str, Any]:
+        """Training and test data as results record them."""
+        return {"train": self.train.record(), "test": self.test.record()}
+
+    def train_name(self, row: int) -> str:
+        """Name of a training image."""
+        return self.train.images.name(row)
 
     def with_rows(self, train: EvalSet, **changes: Any) -> Probe:
         """The probe with these training images, of which 10 % choose the head."""
-        rows, val_rows = split_off_val(train, self.config.seed)
+        rows, val_rows = split_classes(train.targets, VAL_SHARE, self.config.seed)
         if self.config.select_on_test:
             rows, val_rows = np.arange(len(train)), val_rows[:0]
         return replace(self, train=train, train_rows=rows, val_rows=val_rows, **changes)
@@ -251,97 +245,52 @@ def open_probe(config: EvalConfig, distributed: Distributed, model: EvalModel) -
         progress=config.progress and distributed.is_main,
     )
     none = np.empty(0, np.int64)
-    probe = Probe(config, distributed, task, task.protocol, train, test, none, none)
+    probe = Probe(config, distributed, none, none, task, task.protocol, train, test)
     return probe.with_rows(train)
 
 
-def evaluate_classes(
-    config: EvalConfig,
-    run: Callable[[Probe, Source], tuple[Result, Path]],
-    *,
-    kind: Kind = "vectors",
-    prepare: Callable[[Probe], Probe] = lambda probe: probe,
-) -> Result:
-    """Evaluate a model on a task of classes, and its baselines."""
-
-    def open_data(distributed: Distributed, model: EvalModel) -> Probe:
-        probe = prepare(open_probe(config, distributed, model))
-        if not config.select_on_test and not len(probe.val_rows):
-            raise DataError(
-                f"the training images ({len(probe.train)} of {probe.num_classes} classes) leave "
-                f"none to choose the best head by: use at least {round(1 / VAL_SHARE)}, and two of "
-                f"a class, or choose on the test set, {option('select_on_test')}"
-            )
-        if len(probe.train_rows) < 2:
-            raise DataError("one training image is too few: give at least two")
-        return probe
-
-    return evaluate(config, open_data, run, kind)
-
-
 def evaluate(
-    config: EvalConfig,
-    open_data: Callable[[Distributed, EvalModel], E],
+    config: C,
+    open_data: Callable[[C, Distributed, EvalModel], E],
     run: Callable[[E, Source], tuple[Result, Path]],
-    kind: Kind,
+    kind: Kind = "vectors",
 ) -> Result:
     """Evaluate a model, and with `baseline` the untrained model and raw pixels."""
     model = config.open_model()
     # the others may wait for hours while rank 0 writes the cache
     with init_distributed(config.device, timeout=_CACHE_SECONDS) as distributed:
-        probe = open_data(distributed, model)
+        probe = open_data(config, distributed, model)
+        if not config.select_on_test and not len(probe.val_rows):
+            raise DataError(
+                "the training images leave none to choose the best head by: use at least "
+                f"{round(1 / VAL_SHARE)}, and two of a class, or choose on the test set, "
+                + option("select_on_test")
+            )
 
         def features(model: EvalModel) -> BlockFeatures:
             return BlockFeatures(model, config.pool, kind, distributed.device, config.precision)
 
         source = features(model)
         result, folder = run(probe, source)
-        if config.baseline and not any("random weights" in name for name in result.baselines):
+        if config.baseline:
             others: list[Source] = [features(model.untrained(config.seed))]
             if kind == "vectors":
                 others.append(RawPixels(source.size, model.in_chans, source.device))
             values = {other.about["name"]: run(probe, other)[0].value for other in others}
-            result = add_baselines(folder, result, values, distributed)
+            result = replace(result, baselines={**result.baselines, **values})
+            if distributed.is_main:
+                result.write(folder)
         distributed.barrier()
     return result
 
 
-def run_once(
-    probe: Evaluation,
+def make_result(
+    probe: Probe | DenseProbe,
     source: Any,
     method: str,
     protocol: dict[str, Any],
-    work: Callable[[Path], Result],
-) -> tuple[Result, Path]:
-    """The result of an evaluation, from its folder if it is finished, and the folder.
-
-    `work` returns the result, with the seconds of earlier sessions.
-    """
-    identity = {key: value for key, value in source.settings.items() if key != "versions"}
-    settings = {**probe.settings(), **identity, **protocol}
-    folder = run_folder(probe.config.out, probe.name, method, source.about["name"], settings)
-
-    def timed() -> Result:
-        started = time.perf_counter()
-        result = work(folder)
-        return replace(result, seconds=result.seconds + time.perf_counter() - started)
-
-    precision = str(source.settings.get("precision", "float32"))
-    result = once(folder, probe.distributed, precision, timed)
-    if probe.distributed.is_main:
-        EpochState(folder / "state.pt").remove()
-    return result, folder
-
-
-def make_result(
-    probe: Probe,
-    about: dict[str, Any],
-    method: str,
-    protocol: dict[str, Any],
     heads: Sequence[str],
-    chosen: int,
-    val: Metrics | None,
-    test: Metrics,
+    choice: Choice,
     broken: Mapping[str, str],
     *,
     losses: Sequence[float | None] | None = None,
@@ -349,74 +298,48 @@ def make_result(
     selection: str | None = None,
     **more: Any,
 ) -> Result:
-    """The result of a probe of classes; every process must call this.
-
-    `val` has the metrics of all heads, and `test` those of the chosen one; without `val`, `test`
-    has those of all heads.
-    """
-    on_val: list[Any] = [None] * len(heads) if val is None else val.values
-    on_test: list[Any] = [None] * len(heads)
-    if val is None:
-        on_test, tested = test.values, chosen
-    else:
-        on_test[chosen], tested = test.values[0], 0
-    undecoded = of_all_processes(broken, probe.distributed)
-    rows = probe.train_rows.tolist() if undecoded else ()
-    fitted = len(probe.train_rows) - sum(probe.train.images.name(row) in undecoded for row in rows)
+    """The result of an evaluation; every process must call this."""
+    val, test, chosen = choice.val, choice.test, choice.index
+    none = [None] * len(heads)
+    tested = chosen if val is None else 0
+    on_test = test.values if val is None else [*none[:chosen], test.values[0], *none[chosen + 1 :]]
+    columns = (heads, none if val is None else val.values, on_test, losses or none)
+    broken = of_all_processes(broken, probe.distributed)
+    rows = probe.train_rows.tolist()
+    fitted = sum(probe.train_name(row) not in broken for row in rows) if broken else len(rows)
     images = {"train": fitted, "val": val.images if val else 0, "test": test.images}
-    selection = selection or probe.selection
-    columns = (heads, on_val, on_test, losses or [None] * len(heads))
+    names = [name for name in ("pool", "layers", "precision") if name in source.settings]
+    used = {**{name: source.settings[name] for name in names}, **protocol}
+    notes = [*notes, *probe.notes]
+    if selection is None and val is None:
+        notes.append("chosen on the test set, as is common in the literature: biased upward")
+    if broken:
+        named = some(f"{name}: {reason}" for name, reason in broken.items())
+        notes.append(f"images that could not be decoded: {len(broken)} ({named})")
+    held_out = "a seeded 10 % of the training images"
     return Result(
         task=probe.name,
         method=method,
-        model=about,
+        model=source.about,
         value=test.values[tested],
         metric=test.name,
+        unit=test.unit,
+        higher_is_better=test.higher_is_better,
         chosen=heads[chosen],
-        selection=selection,
+        selection=selection or (TEST_SET if val is None else held_out),
         heads=[Head(*column) for column in zip(*columns)],
-        protocol=json.loads(json.dumps({**protocol, **probe.subset})),
-        data={"train": probe.train.record(), "test": probe.test.record()},
+        protocol=json.loads(json.dumps(used)),
+        data=probe.records(),
         images={name: count for name, count in images.items() if count},
         seed=probe.config.seed,
         interval=test.intervals[tested],
         metrics=test.others[tested],
-        notes=[*notes, *_notes(probe, selection), *undecoded_note(undecoded)],
+        baselines=test.constant,
+        notes=notes,
         **more,
     )
 
 
-def pooling(source: Source) -> dict[str, Any]:
-    """Settings of an encoder that results show."""
-    names = ("pool", "layers", "precision")
-    return {name: source.settings[name] for name in names if name in source.settings}
-
-
-def _notes(probe: Probe, selection: str) -> list[str]:
-    parts = [probe.train] if probe.train is probe.test else [probe.train, probe.test]
-    notes = [note for part in parts for note in part.notes]
-    if selection == TEST_SET:
-        notes.append(
-            "chosen on the test set, as is common in the literature: the accuracy is biased upward"
-        )
-    elif 0 < len(probe.val_rows) < _FEW:
-        notes.append(f"chosen by {len(probe.val_rows)} images: another seed may choose otherwise")
-    return notes
-
-
-def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
-    """The texts of all processes; every process must call this."""
-    return {k: v for part in distributed.all_gather_object(texts) for k, v in part.items()}
-
-
-def undecoded_note(broken: Mapping[str, str], what: str = "image") -> list[str]:
-    """A note on what could not be decoded, by name and reason; empty if there is nothing."""
-    if not broken:
-        return []
-    named = some(f"{name}: {reason}" for name, reason in broken.items())
-    return [f"{what}s that could not be decoded: {len(broken)} ({named})"]
-
-
-def epochs_note(epochs: int, usual: int, whose: str) -> list[str]:
-    """A note if the number of epochs is not the usual one."""
-    return [] if epochs == usual else [f"epochs: {epochs} instead of the {whose}'s {usual}"]
+def epochs_note(epochs: int, usual: int) -> list[str]:
+    """A note if the number of epochs is not the protocol's."""
+    return [] if epochs == usual else [f"epochs: {epochs} instead of the protocol's {usual}"]

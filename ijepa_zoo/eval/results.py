@@ -20,7 +20,6 @@ from ..parts import whole_file
 
 RESULT, TABLE = "result.json", "results.csv"
 TEST_SET = "the test set"
-_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -100,15 +99,6 @@ class Result:
         with whole_file(folder / RESULT) as file:
             text = json.dumps(_finite(asdict(self)), indent=1, allow_nan=False)
             file.write(text.encode() + b"\n")
-        self.write_row(folder)
-        return folder / RESULT
-
-    def write_row(self, folder: Path) -> None:
-        """Write the row of this result into `results.csv` beside its folder.
-
-        Raises:
-            DataError: `results.csv` is another table.
-        """
         low, high = self.interval or (None, None)
         row = {
             "result": os.path.join(folder.name, RESULT),
@@ -138,12 +128,13 @@ class Result:
             if text and table.fieldnames != list(row):
                 raise DataError(f"{path} is not a table of this version: move it away")
             rows = [old for old in table if old["result"] != row["result"]]
-            file = io.StringIO()
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            rewritten = io.StringIO()
+            writer = csv.DictWriter(rewritten, list(row), lineterminator="\n")
             writer.writeheader()
             writer.writerows([*rows, row])
-            with whole_file(path) as written:
-                written.write(file.getvalue().encode())
+            with whole_file(path) as file:
+                file.write(rewritten.getvalue().encode())
+        return folder / RESULT
 
     def table(self) -> str:
         """Text for the terminal."""
@@ -204,18 +195,6 @@ def read_result(path: Path) -> Result:
         ) from error
 
 
-def _find_results(places: Iterable[str | Path]) -> list[Result]:
-    """All results in files and folders, with everything below them."""
-    found: dict[Path, Result] = {}
-    for place in map(Path, places):
-        files = sorted(place.rglob(RESULT)) if place.is_dir() else [place]
-        if not files or not files[0].exists():
-            raise DataError(f"{place} has no {RESULT} in it: give folders named by --out")
-        for file in files:
-            found.setdefault(file.resolve(), read_result(file))
-    return list(found.values())
-
-
 def write_report(places: Iterable[str | Path], out: str | Path = "report.md") -> Path:
     """Write results as one Markdown table, grouped by task, data and method, the best first.
 
@@ -230,40 +209,35 @@ def write_report(places: Iterable[str | Path], out: str | Path = "report.md") ->
     out = Path(out)
     if out.is_dir() or out.suffix.lower() not in (".md", ".txt"):
         raise SettingsError(f"'{out}' is not a Markdown file to write, such as report.md")
-    text = _markdown(_find_results(places))
+    found: dict[Path, Result] = {}
+    for place in map(Path, places):
+        files = sorted(place.rglob(RESULT)) if place.is_dir() else [place]
+        if not files or not files[0].exists():
+            raise DataError(f"{place} has no {RESULT} in it: give folders named by --out")
+        found |= {file.resolve(): read_result(file) for file in files}
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as file:
-        file.write(text.encode())
+        file.write(_markdown([*found.values()]).encode())
     return out
 
 
 def _markdown(results: Sequence[Result]) -> str:
-    """A row for each result and each of its baselines; bold is the best of its group."""
-    names = ("task", "data", "method", "model", "metric", "value", "paper", "settings", "seed")
+    """A row for each result; bold is the best of its group."""
+    names = ("task", "data", "method", "model", "metric", "value", "paper", "baselines", "settings")
     rows = [names, ("---",) * len(names)]
-    notes: dict[str, int] = {}
     for group, members in groupby(sorted(results, key=_rank), key=_group):
         found = list(members)
         for result in found:
-            marks = [notes.setdefault(note, len(notes) + 1) for note in result.notes]
             best = len(found) > 1 and result.value == found[0].value
-            value = f"**{result.show(result.value)}**" if best else result.show(result.value)
-            shown = value + result._interval() + "".join(f" [{mark}]" for mark in marks)
-            about = (result.model["name"], result.metric, shown, result.show(result.paper))
-            rows.append((*group, *about, _settings(result), str(result.seed)))
-        models = {result.model["name"] for result in found}
-        references = {
-            name: found[0].show(value)
-            for result in reversed(found)
-            for name, value in result._references().items()
-            if name != "paper" and name not in models
-        }
-        for name, value in references.items():
-            rows.append((*group, name, found[0].metric, value, "", "", ""))
+            value = result.show(result.value)
+            shown = (f"**{value}**" if best else value) + result._interval()
+            compared = {k: result.show(v) for k, v in result._references().items()}
+            paper = compared.pop("paper", "")
+            baselines = ", ".join(f"{name} {value}" for name, value in compared.items())
+            about = (result.model["name"], result.metric, shown, paper, baselines)
+            rows.append((*group, *about, _settings(result)))
     cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows)
-    text = "".join(f"| {line} |\n" for line in cells)
-    listed = "".join(f"- [{mark}] {note}\n" for note, mark in notes.items())
-    return f"{text}\n{listed}" if listed else text
+    return "".join(f"| {line} |\n" for line in cells)
 
 
 def _group(result: Result) -> tuple[str, str, str]:
@@ -280,32 +254,18 @@ def _rank(result: Result) -> tuple[Any, ...]:
 
 
 def _settings(result: Result) -> str:
-    height, width = result.model.get("image_size", (0, 0))
     shown = {
         "": result.chosen,
-        "px": f"{height}x{width}",
+        "px": "x".join(map(str, result.model.get("image_size", ()))),
         "epochs": result.protocol.get("epochs"),
         "batch": result.protocol.get("batch_size"),
         "images": result.images.get("train"),
         "precision": result.runtime.get("precision"),
+        "seed": result.seed,
     }
     if result.selection == TEST_SET:
         shown["chosen on"] = "test"
     return ", ".join(f"{key} {value}".strip() for key, value in shown.items() if value is not None)
-
-
-def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """95 % interval of an accuracy in percent, of `right` answers among `total`.
-
-    Wilson's score interval (E. B. Wilson, "Probable inference, the law of succession, and
-    statistical inference", JASA 22, 1927): unlike the normal approximation it stays in 0..100 and
-    holds for small numbers and accuracies near the ends.
-    """
-    share, spread = right / total, _Z * _Z / total
-    middle = share + spread / 2
-    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    low, high = middle - half, middle + half
-    return 100 * max(low / (1 + spread), 0.0), 100 * min(high / (1 + spread), 1.0)
 
 
 def data_name(data: Any) -> str:

@@ -6,76 +6,87 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile
 
 import torch
 from filelock import FileLock, Timeout
+from torch import nn
 
 from ..data.loading import usable_cpus
 from ..distributed import Distributed
 from ..encode import hash_texts
 from ..errors import RunError
 from ..parts import whole_file
+from ..progress import skip
 from .results import RESULT, Result, read_result
 
-_VERSION = 2  # of the states of unfinished evaluations
+if TYPE_CHECKING:
+    from .dense_training import DenseProbe
+    from .probe import Probe
+
+STATE = "state.pt"
 
 
-def run_folder(out: str | Path, task: str, method: str, model: str, settings: Any) -> Path:
-    """The folder of an evaluation, a function of its settings."""
-    shown = re.sub(r"[^\w.]+", "-", f"{task}-{method}-{model}").strip("-.")[-100:]
-    return Path(out) / f"{shown}-{hash_texts([json.dumps(settings, sort_keys=True)])[:8]}"
+def run_once(
+    probe: Probe | DenseProbe,
+    source: Any,
+    method: str,
+    protocol: dict[str, Any],
+    work: Callable[[Path], Result],
+) -> tuple[Result, Path]:
+    """The result of an evaluation, from its folder if it is finished, and the folder.
 
+    `work` returns the result, with the seconds of earlier sessions.
+    """
+    distributed = probe.distributed
+    identity = {key: value for key, value in source.settings.items() if key != "versions"}
+    settings = json.dumps({**probe.settings(), **identity, **protocol}, sort_keys=True)
+    name = re.sub(r"[^\w.]+", "-", f"{probe.name}-{method}-{source.about['name']}").strip("-.")
+    folder = Path(probe.config.out) / f"{name[-100:]}-{hash_texts([settings])[:8]}"
+    lock = FileLock(folder / ".lock", timeout=0)
 
-def once(
-    folder: Path, distributed: Distributed, precision: str, work: Callable[[], Result]
-) -> Result:
-    """The result of the folder, or that of `work`, which is then written there."""
-    with ExitStack() as stack:
-        finished = distributed.run_on_main(lambda: _lock(folder, stack))
-        if finished is not None:
-            if distributed.is_main:
-                finished.write_row(folder)  # the table may have been removed
-                print(f"finished before: {folder}; remove it to repeat", file=sys.stderr)
-            return finished
-        result = replace(work(), **_about_run(distributed, precision))
-        if distributed.is_main:
-            result.write(folder)
-            print(f"result: {folder}", file=sys.stderr)
-        return result
-
-
-def _lock(folder: Path, stack: ExitStack) -> Result | None:
-    """Lock the folder; returns the result of a finished evaluation."""
-    try:
+    def begin() -> Result | None:
         folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(FileLock(folder / ".lock", timeout=0))
-    except Timeout:
-        raise RunError(
-            f"another process evaluates in {folder} now: wait for it, or change --out"
-        ) from None
-    except OSError as error:
-        raise RunError(f"{folder} cannot be used: {error.strerror or error}") from error
-    return read_result(folder / RESULT) if (folder / RESULT).exists() else None
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"another process evaluates in {folder} now: wait for it, or change --out"
+            ) from None
+        return read_result(folder / RESULT) if (folder / RESULT).exists() else None
+
+    try:
+        result, message = distributed.run_on_main(begin), "finished before; remove it to repeat"
+        if result is None:
+            started, message = time.perf_counter(), "finished"
+            result = work(folder)
+            seconds = result.seconds + time.perf_counter() - started
+            result = replace(result, seconds=seconds, **_about_run(distributed, source.settings))
+        if distributed.is_main:
+            result.write(folder)  # a finished one too: its row may have been removed
+            (folder / STATE).unlink(missing_ok=True)
+            print(f"{folder}: {message}", file=sys.stderr)
+    finally:
+        lock.release()
+    return result, folder
 
 
-def _about_run(distributed: Distributed, precision: str) -> dict[str, Any]:
+def _about_run(distributed: Distributed, settings: dict[str, Any]) -> dict[str, Any]:
     """Hardware, versions and date of a result."""
     cuda = distributed.device.type == "cuda"
-    name = torch.cuda.get_device_name(distributed.device) if cuda else _cpu_name()
     return {
         "runtime": {
-            "device": name,
+            "device": torch.cuda.get_device_name() if cuda else platform.machine(),
             "processes": distributed.world_size,
             "cpus": usable_cpus(),
-            "precision": precision,
+            "precision": settings.get("precision", "float32"),
         },
         "versions": {
             "ijepa_zoo": sys.modules["ijepa_zoo"].__version__,  # a layer above: not imported
@@ -84,24 +95,6 @@ def _about_run(distributed: Distributed, precision: str) -> dict[str, Any]:
         },
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_name() -> str:
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
-def add_baselines(
-    folder: Path, result: Result, values: dict[str, float], distributed: Distributed
-) -> Result:
-    """Add baselines to a finished result, also in its folder."""
-    result = replace(result, baselines={**result.baselines, **values})
-    if distributed.is_main:
-        with FileLock(folder / ".lock"):
-            result.write(folder)
-    return result
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ class EpochState:
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state, in rank 0 alone; tensors and plain values only."""
         with whole_file(self.path) as file:
-            torch.save({**state, "version": _VERSION}, file)
+            torch.save(state, file)
 
     def load(self) -> dict[str, Any] | None:
         """The last state, its tensors on the CPU; None if there is none."""
@@ -130,15 +123,54 @@ class EpochState:
         try:
             with ZipFile(self.path) as file:
                 damaged = file.testzip()
-            found = torch.load(self.path, map_location="meta", weights_only=True)
-            if found["version"] != _VERSION:
-                damaged = "it is of another version of the package"
-        except Exception as error:  # whatever zip and pickle raise for damaged bytes
+        except Exception as error:  # whatever zipfile raises for damaged bytes
             damaged = f"{type(error).__name__}: {error}"
         if damaged is not None:
             raise RunError(f"'{self.path}' cannot be resumed ({damaged}): remove it to start again")
         return True
 
-    def remove(self) -> None:
-        """Remove it when the evaluation is finished."""
-        self.path.unlink(missing_ok=True)
+
+def train_epochs(
+    probe: Probe | DenseProbe,
+    loader: Any,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_epoch: Callable[[Iterator[Any], int], list[float]],
+    epochs: int,
+    folder: Path,
+) -> tuple[list[float], float]:
+    """Train from the last finished epoch to the end; the state is saved after each.
+
+    `loader` has `training`, `steps`, `batch_size`, `bar` and `broken`; `train_epoch` takes its
+    batches and the number of an epoch, and returns losses. Returns the last losses, and the seconds
+    of earlier sessions.
+    """
+    distributed, started = probe.distributed, time.perf_counter()
+    state = EpochState(folder / STATE, distributed)
+    losses: list[float] = []
+    earlier, done = 0.0, 0
+    if (found := state.load()) is not None:
+        module.load_state_dict(found["module"])
+        optimizer.load_state_dict(found["optimizer"])
+        done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
+        loader.broken.update(found["broken"])
+    skip(loader.bar, done * loader.steps * loader.batch_size)
+    batches = loader.training(done, epochs)
+    module.train()
+    for epoch in range(done, epochs):
+        losses = train_epoch(batches, epoch)
+        shown = {"epoch": f"{epoch + 1}/{epochs}", "loss": f"{min(losses):.3g}"}
+        loader.bar.set_postfix(**shown, refresh=False)
+        broken = of_all_processes(loader.broken, distributed)
+        if distributed.is_main:
+            seconds = earlier + time.perf_counter() - started
+            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
+            tensors = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+            state.save({**kept, **tensors})
+    module.eval()
+    return losses, earlier
+
+
+def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
+    """The texts of all processes; every process must call this."""
+    return {k: v for part in distributed.all_gather_object(texts) for k, v in part.items()}

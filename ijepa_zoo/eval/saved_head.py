@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.clevr import open_clevr
-from ..data.decode import Decoder
 from ..data.splits import open_splits
 from ..data.transforms import transform_config
 from ..distributed import Distributed, init_distributed
@@ -27,11 +26,12 @@ from ..models.classifier import (
     read_classifier_config,
     save_classifier,
 )
-from .accuracy import compute_metrics
+from .accuracy import Choice, compute_metrics
 from .features import BlockFeatures, encoded
 from .models import EvalModel
-from .probe import EvalConfig, Probe, make_result, run_once
+from .probe import EvalConfig, Probe, make_result
 from .results import Result, data_name
+from .runs import run_once
 from .sets import EvalSet
 from .tasks import TASKS, EvalTransform, Task
 
@@ -72,18 +72,15 @@ def save_head(
 def save_probe_head(
     probe: Probe, source: BlockFeatures, head: nn.Module, layers: str, folder: Path, chosen: str
 ) -> None:
-    """Save the chosen head of a task of classes."""
-    train, network = probe.train, source.model.model
+    """Save the chosen head of a task of classes; `layers` are the head's representation."""
+    network, read = source.model.model, cast("Layers", "last" if layers == "patches" else layers)
     classifier = Classifier(
-        *(network, head, cast("Layers", layers), source.settings["pool"], train.class_names),
-        train.multi_label,
+        *(network, head, read, source.settings["pool"], probe.train.class_names),
+        probe.train.multi_label,
         vars(probe.protocol.transform),
     )
-    save_head(
-        *(probe.config, probe.distributed, source.model, classifier, folder),
-        task=probe.name,
-        chosen=chosen,
-    )
+    record = {"task": probe.name, "chosen": chosen}
+    save_head(probe.config, probe.distributed, source.model, classifier, folder, **record)
 
 
 def evaluate_head(
@@ -112,40 +109,36 @@ def evaluate_head(
         )
     classifier = load_classifier(head)
     config = EvalConfig(model=classifier.encoder, data=data, out=out, **options)
-    preprocessing = transform_config(classifier)
-    transform = EvalTransform(**{f.name: preprocessing[f.name] for f in fields(EvalTransform)})
+    cfg = transform_config(classifier)
+    transform = EvalTransform(**{f.name: cfg[f.name] for f in fields(EvalTransform)})
     with init_distributed(config.device) as distributed:
         task = TASKS.get(about["task"]) or replace(TASKS["classes"], name=about["task"])
-        decoder = config.decoder(preprocessing["input_size"][0])
-        part = _open_test(config, task, classifier, decoder)
+        part = _open_test(config, task, classifier)
         protocol, none = replace(task.protocol, transform=transform), np.empty(0, np.int64)
-        probe = Probe(config, distributed, task, protocol, part, part, none, none)
+        probe = Probe(config, distributed, none, none, task, protocol, part, part)
         model = EvalModel(classifier.encoder, about["model"] or model_name(classifier.encoder))
         kind: Any = "tokens" if isinstance(classifier.head, AttentiveHead) else "vectors"
         source = BlockFeatures(model, about["pool"], kind, distributed.device, config.precision)
         weights = hashlib.sha256((Path(head) / HEAD).read_bytes()).hexdigest()[:16]
         settings = {"head": f"{about['chosen']} of {Path(head)}", "head_hash": weights}
-
         module = classifier.head.to(source.device).eval()
         name = list(source.widths)[-1 if len(classifier.extractor.layers) > 1 else 0]
-
-        def logits(features: dict[str, Tensor]) -> list[Tensor]:
-            return [module(features[name].float())]
 
         def work(folder: Path) -> Result:
             batches = probe.in_order(part, np.arange(len(part)), source.size)
             broken: dict[str, str] = {}
             rows = encoded(probe, source, batches, range(len(batches)), broken)
-            metrics = compute_metrics(probe, source, rows, logits, 1)
-            args = (source.about, "saved head", settings, [about["chosen"]], 0, None)
-            selection = "the probe that trained it"
-            return make_result(probe, *args, metrics, broken, selection=selection)
+            metrics = compute_metrics(probe, source, rows, lambda f: [module(f[name].float())])
+            tested = ([about["chosen"]], Choice(0, None, metrics), broken)
+            how = "the probe that trained it"
+            return make_result(probe, source, "saved head", settings, *tested, selection=how)
 
         return run_once(probe, source, "saved-head", settings, work)[0]
 
 
-def _open_test(config: EvalConfig, task: Task, classifier: Classifier, decoder: Decoder) -> EvalSet:
+def _open_test(config: EvalConfig, task: Task, classifier: Classifier) -> EvalSet:
     """The test images, with the classes of the head."""
+    decoder = config.decoder(transform_config(classifier)["input_size"][0])
     if task.kind == "classes":
         train, test = open_splits(config.data, None, decoder)
     else:
@@ -163,5 +156,4 @@ def _open_test(config: EvalConfig, task: Task, classifier: Classifier, decoder: 
         raise DataError(f"no image of '{config.data}' is of a class of the head: {some(names)}")
     notes = [f"{others} of {len(known)} images are of other classes"] if others else []
     chosen = part.subset(rows, part.name, notes)
-    name, skip_broken = data_name(config.data), config.skip_broken
-    return EvalSet(**vars(chosen), data=name, skip_broken=skip_broken)
+    return EvalSet(**vars(chosen), data=data_name(config.data), skip_broken=config.skip_broken)

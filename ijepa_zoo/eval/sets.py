@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,7 @@ class EvalSet(Split):
     def refuse_several_labels(self, probe: str) -> None:
         """Raise a `DataError` if images may have several classes."""
         if self.multi_label:
-            raise DataError(
-                f"{probe} takes images of one class, and these have several: use the linear, "
-                "attentive or logreg probe"
-            )
+            raise DataError(f"{probe} takes images of one class, and these have several")
 
     @property
     def in_chans(self) -> int:
@@ -137,50 +134,52 @@ def open_task(
     Data without a test part are split 80:20 with a fixed seed. `notes` of the sets have what was
     left out or split.
     """
-    train, tested = _open(task, data, test, workers, decoder, progress)
+    if task.kind == "classes":
+        if isinstance(data, str) and data.startswith("scenes:"):
+            raise DataError(f"'{data}' renders scenes without classes: use --task count or depth")
+        train, tested = open_splits(data, test, decoder)
+    elif test is not None or not isinstance(data, str | os.PathLike):
+        raise DataError(f"task {task.name!r} takes a folder of CLEVR or scenes:TRAIN,TEST alone")
+    else:
+        options: dict[str, Any] = {"workers": workers, "decoder": decoder, "progress": progress}
+        train, tested = open_clevr(data, task.kind, **options)
     train = _select(train, train.targets >= 0, "have no class")
     train, tested = _split_off_test(train) if tested is None else (train, tested)
     multi_label = train.targets.ndim > 1
     numbers = np.flatnonzero(train.targets.any(axis=0)) if multi_label else np.unique(train.targets)
     names = {-1: "no class", **tested.classes, **train.classes}
     classes = {k: names.get(n, str(n)) for k, n in enumerate(numbers.tolist())}
-    notes = (*train.notes, *_check_classes(task, [*classes.values()]))
+    _check_classes(task, [*classes.values()])
     if multi_label:
         others = int(np.delete(tested.targets, numbers, axis=1).any(axis=1).sum())
+        note = f"{others} of {len(tested.targets)} test images have classes not in training"
+        tested = replace(tested, notes=(*tested.notes, *([note] if others else [])))
         targets = [part.targets[:, numbers] for part in (train, tested)]
         if not targets[1].any():
             raise DataError(f"no image of the {tested.name} part has a class of training")
-        note = f"{others} of {len(tested.targets)} test images have classes not in training"
-        test_notes = (*tested.notes, *([note] if others else []))
     else:
         seen = np.isin(tested.targets, numbers)
         unseen = some(names.get(n, str(n)) for n in np.unique(tested.targets[~seen]).tolist())
         why = f"are of classes that training does not have ({unseen})"
         tested = _select(tested, seen, why)
         targets = [np.searchsorted(numbers, part.targets) for part in (train, tested)]
-        test_notes = tested.notes
     given: dict[str, Any] = {"data": data_name(data), "skip_broken": skip_broken}
-    return (
-        EvalSet(train.images, targets[0], classes, train.name, notes, **given),
-        EvalSet(tested.images, targets[1], classes, tested.name, test_notes, **given),
-    )
+    found = [
+        EvalSet(part.images, own, classes, part.name, part.notes, **given)
+        for part, own in zip((train, tested), targets)
+    ]
+    return found[0], found[1]
 
 
-def _check_classes(task: Task, names: list[str]) -> list[str]:
-    """Raise a `DataError` if a task does not have these classes; returns notes."""
+def _check_classes(task: Task, names: list[str]) -> None:
+    """Raise a `DataError` if a task does not have these classes."""
     if len(names) < 2:
         raise DataError(f"all training images are of one class ({some(names)}): use at least two")
-    if task.num_classes in (None, len(names)):
-        return []
-    if task.kind == "classes":
+    if task.kind == "classes" and task.num_classes not in (None, len(names)):
         raise DataError(
             f"{task.title} has {task.num_classes} classes, these data have {len(names)} "
             f"({some(names, 2)}): use --task classes"
         )
-    return [
-        f"{task.title} has {task.num_classes} classes, these training scenes have {len(names)}: "
-        "accuracies do not compare with the paper's"
-    ]
 
 
 def split_classes(labels: Labels, share: float, seed: int, use: int = 0) -> tuple[Targets, Targets]:
@@ -207,11 +206,6 @@ def _rarest(labels: Labels) -> Targets:
     return np.where(labels.any(axis=1), rarest, labels.shape[1])
 
 
-def split_off_val(train: EvalSet, seed: int) -> tuple[Targets, Targets]:
-    """Indices of the training images that heads are fitted to, and of the 10 % that choose one."""
-    return split_classes(train.targets, VAL_SHARE, seed)
-
-
 def listed_rows(train: EvalSet, files: str | Path) -> Targets:
     """Sorted indices of the images that a text file names, as the 1 % list of ImageNet does.
 
@@ -219,10 +213,9 @@ def listed_rows(train: EvalSet, files: str | Path) -> Targets:
     where names alone are not unique.
     """
     try:
-        lines = Path(files).read_text(encoding="utf-8").split("\n")
+        wanted = set(map(str.strip, Path(files).read_text(encoding="utf-8").split("\n"))) - {""}
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the list '{files}' cannot be read: {error}") from error
-    wanted = {line.strip() for line in lines if line.strip()}
     depths = {name.count("/") for name in wanted}
     rows: dict[str, list[int]] = defaultdict(list)  # by the ends of their names
     for row in range(len(train)):
@@ -236,18 +229,6 @@ def listed_rows(train: EvalSet, files: str | Path) -> Targets:
             f"image each ({some(unclear)}): use names such as '{train.images.name(0)}'"
         )
     return np.array(sorted({rows[name][0] for name in wanted}), np.int64)
-
-
-def _open(
-    task: Task, data: Any, test: Any, workers: int, decoder: Decoder | None, progress: bool
-) -> tuple[Split, Split | None]:
-    if task.kind == "classes":
-        if isinstance(data, str) and data.startswith("scenes:"):
-            raise DataError(f"'{data}' renders scenes without classes: use --task count or depth")
-        return open_splits(data, test, decoder)
-    if test is not None or not isinstance(data, str | os.PathLike):
-        raise DataError(f"task {task.name!r} takes a folder of CLEVR or scenes:TRAIN,TEST alone")
-    return open_clevr(data, task.kind, workers=workers, decoder=decoder, progress=progress)
 
 
 def _split_off_test(whole: Split) -> tuple[Split, Split]:

@@ -17,7 +17,7 @@ from ..encode import weights_fingerprint
 from ..errors import CheckpointError, SettingsError, UserError
 from ..features import FeatureExtractor, Layers
 from ..weights import registry
-from ..weights.export import check_destination, export, write_folder
+from ..weights.export import export, write_folder
 from ..weights.read import FOLDER_PREFIX, HUB_PREFIX
 from ..weights.writers import save_tensors, write_json
 from .factory import create_model, create_timm_model
@@ -27,6 +27,9 @@ _TRANSFORM = ("crop_pct", "crop_mode", "interpolation")
 CONFIG, HEAD, ENCODER = "config.json", "head.safetensors", "encoder"
 _TIMM = "timm:"
 _FLOOR = 0.1  # added to every depth bin
+_DAMAGE = (
+    *(LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError),
+)
 
 
 class LinearHead(nn.Module):
@@ -67,11 +70,13 @@ class AttentiveHead(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
         self.linear = nn.Linear(embed_dim, num_classes)
-        self.apply(_init_linear)
+        for layer in (self.q, self.kv, self.proj, self.mlp.fc1, self.mlp.fc2, self.linear):
+            trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
         trunc_normal_(self.query, std=0.02)
         with torch.no_grad():
-            for weight in (self.proj.weight, self.mlp.fc2.weight):
-                weight.div_(2**0.5)
+            for layer in (self.proj, self.mlp.fc2):
+                layer.weight.div_(2**0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[B, num_classes]` of patch tokens `[B, N, embed_dim]`."""
@@ -139,15 +144,10 @@ HEADS: dict[str, type[nn.Module]] = {
 class Classifier(nn.Module):
     """A frozen or fine-tuned encoder with a head on its features.
 
-    Args:
-        encoder: A timm model that :class:`ijepa_zoo.FeatureExtractor` takes.
-        head: A :class:`LinearHead`, :class:`AttentiveHead` or :class:`DenseHead`.
-        layers: See :class:`ijepa_zoo.FeatureExtractor`.
-        pool: See there; the attentive and dense heads always take patch tokens, None.
-        class_names: Names of the classes, in the order of the logits.
-        multi_label: The logits are of independent classes (sigmoid instead of softmax).
-        transform: Entries of timm's data config that differ from the encoder's: crop_pct,
-            crop_mode, interpolation.
+    ``layers`` and ``pool`` are those of :class:`ijepa_zoo.FeatureExtractor`; attentive and dense
+    heads take patch tokens, so no pooling. With ``multi_label`` the logits are of independent
+    classes (sigmoid instead of softmax). ``transform`` has the entries of timm's data config that
+    differ from the encoder's: crop_pct, crop_mode, interpolation.
     """
 
     def __init__(
@@ -184,10 +184,9 @@ class Classifier(nn.Module):
     @property
     def num_classes(self) -> int:
         """Number of logits, or channels of the maps."""
-        args = self.head.args
-        if "depth_range" in args:
-            return 1
-        return int(args["num_outputs"] if self.is_dense else args["num_classes"])
+        if not self.is_dense:
+            return int(self.head.args["num_classes"])
+        return 1 if self.head.depth_range else int(self.head.args["num_outputs"])
 
     @property
     def is_dense(self) -> bool:
@@ -238,11 +237,7 @@ def save_classifier(
     if encoder is not None and FOLDER_PREFIX in encoder:  # make the path absolute
         library, _, path = encoder.partition(FOLDER_PREFIX)
         encoder = f"{library}{FOLDER_PREFIX}{Path(path).expanduser().resolve()}"
-    folder, head = Path(folder), classifier.head
-    written = (CONFIG, HEAD, ENCODER)
-    check_destination(folder, written, overwrite)
-    network = classifier.encoder
-    fingerprint = weights_fingerprint(network)
+    folder, head, network = Path(folder), classifier.head, classifier.encoder
     config = transform_config(classifier)
     content = {
         "ijepa_zoo": KIND,
@@ -254,11 +249,11 @@ def save_classifier(
         "multi_label": classifier.multi_label,
         "encoder": ENCODER if with_encoder else encoder,
         "encoder_args": {} if with_encoder else dict(encoder_args or {}),
-        "encoder_hash": fingerprint,
+        "encoder_hash": weights_fingerprint(network),
         "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
         **record,
     }
-    with write_folder(folder, written, overwrite) as part:
+    with write_folder(folder, (CONFIG, HEAD, ENCODER), overwrite) as part:
         if with_encoder:
             export(network, part / ENCODER)
         save_tensors(head.state_dict(), part / HEAD, None)
@@ -273,30 +268,29 @@ def load_classifier(folder: str | Path) -> Classifier:
         raise CheckpointError(f"{folder} is not a classifier folder: it has no such {CONFIG}")
     try:
         source, args = config["encoder"], dict(config["encoder_args"])
-        height, width = config["preprocessing"]["input_size"][1:]
-        head = HEADS[config["head"]](**config["head_args"])
+        size = tuple(config["preprocessing"]["input_size"][1:])
         if source == ENCODER:
             source = f"{FOLDER_PREFIX}{folder / ENCODER}"
-        encoder = _open_encoder(source, (height, width), args)
+        encoder = _open_encoder(source, size, args)
+        head = HEADS[config["head"]](**config["head_args"])
+        head.load_state_dict(load_file(folder / HEAD))
         classifier = Classifier(
             *(encoder, head, config["layers"], config["pool"], config["class_names"]),
             config.get("multi_label", False),
             {key: config["preprocessing"][key] for key in _TRANSFORM},
         )
-        expected = config["encoder_hash"]
+        is_same = weights_fingerprint(encoder) == config["encoder_hash"]
     except UserError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is damaged: {error!r}") from error
-    if weights_fingerprint(encoder) != expected:
+    except _DAMAGE as error:
+        raise CheckpointError(
+            f"{folder / CONFIG} or {HEAD} beside it is damaged or missing: {error!r}"
+        ) from error
+    if not is_same:
         raise CheckpointError(
             f"{source} has other weights than the head in {folder} was trained on: restore them, "
             "or train the head again"
         )
-    try:
-        head.load_state_dict(load_file(folder / HEAD))
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / HEAD} is missing or damaged: {error}") from error
     classifier.weights_origin = str(folder)
     return classifier
 
@@ -314,7 +308,7 @@ def read_classifier_config(folder: str | Path) -> dict[str, Any] | None:
     return config if is_ours else None
 
 
-def _open_encoder(source: str, size: tuple[int, int], args: dict[str, Any]) -> Any:
+def _open_encoder(source: str, size: tuple[int, ...], args: dict[str, Any]) -> Any:
     name = source.removeprefix(_TIMM)
     is_ours = name.startswith((FOLDER_PREFIX, HUB_PREFIX)) and not source.startswith(_TIMM)
     if is_ours or registry.is_ijepa(name):
@@ -323,9 +317,3 @@ def _open_encoder(source: str, size: tuple[int, int], args: dict[str, Any]) -> A
         has_size = hasattr(create_timm_model(name, num_classes=0), "patch_embed")
     args |= {"img_size": size} if has_size else {}
     return create_timm_model(name, pretrained=True, num_classes=0, **args)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

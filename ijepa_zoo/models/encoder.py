@@ -3,7 +3,7 @@
 timm's forward path is not overridden, so whatever works with a timm ViT works here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -38,91 +38,6 @@ def sincos_positions(embed_dim: int, grid_size: tuple[int, int]) -> Tensor:
     angles = [position.reshape(-1, 1) * omega for position in (column, row)]
     table = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
     return table.float().unsqueeze(0)
-
-
-class IJepaEncoder(VisionTransformer):
-    """Vision transformer of I-JEPA: no class token, fixed sine-cosine positions, final LayerNorm.
-
-    Takes every argument of ``timm.models.vision_transformer.VisionTransformer``. The defaults that
-    differ: no class token, mean pooling *after* the final LayerNorm (``fc_norm=False``), no
-    classifier, and the initialization of the official repository (std 0.02 everywhere).
-
-    ``pos_embed`` is a buffer, not a parameter: it is saved and loaded under timm's name, and no
-    optimizer, EMA or weight decay ever sees it.
-    """
-
-    def __init__(
-        self,
-        *,
-        num_classes: int = 0,
-        global_pool: str = "avg",
-        class_token: bool = False,
-        reg_tokens: int = 0,
-        fc_norm: bool = False,
-        weight_init: str = "",
-        **kwargs: Any,
-    ) -> None:
-        if class_token or reg_tokens or global_pool == "token":
-            raise SettingsError(
-                "I-JEPA encoders have patch tokens only: use class_token=False, reg_tokens=0 and "
-                "global_pool='avg', 'avgmax', 'max', 'map' or ''"
-            )
-        _check_sizes(kwargs)
-        super().__init__(
-            num_classes=num_classes,
-            global_pool=global_pool,
-            class_token=False,
-            fc_norm=fc_norm,
-            weight_init="skip",
-            **kwargs,
-        )
-        self._positions_to_buffer()
-        if weight_init != "skip":
-            self.weight_init_mode = weight_init
-            self.init_weights(needs_reset=False)
-
-    def _positions_to_buffer(self) -> None:
-        positions = self._parameters.pop("pos_embed", None)
-        if positions is not None:
-            self.register_buffer("pos_embed", positions.detach())
-
-    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Initialize as the official repository does (mode ''), or by one of timm's modes.
-
-        Linear layers and the patch embedding: truncated normal, std 0.02, biases 0. Its
-        classes also divide by the depth, but its training script undoes that.
-        """
-        mode = mode or self.weight_init_mode
-        super().init_weights(mode, needs_reset)
-        if mode == "":
-            trunc_normal_(self.patch_embed.proj.weight, std=0.02)
-            if self.patch_embed.proj.bias is not None:
-                nn.init.zeros_(self.patch_embed.proj.bias)
-        if self.pos_embed is not None:
-            table = sincos_positions(self.embed_dim, self.patch_embed.grid_size)
-            self.pos_embed.copy_(table)
-
-    def set_input_size(
-        self,
-        img_size: tuple[int, int] | None = None,
-        patch_size: tuple[int, int] | None = None,
-    ) -> None:
-        """Change image or patch size in place; positions are resampled as timm does."""
-        embed = self.patch_embed
-        if not embed.dynamic_img_pad:
-            _check_patches(
-                to_2tuple(img_size or embed.img_size), to_2tuple(patch_size or embed.patch_size)
-            )
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
-        self._positions_to_buffer()
-
-    def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens ``[B, N, D]`` of all patches or of some, see :func:`encode_visible`."""
-        return encode_visible(self, images, keep)
-
-    def encode_layers(self, images: Tensor, layers: int = 1) -> list[Tensor]:
-        """Tokens ``[B, N, D]`` after each of the last blocks, followed by the final LayerNorm."""
-        return _encode_layers(self, images, layers)
 
 
 def encode_visible(vit: Any, images: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -169,7 +84,7 @@ def encode_visible(vit: Any, images: Tensor, keep: Tensor | None = None) -> Tens
 
 
 def _encode_layers(vit: Any, images: Tensor, layers: int = 1) -> list[Tensor]:
-    """See :meth:`IJepaEncoder.encode_layers`."""
+    """Tokens ``[B, N, D]`` after each of the last blocks, followed by the final LayerNorm."""
     if layers == 1:
         return [encode_visible(vit, images)]
     tokens: list[Tensor] = vit.forward_intermediates(
@@ -216,25 +131,95 @@ def as_encoder(vit: Any) -> Any:
     return vit
 
 
-def _check_sizes(kwargs: Mapping[str, Any]) -> None:
-    """Refuse invalid sizes, for which timm has only assertions."""
-    for key in ("in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"):
-        if not kwargs.get(key, 1) > 0:
-            raise SettingsError(f"{key} must be above 0, got {kwargs[key]}")
-    width, heads = kwargs.get("embed_dim", 768), kwargs.get("num_heads", 12)
-    if width % heads:
-        raise SettingsError(f"embed_dim {width} must be divisible by num_heads {heads}")
-    patch, image = to_2tuple(kwargs.get("patch_size", 16)), kwargs.get("img_size", 224)
-    image = to_2tuple(patch if image is None else image)
-    if min(patch) < 1 or any(side < piece for side, piece in zip(image, patch)):
-        raise SettingsError(f"img_size {image} must hold at least one patch of patch_size {patch}")
-    if not kwargs.get("dynamic_img_pad"):
-        _check_patches(image, patch)
+class IJepaEncoder(VisionTransformer):
+    """Vision transformer of I-JEPA: no class token, fixed sine-cosine positions, final LayerNorm.
+
+    Takes every argument of ``timm.models.vision_transformer.VisionTransformer``. The defaults that
+    differ: no class token, mean pooling *after* the final LayerNorm (``fc_norm=False``), no
+    classifier, and the initialization of the official repository (std 0.02 everywhere).
+
+    ``pos_embed`` is a buffer, not a parameter: it is saved and loaded under timm's name, and no
+    optimizer, EMA or weight decay ever sees it.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 0,
+        global_pool: str = "avg",
+        class_token: bool = False,
+        reg_tokens: int = 0,
+        fc_norm: bool = False,
+        weight_init: str = "",
+        **kwargs: Any,
+    ) -> None:
+        if class_token or reg_tokens or global_pool == "token":
+            raise SettingsError(
+                "I-JEPA encoders have patch tokens only: use class_token=False, reg_tokens=0 and "
+                "global_pool='avg', 'avgmax', 'max', 'map' or ''"
+            )
+        patch, image = to_2tuple(kwargs.get("patch_size", 16)), kwargs.get("img_size", 224)
+        if image is not None and not kwargs.get("dynamic_img_pad"):
+            _check_patches(to_2tuple(image), patch)
+        try:
+            super().__init__(
+                num_classes=num_classes,
+                global_pool=global_pool,
+                class_token=False,
+                fc_norm=fc_norm,
+                weight_init="skip",
+                **kwargs,
+            )
+        except (AssertionError, ArithmeticError) as error:  # timm's and Python's way to refuse
+            sizes = {key: kwargs[key] for key in ("embed_dim", "num_heads") if key in kwargs}
+            raise SettingsError(f"a ViT cannot have these sizes, {sizes}: {error}") from error
+        self._positions_to_buffer()
+        if weight_init != "skip":
+            self.weight_init_mode = weight_init
+            self.init_weights(needs_reset=False)
+
+    def _positions_to_buffer(self) -> None:
+        positions = self._parameters.pop("pos_embed", None)
+        if positions is not None:
+            self.register_buffer("pos_embed", positions.detach())
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """Initialize as the official repository does (mode ''), or by one of timm's modes.
+
+        Linear layers and the patch embedding: truncated normal, std 0.02, biases 0. Its
+        classes also divide by the depth, but its training script undoes that.
+        """
+        mode = mode or self.weight_init_mode
+        super().init_weights(mode, needs_reset)
+        if mode == "":
+            trunc_normal_(self.patch_embed.proj.weight, std=0.02)
+            if self.patch_embed.proj.bias is not None:
+                nn.init.zeros_(self.patch_embed.proj.bias)
+        if self.pos_embed is not None:
+            table = sincos_positions(self.embed_dim, self.patch_embed.grid_size)
+            self.pos_embed.copy_(table)
+
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Change image or patch size in place; positions are resampled as timm does."""
+        embed = self.patch_embed
+        if not embed.dynamic_img_pad:
+            _check_patches(
+                to_2tuple(img_size or embed.img_size), to_2tuple(patch_size or embed.patch_size)
+            )
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        self._positions_to_buffer()
+
+    encode = encode_visible
+    encode_layers = _encode_layers
 
 
 def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
     """Refuse sizes that patches do not fill: timm would leave out the last rows and columns."""
-    if any(side % piece for side, piece in zip(image, patch)):
+    if any(side % piece or not side for side, piece in zip(image, patch)):
         below = tuple(side // piece * piece for side, piece in zip(image, patch))
         above = tuple(-(-side // piece) * piece for side, piece in zip(image, patch))
         raise SettingsError(
@@ -290,21 +275,21 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
             f"network={network!r} selects weights, but there are none: use pretrained=True or "
             "checkpoint=PATH"
         )
-    weights = None
+    networks = None
     if pretrained or checkpoint is not None:
-        weights = load.resolve(
+        networks = load.resolve(
             variant,
-            checkpoint=checkpoint,
-            network=network,
+            checkpoint,
             pretrained_cfg=kwargs.get("pretrained_cfg"),
             overlay=kwargs.get("pretrained_cfg_overlay"),
             cache_dir=kwargs.get("cache_dir"),
         )
 
     def build(**arguments: Any) -> IJepaEncoder:
-        if weights is None:
+        if networks is None:
             return IJepaEncoder(**arguments)
-        return load.build_with_weights(IJepaEncoder, arguments, weights)
+        chosen = networks.choose(network)
+        return load.build_with_weights(IJepaEncoder, arguments, networks, chosen)
 
     model = build_model_with_cfg(
         build,
@@ -314,61 +299,22 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
         **{**registry.ARCHITECTURES.get(variant, {}), **kwargs},
     )
     has_own_cfg = isinstance(kwargs.get("pretrained_cfg"), dict)
-    if weights is not None and checkpoint is not None and not has_own_cfg:
-        model.pretrained_cfg = {**model.pretrained_cfg, **weights.networks.preprocessing}
+    if networks is not None and checkpoint is not None and not has_own_cfg:
+        model.pretrained_cfg = {**model.pretrained_cfg, **networks.preprocessing}
         model.default_cfg = model.pretrained_cfg
     return model
 
 
-@register_model
-def vit_nano8_64_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-    """The small model that ships with the package: 64x64 images, patch 8."""
-    return _create("vit_nano8_64_ijepa", pretrained, kwargs)
+def _register(name: str) -> Callable[..., IJepaEncoder]:
+    """The function that timm calls for a registered name."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+        model: IJepaEncoder = _create(name, pretrained, kwargs)
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    return register_model(create)
 
 
-@register_model
-def vit_tiny16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-    """ViT-Ti/16."""
-    return _create("vit_tiny16_ijepa", pretrained, kwargs)
-
-
-@register_model
-def vit_small16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-    """ViT-S/16."""
-    return _create("vit_small16_ijepa", pretrained, kwargs)
-
-
-@register_model
-def vit_base16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-    """ViT-B/16."""
-    return _create("vit_base16_ijepa", pretrained, kwargs)
-
-
-@register_model
-def vit_large16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-    """ViT-L/16."""
-    return _create("vit_large16_ijepa", pretrained, kwargs)
-
-
-@register_model
-def vit_huge14_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-    """ViT-H/14 of the paper."""
-    return _create("vit_huge14_ijepa", pretrained, kwargs)
-
-
-@register_model
-def vit_huge16_448_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-    """ViT-H/16 of the paper, at 448x448."""
-    return _create("vit_huge16_448_ijepa", pretrained, kwargs)
-
-
-@register_model
-def vit_giant16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-    """ViT-g/16, the paper's "ViT-G/16"."""
-    return _create("vit_giant16_ijepa", pretrained, kwargs)
-
-
-@register_model
-def vit_custom_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-    """A ViT of other sizes: pass patch_size, embed_dim, depth, num_heads."""
-    return _create("vit_custom_ijepa", pretrained, kwargs)
+for _name in (*registry.ARCHITECTURES, registry.CUSTOM):
+    globals()[_name] = _register(_name)

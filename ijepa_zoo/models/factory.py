@@ -71,27 +71,21 @@ def create_model(
     """
     if name.startswith(FOLDER_PREFIX) and (classifier := _open_classifier(name, kwargs)):
         return classifier
-    if checkpoint is None and name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
-        networks = open_checkpoint(name, kwargs.get("cache_dir"))
-        if networks.is_other_vit:
-            cfg = dict(networks.pretrained_cfg)
-            multi_label = cfg.pop("multi_label", False)  # timm does not know it
-            arguments = {**networks.args, "pretrained_cfg": cfg, **kwargs}
-            vit = as_encoder(timm.create_model(str(networks.model), pretrained=False, **arguments))
-            vit.multi_label = multi_label
-            return _load(vit, networks, networks.choose(network)) if pretrained else vit
-    name, checkpoint, kwargs, _ = _resolve_name(name, pretrained, checkpoint, kwargs)
+    name, kwargs, source = _read_name(name, kwargs)
     multi_label = (kwargs.get("pretrained_cfg") or {}).pop("multi_label", False)
-    model = timm.create_model(
-        name,
-        pretrained=pretrained,
-        checkpoint=str(checkpoint) if isinstance(checkpoint, Path) else checkpoint,
-        network=network,
-        **kwargs,
-    )
-    model.multi_label = multi_label
-    for key in ("checkpoint", "network"):  # timm's save_for_hf would record our paths
-        getattr(model, "_model_args", {}).pop(key, None)
+    if checkpoint is None and source is not None and source.is_other_vit:
+        model = as_encoder(timm.create_model(name, pretrained=False, **kwargs))
+        if pretrained:
+            _load(model, source, source.choose(network))
+    else:
+        if checkpoint is None and pretrained:
+            checkpoint = source
+        model = timm.create_model(
+            name, pretrained=pretrained, checkpoint=checkpoint, network=network, **kwargs
+        )
+        for key in ("checkpoint", "network"):  # timm's save_for_hf would record our paths
+            getattr(model, "_model_args", {}).pop(key, None)
+    model.multi_label = multi_label  # timm does not know it
     return model
 
 
@@ -109,28 +103,22 @@ def _open_classifier(name: str, kwargs: Mapping[str, Any]) -> nn.Module | None:
     return load_classifier(folder)
 
 
-def _resolve_name(
-    name: str, pretrained: bool, checkpoint: str | Path | Networks | None, kwargs: dict[str, Any]
-) -> tuple[str, str | Path | Networks | None, dict[str, Any], Mapping[str, Any]]:
-    """Registered name, checkpoint, arguments and predictor size; ``kwargs`` override a folder's."""
-    predictor: Mapping[str, Any] = {}
+def _read_name(name: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any], Networks | None]:
+    """Name and arguments for timm, and the folder or repository; ``kwargs`` override its own."""
     if name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
-        networks = open_checkpoint(name, kwargs.get("cache_dir"))
-        checkpoint = name if checkpoint is None and pretrained else checkpoint
-        predictor = networks.predictor
-        own = dict(networks.args)
-        if networks.pretrained_cfg:
-            own["pretrained_cfg"] = dict(networks.pretrained_cfg)
-        name, kwargs = networks.model or registry.CUSTOM, {**own, **kwargs}
-    model = name.partition(".")[0]
-    if not registry.is_ijepa(name):
-        if Path(name).exists():
-            raise SettingsError(f"{name!r} is a path: write 'local-dir:{name}' to load it")
-        raise SettingsError(
-            f"{model!r} is not an I-JEPA model: use one of {', '.join(registry.ARCHITECTURES)}, "
-            "'local-dir:FOLDER' or 'hf-hub:REPO', or timm.create_model for other models"
-        )
-    return name, checkpoint, kwargs, predictor
+        source = open_checkpoint(name, kwargs.get("cache_dir"))
+        own = dict(source.args)
+        if source.pretrained_cfg:
+            own["pretrained_cfg"] = dict(source.pretrained_cfg)
+        return source.model or registry.CUSTOM, {**own, **kwargs}, source
+    if registry.is_ijepa(name):
+        return name, dict(kwargs), None
+    if Path(name).exists():
+        raise SettingsError(f"{name!r} is a path: write 'local-dir:{name}' to load it")
+    raise SettingsError(
+        f"{name!r} is not an I-JEPA model: use one of {', '.join(registry.ARCHITECTURES)}, "
+        "'local-dir:FOLDER' or 'hf-hub:REPO', or timm.create_model for other models"
+    )
 
 
 def create_timm_model(name: str, **kwargs: Any) -> nn.Module:
@@ -188,8 +176,7 @@ def _load(vit: Any, networks: Networks, network: str) -> Any:
     state = load.fit(networks.states[network](), vit, networks.origin, networks.grid_size)
     load.check(vit, state, networks.origin)
     vit.load_state_dict(state, strict=False)  # a classifier may be new
-    vit.weights_origin = load.Weights(networks, network).origin
-    vit.weights_network = network
+    load.record_source(vit, networks, network)
     return vit
 
 
@@ -230,13 +217,13 @@ def create_ijepa(
     """
     if encoder_kwargs.get("features_only") or "network" in encoder_kwargs:
         raise SettingsError("create_ijepa makes all networks: leave features_only and network out")
-    own: Mapping[str, Any] = {}
+    source, cache_dir = None, encoder_kwargs.get("cache_dir")
     if not (is_other := is_other_vit(name)):
-        name, checkpoint, encoder_kwargs, own = _resolve_name(
-            name, pretrained, checkpoint, encoder_kwargs
-        )
+        name, encoder_kwargs, source = _read_name(name, encoder_kwargs)
     elif pretrained and checkpoint is None and name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
-        checkpoint = name
+        source = open_checkpoint(name, cache_dir)
+    if checkpoint is None and pretrained:
+        checkpoint = source
     model, _, tag = name.partition(".")
     objective: dict[str, Any] = dict(regularizer=regularizer, loss=loss)
     objective |= {"target_layers": target_layers, "position_noise": position_noise}
@@ -246,13 +233,9 @@ def create_ijepa(
     if not pretrained and checkpoint is None:
         encoder = create_encoder(name, **encoder_kwargs)
         device = next(encoder.parameters()).device
+        own = source.predictor if source else {}
         return IJepa(encoder, _predictor(encoder, {**size, **own, **asked}, device), **objective)
-    networks = load.resolve(
-        model,
-        checkpoint=checkpoint,
-        pretrained_cfg=tag or None,
-        cache_dir=encoder_kwargs.get("cache_dir"),
-    ).networks
+    networks = load.resolve(model, checkpoint, pretrained_cfg=tag or None, cache_dir=cache_dir)
     absent = [network for network in registry.NETWORKS if network not in networks.states]
     if absent:
         complete = [c.name for c in registry.checkpoints() if len(c.networks) == 3]
@@ -260,35 +243,31 @@ def create_ijepa(
             f"{networks.origin} has no {' and no '.join(absent)}: create_ijepa needs all three "
             f"networks, as {', '.join(complete)} have them"
         )
-    # a checkpoint is opened once for all networks
-    source = {"checkpoint": networks} if checkpoint is not None else {"pretrained": True}
     made = {
         network: _load(create_encoder(name, **encoder_kwargs), networks, network)
         if is_other
-        else create_model(name, network=network, **source, **copy.deepcopy(encoder_kwargs))
+        else create_model(
+            name, network=network, checkpoint=networks, **copy.deepcopy(encoder_kwargs)
+        )
         for network in ("encoder", "target_encoder")
     }
-    predictor = _load_predictor(made["encoder"], {**size, **networks.predictor, **asked}, networks)
-    return IJepa(made["encoder"], predictor, made["target_encoder"], **objective)
-
-
-def _load_predictor(encoder: Any, size: Mapping[str, Any], networks: Networks) -> Predictor:
-    predictor = _predictor(encoder, size, torch.device("meta"))
+    encoder = made["encoder"]
+    predictor = _predictor(encoder, {**size, **networks.predictor, **asked}, torch.device("meta"))
     state = load.fit_predictor(
         networks.states["predictor"](), predictor, networks.origin, networks.grid_size
     )
     load.assign(predictor, state, networks.origin, next(encoder.parameters()).device)
-    return predictor
+    return IJepa(encoder, predictor, made["target_encoder"], **objective)
 
 
 def _predictor(encoder: Any, size: Mapping[str, Any], device: torch.device) -> Predictor:
-    sizes = dict(size)
+    width = size["embed_dim"]
     return Predictor(
         tuple(encoder.patch_embed.grid_size),
         encoder.embed_dim,
-        predictor_embed_dim=sizes.pop("embed_dim"),
+        predictor_embed_dim=width,
         num_heads=load.num_heads(encoder),
         device=device,
         dtype=next(encoder.parameters()).dtype,
-        **sizes,
+        **{key: value for key, value in size.items() if key != "embed_dim"},
     )

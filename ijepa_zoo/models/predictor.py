@@ -29,18 +29,10 @@ class Predictor(nn.Module):
     Each target block is predicted on its own: the context attends to that block's mask tokens
     only. Parameter names are those of the official repository; the positions are a buffer.
 
-    Args:
-        grid_size: Rows and columns of the encoder's patch grid.
-        embed_dim: Width of the encoder.
-        predictor_embed_dim: Width of the predictor, a multiple of ``num_heads``.
-        depth: Number of blocks.
-        num_heads: Attention heads per block: as many as the encoder has.
-        mlp_ratio: Hidden width of the blocks' MLP over ``predictor_embed_dim``.
-        context: ``repeated`` is the official predictor, where the context is processed again
-            with every target block. ``shared`` processes it once, without the mask tokens: a
-            cheaper variant of the method with the same parameters.
-        device: As in torch.
-        dtype: As in torch.
+    ``grid_size`` and ``embed_dim`` are the encoder's, ``num_heads`` too. With the ``context``
+    ``repeated``, as in the official predictor, the context is processed again with every target
+    block; ``shared`` processes it once, without the mask tokens: a cheaper variant of the method
+    with the same parameters.
     """
 
     predictor_pos_embed: Tensor

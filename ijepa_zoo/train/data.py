@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,11 @@ _REPLACEMENTS = 20  # images to try instead of a broken one
 _Indices = npt.NDArray[np.int64]
 
 
-def open_training_images(
-    config: PretrainConfig, data: Any, index: Path | None = None
-) -> ImageDataset:
+def open_training_images(config: PretrainConfig, data: Any) -> ImageDataset:
     """The images of a run; refuse those that cannot be read in random order."""
     chosen = config.data
     decoder = Decoder(config.model.in_chans or 3, chosen.value_range, chosen.bands, as_tensor=True)
-    images = open_images(data, decoder=decoder, index=index)
+    images = open_images(data, decoder=decoder)
     if not isinstance(images, FileDataset):
         return images
     if compressed := images.compressed_shards():

@@ -111,14 +111,13 @@ def _encoder_alone(
         networks = Networks(
             f"timm's {init}",
             {},
-            "timm",
             args={"num_heads": load.num_heads(vit)},
             pretrained_cfg=vit.pretrained_cfg,
         )
         state = vit.state_dict()
     else:
         model, _, tag = name.partition(".")
-        networks = load.resolve(model, checkpoint=checkpoint, pretrained_cfg=tag or None).networks
+        networks = load.resolve(model, checkpoint=checkpoint, pretrained_cfg=tag or None)
         if "predictor" in networks.states:
             return None
         state = networks.states[networks.choose(None)]()

@@ -105,7 +105,7 @@ def pretrain(
             init_distributed(config.runtime.device, config.runtime.timeout)
         )
         out = open_folder(out, distributed, stack)
-        images = open_training_images(config, data, out / "shards.index")
+        images = open_training_images(config, data)
         config = distributed.run_on_main(lambda: check_run(out, config, distributed.device))
         step = distributed.run_on_main(lambda: select_checkpoint(out / "checkpoints", resume_from))
         fresh = step is None and resume_optimizer is None

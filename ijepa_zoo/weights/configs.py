@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 
 from ..errors import CheckpointError, some
@@ -71,13 +72,12 @@ def processor_cfg(
     processor: Mapping[str, Any], args: Mapping[str, Any], origin: str, is_ours: bool
 ) -> dict[str, Any]:
     """timm's description of the transform in transformers' ``preprocessor_config.json``."""
-    size, crop = _edges(processor.get("size")), _edges(processor.get("crop_size"))
-    side = args["img_size"]
-    target = [side, side] if isinstance(side, int) else list(side)
-    cfg: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash" if len(size) == 2 else "center"}
+    size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
+    target = to_2tuple(args["img_size"])
+    cfg: dict[str, Any] = {"input_size": [args["in_chans"], *target], "crop_pct": 1.0}
+    cfg["crop_mode"] = "squash" if "height" in size else "center"  # else the shortest edge
     if size and processor.get("do_center_crop", False):
-        cfg["crop_pct"] = _crop_pct(min(crop or target), min(size))
-    cfg["input_size"] = [args["in_chans"], *target]
+        cfg["crop_pct"] = _crop_pct(min(crop.values() or target), min(size.values()))
     if processor.get("do_normalize", True):
         cfg |= {"mean": processor["image_mean"], "std": processor["image_std"]}
     else:
@@ -96,16 +96,6 @@ def _crop_pct(side: int, edge: int) -> float:
     """The crop_pct from which timm's ``floor(side / crop_pct)`` is the resized edge."""
     share = side / edge
     return share if math.floor(side / share) == edge else math.nextafter(share, 0)
-
-
-def _edges(size: Any) -> list[int]:
-    """Height and width, or the shortest edge alone, of a size of transformers."""
-    if isinstance(size, int):
-        return [size, size]
-    for keys in (("height", "width"), ("shortest_edge",)):
-        if isinstance(size, dict) and all(size.get(key) for key in keys):
-            return [size[key] for key in keys]
-    return []
 
 
 def check_args(args: Mapping[str, Any], origin: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import FetchError, some
+from ..parts import whole_file
 from .formats import safetensors_header
 from .remote import RemoteFile
 
@@ -35,6 +36,7 @@ _log = logging.getLogger(__name__)
 
 REQUEST = 16 << 20  # neighboring tensors are joined into requests of up to this many bytes,
 GAP = 1 << 16  # across gaps of up to this many
+CONNECTIONS = 8
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -42,10 +44,8 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
     By default ``$IJEPA_ZOO_CACHE``, ``$XDG_CACHE_HOME/ijepa_zoo`` or ``~/.cache/ijepa_zoo``.
     """
-    chosen = cache_dir or os.environ.get("IJEPA_ZOO_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ijepa_zoo"
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(cache_dir or os.environ.get("IJEPA_ZOO_CACHE") or shared / "ijepa_zoo").expanduser()
 
 
 def fetch_official(
@@ -53,10 +53,8 @@ def fetch_official(
     network: str,
     *,
     cache_dir: str | Path | None = None,
-    size: int | None = None,
     sha256: str | None = None,
     progress: bool = True,
-    workers: int = 8,
 ) -> Path:
     """Download one network of a remote ``torch.save`` file, or return its cached file.
 
@@ -64,10 +62,10 @@ def fetch_official(
     checked against the CRC-32 in the zip directory. Of several processes, one downloads and the
     others wait.
 
-    The first download of a URL records its size, ETag and the SHA-256 of the network in a JSON
-    file beside the cached file. A later download from that URL with another size or SHA-256 is
-    refused; another ETag alone only gives a warning, since mirrors may differ in it. ``sha256`` is
-    that of the bytes after the safetensors header.
+    The first download of a URL records its size, ETag and the SHA-256 of the network (the bytes
+    after the safetensors header) in a JSON file beside the cached file. A later download from that
+    URL with another size or SHA-256 is refused; another ETag alone only gives a warning, since
+    mirrors may differ in it. ``sha256`` is compared already with the first download.
     """
     from huggingface_hub import constants
 
@@ -75,7 +73,7 @@ def fetch_official(
     path = folder / f"{_file_name(url, network)}.safetensors"
     record = folder / f"{_file_name(url)}.json"
     if path.exists():
-        return _checked(path, record, network, size, sha256)
+        return path
     if constants.HF_HUB_OFFLINE:
         raise FetchError(
             f"{url} is not cached and HF_HUB_OFFLINE is set; unset it, or copy {path.name} from "
@@ -84,31 +82,28 @@ def fetch_official(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(record.with_suffix(".lock")):
         if path.exists():  # another process has downloaded it meanwhile
-            return _checked(path, record, network, size, sha256)
+            return path
         remote = RemoteFile(url)
-        known = {"url": url, "size": remote.size, "etag": remote.etag, **_read_record(record)}
-        _require_equal(f"size of {url}", remote.size, size or known["size"], record)
+        known: dict[str, Any] = {"url": url, "size": remote.size, "etag": remote.etag, "sha256": {}}
+        if record.exists():
+            known = json.loads(record.read_bytes())
+        _require_equal(f"size of {url}", remote.size, known["size"], record)
         if remote.etag != known["etag"]:
             _log.warning("%s may be another file now: its ETag differs from %s", url, record)
         partial = path.with_name(f"{path.name}.partial")
-        _download(remote, network, partial, progress, workers)
+        _download(remote, network, partial, progress)
         found = _data_sha256(partial)
-        expected = sha256 or known["sha256"].get(network)
+        expected = sha256 or known["sha256"].get(network, found)
         _require_equal(f"SHA-256 of {network} of {url}", found, expected, record)
         known["sha256"][network] = found
-        temporary = record.with_suffix(".json.partial")
-        temporary.write_text(json.dumps(known, indent=1))
-        temporary.replace(record)
+        with whole_file(record) as file:
+            file.write(json.dumps(known, indent=1).encode())
         partial.replace(path)
     return path
 
 
 def fetch_hub(
-    repo_id: str,
-    filename: str,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
+    repo_id: str, filename: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
     """Call ``huggingface_hub.hf_hub_download``; failures raise :class:`FetchError`."""
     from huggingface_hub import errors, hf_hub_download
@@ -126,16 +121,6 @@ def fetch_hub(
         ) from error
 
 
-def _checked(path: Path, record: Path, network: str, size: int | None, sha256: str | None) -> Path:
-    """A cached network of the expected size and hash."""
-    known = _read_record(record)
-    _require_equal(f"remote size of {path}", known.get("size"), size, record)
-    if sha256 is not None:
-        found = known["sha256"].get(network) or _data_sha256(path)
-        _require_equal(f"SHA-256 of {path}", found, sha256, record)
-    return path
-
-
 def _file_name(url: str, *network: str) -> str:
     base = url.split("?")[0].rsplit("/", 1)[-1].removesuffix(".tar").removesuffix(".pth")
     readable = re.sub(r"[^\w.-]", "_", ".".join([base, *network]))[:150]
@@ -143,15 +128,8 @@ def _file_name(url: str, *network: str) -> str:
     return f"{readable}-{digest[:12]}"
 
 
-def _read_record(record: Path) -> dict[str, Any]:
-    try:
-        return {"sha256": {}, **json.loads(record.read_text())}
-    except (FileNotFoundError, ValueError):
-        return {"sha256": {}}
-
-
 def _require_equal(what: str, found: object, expected: object, record: Path) -> None:
-    if None not in (found, expected) and found != expected:
+    if found != expected:
         raise FetchError(
             f"{what} is {found}, expected {expected}: the weights have changed; upgrade ijepa-zoo, "
             f"or delete {record} and the networks beside it to download again"
@@ -159,11 +137,10 @@ def _require_equal(what: str, found: object, expected: object, record: Path) -> 
 
 
 def _data_sha256(path: Path) -> str:
-    """SHA-256 of the tensors: from the header that version 0.1 wrote, else computed."""
+    """SHA-256 of the tensors of a safetensors file."""
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        recorded = header["__metadata__"].get("sha256")
-        return recorded or hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Storage(NamedTuple):
@@ -182,9 +159,7 @@ class _Tensor(NamedTuple):
     meta: Tensor  # on the meta device, with dtype and shape
 
 
-def _download(
-    remote: RemoteFile, network: str, partial: Path, progress: bool, workers: int
-) -> None:
+def _download(remote: RemoteFile, network: str, partial: Path, progress: bool) -> None:
     """Write a network into a safetensors file, or the rest of it after an interruption."""
     tensors = _find_tensors(remote, network)
     header, offsets = safetensors_header(
@@ -192,27 +167,28 @@ def _download(
         {"format": "pt"},
     )
     total = sum(tensor.meta.nbytes for tensor in tensors.values())
-    missing = {name: tensor for name, tensor in tensors.items() if tensor.meta.nbytes}
-    if partial.exists():
-        with partial.open("rb") as file:
-            for name in [n for n in missing if _is_downloaded(missing[n], offsets[n], file)]:
-                del missing[name]
     partial.touch()
     with partial.open("r+b") as file:
         file.write(header)
         file.truncate(len(header) + total)
-    groups = _join_neighbors(missing)
-    arrived = total - sum(tensor.meta.nbytes for tensor in missing.values())
+        missing = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if tensor.meta.nbytes and not _is_downloaded(tensor, offsets[name], file)
+        }
     bar = tqdm(
         desc=f"{network} of {remote.url.rpartition('/')[2]}",
         total=total,
-        initial=arrived,
+        initial=total - sum(tensor.meta.nbytes for tensor in missing.values()),
         unit="B",
         unit_scale=True,
         disable=not progress,
     )
-    with bar, ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(_fetch_group, remote, group, partial, offsets) for group in groups]
+    with bar, ThreadPoolExecutor(CONNECTIONS) as pool:
+        jobs = [
+            pool.submit(_fetch_group, remote, group, partial, offsets)
+            for group in _join_neighbors(missing)
+        ]
         try:
             for job in as_completed(jobs):
                 bar.update(job.result())

@@ -18,12 +18,12 @@ from torch import nn
 
 from ..errors import CheckpointError, FetchError, RunError, SettingsError, some
 from ..models.encoder import IJepaEncoder
-from ..models.factory import create_encoder, create_model
+from ..models.factory import create_encoder
 from ..models.jepa import IJepa
 from . import configs, load, registry
 from .formats import UNLABELED, State
-from .read import FOLDER_PREFIX, PREPROCESSING, Networks, open_checkpoint, open_entry
-from .writers import WRITERS, WRITTEN
+from .read import FOLDER_PREFIX, PREPROCESSING, Networks, open_checkpoint
+from .writers import FORMATS, WRITTEN, write
 
 
 def export(
@@ -51,8 +51,7 @@ def export(
         folder: Where to write; must not exist, unless ``overwrite``.
         to: 'native' (all networks of the source, also a timm folder), 'timm' (``timm.create_model(
             'local-dir:FOLDER')``), 'transformers' (``IJepaModel.from_pretrained``) or 'official'
-            (a .pth.tar of the official repository, with a fresh optimizer; needs all three
-            networks).
+            (a .pth.tar of the official repository, without an optimizer; needs all three networks).
         network: The network that a format for one network takes, default 'target_encoder'; the
             name of a single encoder, or of the network in a file that does not record it.
         dtype: Store tensors in this dtype; None keeps theirs.
@@ -75,8 +74,8 @@ def export(
             the source.
         FetchError: Weights cannot be fetched, or the upload failed.
     """
-    if to not in WRITERS:
-        raise SettingsError(f"to must be one of {', '.join(WRITERS)}, got {to!r}")
+    if to not in FORMATS:
+        raise SettingsError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
     if network not in (None, "target_encoder", "encoder"):
         raise SettingsError(f"network must be 'target_encoder' or 'encoder', got {network!r}")
     if dtype is not None and not dtype.is_floating_point:
@@ -93,7 +92,7 @@ def export(
         networks, license=license or networks.license, origin=origin or networks.origin
     )
     with write_folder(folder, WRITTEN, overwrite) as part:
-        WRITERS[to](networks, part, network, dtype)
+        write(to, networks, part, network, dtype)
     if push_to is not None:
         _push(folder, push_to, private, revision)
     return folder
@@ -125,16 +124,9 @@ def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Ite
         yield part
         for item in part.rglob("*"):  # safetensors makes files that only their owner reads
             item.chmod(0o755 if item.is_dir() else 0o644)
-        check_destination(folder, written, overwrite)  # it may exist by now
-        old = Path(scratch) / "old"
-        try:
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(part, folder)
-        except BaseException:  # also Ctrl-C
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            raise
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "old")
+        os.replace(part, folder)
 
 
 def _refuse_source(source: str | Path, folder: Path) -> None:
@@ -172,14 +164,12 @@ def _push(folder: Path, repo_id: str, private: bool, revision: str | None) -> No
 
 def _from_module(module: IJepa | VisionTransformer, network: str | None) -> Networks:
     if isinstance(module, IJepa):
-        names: tuple[str, ...] = registry.NETWORKS
         described = _describe(module.encoder, "an IJepa module")
-        context = module.predictor.context
-        states = {name: partial(_state, getattr(module, name)) for name in names}
-        predictor = _predictor_args(_state(module.predictor), {"context": context})
+        states = {name: partial(_state, getattr(module, name)) for name in registry.NETWORKS}
+        context = {"context": module.predictor.context}
+        predictor = _predictor_args(_state(module.predictor), context)
         return replace(described, states=states, predictor=predictor)
-    if not isinstance(module, VisionTransformer):
-        raise SettingsError(f"export takes an IJepa or a ViT of timm, not {type(module).__name__}")
+    check_exportable(module)
     label = network or str(getattr(module, "weights_network", UNLABELED))
     described = _describe(module, getattr(module, "weights_origin", "an encoder in memory"))
     return replace(described, states={label: partial(_state, module)})
@@ -200,11 +190,8 @@ def _from_source(
     """Networks of a checkpoint, straight from its file: tensors keep their dtype."""
     text = str(source)
     name, _, tag = text.partition(".")
-    entry = None if Path(text).exists() else registry.find(name, tag)
-    if entry is not None:
-        networks = open_entry(entry, cache_dir)
-    elif name in registry.ARCHITECTURES and not Path(text).exists():
-        networks = load.resolve(name, pretrained_cfg=tag or None).networks  # its error names all
+    if name in registry.ARCHITECTURES and not Path(text).exists():
+        networks = load.resolve(name, pretrained_cfg=tag or None, cache_dir=cache_dir)
     else:
         networks = open_checkpoint(text, cache_dir)
     model_name = model_name or networks.model
@@ -215,20 +202,16 @@ def _from_source(
     if UNLABELED in networks.states:  # the caller may name it
         states = {network or UNLABELED: networks.states[UNLABELED]()}
     else:
-        chosen = networks.choose(network, entry.network if entry else "target_encoder")
+        chosen = networks.choose(network)
         wanted = [chosen] if network or only_one else list(networks.states)
         states = {key: networks.states[key]() for key in wanted}
-    args = {**networks.args, **encoder_kwargs}
+    args: dict[str, Any] = {"device": "meta", "weight_init": "skip"}
+    args |= {**networks.args, **encoder_kwargs}
     if networks.pretrained_cfg:
         args["pretrained_cfg"] = dict(networks.pretrained_cfg)
-    for state in states.values():
-        if "head.weight" in state:
-            args.setdefault("num_classes", len(state["head.weight"]))
-    if networks.is_other_vit:
-        template = create_encoder(model_name, device="meta", weight_init="skip", **args)
-    else:
-        name = entry.name if entry else model_name
-        template = create_model(name, pretrained=False, device="meta", weight_init="skip", **args)
+    heads = [len(state["head.weight"]) for state in states.values() if "head.weight" in state]
+    args.setdefault("num_classes", max(heads, default=0))
+    template = create_encoder(model_name, **args)
     for key, state in states.items():
         if key != "predictor":
             load.check(template, state, networks.origin)
@@ -272,7 +255,7 @@ def _describe(encoder: VisionTransformer, origin: str) -> Networks:
     if getattr(encoder, "multi_label", False):
         preprocessing["multi_label"] = True
     norm_eps = encoder.norm.eps if is_ours else 1e-6  # other ViTs get theirs from the name
-    return Networks(origin, {}, "memory", model, args, norm_eps, pretrained_cfg=preprocessing)
+    return Networks(origin, {}, model, args, norm_eps, pretrained_cfg=preprocessing)
 
 
 def vit_args(encoder: VisionTransformer) -> dict[str, Any]:

@@ -22,7 +22,6 @@ _log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 UNLABELED = "unlabeled"  # key of a network when the file does not say which one it is
 
-_DISTRIBUTED_PREFIX = "module."  # DistributedDataParallel's, in every official file
 # Inserted into names by torch's wrappers.
 _WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Keys under which training scripts save a state dict; the first one present is taken.
@@ -31,48 +30,48 @@ _STATE_KEYS = (
     *("teacher", "net", "network", "weights"),
 )
 
-_TRANSFORMERS = {
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-    "head.weight": "classifier.weight",
-    "head.bias": "classifier.bias",
+# Layers of timm and of transformers, where one may be several; # is the number of a block.
+_LAYERS: dict[str, tuple[str, ...]] = {
+    "patch_embed.proj": ("embeddings.patch_embeddings.projection",),
+    "blocks.#.norm1": ("encoder.layer.#.layernorm_before",),
+    "blocks.#.attn.qkv": tuple(
+        f"encoder.layer.#.attention.attention.{part}" for part in ("query", "key", "value")
+    ),
+    "blocks.#.attn.proj": ("encoder.layer.#.attention.output.dense",),
+    "blocks.#.norm2": ("encoder.layer.#.layernorm_after",),
+    "blocks.#.mlp.fc1": ("encoder.layer.#.intermediate.dense",),
+    "blocks.#.mlp.fc2": ("encoder.layer.#.output.dense",),
+    "norm": ("layernorm",),
+    "head": ("classifier",),
 }
-_TRANSFORMERS_BLOCK = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
+_TRANSFORMERS = {"pos_embed": ("embeddings.position_embeddings",)} | {
+    f"{ours}.{kind}": tuple(f"{theirs}.{kind}" for theirs in layers)
+    for ours, layers in _LAYERS.items()
+    for kind in ("weight", "bias")
 }
+_TIMM = {theirs: ours for ours, parts in _TRANSFORMERS.items() for theirs in parts}
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _HEADS = ("head.weight", "head.bias", "classifier.weight", "classifier.bias")
-_QKV = ("query", "key", "value")
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
-_LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)")
 # Every network has one of these tensors; the text before it is the prefix of all its names.
 _ANCHORS = (
-    *("patch_embed.proj.weight", _TRANSFORMERS["patch_embed.proj.weight"]),
+    *("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"),
     "predictor_embed.weight",
 )
 
 
-def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]]:
-    """The networks in a checkpoint: tensors with timm's parameter names, and the format.
+def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, State]:
+    """The networks in a checkpoint: tensors with timm's parameter names.
 
     Accepts official files, ``IJepa.state_dict()``, one network's state dict, and any of them
     under a key such as ``state_dict`` and with prefixes such as ``module.``, ``_orig_mod.`` or the
-    attribute names of a LightningModule. Formats are 'official', 'timm' and 'transformers'; the
-    key of a network that the file does not name is 'unlabeled'.
+    attribute names of a LightningModule. The key of a network that the file does not name is
+    'unlabeled'.
     """
     named = {key: content[key] for key in NETWORKS if isinstance(content.get(key), Mapping)}
     if named:
-        is_official = set(named) == set(NETWORKS)
         found = {}
         for network, state in named.items():
-            ((_, (tensors, known)),) = _split(state, f"{origin} ({network})").items()
-            found[network] = tensors, "official" if is_official else known
+            (found[network],) = _split(state, f"{origin} ({network})").values()
         return found
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if all(_prefix(key) is None for key in tensors):
@@ -90,7 +89,7 @@ def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, tuple[St
     return _split(tensors, origin)
 
 
-def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]]:
+def _split(state: Mapping[str, Any], origin: str) -> dict[str, State]:
     """The networks of a flat state dict, by the prefixes of their names."""
     plain: State = {}
     for full_name, value in state.items():
@@ -113,7 +112,7 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]
             f"{origin} has several networks, named {some(map(repr, prefixes))}: save the one to "
             "load alone, for example torch.save(model.state_dict(), FILE)"
         )
-    found: dict[str, tuple[State, str]] = {}
+    found: dict[str, State] = {}
     used: set[str] = set()
     for prefix, network in zip(prefixes, networks):
         own = {name[len(prefix) :]: name for name in plain if name.startswith(prefix)}
@@ -123,12 +122,6 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, tuple[State, str]
         tensors = {name: plain[full_name] for name, full_name in own.items()}
         found[network] = _to_timm(tensors, origin)
     rest = plain.keys() - used
-    twice = {name for name in rest if any(name in state for state, _ in found.values())}
-    if twice:
-        raise CheckpointError(
-            f"{origin} has {some(twice)} beside the same names with the prefix {prefixes[0]!r}: "
-            "remove those that should not be loaded"
-        )
     if rest:
         _log.warning("%s: %s are not used", origin, some(rest))
     removed = {prefix for prefix in prefixes if prefix}
@@ -146,17 +139,12 @@ def _prefix(name: str) -> str | None:
     return None
 
 
-def _to_timm(state: State, origin: str) -> tuple[State, str]:
-    if _TRANSFORMERS["pos_embed"] in state:
-        return from_transformers(state, origin), "transformers"
+def _to_timm(state: State, origin: str) -> State:
+    if "embeddings.position_embeddings" in state:
+        return from_transformers(state, origin)
     if "pos_embed" in state or "predictor_embed.weight" in state:
-        return state, "timm"
+        return state
     raise CheckpointError(f"{origin} has no pos_embed: it is not an encoder of I-JEPA")
-
-
-def to_official(state: Mapping[str, Tensor]) -> State:
-    """Prefix every name with ``module.``, as in the official repository's files."""
-    return {_DISTRIBUTED_PREFIX + name: tensor for name, tensor in state.items()}
 
 
 def from_transformers(state: Mapping[str, Tensor], origin: str) -> State:
@@ -164,28 +152,22 @@ def from_transformers(state: Mapping[str, Tensor], origin: str) -> State:
 
     Query, key and value are stacked into timm's ``attn.qkv``.
     """
-    inverse = {theirs: ours for ours, theirs in _TRANSFORMERS.items()}
-    inverse_block = {theirs: ours for ours, theirs in _TRANSFORMERS_BLOCK.items()}
     out: State = {}
-    qkv: dict[str, dict[str, Tensor]] = {}
-    unknown: list[str] = []
-    for name, tensor in state.items():
-        layer = _LAYER.fullmatch(name)
-        if name in inverse:
-            out[inverse[name]] = tensor
-        elif layer and layer[2] in inverse_block:
-            out[f"blocks.{layer[1]}.{inverse_block[layer[2]]}.{layer[3]}"] = tensor
-        elif layer and layer[2].removeprefix("attention.attention.") in _QKV:
-            target = f"blocks.{layer[1]}.attn.qkv.{layer[3]}"
-            qkv.setdefault(target, {})[layer[2].rpartition(".")[2]] = tensor
-        else:
+    unknown = []
+    for name in state:
+        pattern, number = _parse(name)
+        if pattern not in _TIMM:
             unknown.append(name)
-    if unknown:
-        raise CheckpointError(f"{origin}: IJepaModel of transformers has no {some(unknown)}")
-    for name, parts in qkv.items():
-        if set(parts) != set(_QKV):
-            raise CheckpointError(f"{origin} lacks a query, key or value of {name}")
-        out[name] = torch.cat([parts[part] for part in _QKV])
+            continue
+        ours = _TIMM[pattern].replace("#", number)
+        if ours in out:  # with another of its parts
+            continue
+        parts = [part.replace("#", number) for part in _TRANSFORMERS[_TIMM[pattern]]]
+        if absent := set(parts) - state.keys():
+            raise CheckpointError(f"{origin} lacks {some(absent)} beside {name}")
+        tensors = [state[part] for part in parts]
+        out[ours] = torch.cat(tensors) if len(parts) > 1 else tensors[0]
+    _refuse(unknown, origin)
     return out
 
 
@@ -195,25 +177,30 @@ def to_transformers(state: Mapping[str, Tensor], origin: str) -> State:
     With a classifier, to those of ``IJepaForImageClassification``: body prefixed with ``ijepa.``.
     """
     out: State = {}
-    prefix = "ijepa." if "head.weight" in state else ""
-    unknown: list[str] = []
+    body = "ijepa." if "head.weight" in state else ""
+    unknown = []
     for name, tensor in state.items():
-        block = _BLOCK.fullmatch(name)
-        if name in _TRANSFORMERS:
-            body = "" if name.startswith("head.") else prefix
-            out[body + _TRANSFORMERS[name]] = tensor
-        elif block and block[2] == "attn.qkv":
-            for part, chunk in zip(_QKV, tensor.chunk(3), strict=True):
-                key = f"{prefix}encoder.layer.{block[1]}.attention.attention.{part}.{block[3]}"
-                out[key] = chunk.contiguous()
-        elif block and block[2] in _TRANSFORMERS_BLOCK:
-            key = f"{prefix}encoder.layer.{block[1]}.{_TRANSFORMERS_BLOCK[block[2]]}.{block[3]}"
-            out[key] = tensor
-        else:
+        pattern, number = _parse(name)
+        if pattern not in _TRANSFORMERS:
             unknown.append(name)
+            continue
+        prefix = "" if pattern.startswith("head.") else body
+        parts = _TRANSFORMERS[pattern]
+        for part, chunk in zip(parts, tensor.chunk(len(parts)), strict=True):
+            out[prefix + part.replace("#", number)] = chunk.contiguous()
+    _refuse(unknown, origin)
+    return out
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """A name with # for the number of its block, and that number."""
+    number = _NUMBER.search(name)
+    return _NUMBER.sub("#", name), number[0] if number else ""
+
+
+def _refuse(unknown: list[str], origin: str) -> None:
     if unknown:
         raise CheckpointError(f"{origin}: IJepaModel of transformers has no {some(unknown)}")
-    return out
 
 
 # In the order of the safetensors package, so that every tensor is aligned.

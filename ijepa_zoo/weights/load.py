@@ -3,10 +3,9 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import LayerNorm, resample_abs_pos_embed, resample_patch_embed
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, some
 from . import registry
-from .formats import UNLABELED, State
+from .formats import State
 from .read import FOLDER_PREFIX, HUB_PREFIX, Networks, open_checkpoint, open_entry
 
 _log = logging.getLogger(__name__)
@@ -24,81 +23,61 @@ M = TypeVar("M", bound=nn.Module)
 _ADDED = ("head.", "attn_pool.")  # parts of a timm ViT that pretraining did not have
 
 
-@dataclass(frozen=True)
-class Weights:
-    """One network of a checkpoint, ready to be loaded."""
-
-    networks: Networks
-    network: str
-
-    def read(self) -> State:
-        """The tensors, with timm's parameter names."""
-        return self.networks.states[self.network]()
-
-    @property
-    def origin(self) -> str:
-        """Which network of which checkpoint, such as 'target encoder of vit_huge14_ijepa.in1k'."""
-        if self.network == UNLABELED:
-            return self.networks.origin
-        return f"{self.network.replace('_', ' ')} of {self.networks.origin}"
-
-
 def resolve(
     variant: str,
     checkpoint: str | Path | Networks | None = None,
-    network: str | None = None,
     pretrained_cfg: Any = None,
     overlay: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
-) -> Weights:
-    """The weights of a call of ``create_model``.
+) -> Networks:
+    """The checkpoint of a call of ``create_model``.
 
     The user's checkpoint comes first, then timm's ``pretrained_cfg_overlay={'file': ...}`` and
     'local-dir:' and 'hf-hub:' sources, then the registry.
     """
     cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
-    tag = cfg if isinstance(cfg, str) else None
-    if isinstance(cfg, Mapping):
-        tag = cfg.get("tag")
-        if checkpoint is None and cfg.get("source") == "local-dir":
+    tag = cfg.get("tag") if isinstance(cfg, Mapping) else cfg
+    if checkpoint is None and isinstance(cfg, Mapping):
+        if cfg.get("source") == "local-dir":
             checkpoint = f"{FOLDER_PREFIX}{cfg['file']}"
-        elif checkpoint is None and cfg.get("source") == "hf-hub":
+        elif cfg.get("source") == "hf-hub":
             checkpoint = f"{HUB_PREFIX}{cfg['hf_hub_id']}"
     if checkpoint is None and overlay:
         checkpoint = overlay.get("file")
+    if isinstance(checkpoint, Networks):
+        return checkpoint
     if checkpoint is not None:
-        if isinstance(checkpoint, Networks):
-            networks = checkpoint
-        else:
-            networks = open_checkpoint(checkpoint, cache_dir)
-        return Weights(networks, networks.choose(network))
-    entry = registry.find(variant, tag)
-    if entry is None:
-        known = [item.name for item in registry.checkpoints() if item.model == variant]
-        raise CheckpointError(
-            f"there are no released weights of {variant}{'.' + tag if tag else ''}"
-            + (f" (there are {', '.join(known)})" if known else "")
-            + ": use pretrained=False for random initialization, or checkpoint=PATH for your own"
-        )
-    networks = open_entry(entry, cache_dir)
-    return Weights(networks, networks.choose(network, entry.network))
+        return open_checkpoint(checkpoint, cache_dir)
+    if (entry := registry.find(variant, tag)) is not None:
+        return open_entry(entry, cache_dir)
+    known = [item.name for item in registry.checkpoints() if item.model == variant]
+    raise CheckpointError(
+        f"there are no released weights of {variant}{'.' + tag if tag else ''}"
+        + (f" (there are {', '.join(known)})" if known else "")
+        + ": use pretrained=False for random initialization, or checkpoint=PATH for your own"
+    )
 
 
-def build_with_weights(cls: type[M], arguments: Mapping[str, Any], weights: Weights) -> M:
+def build_with_weights(
+    cls: type[M], arguments: Mapping[str, Any], networks: Networks, network: str
+) -> M:
     """Construct an encoder from timm's arguments, uninitialized, and assign its weights."""
     arguments = dict(arguments)
     device = arguments.pop("device", None)
-    networks = weights.networks
     if networks.norm_eps != 1e-6:
         arguments.setdefault("norm_layer", partial(LayerNorm, eps=networks.norm_eps))
     model: Any = cls(**arguments, device="meta", weight_init="skip")
     model.weight_init_mode = arguments.get("weight_init", "")
     check_architecture(model, networks.args, networks.origin)
-    state = fit(weights.read(), model, networks.origin, networks.grid_size)
+    state = fit(networks.states[network](), model, networks.origin, networks.grid_size)
     assign(model, state, networks.origin, device)
-    # for the records of features, probes and exports
-    model.weights_origin, model.weights_network = weights.origin, weights.network
+    record_source(model, networks, network)
     return model
+
+
+def record_source(model: Any, networks: Networks, network: str) -> None:
+    """Note the source of a model's weights, for the records of features, probes and exports."""
+    model.weights_origin, model.weights_network = networks.label(network), network
 
 
 def num_heads(vit: Any) -> int:
@@ -107,20 +86,12 @@ def num_heads(vit: Any) -> int:
 
 
 def check_architecture(model: Any, known: Mapping[str, Any], origin: str) -> None:
-    """Compare the checkpoint's known timm arguments; shapes alone do not show num_heads."""
-    actual = {
-        "embed_dim": model.embed_dim,
-        "depth": len(model.blocks),
-        "num_heads": num_heads(model),
-    }
-    wrong = {key: known[key] for key in actual if key in known and known[key] != actual[key]}
-    if wrong:
-        given = ", ".join(f"{key}={value}" for key, value in wrong.items())
+    """Compare the number of heads with the checkpoint's, if known: shapes do not show it."""
+    heads = num_heads(model)
+    if (own := known.get("num_heads", heads)) != heads:
         raise CheckpointError(
-            f"{origin} has {given}, the model "
-            + ", ".join(f"{key}={actual[key]}" for key in wrong)
-            + f": pass {given} to create_model, or load the folder by its name, "
-            "create_model('local-dir:FOLDER')"
+            f"{origin} has num_heads={own}, the model num_heads={heads}: pass num_heads={own}, or "
+            "load the folder by its name, create_model('local-dir:FOLDER')"
         )
 
 
@@ -136,7 +107,7 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
         )
     state = dict(state)
     weight = state.get("patch_embed.proj.weight")
-    if weight is not None and weight.ndim == 4 and weight.numel():
+    if weight is not None and weight.ndim == 4:
         size = tuple(model.patch_embed.proj.weight.shape)
         weight = resample_patch_embed(weight, list(size[-2:]))
         if weight.shape[1] != size[1]:
@@ -148,7 +119,7 @@ def fit(state: State, model: Any, origin: str, old_grid: tuple[int, int] | None 
             weight = adapt_input_conv(size[1], weight)
         state["patch_embed.proj.weight"] = weight
     positions = state.get("pos_embed")
-    if _has_positions(positions) and model.pos_embed is not None:
+    if positions is not None and positions.ndim == 3 and model.pos_embed is not None:
         grid = tuple(model.patch_embed.grid_size)
         first = 0 if model.no_embed_class else model.num_prefix_tokens  # of class and registers
         patches = _fit_positions(positions[:, first:], grid, origin, old_grid)
@@ -178,17 +149,10 @@ def fit_predictor(
     state: State, predictor: Any, origin: str, old_grid: tuple[int, int] | None = None
 ) -> State:
     """Adapt a predictor's positions to another patch grid; arguments as for :func:`fit`."""
-    state = dict(state)
-    positions = state.get("predictor_pos_embed")
-    if _has_positions(positions):
-        state["predictor_pos_embed"] = _fit_positions(
-            positions, tuple(predictor.grid_size), origin, old_grid
-        )
-    return state
-
-
-def _has_positions(positions: Tensor | None) -> TypeGuard[Tensor]:
-    return positions is not None and positions.ndim == 3 and positions.numel() > 0
+    name, grid = "predictor_pos_embed", tuple(predictor.grid_size)
+    if name not in state:  # which `check` reports
+        return state
+    return {**state, name: _fit_positions(state[name], grid, origin, old_grid)}
 
 
 def _fit_positions(
@@ -218,26 +182,17 @@ def check(model: nn.Module, state: State, origin: str) -> set[str]:
     """
     expected = model.state_dict()
     added = {name for name in expected if name.startswith(_ADDED) and name not in state}
-    wrong = [
-        name for name in state if name in expected and state[name].shape != expected[name].shape
+    problems = [f"lacks {name}" for name in expected.keys() - state.keys() - added]
+    problems += [f"has unused {name}" for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(state[name].shape)}, in the model {list(expected[name].shape)}"
+        for name in state.keys() & expected.keys()
+        if state[name].shape != expected[name].shape
     ]
-    if wrong:
-        shapes = "; ".join(
-            f"{name} is {list(state[name].shape)} in the file, {list(expected[name].shape)} in the "
-            "model"
-            for name in wrong[:3]
-        )
+    if problems:
         raise CheckpointError(
-            f"{origin} does not fit, {len(wrong)} tensors differ in shape: {shapes}; use the model "
-            "of the checkpoint's size, or pass its embed_dim, depth, num_heads, mlp_ratio"
-        )
-    missing, left_over = expected.keys() - state.keys() - added, state.keys() - expected.keys()
-    if missing or left_over:
-        raise CheckpointError(
-            f"{origin} does not fit {type(model).__name__}:"
-            + (f" it lacks {some(missing)};" if missing else "")
-            + (f" it does not use {some(left_over)};" if left_over else "")
-            + " check depth, qkv_bias and the other arguments that add or remove tensors"
+            f"{origin} does not fit {type(model).__name__}: {some(problems)}; pass the "
+            "checkpoint's embed_dim, depth, num_heads, mlp_ratio, qkv_bias, ... to create_model"
         )
     unusable = [
         f"{name} ({tensor.dtype}, {tensor.layout})"

@@ -3,7 +3,6 @@
 import json
 import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import to_2tuple
 
 from ..errors import CheckpointError, FetchError, some
 from . import configs, download, registry
@@ -22,13 +22,8 @@ from .formats import UNLABELED, State, find_networks
 HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
 OFFICIAL_FILE = "ijepa-latest.pth.tar"  # name of the file in an official export
 LABEL_KEY = "ijepa_zoo_network"  # in config.json of exported timm and transformers folders
-# What torch.load raises on a damaged pickle depends on the byte that is wrong.
-_DAMAGE = (
-    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, LookupError),
-    *(TypeError, AttributeError, AssertionError, OSError, zipfile.BadZipFile),
-)
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
-Locate = Callable[[str], Path]  # name of a file in a folder -> its local path
+Locate = Callable[[str], Path | None]  # name of a file in a folder -> its local path, if any
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,6 @@ class Networks:
     # A reader of each network, which opens or fetches files. The key is 'unlabeled' if the
     # checkpoint has one network and does not name it.
     states: Mapping[str, Callable[[], State]]
-    format: str  # official, timm, transformers or native; memory for modules
     model: str | None = None  # registered name, if known; timm's name of another ViT
     args: Mapping[str, Any] = field(default_factory=dict)  # timm's, of the encoder, if known
     norm_eps: float = 1e-6
@@ -52,10 +46,8 @@ class Networks:
         """Rows and columns of the patch grid, if known."""
         if "img_size" not in self.args or "patch_size" not in self.args:
             return None
-        sizes = (self.args["img_size"], self.args["patch_size"])
-        (rows, columns), (height, width) = (
-            (size, size) if isinstance(size, int) else tuple(size) for size in sizes
-        )
+        rows, columns = to_2tuple(self.args["img_size"])
+        height, width = to_2tuple(self.args["patch_size"])
         return rows // height, columns // width
 
     @property
@@ -70,10 +62,15 @@ class Networks:
             key: self.pretrained_cfg[key] for key in PREPROCESSING if key in self.pretrained_cfg
         }
 
-    def choose(self, network: str | None, default: str = "target_encoder") -> str:
-        """The key of ``states`` to load: ``network``, or ``default`` of several."""
+    def label(self, network: str) -> str:
+        """Source of a network, such as 'target encoder of vit_huge14_ijepa.in1k'."""
+        prefix = "" if network == UNLABELED else f"{network.replace('_', ' ')} of "
+        return prefix + self.origin
+
+    def choose(self, network: str | None) -> str:
+        """The key of ``states`` to load: ``network``, or the target encoder if there is one."""
         if network is None:
-            held = (default, "target_encoder", "encoder", *self.states)
+            held = ("target_encoder", "encoder", *self.states)
             return next(name for name in held if name in self.states)
         if network in self.states:
             return network
@@ -95,8 +92,8 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
     text = str(location)
     if text.startswith(HUB_PREFIX):
         repository = text.removeprefix(HUB_PREFIX).partition("@")[0]
-        locate = _hub_files(text, cache_dir)
-        return _open_folder(locate, text, registry.find_repository(repository))
+        entries = (c for c in registry.checkpoints() if c.source.hf_hub_id == repository)
+        return _open_folder(_files(text, cache_dir), text, next(entries, None))
     path = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
     if not text.removeprefix(FOLDER_PREFIX) or not path.exists():
         hint = ""
@@ -107,42 +104,35 @@ def open_checkpoint(location: str | Path, cache_dir: str | Path | None = None) -
         path = path / OFFICIAL_FILE
     if path.is_dir():
         path = _find_export(path)
-        return _open_folder(partial(_locate_in, path), str(path))
-    return _open_file(path)
+        return _open_folder(_files(str(path)), str(path))
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    found = find_networks(read(path), str(path))
+    return Networks(str(path), {key: partial(dict, state) for key, state in found.items()})
 
 
 def open_entry(entry: registry.Checkpoint, cache_dir: str | Path | None = None) -> Networks:
     """Open released weights; a network is fetched when its state is read."""
     source = entry.source
     if source.folder:
-        networks = _open_folder(partial(_locate_in, packaged_folder(source.folder)), entry.name)
+        networks = _open_folder(_files(str(packaged_folder(source.folder))), entry.name)
         return replace(networks, license=entry.license)
 
     def read(network: str) -> State:
         if source.url:
-            path = download.fetch_official(
-                source.url,
-                network,
-                cache_dir=cache_dir,
-                size=source.size,
-                sha256=source.sha256.get(network),
-            )
+            sha256 = source.sha256.get(network)
+            path = download.fetch_official(source.url, network, cache_dir=cache_dir, sha256=sha256)
         else:
-            path = download.fetch_hub(
-                str(source.hf_hub_id),
-                str(source.filename),
-                revision=source.revision,
-                cache_dir=cache_dir,
-            )
-        ((state, _),) = find_networks(_read_safetensors(path), entry.name).values()
+            repository, file = str(source.hf_hub_id), str(source.filename)
+            path = download.fetch_hub(repository, file, source.revision, cache_dir)
+        (state,) = find_networks(_read_safetensors(path), entry.name).values()
         return state
 
     return Networks(
         entry.name,
         {network: partial(read, network) for network in entry.networks},
-        entry.format,
         model=entry.model,
         predictor=entry.predictor,
+        pretrained_cfg=entry.preprocessing,
         license=entry.license,
     )
 
@@ -157,16 +147,14 @@ def find_timm_config(
 ) -> dict[str, Any] | None:
     """config.json of a timm network that is not an I-JEPA encoder; None for other locations."""
     text = str(location)
-    if text.startswith(HUB_PREFIX):
-        locate = _hub_files(text, cache_dir)
-    else:
+    if not text.startswith(HUB_PREFIX):
         folder = Path(text.removeprefix(FOLDER_PREFIX)).expanduser()
         if not (folder / "config.json").is_file():
             folder /= "export"  # of a pretraining run
         if not (folder / "config.json").is_file():
             return None
-        locate = partial(_locate_in, folder)
-    config = _read_json(locate, "config.json", text)
+        text = str(folder)
+    config = _read_json(_files(text, cache_dir), "config.json", text)
     name = config.get("architecture")
     is_other = isinstance(name, str) and registry.registered_name(name) is None
     return config if is_other else None
@@ -182,29 +170,11 @@ def _find_export(folder: Path) -> Path:
         )
     if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
         return folder
-    if not (folder / "export" / "config.json").exists():
-        raise CheckpointError(
-            f"{folder} is a pretraining run without an export: write it with `ijepa-zoo export "
-            f"{folder}`"
-        )
-    return folder / "export"
-
-
-def _open_file(path: Path) -> Networks:
-    label = UNLABELED
-    if path.suffix == ".safetensors":
-        content: Mapping[str, Any] = _read_safetensors(path)
-        with safe_open(path, framework="pt") as file:  # exports of version 0.1 name their network
-            label = (file.metadata() or {}).get("network", UNLABELED)
-    else:
-        content = _read_pickle(path)
-    found = find_networks(content, str(path))
-    if UNLABELED in found and label in registry.NETWORKS:
-        found = {label: found[UNLABELED]}
-    states: dict[str, Callable[[], State]] = {
-        network: partial(dict, state) for network, (state, _) in found.items()
-    }
-    return Networks(str(path), states, next(iter(found.values()))[1])
+    if (folder / "export" / "config.json").exists():
+        return folder / "export"
+    raise CheckpointError(
+        f"{folder} is a pretraining run without an export: write it, `ijepa-zoo export {folder}`"
+    )
 
 
 def _read_safetensors(path: Path) -> State:
@@ -221,7 +191,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
         is_zip = zipfile.is_zipfile(file)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except _DAMAGE as error:
+    except Exception as error:  # of any kind: it depends on the byte that is wrong
         found = re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and found:
             raise CheckpointError(
@@ -243,30 +213,27 @@ def _open_folder(
     config = _read_json(locate, "config.json", origin)
     if "ijepa_zoo" in config:
         return _open_native(config, locate, origin)
-    read = partial(_read_folder, locate, origin)
     label = config.get(LABEL_KEY)
-    label = label if label in registry.NETWORKS else UNLABELED
-    if config.get("model_type") == "ijepa":
-        args = configs.transformers_args(config, origin)
-        norm_eps = args.pop("norm_eps")
-        model, license = registry.model_name(args), config.get("license")
-        cfg: dict[str, Any] = {}
-        if released is not None:  # its preprocessor_config.json is not that of pretraining
-            label, model, license = released.network, released.model, released.license
-            cfg = released.preprocessing
-        elif _optional(locate, "preprocessor_config.json") is not None:
-            processor = _read_json(locate, "preprocessor_config.json", origin)
-            cfg = configs.processor_cfg(processor, args, origin, is_ours=LABEL_KEY in config)
-        return Networks(
-            origin, {label: read}, "transformers", model, args, norm_eps, {}, cfg, license
-        )
+    states = {
+        label if label in registry.NETWORKS else UNLABELED: partial(_read_folder, locate, origin)
+    }
     if isinstance(config.get("architecture"), str):
         args, cfg = configs.timm_args(config, origin)
         model = registry.model_name(args, config["architecture"])
         license = cfg.get("license")
-        return Networks(
-            origin, {label: read}, "timm", model, args, pretrained_cfg=cfg, license=license
-        )
+        return Networks(origin, states, model, args, pretrained_cfg=cfg, license=license)
+    if config.get("model_type") == "ijepa":
+        args = configs.transformers_args(config, origin)
+        norm_eps = args.pop("norm_eps")
+        if released is not None:  # its preprocessor_config.json is not that of pretraining
+            states = {released.network: partial(_read_folder, locate, origin)}
+            model, license, cfg = released.model, released.license, released.preprocessing
+        else:
+            model, license, cfg = registry.model_name(args), config.get("license"), {}
+            if locate("preprocessor_config.json") is not None:
+                processor = _read_json(locate, "preprocessor_config.json", origin)
+                cfg = configs.processor_cfg(processor, args, origin, is_ours=LABEL_KEY in config)
+        return Networks(origin, states, model, args, norm_eps, {}, cfg, license)
     raise CheckpointError(
         f"{origin}/config.json does not describe an I-JEPA model: it has neither model_type "
         f"'ijepa' (transformers) nor a timm architecture, but {some(config)}"
@@ -281,82 +248,75 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
             f"{origin} is an encoder with a head: open it with ijepa_zoo.create_model"
             f"('local-dir:{origin}') or use its encoder, {config.get('encoder')}"
         )
-    try:
-        files = {network: str(file) for network, file in ours["networks"].items()}
-        predictor, license = ours["predictor"], ours.get("license")
-        args = {**config["model_args"], "norm_eps": ours.get("norm_eps", 1e-6)}
-        model = str(ours["model"])
-        is_other = config.get("architecture") == model and registry.registered_name(model) is None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{origin}/config.json is damaged: {error}") from error
 
     def read(file: str) -> State:
-        return _read_safetensors(locate(file))
+        return _read_safetensors(_require(locate, file, origin))
 
-    args = configs.check_args(args, origin)
-    norm_eps = args.pop("norm_eps")
+    args, model = configs.check_args(config["model_args"], origin), ours["model"]
+    is_other = config.get("architecture") == model and registry.registered_name(model) is None
     return Networks(
         origin,
-        {network: partial(read, file) for network, file in files.items()},
-        "native",
+        {network: partial(read, file) for network, file in ours["networks"].items()},
         model if is_other else registry.model_name(args, model),
         args,
-        norm_eps,
-        predictor,
+        ours.get("norm_eps", 1e-6),
+        ours["predictor"],
         configs.pretrained_cfg(config),
-        license,
+        ours.get("license"),
     )
 
 
 def _read_folder(locate: Locate, origin: str) -> State:
     """The one network of a timm or transformers folder, from one file or shards."""
-    for name, read in (
-        ("model.safetensors", _read_safetensors),
-        ("pytorch_model.bin", _read_pickle),
-    ):
-        if (file := _optional(locate, name)) is not None:
+    content: Mapping[str, Any] = {}
+    readers = {"model.safetensors": _read_safetensors, "pytorch_model.bin": _read_pickle}
+    for name, read in readers.items():
+        if (file := locate(name)) is not None:
             content = read(file)
-        elif _optional(locate, f"{name}.index.json") is not None:
+        elif locate(f"{name}.index.json") is not None:
             files = set(_read_json(locate, f"{name}.index.json", origin)["weight_map"].values())
-            content = {key: value for file in files for key, value in read(locate(file)).items()}
+            for shard in files:
+                content = {**content, **read(_require(locate, shard, origin))}
         else:
             continue
         found = find_networks(content, origin)
         if len(found) > 1:
             raise CheckpointError(f"{origin} has {', '.join(found)} in one file: load that file")
-        return next(iter(found.values()))[0]
+        return next(iter(found.values()))
     raise CheckpointError(f"{origin} has neither model.safetensors nor pytorch_model.bin")
 
 
-def _hub_files(location: str, cache_dir: str | Path | None) -> Locate:
+def _files(location: str, cache_dir: str | Path | None = None) -> Locate:
+    """Finds files of a local folder or of 'hf-hub:REPO[@REVISION]'."""
+    if not location.startswith(HUB_PREFIX):
+        folder = Path(location)
+        return lambda name: folder / name if (folder / name).is_file() else None
     repository, _, revision = location.removeprefix(HUB_PREFIX).partition("@")
-    return partial(download.fetch_hub, repository, revision=revision or None, cache_dir=cache_dir)
+
+    def locate(name: str) -> Path | None:
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            return download.fetch_hub(repository, name, revision or None, cache_dir)
+        except FetchError as error:
+            cause = error.__cause__
+            is_offline = isinstance(cause, LocalEntryNotFoundError)
+            if isinstance(cause, EntryNotFoundError) and not is_offline:
+                return None
+            raise
+
+    return locate
 
 
-def _locate_in(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no {name}") from FileNotFoundError(str(path))
+def _require(locate: Locate, name: str, origin: str) -> Path:
+    if (path := locate(name)) is None:
+        raise CheckpointError(f"{origin} has no {name}")
     return path
-
-
-def _optional(locate: Locate, name: str) -> Path | None:
-    """Path of an optional file."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return locate(name)
-    except (CheckpointError, FetchError) as error:
-        cause = error.__cause__
-        absent = isinstance(cause, FileNotFoundError | EntryNotFoundError)
-        if absent and not isinstance(cause, LocalEntryNotFoundError):  # that one means offline
-            return None
-        raise
 
 
 def _read_json(locate: Locate, name: str, origin: str) -> dict[str, Any]:
     try:
-        content = json.loads(locate(name).read_text(encoding="utf-8"))
+        content = json.loads(_require(locate, name, origin).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{origin}/{name} is damaged: {error}") from error
     if not isinstance(content, dict):

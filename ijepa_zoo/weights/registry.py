@@ -41,7 +41,6 @@ class Source:
     revision: str | None = None
     filename: str | None = None
     folder: str | None = None  # inside this package
-    size: int | None = None  # exact bytes of the source file: another size is refused
     gigabytes: float | None = None  # its size, rounded
     # of each network (official files: of the fetched tensor bytes), if known
     sha256: Mapping[str, str] = field(default_factory=dict)
@@ -82,24 +81,19 @@ class Checkpoint:
         return {key: getattr(self, key) for key in keys}
 
 
-def registry_file() -> Path:
-    """``checkpoints.json``: inside the package in a wheel, one folder up in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    packaged = package / "checkpoints.json"
-    return packaged if packaged.is_file() else package.parent / "checkpoints.json"
-
-
-def parse(entry: Mapping[str, Any]) -> Checkpoint:
-    """Turn one JSON entry into a :class:`Checkpoint`."""
-    sequences = {key: tuple(entry[key]) for key in ("networks", "input_size", "mean", "std")}
-    return Checkpoint(**{**entry, **sequences, "source": Source(**entry["source"])})
-
-
 @cache
 def checkpoints() -> tuple[Checkpoint, ...]:
     """All entries in the order of the file; the first entry of a model is its default."""
-    with registry_file().open(encoding="utf-8") as file:
-        return tuple(parse(entry) for entry in json.load(file)["checkpoints"])
+    package = Path(__file__).resolve().parent.parent
+    file = package / "checkpoints.json"  # in a wheel; in a checkout one folder up
+    if not file.is_file():
+        file = package.parent / file.name
+    found = []
+    for entry in json.loads(file.read_text(encoding="utf-8"))["checkpoints"]:
+        for key in ("networks", "input_size", "mean", "std"):
+            entry[key] = tuple(entry[key])
+        found.append(Checkpoint(**{**entry, "source": Source(**entry["source"])}))
+    return tuple(found)
 
 
 def find(model: str, tag: str | None = None) -> Checkpoint | None:
@@ -108,11 +102,6 @@ def find(model: str, tag: str | None = None) -> Checkpoint | None:
         if checkpoint.model == model and tag in (None, "", checkpoint.tag):
             return checkpoint
     return None
-
-
-def find_repository(hf_hub_id: str) -> Checkpoint | None:
-    """The entry whose weights are in this Hub repository."""
-    return next((c for c in checkpoints() if c.source.hf_hub_id == hf_hub_id), None)
 
 
 def entrypoint_args(architecture: str) -> dict[str, Any]:

@@ -2,20 +2,20 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
 from ..errors import CheckpointError, RunError
 from . import configs, formats, registry
 from .formats import UNLABELED, State
 from .read import LABEL_KEY, OFFICIAL_FILE, Networks
 
+FORMATS = ("native", "timm", "transformers", "official")
 _OTHERS = "networks"  # folder of a native export's further networks
 WRITTEN = frozenset(
     {"config.json", "preprocessor_config.json", "README.md", "model.safetensors"}
@@ -43,59 +43,72 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def write(
+    to: str, networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
+) -> None:
+    """Write the files of a format into a folder."""
+    if networks.is_other_vit and to not in ("native", "timm"):
+        raise CheckpointError(
+            f"the encoders are timm's {networks.model}, which only the formats native and timm "
+            "express: use one of them"
+        )
+    if to == "official":
+        _write_official(networks, folder, network, dtype)
+        return
+    chosen = networks.choose(network)
+    if to == "transformers":
+        _write_transformers(networks, folder, chosen, dtype)
+    elif to == "timm":
+        _write_timm(networks, folder, chosen, dtype)
+    else:
+        written = list(networks.states) if network is None else [chosen]
+        _write_native(networks, folder, chosen, written, dtype)
+    _write_card(networks, folder, to, chosen)
+
+
 def _timm_config(networks: Networks) -> dict[str, Any]:
     """config.json of a timm folder."""
-    classes = networks.args["num_classes"]
-    license = {"license": networks.license.lower()} if networks.license else {}
     cfg = dict(networks.pretrained_cfg)
     labels: dict[str, Any] = {k: cfg.pop(k) for k in ("label_names", "multi_label") if k in cfg}
+    if networks.license:
+        cfg["license"] = networks.license.lower()
+    other = networks.model if networks.is_other_vit else None
     return {
-        "architecture": networks.model
-        if networks.is_other_vit
-        else registry.timm_name(networks.model),
-        "num_classes": classes,
+        "architecture": other or registry.timm_name(networks.model),
+        "num_classes": networks.args["num_classes"],
         **labels,
         "num_features": networks.args["embed_dim"],
         "global_pool": networks.args["global_pool"],
         "model_args": dict(networks.args),
         "pretrained_cfg": {
             "tag": "ijepa",
-            "custom_load": False,
             "fixed_input_size": True,
-            "num_classes": classes,
+            "num_classes": networks.args["num_classes"],
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            "pool_size": None,
             **cfg,
-            **license,
         },
     }
 
 
-def _write_timm(
-    networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
-) -> None:
+def _write_timm(networks: Networks, folder: Path, network: str, dtype: torch.dtype | None) -> None:
     """Write one encoder that timm loads without this package."""
     if networks.norm_eps != 1e-6:
         raise CheckpointError(
             f"{networks.origin} has LayerNorm epsilon {networks.norm_eps}, timm builds 1e-6: "
             "export to transformers instead"
         )
-    chosen = networks.choose(network)
     config = _timm_config(networks)
-    if chosen != UNLABELED:
-        config[LABEL_KEY] = chosen
-    save_tensors(networks.states[chosen](), folder / "model.safetensors", dtype)
+    if network != UNLABELED:
+        config[LABEL_KEY] = network
+    save_tensors(networks.states[network](), folder / "model.safetensors", dtype)
     write_json(folder / "config.json", config)
-    _write_card(networks, folder, "timm", chosen)
 
 
 def _write_native(
-    networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
+    networks: Networks, folder: Path, chosen: str, written: list[str], dtype: torch.dtype | None
 ) -> None:
-    """Write all networks; model.safetensors and config.json are also a timm folder."""
-    chosen = networks.choose(network)
-    written = list(networks.states) if network is None else [chosen]
+    """Write several networks; model.safetensors and config.json are also a timm folder."""
     # Below the top level: timm up to 1.0.27 fails on a second .safetensors file beside the model.
     files = {name: f"{_OTHERS}/{name}.safetensors" for name in written}
     files[chosen] = "model.safetensors"
@@ -103,7 +116,10 @@ def _write_native(
         (folder / _OTHERS).mkdir()
     for name, file in files.items():
         save_tensors(networks.states[name](), folder / file, dtype)
-    ours = {
+    config = _timm_config(networks)
+    if networks.norm_eps != 1e-6:  # timm would build it with 1e-6 silently
+        config = {key: config[key] for key in ("model_args", "pretrained_cfg")}
+    config["ijepa_zoo"] = {
         "format": 1,
         "model": networks.model,
         "networks": files,
@@ -112,20 +128,14 @@ def _write_native(
         "license": networks.license,
         "origin": networks.origin.rsplit("/", 1)[-1],
     }
-    config = _timm_config(networks)
-    if networks.norm_eps != 1e-6:  # timm would build it with 1e-6 silently
-        config = {key: config[key] for key in ("model_args", "pretrained_cfg")}
-    write_json(folder / "config.json", {**config, "ijepa_zoo": ours})
-    _write_card(networks, folder, "native", chosen)
+    write_json(folder / "config.json", config)
 
 
 def _write_transformers(
-    networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
+    networks: Networks, folder: Path, network: str, dtype: torch.dtype | None
 ) -> None:
     """Write one encoder for transformers' ``IJepaModel``, with its preprocessing."""
-    _refuse_other_vit(networks)
-    chosen = networks.choose(network)
-    state = formats.to_transformers(networks.states[chosen](), networks.origin)
+    state = formats.to_transformers(networks.states[network](), networks.origin)
     args, classes = networks.args, networks.args["num_classes"]
     if classes and args["global_pool"] != "avg":
         raise CheckpointError(
@@ -140,18 +150,16 @@ def _write_transformers(
         "num_attention_heads": args["num_heads"],
         "intermediate_size": int(args["embed_dim"] * args["mlp_ratio"]),
         "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02,
         "layer_norm_eps": networks.norm_eps,
         "image_size": _square(args["img_size"]),
         "patch_size": _square(args["patch_size"]),
         "num_channels": args["in_chans"],
         "qkv_bias": args["qkv_bias"],
         "dtype": "float32",  # in memory, whatever the file's
-        LABEL_KEY: chosen,
-        **({"license": networks.license} if networks.license else {}),
+        LABEL_KEY: network,
     }
+    if networks.license:
+        config["license"] = networks.license
     if classes:
         names = networks.pretrained_cfg.get("label_names") or [f"LABEL_{i}" for i in range(classes)]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
@@ -159,15 +167,6 @@ def _write_transformers(
     save_tensors(state, folder / "model.safetensors", dtype)
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", _image_processor(networks.pretrained_cfg))
-    _write_card(networks, folder, "transformers", chosen)
-
-
-def _refuse_other_vit(networks: Networks) -> None:
-    if networks.is_other_vit:
-        raise CheckpointError(
-            f"the encoders are timm's {networks.model}, which only the formats native and timm "
-            "express: use one of them"
-        )
 
 
 def _square(size: list[int]) -> int | list[int]:
@@ -207,10 +206,11 @@ def _image_processor(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 def _write_official(
     networks: Networks, folder: Path, network: str | None, dtype: torch.dtype | None
 ) -> None:
-    """Write all three networks as a checkpoint of the official repository, at epoch 0."""
-    _refuse_other_vit(networks)
-    absent = [name for name in registry.NETWORKS if name not in networks.states]
-    if network is not None or absent:
+    """Write all three networks as a checkpoint of the official repository, at epoch 0.
+
+    It has no state of the optimizer: the official script logs that, and starts a fresh one.
+    """
+    if network is not None or set(networks.states) != set(registry.NETWORKS):
         raise CheckpointError(
             f"an official file has all three networks: {networks.origin} has "
             f"{', '.join(networks.states)}" + (f", and network={network}" if network else "")
@@ -220,48 +220,23 @@ def _write_official(
             f"the predictor of {networks.origin} has context='shared', which the official "
             "repository lacks: export to native instead"
         )
-    states = {name: read() for name, read in networks.states.items()}
-    content: dict[str, Any] = {
-        name: formats.to_official(
-            {key: t.detach().to("cpu", dtype or t.dtype) for key, t in state.items()}
-        )
-        for name, state in states.items()
-    }
+    content: dict[str, Any] = {"epoch": 0}
+    for name, read in networks.states.items():
+        content[name] = {  # trained with DistributedDataParallel
+            f"module.{key}": tensor.detach().to("cpu", dtype or tensor.dtype)
+            for key, tensor in read().items()
+        }
     try:
-        torch.save(content | _fresh_training(states), folder / OFFICIAL_FILE)
+        torch.save(content, folder / OFFICIAL_FILE)
     except RuntimeError as error:  # torch's error for a full disk
         reason = str(error).splitlines()[0]
         raise RunError(f"{OFFICIAL_FILE} cannot be written: {reason}") from error
 
 
-def _fresh_training(states: Mapping[str, State]) -> dict[str, Any]:
-    """Optimizer, scaler and counters at step 0, which the official repository also loads."""
-    # Its groups: weights of encoder and predictor, positions included, then biases and 1-d tensors.
-    groups: list[dict[str, Any]] = []
-    for is_exempt in (False, True):
-        for network in ("encoder", "predictor"):
-            count = sum(
-                ("bias" in name or tensor.ndim == 1) is is_exempt
-                for name, tensor in states[network].items()
-            )
-            parameters = [nn.Parameter(torch.empty(0, device="meta")) for _ in range(count)]
-            exempt = {"WD_exclude": True, "weight_decay": 0} if is_exempt else {}
-            groups.append({"params": parameters, **exempt})
-    scaler = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5}
-    return {
-        "opt": torch.optim.AdamW(groups).state_dict(),
-        "scaler": {**scaler, "growth_interval": 2000, "_growth_tracker": 0},
-        "epoch": 0,
-        "loss": 0.0,
-        "batch_size": 0,
-        "world_size": 1,
-        "lr": 1e-3,
-    }
-
-
 _NETWORK = {
     "target_encoder": "The **target encoder** of I-JEPA, which the paper evaluates",
     "encoder": "The **context encoder** of I-JEPA (the paper evaluates the target encoder)",
+    UNLABELED: "An encoder of I-JEPA; its source did not say which network it is",
 }
 _USAGE = {
     "timm": 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)',
@@ -269,19 +244,14 @@ _USAGE = {
         "import ijepa_zoo  # for all networks; timm alone loads model.safetensors\n\n"
         'model = ijepa_zoo.create_model("local-dir:FOLDER")'
     ),
-    "transformers": (
-        "from transformers import AutoImageProcessor, AutoModel\n\n"
-        'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
-        'model = AutoModel.from_pretrained("FOLDER")\n'
-        "features = model(**processor(image, return_tensors='pt')).last_hidden_state.mean(1)"
-    ),
+    "transformers": """\
+from transformers import AutoImageProcessor, {auto}
+
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+model = {auto}.from_pretrained("FOLDER")
+outputs = model(**processor(image, return_tensors="pt"))
+{result}""",
 }
-_CLASSIFIER_USAGE = (
-    "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"
-    'processor = AutoImageProcessor.from_pretrained("FOLDER")\n'
-    'model = AutoModelForImageClassification.from_pretrained("FOLDER")\n'
-    "logits = model(**processor(image, return_tensors='pt')).logits"
-)
 _CARD = """\
 ---
 {license_line}library_name: {library}
@@ -305,27 +275,17 @@ Features: tokens after the final LayerNorm, averaged over the patches.
 def _write_card(networks: Networks, folder: Path, to: str, network: str) -> None:
     """README.md with the Hub's metadata."""
     classes = networks.args["num_classes"]
-    what = _NETWORK.get(network, "An encoder of I-JEPA; its source did not say which network it is")
-    usage = _USAGE[to]
+    auto, result = "AutoModel", "features = outputs.last_hidden_state.mean(1)"
     if classes:
-        what = f"An encoder of I-JEPA with a classifier of {classes} classes"
-        usage = _CLASSIFIER_USAGE if to == "transformers" else usage
+        auto, result = "AutoModelForImageClassification", "logits = outputs.logits"
     card = _CARD.format(
         license_line=f"license: {networks.license.lower()}\n" if networks.license else "",
         library="transformers" if to == "transformers" else "timm",
         pipeline="image-classification" if classes else "image-feature-extraction",
         model=networks.model,
-        what=what,
+        what=f"{_NETWORK[network]}, with {classes} classes" if classes else _NETWORK[network],
         origin=networks.origin.rsplit("/", 1)[-1],
         license=networks.license or "unknown; that of the source, if any",
-        usage=usage,
+        usage=_USAGE[to].format(auto=auto, result=result),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-WRITERS: dict[str, Callable[[Networks, Path, str | None, torch.dtype | None], None]] = {
-    "native": _write_native,
-    "timm": _write_timm,
-    "transformers": _write_transformers,
-    "official": _write_official,
-}

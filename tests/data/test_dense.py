@@ -22,35 +22,38 @@ def save(path, array):
         Image.fromarray(array).save(path)
 
 
-def save_pair(image, target, value, size=(30, 40)):
-    save(image, np.full((*size, 3), value, np.uint8))
-    save(target, np.full(size, value, np.uint16 if target.suffix == ".png" else np.float64))
+def save_pair(image, target, numbers):
+    """An image filled with the first number, and its target."""
+    save(image, np.full((*numbers.shape, 3), numbers.flat[0], np.uint8))
+    save(target, numbers)
 
 
 def values(dataset):
     """One value of each image and of its target."""
-    return [
-        (np.asarray(image)[5, 5, 0].item(), target[5, 5].item()) for image, target, _ in dataset
-    ]
+    return [(np.asarray(image)[0, 0, 0], target[0, 0]) for image, target, _ in dataset]
 
 
-# pairs of files
-
-LAYOUTS = {
-    "parallel folders": ("rgb/{s}/a/{n}.bmp", "depth/{s}/a/{n}.png"),
-    "folders of a split": ("{s}/images/{n}.png", "{s}/depths/{n}.npy"),
-    "one folder": ("{s}/room/{n}_colors.png", "{s}/room/{n}_depth.png"),
-    "words first": ("{s}/room/rgb_{n}.bmp", "{s}/room/sync_depth_{n}.png"),
-    "array beside": ("{s}/{n}.png", "{s}/{n}.npy"),
-}
+def depths(number):
+    return np.full((4, 6), number, np.uint16)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def ids(*numbers):
+    return np.array([numbers, numbers], np.uint8)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("rgb/{s}/a/{n}.bmp", "depth/{s}/a/{n}.png"),
+        ("{s}/images/{n}.png", "{s}/depths/{n}.npy"),
+        ("{s}/room/{n}_colors.png", "{s}/room/{n}_depth.png"),
+        ("{s}/room/rgb_{n}.bmp", "{s}/room/sync_depth_{n}.png"),
+        ("{s}/{n}.png", "{s}/{n}.npy"),
+    ],
+)
 def test_pairs_are_found_by_their_names(tmp_path, layout):
-    for split, numbers in (("train", (1, 2, 3)), ("val", (4, 5))):
-        for n in numbers:
-            parts = (tmp_path / part.format(s=split, n=f"{n:05}") for part in LAYOUTS[layout])
-            save_pair(*parts, n)
+    for n, split in enumerate(("train", "train", "train", "val", "val")):
+        save_pair(*(tmp_path / part.format(s=split, n=f"{n:05}") for part in layout), depths(n + 1))
     data = open_depth(tmp_path, depth_scale=1)
     assert values(data.train) == [(1, 1), (2, 2), (3, 3)]
     assert values(data.test) == [(4, 4), (5, 5)]
@@ -60,7 +63,7 @@ def test_pairs_are_found_by_their_names(tmp_path, layout):
 
 def test_a_folder_without_a_split_has_a_fixed_one(tmp_path):
     for n in range(1, 11):
-        save_pair(tmp_path / f"{n}.png", tmp_path / f"{n}_depth.png", n)
+        save_pair(tmp_path / f"{n}.png", tmp_path / f"{n}_depth.png", depths(n))
     data, again = (open_depth(tmp_path, depth_scale=1) for _ in range(2))
     assert sorted(values(data.train) + values(data.test)) == [(n, n) for n in range(1, 11)]
     assert len(data.test) == 2
@@ -68,99 +71,94 @@ def test_a_folder_without_a_split_has_a_fixed_one(tmp_path):
 
 
 def test_files_that_are_no_pairs_are_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere"):
-        open_depth(tmp_path / "nowhere")
-    save_pair(tmp_path / "train/1.png", tmp_path / "train/1_depth.png", 1)
-    with pytest.raises(DataError, match="test set"):
-        open_depth(tmp_path)
+    def check(named, folder="", **options):
+        with pytest.raises(DataError, match=named):
+            open_depth(tmp_path / folder, **options)
+
+    check("nowhere", "nowhere")
+    check("depth_scale is nan", depth_scale=float("nan"))
+    save_pair(tmp_path / "train/1.png", tmp_path / "train/1_depth.png", depths(1))
+    check("test set")
     save(tmp_path / "train/2.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(DataError, match=r"train/2\.png"):
-        open_depth(tmp_path)
+    check(r"train/2\.png")
     (tmp_path / "train/2.png").rename(tmp_path / "train/1.jpg")
-    with pytest.raises(DataError, match=r"train/1\.jpg' and '.*train/1\.png'"):
-        open_depth(tmp_path)
+    check(r"train/1\.jpg' and '.*train/1\.png'")
 
 
 def test_a_target_of_another_aspect_ratio_is_refused(tmp_path):
     for split in ("train", "test"):
-        save_pair(tmp_path / split / "1.png", tmp_path / split / "1_depth.png", 1)
-    save(tmp_path / "test/1.png", np.zeros((40, 30, 3), np.uint8))
-    with pytest.raises(ImageError, match=r"30 x 40.* 40 x 30"):
+        save_pair(tmp_path / split / "1.png", tmp_path / split / "1_depth.png", depths(1))
+    save(tmp_path / "test/1.png", np.zeros((6, 4, 3), np.uint8))
+    with pytest.raises(ImageError, match=r"4 x 6.* 6 x 4"):
         open_depth(tmp_path).test[0]
-    save(tmp_path / "test/1.png", np.zeros((60, 80, 3), np.uint8))  # another size may be
-    assert open_depth(tmp_path).test[0][1].shape == (30, 40)
+    save(tmp_path / "test/1.png", np.zeros((8, 12, 3), np.uint8))  # another size may be
+    assert open_depth(tmp_path).test[0][1].shape == (4, 6)
 
 
-# depth
-
-
-def test_units_and_unknown_depths(tmp_path):
-    millimeters = np.array([[0, 1500, 65535]], np.uint16)
-    save(tmp_path / "a.png", millimeters)
-    np.testing.assert_allclose(read_depth(str(tmp_path / "a.png")), [[0, 1.5, 65.535]])
-    scaled = read_depth(str(tmp_path / "a.png"), 256)
-    np.testing.assert_allclose(scaled, millimeters / 256, rtol=1e-6)
-    assert scaled.dtype == np.float32
-    save(tmp_path / "a.npy", np.array([[np.nan, np.inf, -1, 2.5]]))
-    np.testing.assert_array_equal(read_depth(str(tmp_path / "a.npy")), [[0, 0, 0, 2.5]])
-    save(tmp_path / "b.png", np.full((2, 2), 51, np.uint8))
-    with pytest.raises(ImageError, match=r"b\.png.*depth_scale"):
-        read_depth(str(tmp_path / "b.png"))
-    np.testing.assert_allclose(read_depth(str(tmp_path / "b.png"), 25.5), 2)
-
-
-@pytest.mark.parametrize("read", [read_depth, read_mask])
-@pytest.mark.parametrize("name", ["broken.png", "color.png", "flat.npy", "absent.png"])
-def test_damaged_files_and_colors_are_named(tmp_path, read, name):
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
-    save(tmp_path / "color.png", np.zeros((4, 4, 3), np.uint8))
-    save(tmp_path / "flat.npy", np.zeros(4, np.float32))
-    with pytest.raises(ImageError, match=name):
-        read(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("scale", [0, float("nan")])
-def test_a_scale_that_is_not_positive_is_refused(tmp_path, scale):
-    with pytest.raises(DataError, match=f"depth_scale is {scale}"):
-        open_depth(tmp_path, depth_scale=scale)
+@pytest.mark.parametrize(
+    ("read", "name", "stored", "options", "expected"),
+    [
+        (read_depth, "a.png", np.array([[0, 1500, 65535]], np.uint16), (), [[0, 1.5, 65.535]]),
+        (read_depth, "a.png", np.array([[0, 1536]], np.uint16), (256,), [[0, 6]]),
+        (read_depth, "a.npy", np.array([[np.nan, np.inf, -1, 2.5]]), (), [[0, 0, 0, 2.5]]),
+        (read_depth, "a.npy", np.array([[[7.5]]]), (), [[7.5]]),
+        (read_depth, "a.png", np.array([[51]], np.uint8), (25.5,), [[2]]),
+        (read_mask, "a.png", np.array([[0, 300, 65535]], np.uint16), (), [[0, 300, 65535]]),
+        (read_mask, "a.png", np.array([[False, True]]), (), [[0, 1]]),
+        (read_mask, "a.npy", np.array([[0, 5, 255, 300]], np.int32), (True,), [[255, 4, 255, 299]]),
+        # files without such numbers
+        (read_depth, "eight.png", np.array([[51]], np.uint8), (), "depth_scale"),
+        (read_mask, "mask.jpg", np.zeros((2, 2), np.uint8), (), "PNG"),
+        *(
+            (read, name, stored, (), name)
+            for read in (read_depth, read_mask)
+            for name, stored in (
+                *(("color.png", np.zeros((4, 4, 3), np.uint8)), ("flat.npy", np.zeros(4))),
+                *(("broken.png", b"\x89PNG nothing"), ("absent.png", None)),
+            )
+        ),
+    ],
+)
+def test_numbers_of_depth_maps_and_masks(tmp_path, read, name, stored, options, expected):
+    if isinstance(stored, bytes):
+        (tmp_path / name).write_bytes(stored)
+    elif stored is not None:
+        save(tmp_path / name, stored)
+    if isinstance(expected, str):
+        with pytest.raises(ImageError, match=expected):
+            read(str(tmp_path / name), *options)
+    else:
+        found = read(str(tmp_path / name), *options)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert found.dtype == np.float32 or read is read_mask
 
 
 # NYU Depth v2's own file: a small one with the arrays, types and axes of the real one
 
 HEIGHT, WIDTH, PAIRS = 12, 16, 14
 TRAIN, TEST = [3, 1, 7, 8, 9, 10, 12, 14], [2, 5, 13]  # from 1, as in MATLAB
-
-
-def nyu_arrays():
-    """Images `[n, H, W, 3]` and depths `[n, H, W]`, every value at random."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (PAIRS, HEIGHT, WIDTH, 3), np.uint8)
-    return images, rng.uniform(0.7, 9.9, (PAIRS, HEIGHT, WIDTH)).astype(np.float32)
-
-
-def write_nyu(folder, train=TRAIN, test=TEST, **others):
-    """The two files; the first axis of a MATLAB array is the last one in HDF5."""
-    h5py, matlab = pytest.importorskip("h5py"), pytest.importorskip("scipy.io")
-    images, depths = nyu_arrays()
-    arrays = {"images": images.transpose(1, 2, 3, 0), "depths": depths.transpose(1, 2, 0), **others}
-    folder.mkdir(exist_ok=True)
-    file = folder / "nyu_depth_v2_labeled.mat"
-    with h5py.File(file, "w", userblock_size=512) as opened:
-        for name, array in arrays.items():
-            opened.create_dataset(name, data=array.T, chunks=(1, *array.T.shape[1:]), compression=3)
-    columns = {"trainNdxs": train, "testNdxs": test}
-    columns = {name: np.array(value, np.uint16)[:, None] for name, value in columns.items()}
-    matlab.savemat(folder / "splits.mat", columns)
-    return file
+IMAGES = np.random.default_rng(0).integers(0, 256, (PAIRS, HEIGHT, WIDTH, 3), np.uint8)
+DEPTHS = np.random.default_rng(1).uniform(0.7, 9.9, (PAIRS, HEIGHT, WIDTH)).astype(np.float32)
+DEPTHS[1, 0, :4] = np.nan, np.inf, -1, 0  # of pair 2, the first of the test set
 
 
 @pytest.fixture
 def nyu(tmp_path):
-    return write_nyu(tmp_path / "nyu")
+    """The two files; the first axis of a MATLAB array is the last one in HDF5."""
+    h5py, matlab = pytest.importorskip("h5py"), pytest.importorskip("scipy.io")
+    arrays = {"images": IMAGES.transpose(1, 2, 3, 0), "depths": DEPTHS.transpose(1, 2, 0)}
+    file = tmp_path / "nyu_depth_v2_labeled.mat"
+    with h5py.File(file, "w", userblock_size=512) as opened:
+        for name, array in arrays.items():
+            opened.create_dataset(name, data=array.T, chunks=(1, *array.T.shape[1:]), compression=3)
+    columns = {"trainNdxs": TRAIN, "testNdxs": TEST}
+    columns = {name: np.array(value, np.uint16)[:, None] for name, value in columns.items()}
+    matlab.savemat(tmp_path / "splits.mat", columns)
+    return file
 
 
 def test_nyu_pairs_stand_upright_and_are_those_of_the_split(nyu):
-    images, depths = nyu_arrays()
+    known = np.where(np.isfinite(DEPTHS) & (DEPTHS > 0), DEPTHS, 0)
     for source in (nyu, nyu.parent):
         data = open_depth(source)
         assert (data.max_depth, data.crop, data.unit) == (10, "eigen", "m")
@@ -168,30 +166,10 @@ def test_nyu_pairs_stand_upright_and_are_those_of_the_split(nyu):
             part = pickle.loads(pickle.dumps(part))  # as for loader processes that are not forked
             assert part.names == [f"nyu_depth_v2_labeled.mat[{number}]" for number in numbers]
             for (image, depth, _), number in zip(part, numbers, strict=True):
-                np.testing.assert_array_equal(np.asarray(image), images[number - 1])
-                np.testing.assert_array_equal(depth, depths[number - 1])
+                np.testing.assert_array_equal(np.asarray(image), IMAGES[number - 1])
+                np.testing.assert_array_equal(depth, known[number - 1])
                 assert depth.dtype == np.float32
         assert data.train.fingerprint != data.test.fingerprint
-
-
-def test_unknown_depths_of_nyu_are_0(tmp_path):
-    depths = nyu_arrays()[1].transpose(1, 2, 0).copy()
-    depths[0, :4, 1] = np.nan, np.inf, -1, 0  # of pair 2, the first of the test set
-    depth = open_depth(write_nyu(tmp_path, depths=depths)).test[0][1]
-    assert depth[0, :4].tolist() == [0, 0, 0, 0]
-    assert (depth[1:] > 0).all()
-
-
-def test_a_damaged_pair_of_nyu_is_an_image_error(nyu):
-    h5py = pytest.importorskip("h5py")
-    with h5py.File(nyu, "r") as opened:
-        _, packed = opened["depths"].id.read_direct_chunk((TEST[1] - 1, 0, 0))
-    content = nyu.read_bytes().replace(packed, packed[:10] + b"\xff" * (len(packed) - 10))
-    nyu.write_bytes(content)
-    data = open_depth(nyu)
-    assert data.test[0][1].shape == (HEIGHT, WIDTH)
-    with pytest.raises(ImageError):
-        data.test[1]
 
 
 def test_missing_and_damaged_files_of_nyu_are_named(nyu, monkeypatch):
@@ -200,6 +178,13 @@ def test_missing_and_damaged_files_of_nyu_are_named(nyu, monkeypatch):
         with pytest.raises(ImportError, match="pip install h5py scipy"):
             open_depth(nyu)
     splits, good = nyu.with_name("splits.mat"), nyu.read_bytes()
+    with pytest.importorskip("h5py").File(nyu, "r") as opened:
+        _, packed = opened["depths"].id.read_direct_chunk((TEST[1] - 1, 0, 0))
+    nyu.write_bytes(good.replace(packed, packed[:10] + b"\xff" * (len(packed) - 10)))
+    data = open_depth(nyu)
+    assert data.test[0][1].shape == (HEIGHT, WIDTH)
+    with pytest.raises(ImageError):  # of one pair
+        data.test[1]
     nyu.write_bytes(good[:2000])
     with pytest.raises(DataError, match=str(nyu)):
         open_depth(nyu)
@@ -210,26 +195,22 @@ def test_missing_and_damaged_files_of_nyu_are_named(nyu, monkeypatch):
             open_depth(nyu)
 
 
-# segmentation
-
-
-def save_mask_pair(image, mask, ids):
-    save(image, np.full((2, len(ids), 3), 7, np.uint8))
-    save(mask, np.array([ids, ids], np.uint8))
-
-
 def test_masks_of_a_folder(tmp_path):
-    save_mask_pair(tmp_path / "images/train/a/1.png", tmp_path / "masks/train/a/1.png", [0, 3, 255])
-    save_mask_pair(tmp_path / "images/val/1.png", tmp_path / "masks/val/1.png", [2, 0, 1])
+    masks, images = tmp_path / "masks", tmp_path / "images"
+    save_pair(images / "train/a/1.png", masks / "train/a/1.png", ids(0, 3, 255))
+    save_pair(images / "val/1.png", masks / "val/1.png", ids(2, 0, 1))
     data = open_segmentation(tmp_path)
     image, mask, name = data.train[0]
-    assert (image.size, image.mode, name) == ((3, 2), "RGB", str(tmp_path / "images/train/a/1.png"))
+    assert (image.size, image.mode, name) == ((3, 2), "RGB", str(images / "train/a/1.png"))
     assert (mask.dtype, mask.tolist()) == (np.uint8, [[0, 3, 255]] * 2)
-    assert data.test[0][1][0].tolist() == [2, 0, 1]
-    assert data.num_classes == 4
+    assert (data.test[0][1][0].tolist(), data.num_classes) == ([2, 0, 1], 4)
     reduced = open_segmentation(tmp_path, reduce_zero_label=True, workers=1)
-    assert reduced.num_classes == 3
-    assert reduced.train[0][1][0].tolist() == [255, 2, 255]
+    assert (reduced.train[0][1][0].tolist(), reduced.num_classes) == ([255, 2, 255], 3)
+    save(masks / "train/a/1.png", ids(0, 0, 0))
+    for top, named in ((0, "largest class of all masks is 0"), (4096, r"4096 .*/val/1\.png")):
+        save(masks / "val/1.png", np.full((2, 3), top, np.uint16))
+        with pytest.raises(DataError, match=named):
+            open_segmentation(tmp_path)
 
 
 def test_masks_of_ade20k_begin_at_1(tmp_path):
@@ -237,19 +218,16 @@ def test_masks_of_ade20k_begin_at_1(tmp_path):
     for split, short in (("training", "train"), ("validation", "val")):
         for n in (1, 2):
             name = f"{split}/ADE_{short}_{n:08}"
-            save_mask_pair(
-                root / f"images/{name}.jpg", root / f"annotations/{name}.png", [0, n, 150]
-            )
+            pair = root / f"images/{name}.jpg", root / f"annotations/{name}.png"
+            save_pair(*pair, ids(0, n, 150))
     for source in (tmp_path, root):
         data = open_segmentation(source)
-        assert (data.name, data.num_classes) == ("ADE20K", 150)
+        assert (data.name, data.num_classes, data.class_names) == ("ADE20K", 150, None)
         for part in (data.train, data.test):
             assert [mask[0].tolist() for _, mask, _ in part] == [[255, 0, 149], [255, 1, 149]]
-    assert data.class_names is None
     rows = [f"{n}\t0.1\t9\t9\t1\tclass {n}  " for n in range(1, 151)]
-    (root / "objectInfo150.txt").write_text(
-        "\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *rows])
-    )
+    text = "\n".join(["Idx\tRatio\tTrain\tVal\tStuff\tName", *rows])
+    (root / "objectInfo150.txt").write_text(text)
     names = open_segmentation(root).class_names
     assert (len(names), names[0], names[149]) == (150, "class 1", "class 150")
     whole = open_segmentation(root, reduce_zero_label=False)
@@ -259,15 +237,15 @@ def test_masks_of_ade20k_begin_at_1(tmp_path):
 
 def test_masks_of_voc_are_palette_indices(tmp_path):
     root = tmp_path / "VOCdevkit/VOC2012"
+    mask = Image.fromarray(np.array([[0, 15, 255]] * 2, np.uint8), "P")
+    mask.putpalette([v for n in range(256) for v in (n * 7 % 256, n * 5 % 256, n)])
+    for folder in ("SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
     for name in ("2007_1", "2007_2", "2007_3", "2007_4"):
         save(root / f"JPEGImages/{name}.jpg", np.zeros((2, 3, 3), np.uint8))
-    for name in ("2007_1", "2007_2", "2007_4"):
-        mask = Image.fromarray(np.array([[0, 15, 255]] * 2, np.uint8), "P")
-        mask.putpalette([v for n in range(256) for v in (n * 7 % 256, n * 5 % 256, n)])
-        (root / "SegmentationClass").mkdir(exist_ok=True)
         mask.save(root / f"SegmentationClass/{name}.png")
+    (root / "SegmentationClass/2007_3.png").unlink()
     lists = root / "ImageSets/Segmentation"
-    lists.mkdir(parents=True)
     (lists / "train.txt").write_text("2007_2\n2007_1\n")
     (lists / "val.txt").write_text("2007_4\n")
     for source in (tmp_path, root):
@@ -281,48 +259,15 @@ def test_masks_of_voc_are_palette_indices(tmp_path):
             open_segmentation(root)
 
 
-def test_ids_beyond_classes_are_named(tmp_path):
-    for split in ("train", "val"):
-        save_mask_pair(tmp_path / f"images/{split}/1.png", tmp_path / f"masks/{split}/1.png", [0])
-    with pytest.raises(DataError, match="largest class of all masks is 0"):
-        open_segmentation(tmp_path)
-    save(tmp_path / "masks/val/1.png", np.full((2, 1), 4096, np.uint16))
-    with pytest.raises(DataError, match=r"is 4096 .*images/val/1\.png"):
-        open_segmentation(tmp_path)
-
-
-def test_masks_of_more_than_8_bits_and_of_1(tmp_path):
-    save(tmp_path / "a.png", np.array([[0, 300, 65535]], np.uint16))
-    save(tmp_path / "b.png", np.array([[False, True]]))
-    save(tmp_path / "c.npy", np.array([[0, 5, 255, 300]], np.int32))
-    assert read_mask(str(tmp_path / "a.png")).tolist() == [[0, 300, 65535]]
-    assert read_mask(str(tmp_path / "b.png")).tolist() == [[0, 1]]
-    assert read_mask(str(tmp_path / "c.npy"), True).tolist() == [[255, 4, 255, 299]]
-    with pytest.raises(ImageError, match="PNG"):
-        read_mask("mask.jpg")
-
-
-# rendered scenes
-
-
-@pytest.mark.parametrize("open_data", [open_depth, open_segmentation])
-def test_rendered_scenes(open_data):
-    data = open_data("scenes:2,3,32")
-    depths = []
-    for part, start, count in (
-        (data.train, SPLIT_STARTS["train"], 2),
-        (data.test, SPLIT_STARTS["test"], 3),
-    ):
-        assert len(part) == count
+def test_rendered_scenes():
+    depth, segmentation = open_depth("scenes:2,3,32"), open_segmentation("scenes:2,3,32")
+    for split, count in (("train", 2), ("test", 3)):
+        parts = [getattr(data, split) for data in (depth, segmentation)]
+        assert [len(part) for part in parts] == [count, count]
         for index in range(count):
-            scene = render_scene(0, start + index, 32)
-            image, target, _ = part[index]
-            np.testing.assert_array_equal(np.asarray(image), scene.image)
-            expected = scene.depth if open_data is open_depth else scene.segmentation
-            np.testing.assert_array_equal(target, expected)
-            depths.append(scene.depth.max())
-    assert not set(data.train.names) & set(data.test.names)
-    if open_data is open_depth:
-        assert (data.max_depth, data.num_classes) == (max(depths[:2]), None)
-    else:
-        assert data.num_classes == 4
+            scene = render_scene(0, SPLIT_STARTS[split] + index, 32)
+            for part, expected in zip(parts, (scene.depth, scene.segmentation)):
+                np.testing.assert_array_equal(np.asarray(part[index][0]), scene.image)
+                np.testing.assert_array_equal(part[index][1], expected)
+    assert depth.max_depth == max(target.max() for _, target, _ in depth.train)
+    assert segmentation.num_classes == 4

@@ -1,7 +1,6 @@
 """Items in order from worker processes, on Linux and as on macOS and Windows."""
 
 import gc
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -27,6 +26,16 @@ class Squares:
         return index * index
 
 
+class Signalled:
+    """Receives signals from a process that is not the loader's."""
+
+    def __getitem__(self, index):
+        for name in ("INT", "TERM", "USR1"):
+            subprocess.run(["kill", f"-{name}", str(os.getpid())], check=True)
+        time.sleep(0.05)
+        return index
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_items_come_in_order_and_errors_after_them(workers):
     order = [5, 3, 4, 0, 3, *range(10), 13, 3]
@@ -39,59 +48,38 @@ def test_items_come_in_order_and_errors_after_them(workers):
     assert list(load_in_order(Squares(), [], workers)) == []
 
 
-def test_a_killed_worker_is_an_error():
+def test_workers_outlast_signals_to_their_group_and_a_killed_one_is_an_error():
+    gc.collect()  # a loader that failed would be ended in the worker, by a thread of its own
+    assert list(load_in_order(Signalled(), [1, 2], 1)) == [1, 2]
     with pytest.raises(RunError):
         list(load_in_order(Squares(), [19, 1], 1))
 
 
-def test_workers_outlast_signals_to_their_group():
-    """Work that is asked to stop ends its step first."""
-
-    class Signalled:
-        def __getitem__(self, index):
-            for name in ("INT", "TERM", "USR1"):  # from a process that is not the loader's
-                subprocess.run(["kill", f"-{name}", str(os.getpid())], check=True)
-            time.sleep(0.05)
-            return index
-
-    gc.collect()  # a loader that failed would be ended in the worker, by a thread of its own
-    assert list(load_in_order(Signalled(), [1, 2], 1)) == [1, 2]
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, 6),
-        ({"LOCAL_WORLD_SIZE": "4"}, 1),
-        ({"LOCAL_WORLD_SIZE": "2"}, 3),
-        ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "6"}, 6),
-        ({"LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "6", "TORCHELASTIC_RUN_ID": "a"}, 3),
-    ],
-)
-def test_cpus_are_shared_under_torchrun(monkeypatch, variables, expected):
+def test_cpus_are_shared_under_torchrun(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    for name, value in variables.items():
+    assert usable_cpus() == 6
+    for name, value, expected in (
+        *(("LOCAL_WORLD_SIZE", "7", 1), ("LOCAL_WORLD_SIZE", "2", 3)),
+        *(("SLURM_CPUS_PER_TASK", "6", 6), ("TORCHELASTIC_RUN_ID", "a", 3)),
+    ):
         monkeypatch.setenv(name, value)
-    assert usable_cpus() == expected
+        assert usable_cpus() == expected
 
 
 # As on macOS and Windows: what POSIX and Linux add is missing, and workers are not forked.
 ELSEWHERE = """
 import os, signal, sys, multiprocessing
-for module, names in ((os, ("sched_getaffinity",)),
-                      (signal, ("SIGUSR1", "SIGUSR2", "pthread_sigmask", "sigwaitinfo"))):
-    for name in names:
-        if hasattr(module, name):
-            delattr(module, name)
+for module, name in ((os, "sched_getaffinity"), (signal, "SIGUSR1"), (signal, "SIGUSR2")):
+    if hasattr(module, name):
+        delattr(module, name)
 sys.modules["resource"] = None
 from ijepa_zoo.data import loading, open_images
 loading.sys = type("sys", (), {"platform": "win32"})
 
 if __name__ == "__main__":
-    for method in ("spawn", "forkserver"):
-        multiprocessing.set_start_method(method, force=True)
-        images = open_images(sys.argv[1])
-        print([target for _, target, _ in loading.load_in_order(images, [2, 0, 1], 1)])
+    multiprocessing.set_start_method("spawn", force=True)
+    images = open_images(sys.argv[1])
+    print([target for _, target, _ in loading.load_in_order(images, [2, 0, 1], 1)])
 """
 
 
@@ -100,12 +88,4 @@ def test_macos_and_windows(tmp_path):
     (tmp_path / "script.py").write_text(ELSEWHERE)
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "i")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["[2, 0, 1]"] * 2, done.stderr
-
-
-def test_a_script_without_a_guard_is_named(monkeypatch):
-    """Processes that are spawned import it, with this attribute set."""
-    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
-    with pytest.raises(RunError, match='if __name__ == "__main__":'):
-        next(load_in_order(Squares(), [1], 1))
-    assert list(load_in_order(Squares(), [1], 0)) == [1]
+    assert done.stdout.splitlines() == ["[2, 0, 1]"], done.stderr

@@ -1,232 +1,179 @@
 """`open_images`: what a user names, as one dataset."""
 
 import logging
-import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from inputs import encoded, levels, noise, png, put, shard
+from inputs import labels, levels, noise, png, put, shard
 from PIL import Image
-from torchvision.datasets import CIFAR10
 
-import ijepa_zoo.data.sources as sources
 from ijepa_zoo.data import Decoder, open_images
-from ijepa_zoo.data.datasets import FileDataset
+from ijepa_zoo.data.files import expand
 from ijepa_zoo.errors import DataError, ImageError
 
-MEMBERS = {"x/1.png": png(1), "x/1.cls": b"9", "x/2.png": png(2), "3.png": png(3), "n.txt": b""}
 ARRAY = noise(5 * 4, 6).reshape(5, 4, 6, 3)
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        *(("p", [1, 2]), (Path("p"), [1, 2]), ("p/*.png", [1, 2]), ("p/1.png", [1])),
-        *(("*/*.png", [1, 2, 3]), ("list.txt", [3, 1]), ("s", [8, 9, 10])),
-        *((["p/2.png", Path("list.txt")], [2, 3, 1]), (("s/{009..010}.tar", "q"), [9, 10, 3])),
-    ],
-)
-def test_paths_of_every_kind(tmp_path, monkeypatch, source, expected):
-    monkeypatch.chdir(tmp_path)
-    put(tmp_path, {"p/1.png": png(1), "p/2.png": png(2), "q/3.png": png(3)})
-    for number in (8, 9, 10):
-        shard(tmp_path / f"s/{number:03}.tar", {f"{number}.png": png(number)})
-    Path("list.txt").write_text("q/3.png\np/1.png\n")
-    images = open_images(source)
-    assert isinstance(images, FileDataset)
-    assert levels(images) == expected
-
-
-def test_settings_of_the_decoder(tmp_path):
-    Image.new("RGB", (4, 2), (10, 200, 30)).save(tmp_path / "c.png")
-    assert open_images(tmp_path, in_chans=1).read(0).mode == "L"
-    assert open_images(tmp_path, bands=(2, 1, 0)).read(0).getpixel((0, 0)) == (30, 200, 10)
-    with pytest.raises(ImageError, match="8 pixels"):
-        open_images(tmp_path, decoder=Decoder(1, max_pixels=7)).read(0)
-    with pytest.raises(DataError, match="no images"):
-        open_images(tmp_path, exclude=lambda path: path.endswith("c.png"))
-
-
-def deep(folder, high=4095, offset=0):
-    folder.mkdir(exist_ok=True)
-    for number in range(4):
-        values = noise(8, 8, 1, number).astype(int) * high // 255 + offset
-        kind = ("tif", "png")[number % 2]
-        Image.fromarray(values.astype(np.uint16)).save(folder / f"{number}.{kind}")
-
-
-def test_value_range_restores_8_bits(tmp_path):
-    deep(tmp_path)
-    assert open_images(tmp_path).read(0).getextrema()[0] == (0, 15)  # of 255 levels
-    images = open_images(tmp_path, value_range=(0, 4095))
-    for number in range(4):
-        difference = np.asarray(images.read(number))[..., 0].astype(int) - noise(8, 8, 1, number)
-        assert np.abs(difference).max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "warns"),
-    [
-        *((kind, True) for kind in ("folder", "shard", "shifted", "npy", "tensor", "color", "hf")),
-        *((kind, False) for kind in ("chosen", "bright", "half", "8 bits")),
-    ],
-)
-def test_16_bit_images_of_a_small_range_give_a_warning(tmp_path, caplog, kind, warns):
-    values = ARRAY.astype(np.int64)  # 8 bits in a larger type, which would be almost black
-    high = {"bright": 65535, "half": 9000}.get(kind, 4095)
-    deep(tmp_path, high, offset=3000 if kind == "shifted" else 0)
-    files, source = sorted(tmp_path.iterdir()), tmp_path
-    if kind == "shard":
-        source = shard(tmp_path / "s.tar", {p.name: p.read_bytes() for p in files})
-    elif kind == "npy":
-        np.save(tmp_path / "one.npy", values[0])
-        source = tmp_path / "one.npy"
-    elif kind == "color":
-        source = tmp_path / "color.tif"
-        colors = ARRAY[0].astype(np.uint16) * 4
-        pytest.importorskip("tifffile").imwrite(source, colors, photometric="rgb")
-    elif kind == "tensor":
-        source = torch.from_numpy(values).permute(0, 3, 1, 2)
-    elif kind == "hf":
-        datasets = pytest.importorskip("datasets")
-        features = datasets.Features({"image": datasets.Image()})
-        source = datasets.Dataset.from_dict({"image": list(map(str, files))}, features=features)
-    elif kind == "8 bits":
-        source = tmp_path / "8"
-        put(source, {"1.png": png(3), "2.jpg": encoded(Image.new("L", (2, 2)), "JPEG")})
-    with caplog.at_level(logging.WARNING):
-        open_images(source, value_range=(0, 4095) if kind == "chosen" else None)
-    assert ("--value-range" in caplog.text) == warns
-    assert ("3048,7095" in caplog.text) == (kind == "shifted")
-
-
-def test_index_of_shards(tmp_path, monkeypatch):
-    paths = [shard(tmp_path / "s/a.tar", MEMBERS), shard(tmp_path / "s/b.tar", {"é/1.png": png(4)})]
-    index = tmp_path / "cache" / "index"
-    first = open_images(paths, index=index)
-    listed = []
-    list_files = sources.list_files
-    monkeypatch.setattr(sources, "list_files", lambda p: listed.append(p) or list_files(p))
-    for source in (paths, tmp_path / "s", f"{tmp_path}/s/*.tar"):
-        again = open_images(source, index=index)
-        assert not listed
-        assert levels(again) == levels(first) == [1, 2, 3, 4]
-        assert again.targets.tolist() == first.targets.tolist()
-        assert (again.classes, again.skipped) == (first.classes, first.skipped)
-        assert again.fingerprint() == first.fingerprint()
-    paths[1].write_bytes(shard(tmp_path / "c.tar", {"1.png": png(5)}).read_bytes()[:1024])
-    for source, count in ((paths, 5), (paths[:1], 3), (paths, 5)):
-        assert len(open_images(source, index=index)) == count
-    assert len(listed) == 3
-    assert sorted(open_images(paths, index=index).problems) == [4]
-    for content in (index.read_bytes()[:300], b"", b"junk"):
-        index.write_bytes(content)
-        assert len(open_images(paths, index=index)) == 5
-    assert len(listed) == 6
-
-
-def test_array_files(tmp_path):
-    np.save(tmp_path / "a.npy", ARRAY)
-    np.save(tmp_path / "b.npy", ARRAY[::-1])
-    images = open_images(f"{tmp_path}/*.npy")
-    assert isinstance(images.arrays[0], np.memmap)  # stays on the disk
-    assert (images.name(3), images.name(5)) == ("a.npy[3]", "b.npy[0]")
-    found = [np.asarray(images.read(i)) for i in range(10)]
-    assert np.array_equal(found, [*ARRAY, *ARRAY[::-1]])
-    np.save(tmp_path / "grey.npy", ARRAY[..., 0])
-    grey = open_images(tmp_path / "grey.npy", in_chans=1)
-    assert levels(grey) == ARRAY[:, 0, 0, 0].tolist()
-
-
-def test_array_files_of_one_image(tmp_path):
-    for number, image in enumerate(ARRAY):
-        np.save(tmp_path / f"{number}.npy", image)
-    for source, count in ((tmp_path, 5), (f"{tmp_path}/*.npy", 5), (tmp_path / "0.npy", 1)):
-        images = open_images(source)
-        assert np.array_equal(np.asarray(images.read(count - 1)), ARRAY[count - 1])
-    put(tmp_path, {"x.npy": b"\x93NUMPY junk"})
-    with pytest.raises(ImageError):
-        open_images([tmp_path / "0.npy", tmp_path / "x.npy"]).read(1)
-    with pytest.raises(DataError, match=r"x\.npy"):
-        open_images(tmp_path / "x.npy")
-
-
-def test_npz_with_labels(tmp_path):
-    for name, numbers in (("a", [2, 0, 1, 0, 2]), ("b", [1] * 5)):
-        np.savez(tmp_path / f"{name}.npz", images=ARRAY, labels=np.array(numbers, np.int32))
-    images = open_images([tmp_path / "a.npz", tmp_path / "b.npz"])
-    assert images.targets.tolist() == [2, 0, 1, 0, 2, 1, 1, 1, 1, 1]
-    assert np.array_equal(np.asarray(images.read(6)), ARRAY[1])
-    wrong = (np.array(list("abcde")), np.linspace(0, 1, 5), np.arange(4))
-    for arrays in ({"x": ARRAY}, *({"images": ARRAY, "labels": labels} for labels in wrong)):
-        np.savez(tmp_path / "d.npz", **arrays)
-        with pytest.raises(DataError, match=r"d\.npz"):
-            open_images(tmp_path / "d.npz")
-
-
+FIRST = ARRAY[:, 0, 0, 0].tolist()
+FOLDERS = {
+    "nested": {"cat/2.png": png(2), "cat/day/1.png": png(1), "dog/3.png": png(3)},
+    "splits": {"train/cat/day/1.png": png(1), "val/dog/2.png": png(2)},
+    "tiny": {"train/n01/images/1.png": png(1), "train/n02/images/2.png": png(2)},  # Tiny-ImageNet
+    "flat": {"train/1.png": png(1), "val/2.png": png(2)},
+    "mixed": {"1.png": png(1), "cat/2.png": png(2), "notes.json": b"{}"},
+    "other": {"train/1.png": png(1), "zebra/2.png": png(2)},
+}
 MODULE = """
-import numpy as np
-class Images:
-    def __init__(self): self.labels = np.array([0, 1])
-    def __len__(self): return 2
-    def __getitem__(self, index): return np.full((4, 4, 3), 10 + index, np.uint8), 0
+from inputs import Photos
+class Images(Photos):
+    labels = [0, 1, 0]
 class Nested: images = Images()
 def make(): return Images()
-text = "photos"
 """
 
 
-def test_module_and_attribute(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A folder of sources; the first value of an image is the number in its name."""
+    root = tmp_path_factory.mktemp("tree")
+    put(root, {f"p/{n}.png": png(n) for n in (1, 2)} | {"q/3.png": png(3), "[x].png": png(7)})
+    put(root, {"list.txt": b"\xef\xbb\xbfq/3.png\r\n\n  \np/1.png", "m.py": MODULE.encode()})
+    put(
+        root, {"needs_more.py": b"import no_such_package_y", "s/README.md": b"", "s/a.parquet": b""}
+    )
+    put(root, {"beside/3.png": png(3), "texts/a.md": b"", "z/a.zip": b"PK", "junk.npy": b"\x93N"})
+    put(root, {"p/.hidden.png": b"", ".cache/1.png": b"", "empty/.hidden.png": b""})
+    for number in (8, 9, 10):
+        shard(root / f"s/{number:03}.tar", {f"{number}.png": png(number)})
+    shard(root / "beside/b.tar", {"2.png": png(2)})
+    long = "ü" * 120 + ".png"
+    texts = {"4.cls": b"7\n", "4.png": png(4), "5.seg.png": png(5), "5.cls": b"8"}
+    texts |= {"./dogs/a b.png": png(6), "._4.png": b"resource fork", long: png(7)}
+    for name, mode in (("cls.tar", "w"), ("cls.tar.gz", "w:gz"), ("cls.tgz", "w:gz")):
+        shard(root / name, texts, mode)
+    for name, files in FOLDERS.items():
+        put(root / name, files)
+        shard(root / f"{name}.tar", files)
+    for number, image in enumerate(ARRAY):
+        put(root, {f"one/{number}.npy": b""})
+        np.save(root / f"one/{number}.npy", image)
+    np.save(root / "n-a.npy", ARRAY)
+    np.save(root / "n-b.npy", ARRAY[::-1])
+    for name, numbers in (("a", [2, 0, 1, 0, 2]), ("b", [1] * 5)):
+        np.savez(root / f"{name}.npz", images=ARRAY, labels=np.array(numbers, np.int32))
+    wrong = [{"x": ARRAY}, {"images": ARRAY, "labels": np.linspace(0, 1, 5)}]
+    wrong += [{"images": ARRAY, "labels": np.arange(4)}]
+    for number, arrays in enumerate(wrong):
+        np.savez(root / f"wrong-{number}.npz", **arrays)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _inside(tree, monkeypatch):
+    monkeypatch.chdir(tree)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    Path("my_images.py").write_text(MODULE)
-    for attribute in ("Images", "make", "Nested.images"):
-        images = open_images(f"my_images:{attribute}")
-        assert levels(images) == [10, 11]
-        assert images.name(1) == f"my_images:{attribute}[1]"
-        assert images.targets.tolist() == [0, 1]
-    Path("needs_more.py").write_text("import no_such_package_y")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package_y"):
-        open_images("needs_more:Images")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected", "classes"),
+    [
+        *(("p", [1, 2], None), (Path("p/"), [1, 2], None), ("p/1.png", [1], None)),
+        *(("[pq]/*.png", [1, 2, 3], None), ("list.txt", [3, 1], None), ("[x].png", [7], None)),
+        *((["p/2.png", Path("list.txt")], [2, 3, 1], None), ("s", [8, 9, 10], None)),
+        *((("s/{009..010}.tar", "q"), [9, 10, 3], None), ("s/*.tar", [8, 9, 10], None)),
+        # the class is the first folder below the split
+        *(("nested", [2, 1, 3], ["cat", "cat", "dog"]), ("splits", [1, 2], ["cat", "dog"])),
+        *(("tiny", [1, 2], ["n01", "n02"]), ("flat", [1, 2], None)),
+        *(("mixed", [1, 2], [None, "cat"]), ("other", [1, 2], ["train", "zebra"])),
+        ("beside", [3], None),
+        *((f"cls.{kind}", [4, 5, 6, 7], ["7", "8", "dogs", None]) for kind in ("tar", "tar.gz")),
+        ("cls.tgz", [4, 5, 6, 7], ["7", "8", "dogs", None]),
+        *(("one", FIRST, None), ("one/*.npy", FIRST, None), ("one/0.npy", FIRST[:1], None)),
+        *(("n-a.npy", FIRST, None), ("n-?.npy", [*FIRST, *FIRST[::-1]], None)),
+        (["a.npz", "b.npz"], FIRST * 2, list("2010211111")),
+        *(
+            (f"m:{name}", [0, 1, 2], ["0", "1", "0"])
+            for name in ("Images", "make", "Nested.images")
+        ),
+    ],
+)
+def test_sources_of_every_kind(source, expected, classes):
+    images = open_images(source)
+    assert levels(images) == expected
+    assert (None if images.targets is None else labels(images)) == classes
+    if str(source) in FOLDERS:
+        inside = open_images(f"{source}.tar")
+        assert (levels(inside), labels(inside)) == (expected, labels(images))
+    left_out = {"mixed": ["notes.json"], "beside": ["b.tar"], "s": []}.get(str(source), [])
+    assert [Path(path).name for _, path, _ in images.skipped] == left_out
 
 
 @pytest.mark.parametrize(
     ("source", "named"),
     [
+        *(("absent", "absent"), ("*.gif", "gif"), ("empty", "empty"), ("texts", "a.md")),
+        *(("z/a.zip", "unpack"), ("z", "unpack"), ("s/{007..009}.tar", "007.tar")),
         *(([], "no input"), (["hfds/a/b", "photos"], "hfds/a/b"), ("hfds.json", r"hfds\.json")),
         *(("no_such_module_x:Images", "no_such_module_x"), ("json:absent", "absent")),
-        *(("string:digits", "str"), ("json:dumps.x", "x")),
+        *(("string:digits", "str"), ("json:dumps.x", "x"), ("junk.npy", "junk")),
+        *((f"wrong-{number}.npz", f"wrong-{number}") for number in range(3)),
         *(("torch/cifar10", "root"), ("torch/cifar10:root=.,spilt=test", "spilt")),
         *(("torch/no_such_set:root=.", "no_such_set"), ("torch/food101:root=.", "food101")),
     ],
 )
-def test_wrong_sources(source, named):
+def test_wrong_sources_are_named(source, named):
     with pytest.raises(DataError, match=named):
-        open_images(source)
+        open_images(source)[0]
 
 
-def cifar10(root, monkeypatch):
-    """The files of CIFAR-10, with 10 images each, for torchvision with its checksums off."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir()
-    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-    for seed, name in enumerate(names):
-        data = {"data": noise(10, 3072, 1, seed), "labels": list(range(10))}
-        (folder / name).write_bytes(pickle.dumps(data))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+def test_names_and_options(tree):
+    assert open_images("n-?.npy").name(5) == "n-b.npy[0]"
+    assert isinstance(open_images("n-a.npy").arrays[0], np.memmap)  # stays on the disk
+    assert open_images("m:make").name(1) == "m:make[1]"
+    packed = open_images("cls.tgz")
+    assert (packed.files(), packed.compressed_shards()) == (["cls.tgz"], ["cls.tgz"])
+    assert open_images("cls.tar").compressed_shards() == []
+    assert expand("{0..1}/{1..2}.tar") == ["0/1.tar", "0/2.tar", "1/1.tar", "1/2.tar"]
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_y"):
+        open_images("needs_more:Images")
+    with pytest.raises(ImageError):
+        open_images(["one/0.npy", "junk.npy"]).read(1)
+    assert open_images("p", in_chans=1).read(0).mode == "L"
+    assert open_images("p", bands=(0, 0), in_chans=2).read(0).shape == (2, 2, 3)
+    with pytest.raises(ImageError, match="6 pixels"):
+        open_images("p", decoder=Decoder(1, max_pixels=5)).read(0)
+    with pytest.raises(DataError, match="no images"):
+        open_images("p", exclude=lambda path: path.startswith("p/"))
 
 
-def test_datasets_of_torchvision(tmp_path, monkeypatch):
-    cifar10(tmp_path, monkeypatch)
-    train = open_images(f"torch/cifar10:root={tmp_path}")
-    test = open_images(f"torch/cifar10:root={tmp_path},split=test")
-    assert (len(train), len(test)) == (50, 10)
-    assert test.targets.tolist() == list(range(10))
-    assert test.label(9) == "j"
-    expected = noise(10, 3072, 1, 5)[3].reshape(3, 32, 32).transpose(1, 2, 0)
-    assert np.array_equal(np.asarray(test.read(3)), expected)
+@pytest.mark.parametrize(
+    ("kind", "high", "warns"),
+    [
+        *((kind, 4095, True) for kind in ("folder", "npy", "array", "color", "shifted")),
+        *(("half", 9000, False), ("chosen", 4095, False), ("8 bits", 4095, False)),
+    ],
+)
+def test_16_bit_images_of_a_small_range_give_a_warning(tmp_path, caplog, kind, high, warns):
+    for number in range(4):
+        values = noise(8, 8, 1, number).astype(int) * high // 255 + 3000 * (kind == "shifted")
+        suffix = ("tif", "png")[number % 2]
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / f"{number}.{suffix}")
+    source = tmp_path
+    if kind == "npy":
+        source = tmp_path / "one.npy"
+        np.save(source, ARRAY[0].astype(np.int64))  # 8 bits in a larger type, almost black
+    elif kind == "array":
+        source = ARRAY.astype(np.int64)
+    elif kind == "color":
+        source, colors = tmp_path / "color.tif", ARRAY[0].astype(np.uint16) * 4
+        pytest.importorskip("tifffile").imwrite(source, colors, photometric="rgb")
+    elif kind == "8 bits":
+        source = tmp_path / "8"
+        put(source, {"1.png": png(3), "2.png": png(4, "RGB")})
+    with caplog.at_level(logging.WARNING):
+        images = open_images(source, value_range=(0, 4095) if kind == "chosen" else None)
+    assert ("--value-range" in caplog.text) == warns
+    assert ("3048,7095" in caplog.text) == (kind == "shifted")
+    if kind == "chosen":  # restores 8 bits
+        difference = np.asarray(images.read(3))[..., 0].astype(int) - noise(8, 8, 1, 3)
+        assert np.abs(difference).max() <= 1

@@ -1,12 +1,12 @@
 """The training and the test split, from what a user names."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
-from inputs import labels, levels, noise, png, put, shard
-from test_datasets import Photos
-from test_sources import cifar10
+from inputs import Photos, levels, noise, png, put, shard
+from torchvision.datasets import CIFAR10
 
 from ijepa_zoo.data.splits import open_splits
 from ijepa_zoo.errors import DataError
@@ -16,38 +16,36 @@ def classes(split):
     return [split.classes[int(number)] for number in split.targets]
 
 
-def test_one_folder_of_classes_is_one_split(tmp_path):
-    put(tmp_path, {"cat/1.png": png(1), "dog/2.png": png(2)})
-    train, test = open_splits(tmp_path)
-    assert test is None
-    assert (train.name, classes(train), levels(train.images)) == ("all", ["cat", "dog"], [1, 2])
-    some = train.subset(np.array([1]), "half", ["a note"])
-    assert (some.name, some.notes, classes(some)) == ("half", ("a note",), ["dog"])
-    assert labels(some.images) == ["dog"]
-
-
 @pytest.mark.parametrize(
     "names", [("train", "testing"), ("training", "validation"), ("train", "valid")]
 )
 def test_folders_of_splits(tmp_path, names):
     put(tmp_path / names[0], {"cat/day/1.png": png(1), "dog/night/2.png": png(2)})
     put(tmp_path / names[1], {"ape/3.png": png(3), "dog/images/4.png": png(4)})
-    train, test = open_splits(tmp_path)
-    assert (train.name, test.name) == names
-    assert train.classes == test.classes == {0: "ape", 1: "cat", 2: "dog"}
-    assert (classes(train), classes(test)) == (["cat", "dog"], ["ape", "dog"])
-    pair = open_splits(tmp_path / names[0], tmp_path / names[1])
-    assert [classes(split) for split in pair] == [classes(train), classes(test)]
+    for train, test in (open_splits(tmp_path), open_splits(*(tmp_path / name for name in names))):
+        assert (train.name, test.name) == names
+        assert train.classes == test.classes == {0: "ape", 1: "cat", 2: "dog"}
+        assert (classes(train), classes(test)) == (["cat", "dog"], ["ape", "dog"])
 
 
-def test_the_test_split_comes_before_the_validation_split(tmp_path):
-    put(tmp_path, {f"{name}/cat/1.png": png() for name in ("train", "val", "test")})
-    assert open_splits(tmp_path)[1].name == "test"
-    put(tmp_path / "hidden", {"train/cat/1.png": png(), "val/cat/1.png": png(), "test/1.png": b""})
-    assert open_splits(tmp_path / "hidden")[1].name == "val"
-    put(tmp_path / "alone", {"train/cat/1.png": png()})
-    train, test = open_splits(tmp_path / "alone")
-    assert (train.name, test) == ("train", None)
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["train/cat/1.png", "val/cat/1.png", "test/cat/1.png"], ("train", "test")),
+        (["train/cat/1.png", "val/cat/1.png", "test/1.png"], ("train", "val")),  # a hidden one
+        *((["train/cat/1.png"], ("train", None)), (["cat/1.png"], ("all", None))),
+        *((["1.png"], "no classes"), (["train/cat/1.png", "val/1.png"], "test split")),
+        (["train/n01/images/1.png", "val/images/2.png"], "images"),  # Tiny-ImageNet as unpacked
+    ],
+)
+def test_the_test_split_comes_before_the_validation_split(tmp_path, files, expected):
+    put(tmp_path, dict.fromkeys(files, png()))
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            open_splits(tmp_path)
+    else:
+        train, test = open_splits(tmp_path)
+        assert (train.name, test and test.name) == expected
 
 
 def test_shards_named_after_their_split_beside_parquet(tmp_path):
@@ -58,60 +56,33 @@ def test_shards_named_after_their_split_beside_parquet(tmp_path):
     train, test = open_splits(tmp_path)
     assert (levels(train.images), levels(test.images)) == ([1, 2], [3])
     assert (classes(train), classes(test)) == (["3", "4"], ["4"])
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_images_of_both_splits_are_reported(tmp_path, kind):
-    put(tmp_path, {"train/cat/1.png": png(1), "train/dog/2.png": png(2), "val/dog/3.png": png(3)})
-    if kind == "file":
-        (tmp_path / "val/dog/x.png").symlink_to(tmp_path / "train/cat/1.png")
-    else:
-        (tmp_path / "val/cat").symlink_to("../train/cat")
-    with pytest.raises(DataError, match=r"1 .*x\.png" if kind == "file" else r"1 .*cat/1\.png"):
-        open_splits(tmp_path)
-
-
-def test_a_test_set_inside_the_training_set_is_reported(tmp_path):
-    put(tmp_path, {"all/cat/1.png": png(), "all/dog/2.png": png()})
-    with pytest.raises(DataError, match=r"2 .*cat/1\.png"):
-        open_splits(tmp_path / "all", tmp_path / "all")
-    path = shard(tmp_path / "s.tar", {"1.png": png(), "1.cls": b"3"})
-    (tmp_path / "t.tar").symlink_to("s.tar")
-    with pytest.raises(DataError, match=r"t\.tar/1\.png"):
-        open_splits(path, tmp_path / "t.tar")
+    (tmp_path / "set-val-0.tar").unlink()
+    assert open_splits(tmp_path)[1] is None
 
 
 @pytest.mark.parametrize(
-    ("files", "named"),
+    ("link", "target", "given", "named"),
     [
-        (["1.png", "2.png"], "no classes"),
-        (["train/cat/1.png", "val/1.png"], "test split"),
-        (["train/n01/images/1.png", "val/images/2.png"], "images"),  # Tiny-ImageNet as unpacked
+        ("val/dog/x.png", "../../train/cat/1.png", ["."], r"1 .*x\.png"),
+        ("val/cat", "../train/cat", ["."], r"1 .*cat/1\.png"),
+        ("again", "train", ["train", "again"], r"2 .*cat/1\.png"),
+        ("t.tar", "s.tar", ["s.tar", "t.tar"], r"t\.tar/1\.png"),
     ],
 )
-def test_splits_without_classes(tmp_path, files, named):
-    put(tmp_path, dict.fromkeys(files, png()))
+def test_images_of_both_splits_are_reported(tmp_path, link, target, given, named):
+    put(tmp_path, {"train/cat/1.png": png(1), "train/dog/2.png": png(2), "val/dog/3.png": png(3)})
+    shard(tmp_path / "s.tar", {"1.png": png(), "1.cls": b"3"})
+    (tmp_path / link).symlink_to(target)
     with pytest.raises(DataError, match=named):
-        open_splits(tmp_path)
+        open_splits(*(tmp_path / name for name in given))
 
 
-def test_objects_and_arrays():
-    train, test = open_splits(Photos(targets=[0, 1, 1]), Photos(targets=[1, 0, 1]))
+def test_datasets_with_one_label_and_with_several():
+    named = Photos(targets=[1, 0, 1], classes=["x", "y"])
+    train, test = open_splits(Photos(targets=[0, 1, 1]), named)  # numbers without names stay
     assert (train.name, test.name) == ("train", "test")
     assert (train.targets.tolist(), test.targets.tolist()) == ([0, 1, 1], [1, 0, 1])
-    for data in (noise(8, 8).reshape(2, 4, 8, 3), Photos(targets=[-1, -1, -1])):
-        with pytest.raises(DataError, match="no classes"):
-            open_splits(data)
-    first, second = Photos(targets=np.eye(3, dtype=int)), Photos(targets=np.eye(3, 4, dtype=int))
-    for other in (second, Photos(targets=[0, 1, 1])):
-        with pytest.raises(DataError, match=r"\(3, 3\) and \(3"):
-            open_splits(first, other)
-    train, test = open_splits(first, first)
-    assert train.targets.tolist() == test.targets.tolist() == np.eye(3).tolist()
-
-
-def test_one_label_per_image_beside_several():
-    """Both become matrices; images of unknown classes have none."""
+    # one label beside several: both become matrices; images of unknown classes have none
     train = Photos(targets=np.array([[1, 1], [0, 1], [0, 0]]), classes=["a", "c"])
     test = Photos(targets=[1, -1, 0], classes=["b", "c"])
     splits = open_splits(train, test)
@@ -119,18 +90,38 @@ def test_one_label_per_image_beside_several():
         [[1, 0, 1], [0, 0, 1], [0, 0, 0]],
         [[0, 0, 1], [0, 0, 0], [0, 1, 0]],
     ]
-    known = splits[0].with_classes(["c"], several=True)
-    assert known.targets.tolist() == [[1], [1], [0]]
+    assert open_splits(test, train)[0].targets.tolist() == splits[1].targets.tolist()
+    assert splits[0].with_classes(["c"], several=True).targets.tolist() == [[1], [1], [0]]
     known = open_splits(test)[0].with_classes(["c", "x"], several=False)
     assert (known.targets.tolist(), known.classes) == ([0, -1, -1], {0: "c", 1: "x"})
+    matrix = Photos(targets=np.eye(3, dtype=int))
+    assert open_splits(matrix, matrix)[1].targets.tolist() == np.eye(3).tolist()
+    for given, message in (
+        *(([noise(8, 8).reshape(2, 4, 8, 3)], "no classes"), ([Photos(targets=[-1] * 3)], "no cl")),
+        ([matrix, Photos(targets=np.eye(3, 4, dtype=int))], r"\(3, 3\) and \(3, 4"),
+        ([matrix, Photos(targets=[0, 1, 1])], r"\(3, 3\) and \(3"),
+        ([matrix, train], r"\(3, 3\) and \(3, 2"),
+        ([train, named], "in common"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_splits(*given)
 
 
 def test_cifar10(tmp_path, monkeypatch):
-    cifar10(tmp_path, monkeypatch)
-    for data in (tmp_path, tmp_path / "cifar-10-batches-py", f"torch/cifar10:root={tmp_path}"):
+    """Files of 10 images, with torchvision's checksums off."""
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    for seed, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        content = {"data": noise(10, 3072, 1, seed), "labels": list(range(10))}
+        put(folder, {name: pickle.dumps(content)})
+    put(folder, {"batches.meta": pickle.dumps({"label_names": list("abcdefghij")})})
+    for data in (tmp_path, folder, f"torch/cifar10:root={tmp_path}"):
         train, test = open_splits(data)
         assert (len(train.images), len(test.images)) == (50, 10)
         assert classes(test) == list("abcdefghij")
+    expected = noise(10, 3072, 1, 5)[3].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert np.array_equal(np.asarray(test.images.read(3)), expected)
     train, test = open_splits(f"torch/cifar10:root={tmp_path},split=test")
     assert (len(train.images), test) == (10, None)
 
@@ -157,14 +148,13 @@ def test_inaturalist_and_places(tmp_path):
             "categories": [{"id": 5, "name": "five"}, {"id": 7, "name": "seven"}],
         }
         (tmp_path / f"i/{split}2018.json").write_text(json.dumps(found))
-    train, test = open_splits(tmp_path / "i")
-    assert (classes(train), classes(test)) == (["seven"], ["five"])
-    assert (levels(train.images), levels(test.images)) == ([1], [2])
     lists = {"train_places205.csv": b"a/a b.png 12\n", "val_places205.csv": b"c.png 3\n\n"}
     put(tmp_path / "p", {"images256/a/a b.png": png(1), "images256/c.png": png(2), **lists})
-    train, test = open_splits(tmp_path / "p")
-    assert (train.targets.tolist(), test.targets.tolist()) == ([12], [3])
-    assert (levels(train.images), levels(test.images)) == ([1], [2])
+    for folder, numbers in (("i", [7, 5]), ("p", [12, 3])):
+        splits = open_splits(tmp_path / folder)
+        assert [split.targets.tolist() for split in splits] == [[number] for number in numbers]
+        assert [levels(split.images) for split in splits] == [[1], [2]]
+    assert classes(open_splits(tmp_path / "i")[1]) == ["five"]
     (tmp_path / "i/val2018.json").write_text('{"images": []}')
     put(tmp_path / "p", {"val_places205.csv": b"d.png 3\n"})
     for folder, named in (("i", r"val2018\.json"), ("p", r"d\.png")):

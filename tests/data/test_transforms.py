@@ -12,7 +12,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as torchvision
 
-from ijepa_zoo.data import Decoder
 from ijepa_zoo.data.transforms import (
     DRAWS,
     center_box,
@@ -27,21 +26,19 @@ from ijepa_zoo.data.transforms import (
 from ijepa_zoo.errors import ImageError
 
 
-def model(
-    img_size: int | tuple[int, int] = 64, in_chans: int = 3, **config: object
-) -> VisionTransformer:
+def model(img_size=64, in_chans=3, **config):
     vit = VisionTransformer(img_size, 8, in_chans, embed_dim=8, depth=1, num_heads=1, num_classes=0)
     vit.pretrained_cfg = {"input_size": (3, 64, 64), "crop_pct": 0.875, **config}
     return vit
 
 
-def photo(width: int, height: int) -> Image.Image:
+def photo(width, height):
     return Image.fromarray(noise(height, width))
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
-def test_is_timms_own(mode: str) -> None:
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=96)
+def test_is_timms_own(mode):
+    vit = timm.create_model("test_vit", img_size=96)
     vit.pretrained_cfg = {**vit.pretrained_cfg, "crop_mode": mode, "input_size": (3, 96, 96)}
     config = timm.data.resolve_model_data_config(vit)
     expected = timm.data.create_transform(**config)(photo(300, 200))
@@ -52,81 +49,52 @@ def test_is_timms_own(mode: str) -> None:
 
 
 @pytest.mark.parametrize("in_chans", [1, 2, 12])
-def test_fits_the_channels_of_the_model(in_chans: int) -> None:
-    vit = model(
-        in_chans=in_chans, mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3), interpolation="bilinear"
-    )
+def test_fits_the_channels_of_the_model(in_chans):
+    moments = {"mean": (0.2, 0.3, 0.4), "std": (0.1, 0.2, 0.3)}
+    vit = model(in_chans=in_chans, interpolation="bilinear", **moments)
     assert transform_config(vit)["input_size"] == (in_chans, 64, 64)
     values = noise(70, 90, 12)[..., :in_chans]
     found = create_transform(vit)(values)
-    assert vit(found[None]).shape[0] == 1
     assert torch.equal(found, create_transform(vit)(torch.from_numpy(values).permute(2, 0, 1)))
     pixels = create_transform(vit, normalize=False)(values).float()
     torch.testing.assert_close(found, (pixels / 255 - 0.3) / 0.2)
     alone = create_transform(model(in_chans=1, interpolation="bilinear"), normalize=False)
-    for channel in range(in_chans):  # the filters of Pillow and torch differ by a level
-        expected = alone(np.ascontiguousarray(values[..., channel]))[0].float()
-        assert (pixels[channel] - expected).abs().max() <= 1
+    expected = alone(np.ascontiguousarray(values[..., -1]))[0].float()
+    assert (pixels[-1] - expected).abs().max() <= 1  # between the filters of Pillow and torch
     if in_chans > 1:
         with pytest.raises(ImageError, match=f"{in_chans} channels"):
             create_transform(vit)(photo(8, 8))
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
-def test_takes_images_of_any_mode(mode):
-    grey = np.full((64, 64), 51, np.uint8)
-    deep = {"I;16": grey.astype(np.uint16) * 257, "F": grey / np.float32(255)}
-    image = Image.fromarray(deep.get(mode, grey))
-    image = image if image.mode == mode else image.convert(mode)
-    for in_chans in (1, 3):
-        pixels = create_transform(model(64, in_chans, crop_pct=1.0), normalize=False)(image)
-        assert (pixels.shape, pixels.dtype) == ((in_chans, 64, 64), torch.uint8)
-        assert abs(int(pixels[0, 32, 32]) - 51) <= 1
-
-
-def test_takes_files_arrays_and_tensors_alike() -> None:
-    transform = create_transform(model())
-    expected = transform(photo(70, 90))
-    for raw in (
-        encoded(photo(70, 90)),
-        noise(90, 70),
-        torch.from_numpy(noise(90, 70)).permute(2, 0, 1),
-    ):
-        assert torch.equal(transform(raw), expected)
-    assert torch.equal(transform(Decoder()(encoded(photo(70, 90)))), expected)
-
-
 @pytest.mark.parametrize("size", [64, 128, (64, 96)])
-def test_follows_the_models_size(size: int | tuple[int, int]) -> None:
+def test_follows_the_models_size_and_takes_files_arrays_and_tensors_alike(size):
     vit = model(size, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     height, width = (size, size) if isinstance(size, int) else size
     pixels = create_transform(vit, normalize=False)(photo(150, 200))
     assert pixels.shape == (3, height, width)
     mean, std = (torch.tensor(vit.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    assert torch.equal(create_transform(vit)(photo(150, 200)), (pixels.float() / 255 - mean) / std)
+    expected = (pixels.float() / 255 - mean) / std
+    tensor = torch.from_numpy(noise(200, 150)).permute(2, 0, 1)
+    for raw in (photo(150, 200), encoded(photo(150, 200)), noise(200, 150), tensor):
+        assert torch.equal(create_transform(vit)(raw), expected)
     assert f"0.875 to {height}x{width}" in describe_transform(vit)
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 60_000), (60_000, 1), (1, 1), (3, 2_000)])
-def test_extreme_shapes(width: int, height: int) -> None:
-    image = Image.new("RGB", (width, height), (10, 20, 30))
-    found = create_transform(model(), normalize=False)(image)
-    assert found.shape == (3, 64, 64)
-    assert found[:, 5, 7].tolist() == [10, 20, 30]
-
-
-def test_limit_of_the_aspect_keeps_the_center() -> None:
-    image = Image.new("RGB", (4000, 10))
-    image.paste((255, 0, 0), (1990, 0, 2010, 10))  # the middle 20 pixels
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (1, 1), (3, 2_000), (4000, 10)])
+def test_extreme_shapes_are_cut_about_their_center(size):
+    image = Image.new("RGB", size)
+    image.paste((255, 0, 0), tuple(round(v * s) for v in (0.45, 0.55) for s in size))
     found = create_transform(model(crop_pct=1.0), normalize=False)(image)
-    assert (found[0, :, 4:60] > 250).all()
+    assert found.shape == (3, 64, 64)
+    assert found[0, 32, 32] > 250 or size == (1, 1)
     tensor = torchvision.pil_to_tensor(image)
     assert torch.equal(limit_aspect(tensor), torchvision.pil_to_tensor(limit_aspect(image)))
-    assert pixel_size(limit_aspect(tensor)) == pixel_size(limit_aspect(image)) == (10, 320)
-    assert limit_aspect(image.crop((0, 0, 320, 10))).size == (320, 10)
+    short = min(size)
+    expected = tuple(min(side, 32 * short) for side in size[::-1])
+    assert pixel_size(limit_aspect(tensor)) == pixel_size(limit_aspect(image)) == expected
 
 
-def test_crop_box_has_the_law_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crop_box_has_the_law_of_torchvision(monkeypatch):
     """With the numbers that torchvision draws, one try at a time, the boxes are its own."""
     rng = np.random.default_rng(0)
     scale, ratio = (0.3, 1.0), (3 / 4, 4 / 3)
@@ -138,17 +106,17 @@ def test_crop_box_has_the_law_of_torchvision(monkeypatch: pytest.MonkeyPatch) ->
         numbers = iter(np.stack([draws[:10], draws[10:20]], 1).reshape(-1))
         places = iter(draws[20:22])
 
-        def uniform(tensor: torch.Tensor, low: float, high: float, n=numbers) -> torch.Tensor:
+        def uniform(tensor, low, high, n=numbers):
             return tensor.double().fill_(low + float(next(n)) * (high - low))
 
-        def randint(low: int, high: int, size: object, p=places) -> torch.Tensor:
+        def randint(low, high, size, p=places):
             return torch.tensor([math.floor(float(next(p)) * (high - low))])
 
-        monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
-        monkeypatch.setattr(torch, "randint", randint)
-        image = torch.empty(3, height, width)
-        expected = RandomResizedCrop.get_params(image, list(scale), list(ratio))
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "uniform_", uniform)
+            patch.setattr(torch, "randint", randint)
+            image = torch.empty(3, height, width)
+            expected = RandomResizedCrop.get_params(image, list(scale), list(ratio))
         fallbacks += next(places, None) is not None
         assert np.abs(np.subtract(box, expected)).max() <= 1  # torch takes logarithms in float32
         assert box[0] + box[2] <= height
@@ -158,25 +126,20 @@ def test_crop_box_has_the_law_of_torchvision(monkeypatch: pytest.MonkeyPatch) ->
     assert center_box((50, 100), 2.0) == (0, 0, 50, 100)
 
 
-def test_crop_is_torchvisions_on_pillow_images_within_a_level() -> None:
+def test_crop_is_torchvisions_on_pillow_images_within_a_level():
     rng = np.random.default_rng(0)
     different = []
     for number in range(20):
         height, width = (int(side) for side in rng.integers(1, 200, 2))
         pixels = noise(height, width, 3, number)
-        pixels = np.where(pixels > 127, 255, 0).astype(np.uint8) if number % 2 else pixels
         sides = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
         top, left = (int(rng.integers(0, n - m + 1)) for n, m in zip((height, width), sides))
-        size = [int(side) for side in rng.integers(1, 150, 2)]
+        height, width = (int(side) for side in rng.integers(1, 150, 2))
         for image in (Image.fromarray(pixels), Image.fromarray(pixels[..., 0])):
-            cropped = torchvision.resized_crop(image, top, left, *sides, size)
-            found = crop_resize(image, (top, left, *sides), (size[0], size[1]))
-            assert found.dtype == torch.uint8
+            cropped = torchvision.resized_crop(image, top, left, *sides, [height, width])
+            found = crop_resize(image, (top, left, *sides), (height, width))
             different.append((found.int() - torchvision.pil_to_tensor(cropped).int()).abs())
             tensor = torchvision.pil_to_tensor(image)
-            assert torch.equal(crop_resize(tensor, (top, left, *sides), (size[0], size[1])), found)
+            assert torch.equal(crop_resize(tensor, (top, left, *sides), (height, width)), found)
     assert max(int(levels.max()) for levels in different) <= 1
     assert np.mean([(levels > 0).float().mean() for levels in different]) < 0.1
-    pixels = noise(30, 40)
-    found = crop_resize(Image.fromarray(pixels), (4, 5, 16, 20), (16, 20))
-    assert torch.equal(found, torch.from_numpy(pixels[4:20, 5:25]).permute(2, 0, 1))

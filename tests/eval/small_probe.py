@@ -20,39 +20,35 @@ def encoder(seed=0, **kwargs):
     return create_model("vit_tiny16_ijepa", pretrained=False, **sizes).eval()
 
 
+def save(pixels, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
 def write_pictures(folder, train=12, test=7, classes=3):
     """Class folders; mirrored halves, so that a flip changes nothing."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):
         for kind in range(classes):
-            place = folder / split / f"class{kind}"
-            place.mkdir(parents=True)
             for number in range(count):
                 half = rng.integers(0, 156, (SIZE, SIZE // 2, 3)) + 3 * kind
                 pixels = np.concatenate([half, half[:, ::-1]], axis=1).astype(np.uint8)
-                Image.fromarray(pixels).save(place / f"{number}.png")
+                save(pixels, folder / split / f"class{kind}" / f"{number}.png")
     return folder
 
 
-def pixels_of(folder, split):
-    """float `[n, 3, H, W]` in 0..1 and classes of all pictures, in the order of their names."""
-    files = sorted((folder / split).rglob("*.png"))
-    arrays = [np.asarray(Image.open(file)) for file in files]
+def pixels_of(folder):
+    """Normalized images and classes of all pictures, in the order of their names."""
+    files = sorted(folder.rglob("*.png"))
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     labels = torch.tensor([int(file.parent.name[-1]) for file in files])
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255, labels
+    return (pixels.permute(0, 3, 1, 2) / 255 - mean) / std, labels
 
 
-def normalized(images):
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    return (images - mean) / std
-
-
-def features_of(model, images):
-    """`last` and `last4` of images in 0..1, by the extractor."""
-    with torch.no_grad():
-        return {n: FeatureExtractor(model, n)(normalized(images)) for n in ("last", "last4")}
+@torch.no_grad()
+def features_of(images, layers, pool="auto"):
+    return FeatureExtractor(encoder(), layers, pool)(images)
 
 
 def break_files(files):

@@ -2,177 +2,105 @@
 
 import copy
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.optim import Lars
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_zoo.eval.heads import HeadSpec, make_grid
 from ijepa_zoo.eval.tasks import CROP, Protocol
 
 WIDTHS = {"last": 12, "last4": 48}
-CLASSES = 5
-STEPS = 12
-SGD = Protocol(1, CROP)
 
 
-def specs_of(lrs=(0.5, 0.05), decays=(5e-4, 0.0)):
-    return [
-        HeadSpec(representation, kind, lr, wd)
-        for lr in lrs
-        for representation in ("last4", "last")
-        for kind in ("bn", "linear")
-        for wd in decays
-    ]
+def grid_of(specs, optimizer="sgd", widths=WIDTHS, classes=5, seed=3):
+    return make_grid(specs, widths, classes, replace(Protocol(1, CROP), optimizer=optimizer), seed)
 
 
-def grid_of(specs, optimizer="sgd", widths=WIDTHS, classes=CLASSES, seed=3):
-    return make_grid(specs, widths, classes, replace(SGD, optimizer=optimizer), seed)
-
-
-def batches(steps, size=32, seed=0):
-    """Features with unequal means and scales, that labels depend on."""
-    generator = torch.Generator().manual_seed(seed)
-    centers = {r: torch.randn(CLASSES, w, generator=generator) for r, w in WIDTHS.items()}
-    scales = {r: torch.rand(w, generator=generator) + 0.2 for r, w in WIDTHS.items()}
-    for _ in range(steps):
-        labels = torch.randint(CLASSES, (size,), generator=generator)
-        features = {
-            r: (centers[r][labels] + 1 + torch.randn(size, w, generator=generator)) * scales[r]
-            for r, w in WIDTHS.items()
-        }
-        yield features, labels
-
-
-def lr_scale(step):
-    return 1.0 if step < 6 else 0.1
-
-
-def assert_same_head(mine, other):
-    expected = other.state_dict()
-    for name, tensor in mine.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
-
-
-def train_alone(head, spec, optimizer, penalty=0.0):
-    """The head trained with an ordinary optimizer; returns its losses."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    losses = []
-    for step, (features, labels) in enumerate(batches(STEPS)):
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * lr_scale(step)
-        loss = F.cross_entropy(head(features[spec.representation]), labels)
-        losses.append(float(loss.detach()))
-        squares = head.linear.weight.square().sum() + head.linear.bias.square().sum()
-        optimizer.zero_grad()
-        (loss + penalty / 2 * squares).backward()
-        optimizer.step()
-    return losses
-
-
-def test_every_head_equals_torch_sgd_alone():
-    grid = grid_of(specs_of())
-    alone = copy.deepcopy(grid.heads)
-    losses = torch.stack(
-        [grid.step(x, y, lr_scale(step)) for step, (x, y) in enumerate(batches(STEPS))]
-    )
-    features, _ = next(batches(1, size=200, seed=1))
-    grid.eval()
-    every = range(len(grid.specs))
-    found = [logits.argmax(dim=1) for logits in grid.outputs(features, every)]
-    for i, (spec, head) in enumerate(zip(grid.specs, alone)):
-        groups = [{"params": [*head.linear.parameters()], "weight_decay": spec.weight_decay}]
-        groups += [{"params": p} for p in head.norm.parameters()]
-        optimizer = torch.optim.SGD(groups, lr=spec.lr, momentum=0.9, nesterov=True)
-        expected = train_alone(head, spec, optimizer)
-        torch.testing.assert_close(losses[:, i], torch.tensor(expected), rtol=0, atol=1e-5)
-        assert_same_head(grid.heads[i], head)
-        logits = head.eval()(features[spec.representation])
-        assert found[i].equal(logits.argmax(dim=1))
-    assert len(set(losses[-1].tolist())) == len(grid.specs), "no two heads are the same"
+def batches(steps=12, size=32):
+    """Features with unequal means and scales, that labels depend on; and a learning rate."""
+    generator = torch.Generator().manual_seed(0)
+    centers = {name: torch.randn(5, width, generator=generator) for name, width in WIDTHS.items()}
+    for step in range(steps):
+        labels = torch.randint(5, (size,), generator=generator)
+        noise = {name: torch.randn(size, w, generator=generator) for name, w in WIDTHS.items()}
+        scales = {name: torch.linspace(0.2, 1.2, width) for name, width in WIDTHS.items()}
+        features = {n: (centers[n][labels] + 1 + noise[n]) * scales[n] for n in WIDTHS}
+        yield features, labels, 1.0 if step < 6 else 0.1
 
 
 def test_every_head_equals_timms_lars_alone():
-    """Weight decay is in the loss here: timm's own is not part of the step whose length counts."""
-    grid = grid_of(specs_of(lrs=(6.4, 0.64)), "lars")
+    """Weight decay is in the loss: timm's is not part of the step whose length counts."""
+    kinds = product(WIDTHS, ("bn", "linear"), (6.4, 0.64), (5e-4, 0.0))
+    grid = grid_of([HeadSpec(*kind) for kind in kinds], "lars")
     alone = copy.deepcopy(grid.heads)
-    for step, (features, labels) in enumerate(batches(STEPS)):
-        grid.step(features, labels, lr_scale(step))
-    for mine, spec, head in zip(grid.heads, grid.specs, alone):
-        weight, start = head.linear.weight, head.linear.weight.detach().clone()
-        groups = [
-            {"params": [weight], "always_adapt": True},
-            {"params": [head.linear.bias, *head.norm.parameters()]},
-        ]
-        optimizer = Lars(groups, lr=spec.lr, momentum=0.9, trust_coeff=0.001)
-        train_alone(head, spec, optimizer, spec.weight_decay)
-        assert_same_head(mine, head)
-        assert (weight - start).abs().max() > 1e-3
+    losses = torch.stack([grid.step(*batch) for batch in batches()])
+    for i, (spec, head) in enumerate(zip(grid.specs, alone)):
+        linear = head.linear
+        groups = [{"params": [linear.weight], "always_adapt": True}]
+        groups.append({"params": [linear.bias, *head.norm.parameters()]})
+        optimizer = Lars(groups, momentum=0.9, trust_coeff=0.001)
+        for step, (features, labels, scale) in enumerate(batches()):
+            for group in optimizer.param_groups:
+                group["lr"] = spec.lr * scale
+            loss = F.cross_entropy(head(features[spec.representation]), labels)
+            assert float(losses[step, i]) == pytest.approx(float(loss.detach()), abs=1e-5)
+            squares = linear.weight.square().sum() + linear.bias.square().sum()
+            optimizer.zero_grad()
+            (loss + spec.weight_decay / 2 * squares).backward()
+            optimizer.step()
+        for key, tensor in grid.heads[i].state_dict().items():
+            torch.testing.assert_close(tensor, head.state_dict()[key], rtol=0, atol=1e-5)
+    assert len(set(losses[-1].tolist())) == len(grid.specs), "no two heads are the same"
 
 
-def single(weight, bias, lr, wd):
-    grid = grid_of([HeadSpec("a", "linear", lr, wd)], "lars", {"a": 1}, 2)
+@pytest.mark.parametrize(
+    ("weight", "bias", "lr", "decay", "expected"),
+    [
+        # both logits are 1, so all gradients are -0.5 and 0.5; weight decay makes the weights'
+        # (1, 2.5) and the biases' (-1.5, -1); the ratio is 0.001 * 5 / |(1, 2.5)|
+        ((3.0, 4.0), (-2.0, -3.0), 2.0, 0.5, (3 - 0.01 / 7.25**0.5, 4 - 0.025 / 7.25**0.5, 1, -1)),
+        ((0.0, 0.0), (0.0, 0.0), 1.0, 0.0, (0.5, -0.5, 0.5, -0.5)),  # no norm: the plain step
+    ],
+)
+def test_lars_step_by_hand(weight, bias, lr, decay, expected):
+    grid = grid_of([HeadSpec("a", "linear", lr, decay)], "lars", {"a": 1}, 2)
     linear = grid.heads[0].linear
-    linear.load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
+    linear.load_state_dict({"weight": torch.tensor(weight)[:, None], "bias": torch.tensor(bias)})
     grid.step({"a": torch.ones(1, 1)}, torch.tensor([0]), 1.0)
-    return linear.weight.detach(), linear.bias.detach()
-
-
-def test_lars_step_by_hand():
-    weight, bias = single([[3.0], [4.0]], [-2.0, -3.0], lr=2.0, wd=0.5)
-    # both logits are 1, so the gradients of weights and biases are -0.5 and 0.5; weight decay
-    # makes the weights' (1, 2.5) and the biases' (-1.5, -1); the ratio is 0.001 * 5 / |(1, 2.5)|
-    ratio = 0.005 / 7.25**0.5
-    torch.testing.assert_close(weight, torch.tensor([[3 - 2 * ratio], [4 - 5 * ratio]]))
-    torch.testing.assert_close(bias, torch.tensor([1.0, -1.0]))
-
-
-def test_lars_takes_the_plain_step_from_weights_of_zero():
-    weight, _ = single([[0.0], [0.0]], [0.0, 0.0], lr=1.0, wd=0.0)
-    torch.testing.assert_close(weight, torch.tensor([[0.5], [-0.5]]))
+    assert torch.cat([linear.weight.flatten(), linear.bias]).tolist() == pytest.approx(expected)
 
 
 def test_first_weights_are_those_of_torchs_linear_layer_and_of_the_seed():
     spec, other = HeadSpec("x", "linear", 0.1, 0.0), HeadSpec("y", "bn", 1.0, 0.0)
+    made = [([spec], 1), ([other, spec], 1), ([spec], 2)]
     widths = {"x": 4096, "y": 8}
-    heads = [
-        grid_of(specs, widths=widths, classes=100, seed=seed).heads[-1].linear
-        for specs, seed in (([spec], 1), ([other, spec], 1), ([spec], 2))
-    ]
-    torch.manual_seed(0)
-    usual = nn.Linear(4096, 100)
-    for mine, theirs in ((heads[0].weight, usual.weight), (heads[0].bias, usual.bias)):
-        assert float(mine.detach().abs().max()) == pytest.approx(1 / 64, rel=0.03)
-        assert float((mine.std() / theirs.std()).detach()) == pytest.approx(1, abs=0.15)
-    assert heads[0].weight.equal(heads[1].weight), "of no other head"
-    assert not heads[0].weight.equal(heads[2].weight)
-
-
-def test_a_head_that_diverged_has_no_right_answers_and_spoils_no_other():
-    specs = [HeadSpec("last", "linear", lr, 0.0) for lr in (0.1, 3e38)]
-    both, one = grid_of(specs), grid_of(specs[:1])
-    for features, labels in batches(6):
-        both.step(features, labels, 1.0)
-        one.step(features, labels, 1.0)
-    assert both.output(1, features).isnan().any()
-    assert_same_head(both.heads[0], one.heads[0])
+    first, again, others = (grid_of(*m[:1], widths=widths, seed=m[1]).heads[-1] for m in made)
+    for parameter in first.linear.parameters():  # uniform within 1 / sqrt(4096)
+        assert float(parameter.detach().abs().max()) <= 1 / 64
+    assert float(first.linear.weight.detach().std()) == pytest.approx(1 / 64 / 3**0.5, rel=0.02)
+    assert first.linear.weight.equal(again.linear.weight)
+    assert not first.linear.weight.equal(others.linear.weight)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_a_step_waits_for_no_device(optimizer):
+def test_a_step_waits_for_no_device_and_a_head_that_diverged_spoils_no_other(optimizer):
     """Nothing is read back: on a GPU each such read would wait for all work before it."""
-    grid, seen = grid_of(specs_of(), optimizer), []
+    specs, seen = [HeadSpec("last", "bn", lr, 0.0) for lr in (0.1, 3e38)], set()
+    both, one = grid_of(specs, optimizer), grid_of(specs[:1], optimizer)
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.append(function.name())
+            seen.add(function.name())
             return function(*args, **kwargs or {})
 
     with Reads():
-        for features, labels in batches(2):
-            grid.step(features, labels, 1.0)
+        losses = [both.step(*batch) for batch in batches()]
     assert "aten::native_batch_norm" in seen
-    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"} & {*seen}
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"} & seen
+    expected = [one.step(*batch) for batch in batches()]
+    assert [found[0].item() for found in losses] == pytest.approx([e.item() for e in expected])
+    assert losses[-1][1].isnan()

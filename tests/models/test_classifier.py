@@ -1,7 +1,6 @@
 """Heads, and classifiers as folders."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,56 +20,41 @@ NANO = "vit_nano8_64_ijepa"
 NAMES = ["cube", "sphere", "cylinder"]
 
 
-def make_classifier(kind: str, encoder=None) -> Classifier:
+def make_classifier(kind="linear", **kwargs):
     """A classifier with random weights, in evaluation mode."""
-    torch.manual_seed(0)
-    encoder = encoder or ijepa_zoo.create_model(NANO)
+    encoder = ijepa_zoo.create_model(**{"name": NANO, **kwargs})
     width = encoder.embed_dim
     head, layers = {
         "linear": (LinearHead(4 * width, 3, batch_norm=True), "last4"),
         "attentive": (AttentiveHead(width, 3, num_heads=4), "last"),
         "dense": (DenseHead(width, 3, batch_norm=True), [2]),
+        "depth": (DenseHead(width, 8, depth_range=(0.1, 10.0), upsample=2), "last"),
     }[kind]
-    if kind != "attentive":
-        head.norm.running_mean.normal_()
-    return Classifier(encoder, head, layers, class_names=NAMES).eval()
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    return Classifier(encoder, head, layers, class_names=None if kind == "depth" else NAMES).eval()
 
 
 @pytest.mark.parametrize("with_encoder", [False, True])
-@pytest.mark.parametrize("kind", ["linear", "attentive", "dense"])
-def test_a_saved_classifier_gives_the_same_outputs(kind, with_encoder, images, tmp_path: Path):
-    classifier = make_classifier(kind)
+@pytest.mark.parametrize("kind", ["linear", "attentive", "dense", "depth"])
+@torch.no_grad()
+def test_a_saved_classifier_gives_the_same_outputs(kind, with_encoder, tmp_path):
+    classifier, images = make_classifier(kind, img_size=96), torch.randn(2, 3, 96, 96)
     folder = save_classifier(
         tmp_path / "probe", classifier, encoder=NANO, with_encoder=with_encoder, top1=61.5
     )
     opened = ijepa_zoo.create_model(f"local-dir:{folder}").eval()
-    with torch.no_grad():
-        expected, got = classifier(images), opened(images)
-    assert expected.shape == ((2, 3, 64, 64) if kind == "dense" else (2, 3))
-    assert torch.equal(got, expected)
-    assert opened.class_names == NAMES
+    expected = classifier(images)
+    shapes = {"dense": (2, 3, 96, 96), "depth": (2, 1, 96, 96)}
+    assert expected.shape == shapes.get(kind, (2, 3))
+    assert torch.equal(opened(images), expected)
+    if kind == "depth":
+        assert ((expected > 0.1) & (expected < 10)).all()
+    assert opened.class_names == classifier.class_names
     assert json.loads((folder / "config.json").read_text())["top1"] == 61.5
-    assert ijepa_zoo.create_transform(opened) is not None
 
 
-def test_an_encoder_of_another_size_is_opened_at_that_size(tmp_path: Path):
-    classifier = make_classifier("linear", ijepa_zoo.create_model(NANO, img_size=96))
-    save_classifier(tmp_path / "probe", classifier, encoder=NANO)
-    opened = ijepa_zoo.create_model(f"local-dir:{tmp_path / 'probe'}")
-    assert opened.patch_embed.img_size == (96, 96)
-
-
-def test_an_encoder_of_other_weights_is_refused(tmp_path: Path):
-    encoder = ijepa_zoo.create_model(NANO)
-    ijepa_zoo.export(encoder, tmp_path / "encoder")
-    source = f"local-dir:{tmp_path / 'encoder'}"
-    classifier = make_classifier("linear", ijepa_zoo.create_model(source))
-    save_classifier(tmp_path / "probe", classifier, encoder=source)
+def test_an_encoder_of_other_weights_is_refused(tmp_path):
+    source = f"local-dir:{ijepa_zoo.export(ijepa_zoo.create_model(NANO), tmp_path / 'encoder')}"
+    save_classifier(tmp_path / "probe", make_classifier(name=source), encoder=source)
     weights = load_file(tmp_path / "encoder" / "model.safetensors")
     weights["norm.bias"] += 1e-3
     save_file(weights, tmp_path / "encoder" / "model.safetensors")
@@ -78,8 +62,8 @@ def test_an_encoder_of_other_weights_is_refused(tmp_path: Path):
         ijepa_zoo.create_model(f"local-dir:{tmp_path / 'probe'}")
 
 
-def test_folders_that_cannot_be_written_or_opened(tmp_path: Path):
-    classifier = make_classifier("linear")
+def test_folders_that_cannot_be_written_or_opened(tmp_path):
+    classifier = make_classifier()
     with pytest.raises(SettingsError, match="with_encoder"):
         save_classifier(tmp_path / "probe", classifier)
     folder = save_classifier(tmp_path / "probe", classifier, encoder=NANO)
@@ -89,10 +73,13 @@ def test_folders_that_cannot_be_written_or_opened(tmp_path: Path):
     (folder / "head.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"head\.safetensors"):
         ijepa_zoo.create_model(f"local-dir:{folder}")
+    with pytest.raises(SettingsError, match="img_size"):
+        ijepa_zoo.create_model(f"local-dir:{folder}", img_size=96)
 
 
-def test_a_head_must_fit():
-    with pytest.raises(SettingsError, match="7"):
-        Classifier(ijepa_zoo.create_model(NANO), LinearHead(7, 3))
-    with pytest.raises(SettingsError, match="class_names"):
-        Classifier(ijepa_zoo.create_model(NANO), LinearHead(128, 3), class_names=["one"])
+@pytest.mark.parametrize(
+    ("head", "names", "named"), [((7, 3), None, "7"), ((128, 3), ["one"], "class_names")]
+)
+def test_a_head_must_fit(head, names, named):
+    with pytest.raises(SettingsError, match=named):
+        Classifier(ijepa_zoo.create_model(NANO), LinearHead(*head), class_names=names)

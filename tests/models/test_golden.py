@@ -14,17 +14,12 @@ TOLERANCE = 1e-6
 
 @pytest.fixture(scope="module")
 def recorded(golden):
-    return json.loads((golden / "step.json").read_text()), load_file(golden / "step.safetensors")
-
-
-@pytest.fixture(scope="module")
-def ijepa(recorded):
-    return recorded_ijepa(recorded[0]["config"])
-
-
-@pytest.fixture(scope="module")
-def images(recorded):
-    return recorded_images(recorded[0]["config"])
+    """Numbers, arrays, networks and images."""
+    step, arrays = (
+        json.loads((golden / "step.json").read_text()),
+        load_file(golden / "step.safetensors"),
+    )
+    return step, arrays, recorded_ijepa(step["config"]), recorded_images(step["config"])
 
 
 def check(ours, recorded):
@@ -33,8 +28,8 @@ def check(ours, recorded):
 
 
 @torch.no_grad()
-def test_every_output(recorded, ijepa, images):
-    arrays = recorded[1]
+def test_every_output(recorded):
+    _, arrays, ijepa, images = recorded
     context, targets = arrays["context_indices"], arrays["target_indices"]
     check(ijepa.encoder.pos_embed, arrays["encoder_pos_embed"])
     check(ijepa.predictor.predictor_pos_embed, arrays["predictor_pos_embed"])
@@ -47,9 +42,8 @@ def test_every_output(recorded, ijepa, images):
         check(ours, theirs)
 
 
-def test_loss_and_the_norm_of_every_gradient(recorded, ijepa, images):
-    step, arrays = recorded
-    ijepa.zero_grad()
+def test_loss_and_the_norm_of_every_gradient(recorded):
+    step, arrays, ijepa, images = recorded
     loss = ijepa(images, arrays["context_indices"], arrays["target_indices"])
     loss.backward()
     assert loss.item() == pytest.approx(step["loss"], rel=TOLERANCE)

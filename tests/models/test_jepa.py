@@ -1,146 +1,201 @@
-"""The objective: targets, loss, gradients and the update of the target encoder."""
+"""The objective, and the predictor's own blocks against timm's plain blocks."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import nn
 from torch.testing import assert_close
 
 import ijepa_zoo
 from ijepa_zoo.errors import SettingsError
+from ijepa_zoo.models.predictor import Predictor
 from ijepa_zoo.seeds import standard_normal
 
 CONTEXT = torch.tensor([[0, 1, 4, 5, 8], [2, 3, 6, 7, 11]])
 TARGETS = torch.tensor([[[10, 11], [14, 15], [2, 3]], [[0, 1], [4, 5], [12, 13]]])
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def stir(module, deviation=0.2):
+    """Make a network nonlinear, which std 0.02 hardly is."""
+    for parameter in module.parameters():
+        parameter.add_(torch.randn_like(parameter) * deviation)
+    return module
 
 
 @pytest.fixture
 def make(tiny, tiny_predictor):
-    def create(stir=0.2, **kwargs):
+    def create(deviation=0.2, **kwargs):
         size = {**tiny, **tiny_predictor, **kwargs}
         ijepa = ijepa_zoo.create_ijepa("vit_tiny16_ijepa", pretrained=False, **size)
-        with torch.no_grad():  # std 0.02 makes a nearly linear network
-            for parameter in ijepa.parameters():
-                parameter.add_(torch.randn_like(parameter) * stir)
-        return ijepa
+        return stir(ijepa, deviation)
 
     return create
 
 
-@pytest.fixture
-def images():
-    return torch.randn(2, 3, 64, 64)
+def make_predictor(depth, context="repeated"):
+    torch.manual_seed(depth)
+    return stir(Predictor((4, 4), 48, 24, depth, 3, context=context))
 
 
-def test_targets_are_normalized_tokens_of_the_whole_image(make, images):
-    ijepa = make()
-    tokens = ijepa.target_encoder.forward_features(images)
-    centered = tokens - tokens.mean(-1, keepdim=True)
-    normalized = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    expected = torch.stack([normalized[image][TARGETS[image]] for image in range(2)])
-    assert_close(ijepa.target_tokens(images, TARGETS), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_targets_of_several_layers_are_their_mean(make, images):
-    ijepa = make(target_layers=2)
-    layers = ijepa.target_encoder.forward_intermediates(
-        images, norm=True, output_fmt="NLC", intermediates_only=True
+@pytest.mark.parametrize("layers", [1, 2])
+def test_targets_are_the_mean_of_normalized_layers_of_the_whole_image(make, layers):
+    ijepa = make(target_layers=layers)
+    outputs = ijepa.target_encoder.forward_intermediates(
+        IMAGES, norm=True, output_fmt="NLC", intermediates_only=True
     )
-    tokens = torch.stack([F.layer_norm(layer, layer.shape[-1:]) for layer in layers]).mean(0)
-    expected = torch.stack([tokens[image][TARGETS[image]] for image in range(2)])
-    assert_close(ijepa.target_tokens(images, TARGETS), expected)
-
-
-@torch.no_grad()
-def test_noise_of_positions_is_a_function_of_its_seed(make, images):
-    ijepa = make(position_noise=0.25)
-    ijepa.noise_seed = 5
-    tokens, truth = ijepa.encoder.encode(images, CONTEXT), ijepa.target_tokens(images, TARGETS)
-    noise = 0.25 * standard_normal((16, 48), 5, images.device)
-    predicted = ijepa.predictor(tokens, CONTEXT, TARGETS, noise)
-    assert_close(ijepa(images, CONTEXT, TARGETS), F.smooth_l1_loss(predicted, truth))
+    tokens = torch.stack(outputs[-layers:])
+    centered = tokens - tokens.mean(-1, keepdim=True)
+    mean = (centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()).mean(0)
+    expected = torch.stack([mean[image][TARGETS[image]] for image in range(2)])
+    assert_close(ijepa.target_tokens(IMAGES, TARGETS), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["smooth_l1", "l2"])
-def test_loss(make, images, loss):
+def test_loss_and_gradients(make, loss):
     ijepa = make(loss=loss)
-    error = (ijepa.predict(images, CONTEXT, TARGETS) - ijepa.target_tokens(images, TARGETS)).abs()
+    error = (ijepa.predict(IMAGES, CONTEXT, TARGETS) - ijepa.target_tokens(IMAGES, TARGETS)).abs()
     assert error.min() < 1 < error.max()
     smooth = torch.where(error < 1, 0.5 * error.square(), error - 0.5)
-    expected = (smooth if loss == "smooth_l1" else error.square()).mean()
-    assert_close(ijepa(images, CONTEXT, TARGETS), expected)
-
-
-def test_gradient_reaches_every_parameter_but_those_of_the_target_encoder(make, images):
-    ijepa = make()
-    ijepa(images, CONTEXT, TARGETS).backward()
+    found = ijepa(IMAGES, CONTEXT, TARGETS)
+    assert_close(found, (smooth if loss == "smooth_l1" else error.square()).mean())
+    if loss == "smooth_l1":
+        by_default = ijepa_zoo.IJepa(ijepa.encoder, ijepa.predictor, ijepa.target_encoder)
+        assert torch.equal(by_default(IMAGES, CONTEXT, TARGETS), found)
+    found.backward()
     for name, parameter in ijepa.named_parameters():
         if name.startswith("target_encoder."):
             assert not parameter.requires_grad, name
-            assert parameter.grad is None, name
         else:
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_target_encoder_starts_as_a_copy_and_stays_in_evaluation_mode(make, images):
-    ijepa = make(stir=0, drop_path_rate=0.5).train()
+def test_regularizer_of_the_context_tokens_and_noise_of_positions_are_added(make):
+    class Regularizer(nn.Module):
+        def forward(self, tokens):
+            return 2 * tokens.square().mean()
+
+    ijepa = make(regularizer=Regularizer(), position_noise=0.25)
+    ijepa.noise_seed = 5
+    tokens, truth = ijepa.encoder.encode(IMAGES, CONTEXT), ijepa.target_tokens(IMAGES, TARGETS)
+    noise = 0.25 * standard_normal((16, 48), 5, IMAGES.device)
+    plain = F.smooth_l1_loss(ijepa.predictor(tokens, CONTEXT, TARGETS, noise), truth)
+    loss = ijepa(IMAGES, CONTEXT, TARGETS)
+    assert_close(loss, plain + 2 * tokens.square().mean())
+    bias = ijepa.encoder.norm.bias
+    assert not torch.equal(*(torch.autograd.grad(value, bias)[0] for value in (loss, plain)))
+
+
+def test_target_encoder_starts_as_a_copy_and_stays_in_evaluation_mode(make):
+    ijepa = make(deviation=0, drop_path_rate=0.5).train()
     assert ijepa.encoder.training
     assert not any(module.training for module in ijepa.target_encoder.modules())
-    tokens = ijepa.target_tokens(images, TARGETS)
-    assert torch.equal(ijepa.target_tokens(images, TARGETS), tokens)
-    target = dict(ijepa.target_encoder.state_dict())
-    assert_close(target, dict(ijepa.encoder.state_dict()), rtol=0, atol=0)
-    with torch.no_grad():
-        ijepa.encoder.norm.bias.fill_(3.0)
-    assert (ijepa.target_encoder.norm.bias == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"loss": "l1"}, "'l1'"), ({"target_layers": 3}, "3"), ({"position_noise": -1.0}, "-1")],
-)
-def test_impossible_options_are_refused(make, options, named):
-    with pytest.raises(SettingsError, match=named):
-        make(**options)
+    for name, parameter in ijepa.encoder.named_parameters():
+        target = ijepa.target_encoder.get_parameter(name)
+        assert torch.equal(target, parameter)
+        assert target.data_ptr() != parameter.data_ptr()
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.996, 1.0])
 def test_update_of_the_target_encoder(make, momentum):
     ijepa = make()
-    old = {name: p.clone() for name, p in ijepa.target_encoder.named_parameters()}
-    encoder = {name: p.clone() for name, p in ijepa.encoder.named_parameters()}
-    positions = ijepa.target_encoder.pos_embed.clone()
+    old = {name: tensor.clone() for name, tensor in ijepa.state_dict().items()}
     ijepa.update_target(momentum)
-    for name, parameter in ijepa.target_encoder.named_parameters():
-        expected = momentum * old[name].double() + (1 - momentum) * encoder[name].double()
-        assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(ijepa.target_encoder.pos_embed, positions)
-    assert_close(dict(ijepa.encoder.named_parameters()), encoder, rtol=0, atol=0)
+    for name, parameter in ijepa.state_dict().items():
+        expected = old[name]
+        if name.startswith("target_encoder."):
+            own = old[name.removeprefix("target_")]
+            expected = momentum * expected + (1 - momentum) * own
+        assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(SettingsError, match=r"momentum.*1\.1"):
+        ijepa.update_target(1.1)
 
 
-def test_regularizer_of_the_context_tokens_is_added(make, images):
-    class Regularizer(nn.Module):
-        def forward(self, tokens):
-            return 2 * tokens.square().mean()
-
-    ijepa = make(regularizer=Regularizer())
-    loss = ijepa(images, CONTEXT, TARGETS)
-    tokens = ijepa.encoder.encode(images, CONTEXT)
-    ijepa.regularizer = None
-    plain = ijepa(images, CONTEXT, TARGETS)
-    assert_close(loss, plain + 2 * tokens.square().mean())
-    bias = ijepa.encoder.norm.bias
-    gradients = [torch.autograd.grad(value, bias)[0] for value in (loss, plain)]
-    assert not torch.allclose(*gradients)
-
-
-def test_several_masks_of_an_image_equal_several_copies_of_it(make, images):
+def test_several_masks_of_an_image_equal_several_copies_of_it(make):
     ijepa = make()
     other = torch.tensor([[1, 2, 3, 9, 12], [0, 4, 8, 12, 13]]), TARGETS.flip(0)
     context = torch.stack([CONTEXT, other[0]], dim=1).flatten(0, 1)  # rows of an image are adjacent
     targets = torch.stack([TARGETS, other[1]], dim=1).flatten(0, 1)
-    copies = (ijepa(images, CONTEXT, TARGETS) + ijepa(images, *other)) / 2
-    assert_close(ijepa(images, context, targets), copies)
-    predicted = ijepa.predict(images, context, targets)
-    assert_close(predicted[0::2], ijepa.predict(images, CONTEXT, TARGETS))
-    assert_close(predicted[1::2], ijepa.predict(images, *other))
+    copies = (ijepa(IMAGES, CONTEXT, TARGETS) + ijepa(IMAGES, *other)) / 2
+    assert_close(ijepa(IMAGES, context, targets), copies)
+
+
+def one_sequence_per_target_block(predictor, tokens, context, targets):
+    positions, mask = predictor.predictor_pos_embed[0], None
+    if predictor.context == "shared":
+        mask = torch.ones(1, 1, 7, 7, dtype=torch.bool)
+        mask[..., :5, 5:] = False  # the context does not attend to mask tokens
+    visible, predicted = predictor.predictor_embed(tokens) + positions[context], []
+    for hidden in (predictor.mask_token + positions[targets]).unbind(1):
+        x = torch.cat([visible, hidden], dim=1)
+        for block in predictor.predictor_blocks:
+            x = block(x, attn_mask=mask)
+        predicted.append(x[:, 5:])
+    return predictor.predictor_proj(predictor.predictor_norm(torch.stack(predicted, dim=1)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("context", ["repeated", "shared"])
+def test_predictions_and_gradients_equal_those_of_plain_blocks(context, depth, fused):
+    ours, theirs, tokens = (
+        make_predictor(depth, context),
+        make_predictor(depth, context),
+        TOKENS.clone().requires_grad_(),
+    )
+    theirs.predictor_blocks = nn.ModuleList(Block(24, 3, qkv_bias=True) for _ in range(depth))
+    theirs.load_state_dict(ours.state_dict())
+    for block in ours.predictor_blocks:
+        block.attn.fused_attn = fused
+    predicted = ours(tokens, CONTEXT, TARGETS)
+    expected = one_sequence_per_target_block(theirs, tokens, CONTEXT, TARGETS)
+    assert expected.abs().mean() > 0.1
+    assert_close(predicted, expected, rtol=1e-4, atol=1e-5)
+    weights = torch.arange(predicted.numel()).view_as(predicted).sin()
+    found = torch.autograd.grad((predicted * weights).sum(), [tokens, *ours.parameters()])
+    wanted = torch.autograd.grad((expected * weights).sum(), [tokens, *theirs.parameters()])
+    assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_repeated_positions_accumulate_in_float32():
+    predictor, tokens = make_predictor(2), torch.randn(64, 5, 48)
+    context, targets = CONTEXT[:1].expand(64, -1), TARGETS[:1].expand(64, -1, -1)
+    weight = predictor.predictor_blocks[0].attn.qkv.weight
+    gradients = []
+    for is_half in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_half):
+            loss = predictor(tokens, context, targets).float().square().mean()
+        gradients += torch.autograd.grad(loss, weight)
+    assert F.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0) > 0.999
+
+
+@torch.no_grad()
+def test_noise_is_embedded_and_moves_the_position_of_targets():
+    predictor, noise = make_predictor(1), torch.zeros(16, 48)
+    predictor.predictor_embed.bias.zero_()
+    plain, noise[10] = predictor(TOKENS, CONTEXT, TARGETS), torch.randn(48)
+    found = predictor(TOKENS, CONTEXT, TARGETS, noise)
+    predictor.predictor_pos_embed[0, 10] += predictor.predictor_embed(noise[10])
+    assert_close(found, predictor(TOKENS, CONTEXT, TARGETS))
+    assert not torch.allclose(found[0, 0], plain[0, 0])
+    assert torch.equal(found[0, 1:], plain[0, 1:])  # position 10 is in the first block alone
+
+
+@pytest.mark.parametrize(
+    ("context", "targets", "error"),
+    [
+        (CONTEXT - 16, TARGETS, (IndexError, RuntimeError)),
+        (CONTEXT + 16, TARGETS, (IndexError, RuntimeError)),
+        (CONTEXT, TARGETS - 16, (IndexError, RuntimeError)),
+        (CONTEXT[:, :4], TARGETS, SettingsError),
+        (CONTEXT, TARGETS[0], SettingsError),
+        (CONTEXT, TARGETS[:1], SettingsError),
+    ],
+    ids=str,
+)
+def test_indices_outside_the_grid_or_of_other_shapes_are_refused(context, targets, error):
+    with pytest.raises(error):
+        make_predictor(1)(TOKENS, context, targets)
