@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from timm.layers import set_fused_attn
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -24,7 +25,8 @@ def run(monkeypatch, capsys):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 
-    return script
+    yield script
+    set_fused_attn(True)  # attention_maps.py turns it off for the process
 
 
 def losses(out: str) -> list[float]:
