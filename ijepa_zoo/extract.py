@@ -128,7 +128,11 @@ def extract_features(
         raise SettingsError("batch_size and threads must be at least 1, workers at least 0")
     features = {"layers": layers, "pool": pool, "dtype": dtype}
     return run_extraction(
-        *(inputs, model, features, _outputs(Path(out), format, dtype, pool), _write_rows),
+        inputs,
+        model,
+        features,
+        _outputs(Path(out), format, dtype, pool),
+        _write_rows,
         batch_size=batch_size,
         device=device,
         workers=workers,
@@ -184,7 +188,11 @@ def run_extraction(
             "paths": hash_texts(images.name(index) for index in range(len(images))),
         }
         already_done = extract_batches(
-            *(images, ImageBatches(images, model, batch_size, strict), encoder, outputs, settings),
+            images,
+            ImageBatches(images, model, batch_size, strict),
+            encoder,
+            outputs,
+            settings,
             distributed,
             write=write,
             workers=workers,

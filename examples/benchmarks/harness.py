@@ -24,7 +24,14 @@ from torch.utils import benchmark
 OURS = "ijepa_zoo"
 H100_BF16_PEAK = 989e12  # dense FLOP/s from the data sheet; the H200 has the same chip
 PACKAGES = (
-    *("torch", "torchvision", "torchao", "timm", "transformers", "torchcodec", "pillow", "triton"),
+    "torch",
+    "torchvision",
+    "torchao",
+    "timm",
+    "transformers",
+    "torchcodec",
+    "pillow",
+    "triton",
 )
 
 

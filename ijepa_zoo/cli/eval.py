@@ -60,9 +60,9 @@ _PROBES = {  # help, layout of the data, options of an example
 }  # fmt: skip
 _HEADS = ("linear", "count", "depth", "attentive")
 _OF_TRAINING = (
-    *("model", "test", "checkpoint", "network", "img_size", "random", "baseline", "cached"),
-    *("select_on_test", "with_encoder", "epochs", "batch_size", "lrs", "wds", "pool"),
-)
+    "model", "test", "checkpoint", "network", "img_size", "random", "baseline", "cached",
+    "select_on_test", "with_encoder", "epochs", "batch_size", "lrs", "wds", "pool",
+)  # fmt: skip
 # Every other option is an argument of the probe's function, with the same name.
 _OWN = {"run", "probe", "interrupted", "debug", "quiet"}
 

@@ -84,9 +84,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _arguments(args: argparse.Namespace, *more: str) -> dict[str, Any]:
     """Options that are arguments of `extract_features` and `predict`, with the same names."""
     names = (
-        *("batch_size", "device", "workers", "threads", "precision", "strict", "value_range"),
-        *("bands", "max_pixels", "overwrite"),
-    )
+        "batch_size", "device", "workers", "threads", "precision", "strict", "value_range",
+        "bands", "max_pixels", "overwrite",
+    )  # fmt: skip
     return {"progress": True, **{name: getattr(args, name) for name in (*names, *more)}}
 
 

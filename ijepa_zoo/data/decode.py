@@ -27,9 +27,9 @@ Raw = bytes | Image.Image | npt.NDArray[Any] | torch.Tensor
 
 # Formats of photos. Pillow reads more, some by starting other programs (EPS).
 _FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000"),
-    *("MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
-)
+    "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000",
+    "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
 _ROWS = 256  # of an image that are scaled at a time
 _ORIENTATION = 0x0112  # EXIF tag
 _log = logging.getLogger(__name__)

@@ -37,10 +37,10 @@ from .transforms import pixel_size
 
 NYU_FILE, NYU_SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
 VOC_CLASSES = (
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair"),
-    *("cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
-    *("train", "tvmonitor"),
-)
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
 
 _UNPACKED_FOLDERS = ("ADEChallengeData2016", "VOCdevkit", "VOC2012")  # of the official archives
 _TEST_SHARE = 0.2

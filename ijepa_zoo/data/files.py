@@ -16,12 +16,12 @@ from ..errors import DataError
 
 IMAGE_SUFFIXES = frozenset(
     (
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib"),
-        *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".ico", ".tga", ".qoi"),
-        *(".avif", ".heic", ".heif"),  # decoded where the installed Pillow can
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".dib",
+        ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".ico", ".tga", ".qoi",
+        ".avif", ".heic", ".heif",  # decoded where the installed Pillow can
         ".npy",
     )
-)
+)  # fmt: skip
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")

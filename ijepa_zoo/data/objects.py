@@ -96,7 +96,8 @@ def _labels_of(data: Any, name: str) -> Labels | None:
         if attribute in ("targets", "labels"):
             _log.warning(
                 "%s.%s is ignored: it has neither one integer per image nor 0 or 1 per class",
-                *(name, attribute),
+                name,
+                attribute,
             )
     for attribute, position in _PAIRS.items():
         pairs = getattr(data, attribute, None)

@@ -188,7 +188,11 @@ def _evaluate(
                 choice, trained = train_and_choose(probe, source, loader, grid, folder, measure)
             layers = cast("Layers", grid.specs[choice.index].representation)
             classifier = Classifier(
-                *(source.model.model, grid.heads[choice.index], layers, None, names),
+                source.model.model,
+                grid.heads[choice.index],
+                layers,
+                None,
+                names,
                 transform=vars(_WHOLE),
             )
             save_head(
@@ -197,8 +201,13 @@ def _evaluate(
             notes = [CACHED_AS_IS] if config.cached else []
             notes += epochs_note(protocol.epochs, usual.epochs)
             return make_result(
-                *(probe, source, task.method, asdict(protocol) | task.settings, grid.names),
-                *(choice, loader.broken),
+                probe,
+                source,
+                task.method,
+                asdict(protocol) | task.settings,
+                grid.names,
+                choice,
+                loader.broken,
                 notes=notes,
                 **trained,
             )

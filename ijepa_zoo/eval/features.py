@@ -184,7 +184,12 @@ def cached_features(
     folder = Path(probe.config.out) / "cache" / hash_texts([json.dumps(settings, sort_keys=True)])
     outputs = Outputs.beside(folder / "rows.npy", "rows", "npy")
     extract_batches(
-        *(part.images, _Pixels(batches, mirrored), source, outputs, settings, probe.distributed),
+        part.images,
+        _Pixels(batches, mirrored),
+        source,
+        outputs,
+        settings,
+        probe.distributed,
         workers=probe.config.workers,
         is_cache=True,
         progress=probe.config.progress,
@@ -225,7 +230,11 @@ class OnlineLoader:
     def _batches(self, rows: Targets, world: int) -> TrainBatches:
         protocol, rank = self.probe.protocol, self.probe.distributed.rank if world > 1 else 0
         return TrainBatches(
-            *(self.probe.train, rows, protocol.transform, self.source.size, protocol.batch_size),
+            self.probe.train,
+            rows,
+            protocol.transform,
+            self.source.size,
+            protocol.batch_size,
             seed=self.probe.config.seed,
             rank=rank,
             world=world,

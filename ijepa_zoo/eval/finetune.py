@@ -221,7 +221,11 @@ class FineTuning:
             torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
         )
         self.batches = TrainBatches(
-            *(probe.train, rows, self.transform, self.size, recipe.batch_size),
+            probe.train,
+            rows,
+            self.transform,
+            self.size,
+            recipe.batch_size,
             seed=probe.config.seed,
             rank=self.distributed.rank,
             world=self.distributed.world_size,
@@ -331,7 +335,12 @@ class FineTuning:
         paper, note = self._paper_accuracy()
         head = (["last epoch"], Choice(0, None, metrics))
         return make_result(
-            *(probe, self, method, self.protocol(), *head, self.broken),
+            probe,
+            self,
+            method,
+            self.protocol(),
+            *head,
+            self.broken,
             notes=[*notes, *note],
             paper=paper,
             selection="the last epoch",

@@ -110,7 +110,13 @@ def evaluate_heads(
             usual_protocol = usual or probe.task.protocol
             paper, notes = _paper_accuracy(probe, source, usual_protocol, config.cached)
             return make_result(
-                *(probe, source, method, used, grid.names, choice, loader.broken),
+                probe,
+                source,
+                method,
+                used,
+                grid.names,
+                choice,
+                loader.broken,
                 paper=paper,
                 notes=[*loader.notes, *notes],
                 **trained,

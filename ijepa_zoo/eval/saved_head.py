@@ -75,7 +75,11 @@ def save_probe_head(
     """Save the chosen head of a task of classes; `layers` are the head's representation."""
     network, read = source.model.model, cast("Layers", "last" if layers == "patches" else layers)
     classifier = Classifier(
-        *(network, head, read, source.settings["pool"], probe.train.class_names),
+        network,
+        head,
+        read,
+        source.settings["pool"],
+        probe.train.class_names,
         probe.train.multi_label,
         vars(probe.protocol.transform),
     )

@@ -28,7 +28,13 @@ CONFIG, HEAD, ENCODER = "config.json", "head.safetensors", "encoder"
 _TIMM = "timm:"
 _FLOOR = 0.1  # added to every depth bin
 _DAMAGE = (
-    *(LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError),
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    OSError,
+    SafetensorError,
 )
 
 
@@ -275,7 +281,11 @@ def load_classifier(folder: str | Path) -> Classifier:
         head = HEADS[config["head"]](**config["head_args"])
         head.load_state_dict(load_file(folder / HEAD))
         classifier = Classifier(
-            *(encoder, head, config["layers"], config["pool"], config["class_names"]),
+            encoder,
+            head,
+            config["layers"],
+            config["pool"],
+            config["class_names"],
             config.get("multi_label", False),
             {key: config["preprocessing"][key] for key in _TRANSFORM},
         )

@@ -23,12 +23,12 @@ from ..parts import whole_file
 from .config import LogConfig, PretrainConfig
 
 COLUMNS = (
-    *("epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)"),
-    *("step", "lr", "weight_decay", "momentum", "images_per_second", "mfu", "data_wait"),
-    *("grad_encoder", "grad_predictor", "regularizer"),
-    *("rankme", "spread", "cosine", "ema_distance", "position_variance", "image_variance"),
-    *("knn", "linear"),
-)
+    "epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)",
+    "step", "lr", "weight_decay", "momentum", "images_per_second", "mfu", "data_wait",
+    "grad_encoder", "grad_predictor", "regularizer",
+    "rankme", "spread", "cosine", "ema_distance", "position_variance", "image_variance",
+    "knn", "linear",
+)  # fmt: skip
 _CSV, _EVENTS = "log.csv", "events.jsonl"
 _OFFICIAL = {"context_tokens": "mask-A", "target_tokens": "mask-B"}
 _MEANS = ("loss", "regularizer", "context_tokens", "target_tokens")

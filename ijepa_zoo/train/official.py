@@ -39,10 +39,10 @@ _SAME = {  # theirs -> ours, with the same meaning
     "optimization.weight_decay": "optim.weight_decay",
 }
 _OTHERS = {
-    *("data.crop_size", "mask.patch_size", "meta.model_name", "meta.pred_depth"),
-    *("meta.pred_emb_dim", "meta.use_bfloat16"),
-    *("optimization.ema", "optimization.epochs", "optimization.warmup"),
-}
+    "data.crop_size", "mask.patch_size", "meta.model_name", "meta.pred_depth",
+    "meta.pred_emb_dim", "meta.use_bfloat16",
+    "optimization.ema", "optimization.epochs", "optimization.warmup",
+}  # fmt: skip
 _SUPPORTED = {  # the only supported value
     "data.use_color_distortion": False,
     "data.use_gaussian_blur": False,
@@ -52,9 +52,9 @@ _SUPPORTED = {  # the only supported value
     "meta.read_checkpoint": None,
 }
 _IGNORED = {  # --data and --out name the folders
-    *("data.color_jitter_strength", "data.image_folder", "data.pin_mem", "data.root_path"),
-    *("logging.folder", "logging.write_tag"),
-}
+    "data.color_jitter_strength", "data.image_folder", "data.pin_mem", "data.root_path",
+    "logging.folder", "logging.write_tag",
+}  # fmt: skip
 
 
 def is_official(values: Mapping[str, Any]) -> bool:

@@ -112,8 +112,12 @@ def fetch_hub(
     try:
         return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir))
     except (
-        *(errors.HfHubHTTPError, errors.HFValidationError, errors.EntryNotFoundError, transport),
-        *(OSError, RuntimeError),  # up to 1.32 it retries with a closed client
+        errors.HfHubHTTPError,
+        errors.HFValidationError,
+        errors.EntryNotFoundError,
+        transport,
+        OSError,
+        RuntimeError,  # up to 1.32 it retries with a closed client
     ) as error:
         raise FetchError(
             f"cannot fetch {filename!r} of the Hugging Face repository {repo_id!r}, revision "

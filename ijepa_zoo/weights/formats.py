@@ -26,9 +26,9 @@ UNLABELED = "unlabeled"  # key of a network when the file does not say which one
 _WRAPPED = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Keys under which training scripts save a state dict; the first one present is taken.
 _STATE_KEYS = (
-    *("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module"),
-    *("teacher", "net", "network", "weights"),
-)
+    "state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module",
+    "teacher", "net", "network", "weights",
+)  # fmt: skip
 
 # Layers of timm and of transformers, where one may be several; # is the number of a block.
 _LAYERS: dict[str, tuple[str, ...]] = {
@@ -54,9 +54,9 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _HEADS = ("head.weight", "head.bias", "classifier.weight", "classifier.bias")
 # Every network has one of these tensors; the text before it is the prefix of all its names.
 _ANCHORS = (
-    *("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight"),
+    "patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight",
     "predictor_embed.weight",
-)
+)  # fmt: skip
 
 
 def find_networks(content: Mapping[str, Any], origin: str) -> dict[str, State]:

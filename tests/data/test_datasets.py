@@ -195,8 +195,10 @@ class Stream(IterableDataset):
     [
         *((source, type(source).__name__) for source in (Stream(), 7, {"a": 1}, None)),
         (Photos(targets=[0, 1, 1], classes=["a", "a"]), "two classes"),
-        *((ARRAY[0, 0], r"\[6, 3\]"), (ARRAY[:0], r"\[0, 4, 6, 3\]")),
-        *((ARRAY.astype(complex), "complex128"), (ARRAY[..., :2], "2 channels")),
+        (ARRAY[0, 0], r"\[6, 3\]"),
+        (ARRAY[:0], r"\[0, 4, 6, 3\]"),
+        (ARRAY.astype(complex), "complex128"),
+        (ARRAY[..., :2], "2 channels"),
     ],
 )
 def test_other_objects_and_arrays_are_named(source, named):

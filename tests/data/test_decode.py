@@ -135,11 +135,9 @@ def test_pages_are_refused_with_their_number_or_chosen():
     assert first_row(content, bands=(4, 0, 2)) == [(50, 10, 30)] * 2
     assert Decoder(2, bands=(1, 3))(content).tolist() == [[[20, 20]], [[40, 40]]]
     for raw, bands, named in (
-        *(
-            (content, None, "5 pages"),
-            (content, (0, 1, 5), "5 .* 5"),
-            (uneven, (0, 0, 0), "2 pages"),
-        ),
+        (content, None, "5 pages"),
+        (content, (0, 1, 5), "5 .* 5"),
+        (uneven, (0, 0, 0), "2 pages"),
     ):
         with pytest.raises(ImageError, match=named):
             Decoder(bands=bands)(raw)
@@ -179,12 +177,19 @@ GOOD = encoded(Image.fromarray(noise(64, 64)))
 @pytest.mark.parametrize(
     ("in_chans", "raw", "named"),
     [
-        *((3, noise(4, 5, 4), "4 channels"), (12, noise(4, 5), "takes 12")),
-        *((12, GOOD, "12 channels"), (3, np.zeros((2, 4, 5, 3), np.uint8), "2, 4, 5, 3")),
-        *((3, np.zeros((0, 5, 3), np.uint8), "0, 5, 3"), (1, np.array([["a"]]), "<U1")),
-        *((1, np.array([[np.inf]]), "finite"), (3, b"", "empty"), (3, JPEG[:-100], "truncated")),
-        *((3, b"this is text", "^not an image"), (3, bytes(100), "^not an image")),
-        *((3, GOOD[:2000] + bytes(100) + GOOD[2100:], "broken"), (3, b"\x93NUMPY junk", "array")),
+        (3, noise(4, 5, 4), "4 channels"),
+        (12, noise(4, 5), "takes 12"),
+        (12, GOOD, "12 channels"),
+        (3, np.zeros((2, 4, 5, 3), np.uint8), "2, 4, 5, 3"),
+        (3, np.zeros((0, 5, 3), np.uint8), "0, 5, 3"),
+        (1, np.array([["a"]]), "<U1"),
+        (1, np.array([[np.inf]]), "finite"),
+        (3, b"", "empty"),
+        (3, JPEG[:-100], "truncated"),
+        (3, b"this is text", "^not an image"),
+        (3, bytes(100), "^not an image"),
+        (3, GOOD[:2000] + bytes(100) + GOOD[2100:], "broken"),
+        (3, b"\x93NUMPY junk", "array"),
         (3, png_bytes(100_000, 100_000, 8, 2, bytes(1_000_000)), "10,000,000,000"),
         (3, encoded(Image.new("L", (101, 100))), "10,100"),
     ],

@@ -113,8 +113,10 @@ def test_a_target_of_another_aspect_ratio_is_refused(tmp_path):
             (read, name, stored, (), name)
             for read in (read_depth, read_mask)
             for name, stored in (
-                *(("color.png", np.zeros((4, 4, 3), np.uint8)), ("flat.npy", np.zeros(4))),
-                *(("broken.png", b"\x89PNG nothing"), ("absent.png", None)),
+                ("color.png", np.zeros((4, 4, 3), np.uint8)),
+                ("flat.npy", np.zeros(4)),
+                ("broken.png", b"\x89PNG nothing"),
+                ("absent.png", None),
             )
         ),
     ],

@@ -25,8 +25,12 @@ def test_folder_is_sorted_by_path_bytes(tmp_path):
 def test_links(tmp_path):
     put(tmp_path, {"in/a/1.png": png(1), "in/a/b/2.png": png(2), "out/3.png": png(3)})
     for link, target in (
-        *(("a/b/up", "../.."), ("again", "a"), ("one", "../out"), ("two", "../out")),
-        *(("self.png", "self.png"), ("gone.png", "nowhere.png")),
+        ("a/b/up", "../.."),
+        ("again", "a"),
+        ("one", "../out"),
+        ("two", "../out"),
+        ("self.png", "self.png"),
+        ("gone.png", "nowhere.png"),
     ):
         (tmp_path / "in" / link).symlink_to(target)
     images = open_images(tmp_path / "in")
@@ -43,10 +47,13 @@ def test_damaged_shards_give_what_can_be_read_and_name_the_damage(tmp_path):
     header = data.index(b"2.png")
     zipped = shard(tmp_path / "z.tgz", {f"{i}.png": os.urandom(3000) for i in range(4)}, "w:gz")
     for name, content, readable in (
-        *(("between_members.tar", data[:header], 2), ("in_header.tar", data[: header + 100], 2)),
-        *(("in_data.tar", data[: header + 520], 2), ("text.tar", b"no tar at all", 0)),
+        ("between_members.tar", data[:header], 2),
+        ("in_header.tar", data[: header + 100], 2),
+        ("in_data.tar", data[: header + 520], 2),
+        ("text.tar", b"no tar at all", 0),
         ("broken.tar", data[:header] + b"x" * 200 + data[header + 200 :], 2),
-        *(("cut.tar.gz", zipped.read_bytes()[:8000], 2), ("empty.tar", b"", 0)),
+        ("cut.tar.gz", zipped.read_bytes()[:8000], 2),
+        ("empty.tar", b"", 0),
         ("zeros.tar", bytes(10240), 0),
     ):
         (tmp_path / name).write_bytes(content)

@@ -57,9 +57,12 @@ def test_objects_and_folders(tmp_path):
     assert len(open_images(f"{file}:image=image,label=label")) == 6
     file.write_bytes(b"PAR1 junk")
     for source, named in (
-        *((f"{tmp_path}/both:split=val", "val"), (f"hfds/{tmp_path}/absent", "absent")),
-        *((f"{tmp_path}/both:test", "test"), (f"{tmp_path}/both:image=label", "label")),
-        *((f"{tmp_path}/both:label=absent", "absent"), (both, "DatasetDict")),
+        (f"{tmp_path}/both:split=val", "val"),
+        (f"hfds/{tmp_path}/absent", "absent"),
+        (f"{tmp_path}/both:test", "test"),
+        (f"{tmp_path}/both:image=label", "label"),
+        (f"{tmp_path}/both:label=absent", "absent"),
+        (both, "DatasetDict"),
         (whole.to_iterable_dataset(), "IterableDataset"),
         (whole.select_columns(["label"]), "0 columns"),
         (tmp_path / "parquet", "parquet"),

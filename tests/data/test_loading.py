@@ -59,8 +59,10 @@ def test_cpus_are_shared_under_torchrun(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     assert usable_cpus() == 6
     for name, value, expected in (
-        *(("LOCAL_WORLD_SIZE", "7", 1), ("LOCAL_WORLD_SIZE", "2", 3)),
-        *(("SLURM_CPUS_PER_TASK", "6", 6), ("TORCHELASTIC_RUN_ID", "a", 3)),
+        ("LOCAL_WORLD_SIZE", "7", 1),
+        ("LOCAL_WORLD_SIZE", "2", 3),
+        ("SLURM_CPUS_PER_TASK", "6", 6),
+        ("TORCHELASTIC_RUN_ID", "a", 3),
     ):
         monkeypatch.setenv(name, value)
         assert usable_cpus() == expected

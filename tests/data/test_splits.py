@@ -33,8 +33,10 @@ def test_folders_of_splits(tmp_path, names):
     [
         (["train/cat/1.png", "val/cat/1.png", "test/cat/1.png"], ("train", "test")),
         (["train/cat/1.png", "val/cat/1.png", "test/1.png"], ("train", "val")),  # a hidden one
-        *((["train/cat/1.png"], ("train", None)), (["cat/1.png"], ("all", None))),
-        *((["1.png"], "no classes"), (["train/cat/1.png", "val/1.png"], "test split")),
+        (["train/cat/1.png"], ("train", None)),
+        (["cat/1.png"], ("all", None)),
+        (["1.png"], "no classes"),
+        (["train/cat/1.png", "val/1.png"], "test split"),
         (["train/n01/images/1.png", "val/images/2.png"], "images"),  # Tiny-ImageNet as unpacked
     ],
 )
@@ -97,7 +99,8 @@ def test_datasets_with_one_label_and_with_several():
     matrix = Photos(targets=np.eye(3, dtype=int))
     assert open_splits(matrix, matrix)[1].targets.tolist() == np.eye(3).tolist()
     for given, message in (
-        *(([noise(8, 8).reshape(2, 4, 8, 3)], "no classes"), ([Photos(targets=[-1] * 3)], "no cl")),
+        ([noise(8, 8).reshape(2, 4, 8, 3)], "no classes"),
+        ([Photos(targets=[-1] * 3)], "no cl"),
         ([matrix, Photos(targets=np.eye(3, 4, dtype=int))], r"\(3, 3\) and \(3, 4"),
         ([matrix, Photos(targets=[0, 1, 1])], r"\(3, 3\) and \(3"),
         ([matrix, train], r"\(3, 3\) and \(3, 2"),
