@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tv
 
 from ..data.datasets import Targets
@@ -225,3 +229,22 @@ def library_seeds(*keys: int) -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+def rand_augment(
+    name: str, size: tuple[int, int], mean: tuple[float, ...]
+) -> Callable[[Tensor], Tensor]:
+    """timm's augmentation for uint8 tensors; draws from `random` and NumPy."""
+    _, augment, _ = create_transform(
+        size, is_training=True, auto_augment=name, interpolation="bicubic", mean=mean, separate=True
+    )
+    for operation in augment.transforms[0].ops:
+        if operation.aug_fn is posterize:
+            operation.aug_fn = _posterize
+    return v2.Compose([v2.ToPILImage(), augment, v2.PILToTensor()])
+
+
+def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """timm's operation; it asks for 0 bits at the top, which newer versions of Pillow refuse."""
+    mask = 0xFF & ~((1 << 8 - bits) - 1)
+    return image.point(lambda value: value & mask)

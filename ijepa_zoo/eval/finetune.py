@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -20,9 +20,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import posterize
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
@@ -30,7 +27,6 @@ from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import v2 as transforms
 
 from ..data.transforms import transform_config
 from ..distributed import init_distributed
@@ -39,7 +35,7 @@ from ..errors import DataError, RunError, SettingsError, option
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
 from .accuracy import Choice, classification_loss, compute_metrics
-from .batches import EvalBatch, TrainBatches, library_seeds
+from .batches import EvalBatch, TrainBatches, library_seeds, rand_augment
 from .features import Source
 from .logreg import choose_rows
 from .models import EvalModel
@@ -379,25 +375,6 @@ class FineTuning:
     def _normalize(self, pixels: Tensor) -> Tensor:
         images = pixels.to(self.device, non_blocking=True).float().div_(255)
         return images.sub_(self.mean).div_(self.std)
-
-
-def rand_augment(
-    name: str, size: tuple[int, int], mean: tuple[float, ...]
-) -> Callable[[Tensor], Tensor]:
-    """timm's augmentation for uint8 tensors; draws from `random` and NumPy."""
-    _, augment, _ = create_transform(
-        size, is_training=True, auto_augment=name, interpolation="bicubic", mean=mean, separate=True
-    )
-    for operation in augment.transforms[0].ops:
-        if operation.aug_fn is posterize:
-            operation.aug_fn = _posterize
-    return transforms.Compose([transforms.ToPILImage(), augment, transforms.PILToTensor()])
-
-
-def _posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
-    """timm's operation; it asks for 0 bits at the top, which newer versions of Pillow refuse."""
-    mask = 0xFF & ~((1 << 8 - bits) - 1)
-    return image.point(lambda value: value & mask)
 
 
 def _add_head(model: Any, num_classes: int, seed: int) -> None:
