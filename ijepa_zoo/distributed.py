@@ -208,8 +208,9 @@ def choose_device(name: str = "auto", local_rank: int = 0, world_size: int = 1) 
         reason = str(error).partition("\n")[0]
         raise DistributedError(f"device {name!r} cannot be used here: {reason}") from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # Slurm may show each process its own GPU only.
-    index = device.index if device.index is not None else 0 if count == 1 else local_rank
+    index = device.index
+    if index is None:
+        index = 0 if count == 1 else local_rank  # Slurm may show each process its own GPU only
     if index >= count:
         raise DistributedError(
             f"device {name!r} of process {local_rank} needs GPU {index}, and torch "

@@ -11,6 +11,7 @@ import os
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -259,8 +260,9 @@ def _compute(
         progress_bar(show, total, title, "image", before) as bar,
     ):
         for part in missing:
-            found = [next(encoded) for _ in parts.batches(part)]
-            rows = torch.cat([features for features, _ in found]).to("cpu", encoder.dtype)
+            batches_of_part = islice(encoded, len(parts.batches(part)))
+            found = [(rows.to("cpu", encoder.dtype), errors) for rows, errors in batches_of_part]
+            rows = torch.cat([rows for rows, _ in found])
             if not rows.isfinite().all():
                 name = images.name(part * parts.images_each)
                 raise RunError(

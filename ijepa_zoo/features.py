@@ -136,6 +136,8 @@ class FeatureExtractor(nn.Module):
             return self._map(images)
         else:
             features = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+            if features.ndim == 4:  # of a network without pooling, global_pool=""
+                features = _mean(self._channels_first(features).flatten(2).transpose(1, 2))
         return features if self.pool is None else features.to(_wide(features))
 
     def _from_blocks(self, images: Tensor) -> Tensor:
@@ -164,7 +166,9 @@ class FeatureExtractor(nn.Module):
         return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, height, width)
 
     def _map(self, images: Tensor) -> Any:
-        maps = self.model.forward_features(images)
+        return self._channels_first(self.model.forward_features(images))
+
+    def _channels_first(self, maps: Any) -> Any:
         is_channels_last = str(getattr(self.model, "output_fmt", "NCHW")) == "NHWC"
         return maps.permute(0, 3, 1, 2) if is_channels_last else maps
 

@@ -195,8 +195,9 @@ def _is_finished(outputs: Outputs, settings: dict[str, Any], is_cache: bool) -> 
     record = _read(outputs.record)
     before = record.get("settings", {})
     is_whole = len(found) == len(outputs.files) and outputs.sizes() == record.get("bytes")
-    if (before == settings and is_whole) or is_cache:
-        return before == settings and is_whole
+    finished = before == settings and is_whole
+    if finished or is_cache:
+        return finished
     why = "is not from a finished run, or was changed since"
     if before and before != settings:
         why = f"was made with other settings ({_differences(before, settings)})"

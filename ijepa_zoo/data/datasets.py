@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import zlib
 from abc import ABC, abstractmethod
 from array import array
@@ -157,6 +158,7 @@ class FileDataset(ImageDataset):
             offsets.append(file.offset)
             sizes.append(file.size)
             targets.append(labels.setdefault(file.label, len(labels) - 1))
+        self._listed = time.monotonic_ns()
         self.folders = list(folders)
         self.folder_of = np.array(folder_of, np.int32)
         self.names = np.frombuffer(bytes(names), np.uint8)
@@ -206,7 +208,7 @@ class FileDataset(ImageDataset):
 
     def _member(self, shard: str, offset: int, size: int) -> bytes:
         self._check_size(size)  # also against gzip bombs
-        file = _opened(shard, os.getpid())
+        file = _opened(shard, os.getpid(), self._listed)
         try:
             file.seek(offset)
             return file.read(size)
@@ -245,8 +247,11 @@ class FileDataset(ImageDataset):
 
 
 @lru_cache(_OPEN_SHARDS)
-def _opened(shard: str, process: int) -> BinaryIO:
-    """A shard, opened by each process: forked ones would share the position in the file."""
+def _opened(shard: str, process: int, listed: int) -> BinaryIO:
+    """A shard, opened by each process: forked ones would share the position in the file.
+
+    A shard that was replaced and listed again is opened again.
+    """
     return open_shard(shard)
 
 

@@ -133,7 +133,9 @@ def _are_splits(folders: set[str]) -> bool:
 
 def _class_of(name: str, has_splits: bool) -> str | None:
     """The first folder of a relative path, below the folder of its split if there are those."""
-    folders = name.split("/")[:-1][has_splits:]
+    folders = name.split("/")[:-1]
+    if has_splits:
+        folders = folders[1:]
     return folders[0] if folders else None
 
 

@@ -130,9 +130,11 @@ def _open_pair(train: Any, test: Any, decoder: Decoder) -> tuple[Split, Split]:
 
 
 def _real_paths(images: ImageDataset) -> Targets:
-    if isinstance(images, Subset):
-        return _real_paths(images.dataset)[images.indices]
-    return images.real_paths() if isinstance(images, FileDataset) else np.empty(0, np.int64)
+    whole = images.dataset if isinstance(images, Subset) else images
+    if not isinstance(whole, FileDataset):
+        return np.empty(0, np.int64)
+    paths = whole.real_paths()
+    return paths[images.indices] if isinstance(images, Subset) else paths
 
 
 def _same_classes(train: Split, test: Split) -> tuple[Split, Split]:

@@ -37,12 +37,12 @@ _STD = 0.01  # of the initial weights, as in mmsegmentation's heads
 class DenseProbe(Evaluation):
     """Pairs of images and targets, and how heads are trained on them."""
 
-    notes = ()
     config: HeadsConfig
     pairs: DenseData
     task: DenseTask
     protocol: DenseProtocol
     target_options: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

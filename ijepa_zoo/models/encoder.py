@@ -3,7 +3,6 @@
 timm's forward path is not overridden, so whatever works with a timm ViT works here.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -305,16 +304,55 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> Any:
     return model
 
 
-def _register(name: str) -> Callable[..., IJepaEncoder]:
-    """The function that timm calls for a registered name."""
-
-    def create(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
-        model: IJepaEncoder = _create(name, pretrained, kwargs)
-        return model
-
-    create.__name__ = create.__qualname__ = name
-    return register_model(create)
+@register_model
+def vit_nano8_64_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """The small model that ships with the package: 64x64 images, patch 8."""
+    return _create("vit_nano8_64_ijepa", pretrained, kwargs)
 
 
-for _name in (*registry.ARCHITECTURES, registry.CUSTOM):
-    globals()[_name] = _register(_name)
+@register_model
+def vit_tiny16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-Ti/16."""
+    return _create("vit_tiny16_ijepa", pretrained, kwargs)
+
+
+@register_model
+def vit_small16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-S/16."""
+    return _create("vit_small16_ijepa", pretrained, kwargs)
+
+
+@register_model
+def vit_base16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-B/16."""
+    return _create("vit_base16_ijepa", pretrained, kwargs)
+
+
+@register_model
+def vit_large16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-L/16."""
+    return _create("vit_large16_ijepa", pretrained, kwargs)
+
+
+@register_model
+def vit_huge14_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-H/14 of the paper."""
+    return _create("vit_huge14_ijepa", pretrained, kwargs)
+
+
+@register_model
+def vit_huge16_448_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-H/16 of the paper, at 448x448."""
+    return _create("vit_huge16_448_ijepa", pretrained, kwargs)
+
+
+@register_model
+def vit_giant16_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """ViT-g/16, the paper's "ViT-G/16"."""
+    return _create("vit_giant16_ijepa", pretrained, kwargs)
+
+
+@register_model
+def vit_custom_ijepa(pretrained: bool = False, **kwargs: Any) -> IJepaEncoder:
+    """A ViT of other sizes: pass patch_size, embed_dim, depth, num_heads."""
+    return _create("vit_custom_ijepa", pretrained, kwargs)

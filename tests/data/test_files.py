@@ -22,6 +22,13 @@ def test_folder_is_sorted_by_path_bytes(tmp_path):
     assert found == sorted([*map(os.fsencode, given), b"\xff\xfe.png"])
 
 
+def test_a_shard_that_was_replaced_is_read_again(tmp_path):
+    for seed in (1, 2):
+        path = shard(tmp_path / "s.tar", {"a.png": png(seed)})
+        (tmp_path / "a.png").write_bytes(png(seed))
+        assert open_images(path).read(0) == open_images(tmp_path / "a.png").read(0)
+
+
 def test_links(tmp_path):
     put(tmp_path, {"in/a/1.png": png(1), "in/a/b/2.png": png(2), "out/3.png": png(3)})
     for link, target in (

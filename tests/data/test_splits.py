@@ -8,6 +8,8 @@ import pytest
 from inputs import Photos, levels, noise, png, put, shard
 from torchvision.datasets import CIFAR10
 
+from ijepa_zoo.data.datasets import ArrayDataset, Subset
+from ijepa_zoo.data.decode import Decoder
 from ijepa_zoo.data.splits import open_splits
 from ijepa_zoo.errors import DataError
 
@@ -96,6 +98,9 @@ def test_datasets_with_one_label_and_with_several():
     assert splits[0].with_classes(["c"], several=True).targets.tolist() == [[1], [1], [0]]
     known = open_splits(test)[0].with_classes(["c", "x"], several=False)
     assert (known.targets.tolist(), known.classes) == ([0, -1, -1], {0: "c", 1: "x"})
+    arrays = ArrayDataset([noise(16, 4, 3).reshape(4, 4, 4, 3)], Decoder(), targets=np.arange(4))
+    arrays = Subset(arrays, np.array([2, 0]))
+    assert [split.targets.tolist() for split in open_splits(arrays, arrays)] == [[2, 0], [2, 0]]
     matrix = Photos(targets=np.eye(3, dtype=int))
     assert open_splits(matrix, matrix)[1].targets.tolist() == np.eye(3).tolist()
     for given, message in (

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import ijepa_zoo
 from ijepa_zoo.errors import CheckpointError, FetchError, RunError, SettingsError
+from ijepa_zoo.weights.export import write_folder
 
 FOLDERS = ("native", "timm", "transformers")  # formats that name and load one encoder
 OFFICIAL_FILE = "ijepa-latest.pth.tar"
@@ -203,6 +204,12 @@ def test_interrupted_export_changes_nothing(source, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             source("official", folder, overwrite=True)
     assert names(tmp_path) == ["a", *(f"a/{name}" for name in before)]
+
+
+def test_a_folder_that_appears_meanwhile_stays(tmp_path):
+    with pytest.raises(RunError, match="overwrite"), write_folder(tmp_path / "a", (), False):
+        (tmp_path / "a").mkdir()
+    assert names(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("to", FOLDERS)
