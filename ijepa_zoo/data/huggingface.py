@@ -58,7 +58,8 @@ class HFDataset(ImageDataset):
         if column is None:
             return
         item = getattr(features[column], "feature", None)  # type of the items of a list
-        several, item = item is not None, item or features[column]
+        several = item is not None
+        item = item or features[column]
         dtype = getattr(item, "dtype", "")
         if not dtype.startswith(("int", "uint", "bool", "string", "large_string")):
             _log.warning(
@@ -138,7 +139,8 @@ def _is_parquet(path: str) -> bool:
 def _is_folder_of_data(path: str) -> bool:
     """Whether a folder was written by `save_to_disk`, or has Parquet files but no shards."""
     data = os.path.join(path, "data")  # as in repositories of the Hub
-    names, below = (os.listdir(p) if os.path.isdir(p) else [] for p in (path, data))
+    names = os.listdir(path) if os.path.isdir(path) else []
+    below = os.listdir(data) if os.path.isdir(data) else []
     if any(name in _SAVED for name in names):
         return True
     has_shards = any(name.lower().endswith(SHARD_SUFFIXES) for name in names)

@@ -170,8 +170,10 @@ class IJepaEncoder(VisionTransformer):
                 **kwargs,
             )
         except (AssertionError, ArithmeticError) as error:  # timm's and Python's way to refuse
-            sizes = {key: kwargs[key] for key in ("embed_dim", "num_heads") if key in kwargs}
-            raise SettingsError(f"a ViT cannot have these sizes, {sizes}: {error}") from error
+            options: dict[str, Any] = {"global_pool": global_pool, **kwargs}
+            names = ("embed_dim", "num_heads", "global_pool")
+            given = {name: options[name] for name in names if name in options}
+            raise SettingsError(f"a ViT cannot have these arguments, {given}: {error}") from error
         self._positions_to_buffer()
         if weight_init != "skip":
             self.weight_init_mode = weight_init
