@@ -324,10 +324,19 @@ def named_values(config: PretrainConfig) -> dict[str, Any]:
     return _flat(config.model_dump(), "")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses repeated names. Numbers such as `5e-4`, text in PyYAML, are read by pydantic."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [str(key.value) for key, _ in node.value]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise yaml.YAMLError(f"{', '.join(sorted(repeated))} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def _load_yaml(text: str | bytes, origin: str) -> Any:
-    """Content of a YAML file. Numbers such as `5e-4`, text in PyYAML, are read by pydantic."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises others than YAMLError for text such as `!!bool x`
         reason = getattr(error, "problem", None) or error  # without PyYAML's lines of context
         raise SettingsError(f"{origin} is not YAML: {reason}") from None

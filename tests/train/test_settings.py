@@ -127,6 +127,8 @@ def test_own_file_builds_on_a_recipe_and_broken_ones_are_named(tmp_path):
     path.write_text("seed: 3\n")
     assert load_config(path) == PretrainConfig(seed=3)
     for text, named in (("optim: {lrr: 1}", "optim.lrr"), ("optim: [", "own.yaml"),
+                        ("optim: {lr: 1}\nseed: 1\noptim: {}", "optim is given twice"),
+                        ("optim: {lr: 1, lr: 2}", "lr is given twice"),
                         ("recipe: custom_smal", "custom_small")):  # fmt: skip
         path.write_text(text)
         with pytest.raises(SettingsError, match=re.escape(named)):
