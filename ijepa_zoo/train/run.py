@@ -304,8 +304,12 @@ class Loop:
 
 
 def _is_exported(out: Path, step: int) -> bool:
+    """Whether the export is of this step, by the source that it names, and of this checkpoint."""
     exported, checkpoint = out / "export", checkpoint_path(out / "checkpoints", step)
-    return exported.exists() and exported.stat().st_mtime >= checkpoint.stat().st_mtime
+    if not exported.exists() or exported.stat().st_mtime < checkpoint.stat().st_mtime:
+        return False
+    files = [exported / name for name in ("config.json", "README.md")]
+    return any(f"after {step} steps" in f.read_text("utf-8") for f in files if f.exists())
 
 
 @contextmanager

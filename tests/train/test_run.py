@@ -142,6 +142,9 @@ def test_export_of_an_unfinished_run_is_replaced_at_its_end(tmp_path, monkeypatc
     train(tmp_path)
     assert torch.equal(bias(), state(whole)[0]["target_encoder.norm.bias"])
     assert not torch.equal(bias(), before)
+    export_run(tmp_path, step=8, overwrite=True)
+    train(tmp_path)
+    assert torch.equal(bias(), state(whole)[0]["target_encoder.norm.bias"])
 
 
 def test_loss_that_is_not_finite_names_step_rank_and_images(tmp_path, monkeypatch):
