@@ -196,7 +196,7 @@ class Loop:
         monitor, broken = trainer.monitor()
         if self.distributed.is_main:
             self._report(broken)
-        with ExitStack() as stack:
+        with self._finished_saves(), ExitStack() as stack:
             logger = None
             if self.distributed.is_main:
                 logger = stack.enter_context(RunLogger(self.out, trainer.step, self.config))
@@ -211,6 +211,16 @@ class Loop:
         if self.saved != trainer.step:
             self._save()
         self.checkpoints.wait()
+
+    @contextmanager
+    def _finished_saves(self) -> Iterator[None]:
+        """After an error wait for the running save, unless other processes may be lost."""
+        try:
+            yield
+        except BaseException:
+            if self.distributed.world_size == 1:
+                self.checkpoints.wait()
+            raise
 
     def _steps(
         self, received: list[int], monitor: Monitor, logger: RunLogger | None, bar: Any

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError, DataError, RunError, SettingsError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import NonFiniteLossError, Trainer, export_run, plot_run
-from ijepa_zoo.train.checkpoint import checkpoint_steps
+from ijepa_zoo.train.checkpoint import CheckpointManager, checkpoint_steps
 from ijepa_zoo.train.logger import read_log
 from ijepa_zoo.train.optim import Schedule
 
@@ -161,6 +162,15 @@ def test_loss_that_is_not_finite_names_step_rank_and_images(tmp_path, monkeypatc
     message = re.escape(f"step 2 is nan on rank 0 (images {names})")
     with pytest.raises(NonFiniteLossError, match=message):
         train(tmp_path)
+
+
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    write = CheckpointManager._write
+    monkeypatch.setattr(CheckpointManager, "_write", lambda *args: [time.sleep(1), write(*args)])
+    after_updates(monkeypatch, 5, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [4]  # before the folder is unlocked
 
 
 @pytest.mark.parametrize(("every", "named"), [(4, "step 1 is nan"), (1, "not finite after step 1")])
