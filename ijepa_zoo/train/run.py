@@ -149,7 +149,8 @@ class Loop:
             "fingerprint": self.distributed.run_on_main(images.fingerprint),
         }
         self.saved = 0
-        self.broken: set[str] = set()  # names of this process's broken images
+        self.broken_file = out / f"broken-{self.distributed.rank}.jsonl"
+        self.broken = _named_images(self.broken_file)
         self.progress = progress and self.distributed.is_main
 
     def resume(self, step: int) -> None:
@@ -297,7 +298,7 @@ class Loop:
 
     def _report(self, broken: list[tuple[str, str]]) -> None:
         """Write name and reason of broken images to a file, and the first ones to stderr."""
-        file = self.out / f"broken-{self.distributed.rank}.jsonl"
+        file = self.broken_file
         for name, reason in broken:
             if name in self.broken:
                 continue
@@ -311,6 +312,15 @@ class Loop:
     def _print(self, text: str) -> None:
         if self.distributed.is_main:
             tqdm.write(text, file=sys.stderr)
+
+
+def _named_images(file: Path) -> set[str]:
+    """Names in a file of broken images, whose last line is removed if a crash cut it off."""
+    lines = file.read_text("ascii").splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        file.write_text("".join(lines[:-1]), "ascii")
+        del lines[-1]
+    return {json.loads(line)["image"] for line in lines}
 
 
 def _is_exported(out: Path, step: int) -> bool:

@@ -189,10 +189,13 @@ def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path):
         Image.fromarray(picture).save(folder / f"{i:02}.png")
     (folder / "07.png").write_bytes(b"no image")
     (folder / "19.png").write_bytes((folder / "19.png").read_bytes()[:60])
-    train(run, change(CONFIG, data={"max_broken": 0.2}), str(folder))
-    lines = (run / "broken-0.jsonl").read_text().splitlines()
-    named = [Path(json.loads(line)["image"]).name for line in lines]
-    assert sorted(named) == ["07.png", "19.png"]
+    file = run / "broken-0.jsonl"
+    for resume_from in ("latest", 8):
+        train(run, change(CONFIG, data={"max_broken": 0.2}), str(folder), resume_from=resume_from)
+        named = [json.loads(line)["image"] for line in file.read_text().splitlines()]
+        assert sorted(Path(name).name for name in named) == ["07.png", "19.png"]
+        with file.open("a") as lines:
+            lines.write('{"image": "12')  # cut off by a crash
     with pytest.raises(DataError, match=r"broken-\*\.jsonl"):
         train(tmp_path / "stops", change(CONFIG, data={"max_broken": 0.0}), str(folder))
 
