@@ -110,8 +110,7 @@ class DataConfig(Section):
         (0.485, 0.456, 0.406), "mean of the pixels: one value for each channel, or for all"
     )
     std: Annotated[tuple[Positive, ...], Listed] = _field(
-        (0.229, 0.224, 0.225),
-        "standard deviation of the pixels: one value for each, or for all",
+        (0.229, 0.224, 0.225), "standard deviation of the pixels: one value for each, or for all"
     )
     held_out: Natural = _field(512, "images for the monitors, never trained on")
     max_broken: Ratio = _field(0.01, "stop above this share of broken images; may change on resume")
@@ -398,6 +397,8 @@ def _validate(values: Mapping[str, Any]) -> PretrainConfig:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][:2]))
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("missing", "too_long"):  # only pairs have a length
+            reason = "Input should be two numbers such as 0.3,1.0"
         raise SettingsError(f"{name} is {values[name]!r:.80}: {reason}") from None
     micro_batch_size(config, world=1)  # before images are read
     return config
