@@ -180,9 +180,9 @@ def verify(folder: Path) -> None:
     manifest = _read_json(folder / _MANIFEST)
     names = sorted({*manifest, _STATE, ".metadata", *(file.name for file in folder.glob("__*"))})
     with ThreadPoolExecutor(_READERS) as pool:
-        entries = pool.map(lambda name: _entry(folder / name), names)
-        for name, entry in zip(names, entries):
-            if entry is None or entry != manifest.get(name):
+        intact = pool.map(lambda name: _is_intact(folder / name, manifest.get(name)), names)
+        for name, is_intact in zip(names, intact):
+            if not is_intact:
                 raise CheckpointError(f"{folder / name} is missing or damaged")
     step = _read_json(folder / _STATE)["step"]
     if checkpoint_path(folder.parent, step).name != folder.name:
@@ -238,14 +238,17 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _entry(file: Path) -> dict[str, Any] | None:
-    """Size and hash of a file; None if it cannot be read."""
+def _entry(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"size": file.stat().st_size, "sha256": digest}
+
+
+def _is_intact(file: Path, entry: dict[str, Any] | None) -> bool:
     try:
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        return {"size": file.stat().st_size, "sha256": digest}
+        return _entry(file) == entry
     except OSError:
-        return None
+        return False
 
 
 def _delete_old(folder: Path, keep: int, keep_every: int | None) -> None:

@@ -110,8 +110,7 @@ class DataConfig(Section):
         (0.485, 0.456, 0.406), "mean of the pixels: one value for each channel, or for all"
     )
     std: Annotated[tuple[Positive, ...], Listed] = _field(
-        (0.229, 0.224, 0.225),
-        "standard deviation of the pixels: one value for each, or for all",
+        (0.229, 0.224, 0.225), "standard deviation of the pixels: one value for each, or for all"
     )
     held_out: Natural = _field(512, "images for the monitors, never trained on")
     max_broken: Ratio = _field(0.01, "stop above this share of broken images; may change on resume")
@@ -324,10 +323,19 @@ def named_values(config: PretrainConfig) -> dict[str, Any]:
     return _flat(config.model_dump(), "")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses repeated names. Numbers such as `5e-4`, text in PyYAML, are read by pydantic."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [str(key.value) for key, _ in node.value]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise yaml.YAMLError(f"{', '.join(sorted(repeated))} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def _load_yaml(text: str | bytes, origin: str) -> Any:
-    """Content of a YAML file. Numbers such as `5e-4`, text in PyYAML, are read by pydantic."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises others than YAMLError for text such as `!!bool x`
         reason = getattr(error, "problem", None) or error  # without PyYAML's lines of context
         raise SettingsError(f"{origin} is not YAML: {reason}") from None
@@ -389,6 +397,8 @@ def _validate(values: Mapping[str, Any]) -> PretrainConfig:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][:2]))
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("missing", "too_long"):  # only pairs have a length
+            reason = "Input should be two numbers such as 0.3,1.0"
         raise SettingsError(f"{name} is {values[name]!r:.80}: {reason}") from None
     micro_batch_size(config, world=1)  # before images are read
     return config

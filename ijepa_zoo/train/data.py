@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -90,7 +91,11 @@ class Batch:
 def mask_sampler(mask: MaskConfig, grid_size: tuple[int, int]) -> MultiBlockMasks:
     """The sampler that the settings describe, for a grid of `(height, width)` patches."""
     names = {field.name for field in fields(MultiBlockMasks)} - {"grid_size"}
-    return MultiBlockMasks(grid_size, **{name: getattr(mask, name) for name in names})
+    try:
+        return MultiBlockMasks(grid_size, **{name: getattr(mask, name) for name in names})
+    except SettingsError as error:  # with the full names of the settings
+        text = re.sub(rf"\b({'|'.join(names)})\b", r"mask.\1", str(error))
+        raise SettingsError(text) from error
 
 
 class TrainBatches:

@@ -37,14 +37,15 @@ _MEANS = ("loss", "regularizer", "context_tokens", "target_tokens")
 class RunLogger:
     """Writer of a run's log; a context manager, used by rank 0 only.
 
-    Rows of the steps from `first_step` on are removed: a resumed run repeats them.
+    Rows and events of the steps from `first_step` on are removed: a resumed run repeats them.
     """
 
     def __init__(self, folder: Path, first_step: int, config: PretrainConfig) -> None:
         self._csv, self._events = folder / _CSV, folder / _EVENTS
         rows = [row for row in read_log(folder) if row["step"] < first_step]
         _replace(self._csv, [",".join(COLUMNS), *map(_csv_line, rows)])
-        _replace(self._events, _whole_lines(self._events))
+        events = _whole_lines(self._events)
+        _replace(self._events, [e for e in events if json.loads(e)["step"] < first_step])
         self._board: Any = None
         self._wandb: Any = None
         if "tensorboard" in config.log.to:

@@ -60,9 +60,7 @@ class Monitor:
                 metrics |= {
                     k: f(labeled, labels) if finite else math.nan for k, f in _PROBES.items()
                 }
-        pairs = zip(model.encoder.parameters(), model.target_encoder.parameters())
-        distance = total_norm([p.detach() - q for p, q in pairs])
-        metrics["ema_distance"] = float(distance / total_norm(model.target_encoder.parameters()))
+        metrics["ema_distance"] = _distance(model)
         return metrics
 
     def _features(self, model: IJepa, distributed: Distributed) -> tuple[Tensor, list[Tensor]]:
@@ -82,6 +80,15 @@ class Monitor:
             moments = [a + b for a, b in zip(moments, found)] if moments else found
         gathered: Tensor = distributed.all_gather(torch.cat(pooled)[:share])
         return gathered[: len(self.images)], moments
+
+
+def _distance(model: IJepa) -> float:
+    """L2 distance of the encoders over the norm of the target encoder."""
+    pairs = zip(model.encoder.parameters(), model.target_encoder.parameters())
+    # one difference at a time: all of them would need the memory of another encoder
+    norms = [total_norm([p.detach() - q]) for p, q in pairs]
+    distance = torch.linalg.vector_norm(torch.stack(norms))
+    return float(distance / total_norm(model.target_encoder.parameters()))
 
 
 def token_moments(tokens: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import timm
@@ -114,7 +115,7 @@ def _encoder_alone(
             args={"num_heads": load.num_heads(vit)},
             pretrained_cfg=vit.pretrained_cfg,
         )
-        state = vit.state_dict()
+        state = _without_pooling(vit.state_dict())
     else:
         model, _, tag = name.partition(".")
         networks = load.resolve(model, checkpoint=checkpoint, pretrained_cfg=tag or None)
@@ -124,6 +125,15 @@ def _encoder_alone(
     if not is_other_vit(name):
         state = load.drop_class_token(state, networks.origin)
     return state, networks
+
+
+def _without_pooling(state: State) -> State:
+    """Tensors of a ViT of timm that pools tokens and then normalizes, or pools by attention."""
+    return {
+        re.sub(r"^fc_norm\.", "norm.", name): tensor
+        for name, tensor in state.items()
+        if not name.startswith("attn_pool.")
+    }
 
 
 def _start_from(model: IJepa, state: State, networks: Networks) -> None:

@@ -9,10 +9,10 @@ stays in bfloat16: at a width of 384 rounding its tensors costs more than it sav
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from .config import Precision, PretrainConfig, override
 
 _log = logging.getLogger(__name__)
 
+_MIN_TORCHAO = 0, 18  # older ones miscompile with torch from 2.14 on: values that are not finite
 _MIN_CAPABILITY = 8, 9  # Ada; Hopper is 9.0
 _MULTIPLE = 16  # sizes that the kernels take; other layers stay as they are
 
@@ -69,7 +70,11 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 def require_float8(device: torch.device) -> None:
     """Check that float8 products work here, before anything is built."""
-    if importlib.util.find_spec("torchao") is None:
+    try:
+        found = tuple(int(part) for part in version("torchao").split(".")[:2])
+    except PackageNotFoundError:
+        found = (0, 0)
+    if found < _MIN_TORCHAO:
         raise MissingPackageError(
             "optim.precision=fp8 needs torchao 0.18: pip install 'torchao>=0.18' 'torch>=2.11', or "
             "use optim.precision=bf16"
@@ -92,6 +97,11 @@ def use_float8(model: IJepa) -> None:
         cast_config_grad_output_for_grad_weight=float8.CastConfig(scaling_type=off),
     )
     for encoder in (model.encoder, model.target_encoder):
+        if not any(_fits(module, "") for module in encoder.blocks.modules()):
+            raise SettingsError(
+                f"optim.precision=fp8 needs layers whose sizes are multiples of {_MULTIPLE}, and "
+                f"model.embed_dim={encoder.embed_dim} has none: use optim.precision=bf16"
+            )
         float8.convert_to_float8_training(encoder.blocks, module_filter_fn=_fits, config=config)
 
 

@@ -149,7 +149,8 @@ class Loop:
             "fingerprint": self.distributed.run_on_main(images.fingerprint),
         }
         self.saved = 0
-        self.broken: set[str] = set()  # names of this process's broken images
+        self.broken_file = out / f"broken-{self.distributed.rank}.jsonl"
+        self.broken = _named_images(self.broken_file)
         self.progress = progress and self.distributed.is_main
 
     def resume(self, step: int) -> None:
@@ -196,7 +197,7 @@ class Loop:
         monitor, broken = trainer.monitor()
         if self.distributed.is_main:
             self._report(broken)
-        with ExitStack() as stack:
+        with self._finished_saves(), ExitStack() as stack:
             logger = None
             if self.distributed.is_main:
                 logger = stack.enter_context(RunLogger(self.out, trainer.step, self.config))
@@ -211,6 +212,16 @@ class Loop:
         if self.saved != trainer.step:
             self._save()
         self.checkpoints.wait()
+
+    @contextmanager
+    def _finished_saves(self) -> Iterator[None]:
+        """After an error wait for the running save, unless other processes may be lost."""
+        try:
+            yield
+        except BaseException:
+            if self.distributed.world_size == 1:
+                self.checkpoints.wait()
+            raise
 
     def _steps(
         self, received: list[int], monitor: Monitor, logger: RunLogger | None, bar: Any
@@ -287,7 +298,7 @@ class Loop:
 
     def _report(self, broken: list[tuple[str, str]]) -> None:
         """Write name and reason of broken images to a file, and the first ones to stderr."""
-        file = self.out / f"broken-{self.distributed.rank}.jsonl"
+        file = self.broken_file
         for name, reason in broken:
             if name in self.broken:
                 continue
@@ -303,9 +314,22 @@ class Loop:
             tqdm.write(text, file=sys.stderr)
 
 
+def _named_images(file: Path) -> set[str]:
+    """Names in a file of broken images, whose last line is removed if a crash cut it off."""
+    lines = file.read_text("ascii").splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        file.write_text("".join(lines[:-1]), "ascii")
+        del lines[-1]
+    return {json.loads(line)["image"] for line in lines}
+
+
 def _is_exported(out: Path, step: int) -> bool:
+    """Whether the export is of this step, by the source that it names, and of this checkpoint."""
     exported, checkpoint = out / "export", checkpoint_path(out / "checkpoints", step)
-    return exported.exists() and exported.stat().st_mtime >= checkpoint.stat().st_mtime
+    if not exported.exists() or exported.stat().st_mtime < checkpoint.stat().st_mtime:
+        return False
+    files = [exported / name for name in ("config.json", "README.md")]
+    return any(f"after {step} steps" in f.read_text("utf-8") for f in files if f.exists())
 
 
 @contextmanager

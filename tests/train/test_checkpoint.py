@@ -146,6 +146,19 @@ def test_full_disk(manager):
     assert select_checkpoint(manager.folder) == 900
 
 
+def test_files_that_cannot_be_read_after_writing_are_no_checkpoint(manager, monkeypatch):
+    def unreadable(*args):
+        raise OSError(5, "Input/output error")
+
+    manager.keep = 1
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", unreadable)
+        manager.save(700, make(700), {})
+        with pytest.raises(RunError, match=r"step-000000700: .*Input/output.*\[5, 600\]"):
+            manager.wait()
+    assert select_checkpoint(manager.folder) == 600
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

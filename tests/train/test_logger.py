@@ -54,6 +54,10 @@ def test_warnings_and_metrics_are_kept_and_shown(tmp_path, capsys):
     assert read_initial(tmp_path) == {"rankme": 3.0}
     event = json.loads(events.read_text().splitlines()[-1])
     assert (event["step"], event["kind"]) == (3, "warning")
+    with RunLogger(tmp_path, 3, CONFIG):
+        assert len(events.read_text().splitlines()) == 1
+    with RunLogger(tmp_path, 0, CONFIG):  # started again, maybe with other networks
+        assert read_initial(tmp_path) == {}
 
 
 def test_resumed_run_drops_lost_rows_and_refuses_damage(tmp_path):

@@ -1,9 +1,11 @@
 """Metrics of features during training, and the warning of collapse."""
 
 import math
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijepa_zoo import create_ijepa
 from ijepa_zoo.distributed import Distributed
@@ -71,6 +73,24 @@ def test_metrics_are_those_of_the_target_encoder():
     }
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert metrics["ema_distance"] > 0
+
+
+def test_the_distance_holds_one_difference_at_a_time():
+    alive, most = weakref.WeakSet(), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten.sub.Tensor:
+                alive.add(result.untyped_storage())
+                most.append(len(alive))
+            return result
+
+    model, monitor = updated(), Monitor(pictures(2), None, MEAN, STD)
+    with Watch():
+        monitor.measure(model, Distributed())
+    assert len(most) > 20
+    assert max(most) <= 2
 
 
 def test_without_classes_no_accuracy_and_broken_features_are_nan():

@@ -57,15 +57,17 @@ def test_class_token_and_classifier_of_a_plain_vit_are_dropped(no_embed_class, t
     assert caplog.text.count("classifier is dropped") == 1
 
 
-def test_start_from_a_vit_of_timm_by_name(monkeypatch, caplog):
-    model, create = vit(), timm.create_model
+@pytest.mark.parametrize("pooling", [{}, {"global_pool": "avg"}, {"global_pool": "map"}])
+def test_start_from_a_vit_of_timm_by_name(pooling, monkeypatch, caplog):
+    model, create = vit(**pooling), timm.create_model
+    torch.nn.init.normal_((model.fc_norm if pooling == {"global_pool": "avg"} else model.norm).bias)
     model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": CONFIG.data.std}
 
     def create_model(name, **kwargs):
         return model if name.startswith("vit_tiny_patch16_224") else create(name, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", create_model)
-    state = model.state_dict()
+    state = {name.replace("fc_norm", "norm"): value for name, value in model.state_dict().items()}
     state["pos_embed"] = state["pos_embed"][:, 1:]
     check_start("vit_tiny_patch16_224.augreg_in21k", state, caplog)
     assert "data.mean=0.5,0.5,0.5" in caplog.text  # another normalization than the run's

@@ -83,6 +83,8 @@ def test_only_the_encoders_blocks_change_and_no_name_does(torchao):
     odd = make(**NANO, mlp_ratio=1.25)  # the kernels do not take a hidden width of 40
     use_float8(odd)
     assert type(odd.encoder.blocks[0].mlp.fc1) is torch.nn.Linear
+    with pytest.raises(SettingsError, match=r"model\.embed_dim=24"):
+        use_float8(make(**{**NANO, "embed_dim": 24, "mlp_ratio": 1.0}))
 
 
 def test_cuda_takes_the_products_of_a_huge_encoder(torchao, monkeypatch):
@@ -114,8 +116,8 @@ def test_what_float8_needs(torchao, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(SettingsError, match=r"cuda.* 8\.9"):
         require_float8(CUDA)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match="torchao"):
+    monkeypatch.setattr("ijepa_zoo.train.precision.version", lambda name: "0.17.0")
+    with pytest.raises(MissingPackageError, match=r"torchao 0\.18"):
         require_float8(CUDA)
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError, DataError, RunError, SettingsError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import NonFiniteLossError, Trainer, export_run, plot_run
-from ijepa_zoo.train.checkpoint import checkpoint_steps
+from ijepa_zoo.train.checkpoint import CheckpointManager, checkpoint_steps
 from ijepa_zoo.train.logger import read_log
 from ijepa_zoo.train.optim import Schedule
 
@@ -79,7 +80,7 @@ BRANCH = {"resume_optimizer": "latest"}
         (CONFIG, {"images": IMAGES[::-1]}, RunError, "40 then, 40 now, or other names"),
         (change(LONGER, model={"predictor_embed_dim": 24}), BRANCH, CheckpointError, "predictor"),
         (LONGER, {"resume_optimizer": 7}, CheckpointError, "no checkpoint of step 7"),
-        (CONFIG, BRANCH, SettingsError, r"optim\.duration=9 steps"),
+        (CONFIG, BRANCH, SettingsError, "ends before or at step 9"),
         (LONGER, {**BRANCH, "init": None}, SettingsError, "--init RUN"),
         (LONGER, {**BRANCH, "init": "none"}, CheckpointError, "none has no checkpoints"),
     ],
@@ -142,6 +143,9 @@ def test_export_of_an_unfinished_run_is_replaced_at_its_end(tmp_path, monkeypatc
     train(tmp_path)
     assert torch.equal(bias(), state(whole)[0]["target_encoder.norm.bias"])
     assert not torch.equal(bias(), before)
+    export_run(tmp_path, step=8, overwrite=True)
+    train(tmp_path)
+    assert torch.equal(bias(), state(whole)[0]["target_encoder.norm.bias"])
 
 
 def test_loss_that_is_not_finite_names_step_rank_and_images(tmp_path, monkeypatch):
@@ -160,6 +164,15 @@ def test_loss_that_is_not_finite_names_step_rank_and_images(tmp_path, monkeypatc
         train(tmp_path)
 
 
+def test_an_error_waits_for_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    write = CheckpointManager._write
+    monkeypatch.setattr(CheckpointManager, "_write", lambda *args: [time.sleep(1), write(*args)])
+    after_updates(monkeypatch, 5, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path)
+    assert checkpoint_steps(tmp_path / "checkpoints") == [4]  # before the folder is unlocked
+
+
 @pytest.mark.parametrize(("every", "named"), [(4, "step 1 is nan"), (1, "not finite after step 1")])
 def test_ruined_weights_are_never_saved_nor_exported(tmp_path, every, named):
     optim = {"lr": 1e30, "start_lr": 1e30, "regularizer_weight": 0.0}
@@ -176,10 +189,13 @@ def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path):
         Image.fromarray(picture).save(folder / f"{i:02}.png")
     (folder / "07.png").write_bytes(b"no image")
     (folder / "19.png").write_bytes((folder / "19.png").read_bytes()[:60])
-    train(run, change(CONFIG, data={"max_broken": 0.2}), str(folder))
-    lines = (run / "broken-0.jsonl").read_text().splitlines()
-    named = [Path(json.loads(line)["image"]).name for line in lines]
-    assert sorted(named) == ["07.png", "19.png"]
+    file = run / "broken-0.jsonl"
+    for resume_from in ("latest", 8):
+        train(run, change(CONFIG, data={"max_broken": 0.2}), str(folder), resume_from=resume_from)
+        named = [json.loads(line)["image"] for line in file.read_text().splitlines()]
+        assert sorted(Path(name).name for name in named) == ["07.png", "19.png"]
+        with file.open("a") as lines:
+            lines.write('{"image": "12')  # cut off by a crash
     with pytest.raises(DataError, match=r"broken-\*\.jsonl"):
         train(tmp_path / "stops", change(CONFIG, data={"max_broken": 0.0}), str(folder))
 

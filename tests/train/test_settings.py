@@ -87,6 +87,7 @@ def test_changes_on_the_command_line(change, value):
         ("machine.workers=3", "runtime.workers"),  # its name in version 0.1
         ("optim.lr=fast", "optim.lr is 'fast'"),
         ("data.crop_scale=0.5,1.5", "data.crop_scale is '0.5,1.5'"),
+        ("data.crop_scale=0.3", "data.crop_scale is 0.3: Input should be two numbers such as"),
         ("optim.duration=300 lessons", "'300 epochs'"),
         ("model.name=vit_hug14_ijepa", "vit_huge14_ijepa"),
         ("model.name=vit_huge14_ijepa.in1k", "--init"),
@@ -127,6 +128,8 @@ def test_own_file_builds_on_a_recipe_and_broken_ones_are_named(tmp_path):
     path.write_text("seed: 3\n")
     assert load_config(path) == PretrainConfig(seed=3)
     for text, named in (("optim: {lrr: 1}", "optim.lrr"), ("optim: [", "own.yaml"),
+                        ("optim: {lr: 1}\nseed: 1\noptim: {}", "optim is given twice"),
+                        ("optim: {lr: 1, lr: 2}", "lr is given twice"),
                         ("recipe: custom_smal", "custom_small")):  # fmt: skip
         path.write_text(text)
         with pytest.raises(SettingsError, match=re.escape(named)):
