@@ -19,6 +19,7 @@ from .. import __version__
 from ..errors import UserError
 
 FAILED, INTERRUPTED = 1, 130
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _COMMANDS = {  # module here, help
     "list": ("models", "models and their weights"),
     "features": ("images", "features of images into a file"),
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except (UserError, OSError) as error:
         # of the system, a wrong path or a full disk
-        if not (isinstance(error, UserError) or error.filename or error.errno == errno.ENOSPC):
+        if not (isinstance(error, UserError) or error.filename or error.errno in _DISK_FULL):
             raise
         if args.debug:
             traceback.print_exc()
@@ -70,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse; the recipe and settings of `pretrain` may be before, between and after its options."""
+    # the value of --resume-optimizer is optional: a setting behind it is not its value
+    argv = [
+        f"{word}=latest" if word == "--resume-optimizer" and "=" in following else word
+        for word, following in zip(argv, [*argv[1:], ""])
+    ]
     parser = _parser(next((word for word in argv if not word.startswith("-")), None))
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):

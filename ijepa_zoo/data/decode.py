@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import ImageError, MissingPackageError, SettingsError
-from .tiff import TIFF, loses_bands, read_tiff, select_bands, stack_pages, too_large
+from .tiff import loses_bands, read_tiff, select_bands, stack_pages, tiff_bands, too_large
 
 MAX_PIXELS = 178_956_970  # Pillow's limit, about 13,000 x 13,000
 Pixels = Image.Image | torch.Tensor  # RGB or grayscale image, or uint8 [C, H, W]
@@ -101,18 +101,19 @@ class Decoder:
             return self._decode_file(raw)
 
     def _decode_file(self, content: bytes) -> Pixels:
+        bands = tiff_bands(content)
         try:
             image: Image.Image = Image.open(io.BytesIO(content), formats=_known_formats())
         except UnidentifiedImageError:
-            if self.bands is not None and content.startswith(TIFF):
-                return self._decode_bands(content)
+            if bands > 1:
+                return self._decode_bands(content, bands)
             raise
         if image.width * image.height > self.max_pixels:
             raise too_large(image.width * image.height, self.max_pixels)
         if 0 in image.size:
             raise ImageError(f"an image of {image.width} x {image.height} pixels")
-        if loses_bands(image):
-            return self._decode_bands(content)
+        if loses_bands(image, bands):
+            return self._decode_bands(content, bands)
         pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         deep = _is_deep_color(image)
         if self.bands is not None:
@@ -125,10 +126,10 @@ class Decoder:
         image.load()
         return self._convert(_upright(image))
 
-    def _decode_bands(self, content: bytes) -> Pixels:
+    def _decode_bands(self, content: bytes, bands: int) -> Pixels:
         """Decode a TIFF whose bands Pillow cannot read."""
         if self.bands is None:
-            raise ImageError("an image of several bands: choose some with --bands or data.bands")
+            raise ImageError(f"an image of {bands} bands: choose some with --bands or data.bands")
         return self._from_array(select_bands(read_tiff(content, self.max_pixels), self.bands))
 
     def _convert(self, image: Image.Image) -> Image.Image:
@@ -236,8 +237,10 @@ def _other_order(args: Any) -> Any:
 def _scale_color(
     content: bytes, image: Image.Image, value_range: tuple[float, float]
 ) -> Image.Image:
-    """Scale 16-bit color to 8 bits."""
+    """Scale 16-bit color to 8 bits, with its transparency."""
     scaled = Image.fromarray(to_uint8(_read_deep(content, image)[..., :3], value_range))
+    if "A" in image.getbands():
+        scaled.putalpha(image.getchannel("A"))
     scaled.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
     return _upright(scaled)
 
@@ -282,8 +285,7 @@ def _pillow(max_pixels: int) -> Iterator[None]:
         raise too_large(int(re.findall(r"\d+", str(error))[0]), max_pixels) from None
     except UnidentifiedImageError:
         raise ImageError(
-            "not an image, or in a format that the installed Pillow cannot read (for a TIFF of "
-            "several bands, choose some with --bands or data.bands)"
+            "not an image, or in a format that the installed Pillow cannot read"
         ) from None
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -11,8 +11,6 @@ from PIL import Image, TiffImagePlugin
 
 from ..errors import ImageError, MissingPackageError
 
-TIFF = (b"II*\0", b"MM\0*", b"II+\0")  # first bytes; + is BigTIFF
-
 
 def stack_pages(image: Image.Image, pages: int) -> npt.NDArray[Any]:
     """Bands, or grayscale pages, as `[H, W, C]`."""
@@ -32,13 +30,27 @@ def select_bands(array: npt.NDArray[Any], bands: tuple[int, ...]) -> npt.NDArray
     return array[..., list(bands)]
 
 
-def loses_bands(image: Image.Image) -> bool:
+def tiff_bands(content: bytes) -> int:
+    """Number of bands of a TIFF file; 0 for other or damaged files."""
+    if content[:4] not in (b"II*\0", b"MM\0*", b"II+\0"):
+        return 0
+    file = io.BytesIO(content)
+    try:
+        header = file.read(16 if content[2:3] == b"+" else 8)  # + is BigTIFF
+        directory = TiffImagePlugin.ImageFileDirectory_v2(header)
+        file.seek(directory.next)
+        directory.load(file)
+        return int(directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
+    except Exception:  # a damaged header can make it raise anything
+        return 0
+
+
+def loses_bands(image: Image.Image, bands: int) -> bool:
     """Whether Pillow drops bands of a TIFF, or misreads planar 16-bit bands as 8 bits."""
     tags = getattr(image, "tag_v2", {})
-    bands = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
     planar = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
     deep = tags.get(TiffImagePlugin.BITSPERSAMPLE, (8,))[0] > 8
-    return bool(bands > len(image.getbands()) or (bands > 1 and planar and deep))
+    return bands > len(image.getbands()) or (bands > 1 and planar and deep)
 
 
 def read_tiff(content: bytes, max_pixels: int) -> npt.NDArray[Any]:

@@ -222,11 +222,12 @@ def _check(config: HeadsConfig, pairs: DenseData, task: DenseTask) -> None:
     if len(pairs.train) < 4:
         raise DataError(f"'{config.data}' has fewer than four training pairs")
     for data in (pairs.train, pairs.test):
-        found = f"none of {_TRIED} can be read"
+        found = ""
         for index in np.linspace(0, len(data) - 1, min(len(data), _TRIED)).astype(int).tolist():
             try:
                 target = torch.from_numpy(data[index][1].astype(np.float32))
-            except ImageError:
+            except ImageError as error:
+                found = found or str(error)
                 continue
             if task.valid(target, test=True).any():
                 break

@@ -123,7 +123,10 @@ class EpochState:
         try:
             with ZipFile(self.path) as file:
                 damaged = file.testzip()
-        except Exception as error:  # whatever zipfile raises for damaged bytes
+            found = torch.load(self.path, map_location="meta", weights_only=True)
+            if "module" not in found:
+                damaged = "it is of another version of the package"
+        except Exception as error:  # whatever zip and pickle raise for damaged bytes
             damaged = f"{type(error).__name__}: {error}"
         if damaged is not None:
             raise RunError(f"'{self.path}' cannot be resumed ({damaged}): remove it to start again")

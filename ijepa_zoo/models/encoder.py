@@ -221,7 +221,7 @@ class IJepaEncoder(VisionTransformer):
 def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
     """Refuse sizes that patches do not fill: timm would leave out the last rows and columns."""
     if any(side % piece or not side for side, piece in zip(image, patch)):
-        below = tuple(side // piece * piece for side, piece in zip(image, patch))
+        below = tuple(max(side // piece, 1) * piece for side, piece in zip(image, patch))
         above = tuple(-(-side // piece) * piece for side, piece in zip(image, patch))
         raise SettingsError(
             f"img_size {image} is not a multiple of patch_size {patch}: use {below} or {above}"

@@ -17,7 +17,16 @@ from typing import Annotated, Any, Literal
 
 import timm
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from ..errors import SettingsError
 from ..models.predictor import PREDICTORS
@@ -32,6 +41,12 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return [part.strip() for part in value.strip("[]() ").split(",")]
     return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _ordered(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError("The first number should not be greater than the second")
+    return value
 
 
 def _model(name: str) -> str:
@@ -57,11 +72,11 @@ NonNegative = Annotated[float, Field(ge=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]
 Listed = BeforeValidator(_listed)
-AreaRange = Annotated[tuple[Area, Area], Listed]
-RatioRange = Annotated[tuple[Positive, Positive], Listed]
+AreaRange = Annotated[tuple[Area, Area], AfterValidator(_ordered), Listed]
+RatioRange = Annotated[tuple[Positive, Positive], AfterValidator(_ordered), Listed]
 Size = Count | Annotated[tuple[Count, Count], Listed]
 ModelName = Annotated[str, AfterValidator(_model)]
-Duration = Annotated[str, AfterValidator(_duration)]
+Duration = Annotated[str, AfterValidator(_duration), BeforeValidator(str)]
 LogTarget = Literal["csv", "tensorboard", "wandb"]
 Precision = Literal["auto", "fp32", "bf16", "fp8"]
 
@@ -70,6 +85,14 @@ class Section(BaseModel):
     """Immutable settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("Input should not be true or false")
+        return value
 
 
 def _field(default: Any, description: str, **limits: Any) -> Any:

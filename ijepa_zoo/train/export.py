@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, some
 from ..models.jepa import IJepa
 from ..weights.export import export
 from .checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint
@@ -25,7 +25,7 @@ def load_run(run: str | Path, step: int | None = None) -> tuple[IJepa, str]:
         The networks, and where their weights come from, for model cards.
 
     Raises:
-        CheckpointError: There is no such checkpoint, or it is damaged.
+        CheckpointError: There is no such checkpoint, it is damaged, or its weights are not finite.
         RunError: `run` is not a run, or its settings are damaged.
     """
     run = Path(run)
@@ -65,7 +65,7 @@ def export_run(
         The folder, for `create_model("local-dir:FOLDER")`.
 
     Raises:
-        CheckpointError: There is no such checkpoint, or it is damaged.
+        CheckpointError: There is no such checkpoint, it is damaged, or its weights are not finite.
         RunError: `run` is not a run, its settings are damaged, or `folder` exists.
     """
     model, origin = load_run(run, step)
@@ -75,6 +75,8 @@ def export_run(
 
 def _load_networks(model: IJepa, checkpoint: Path) -> None:
     tensors = read_checkpoint(checkpoint, tuple(f"{network}." for network in NETWORKS))
+    if ruined := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{checkpoint} has weights that are not finite: {some(ruined)}")
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

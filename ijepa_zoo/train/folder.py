@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from ..distributed import Distributed
-from ..errors import RunError
+from ..errors import RunError, SettingsError
 from ..parts import whole_file
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
@@ -23,9 +25,15 @@ _FREE = ("log.", "runtime.", "data.max_broken")  # the weights do not depend on 
 _OLD = re.compile(r"^(machine:|  cut:)", re.MULTILINE)  # names of settings in version 0.1
 
 
-def open_folder(out: str | Path, distributed: Distributed, stack: ExitStack) -> Path:
+def open_folder(out: str | Path, data: Any, distributed: Distributed, stack: ExitStack) -> Path:
     """Create a run's folder and lock it; rank 0 holds the lock for all."""
     folder = Path(out)
+    for source in data if isinstance(data, list | tuple) else [data]:
+        is_path = isinstance(source, str | os.PathLike)
+        if is_path and Path(source).resolve() in folder.resolve().parents:
+            raise SettingsError(
+                f"the run's folder {folder} is inside its images, {source}: choose another"
+            )
 
     def lock() -> None:
         try:

@@ -104,7 +104,7 @@ def pretrain(
         distributed = stack.enter_context(
             init_distributed(config.runtime.device, config.runtime.timeout)
         )
-        out = open_folder(out, distributed, stack)
+        out = open_folder(out, data, distributed, stack)
         images = open_training_images(config, data)
         config = distributed.run_on_main(lambda: check_run(out, config, distributed.device))
         step = distributed.run_on_main(lambda: select_checkpoint(out / "checkpoints", resume_from))
@@ -182,7 +182,9 @@ class Loop:
                 f"optim.duration={self.config.optim.duration} ends before or at step {step}, from "
                 f"which {source} is continued: use a longer one, or an earlier checkpoint"
             )
-        self.checkpoints.load(step, self.trainer.tensors(), folder)
+        loaded = self.checkpoints.load(step, self.trainer.tensors(), folder)
+        if loaded["fingerprint"] == self.extra["fingerprint"]:
+            self.extra["initial"] = loaded["initial"]
         self.trainer.step = step
         self._save()
         self.checkpoints.wait()

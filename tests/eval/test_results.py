@@ -103,14 +103,17 @@ def test_a_folder_that_another_process_has_locked_is_named(pictures, tmp_path):
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_a_state_with_a_changed_byte_or_a_cut_is_refused(tmp_path, share):
-    state, content = EpochState(tmp_path / "state.pt"), {"epoch": 2, "x": torch.ones(9999)}
+    state, content = EpochState(tmp_path / "state.pt"), {"epoch": 2, "module": torch.ones(9999)}
     assert state.load() is None
     state.save(content)
     found = state.load()
-    assert (found["epoch"], found["x"].sum()) == (2, 9999)
+    assert (found["epoch"], found["module"].sum()) == (2, 9999)
     whole = state.path.read_bytes()
     where = int(len(whole) * share)
     for damaged in (whole[:where] + bytes([whole[where] ^ 64]) + whole[where + 1 :], whole[:where]):
         state.path.write_bytes(damaged)
         with pytest.raises(RunError, match=r"state\.pt"):
             state.load()
+    state.save({"epoch": 2})
+    with pytest.raises(RunError, match="another version"):
+        state.load()

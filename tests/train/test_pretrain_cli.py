@@ -79,6 +79,9 @@ def test_released_weights_choose_the_model(folder, monkeypatch):
         (["custom_small", "--data", "images.npy"], 2, "--out"),
         (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
          "optim.batch_size"),
+        (["custom_small", "--data", ".", "--out", "run"], 2, "inside its images"),
+        (["custom_small", "--data", "images.npy", "--out", "run", "--resume-optimizer",
+          "data.held_out=4"], 2, "--init RUN"),
         (["--config", "absent.yaml", "--data", "images.npy", "--out", "r"], None, "absent.yaml"),
     ],
 )  # fmt: skip

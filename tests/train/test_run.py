@@ -29,8 +29,8 @@ from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError, DataError, RunError, SettingsError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import NonFiniteLossError, Trainer, export_run, plot_run
-from ijepa_zoo.train.checkpoint import CheckpointManager, checkpoint_steps
-from ijepa_zoo.train.logger import read_log
+from ijepa_zoo.train.checkpoint import CheckpointManager, checkpoint_steps, read_checkpoint
+from ijepa_zoo.train.logger import read_initial, read_log
 from ijepa_zoo.train.optim import Schedule
 
 IMAGES = pictures()
@@ -182,6 +182,16 @@ def test_ruined_weights_are_never_saved_nor_exported(tmp_path, every, named):
     assert not (tmp_path / "export").exists()
 
 
+def test_a_checkpoint_of_ruined_weights_is_not_exported(tmp_path, monkeypatch, whole):
+    def ruined(*args):
+        tensors = read_checkpoint(*args)
+        return tensors | {"encoder.norm.weight": tensors["encoder.norm.weight"] * torch.nan}
+
+    monkeypatch.setattr("ijepa_zoo.train.export.read_checkpoint", ruined)
+    with pytest.raises(CheckpointError, match=r"encoder\.norm\.weight"):
+        export_run(whole, tmp_path / "export")
+
+
 def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path):
     folder, run = tmp_path / "images", tmp_path / "run"
     folder.mkdir()
@@ -228,6 +238,7 @@ def test_branch_keeps_optimizer_and_step(tmp_path, monkeypatch, whole):
     train(branch, init=source, resume_optimizer=4)  # resumes from its own checkpoint
     assert same_state(branch, whole)
     assert rows(branch) == rows(whole)[4:]
+    assert read_initial(branch) == read_initial(whole) != {}
     train(tmp_path / "longer", LONGER, init=f"local-dir:{whole}", resume_optimizer="latest")
     lr = [float(row["lr"]) for row in rows(tmp_path / "longer")]
     assert lr == pytest.approx([Schedule.of(LONGER.optim, 32).rates(n)["lr"] for n in (9, 10)])

@@ -86,9 +86,12 @@ def test_changes_on_the_command_line(change, value):
         ("lr=5e-4", "optim.lr"),
         ("machine.workers=3", "runtime.workers"),  # its name in version 0.1
         ("optim.lr=fast", "optim.lr is 'fast'"),
+        ("optim.lr=true", "optim.lr is True"),
+        ("data.crop_scale=1,0.3", "data.crop_scale is '1,0.3': The first number"),
         ("data.crop_scale=0.5,1.5", "data.crop_scale is '0.5,1.5'"),
         ("data.crop_scale=0.3", "data.crop_scale is 0.3: Input should be two numbers such as"),
         ("optim.duration=300 lessons", "'300 epochs'"),
+        ("optim.duration=20", "'300 epochs'"),
         ("model.name=vit_hug14_ijepa", "vit_huge14_ijepa"),
         ("model.name=vit_huge14_ijepa.in1k", "--init"),
         ("optim.batch_size=1000", "mask.group_size=128"),
