@@ -88,12 +88,11 @@ class RunLogger:
         tqdm.write(f"at initialization: {shown}", file=sys.stderr)
 
     def final(self, metrics: dict[str, float], initial: dict[str, float]) -> None:
-        """Show the metrics at the end, beside those at initialization."""
-        shown = [
-            f"{name} {value:.4g} (was {initial[name]:.4g})"
-            for name, value in metrics.items()
-            if name in initial
-        ]
+        """Show the metrics at the end, beside those at initialization if they are known."""
+        shown = []
+        for name, value in metrics.items():
+            before = f" (was {initial[name]:.4g})" if name in initial else ""
+            shown.append(f"{name} {value:.4g}{before}")
         tqdm.write(f"at the end: {', '.join(shown)}", file=sys.stderr)
 
     def _record(self, step: int, kind: str, **content: Any) -> None:
