@@ -88,7 +88,7 @@ def open_model(args: argparse.Namespace) -> Any:
     """The model of `add_model_options`, in evaluation mode; also models of timm by name."""
     import timm
 
-    from ..models.factory import create_model
+    from ..models.factory import create_model, create_timm_model
     from ..weights.registry import is_ijepa
 
     size = {"img_size": args.img_size} if args.img_size else {}
@@ -96,7 +96,7 @@ def open_model(args: argparse.Namespace) -> Any:
     if timm.is_model(name) and not is_ijepa(name):
         if args.checkpoint or args.network:
             raise SettingsError(f"--checkpoint and --network are for I-JEPA models, not {name}")
-        return timm.create_model(args.model, pretrained=True, num_classes=0, **size).eval()
+        return create_timm_model(args.model, pretrained=True, num_classes=0, **size).eval()
     return create_model(args.model, checkpoint=args.checkpoint, network=args.network, **size).eval()
 
 

@@ -220,7 +220,9 @@ class IJepaEncoder(VisionTransformer):
 
 def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:
     """Refuse sizes that patches do not fill: timm would leave out the last rows and columns."""
-    if any(side % piece or not side for side, piece in zip(image, patch)):
+    if min(*image, *patch) < 1:
+        raise SettingsError(f"img_size {image} and patch_size {patch} must be at least 1")
+    if any(side % piece for side, piece in zip(image, patch)):
         below = tuple(max(side // piece, 1) * piece for side, piece in zip(image, patch))
         above = tuple(-(-side // piece) * piece for side, piece in zip(image, patch))
         raise SettingsError(

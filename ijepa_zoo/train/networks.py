@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 
 from ..errors import CheckpointError, SettingsError
 from ..models.encoder import check_encoder
-from ..models.factory import create_ijepa, is_other_vit
+from ..models.factory import create_ijepa, create_timm_model, is_other_vit
 from ..models.jepa import IJepa
 from ..seeds import Stream, fold
 from ..weights import load, registry
@@ -107,7 +107,7 @@ def _encoder_alone(
         return None
     if _is_stock(init):
         source = f"{FOLDER_PREFIX}{init}" if Path(init).is_dir() else str(init)
-        vit = timm.create_model(source, pretrained=True, num_classes=0)
+        vit: Any = create_timm_model(source, pretrained=True, num_classes=0)
         check_encoder(vit)
         networks = Networks(
             f"timm's {init}",
