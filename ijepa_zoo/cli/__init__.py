@@ -71,11 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse; the recipe and settings of `pretrain` may be before, between and after its options."""
-    # the value of --resume-optimizer is optional: a setting behind it is not its value
-    argv = [
-        f"{word}=latest" if word == "--resume-optimizer" and "=" in following else word
-        for word, following in zip(argv, [*argv[1:], ""])
-    ]
     parser = _parser(next((word for word in argv if not word.startswith("-")), None))
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "words") or any(word.startswith("-") for word in rest)):

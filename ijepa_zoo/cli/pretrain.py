@@ -48,9 +48,9 @@ def add_pretrain(commands: Commands) -> list[argparse.ArgumentParser]:
     add("--init", metavar="WEIGHTS",
         help="start from NAME.TAG, a checkpoint, hf-hub:REPO or a ViT of timm; an encoder alone "
         "gets a new predictor")  # fmt: skip
-    add("--resume-optimizer", type=_checkpoint, nargs="?", const="latest", metavar="WHICH",
-        help="with --init RUN: continue that run in a new folder, with its optimizer and step, "
-        "from its latest checkpoint, or WHICH: previous or a step")  # fmt: skip
+    add("--resume-optimizer", action="store_true",
+        help="with --init RUN, or --init RUN/checkpoints/STEP: continue that run in a new folder, "
+        "with its optimizer and step")  # fmt: skip
     add("--resume-from", type=_checkpoint, default="latest", metavar="WHICH",
         help="latest (default), previous or a step")  # fmt: skip
     add("--dry-run", action="store_true", help="run a few steps; print memory, speed and duration")
@@ -85,8 +85,8 @@ def _pretrain(args: argparse.Namespace) -> int:
         raise SettingsError("name a folder for the run: --out runs/NAME")
     if args.dry_run:
         args.interrupted = "interrupted"  # there is nothing to resume
-        branched = args.resume_optimizer is not None  # no weights to read: sizes are the same
-        if report := dry_run(config, data, init=None if branched else args.init):
+        init = None if args.resume_optimizer else args.init  # of a branch the sizes are the same
+        if report := dry_run(config, data, init=init):
             print(report)
         return 0
     try:

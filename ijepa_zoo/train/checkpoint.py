@@ -140,6 +140,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:09d}"
 
 
+def split_checkpoint(path: Path) -> tuple[Path, ResumeFrom]:
+    """Folder of the checkpoints, and which: of a run's folder, or of one of its checkpoints."""
+    name = _NAME.fullmatch(path.name)
+    return (path.parent, int(name[1])) if name else (path / "checkpoints", "latest")
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, oldest first."""
     if not folder.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -93,9 +92,8 @@ def mask_sampler(mask: MaskConfig, grid_size: tuple[int, int]) -> MultiBlockMask
     names = {field.name for field in fields(MultiBlockMasks)} - {"grid_size"}
     try:
         return MultiBlockMasks(grid_size, **{name: getattr(mask, name) for name in names})
-    except SettingsError as error:  # with the full names of the settings
-        text = re.sub(rf"\b({'|'.join(names)})\b", r"mask.\1", str(error))
-        raise SettingsError(text) from error
+    except SettingsError as error:
+        raise SettingsError(f"mask: {error}") from error
 
 
 class TrainBatches:

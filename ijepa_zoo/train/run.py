@@ -31,6 +31,7 @@ from .checkpoint import (
     checkpoint_path,
     checkpoint_steps,
     select_checkpoint,
+    split_checkpoint,
 )
 from .config import PretrainConfig, steps_of
 from .data import open_training_images
@@ -63,7 +64,7 @@ def pretrain(
     out: str | Path,
     *,
     init: str | Path | None = None,
-    resume_optimizer: ResumeFrom | None = None,
+    resume_optimizer: bool = False,
     resume_from: ResumeFrom = "latest",
     progress: bool = True,
 ) -> Path:
@@ -77,10 +78,10 @@ def pretrain(
         data: Images; see `open_images`.
         out: The run's folder; created if it does not exist.
         init: Weights to start from; see `build_networks`. Not used when the run resumes.
-        resume_optimizer: Branch from the run in the folder `init`: start with the weights, the
-            optimizer and the step of one of its checkpoints: `latest`, `previous` or a step.
-            Settings may differ from those of that run, except the sizes of the networks. Not used
-            when the run resumes.
+        resume_optimizer: Branch from another run: start with the weights, the optimizer and the
+            step of its latest checkpoint (`init` is the run's folder), or of another one (`init` is
+            `RUN/checkpoints/step-000000500`). Settings may differ from those of that run, except
+            the sizes of the networks. Not used when the run resumes.
         resume_from: Which checkpoint to resume from: `latest`, `previous` (the newest that is not
             damaged) or a step.
         progress: Show a progress bar.
@@ -96,7 +97,7 @@ def pretrain(
         Interrupted: The run was stopped and saved.
     """
     check_log_targets(config.log)
-    if resume_optimizer is not None and init is None:
+    if resume_optimizer and init is None:
         raise SettingsError("--resume-optimizer continues a run: name its folder with --init RUN")
     with stop_signals() as received, ExitStack() as stack:
         if config.runtime.threads:
@@ -108,14 +109,14 @@ def pretrain(
         images = open_training_images(config, data)
         config = distributed.run_on_main(lambda: check_run(out, config, distributed.device))
         step = distributed.run_on_main(lambda: select_checkpoint(out / "checkpoints", resume_from))
-        fresh = step is None and resume_optimizer is None
+        fresh = step is None and not resume_optimizer
         trainer = Trainer(config, images, distributed, init=init if fresh else None)
         loop = Loop(trainer, out, progress)
         distributed.run_on_main(lambda: write_settings(out, config))
         if step is not None:
             loop.resume(step)
-        elif init is not None and resume_optimizer is not None:
-            loop.branch(Path(str(init).removeprefix("local-dir:")), resume_optimizer)
+        elif init is not None and resume_optimizer:
+            loop.branch(Path(str(init).removeprefix("local-dir:")))
         loop.train(received)
         if trainer.step < trainer.schedule.steps:
             raise Interrupted(
@@ -168,10 +169,10 @@ class Loop:
         finished = step >= self.trainer.schedule.steps
         self._print(f"{self.out} is finished" if finished else f"resuming after step {step}")
 
-    def branch(self, source: Path, resume_from: ResumeFrom) -> None:
+    def branch(self, source: Path) -> None:
         """Load a checkpoint of another run, which becomes the first checkpoint of this one."""
-        folder = source / "checkpoints"
-        step = self.distributed.run_on_main(lambda: select_checkpoint(folder, resume_from))
+        folder, which = split_checkpoint(source)
+        step = self.distributed.run_on_main(lambda: select_checkpoint(folder, which))
         if step is None:
             raise CheckpointError(
                 f"{source} has no checkpoints to continue: leave out --resume-optimizer to start "

@@ -75,7 +75,7 @@ def test_released_weights_choose_the_model(folder, monkeypatch):
         ([], 2, "--recipes"),
         (["custom_small", "vith14_in1k"], 2, "custom_small, vith14_in1k"),
         (["--config", "own.yaml", "mask.target_scale=1,1", "--data", "images.npy", "--out", "r"], 2,
-         "mask.target_scale"),
+         "target_scale"),
         (["custom_small", "--data", "images.npy"], 2, "--out"),
         (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
          "optim.batch_size"),

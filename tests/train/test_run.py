@@ -69,7 +69,7 @@ def test_finished_run_is_left_alone(whole):
 
 
 LONGER = change(CONFIG, optim={"duration": "11 steps", "lr": 5e-4})
-BRANCH = {"resume_optimizer": "latest"}
+BRANCH = {"resume_optimizer": True}
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ BRANCH = {"resume_optimizer": "latest"}
         (CONFIG, {"images": IMAGES[:30]}, RunError, "40 then, 30 now"),
         (CONFIG, {"images": IMAGES[::-1]}, RunError, "40 then, 40 now, or other names"),
         (change(LONGER, model={"predictor_embed_dim": 24}), BRANCH, CheckpointError, "predictor"),
-        (LONGER, {"resume_optimizer": 7}, CheckpointError, "no checkpoint of step 7"),
+        (LONGER, {**BRANCH, "init": "step-000000007"}, CheckpointError, "step 7"),
         (CONFIG, BRANCH, SettingsError, "ends before or at step 9"),
         (LONGER, {**BRANCH, "init": None}, SettingsError, "--init RUN"),
         (LONGER, {**BRANCH, "init": "none"}, CheckpointError, "none has no checkpoints"),
@@ -233,12 +233,13 @@ def test_rows_are_means_over_their_steps(whole, tmp_path):
 def test_branch_keeps_optimizer_and_step(tmp_path, monkeypatch, whole):
     branch, source = tmp_path / "branch", tmp_path / "source"
     stop_after(monkeypatch, 5, source)
-    stop_after(monkeypatch, 2, branch, init=source, resume_optimizer=4)
+    checkpoint = source / "checkpoints" / "step-000000004"
+    stop_after(monkeypatch, 2, branch, init=checkpoint, resume_optimizer=True)
     shutil.rmtree(source)
-    train(branch, init=source, resume_optimizer=4)  # resumes from its own checkpoint
+    train(branch, init=checkpoint, resume_optimizer=True)  # resumes from its own checkpoint
     assert same_state(branch, whole)
     assert rows(branch) == rows(whole)[4:]
     assert read_initial(branch) == read_initial(whole) != {}
-    train(tmp_path / "longer", LONGER, init=f"local-dir:{whole}", resume_optimizer="latest")
+    train(tmp_path / "longer", LONGER, init=f"local-dir:{whole}", resume_optimizer=True)
     lr = [float(row["lr"]) for row in rows(tmp_path / "longer")]
     assert lr == pytest.approx([Schedule.of(LONGER.optim, 32).rates(n)["lr"] for n in (9, 10)])

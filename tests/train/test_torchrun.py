@@ -101,5 +101,5 @@ def test_killed_stopped_and_resumed_equals_uninterrupted(work, two):
     checkpoint = run / "checkpoints" / "step-000000035"
     small, large = sorted(file.stat().st_size for file in checkpoint.glob("*.distcp"))
     assert large < 2 * small  # every process writes a part
-    train(work / "branch", CONFIG, init=run, resume_optimizer=35)  # with one process
+    train(work / "branch", CONFIG, init=checkpoint, resume_optimizer=True)  # with one process
     assert_close(work / "branch", two)
