@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -34,7 +33,6 @@ class Stream(IntEnum):
     EVAL_AUGMENT = 10
     EVAL_SPLIT = 11
     EVAL_INIT = 12
-    POSITIONS = 13
 
 
 def fold(*keys: int) -> int:
@@ -57,16 +55,6 @@ def fold(*keys: int) -> int:
 def numpy_generator(*keys: int) -> np.random.Generator:
     """A fresh NumPy generator (Philox, 64-bit key) that depends on `keys` alone; see `fold`."""
     return np.random.Generator(np.random.Philox(key=fold(*keys)))
-
-
-def standard_normal(shape: Sequence[int], seed: int, device: torch.device) -> torch.Tensor:
-    """Standard normal numbers that depend on `seed` alone, the same on every device.
-
-    They are drawn on the CPU and copied from pinned memory, without a synchronization.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(shape, generator=draw, pin_memory=device.type == "cuda")
-    return numbers.to(device, non_blocking=True)
 
 
 def torch_generator(*keys: int, device: str | torch.device = "cpu") -> torch.Generator:

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-import torch
 
-from ijepa_zoo.seeds import Stream, fold, numpy_generator, standard_normal, torch_generator
+from ijepa_zoo.seeds import Stream, fold, numpy_generator, torch_generator
 
 
 def test_fold_is_stable():
@@ -20,8 +19,6 @@ def test_generators_are_those_of_the_folded_keys():
     philox = np.random.Philox(key=fold(1, 2))
     assert numpy_generator(1, 2).integers(2**63) == np.random.Generator(philox).integers(2**63)
     assert torch_generator(1, 2).initial_seed() == fold(1, 2)
-    expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(standard_normal((2, 3), 5, torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("keys", [(), (2**64,), (0, -(2**63) - 1)])

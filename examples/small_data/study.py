@@ -43,11 +43,10 @@ ARMS: dict[str, list[str]] = {
     "term": [],
     "term_images": ["optim.regularizer_over=images"],
     "ema_0.95": ["optim.momentum=0.95"],
-    "noise": ["optim.position_noise=0.25"],
-    "layers_3": ["optim.target_layers=3"],
     "masks_4": ["mask.per_image=4"],
-    "shallow": ["model.predictor_depth=2"],
+    "shallow": ["model.predictor_depth=1"],
     "wide": ["model.predictor_embed_dim=128"],
+    "large_targets": ["mask.target_scale=0.25,0.35"],
     "lr_1e-3": ["optim.lr=1e-3"],
     "full_crops": ["data.crop_scale=0.08,1.0"],
 }  # fmt: skip

@@ -82,16 +82,6 @@ def encode_visible(vit: Any, images: Tensor, keep: Tensor | None = None) -> Tens
     return vit.norm(x[:, prefix:] if prefix else x)
 
 
-def _encode_layers(vit: Any, images: Tensor, layers: int = 1) -> list[Tensor]:
-    """Tokens ``[B, N, D]`` after each of the last blocks, followed by the final LayerNorm."""
-    if layers == 1:
-        return [encode_visible(vit, images)]
-    tokens: list[Tensor] = vit.forward_intermediates(
-        images, indices=layers, norm=True, output_fmt="NLC", intermediates_only=True
-    )
-    return tokens
-
-
 def check_encoder(vit: Any) -> None:
     """Refuse a network that :func:`encode_visible` does not support."""
     own = ("_pos_embed", "forward_features")  # overridden by other ViTs
@@ -118,15 +108,14 @@ def check_encoder(vit: Any) -> None:
 
 
 def as_encoder(vit: Any) -> Any:
-    """Give a timm ViT the methods `encode` and `encode_layers`, in place.
+    """Give a timm ViT the method `encode`, in place.
 
     FSDP2 gathers the parameters around registered methods of a module, not around functions.
     """
     if not hasattr(vit, "encode"):
         check_encoder(vit)
-        # Partial functions are copied and pickled with the object.
+        # A partial function is copied and pickled with the object.
         vit.encode = partial(encode_visible, vit)
-        vit.encode_layers = partial(_encode_layers, vit)
     return vit
 
 
@@ -215,7 +204,6 @@ class IJepaEncoder(VisionTransformer):
         self._positions_to_buffer()
 
     encode = encode_visible
-    encode_layers = _encode_layers
 
 
 def _check_patches(image: tuple[int, int], patch: tuple[int, int]) -> None:

@@ -190,8 +190,6 @@ def create_ijepa(
     checkpoint: str | Path | Networks | None = None,
     regularizer: nn.Module | None = None,
     loss: Literal["smooth_l1", "l2"] = "smooth_l1",
-    target_layers: int = 1,
-    position_noise: float = 0.0,
     **encoder_kwargs: Any,
 ) -> IJepa:
     """Create all three networks, to predict hidden regions or to continue pretraining.
@@ -206,10 +204,8 @@ def create_ijepa(
         predictor_context: 'repeated', the official predictor, or 'shared', see
             :class:`~ijepa_zoo.models.predictor.Predictor`; default: that of the weights.
         checkpoint: Your own weights, of all three networks.
-        regularizer: See :class:`ijepa_zoo.IJepa`, as the next three.
+        regularizer: See :class:`ijepa_zoo.IJepa`.
         loss: See there.
-        target_layers: See there.
-        position_noise: See there.
         **encoder_kwargs: timm's arguments of the encoder.
 
     Raises:
@@ -225,8 +221,7 @@ def create_ijepa(
     if checkpoint is None and pretrained:
         checkpoint = source
     model, _, tag = name.partition(".")
-    objective: dict[str, Any] = dict(regularizer=regularizer, loss=loss)
-    objective |= {"target_layers": target_layers, "position_noise": position_noise}
+    objective: dict[str, Any] = {"regularizer": regularizer, "loss": loss}
     asked = dict(embed_dim=predictor_embed_dim, depth=predictor_depth, context=predictor_context)
     asked = {key: value for key, value in asked.items() if value is not None}
     size = PREDICTORS.get(model, _DEFAULT_PREDICTOR)

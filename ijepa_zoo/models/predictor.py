@@ -99,13 +99,11 @@ class Predictor(nn.Module):
                 trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(
-        self, tokens: Tensor, context: Tensor, targets: Tensor, noise: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """Predict the tokens ``[B, M, L, D]`` of the target blocks ``targets`` ``[B, M, L]``.
 
         ``tokens`` ``[B, K, D]`` are the context encoder's, at the patch indices ``context``
-        ``[B, K]``. ``noise`` ``[N, D]`` is embedded and added to the mask tokens, see `IJepa`.
+        ``[B, K]``.
         """
         if context.shape != tokens.shape[:2] or targets.ndim != 3 or len(targets) != len(tokens):
             raise SettingsError(
@@ -114,8 +112,6 @@ class Predictor(nn.Module):
                 f"{list(targets.shape)}"
             )
         table = self.mask_token[0] + self.predictor_pos_embed[0]
-        if noise is not None:
-            table = table + self.predictor_embed(noise)
         visible = self.predictor_embed(tokens)
         # embedding() refuses negative indices, which indexing would count from the end.
         visible = visible + F.embedding(context, self.predictor_pos_embed[0]).to(visible.dtype)

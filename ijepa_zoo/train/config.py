@@ -184,8 +184,6 @@ class OptimConfig(Section):
         None, "largest L2 norm of all gradients together; null: not clipped (official)"
     )
     loss: Literal["smooth_l1", "l2"] = _field("smooth_l1", "official: smooth_l1; paper's text: l2")
-    target_layers: Count = _field(1, "last target blocks whose normalized outputs are averaged")
-    position_noise: NonNegative = _field(0.0, "noise in mask tokens' positions (StoP: 0.25)", le=10)
     regularizer_weight: NonNegative = _field(
         0.0, "weight of VICReg's variance and covariance terms; 0 is the official loss"
     )

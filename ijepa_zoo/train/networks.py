@@ -47,8 +47,6 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
             checkpoint=checkpoint if encoder is None else None,
             regularizer=regularizer,
             loss=optim.loss,
-            target_layers=optim.target_layers,
-            position_noise=optim.position_noise,
             **network,
         )
     if encoder is not None:

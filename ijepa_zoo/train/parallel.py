@@ -177,4 +177,3 @@ def _shard(model: IJepa, distributed: Distributed, precision: Precision) -> None
     # Each network is an FSDP root: monitors call encode before and between updates.
     for encoder in (model.encoder, model.target_encoder):
         fsdp.register_fsdp_forward_method(encoder, "encode")
-        fsdp.register_fsdp_forward_method(encoder, "encode_layers")

@@ -21,7 +21,7 @@ from ..data.datasets import ImageDataset
 from ..distributed import Distributed, choose_device, copy_to_host
 from ..errors import UserError
 from ..models.jepa import IJepa
-from ..seeds import Stream, fold, numpy_generator
+from ..seeds import Stream, numpy_generator
 from .config import PretrainConfig, micro_batch_size
 from .data import (
     Batch,
@@ -135,7 +135,6 @@ class Trainer:
         NonFiniteLossError weights and optimizer are those before the step.
         """
         rates = self.schedule.rates(self.step)
-        self.model.noise_seed = fold(self.config.seed, Stream.POSITIONS, self.step)
         self.optimizer.zero_grad()
         losses: list[Tensor] = []
         terms: list[Tensor] = []

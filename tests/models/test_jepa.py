@@ -10,7 +10,6 @@ from torch.testing import assert_close
 import ijepa_zoo
 from ijepa_zoo.errors import SettingsError
 from ijepa_zoo.models.predictor import Predictor
-from ijepa_zoo.seeds import standard_normal
 
 CONTEXT = torch.tensor([[0, 1, 4, 5, 8], [2, 3, 6, 7, 11]])
 TARGETS = torch.tensor([[[10, 11], [14, 15], [2, 3]], [[0, 1], [4, 5], [12, 13]]])
@@ -41,16 +40,12 @@ def make_predictor(depth, context="repeated"):
     return stir(Predictor((4, 4), 48, 24, depth, 3, context=context))
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_targets_are_the_mean_of_normalized_layers_of_the_whole_image(make, layers):
-    ijepa = make(target_layers=layers)
-    outputs = ijepa.target_encoder.forward_intermediates(
-        IMAGES, norm=True, output_fmt="NLC", intermediates_only=True
-    )
-    tokens = torch.stack(outputs[-layers:])
+def test_targets_are_normalized_tokens_of_the_whole_image(make):
+    ijepa = make()
+    tokens = ijepa.target_encoder.forward_features(IMAGES)
     centered = tokens - tokens.mean(-1, keepdim=True)
-    mean = (centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()).mean(0)
-    expected = torch.stack([mean[image][TARGETS[image]] for image in range(2)])
+    normalized = centered / (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = torch.stack([normalized[image][TARGETS[image]] for image in range(2)])
     assert_close(ijepa.target_tokens(IMAGES, TARGETS), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -73,16 +68,14 @@ def test_loss_and_gradients(make, loss):
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_regularizer_of_the_context_tokens_and_noise_of_positions_are_added(make):
+def test_regularizer_of_the_context_tokens_is_added(make):
     class Regularizer(nn.Module):
         def forward(self, tokens):
             return 2 * tokens.square().mean()
 
-    ijepa = make(regularizer=Regularizer(), position_noise=0.25)
-    ijepa.noise_seed = 5
+    ijepa = make(regularizer=Regularizer())
     tokens, truth = ijepa.encoder.encode(IMAGES, CONTEXT), ijepa.target_tokens(IMAGES, TARGETS)
-    noise = 0.25 * standard_normal((16, 48), 5, IMAGES.device)
-    plain = F.smooth_l1_loss(ijepa.predictor(tokens, CONTEXT, TARGETS, noise), truth)
+    plain = F.smooth_l1_loss(ijepa.predictor(tokens, CONTEXT, TARGETS), truth)
     loss = ijepa(IMAGES, CONTEXT, TARGETS)
     assert_close(loss, plain + 2 * tokens.square().mean())
     bias = ijepa.encoder.norm.bias
@@ -170,18 +163,6 @@ def test_gradients_of_repeated_positions_accumulate_in_float32():
             loss = predictor(tokens, context, targets).float().square().mean()
         gradients += torch.autograd.grad(loss, weight)
     assert F.cosine_similarity(*(gradient.flatten() for gradient in gradients), dim=0) > 0.999
-
-
-@torch.no_grad()
-def test_noise_is_embedded_and_moves_the_position_of_targets():
-    predictor, noise = make_predictor(1), torch.zeros(16, 48)
-    predictor.predictor_embed.bias.zero_()
-    plain, noise[10] = predictor(TOKENS, CONTEXT, TARGETS), torch.randn(48)
-    found = predictor(TOKENS, CONTEXT, TARGETS, noise)
-    predictor.predictor_pos_embed[0, 10] += predictor.predictor_embed(noise[10])
-    assert_close(found, predictor(TOKENS, CONTEXT, TARGETS))
-    assert not torch.allclose(found[0, 0], plain[0, 0])
-    assert torch.equal(found[0, 1:], plain[0, 1:])  # position 10 is in the first block alone
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,11 @@ CONFIG = PretrainConfig(
     data={"held_out": 8, "mean": (0.4, 0.5, 0.6)},
     mask={"group_size": 4, "min_keep": 4, "per_image": 2},
     optim={"batch_size": 8, "duration": "9 steps", "warmup": "3 steps", "momentum": 0.9,
-           "regularizer_weight": 0.1, "target_layers": 2, "position_noise": 0.1,
-           "precision": "fp32"},
+           "regularizer_weight": 0.1, "precision": "fp32"},
     log={"log_every": 1, "monitor_every": 4, "save_every": "4 steps"},
     runtime={"device": "cpu", "workers": 0, "timeout": 60},
 )  # fmt: skip
-PLAIN = {"regularizer_weight": 0.0, "target_layers": 1, "position_noise": 0.0}
+PLAIN = {"regularizer_weight": 0.0}
 
 
 def change(config, **sections):

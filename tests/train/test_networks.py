@@ -93,8 +93,6 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path):
         build_networks(CONFIG, "vit_huge14_ijepa.in1k")
     with pytest.raises(SettingsError, match=r"data\.mean has 2 values for images of 3 channels"):
         build_networks(change(CONFIG, data={"mean": (0.5, 0.5)}))
-    with pytest.raises(SettingsError, match="target_layers"):
-        build_networks(change(CONFIG, optim={"target_layers": 3}))
     for name, reason in (
         ("swin_tiny_patch4_window7_224", "VisionTransformer"),
         ("vit_small_patch16_dinov3", "rotary"),
