@@ -61,7 +61,8 @@ _PROBES = {  # help, layout of the data, options of an example
 _HEADS = ("linear", "count", "depth", "attentive")
 _OF_TRAINING = (
     "model", "test", "checkpoint", "network", "img_size", "random", "baseline", "cached",
-    "select_on_test", "with_encoder", "epochs", "batch_size", "lrs", "wds", "pool",
+    "select_on_test", "with_encoder", "epochs", "batch_size", "lrs", "wds", "pool", "list",
+    "per_class",
 )  # fmt: skip
 # Every other option is an argument of the probe's function, with the same name.
 _OWN = {"run", "probe", "interrupted", "debug", "quiet"}
@@ -152,8 +153,8 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
 
 def _add_task(own: argparse._ArgumentGroup, probe: str) -> None:
     if probe == "count":
-        own.set_defaults(task="count")
-    elif probe == "depth":
+        return
+    if probe == "depth":
         own.add_argument("--task", choices=("clevr", "dense"), default="clevr",
             help="clevr (default): class of distance; dense: a depth for every pixel",
         )  # fmt: skip
@@ -192,7 +193,6 @@ def _run(probe: str, given: dict[str, Any]) -> Result:
     if probe == "segmentation":
         return evaluate_segmentation(**given)
     if probe == "depth" and given.pop("task") == "dense":
-        _leave_out(given, ("test", "pool", "lrs", "wds"), "are not for --task dense")
         return evaluate_dense_depth(**given)
     if probe in ("count", "depth"):
         _leave_out(given, ("max_depth", "depth_scale"), "are for --task dense")

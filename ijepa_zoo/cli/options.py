@@ -6,8 +6,6 @@ import argparse
 import os
 from typing import Any, TypeAlias
 
-from ..errors import SettingsError
-
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 DTYPES = ("float32", "float16", "bfloat16")
 RESUME = "interrupted: run the same command again to resume"
@@ -85,19 +83,12 @@ def feature_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_model(args: argparse.Namespace) -> Any:
-    """The model of `add_model_options`, in evaluation mode; also models of timm by name."""
-    import timm
-
-    from ..models.factory import create_model, create_timm_model
-    from ..weights.registry import is_ijepa
+    """The model of `add_model_options`, in evaluation mode."""
+    from ..models.factory import create_named_model
 
     size = {"img_size": args.img_size} if args.img_size else {}
-    name = args.model.partition(".")[0]
-    if timm.is_model(name) and not is_ijepa(name):
-        if args.checkpoint or args.network:
-            raise SettingsError(f"--checkpoint and --network are for I-JEPA models, not {name}")
-        return create_timm_model(args.model, pretrained=True, num_classes=0, **size).eval()
-    return create_model(args.model, checkpoint=args.checkpoint, network=args.network, **size).eval()
+    weights = {"checkpoint": args.checkpoint, "network": args.network}
+    return create_named_model(args.model, **weights, **size).eval()
 
 
 def is_main_process() -> bool:

@@ -14,12 +14,9 @@ from ..encode import model_name, weights_fingerprint
 from ..errors import SettingsError, option
 from ..features import FeatureExtractor
 from ..models.classifier import Classifier
-from ..models.factory import create_model, create_timm_model
+from ..models.factory import create_named_model, is_own_model
 from ..seeds import Stream, fold
-from ..weights import registry
-
-_TIMM, _FOLDER = "timm:", "local-dir:"
-_SOURCES = (_FOLDER, "hf-hub:")
+from ..weights.read import FOLDER_PREFIX, HUB_PREFIX
 
 
 @dataclass(frozen=True)
@@ -95,27 +92,20 @@ def open_model(
     """
     if random and (checkpoint or network):
         raise SettingsError(f"{option('random')} takes neither {option('checkpoint')} nor network")
-    source = f"{_FOLDER}{name}" if os.path.isdir(name) else name
     kwargs: dict[str, Any] = {"img_size": img_size} if img_size else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, Stream.EVAL_INIT))
-        if source.startswith(_SOURCES) or registry.is_ijepa(source):
-            if not random:
-                kwargs |= {"checkpoint": checkpoint, "network": network}
-            model = create_model(source, pretrained=not random, **kwargs)
-            model = model.encoder if isinstance(model, Classifier) else model
-        elif checkpoint or network:
-            raise SettingsError(f"{name!r} is timm's, and takes neither checkpoint nor network")
-        else:
-            source = source.removeprefix(_TIMM)
+        if not is_own_model(name):
             with torch.device("meta"):  # refuse what is not a ViT before weights are fetched
-                FeatureExtractor(create_timm_model(source, pretrained=False), "last4", pool="avg")
-            model = create_timm_model(source, pretrained=not random, num_classes=0, **kwargs)
-    model.eval()
+                FeatureExtractor(create_named_model(name, pretrained=False), "last4", pool="avg")
+        kwargs |= {"checkpoint": checkpoint, "network": network}
+        model = create_named_model(name, pretrained=not random, **kwargs)
+    model = (model.encoder if isinstance(model, Classifier) else model).eval()
     if random:
         shown = f"{name}, random weights"
         return EvalModel(model, shown, source=name, img_size=img_size, is_random=True)
-    if source.startswith(_SOURCES) or checkpoint or network == "encoder":
+    is_path = FOLDER_PREFIX in name or HUB_PREFIX in name or os.path.isdir(name)
+    if is_path or checkpoint or network == "encoder":
         shown = ", ".join([name, *filter(None, (checkpoint, network))])
         return EvalModel(model, shown, source=name, img_size=img_size)
     cfg = model.pretrained_cfg

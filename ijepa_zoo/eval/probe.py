@@ -195,7 +195,6 @@ class Probe(Evaluation):
             "files": [part.files_state for part in (self.train, self.test)],
             **pixel_options(self.train),
             "select_on_test": not len(self.val_rows),
-            "skip_broken": self.config.skip_broken,
             "seed": self.config.seed,
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +31,7 @@ from .models import EvalModel
 from .probe import EvalConfig, Probe, make_result
 from .results import Result, data_name
 from .runs import run_once
-from .sets import EvalSet
+from .sets import EvalSet, select, split_off_test
 from .tasks import TASKS, EvalTransform, Task
 
 
@@ -50,18 +49,12 @@ def save_head(
     """
     if not distributed.is_main:
         return
-    name, path = None if model.is_random else model.source, config.checkpoint
-    if name is not None and os.path.isdir(name):
-        name = f"local-dir:{name}"
-    given = {
-        "checkpoint": os.path.abspath(path) if path and os.path.exists(path) else path,
-        "network": config.network,
-    }
+    name = None if model.is_random else model.source
     save_classifier(
         folder / "model",
         classifier,
         encoder=name,
-        encoder_args={key: value for key, value in given.items() if value is not None},
+        encoder_args={"checkpoint": config.checkpoint, "network": config.network},
         with_encoder=config.with_encoder or name is None,
         overwrite=True,
         model=model.name,
@@ -83,7 +76,7 @@ def save_probe_head(
         probe.train.multi_label,
         vars(probe.protocol.transform),
     )
-    record = {"task": probe.name, "chosen": chosen}
+    record = {"task": probe.name, "chosen": chosen, "train": probe.train.images.fingerprint()}
     save_head(probe.config, probe.distributed, source.model, classifier, folder, **record)
 
 
@@ -94,8 +87,9 @@ def evaluate_head(
 
     Args:
         head: Its folder, `model` in the folder of the result.
-        data: Labeled images with class names of the head; if the data have a test part, only that
-            part is used. Images of other classes are left out.
+        data: Labeled images with class names of the head; if the data have a test part, or are the
+            images that the head was trained on, only the test part is used. Images of other classes
+            are left out.
         out: Folder of all evaluations.
         options: `device`, `workers`, `precision`, `value_range`, `bands`, `skip_broken` and
             `progress` of :class:`~ijepa_zoo.eval.probe.EvalConfig`.
@@ -117,7 +111,7 @@ def evaluate_head(
     transform = EvalTransform(**{f.name: cfg[f.name] for f in fields(EvalTransform)})
     with init_distributed(config.device) as distributed:
         task = TASKS.get(about["task"]) or replace(TASKS["classes"], name=about["task"])
-        part = _open_test(config, task, classifier)
+        part = _open_test(config, task, classifier, about.get("train"))
         protocol, none = replace(task.protocol, transform=transform), np.empty(0, np.int64)
         probe = Probe(config, distributed, none, none, task, protocol, part, part)
         model = EvalModel(classifier.encoder, about["model"] or model_name(classifier.encoder))
@@ -140,14 +134,20 @@ def evaluate_head(
         return run_once(probe, source, "saved-head", settings, work)[0]
 
 
-def _open_test(config: EvalConfig, task: Task, classifier: Classifier) -> EvalSet:
-    """The test images, with the classes of the head."""
+def _open_test(config: EvalConfig, task: Task, classifier: Classifier, train: Any) -> EvalSet:
+    """The test images, with the classes of the head; `train` is the fingerprint of its images."""
     decoder = config.decoder(transform_config(classifier)["input_size"][0])
     if task.kind == "classes":
-        train, test = open_splits(config.data, None, decoder)
+        whole, test = open_splits(config.data, None, decoder)
     else:
-        train, test = open_clevr(config.data, task.kind, decoder=decoder)
-    part = train if test is None else test
+        whole, test = open_clevr(config.data, task.kind, decoder=decoder)
+    notes: list[str] = []
+    if test is None:
+        trained, test = split_off_test(select(whole, whole.targets >= 0, "have no class"))
+        if trained.images.fingerprint() != train:
+            test = whole
+            notes.append("the data have no test part: images that trained the head count too")
+    part = test
     if part.targets.ndim > 1 and not classifier.multi_label:
         raise DataError(f"'{config.data}' has images of several classes, the head is for one")
     names = classifier.class_names or []
@@ -158,6 +158,7 @@ def _open_test(config: EvalConfig, task: Task, classifier: Classifier) -> EvalSe
     rows, others = np.flatnonzero(known), int((~known).sum())
     if not len(rows):
         raise DataError(f"no image of '{config.data}' is of a class of the head: {some(names)}")
-    notes = [f"{others} of {len(known)} images are of other classes"] if others else []
+    if others:
+        notes.append(f"{others} of {len(known)} images are of other classes")
     chosen = part.subset(rows, part.name, notes)
     return EvalSet(**vars(chosen), data=data_name(config.data), skip_broken=config.skip_broken)

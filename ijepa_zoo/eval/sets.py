@@ -143,8 +143,8 @@ def open_task(
     else:
         options: dict[str, Any] = {"workers": workers, "decoder": decoder, "progress": progress}
         train, tested = open_clevr(data, task.kind, **options)
-    train = _select(train, train.targets >= 0, "have no class")
-    train, tested = _split_off_test(train) if tested is None else (train, tested)
+    train = select(train, train.targets >= 0, "have no class")
+    train, tested = split_off_test(train) if tested is None else (train, tested)
     multi_label = train.targets.ndim > 1
     numbers = np.flatnonzero(train.targets.any(axis=0)) if multi_label else np.unique(train.targets)
     names = {-1: "no class", **tested.classes, **train.classes}
@@ -161,7 +161,7 @@ def open_task(
         seen = np.isin(tested.targets, numbers)
         unseen = some(names.get(n, str(n)) for n in np.unique(tested.targets[~seen]).tolist())
         why = f"are of classes that training does not have ({unseen})"
-        tested = _select(tested, seen, why)
+        tested = select(tested, seen, why)
         targets = [np.searchsorted(numbers, part.targets) for part in (train, tested)]
     given: dict[str, Any] = {"data": data_name(data), "skip_broken": skip_broken}
     found = [
@@ -231,7 +231,8 @@ def listed_rows(train: EvalSet, files: str | Path) -> Targets:
     return np.array(sorted({rows[name][0] for name in wanted}), np.int64)
 
 
-def _split_off_test(whole: Split) -> tuple[Split, Split]:
+def split_off_test(whole: Split) -> tuple[Split, Split]:
+    """Training and test part, 80:20, of data in one piece; the same for every seed."""
     rows = split_classes(whole.targets, _TEST_SHARE, _TEST_SEED, use=1)
     note = (
         f"the data have no test part: {len(rows[0])} images train and {len(rows[1])} test, split "
@@ -241,7 +242,7 @@ def _split_off_test(whole: Split) -> tuple[Split, Split]:
     return train, whole.subset(rows[1], f"{whole.name} (20 %)")
 
 
-def _select(part: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
+def select(part: Split, kept: npt.NDArray[np.bool_], why: str) -> Split:
     """The images that are kept, and a note about the others."""
     if kept.all():
         return part

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
@@ -16,26 +16,15 @@ from ..data.transforms import transform_config
 from ..encode import weights_fingerprint
 from ..errors import CheckpointError, SettingsError, UserError
 from ..features import FeatureExtractor, Layers
-from ..weights import registry
 from ..weights.export import export, write_folder
-from ..weights.read import FOLDER_PREFIX, HUB_PREFIX
+from ..weights.read import FOLDER_PREFIX
 from ..weights.writers import save_tensors, write_json
-from .factory import create_model, create_timm_model
+from .factory import create_named_model, is_own_model
 
 KIND = "classifier"  # the value of "ijepa_zoo" in config.json of these folders
 _TRANSFORM = ("crop_pct", "crop_mode", "interpolation")
 CONFIG, HEAD, ENCODER = "config.json", "head.safetensors", "encoder"
-_TIMM = "timm:"
 _FLOOR = 0.1  # added to every depth bin
-_DAMAGE = (
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    RuntimeError,
-    OSError,
-    SafetensorError,
-)
 
 
 class LinearHead(nn.Module):
@@ -240,9 +229,8 @@ def save_classifier(
     """
     if encoder is None and not with_encoder:
         raise SettingsError("an encoder in memory has no source: save it too, with_encoder=True")
-    if encoder is not None and FOLDER_PREFIX in encoder:  # make the path absolute
-        library, _, path = encoder.partition(FOLDER_PREFIX)
-        encoder = f"{library}{FOLDER_PREFIX}{Path(path).expanduser().resolve()}"
+    args = {key: value for key, value in (encoder_args or {}).items() if value is not None}
+    args = {key: _absolute(value) if key == "checkpoint" else value for key, value in args.items()}
     folder, head, network = Path(folder), classifier.head, classifier.encoder
     config = transform_config(classifier)
     content = {
@@ -253,8 +241,8 @@ def save_classifier(
         "pool": classifier.extractor.pool,
         "class_names": classifier.class_names,
         "multi_label": classifier.multi_label,
-        "encoder": ENCODER if with_encoder else encoder,
-        "encoder_args": {} if with_encoder else dict(encoder_args or {}),
+        "encoder": ENCODER if with_encoder or encoder is None else _absolute(encoder),
+        "encoder_args": {} if with_encoder else args,
         "encoder_hash": weights_fingerprint(network),
         "preprocessing": {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
         **record,
@@ -292,7 +280,7 @@ def load_classifier(folder: str | Path) -> Classifier:
         is_same = weights_fingerprint(encoder) == config["encoder_hash"]
     except UserError:
         raise
-    except _DAMAGE as error:
+    except Exception as error:  # damaged files raise almost anything
         raise CheckpointError(
             f"{folder / CONFIG} or {HEAD} beside it is damaged or missing: {error!r}"
         ) from error
@@ -318,12 +306,17 @@ def read_classifier_config(folder: str | Path) -> dict[str, Any] | None:
     return config if is_ours else None
 
 
+def _absolute(source: str) -> str:
+    """A source with the absolute path of its folder or file; names of models stay."""
+    library, prefix, path = source.rpartition(FOLDER_PREFIX)
+    if not prefix and (timm.is_model(source.partition(".")[0]) or not Path(source).exists()):
+        return source
+    return f"{library}{prefix}{Path(path).expanduser().resolve()}"
+
+
 def _open_encoder(source: str, size: tuple[int, ...], args: dict[str, Any]) -> Any:
-    name = source.removeprefix(_TIMM)
-    is_ours = name.startswith((FOLDER_PREFIX, HUB_PREFIX)) and not source.startswith(_TIMM)
-    if is_ours or registry.is_ijepa(name):
-        return create_model(name, img_size=size, **args)
-    with torch.device("meta"):
-        has_size = hasattr(create_timm_model(name, num_classes=0), "patch_embed")
-    args |= {"img_size": size} if has_size else {}
-    return create_timm_model(name, pretrained=True, num_classes=0, **args)
+    if not is_own_model(source):
+        with torch.device("meta"):
+            if not hasattr(create_named_model(source, pretrained=False), "patch_embed"):
+                return create_named_model(source, **args)
+    return create_named_model(source, img_size=size, **args)

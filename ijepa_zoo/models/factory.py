@@ -9,13 +9,14 @@ import timm
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, FetchError, SettingsError
+from ..errors import CheckpointError, FetchError, SettingsError, option
 from ..weights import load, registry
 from ..weights.read import FOLDER_PREFIX, HUB_PREFIX, Networks, find_timm_config, open_checkpoint
 from .encoder import as_encoder, check_encoder
 from .jepa import IJepa
 from .predictor import PREDICTORS, Predictor
 
+TIMM_PREFIX = "timm:"
 _DEFAULT_PREDICTOR = {"embed_dim": 384, "depth": 6}
 
 
@@ -118,6 +119,38 @@ def _read_name(name: str, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any
     raise SettingsError(
         f"{name!r} is not an I-JEPA model: use one of {', '.join(registry.ARCHITECTURES)}, "
         "'local-dir:FOLDER' or 'hf-hub:REPO', or timm.create_model for other models"
+    )
+
+
+def create_named_model(
+    name: str,
+    pretrained: bool = True,
+    *,
+    checkpoint: str | None = None,
+    network: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Create a model of this package or of timm, as users name it on the command line.
+
+    ``name`` is as for :func:`create_model`, or a folder without ``local-dir:`` before it, or any
+    model of timm, with or without ``timm:`` before it; 'timm:local-dir:FOLDER' is a folder that
+    timm opens. Models of timm have no classifier.
+    """
+    if is_own_model(name):
+        is_folder = not name.startswith((HUB_PREFIX, FOLDER_PREFIX)) and not registry.is_ijepa(name)
+        name = f"{FOLDER_PREFIX}{name}" if is_folder and Path(name).is_dir() else name
+        return create_model(name, pretrained, checkpoint=checkpoint, network=network, **kwargs)
+    if checkpoint or network:
+        given = f"{option('checkpoint')} nor {option('network')}"
+        raise SettingsError(f"{name!r} is timm's, and takes neither {given}")
+    name = name.removeprefix(TIMM_PREFIX)
+    return create_timm_model(name, pretrained=pretrained, num_classes=0, **kwargs)
+
+
+def is_own_model(name: str) -> bool:
+    """Whether :func:`create_named_model` opens it with this package, not with timm."""
+    return not name.startswith(TIMM_PREFIX) and (
+        registry.is_ijepa(name) or not timm.is_model(name.partition(".")[0])
     )
 
 

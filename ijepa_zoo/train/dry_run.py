@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..data.loading import usable_cpus
 from ..distributed import init_distributed
 from ..progress import progress_bar
 from .config import PretrainConfig
@@ -41,6 +42,7 @@ class DryRunReport:
     memory_limit: int | None  # bytes of the GPU; None without one
     step_seconds: float  # of an update with typical masks
     read_rate: float  # images/s that one loader process reads, decodes and crops
+    workers: int  # loader processes of each process; 0: it loads between its updates
 
     def __str__(self) -> str:
         """The report, one line per topic."""
@@ -57,9 +59,14 @@ class DryRunReport:
             "update",
             "loader": f"{self.read_rate:.4g} images/s per loader process, so each process needs "
             f"runtime.workers={math.ceil(own_rate / self.read_rate)}",
-            "time": f"{timedelta(seconds=round(self.steps * self.step_seconds))} for the run, "
-            "without monitors and checkpoints",
         }
+        loading = self.batch_size / self.world_size / self.read_rate / max(1, self.workers)
+        seconds = max(self.step_seconds, loading)
+        if not self.workers:
+            seconds = self.step_seconds + loading
+        limited = ", limited by the loaders" if loading > self.step_seconds else ""
+        duration = timedelta(seconds=round(self.steps * seconds))
+        lines["time"] = f"{duration} for the run{limited}, without monitors and checkpoints"
         width = max(map(len, lines))
         return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
 
@@ -130,6 +137,7 @@ def _measure(trainer: Trainer, typical: Masks, largest: Masks) -> list[float]:
 def _report(trainer: Trainer, slowest: list[float]) -> DryRunReport:
     config, device = trainer.config, trainer.distributed.device
     update, reading, memory = slowest
+    workers = config.runtime.workers
     with torch.device("meta"):  # the trained networks may be sharded, compiled, recomputing
         model = build_networks(config)
     cuda = device.type == "cuda"
@@ -146,6 +154,7 @@ def _report(trainer: Trainer, slowest: list[float]) -> DryRunReport:
         memory_limit=torch.cuda.get_device_properties(device).total_memory if cuda else None,
         step_seconds=update,
         read_rate=trainer.micro_batch_size / reading,
+        workers=usable_cpus() if workers is None else workers,
     )
 
 

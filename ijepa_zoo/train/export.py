@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import CheckpointError, some
 from ..models.jepa import IJepa
 from ..weights.export import export
@@ -36,7 +38,8 @@ def load_run(run: str | Path, step: int | None = None) -> tuple[IJepa, str]:
         raise CheckpointError(f"{run} has no {wanted}: it has {steps or 'none'}")
     step = steps[-1] if step is None else step
     checkpoint = checkpoint_path(run / "checkpoints", step)
-    model = build_networks(config)
+    with torch.device("meta"):
+        model = build_networks(config)
     _load_networks(model, checkpoint)
     origin = f"a pretraining run of ijepa_zoo on {config.model.name}, after {step} steps"
     for network in ("encoder", "target_encoder"):
@@ -78,6 +81,6 @@ def _load_networks(model: IJepa, checkpoint: Path) -> None:
     if ruined := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise CheckpointError(f"{checkpoint} has weights that are not finite: {some(ruined)}")
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint} does not match config.yaml: {error}") from error

@@ -30,7 +30,7 @@ def open_folder(out: str | Path, data: Any, distributed: Distributed, stack: Exi
     folder = Path(out)
     for source in data if isinstance(data, list | tuple) else [data]:
         is_path = isinstance(source, str | os.PathLike)
-        if is_path and Path(source).resolve() in folder.resolve().parents:
+        if is_path and Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):
             raise SettingsError(
                 f"the run's folder {folder} is inside its images, {source}: choose another"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import CheckpointError, SettingsError
 from ..models.encoder import check_encoder
 from ..models.factory import create_ijepa, create_timm_model, is_other_vit
 from ..models.jepa import IJepa
+from ..models.predictor import Predictor
 from ..seeds import Stream, fold
 from ..weights import load, registry
 from ..weights.formats import State
@@ -49,9 +51,12 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
             loss=optim.loss,
             **network,
         )
+    theirs = model.encoder.pretrained_cfg
     if encoder is not None:
         _start_from(model, *encoder)
-        _compare_normalization(config, encoder[1])
+        theirs = encoder[1].preprocessing
+    elif init is not None:
+        _check_predictor(config, model.predictor, init)
     channels = model.encoder.patch_embed.proj.in_channels
     for key in ("mean", "std"):
         values = getattr(config.data, key)
@@ -65,16 +70,35 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
             tuple(v) * (channels if len(v) == 1 else 1) for v in (config.data.mean, config.data.std)
         )
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
+    if init is not None:
+        _compare_normalization(model.encoder.pretrained_cfg, theirs, init)
     return model
 
 
-def _compare_normalization(config: PretrainConfig, networks: Networks) -> None:
+def _check_predictor(config: PretrainConfig, predictor: Predictor, init: str | Path) -> None:
+    """Refuse the predictor of weights that the settings, from which a run resumes, do not give."""
+    with torch.device("meta"):
+        expected = build_networks(config).predictor
+    sizes = [
+        {
+            "predictor_embed_dim": network.predictor_embed.out_features,
+            "predictor_depth": len(network.predictor_blocks),
+            "predictor_context": network.context,
+        }
+        for network in (predictor, expected)
+    ]
+    if sizes[0] != sizes[1]:
+        values = " ".join(f"model.{key}={value}" for key, value in sizes[0].items())
+        raise SettingsError(f"the predictor of {init} is another one: use {values}")
+
+
+def _compare_normalization(ours: Mapping[str, Any], theirs: Mapping[str, Any], init: Any) -> None:
     """Warn if weights were trained with another normalization of pixels."""
-    for key, ours in (("mean", config.data.mean), ("std", config.data.std)):
-        theirs = networks.preprocessing.get(key)
-        if theirs is not None and tuple(theirs) != ours:
-            values = ",".join(map(str, theirs))
-            _log.warning("%s had another %s: use data.%s=%s", networks.origin, key, key, values)
+    for key in ("mean", "std"):
+        before = tuple(theirs.get(key) or ())
+        if len(before) == len(ours[key]) and before != ours[key]:
+            values = ",".join(map(str, before))
+            _log.warning("%s had another %s: use data.%s=%s", init, key, key, values)
 
 
 def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | None]:

@@ -86,6 +86,8 @@ def export(
         _refuse_source(model, folder)
         only_one = to in ("timm", "transformers")
         networks = _from_source(model, model_name, network, only_one, cache_dir, encoder_kwargs)
+    elif encoder_kwargs:
+        raise SettingsError(f"{some(encoder_kwargs)}: not for a model in memory or a run")
     else:
         networks = _from_module(model, network)
     networks = replace(

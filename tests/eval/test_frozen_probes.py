@@ -195,6 +195,7 @@ def test_broken_images_count_nowhere(evaluate, pictures, tmp_path, cached):
     with pytest.raises(DataError, match=r"class./\d\.png"):
         evaluate(**options)
     result = evaluate(**options, skip_broken=True)
+    assert len([*tmp_path.glob("out/*-linear-*")]) == 1  # what was trained before is not lost
     assert result.images == {"train": 35, "test": 20}
     assert result.value == max(head.test for head in result.heads)
     assert result.interval[0] < result.value < result.interval[1]

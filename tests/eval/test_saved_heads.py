@@ -5,6 +5,7 @@ Images have one label, or several; metrics are compared with scikit-learn's.
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -115,6 +116,17 @@ def test_a_named_encoder_is_a_reference_and_another_head_another_result(
     tensors = {name: -tensor for name, tensor in load_file(folder / "head.safetensors").items()}
     save_file(tensors, folder / "head.safetensors")
     assert evaluate_head(folder, pictures, tmp_path, **OPTIONS).value != first.value
+
+
+def test_data_without_a_test_part_are_tested_on_what_was_not_trained(tmp_path):
+    whole = write_pictures(tmp_path / "whole") / "train"
+    result = evaluate_logreg("classes", encoder(), whole, tmp_path, cs=(1.0,), **OPTIONS)
+    again = evaluate_head(the_one(tmp_path, "*/model"), whole, tmp_path, **OPTIONS)
+    assert (again.value, again.images["test"]) == (result.value, result.images["test"])
+    other = shutil.copytree(whole, tmp_path / "other")
+    next(other.rglob("*.png")).unlink()
+    again = evaluate_head(the_one(tmp_path, "*/model"), other, tmp_path, **OPTIONS)
+    assert "no test part" in " ".join(again.notes)
 
 
 def test_test_sets_of_other_classes_and_labels(pictures, labels, tmp_path):

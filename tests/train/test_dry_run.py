@@ -1,6 +1,7 @@
 """A dry run counts, measures and leaves nothing behind."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +40,9 @@ def test_report_has_totals_that_count_the_optimizer_once(monkeypatch):
     lines = dict(line.split(maxsplit=1) for line in str(report).splitlines())
     assert lines["speed"].startswith("5.926 images/s")
     assert "needs runtime.workers=5" in lines["loader"]  # 4 images in 3 seconds
-    assert lines["time"].startswith("12 days, 12:00:00")
+    assert lines["time"].startswith("68 days, 1:20:00 for the run, limited by the loaders")
+    lines = dict(line.split(maxsplit=1) for line in str(replace(report, workers=5)).splitlines())
+    assert lines["time"].startswith("12 days, 12:00:00 for the run, without")
 
 
 def test_flops_of_a_published_recipe():

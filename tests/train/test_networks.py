@@ -84,6 +84,15 @@ def test_start_from_a_run_at_another_size_with_other_channels_and_from_a_seed(wh
     assert not torch.equal(one.patch_embed.proj.weight, other.patch_embed.proj.weight)
 
 
+def test_normalization_and_predictor_of_weights_are_those_of_the_settings(whole, caplog):
+    build_networks(change(CONFIG, data={"std": (0.2,)}), whole)
+    assert "data.std=0.229,0.224,0.225" in caplog.text
+    assert "data.mean" not in caplog.text
+    model = {"predictor_embed_dim": None, "predictor_depth": None}
+    with pytest.raises(SettingsError, match=r"predictor_embed_dim=12 model\.predictor_depth=1"):
+        build_networks(change(CONFIG, model=model), whole)
+
+
 def test_what_does_not_fit_the_model_is_refused(tmp_path):
     for part, named in (({"reg_tokens": 2}, "reg_token"), ({"init_values": 1e-5}, "ls1")):
         torch.save(vit(**part).state_dict(), tmp_path / "other.pth")

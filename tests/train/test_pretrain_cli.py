@@ -80,6 +80,7 @@ def test_released_weights_choose_the_model(folder, monkeypatch):
         (["custom_small", "--data", "images.npy", "--out", "run", "data.held_out=4"], 2,
          "optim.batch_size"),
         (["custom_small", "--data", ".", "--out", "run"], 2, "inside its images"),
+        (["custom_small", "--data", ".", "--out", "."], 2, "inside its images"),
         (["custom_small", "--data", "images.npy", "--out", "run", "--resume-optimizer",
           "data.held_out=4"], 2, "--init RUN"),
         (["--config", "absent.yaml", "--data", "images.npy", "--out", "r"], None, "absent.yaml"),

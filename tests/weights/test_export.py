@@ -154,6 +154,8 @@ def test_what_cannot_be_exported_is_refused(
         kwargs = {"model_name": "vit_tiny16_ijepa", **tiny, **kwargs}
     with pytest.raises(error, match=named):
         ijepa_zoo.export(model, tmp_path / "a", **kwargs)
+    with pytest.raises(SettingsError, match="img_size"):
+        ijepa_zoo.export(ijepa_zoo.create_model("vit_nano8_64_ijepa"), tmp_path / "b", img_size=32)
     with pytest.raises(SettingsError, match="Linear"):
         ijepa_zoo.export(torch.nn.Linear(2, 2), tmp_path / "a")
     with pytest.raises(CheckpointError, match="vit_base16_ijepa"):
