@@ -105,8 +105,7 @@ class Distributed:
         outcome = self.broadcast_object(outcome)
         if isinstance(outcome, Exception):
             raise outcome
-        result: T = outcome
-        return result
+        return outcome
 
     def barrier(self) -> None:
         """Wait for all processes."""

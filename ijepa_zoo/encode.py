@@ -101,8 +101,7 @@ class Encoder:
     @property
     def row_shape(self) -> tuple[int, ...]:
         """Shape of the features of one image."""
-        shape: tuple[int, ...] = self.extractor.row_shape(self.size)
-        return shape
+        return self.extractor.row_shape(self.size)
 
     def encode(self, batches: Iterable[Batch]) -> Generator[Batch, None, None]:
         """Features of the good images of each batch, and its reasons; several batches at a time.

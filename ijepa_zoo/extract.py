@@ -23,7 +23,7 @@ from .data.datasets import ImageDataset
 from .data.decode import MAX_PIXELS, Decoder
 from .data.loading import load_in_order
 from .data.sources import open_images
-from .data.transforms import create_transform, transform_config
+from .data.transforms import create_transform
 from .distributed import Distributed, init_distributed
 from .encode import DTYPES, Batch, Encoder, hash_texts
 from .errors import ImageError, MissingPackageError, RunError, SettingsError
@@ -252,7 +252,9 @@ def _compute(
     own = range(distributed.rank, len(parts), distributed.world_size)
     missing = [part for part in own if part not in done]
     order = [batch for part in missing for batch in parts.batches(part)]
-    loaded = load_in_order(batches, order, workers, pin_memory=encoder.device.type == "cuda")
+    loaded = load_in_order(
+        batches.__getitem__, order, workers, pin_memory=encoder.device.type == "cuda"
+    )
     total = sum(map(parts.size, own))
     before = total - sum(map(parts.size, missing))
     with (
@@ -286,11 +288,11 @@ class ImageBatches:
     ) -> None:
         self.images, self.batch_size, self.strict = images, batch_size, strict
         self.transform = create_transform(model, normalize=False)
-        self.shape = transform_config(model)["input_size"]
 
     def __getitem__(self, batch: int) -> Batch:
         """Images, uint8 `[batch_size, C, H, W]`; for each, None or why it cannot be decoded."""
-        pixels = torch.zeros(self.batch_size, *self.shape, dtype=torch.uint8)
+        shape = self.transform.input_size
+        pixels = torch.zeros(self.batch_size, *shape, dtype=torch.uint8)
         first = batch * self.batch_size
         errors: list[str | None] = []
         for index in range(first, min(first + self.batch_size, len(self.images))):

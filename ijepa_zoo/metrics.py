@@ -149,8 +149,7 @@ def _ridge(x: Tensor, y: Tensor, test: Tensor) -> Tensor:
         left_out = (y - offset - u @ (shrink[:, None] * projected)) / (1 - leverage).clamp(1e-9)
         best = min(best, (float(left_out.square().mean()), shrink), key=lambda pair: pair[0])
     weights = v.T @ (torch.where(s > 0, best[1] / s, 0.0)[:, None] * projected)
-    predictions: Tensor = (test - mean) @ weights + offset
-    return predictions
+    return (test - mean) @ weights + offset
 
 
 def _percent(correct: Tensor) -> float:

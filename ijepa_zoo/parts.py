@@ -52,10 +52,10 @@ class Outputs:
 
     def own(self, path: str) -> bool:
         """Whether a run wrote this file; without record or parts, a file is the user's."""
-        folder, name = os.path.split(os.path.abspath(path))
-        if name in (self.features.name, self.index.name, self.record.name):
-            beside = folder == os.path.abspath(self.features.parent)
-            return beside and (self.record.exists() or self.parts.exists())
+        path = os.path.abspath(path)
+        folder = os.path.dirname(path)
+        if path in map(os.path.abspath, self.files):
+            return self.record.exists() or self.parts.exists()
         return folder == os.path.abspath(self.parts)
 
     def refuse_inputs(self, images: ImageDataset) -> None:

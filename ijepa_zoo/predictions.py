@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .data.files import refuse_inside
 from .encode import class_names
 from .errors import SettingsError
 from .extract import ExtractionReport, require_pyarrow, run_extraction, utf8
@@ -69,6 +70,8 @@ def predict(
     if not is_dense and not 1 <= topk <= len(names):
         raise SettingsError(f"topk is {topk}: the model has {len(names)} classes")
     outputs, write = _outputs(Path(out), is_dense), _write_maps if is_dense else _write_table
+    if is_dense:
+        refuse_inside(out, inputs)
     predictions = {"extractor": Predictions(model, topk)}
     return run_extraction(inputs, model, predictions, outputs, write, **options)
 

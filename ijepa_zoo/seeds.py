@@ -13,8 +13,6 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from .errors import SettingsError
-
 _UINT64 = 2**64
 
 
@@ -36,18 +34,11 @@ class Stream(IntEnum):
 
 
 def fold(*keys: int) -> int:
-    """Hash integers of at most 64 bits into a seed in [0, 2**64).
+    """Hash integers, modulo 2**64, into a seed in [0, 2**64).
 
     The order and the number of keys matter. The hash is BLAKE2b, the same on every platform and
     with every version of Python, NumPy and torch.
     """
-    if not keys:
-        raise SettingsError(
-            "fold() needs at least one integer, e.g. fold(seed, Stream.MASKS, step)"
-        )
-    for key in keys:
-        if not -(2**63) <= key < _UINT64:
-            raise SettingsError(f"seed key {key} does not fit into 64 bits; use a smaller integer")
     packed = struct.pack(f"<{len(keys)}Q", *(int(key) % _UINT64 for key in keys))
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 

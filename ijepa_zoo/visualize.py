@@ -38,10 +38,14 @@ def pca_colors(maps: Tensor) -> Tensor:
 
 
 def pca_picture(pixels: Tensor, maps: Tensor) -> Image.Image:
-    """A grid of images, uint8 `[n, 3, H, W]`, each beside the colors of its maps `[n, D, h, w]`."""
+    """A grid of images beside the colors of their maps `[n, D, h, w]`.
+
+    Images are uint8 `[n, 3, H, W]`, or gray `[n, 1, H, W]`.
+    """
     scale = max(1, math.ceil(_SIDE / min(pixels.shape[-2:])))
     height, width = (side * scale for side in pixels.shape[-2:])
     colors = F.interpolate(pca_colors(maps), (height, width), mode="bicubic").clamp(0, 1)
+    pixels = pixels.expand(-1, 3, -1, -1)
     images = F.interpolate(pixels.double() / 255, (height, width), mode="nearest")
     pairs = torch.cat([images, colors], dim=3).mul(255).round().to(torch.uint8)
     columns = max(1, round(math.sqrt(len(pairs) * height / (2 * width))))

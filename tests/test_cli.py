@@ -252,6 +252,7 @@ def test_features_of_a_model_of_timm(photos, monkeypatch, extraction, capsys):
         (["--model", "vit_huge"], 2, "vit_huge"),
         (["--checkpoint", "absent.safetensors"], 1, "absent.safetensors"),
         (["--picture", "a.jpg"], 2, "a.jpg"),
+        (["--picture", "photos/a.png"], 2, "photos/a.png"),
         (["--pool", "cls"], 2, "class token"),
         (["--device", "cuda:99"], 1, "device 'cuda:99'"),
     ],

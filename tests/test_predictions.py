@@ -108,6 +108,8 @@ def test_a_run_resumes_and_is_not_repeated(images, tmp_path, monkeypatch):
 @pytest.mark.parametrize("names", [NAMES, ["depth"]])
 def test_a_dense_head_writes_maps(images, tmp_path, names):
     model = classifier(DenseHead, names)
+    with pytest.raises(SettingsError, match="inside its images"):
+        ijepa_zoo.predict(images, model, images / "maps", **QUIET)
     ijepa_zoo.predict(images, model, tmp_path / "maps", **QUIET)
     rows = read_csv(tmp_path / "maps" / "maps.csv")
     assert [bool(row["error"]) for row in rows] == [False, True, False]

@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack characters of file names
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status: int = args.run(args)
-        return status
+        return args.run(args)
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or args.interrupted}", file=sys.stderr)
         return INTERRUPTED

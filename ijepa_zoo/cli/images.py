@@ -103,14 +103,18 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _features(args: argparse.Namespace) -> int:
     _check_paths(args.inputs)
-    if args.picture and not args.picture.endswith(".png"):
-        raise SettingsError(f"--picture '{args.picture}' is drawn as a PNG: end its name in .png")
+    if args.picture:
+        _check_picture(args.picture, args.inputs)
+    from ..data.transforms import transform_config
     from ..extract import extract_features
     from ..models.classifier import Classifier
 
     model = options.open_model(args)
     if isinstance(model, Classifier):
         model = model.encoder
+    channels = transform_config(model)["input_size"][0]
+    if args.picture and channels not in (1, 3):
+        raise SettingsError(f"--picture draws images of 1 or 3 channels, not of {channels}")
     arguments = _arguments(args, "dtype", "format") | options.feature_options(args)
     report = extract_features(args.inputs, model, args.out, **arguments)
     if report is None:
@@ -122,6 +126,14 @@ def _features(args: argparse.Namespace) -> int:
     settings = report.settings
     features = f"layers {settings['layers']}, pool {settings['pool'] or 'none'}"
     return _print_report(report, [("input", settings["transform"]), ("features", features)], files)
+
+
+def _check_picture(path: str, inputs: list[str]) -> None:
+    from ..data.files import refuse_inside
+
+    if not path.endswith(".png"):
+        raise SettingsError(f"--picture '{path}' is drawn as a PNG: end its name in .png")
+    refuse_inside(path, inputs)
 
 
 def _check_paths(inputs: list[str]) -> None:

@@ -100,8 +100,13 @@ class ImageDataset(ABC):
 class Subset(ImageDataset):
     """The images of a dataset at `indices` `[n]`."""
 
+    dataset: ImageDataset
+    indices: Targets
+
     def __init__(self, dataset: ImageDataset, indices: Targets) -> None:
         super().__init__(dataset.decoder)
+        if isinstance(dataset, Subset):
+            indices, dataset = dataset.indices[indices], dataset.dataset
         self.dataset, self.indices, self.classes = dataset, indices, dataset.classes
         self.targets = None if dataset.targets is None else dataset.targets[indices]
 

@@ -165,19 +165,14 @@ def open_segmentation(
     return replace(data, num_classes=_count_classes(data, workers, progress))
 
 
-@dataclass(frozen=True)
-class _LargestClass:
-    """The largest class id of each mask, and its source or why it cannot be read."""
-
-    data: DenseDataset
-
-    def __getitem__(self, index: int) -> tuple[int, str]:
-        try:
-            mask = self.data.load(index)[1]
-        except ImageError as error:
-            return 0, str(error)
-        largest = int(mask.max(where=mask != IGNORE_INDEX, initial=0))
-        return largest, f"that of {self.data.names[index]}"
+def _largest_class(data: DenseDataset, index: int) -> tuple[int, str]:
+    """The largest class id of a mask, and its source or why it cannot be read."""
+    try:
+        mask = data.load(index)[1]
+    except ImageError as error:
+        return 0, str(error)
+    largest = int(mask.max(where=mask != IGNORE_INDEX, initial=0))
+    return largest, f"that of {data.names[index]}"
 
 
 def _count_classes(data: DenseData, workers: int, progress: bool) -> int:
@@ -185,7 +180,7 @@ def _count_classes(data: DenseData, workers: int, progress: bool) -> int:
     found: list[tuple[int, str]] = []
     for part in (data.train, data.test):
         with progress_bar(progress, len(part), "classes of masks") as bar:
-            for item in load_in_order(_LargestClass(part), range(len(part)), workers):
+            for item in load_in_order(partial(_largest_class, part), range(len(part)), workers):
                 found.append(item)
                 bar.update()
     largest, where = max(found, key=lambda item: item[0])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import DataError, ImageError
-from .files import list_files
+from .files import TEST, TRAIN, list_files
 
 Target = npt.NDArray[Any]
 Pair = tuple[str, str]  # paths of an image and of its target
@@ -20,8 +20,6 @@ IGNORE_INDEX = 255  # class id of pixels that do not count
 _IMAGE_WORDS = {"rgb", "image", "images", "img", "color", "colors", "colour", "sync"}
 DEPTH_WORDS = {"depth", "depths", "depthmap"}
 MASK_WORDS = {"mask", "masks", "annotation", "annotations", "label", "labels", "segmentation"}
-_TRAIN_WORDS = {"train", "training"}
-_TEST_WORDS = {"test", "testing", "val", "validation"}
 
 
 def read_depth(path: str, depth_scale: float | None = None) -> npt.NDArray[np.float32]:
@@ -84,7 +82,8 @@ def pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]:
         words = [re.split(r"[_\-. ]", part) for part in parts]
         is_target = path.lower().endswith(".npy") or any(target_words & set(w) for w in words)
         folders = set(parts[:-1])
-        split = "train" if folders & _TRAIN_WORDS else "test" if folders & _TEST_WORDS else ""
+        split = "train" if folders.intersection(TRAIN) else ""
+        split = split or ("test" if folders.intersection(TEST) else "")
         names = [
             "_".join(w for w in part if w not in target_words | _IMAGE_WORDS) for part in words
         ]

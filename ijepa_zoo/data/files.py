@@ -10,9 +10,10 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import BinaryIO, cast
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
-from ..errors import DataError
+from ..errors import DataError, SettingsError
 
 IMAGE_SUFFIXES = frozenset(
     (
@@ -23,7 +24,8 @@ IMAGE_SUFFIXES = frozenset(
     )
 )  # fmt: skip
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+TRAIN = ("train", "training")
+TEST = ("test", "val", "valid", "validation", "testing")  # in the order of preference
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _ZIP = "a zip archive: unpack it, or pack the images as .tar"
 _TAR_BLOCK = 512  # bytes of a header
@@ -57,9 +59,20 @@ def expand(path: str) -> list[str]:
     if not glob.has_magic(path):
         return [path]
     matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
+    if not matches and path.startswith(("hfds/", "torch/")):  # `split=train[:100]`
+        return [path]
     if not matches:
         raise DataError(f"no file matches the pattern '{path}'")
     return matches
+
+
+def refuse_inside(path: str | os.PathLike[str], sources: Any) -> None:
+    """Refuse an output in a folder that is read: a repeated command would take it for an image."""
+    for source in sources if isinstance(sources, list | tuple) else [sources]:
+        if isinstance(source, str | os.PathLike):
+            folder, out = Path(source).resolve(), Path(path).resolve()
+            if folder.is_dir() and folder in (out, *out.parents):
+                raise SettingsError(f"'{path}' is inside its images, '{source}': choose another")
 
 
 def list_files(paths: Sequence[str]) -> Iterator[File]:
@@ -128,7 +141,7 @@ def _walk(folder: str) -> Iterator[File]:
 
 
 def _are_splits(folders: set[str]) -> bool:
-    return bool(folders) and SPLITS.issuperset(folders)
+    return bool(folders) and {*TRAIN, *TEST}.issuperset(folders)
 
 
 def _class_of(name: str, has_splits: bool) -> str | None:

@@ -41,6 +41,8 @@ class HFDataset(ImageDataset):
                 f"{name} is a {type(data).__name__}, which cannot be read by number: choose a "
                 "split, and load it without streaming"
             )
+        if not len(data):
+            raise DataError(f"{name} has no rows")
         self.column = _image_column(data.features, name, image)
         self._set_classes(data, label)
         data = data.with_format(None).select_columns([self.column])
@@ -95,6 +97,10 @@ class HFDataset(ImageDataset):
             return Path(stored["path"]).read_bytes()
         except OSError as error:
             raise ImageError(f"'{stored['path']}' cannot be read: {error.strerror}") from error
+
+    def files(self) -> list[str]:
+        """The Arrow files that hold the rows; none in memory."""
+        return [file["filename"] for file in self.data.cache_files]
 
     def fingerprint(self) -> str:
         """Hash of the number of images and of some of them."""

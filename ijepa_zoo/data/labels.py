@@ -11,10 +11,8 @@ import numpy as np
 from ..errors import DataError
 from .datasets import FileDataset, Targets, indicator_matrix
 from .decode import Decoder
-from .files import File
+from .files import TEST, TRAIN, File
 
-TRAIN = ("train", "training")
-TEST = ("test", "val", "valid", "validation", "testing")  # in the order of preference
 _SPLITS = {"training": "train", "testing": "test", "valid": "val", "validation": "val"}
 
 

@@ -6,20 +6,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import RunError, UserError
 
-T = TypeVar("T", covariant=True)
-
-
-class Items(Protocol[T]):
-    """Anything indexed by number."""
-
-    def __getitem__(self, index: int, /) -> T: ...
+T = TypeVar("T")
 
 
 def usable_cpus() -> int:
@@ -32,15 +26,18 @@ def usable_cpus() -> int:
 
 
 def load_in_order(
-    items: Items[T], order: Sequence[int], workers: int | None = None, pin_memory: bool = False
+    load: Callable[[int], T],
+    order: Sequence[int],
+    workers: int | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[T]:
-    """`items[i]` for each number of `order`; 0 `workers` load in this process, None is one per CPU.
+    """`load(i)` for each number of `order`; 0 `workers` load in this process, None is one per CPU.
 
-    A `UserError` of an item is raised here, without its traceback in the worker.
+    A `UserError` of `load` is raised here, without its traceback in the worker.
     """
     workers = min(len(order), usable_cpus() if workers is None else workers)
     loader = DataLoader(
-        _Caught(items),
+        _Caught(load),
         batch_size=None,
         sampler=order,
         num_workers=workers,
@@ -66,12 +63,12 @@ def load_in_order(
 class _Caught(Dataset[Any]):
     """Returns a `UserError` instead of raising it, so that the main process raises it."""
 
-    def __init__(self, items: Items[Any]) -> None:
-        self.items = items
+    def __init__(self, load: Callable[[int], Any]) -> None:
+        self.load = load
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self.items[index]
+            return self.load(index)
         except UserError as error:
             return error
 

@@ -139,24 +139,14 @@ def render_scenes(
         arrays["masks"] = np.empty(shape, np.uint8)
         arrays["segmentation"] = np.empty(shape, np.uint8)
         arrays["depth"] = np.empty(shape, np.float32)
-    scenes = load_in_order(_Scenes(seed, size), range(start, start + count), workers)
+    render = partial(render_scene, seed, size=size)
+    scenes = load_in_order(render, range(start, start + count), workers)
     with progress_bar(progress, count, "scenes", "image") as bar:
         for row, scene in enumerate(scenes):
             bar.update()
             for name, array in arrays.items():
                 array[row] = scene.image if name == "images" else getattr(scene, name)
     return arrays
-
-
-@dataclass(frozen=True)
-class _Scenes:
-    """Scenes by number, for the processes that render."""
-
-    seed: int
-    size: int
-
-    def __getitem__(self, index: int) -> Scene:
-        return render_scene(self.seed, index, self.size)
 
 
 def render_splits(

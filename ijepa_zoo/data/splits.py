@@ -14,9 +14,9 @@ import numpy as np
 from ..errors import DataError
 from .datasets import FileDataset, ImageDataset, Labels, Subset, Targets, indicator_matrix
 from .decode import Decoder
-from .files import SHARD_SUFFIXES, File
+from .files import SHARD_SUFFIXES, TEST, TRAIN, File
 from .huggingface import hf_splits, is_hf
-from .labels import TEST, TRAIN, LabeledFiles
+from .labels import LabeledFiles
 from .sources import open_images, torch_splits
 
 _ALSO_TRAIN, _ALSO_TEST = ("trainval", "train-standard", "2021_train"), ("2021_valid",)

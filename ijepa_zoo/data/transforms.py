@@ -167,5 +167,4 @@ def crop_resize(pixels: Pixels, box: Box, size: tuple[int, int]) -> Tensor:
         part = np.array(pixels.crop((left, top, left + width, top + height)))
         pixels = torch.from_numpy(part.reshape(height, width, -1)).permute(2, 0, 1)
         top = left = 0
-    resized: Tensor = resized_crop(pixels, top, left, height, width, list(size))
-    return resized
+    return resized_crop(pixels, top, left, height, width, list(size))

@@ -155,7 +155,7 @@ class Evaluation:
     def loaded(self, batches: Any, numbers: Sequence[int]) -> Iterator[Any]:
         """Batches by their numbers, decoded ahead."""
         workers, cuda = self.config.workers, self.distributed.device.type == "cuda"
-        return load_in_order(batches, numbers, workers, pin_memory=cuda)
+        return load_in_order(batches.__getitem__, numbers, workers, pin_memory=cuda)
 
     def bar(self, total: int, description: str) -> Any:
         """A progress bar in images, in process 0."""

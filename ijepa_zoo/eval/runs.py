@@ -113,8 +113,7 @@ class EpochState:
         """The last state, its tensors on the CPU; None if there is none."""
         if not self.distributed.run_on_main(self._exists):
             return None
-        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-        return state
+        return torch.load(self.path, map_location="cpu", weights_only=True)
 
     def _exists(self) -> bool:
         """Whether there is a state; raise RunError if its checksums do not match."""

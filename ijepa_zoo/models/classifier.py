@@ -38,8 +38,7 @@ class LinearHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits `[B, num_classes]` of features `[B, in_features]`."""
-        logits: Tensor = self.linear(self.norm(features))
-        return logits
+        return self.linear(self.norm(features))
 
 
 class AttentiveHead(nn.Module):
@@ -84,8 +83,7 @@ class AttentiveHead(nn.Module):
         )
         pooled = query + self.proj(attended.transpose(1, 2).reshape(batch, 1, width))
         pooled = pooled + self.mlp(self.norm2(pooled))
-        logits: Tensor = self.linear(pooled.squeeze(1))
-        return logits
+        return self.linear(pooled.squeeze(1))
 
 
 class DenseHead(nn.Module):

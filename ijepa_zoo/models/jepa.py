@@ -66,8 +66,7 @@ class IJepa(nn.Module):
 
     def predict(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """Predictions of :meth:`target_tokens`, ``[B * R, M, L, D]``; arguments as `forward`."""
-        prediction: Tensor = self.predictor(self.encoder.encode(images, context), context, targets)
-        return prediction
+        return self.predictor(self.encoder.encode(images, context), context, targets)
 
     def forward(self, images: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """Loss between predictions and target tokens, and the regularizer's term.

@@ -118,8 +118,7 @@ class Predictor(nn.Module):
         predicted = (self._shared if self.context == "shared" else self._repeated)(
             visible, table, targets
         )
-        prediction: Tensor = self.predictor_proj(self.predictor_norm(predicted))
-        return prediction
+        return self.predictor_proj(self.predictor_norm(predicted))
 
     def _repeated(self, visible: Tensor, table: Tensor, targets: Tensor) -> Tensor:
         """Target tokens ``[B, M, L, C]`` after all blocks, each with its own context."""

@@ -88,8 +88,7 @@ class CheckpointManager:
         path = checkpoint_path(folder or self.folder, step)
         _check_shapes(path, tensors)
         _load(path, dict(tensors), self._group)
-        extra: dict[str, Any] = _read_json(path / _STATE)["extra"]
-        return extra
+        return _read_json(path / _STATE)["extra"]
 
     def _write(self, step: int, tensors: dict[str, Any], state: str) -> None:
         """Write a checkpoint, in the background."""

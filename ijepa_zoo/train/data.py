@@ -137,7 +137,7 @@ class TrainBatches:
     ) -> Iterator[list[Batch]]:
         """The micro-batches of each step from `first` up to `last`, exclusive."""
         numbers = range(first * self.per_step, last * self.per_step)
-        batches = load_in_order(self, numbers, workers, pin_memory)
+        batches = load_in_order(self.__getitem__, numbers, workers, pin_memory)
         while step := list(islice(batches, self.per_step)):
             yield step
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from ..data.files import refuse_inside
 from ..distributed import Distributed
-from ..errors import RunError, SettingsError
+from ..errors import RunError
 from ..parts import whole_file
 from ..weights.export import check_destination
 from ..weights.writers import WRITTEN
@@ -28,12 +28,7 @@ _OLD = re.compile(r"^(machine:|  cut:)", re.MULTILINE)  # names of settings in v
 def open_folder(out: str | Path, data: Any, distributed: Distributed, stack: ExitStack) -> Path:
     """Create a run's folder and lock it; rank 0 holds the lock for all."""
     folder = Path(out)
-    for source in data if isinstance(data, list | tuple) else [data]:
-        is_path = isinstance(source, str | os.PathLike)
-        if is_path and Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise SettingsError(
-                f"the run's folder {folder} is inside its images, {source}: choose another"
-            )
+    refuse_inside(folder, data)
 
     def lock() -> None:
         try:

@@ -52,7 +52,7 @@ def ids(*numbers):
     ],
 )
 def test_pairs_are_found_by_their_names(tmp_path, layout):
-    for n, split in enumerate(("train", "train", "train", "val", "val")):
+    for n, split in enumerate(("train", "train", "train", "valid", "valid")):
         save_pair(*(tmp_path / part.format(s=split, n=f"{n:05}") for part in layout), depths(n + 1))
     data = open_depth(tmp_path, depth_scale=1)
     assert values(data.train) == [(1, 1), (2, 2), (3, 3)]

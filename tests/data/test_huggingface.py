@@ -54,6 +54,10 @@ def test_objects_and_folders(tmp_path):
     assert len(prints) == 2  # with the file, and with its bytes
     assert levels(open_images(f"{tmp_path}/both:split=test", in_chans=1)) == [3]
     assert levels(open_images(f"hfds/{tmp_path}/parquet:split=test")) == [2]
+    first_two = open_images(f"hfds/{tmp_path}/parquet:split=train[:2]")
+    assert levels(first_two) == [1, 2]
+    assert all(path.endswith(".arrow") for path in first_two.files())
+    assert first_two.files()
     assert len(open_images(f"{file}:image=image,label=label")) == 6
     file.write_bytes(b"PAR1 junk")
     for source, named in (
@@ -65,6 +69,7 @@ def test_objects_and_folders(tmp_path):
         (both, "DatasetDict"),
         (whole.to_iterable_dataset(), "IterableDataset"),
         (whole.select_columns(["label"]), "0 columns"),
+        (whole.select([]), "no rows"),
         (tmp_path / "parquet", "parquet"),
     ):
         with pytest.raises(DataError, match=named):

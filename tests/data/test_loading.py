@@ -39,20 +39,20 @@ class Signalled:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_items_come_in_order_and_errors_after_them(workers):
     order = [5, 3, 4, 0, 3, *range(10), 13, 3]
-    items = load_in_order(Squares(), order, workers)
+    items = load_in_order(Squares().__getitem__, order, workers)
     assert [next(items) for _ in order[:-2]] == [i * i for i in order[:-2]]
     with pytest.raises(DataError, match=r"^13 is not an image$"):
         next(items)
     with pytest.raises(KeyError, match="a fault of the code"):
-        list(load_in_order(Squares(), [17], workers))
-    assert list(load_in_order(Squares(), [], workers)) == []
+        list(load_in_order(Squares().__getitem__, [17], workers))
+    assert list(load_in_order(Squares().__getitem__, [], workers)) == []
 
 
 def test_workers_outlast_signals_to_their_group_and_a_killed_one_is_an_error():
     gc.collect()  # a loader that failed would be ended in the worker, by a thread of its own
-    assert list(load_in_order(Signalled(), [1, 2], 1)) == [1, 2]
+    assert list(load_in_order(Signalled().__getitem__, [1, 2], 1)) == [1, 2]
     with pytest.raises(RunError):
-        list(load_in_order(Squares(), [19, 1], 1))
+        list(load_in_order(Squares().__getitem__, [19, 1], 1))
 
 
 def test_cpus_are_shared_under_torchrun(monkeypatch):
@@ -81,7 +81,7 @@ loading.sys = type("sys", (), {"platform": "win32"})
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn", force=True)
     images = open_images(sys.argv[1])
-    print([target for _, target, _ in loading.load_in_order(images, [2, 0, 1], 1)])
+    print([target for _, target, _ in loading.load_in_order(images.__getitem__, [2, 0, 1], 1)])
 """
 
 

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_probe import save
 
+from ijepa_zoo.data.datasets import ArrayDataset, Subset
+from ijepa_zoo.data.decode import Decoder
 from ijepa_zoo.errors import DataError
-from ijepa_zoo.eval.sets import listed_rows, open_task, split_classes
+from ijepa_zoo.eval.sets import EvalSet, listed_rows, open_task, split_classes
 from ijepa_zoo.eval.tasks import find_task
 
 
@@ -113,3 +115,13 @@ def test_lists_of_training_images(tmp_path):
             listed_rows(train, file)
     with pytest.raises(DataError, match=r"nothing\.txt"):
         listed_rows(train, tmp_path / "nothing.txt")
+
+
+def test_a_changed_pixel_of_an_array_is_noticed():
+    pixels, states = np.zeros((40, 8, 8, 3), np.uint8), set()
+    for level in (0, 9):
+        pixels[1] = level
+        whole = ArrayDataset([pixels.copy()], Decoder(), targets=np.arange(40) % 2)
+        part = Subset(Subset(whole, np.arange(30)), np.arange(3))
+        states.add(EvalSet(part, part.targets, {0: "a", 1: "b"}, "train").files_state)
+    assert len(states) == 2
