@@ -54,7 +54,7 @@ class Encoder:
         threads: int | None = None,
         extractor: Any = None,
     ) -> None:
-        self.device = choose_device(device) if isinstance(device, str) else device
+        self.device = choose_device(str(device))
         on_cpu = self.device.type == "cpu"
         if precision not in PRECISIONS:
             raise SettingsError(f"precision is {precision!r}; use one of {', '.join(PRECISIONS)}")

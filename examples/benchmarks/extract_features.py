@@ -142,7 +142,9 @@ class Transformers:
             "image-feature-extraction", model=str(exported), device=args.device
         )
         if args.compile:
-            self.pipeline.model.compile()
+            model = self.pipeline.model
+            for layer in model.layers if hasattr(model, "layers") else model.encoder.layer:
+                layer.compile()
 
     def features(self) -> Tensor:
         """Features of all files."""

@@ -169,7 +169,7 @@ def count_syncs(args: Namespace, ours: OurStep, found: dict[str, Contender]) -> 
             one.update(masks)
             if args.device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-                syncs = sum("synchronizing" in str(warning.message) for warning in caught)
+                syncs = sum("called a synchronizing" in str(warning.message) for warning in caught)
                 one.metrics["host_syncs"] = syncs
 
 
@@ -203,7 +203,7 @@ def timed(args: Namespace, one: Contender, ours: OurStep, number: int) -> float:
     for step in masks:
         one.update(step)
     seconds = (benchmark.timer() - begun) / args.steps
-    if args.device == "cuda":
+    if args.device == "cuda" and not args.vs:  # the others' weights count too
         one.metrics["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return seconds
 

@@ -98,7 +98,9 @@ class CheckpointManager:
 
         target = checkpoint_path(self.folder, step)
         partial = target.with_suffix(".partial")
-        writer, group = FileSystemWriter(partial), self._group
+        # The tensors are in main memory: looking ahead would wait for the GPU's stream.
+        writer = FileSystemWriter(partial, per_thread_copy_ahead=0)
+        group = self._group
         try:
             save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
             manifest = self._manifest(partial)
