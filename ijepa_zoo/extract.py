@@ -76,7 +76,6 @@ def extract_features(
     workers: int | None = None,
     threads: int | None = None,
     precision: str = "auto",
-    format: str | None = None,
     strict: bool = False,
     value_range: tuple[float, float] | None = None,
     bands: tuple[int, ...] | None = None,
@@ -95,7 +94,8 @@ def extract_features(
     Args:
         inputs: See :func:`ijepa_zoo.data.sources.open_images`.
         model: A timm model; it is moved to the device and left in its training or evaluation mode.
-        out: File to write; `<stem>.index.jsonl` and `<stem>.run.json` are written next to it.
+        out: File to write, ending in .safetensors, .npy or .parquet; `<stem>.index.jsonl` and
+            `<stem>.run.json` are written next to it.
         layers: See :class:`~ijepa_zoo.features.FeatureExtractor`.
         pool: See :class:`~ijepa_zoo.features.FeatureExtractor`.
         dtype: Of the file: 'float32', 'float16' or 'bfloat16'.
@@ -108,7 +108,6 @@ def extract_features(
             'bfloat16-weights' (everything in bfloat16: a little faster, about twice the error), or
             'auto': on a CUDA GPU 'bfloat16', before compute capability 8.0 'float16', elsewhere
             'float32'.
-        format: 'safetensors', 'npy' or 'parquet'; default: by the suffix of `out`.
         strict: Stop at the first image that fails.
         value_range: Values of 16-bit images that become black and white, see `Decoder`.
         bands: Bands or pages of image files that become channels, see `Decoder`.
@@ -132,7 +131,7 @@ def extract_features(
         inputs,
         model,
         features,
-        _outputs(Path(out), format, dtype, pool),
+        _outputs(Path(out), dtype, pool),
         _write_rows,
         batch_size=batch_size,
         device=device,
@@ -308,14 +307,10 @@ class ImageBatches:
         return pixels, errors
 
 
-def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> Outputs:
-    by_suffix = FORMATS.get(path.suffix.lower())
-    chosen = format or by_suffix
-    if chosen is None or chosen not in FORMATS.values():
-        raise SettingsError(
-            f"the format of '{path}' is not clear: end its name in {', '.join(FORMATS)}, or give "
-            f"the format as {', '.join(FORMATS.values())}"
-        )
+def _outputs(path: Path, dtype: str, pool: str | None) -> Outputs:
+    chosen = FORMATS.get(path.suffix.lower())
+    if chosen is None:
+        raise SettingsError(f"'{path}' has no known format: end its name in {', '.join(FORMATS)}")
     if path.is_dir():
         raise SettingsError(f"'{path}' is a directory: name a file, such as {path}/features.npy")
     if dtype not in DTYPES:
@@ -326,7 +321,7 @@ def _outputs(path: Path, format: str | None, dtype: str, pool: str | None) -> Ou
         raise SettingsError("parquet holds one vector per image; use safetensors or npy for maps")
     if chosen == "parquet":
         require_pyarrow()
-    return Outputs.beside(path, path.stem if by_suffix else path.name, chosen)
+    return Outputs.beside(path, chosen)
 
 
 def require_pyarrow() -> None:

@@ -36,13 +36,13 @@ class Outputs:
     format: str
 
     @classmethod
-    def beside(cls, path: Path, stem: str, format: str) -> Outputs:
+    def beside(cls, path: Path, format: str) -> Outputs:
         """The files of a run whose features are `path`."""
         try:
             os.fsencode(path).decode()
         except UnicodeDecodeError:
             raise SettingsError(f"{str(path)!r} is not UTF-8: safetensors cannot open it") from None
-        index, record = path.with_name(f"{stem}.index.jsonl"), path.with_name(f"{stem}.run.json")
+        index, record = path.with_suffix(".index.jsonl"), path.with_suffix(".run.json")
         return cls(path, index, record, path.with_name(f"{path.name}.parts"), format)
 
     @property

@@ -119,12 +119,12 @@ def _outputs(path: Path, is_dense: bool) -> Outputs:
     if is_dense:
         if format or path.is_file():
             raise SettingsError(f"'{path}' is not a folder: a dense head writes a map per image")
-        return Outputs.beside(path / "maps.csv", "maps", "csv")
+        return Outputs.beside(path / "maps.csv", "csv")
     if format is None or path.is_dir():
         raise SettingsError(f"'{path}' is not the name of a table: end it in {', '.join(TABLES)}")
     if format == "parquet":
         require_pyarrow()
-    return Outputs.beside(path, path.stem, format)
+    return Outputs.beside(path, format)
 
 
 def _rows(parts: Parts, index: Path) -> Iterator[tuple[dict[str, Any], Any]]:

@@ -180,7 +180,7 @@ def test_features_and_picture(photos, capsys):
     arguments = ["--layers", "0,-1", "--pool", "none", "--dtype", "float16"]
     assert features(*arguments) == 1
     assert "layers" in capsys.readouterr().err
-    assert features(*arguments, "--overwrite", "--format", "npy") == 0
+    assert features(*arguments, "--overwrite") == 0
     maps = np.load("f.npy")
     assert (maps.shape, maps.dtype) == ((6, 256, 8, 8), np.float16)
 

@@ -60,11 +60,6 @@ def test_released_weights_to_the_formats_of_weights(here, capsys, monkeypatch):
     (file,) = Path("official").glob("*.pth.tar")
     assert main(["export", str(file), "again", "--model", NANO]) == 0
     assert torch.equal(bias("local-dir:again"), bias(NANO))
-    call = {}
-    monkeypatch.setattr("ijepa_zoo.weights.export.export", lambda *_, **kw: call.update(kw) or here)
-    words = ["--push-to", "me/repo", "--private", "--revision", "v2"]
-    assert main(["export", NANO, "out", *words]) == 0
-    assert call.items() >= {"push_to": "me/repo", "private": True, "revision": "v2"}.items()
 
 
 def test_any_step_of_a_run(here, stopped, capsys):
@@ -137,7 +132,6 @@ def test_own_file_to_torch_export_with_options(own, capsys):
         (["run", "out", "--layers", "last4", "--dynamic-size"], "--layers, --dynamic-size"),
         (["run", "out", "--model", NANO], "--model"),
         ([NANO, "out", "--step", "5"], "--step"),
-        ([NANO, "out", "--to", "onnx", "--push-to", "me/repo"], "--push-to"),
         (["vit_tiny61", "out", "--to", "torch-export"], "'vit_tiny61'"),
         ([NANO, "out", "--to", "torch-export", "--layers", "9"], "9"),
     ],

@@ -223,7 +223,7 @@ def test_table(whole, images, tmp_path):
     [
         ("f.npy", {}, 0),
         ("half.npy", {"dtype": "float16"}, 1e-3),
-        ("f.st", {"dtype": "bfloat16", "format": "safetensors"}, 1e-2),
+        ("f.safetensors", {"dtype": "bfloat16"}, 1e-2),
         ("f.npy", {"precision": "bfloat16"}, 2e-2),
         ("f.npy", {"precision": "bfloat16-weights"}, 2e-2),
     ],

@@ -30,7 +30,6 @@ def add_features(commands: options.Commands) -> list[argparse.ArgumentParser]:
     add = out.add_argument
     add("--out", required=True, metavar="FILE",
         help="required: file to write, .safetensors, .npy or .parquet")  # fmt: skip
-    add("--format", choices=("safetensors", "npy", "parquet"), help="default: by the suffix")
     options.add_feature_options(out)
     add("--dtype", choices=options.DTYPES, default="float32", help="of the file (default: float32)")
     add("--overwrite", action="store_true", help="replace files that have other settings")
@@ -115,7 +114,7 @@ def _features(args: argparse.Namespace) -> int:
     channels = transform_config(model)["input_size"][0]
     if args.picture and channels not in (1, 3):
         raise SettingsError(f"--picture draws images of 1 or 3 channels, not of {channels}")
-    arguments = _arguments(args, "dtype", "format") | options.feature_options(args)
+    arguments = _arguments(args, "dtype") | options.feature_options(args)
     report = extract_features(args.inputs, model, args.out, **arguments)
     if report is None:
         return 0

@@ -17,7 +17,6 @@ _WEIGHTS, _GRAPHS = ("native", "timm", "transformers", "official"), ("onnx", "to
 _SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans", "mlp_ratio")
 # Options of some formats or sources only; all are None or False unless given.
 _OF_GRAPHS = ("layers", "pool", "quantize", "dynamic_size", "quiet")
-_OF_WEIGHTS = ("push_to", "private", "revision")
 _OF_CHECKPOINTS = ("model", *_SIZES)
 
 
@@ -64,11 +63,6 @@ def add_export(commands: options.Commands) -> list[argparse.ArgumentParser]:
         option = f"--{name.replace('_', '-')}"
         source.add_argument(option, type=kind, metavar="N", help="default: that of the model")
 
-    hub = parser.add_argument_group("options of the weight formats")
-    hub.add_argument("--push-to", metavar="REPO", help="also upload to the Hugging Face Hub")
-    hub.add_argument("--private", action="store_true", help="create REPO as private")
-    hub.add_argument("--revision", metavar="NAME", help="branch of REPO (default: main)")
-
     graph = parser.add_argument_group("options of onnx and torch-export")
     options.add_feature_options(graph)
     graph.add_argument("--quantize", choices=("int8",),
@@ -113,7 +107,7 @@ def _export(args: argparse.Namespace) -> int:
     to_graph = args.to in _GRAPHS
     is_run = os.path.isfile(os.path.join(args.source, "config.yaml"))
     unused = [
-        *(_OF_WEIGHTS if to_graph else _OF_GRAPHS),
+        *(() if to_graph else _OF_GRAPHS),
         *(_OF_CHECKPOINTS if is_run else ["step"]),
     ]
     if given := [name for name in unused if getattr(args, name) not in (None, False)]:
@@ -145,8 +139,6 @@ def _export_weights(args: argparse.Namespace, is_run: bool, sizes: dict[str, Any
 
     given = {name: getattr(args, name) for name in ("to", "network", "license", "overwrite")}
     given |= {"dtype": getattr(torch, args.dtype) if args.dtype else None, **sizes}
-    if args.push_to:
-        given |= {"push_to": args.push_to, "private": args.private, "revision": args.revision}
     if is_run:
         return export_run(args.source, args.folder, step=args.step, **given)
     return export(args.source, args.folder, model_name=args.model, **given)

@@ -182,7 +182,7 @@ def cached_features(
         "batch_size": batches.batch_size,
     }
     folder = Path(probe.config.out) / "cache" / hash_texts([json.dumps(settings, sort_keys=True)])
-    outputs = Outputs.beside(folder / "rows.npy", "rows", "npy")
+    outputs = Outputs.beside(folder / "rows.npy", "npy")
     extract_batches(
         part.images,
         _Pixels(batches, mirrored),

@@ -62,7 +62,7 @@ def export_run(
         run: Folder of the run.
         folder: Where to write; `RUN/export` by default.
         step: Step of the checkpoint; the newest by default.
-        **options: Those of `ijepa_zoo.export`: to, network, dtype, license, overwrite, push_to, ...
+        **options: Those of `ijepa_zoo.export`: to, network, dtype, license, overwrite.
 
     Returns:
         The folder, for `create_model("local-dir:FOLDER")`.

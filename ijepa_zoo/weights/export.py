@@ -16,7 +16,7 @@ from timm.layers import DropPath, LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..errors import CheckpointError, FetchError, RunError, SettingsError, some
+from ..errors import CheckpointError, RunError, SettingsError, some
 from ..models.encoder import IJepaEncoder
 from ..models.factory import create_encoder
 from ..models.jepa import IJepa
@@ -35,9 +35,6 @@ def export(
     dtype: torch.dtype | None = None,
     license: str | None = None,
     overwrite: bool = False,
-    push_to: str | None = None,
-    private: bool = False,
-    revision: str | None = None,
     model_name: str | None = None,
     cache_dir: str | Path | None = None,
     origin: str | None = None,
@@ -57,9 +54,6 @@ def export(
         dtype: Store tensors in this dtype; None keeps theirs.
         license: License of the weights (SPDX), for the model card; default: that of the source.
         overwrite: Replace an earlier export, once the new one is complete.
-        push_to: Also upload the folder to this repository of the Hugging Face Hub.
-        private: Create that repository as a private one.
-        revision: Branch to upload to; it is created if necessary.
         model_name: Registered model name, for a file that does not record it.
         cache_dir: Cache of fetched files.
         origin: Source of the weights of a model in memory, for the model card.
@@ -72,7 +66,7 @@ def export(
         CheckpointError: The networks that the format needs are missing, or it cannot express them.
         RunError: ``folder`` exists and ``overwrite`` is false, it is not an export, or it contains
             the source.
-        FetchError: Weights cannot be fetched, or the upload failed.
+        FetchError: Weights cannot be fetched.
     """
     if to not in FORMATS:
         raise SettingsError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
@@ -95,8 +89,6 @@ def export(
     )
     with write_folder(folder, WRITTEN, overwrite) as part:
         write(to, networks, part, network, dtype)
-    if push_to is not None:
-        _push(folder, push_to, private, revision)
     return folder
 
 
@@ -152,23 +144,6 @@ def check_exportable(model: nn.Module) -> None:
     if not isinstance(model, VisionTransformer):
         raise SettingsError(f"{type(model).__name__} is not a VisionTransformer of timm: use one")
     _describe(model, "a model in memory")
-
-
-def _push(folder: Path, repo_id: str, private: bool, revision: str | None) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    api = HfApi()  # the token is that of `hf auth login` or HF_TOKEN
-    try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FetchError(
-            f"{folder} is written, but not uploaded to {repo_id} ({str(error).splitlines()[0]}): "
-            "log in with `hf auth login` or set HF_TOKEN, then `hf upload`"
-        ) from error
 
 
 def _from_module(module: IJepa | VisionTransformer, network: str | None) -> Networks:

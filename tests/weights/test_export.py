@@ -2,7 +2,6 @@
 
 import shutil
 from functools import partial
-from unittest.mock import Mock, call
 
 import pytest
 import timm
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import ijepa_zoo
-from ijepa_zoo.errors import CheckpointError, FetchError, RunError, SettingsError
+from ijepa_zoo.errors import CheckpointError, RunError, SettingsError
 from ijepa_zoo.weights.export import write_folder
 
 FOLDERS = ("native", "timm", "transformers")  # formats that name and load one encoder
@@ -240,18 +239,3 @@ def test_card_claims_what_is_known(source, encoder, create, official, tiny, tmp_
             assert str(official.parent) not in text
     with pytest.raises(CheckpointError, match="'encoder'"):
         ijepa_zoo.create_model(f"local-dir:{folder}", network="encoder")
-
-
-def test_push_creates_the_repository_and_uploads_the_folder(source, monkeypatch):
-    api = Mock()
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
-    folder = source("timm", push_to="me/ijepa", private=True, revision="v2")
-    assert api.mock_calls == [
-        call.create_repo("me/ijepa", private=True, exist_ok=True),
-        call.create_branch("me/ijepa", branch="v2", exist_ok=True),
-        call.upload_folder(repo_id="me/ijepa", folder_path=folder, revision="v2"),
-    ]
-    api.create_repo.side_effect = OSError("401 unauthorized")
-    with pytest.raises(FetchError, match="me/ijepa"):
-        source("timm", overwrite=True, push_to="me/ijepa")
-    assert (folder / "config.json").exists()
