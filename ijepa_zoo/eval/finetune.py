@@ -131,7 +131,7 @@ def evaluate_finetune(
     chosen = find_task(task) if isinstance(task, str) else task
     if chosen.kind != "classes":
         raise DataError(
-            f"fine-tuning crops images at random, which changes the labels of {chosen.title}: use "
+            f"fine-tuning crops images at random, which changes the labels of {chosen.name}: use "
             "a task of classes, or `eval count` or `eval depth`, which crop nothing"
         )
     config = EvalConfig(task=chosen, model=model, data=data, out=out, **options)

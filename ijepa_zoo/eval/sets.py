@@ -177,7 +177,7 @@ def _check_classes(task: Task, names: list[str]) -> None:
         raise DataError(f"all training images are of one class ({some(names)}): use at least two")
     if task.kind == "classes" and task.num_classes not in (None, len(names)):
         raise DataError(
-            f"{task.title} has {task.num_classes} classes, these data have {len(names)} "
+            f"{task.name} has {task.num_classes} classes, these data have {len(names)} "
             f"({some(names, 2)}): use --task classes"
         )
 

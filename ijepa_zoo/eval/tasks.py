@@ -97,7 +97,6 @@ class Task:
 
     Attributes:
         name: Its name on the command line.
-        title: Its name in tables.
         kind: What is classified: the 'classes' of a data set, or the 'count' of objects or the
             'distance' class of the nearest one in CLEVR's scenes.
         num_classes: Classes of the data set; None for any number.
@@ -107,7 +106,6 @@ class Task:
     """
 
     name: str
-    title: str
     kind: Literal["classes", "count", "distance"]
     num_classes: int | None
     protocol: Protocol
@@ -147,7 +145,6 @@ def _paper(**accuracies: float) -> Mapping[str, float]:
 _ALL = (
     Task(
         "imagenet1k",
-        "ImageNet-1k",
         "classes",
         1000,
         protocol=_IMAGENET,
@@ -155,16 +152,14 @@ _ALL = (
     ),
     Task(
         "cifar100",
-        "CIFAR-100",
         "classes",
         100,
         protocol=_TRANSFER,
         paper=_paper(h14=87.5, h14_22k=89.5, g16_22k=89.5),
     ),
-    Task("cifar10", "CIFAR-10", "classes", 10, _TRANSFER),
+    Task("cifar10", "classes", 10, _TRANSFER),
     Task(
         "places205",
-        "Places205",
         "classes",
         205,
         protocol=Protocol(14, _CROP_BILINEAR, milestones=(4, 8, 12)),
@@ -173,17 +168,15 @@ _ALL = (
     ),
     Task(
         "inat18",
-        "iNaturalist 2018",
         "classes",
         8142,
         protocol=Protocol(84, _CROP_BILINEAR, milestones=(24, 48, 72)),
         paper=_paper(h14=47.6, h14_22k=50.5, g16_22k=55.3),
         transforms=_OF_G16,
     ),
-    Task("classes", "classes", "classes", None, _TRANSFER),
+    Task("classes", "classes", None, _TRANSFER),
     Task(
         "count",
-        "Clevr/Count",
         "count",
         8,
         protocol=Protocol(50, _SQUASH, schedule="cosine"),
@@ -191,7 +184,6 @@ _ALL = (
     ),
     Task(
         "depth",
-        "Clevr/Dist",
         "distance",
         6,
         protocol=Protocol(100, _SQUASH, schedule="cosine"),

@@ -11,7 +11,7 @@ SIZE = 32
 OPTIONS = {"device": "cpu", "workers": 0}
 SQUASH = EvalTransform("squash", "bilinear", crop_pct=1.0)
 PROTOCOL = Protocol(epochs=3, transform=SQUASH, batch_size=64, schedule="cosine", lrs=(0.05, 0.5))
-TASK = Task("small", "small", "classes", None, PROTOCOL)
+TASK = Task("small", "classes", None, PROTOCOL)
 
 
 def encoder(seed=0, **kwargs):
