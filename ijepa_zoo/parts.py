@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -53,10 +54,13 @@ class Outputs:
     def own(self, path: str) -> bool:
         """Whether a run wrote this file; without record or parts, a file is the user's."""
         path = os.path.abspath(path)
-        folder = os.path.dirname(path)
-        if path in map(os.path.abspath, self.files):
+        if path in self._absolute[:-1]:
             return self.record.exists() or self.parts.exists()
-        return folder == os.path.abspath(self.parts)
+        return os.path.dirname(path) == self._absolute[-1]
+
+    @cached_property
+    def _absolute(self) -> list[str]:
+        return [os.path.abspath(path) for path in (*self.files, self.parts)]
 
     def refuse_inputs(self, images: ImageDataset) -> None:
         """Refuse to write over a file that is read."""

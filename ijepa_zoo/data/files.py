@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -71,7 +72,8 @@ def refuse_inside(path: str | os.PathLike[str], sources: Any) -> None:
     for source in sources if isinstance(sources, list | tuple) else [sources]:
         if isinstance(source, str | os.PathLike):
             folder, out = Path(source).resolve(), Path(path).resolve()
-            if folder.is_dir() and folder in (out, *out.parents):
+            matches = fnmatch(os.path.abspath(path), os.path.abspath(source))
+            if matches or (folder.is_dir() and folder in (out, *out.parents)):
                 raise SettingsError(f"'{path}' is inside its images, '{source}': choose another")
 
 

@@ -150,7 +150,7 @@ def _evaluate(
     usual: DenseProtocol,
 ) -> Result:
     for name in ("test", "lrs", "wds", "pool"):
-        if getattr(config, name) not in (None, "auto"):
+        if getattr(config, name) is not None and (name != "pool" or config.pool != "auto"):
             raise SettingsError(f"{option(name)} is not for dense probes: use `protocol` or `data`")
     batch_size, epochs = config.batch_size or usual.batch_size, config.epochs or usual.epochs
     protocol = replace(usual, batch_size=batch_size, epochs=epochs)

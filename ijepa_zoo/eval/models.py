@@ -13,7 +13,7 @@ from ..data.transforms import transform_config
 from ..encode import model_name, weights_fingerprint
 from ..errors import SettingsError, option
 from ..features import FeatureExtractor
-from ..models.classifier import Classifier
+from ..models.classifier import ENCODER, Classifier, read_classifier_config
 from ..models.factory import create_named_model, is_own_model
 from ..seeds import Stream, fold
 from ..weights.read import FOLDER_PREFIX, HUB_PREFIX
@@ -92,6 +92,9 @@ def open_model(
     """
     if random and (checkpoint or network):
         raise SettingsError(f"{option('random')} takes neither {option('checkpoint')} nor network")
+    if random and (about := read_classifier_config(name.removeprefix(FOLDER_PREFIX))):
+        encoder = about["encoder"]  # the architecture without its head
+        name = os.path.join(name, ENCODER) if encoder == ENCODER else encoder
     kwargs: dict[str, Any] = {"img_size": img_size} if img_size else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(seed, Stream.EVAL_INIT))

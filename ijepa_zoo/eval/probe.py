@@ -175,6 +175,7 @@ class Probe(Evaluation):
     train: EvalSet
     test: EvalSet
     subset: dict[str, Any] = field(default_factory=dict)
+    train_images: str = ""  # fingerprint of all training images, of which `train` may be some
 
     @property
     def name(self) -> str:
@@ -244,7 +245,17 @@ def open_probe(config: EvalConfig, distributed: Distributed, model: EvalModel) -
         progress=config.progress and distributed.is_main,
     )
     none = np.empty(0, np.int64)
-    probe = Probe(config, distributed, none, none, task, task.protocol, train, test)
+    probe = Probe(
+        config,
+        distributed,
+        none,
+        none,
+        task,
+        task.protocol,
+        train,
+        test,
+        train_images=train.images.fingerprint(),
+    )
     return probe.with_rows(train)
 
 

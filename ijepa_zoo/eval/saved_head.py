@@ -76,7 +76,7 @@ def save_probe_head(
         probe.train.multi_label,
         vars(probe.protocol.transform),
     )
-    record = {"task": probe.name, "chosen": chosen, "train": probe.train.images.fingerprint()}
+    record = {"task": probe.name, "chosen": chosen, "train": probe.train_images}
     save_head(probe.config, probe.distributed, source.model, classifier, folder, **record)
 
 
@@ -144,9 +144,11 @@ def _open_test(config: EvalConfig, task: Task, classifier: Classifier, train: An
     notes: list[str] = []
     if test is None:
         trained, test = split_off_test(select(whole, whole.targets >= 0, "have no class"))
-        if trained.images.fingerprint() != train:
+        if trained.images.fingerprint() == train:
+            notes.append("the 20 % that the head was not trained on, by the names of the images")
+        else:
             test = whole
-            notes.append("the data have no test part: images that trained the head count too")
+            notes.append("no test part: all images are tested, also any that trained the head")
     part = test
     if part.targets.ndim > 1 and not classifier.multi_label:
         raise DataError(f"'{config.data}' has images of several classes, the head is for one")

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import load_file
 from timm.layers import Mlp, trunc_normal_
@@ -307,7 +306,7 @@ def read_classifier_config(folder: str | Path) -> dict[str, Any] | None:
 def _absolute(source: str) -> str:
     """A source with the absolute path of its folder or file; names of models stay."""
     library, prefix, path = source.rpartition(FOLDER_PREFIX)
-    if not prefix and (timm.is_model(source.partition(".")[0]) or not Path(source).exists()):
+    if not prefix and not Path(path).exists():
         return source
     return f"{library}{prefix}{Path(path).expanduser().resolve()}"
 
@@ -315,6 +314,7 @@ def _absolute(source: str) -> str:
 def _open_encoder(source: str, size: tuple[int, ...], args: dict[str, Any]) -> Any:
     if not is_own_model(source):
         with torch.device("meta"):
-            if not hasattr(create_named_model(source, pretrained=False), "patch_embed"):
-                return create_named_model(source, **args)
+            has_size = hasattr(create_named_model(source, pretrained=False), "patch_embed")
+        if not has_size:
+            return create_named_model(source, **args)
     return create_named_model(source, img_size=size, **args)

@@ -137,8 +137,13 @@ def create_named_model(
     timm opens. Models of timm have no classifier.
     """
     if is_own_model(name):
-        is_folder = not name.startswith((HUB_PREFIX, FOLDER_PREFIX)) and not registry.is_ijepa(name)
-        name = f"{FOLDER_PREFIX}{name}" if is_folder and Path(name).is_dir() else name
+        name = f"{FOLDER_PREFIX}{name}" if Path(name).is_dir() else name
+        is_known = registry.is_ijepa(name) or Path(name).exists()
+        if not is_known and not name.startswith((HUB_PREFIX, FOLDER_PREFIX)):
+            raise SettingsError(
+                f"there is no model {name!r}: see `ijepa-zoo list` and "
+                f"timm.list_models('{name[:8]}*'), or name a folder"
+            )
         return create_model(name, pretrained, checkpoint=checkpoint, network=network, **kwargs)
     if checkpoint or network:
         given = f"{option('checkpoint')} nor {option('network')}"
@@ -149,9 +154,10 @@ def create_named_model(
 
 def is_own_model(name: str) -> bool:
     """Whether :func:`create_named_model` opens it with this package, not with timm."""
-    return not name.startswith(TIMM_PREFIX) and (
-        registry.is_ijepa(name) or not timm.is_model(name.partition(".")[0])
-    )
+    if name.startswith((TIMM_PREFIX, "hf_hub:")):  # timm's spelling
+        return False
+    is_ours = registry.is_ijepa(name) or not timm.is_model(name.partition(".")[0])
+    return is_ours or Path(name).is_dir()
 
 
 def create_timm_model(name: str, **kwargs: Any) -> nn.Module:

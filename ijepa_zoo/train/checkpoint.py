@@ -167,7 +167,8 @@ def select_checkpoint(folder: Path, resume_from: ResumeFrom = "latest") -> int |
             verify(checkpoint_path(folder, chosen))
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}; take the newest intact one with --resume-from previous"
+                f"{error}; take the newest intact one with --resume-from previous, or branch from "
+                f"another one (--init {folder}/step-..., of {steps})"
             ) from error
         return chosen
     for step in reversed(steps):

@@ -40,22 +40,20 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
     if optim.regularizer_weight:
         regularizer = VarianceCovariance(optim.regularizer_weight, optim.regularizer_over)
     name, checkpoint = _weights(config.model.name, init)
-    encoder = _encoder_alone(name, checkpoint, init)
+    encoder, networks = _encoder_alone(name, checkpoint, init) if init else (None, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.seed, Stream.INIT))
         model = create_ijepa(
             name if encoder is None else config.model.name,
-            pretrained=init is not None and encoder is None,
+            pretrained=networks is not None and encoder is None,
             checkpoint=checkpoint if encoder is None else None,
             regularizer=regularizer,
             loss=optim.loss,
             **network,
         )
-    theirs = model.encoder.pretrained_cfg
-    if encoder is not None:
-        _start_from(model, *encoder)
-        theirs = encoder[1].preprocessing
-    elif init is not None:
+    if networks is not None and encoder is not None:
+        _start_from(model, encoder, networks)
+    elif init:
         _check_predictor(config, model.predictor, init)
     channels = model.encoder.patch_embed.proj.in_channels
     for key in ("mean", "std"):
@@ -70,8 +68,8 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
             tuple(v) * (channels if len(v) == 1 else 1) for v in (config.data.mean, config.data.std)
         )
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
-    if init is not None:
-        _compare_normalization(model.encoder.pretrained_cfg, theirs, init)
+    if networks is not None:
+        _compare_normalization(model.encoder.pretrained_cfg, networks)
     return model
 
 
@@ -92,13 +90,13 @@ def _check_predictor(config: PretrainConfig, predictor: Predictor, init: str | P
         raise SettingsError(f"the predictor of {init} is another one: use {values}")
 
 
-def _compare_normalization(ours: Mapping[str, Any], theirs: Mapping[str, Any], init: Any) -> None:
+def _compare_normalization(ours: Mapping[str, Any], networks: Networks) -> None:
     """Warn if weights were trained with another normalization of pixels."""
     for key in ("mean", "std"):
-        before = tuple(theirs.get(key) or ())
+        before = tuple(networks.preprocessing.get(key) or ())
         if len(before) == len(ours[key]) and before != ours[key]:
             values = ",".join(map(str, before))
-            _log.warning("%s had another %s: use data.%s=%s", init, key, key, values)
+            _log.warning("%s had another %s: use data.%s=%s", networks.origin, key, key, values)
 
 
 def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | None]:
@@ -122,11 +120,9 @@ def _is_stock(init: str | Path) -> bool:
 
 
 def _encoder_alone(
-    name: str, checkpoint: str | Path | None, init: str | Path | None
-) -> tuple[State, Networks] | None:
-    """Tensors of an encoder that comes without a predictor; None for all three networks."""
-    if init is None:
-        return None
+    name: str, checkpoint: str | Path | None, init: str | Path
+) -> tuple[State | None, Networks]:
+    """Tensors of an encoder that comes without a predictor, or None, and all that was found."""
     if _is_stock(init):
         source = f"{FOLDER_PREFIX}{init}" if Path(init).is_dir() else str(init)
         vit: Any = create_timm_model(source, pretrained=True, num_classes=0)
@@ -142,7 +138,7 @@ def _encoder_alone(
         model, _, tag = name.partition(".")
         networks = load.resolve(model, checkpoint=checkpoint, pretrained_cfg=tag or None)
         if "predictor" in networks.states:
-            return None
+            return None, networks
         state = networks.states[networks.choose(None)]()
     if not is_other_vit(name):
         state = load.drop_class_token(state, networks.origin)

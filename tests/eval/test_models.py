@@ -13,6 +13,7 @@ from ijepa_zoo import export
 from ijepa_zoo.errors import CheckpointError, FetchError, SettingsError
 from ijepa_zoo.eval import EvalConfig
 from ijepa_zoo.eval.models import open_model
+from ijepa_zoo.models.classifier import Classifier, LinearHead, save_classifier
 
 NANO, TIMM = "vit_nano8_64_ijepa", "vit_tiny_patch16_224.augreg_in21k"
 
@@ -84,3 +85,14 @@ def test_folders_are_opened_with_their_own_architecture(tmp_path):
 def test_names_and_options_that_do_not_fit_are_refused(given, named):
     with pytest.raises((SettingsError, CheckpointError), match=named):
         EvalConfig(**{"model": NANO, "data": "x", **given}).open_model()
+
+
+def test_random_weights_of_a_classifier_are_not_those_of_its_encoder(tmp_path):
+    network = encoder()
+    folder = tmp_path / "classifier"
+    head = LinearHead(network.embed_dim, 3)
+    save_classifier(folder, Classifier(network, head), with_encoder=True)
+    assert_weights_of(open_model(str(folder)), network)
+    model = open_model(f"local-dir:{folder}", random=True)
+    assert not torch.equal(model.model.blocks[0].attn.qkv.weight, network.blocks[0].attn.qkv.weight)
+    assert model.name.endswith("random weights")

@@ -127,6 +127,10 @@ def test_data_without_a_test_part_are_tested_on_what_was_not_trained(tmp_path):
     next(other.rglob("*.png")).unlink()
     again = evaluate_head(the_one(tmp_path, "*/model"), other, tmp_path, **OPTIONS)
     assert "no test part" in " ".join(again.notes)
+    few = {"cs": (1.0,), "per_class": 5}
+    result = evaluate_logreg("classes", encoder(), whole, tmp_path / "few", **few, **OPTIONS)
+    again = evaluate_head(the_one(tmp_path / "few", "*/model"), whole, tmp_path, **OPTIONS)
+    assert again.images["test"] == result.images["test"]
 
 
 def test_test_sets_of_other_classes_and_labels(pictures, labels, tmp_path):

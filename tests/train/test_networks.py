@@ -88,6 +88,9 @@ def test_normalization_and_predictor_of_weights_are_those_of_the_settings(whole,
     build_networks(change(CONFIG, data={"std": (0.2,)}), whole)
     assert "data.std=0.229,0.224,0.225" in caplog.text
     assert "data.mean" not in caplog.text
+    caplog.clear()
+    build_networks(CONFIG, whole)
+    assert not caplog.text
     model = {"predictor_embed_dim": None, "predictor_depth": None}
     with pytest.raises(SettingsError, match=r"predictor_embed_dim=12 model\.predictor_depth=1"):
         build_networks(change(CONFIG, model=model), whole)
