@@ -82,8 +82,7 @@ def pairs_by_name(source: str, target_words: set[str]) -> dict[str, list[Pair]]:
         words = [re.split(r"[_\-. ]", part) for part in parts]
         is_target = path.lower().endswith(".npy") or any(target_words & set(w) for w in words)
         folders = set(parts[:-1])
-        split = "train" if folders.intersection(TRAIN) else ""
-        split = split or ("test" if folders.intersection(TEST) else "")
+        split = "train" if folders & {*TRAIN} else "test" if folders & {*TEST} else ""
         names = [
             "_".join(w for w in part if w not in target_words | _IMAGE_WORDS) for part in words
         ]

@@ -227,7 +227,8 @@ def save_classifier(
     if encoder is None and not with_encoder:
         raise SettingsError("an encoder in memory has no source: save it too, with_encoder=True")
     args = {key: value for key, value in (encoder_args or {}).items() if value is not None}
-    args = {key: _absolute(value) if key == "checkpoint" else value for key, value in args.items()}
+    if "checkpoint" in args:
+        args["checkpoint"] = _absolute(args["checkpoint"])
     folder, head, network = Path(folder), classifier.head, classifier.encoder
     config = transform_config(classifier)
     content = {
