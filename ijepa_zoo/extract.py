@@ -23,7 +23,7 @@ from .data.datasets import ImageDataset
 from .data.decode import MAX_PIXELS, Decoder
 from .data.loading import load_in_order
 from .data.sources import open_images
-from .data.transforms import create_transform
+from .data.transforms import ModelTransform, create_transform
 from .distributed import Distributed, init_distributed
 from .encode import DTYPES, Batch, Encoder, hash_texts
 from .errors import ImageError, MissingPackageError, RunError, SettingsError
@@ -189,7 +189,7 @@ def run_extraction(
         }
         already_done = extract_batches(
             images,
-            ImageBatches(images, model, batch_size, strict),
+            ImageBatches(images, create_transform(model, normalize=False), batch_size, strict),
             encoder,
             outputs,
             settings,
@@ -283,10 +283,10 @@ class ImageBatches:
     """
 
     def __init__(
-        self, images: ImageDataset, model: nn.Module, batch_size: int, strict: bool = False
+        self, images: Any, transform: ModelTransform, batch_size: int, strict: bool = False
     ) -> None:
-        self.images, self.batch_size, self.strict = images, batch_size, strict
-        self.transform = create_transform(model, normalize=False)
+        self.images, self.transform = images, transform
+        self.batch_size, self.strict = batch_size, strict
 
     def __getitem__(self, batch: int) -> Batch:
         """Images, uint8 `[batch_size, C, H, W]`; for each, None or why it cannot be decoded."""

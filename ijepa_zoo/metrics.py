@@ -90,6 +90,8 @@ def knn_predict(
     blocks = []
     for block in torch.split(queries, query_block):
         near, indices = _neighbors(F.normalize(block.float(), dim=1), bank, max(ks), bank_block)
+        if near.device.type == "mps":  # has no float64
+            near, indices, bank_labels = near.cpu(), indices.cpu(), bank_labels.cpu()
         classes = bank_labels[indices]
         # Relative to the nearest, or all votes could underflow; in float64, so that the order in
         # which a GPU adds them does not matter.

@@ -60,7 +60,6 @@ class DenseDataset:
     load: Callable[[int], tuple[Raw, Target]]  # undecoded image and target of an index; picklable
     fingerprint: str
     decoder: Decoder = field(default_factory=Decoder)
-    skip_broken: bool = False  # whether probes leave out pairs that cannot be read
 
     def __len__(self) -> int:
         return len(self.names)

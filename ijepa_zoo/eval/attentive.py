@@ -60,13 +60,14 @@ def attentive_grid(probe: Probe, source: Source) -> Grid:
     """Heads of equal initial weights for each rate and decay, with the encoder's num_heads."""
     assert isinstance(source, BlockFeatures)
     block: Any = source.model.model.blocks[-1]  # type: ignore[index]
+    num_heads = getattr(block, "attn", block).num_heads  # timm's parallel blocks have it themselves
     heads: dict[HeadSpec, nn.Module] = {}
     groups = []
     for lr, wd in product(probe.protocol.lrs, probe.protocol.weight_decays):
         spec, width = HeadSpec("patches", "attentive", lr, wd), source.widths["patches"]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold(probe.config.seed, Stream.EVAL_INIT))
-            head = AttentiveHead(width, probe.num_classes, block.attn.num_heads)
+            head = AttentiveHead(width, probe.num_classes, num_heads)
         heads[spec] = head.to(source.device)
         decayed = [p for p in head.parameters() if p.ndim > 1]
         groups += spec.groups(decayed, [p for p in head.parameters() if p.ndim == 1])

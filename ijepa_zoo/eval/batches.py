@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -22,36 +22,15 @@ from torchvision.transforms.v2 import functional as tv
 from ..data.datasets import Targets
 from ..data.decode import Pixels
 from ..data.transforms import DRAWS, ModelTransform, crop_box, pixel_size
-from ..errors import DataError, ImageError
+from ..errors import DataError
 from ..seeds import Stream, fold, numpy_generator
 from .sets import EvalSet
 from .tasks import EvalTransform
 
-_REPLACEMENTS = 20  # images to try instead of a broken one
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
 
 Size = tuple[int, int]
-
-
-@dataclass
-class EvalBatch:
-    """Images of one forward pass."""
-
-    images: Tensor
-    labels: Tensor
-    reasons: list[str | None]
-    broken: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def valid(self) -> Tensor:
-        """bool `[b]`: slots that hold an image."""
-        found = torch.zeros(len(self.images), dtype=torch.bool)
-        found[: len(self.reasons)] = torch.tensor([reason is None for reason in self.reasons])
-        return found
-
-    def pin_memory(self) -> EvalBatch:
-        """The same batch in pinned memory; called by the DataLoader."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
+LabeledImages = tuple[Tensor, Tensor]  # uint8 [b, C, H, W] and classes [b]
 
 
 def share(batch_size: int, rank: int, world: int, unit: int = 1) -> slice:
@@ -65,7 +44,7 @@ def share(batch_size: int, rank: int, world: int, unit: int = 1) -> slice:
     return slice(units * rank // world * unit, units * (rank + 1) // world * unit)
 
 
-class TrainBatches(Dataset[EvalBatch]):
+class TrainBatches(Dataset[LabeledImages]):
     """The training batches of one process, in pieces, each a function of its number.
 
     An epoch is a permutation of the images in whole batches, without the rest; fewer images than a
@@ -102,8 +81,8 @@ class TrainBatches(Dataset[EvalBatch]):
         each = self.steps * self.parts
         return range(first_epoch * each, last_epoch * each)
 
-    def plan(self, number: int) -> tuple[tuple[int, int], list[tuple[int, int, list[float]]]]:
-        """Epoch and step of a piece, and slot, row and random numbers of each of its images."""
+    def plan(self, number: int) -> list[tuple[tuple[int, ...], int, list[float]]]:
+        """Epoch, step and slot of each image of a piece, its row and its random numbers."""
         step, part = divmod(number, self.parts)
         epoch, step = divmod(step, self.steps)
         first = self.share.start + part * self.micro
@@ -111,86 +90,45 @@ class TrainBatches(Dataset[EvalBatch]):
         rng = numpy_generator(self.seed, Stream.EVAL_AUGMENT, epoch, step)
         draws = rng.random((self.batch_size, DRAWS)).tolist()
         slots = range(first, min(first + self.micro, self.share.stop))
-        return (epoch, step), [(i, int(self.rows[order[i]]), draws[i]) for i in slots]
+        keys, rows = [(epoch, step, slot) for slot in slots], self.rows[order[slots]].tolist()
+        return list(zip(keys, rows, draws[slots.start : slots.stop], strict=True))
 
-    def __getitem__(self, number: int) -> EvalBatch:
-        """A piece of a batch; images that cannot be decoded are replaced by others."""
-        broken: list[tuple[str, str]] = []
-        images, indices = [], []
-        step, plan = self.plan(number)
-        for slot, row, draws in plan:
-            index, image = self._read(row, (*step, slot), broken)
-            pixels = random_pixels(image, self.transform, self.size, draws)
+    def __getitem__(self, number: int) -> LabeledImages:
+        """A piece of a batch."""
+        images, rows = [], []
+        for keys, row, draws in self.plan(number):
+            pixels = random_pixels(self.data.read(row), self.transform, self.size, draws)
             if self.augment is not None:
-                with library_seeds(self.seed, Stream.EVAL_AUGMENT, *step, slot):
+                with library_seeds(self.seed, Stream.EVAL_AUGMENT, *keys):
                     pixels = self.augment(pixels)
             images.append(pixels)
-            indices.append(index)
-        labels = torch.from_numpy(self.data.targets[indices])
-        return EvalBatch(torch.stack(images), labels, [None] * len(labels), broken)
-
-    def _read(
-        self, row: int, keys: tuple[int, int, int], broken: list[tuple[str, str]]
-    ) -> tuple[int, Pixels]:
-        """The image, or another one where it cannot be decoded, and its index."""
-        rng = numpy_generator(self.seed, Stream.EVAL_ORDER, *keys)
-        others = self.rows[rng.integers(len(self.rows), size=_REPLACEMENTS)].tolist()
-        for candidate in (row, *others):
-            try:
-                return candidate, self.data.read(candidate)
-            except ImageError as error:
-                broken.append((self.data.images.name(candidate), str(error)))
-        raise DataError(
-            f"{self.data.images.name(row)} cannot be decoded, nor can {_REPLACEMENTS} others "
-            f"drawn instead: {broken[-1][1]}"
-        )
+            rows.append(row)
+        return torch.stack(images), torch.from_numpy(self.data.targets[rows])
 
 
-class OrderedBatches(Dataset[EvalBatch]):
+class OrderedBatches(Dataset[LabeledImages]):
     """Every image once, in order, with the fixed transform of tests.
 
-    Batch `b` of process `r` of `w` holds the images from `(b * w + r) * batch_size`. All batches
-    have `batch_size` slots, and all processes the same number of batches: the last are padded.
+    The last batch has fewer classes than images: it is padded, so that all have the same shape.
     """
 
     def __init__(
-        self,
-        data: EvalSet,
-        rows: Targets,
-        transform: EvalTransform,
-        size: Size,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world: int = 1,
+        self, data: EvalSet, rows: Targets, transform: EvalTransform, size: Size, batch_size: int
     ) -> None:
-        self.data, self.rows, self.size = data, rows, size
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.data, self.rows, self.batch_size = data, rows, batch_size
         self.transform = fixed_transform(transform, data.in_chans, size)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.world))
+        return -(-len(self.rows) // self.batch_size)
 
-    def __getitem__(self, number: int) -> EvalBatch:
-        """A batch; images that cannot be decoded leave their slots empty."""
-        first = (number * self.world + self.rank) * self.batch_size
-        chosen = self.rows[first : first + self.batch_size].tolist()
-        labels = torch.from_numpy(self.data.targets[chosen])
-        batch = EvalBatch(
-            torch.zeros(self.batch_size, self.data.in_chans, *self.size, dtype=torch.uint8),
-            labels.new_zeros(self.batch_size, *labels.shape[1:]),
-            [],
-        )
-        for slot, index in enumerate(chosen):
-            reason = None
-            try:
-                batch.images[slot] = self.transform(self.data.read(index))
-                batch.labels[slot] = labels[slot]
-            except ImageError as error:
-                reason = str(error)
-                batch.broken.append((self.data.images.name(index), reason))
-            batch.reasons.append(reason)
-        return batch
+    def __getitem__(self, number: int) -> LabeledImages:
+        """A batch."""
+        first = number * self.batch_size
+        rows = self.rows[first : first + self.batch_size].tolist()
+        images = torch.zeros(self.batch_size, *self.transform.input_size, dtype=torch.uint8)
+        for slot, row in enumerate(rows):
+            images[slot] = self.transform(self.data.read(row))
+        return images, torch.from_numpy(self.data.targets[rows])
 
 
 @lru_cache(maxsize=1)

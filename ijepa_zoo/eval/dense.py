@@ -35,7 +35,7 @@ from torch import nn
 from ..data.dense import DenseData, open_depth, open_segmentation
 from ..data.loading import usable_cpus
 from ..distributed import Distributed
-from ..errors import DataError, ImageError, SettingsError, option, some
+from ..errors import DataError, ImageError, SettingsError, option
 from ..features import Layers
 from ..models.classifier import Classifier
 from ..seeds import Stream, numpy_generator
@@ -160,14 +160,13 @@ def _evaluate(
         shown = config.progress and distributed.is_main
         pairs = open_pairs(config.data, workers=workers, progress=shown, **target_options)
         decoder = config.decoder(model.in_chans, as_tensor=False)
-        given: dict[str, Any] = {"decoder": decoder, "skip_broken": config.skip_broken}
-        train, test = (replace(part, **given) for part in (pairs.train, pairs.test))
+        train, test = (replace(part, decoder=decoder) for part in (pairs.train, pairs.test))
         pairs, images = replace(pairs, train=train, test=test), len(train)
         task = make_task(pairs, protocol)
         distributed.run_on_main(lambda: _check(config, pairs, task))
         order = numpy_generator(config.seed, Stream.EVAL_SPLIT, 1).permutation(images)
         held_out = 0 if config.select_on_test else max(1, round(VAL_SHARE * images))
-        rows = np.sort(order[held_out:]), np.sort(order[:held_out])
+        rows = np.sort(order[held_out:]), np.sort(order[:held_out]), np.arange(len(test))
         used = replace(config, workers=0) if _is_rendered(config.data) else config
         return DenseProbe(used, distributed, *rows, pairs, task, protocol, target_options)
 
@@ -176,7 +175,7 @@ def _evaluate(
 
         def work(folder: Path) -> Result:
             images = protocol.epochs * len(probe.train_rows)
-            images += len(probe.val_rows) + len(probe.pairs.test)
+            images += len(probe.val_rows) + len(probe.test_rows)
             with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:
                 loader = DenseLoader(probe, source, bar)
                 about = (source.widths, source.size, config.seed, source.device)
@@ -207,7 +206,6 @@ def _evaluate(
                 asdict(protocol) | task.settings,
                 grid.names,
                 choice,
-                loader.broken,
                 notes=notes,
                 **trained,
             )
@@ -243,8 +241,6 @@ def _measure(loader: DenseLoader, grid: DenseGrid, batches: Any, heads: Sequence
     total = torch.zeros(len(heads) + len(task.blind), *task.shape, dtype=torch.float64)
     count = torch.zeros(1, dtype=torch.int64)
     for batch in batches:
-        if not batch.targets:
-            continue
         predictions = grid.outputs(loader.source.split(batch.maps), heads)
         if task.mirrored:  # the mean over both sides, as in DINOv2
             pairs = [prediction.chunk(2) for prediction in predictions]
@@ -257,8 +253,7 @@ def _measure(loader: DenseLoader, grid: DenseGrid, batches: Any, heads: Sequence
         loader.bar.update(len(batch.targets) * distributed.world_size)
     total, images = distributed.all_reduce(total), int(distributed.all_reduce(count))
     if not images:
-        reason = some(loader.broken.values()) or f"no pixel counts: {task.counts} count"
-        raise DataError(f"no pair to choose by, or to test on, can be measured: {reason}")
+        raise DataError(f"no pixel to choose by, or to test on, counts: {task.counts} count")
     rows = task.summary(total, images).tolist()
     constant = {
         f"{task.metrics[column]} of {name}": row[column]

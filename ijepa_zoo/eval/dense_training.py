@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +21,11 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from ..data.datasets import Targets
+from ..data.decode import Pixels
 from ..data.dense import DenseData, DenseDataset
-from ..errors import DataError, ImageError, option
+from ..encode import Batch
+from ..errors import DataError, ImageError, RunError, option
 from ..seeds import Stream, numpy_generator, torch_generator
 from .dense_tasks import DenseProtocol, DenseTask
 from .features import Source
@@ -25,9 +33,8 @@ from .heads import Grid, HeadSpec
 from .probe import Evaluation, HeadsConfig
 from .results import data_name
 
-Indices = npt.NDArray[np.int64]
 Flips = npt.NDArray[np.bool_]
-Plan = Sequence[tuple[Indices, Flips]]  # of each batch
+Plan = Sequence[tuple[Targets, Flips]]  # of each batch
 
 _CLIP_GRAD = 35.0  # of mmsegmentation's depth recipes; segmentation never reaches it
 _STD = 0.01  # of the initial weights, as in mmsegmentation's heads
@@ -72,17 +79,31 @@ class DenseProbe(Evaluation):
             for name, part in (("train", self.pairs.train), ("test", self.pairs.test))
         }
 
-    def train_name(self, row: int) -> str:
-        """See `Probe`."""
-        return self.pairs.train.names[row]
+    def reader(self, part: str) -> Callable[[int], Any]:
+        """See `Evaluation`."""
+        return partial(read_pair, self._part(part), self.task)
+
+    def image_name(self, part: str, row: int) -> str:
+        """See `Evaluation`."""
+        return self._part(part).names[row]
+
+    def _part(self, name: str) -> DenseDataset:
+        return self.pairs.train if name == "train" else self.pairs.test
+
+
+def read_pair(data: DenseDataset, task: DenseTask, row: int) -> tuple[Pixels, Tensor]:
+    """An image and its target, float32 `[H, W]`; raises `ImageError`."""
+    image, array, _ = data[row]
+    target = torch.from_numpy(array.astype(np.float32))
+    task.check(target)
+    return image, target
 
 
 class DenseBatch(NamedTuple):
-    """Encoded pairs that could be read."""
+    """Encoded pairs."""
 
     maps: Tensor  # `last4` features [b, 4D, h, w], of 2b images where mirror images follow
     targets: list[Tensor]  # float32 [H, W] on the CPU
-    indices: Indices  # [b], in the data set
 
 
 @dataclass(frozen=True)
@@ -96,33 +117,24 @@ class _Batches:
     full: bool
     mirrored: bool
 
-    def __getitem__(self, batch: int) -> tuple[Tensor, list[Tensor], list[str | None]]:
-        indices, flips = self.plan[batch]
-        channels = self.data.decoder.in_chans
-        pixels = torch.zeros(len(indices), channels, *self.size, dtype=torch.uint8)
+    def __getitem__(self, batch: int) -> tuple[Tensor, list[Tensor]]:
+        rows, flips = self.plan[batch]
+        pixels = torch.zeros(len(rows), self.data.decoder.in_chans, *self.size, dtype=torch.uint8)
         targets: list[Tensor] = []
-        reasons: list[str | None] = [None] * len(indices)
-        for slot, (index, flip) in enumerate(zip(indices.tolist(), flips.tolist())):
-            try:
-                image, target = self._read(index)
-            except ImageError as error:
-                if not self.data.skip_broken:
-                    raise DataError(
-                        f"the pair of '{self.data.names[index]}' cannot be read ({error}): repair "
-                        f"or remove it, or leave such pairs out with {option('skip_broken')}"
-                    ) from error
-                reasons[slot] = str(error)
-                continue
+        for slot, (row, flip) in enumerate(zip(rows.tolist(), flips.tolist())):
+            image, target = self._read(row)
             pixels[slot] = image.flip(-1) if flip else image
             targets.append(target.flip(-1) if flip else target)
-        if self.mirrored:
-            pixels = torch.cat([pixels, pixels.flip(-1)])
-        return pixels, targets, reasons
+        return torch.cat([pixels, pixels.flip(-1)]) if self.mirrored else pixels, targets
 
-    def _read(self, index: int) -> tuple[Tensor, Tensor]:
-        image, array, _ = self.data[index]
-        target = torch.from_numpy(array.astype(np.float32))
-        self.task.check(target)
+    def _read(self, row: int) -> tuple[Tensor, Tensor]:
+        try:
+            image, target = read_pair(self.data, self.task, row)
+        except ImageError as error:
+            raise DataError(
+                f"the pair of '{self.data.names[row]}' cannot be read ({error}): repair or remove "
+                f"it, or leave such pairs out with {option('skip_broken')}"
+            ) from error
         if not self.full:  # nearest, since unknown depths and classes must not be mixed
             target = F.interpolate(target[None, None], self.size, mode="nearest")[0, 0]
         # resize the whole image, so that all of the target is used
@@ -131,7 +143,7 @@ class _Batches:
 
 
 class DenseLoader:
-    """Encodes pairs; `broken` has the name and reason of each one that could not be read."""
+    """Encodes pairs."""
 
     gathered = True
 
@@ -139,7 +151,6 @@ class DenseLoader:
         self.probe, self.source, self.bar = probe, source, bar
         self.batch_size = probe.protocol.batch_size
         self.steps = max(1, len(probe.train_rows) // self.batch_size)
-        self.broken: dict[str, str] = {}
 
     def training(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Maps and targets of the whole batches of epochs, the same ones in all processes.
@@ -158,7 +169,7 @@ class DenseLoader:
             plan = []
             for start in range(0, self.steps * size, size):
                 mine = start + np.flatnonzero(owner[start : start + size] == distributed.rank)
-                plan.append((probe.train_rows[order[mine]], flips[mine]))
+                plan.append((order[mine], flips[mine]))
             for maps, targets in self._encoded(plan) if store is None else map(store.read, plan):
                 yield distributed.all_gather_rows(maps), distributed.all_gather_rows(targets)
                 self.bar.update(size)
@@ -170,13 +181,13 @@ class DenseLoader:
 
     def testing(self) -> Iterator[DenseBatch]:
         """The test pairs, the share of this process; targets keep their size."""
-        pairs, mirrored = self.probe.pairs.test, self.probe.task.mirrored
-        return self._in_order(pairs, np.arange(len(pairs)), True, mirrored)
+        probe = self.probe
+        return self._in_order(probe.pairs.test, probe.test_rows, True, probe.task.mirrored)
 
     def _in_order(
-        self, data: DenseDataset, indices: Indices, full: bool, mirrored: bool
+        self, data: DenseDataset, rows: Targets, full: bool, mirrored: bool
     ) -> Iterator[DenseBatch]:
-        mine = indices[self.probe.distributed.rank :: self.probe.distributed.world_size]
+        mine = rows[self.probe.distributed.rank :: self.probe.distributed.world_size]
         starts = range(0, len(mine), self.batch_size)
         parts = [mine[start : start + self.batch_size] for start in starts]
         plan = [(part, np.zeros(len(part), np.bool_)) for part in parts]
@@ -186,22 +197,20 @@ class DenseLoader:
         self, data: DenseDataset, plan: Plan, full: bool, mirrored: bool
     ) -> Iterator[DenseBatch]:
         items = _Batches(data, plan, self.probe.task, self.source.size, full, mirrored)
-        waiting: deque[tuple[list[Tensor], Indices]] = deque()
+        waiting: deque[list[Tensor]] = deque()
 
-        def batches() -> Iterator[tuple[Tensor, list[str | None]]]:
-            loaded = self.probe.loaded(items, range(len(plan)))
-            for (indices, _), (pixels, targets, reasons) in zip(plan, loaded):
-                found = zip(indices.tolist(), reasons)
-                self.broken |= {data.names[i]: reason for i, reason in found if reason is not None}
-                good = [slot for slot, reason in enumerate(reasons) if reason is None]
-                waiting.append((targets, indices[good]))
-                yield pixels, reasons * (2 if mirrored else 1)
+        def batches() -> Iterator[Batch]:
+            for pixels, targets in self.probe.loaded(items, range(len(plan))):
+                waiting.append(targets)
+                yield pixels, [None] * len(pixels)
 
         for maps, _ in self.source.encode(batches()):
-            yield DenseBatch(maps, *waiting.popleft())
+            yield DenseBatch(maps, waiting.popleft())
 
     def _encoded(self, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._encode(self.probe.pairs.train, plan, full=False, mirrored=False):
+        train = self.probe.train_rows
+        chosen = [(train[positions], flips) for positions, flips in plan]
+        for batch in self._encode(self.probe.pairs.train, chosen, full=False, mirrored=False):
             empty = torch.empty(0, *self.source.size)
             targets = torch.stack(batch.targets) if batch.targets else empty
             yield batch.maps.clone(), targets  # autograd refuses tensors of inference mode
@@ -209,36 +218,51 @@ class DenseLoader:
     def _encode_once(self) -> _Store:
         """Features of both sides of this process's share of the images."""
         probe, source = self.probe, self.source
-        count = len(probe.train_rows[probe.distributed.rank :: probe.distributed.world_size])
-        maps = torch.empty(2, count, *source.row_shape)
-        targets = torch.empty(count, *source.size)
-        rows: dict[int, int] = {}
+        world = probe.distributed.world_size
+        count = len(probe.train_rows[probe.distributed.rank :: world])
+        cache = Path(probe.config.out) / "cache"
+        maps = tensor_on_disk(cache, (2, count, *source.row_shape))
+        targets = tensor_on_disk(cache, (count, *source.size))
+        done = 0
         with probe.bar(count, "encoding") as bar:
             for batch in self._in_order(probe.pairs.train, probe.train_rows, False, True):
-                for side, found in enumerate(batch.maps.cpu().chunk(2)):
-                    maps[side, len(rows) : len(rows) + len(found)] = found
-                for index, target in zip(batch.indices.tolist(), batch.targets):
-                    targets[len(rows)] = target
-                    rows[index] = len(rows)
-                bar.update(len(batch.indices))
-        return _Store(maps, targets, rows, source.device)
+                rows = slice(done, done + len(batch.targets))
+                maps[:, rows] = batch.maps.cpu().view(2, -1, *source.row_shape)
+                targets[rows] = torch.stack(batch.targets)
+                done = rows.stop
+                bar.update(len(batch.targets))
+        return _Store(maps, targets, world, source.device)
+
+
+def tensor_on_disk(folder: Path, shape: tuple[int, ...]) -> Tensor:
+    """A float32 tensor in a file without a name, which is gone when the process ends."""
+    size = 4 * math.prod(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate") and size:
+            try:  # a disk that is full later would end the process without a message
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                raise RunError(
+                    f"cached features need {size / 2**30:.1f} GiB in '{folder}': {error.strerror}"
+                ) from error
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
 
 class _Store(NamedTuple):
-    """Features and targets of the images that a process has encoded."""
+    """Features and targets of the images that a process has encoded, every n-th of all."""
 
     maps: Tensor  # [2, n, 4D, h, w]: images, mirror images
     targets: Tensor  # [n, H, W]
-    rows: dict[int, int]  # by index in the data set
+    world: int
     device: torch.device
 
-    def read(self, batch: tuple[Indices, Flips]) -> tuple[Tensor, Tensor]:
-        """Maps on the device and targets of those that could be read."""
-        good = [(self.rows[i], int(flip)) for i, flip in zip(*batch) if i in self.rows]
-        rows, sides = [row for row, _ in good], [side for _, side in good]
-        flipped = torch.tensor(sides, dtype=torch.bool)[:, None, None]
+    def read(self, batch: tuple[Targets, Flips]) -> tuple[Tensor, Tensor]:
+        """Maps on the device and targets."""
+        positions, flips = batch
+        rows, flipped = positions // self.world, torch.from_numpy(flips)[:, None, None]
         targets = torch.where(flipped, self.targets[rows].flip(-1), self.targets[rows])
-        return self.maps[sides, rows].to(self.device), targets
+        return self.maps[flips.astype(int), rows].to(self.device), targets
 
 
 class DenseGrid(Grid):

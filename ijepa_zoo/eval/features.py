@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..data.datasets import Targets
 from ..encode import Batch, Encoder, fast_precision, hash_texts
-from ..errors import DataError, SettingsError
-from ..extract import extract_batches
+from ..errors import SettingsError
+from ..extract import ImageBatches, extract_batches
 from ..parts import Outputs
-from .batches import OrderedBatches, TrainBatches
+from .batches import TrainBatches, fixed_transform
 from .models import EvalModel
 from .sets import EvalSet
 
@@ -33,7 +33,7 @@ Kind = Literal["vectors", "tokens", "maps"]
 
 _SIDE = 32  # pixels of the images in `RawPixels`
 _VALUES = 2**24  # of cached rows that are read at a time
-_PIECE = 128  # images of a forward pass in training
+PIECE = 128  # images of a forward pass
 CACHED_AS_IS = (
     "cached: each image and its mirror image are encoded once, as the protocol has them (its only "
     "random transform is the flip)"
@@ -139,27 +139,21 @@ def pixel_options(part: EvalSet) -> dict[str, Any]:
 class CachedFeatures:
     """Features of the images of a set that could be decoded, read from the disk as needed."""
 
-    rows: Tensor
-    labels: Tensor
+    rows: Tensor  # [n, ...]
+    labels: Tensor  # [n]
     indices: npt.NDArray[np.int64]  # of the images
-    broken: dict[int, str]
 
     def find(self, images: Targets) -> Targets:
         """The rows of images."""
         return np.flatnonzero(np.isin(self.indices, images))
 
 
-class _Pixels:
-    """Images of a set, or their mirror images, as `extract_batches` takes them."""
+class _Mirrored(ImageBatches):
+    """Mirror images."""
 
-    strict = False
-
-    def __init__(self, batches: OrderedBatches, mirrored: bool) -> None:
-        self.batches, self.mirrored, self.batch_size = batches, mirrored, batches.batch_size
-
-    def __getitem__(self, number: int) -> Batch:
-        batch = self.batches[number]
-        return batch.images.flip(-1) if self.mirrored else batch.images, batch.reasons
+    def __getitem__(self, batch: int) -> Batch:
+        pixels, reasons = super().__getitem__(batch)
+        return pixels.flip(-1), reasons
 
 
 def cached_features(
@@ -170,14 +164,19 @@ def cached_features(
     The folder's name is a hash of everything that changes the features: the network and its
     weights, precision, transform, list and state of the images. An interrupted pass resumes.
     """
-    batches = probe.in_order(part, np.arange(len(part)), source.size, shared=False)
+    transform = probe.protocol.transform
+    batches = (_Mirrored if mirrored else ImageBatches)(
+        part,
+        fixed_transform(transform, part.in_chans, source.size),
+        min(PIECE, len(part)),  # without empty slots for small sets
+    )
     settings = {
         **source.settings,
         "dtype": str(source.dtype).removeprefix("torch."),
         "images": part.images.fingerprint(),
         "files": part.files_state,
         **pixel_options(part),
-        "transform": probe.protocol.transform.describe(source.size, train=False),
+        "transform": transform.describe(source.size, train=False),
         "mirrored": mirrored,
         "batch_size": batches.batch_size,
     }
@@ -185,7 +184,7 @@ def cached_features(
     outputs = Outputs.beside(folder / "rows.npy", "npy")
     extract_batches(
         part.images,
-        _Pixels(batches, mirrored),
+        batches,
         source,
         outputs,
         settings,
@@ -196,15 +195,13 @@ def cached_features(
         title=f"features, {part.name}{', mirrored' if mirrored else ''}",
     )
     probe.distributed.barrier()  # rank 0 has written the files
-    broken = {index: reason for index, (_, reason) in outputs.failures().items()}
+    broken = [*outputs.failures()]
     if broken and not part.skip_broken:
-        part.read(next(iter(broken)))  # raises the error that names the image
+        part.read(broken[0])  # raises the error that names the image
     # copy on write: torch wants writable memory
     rows: np.memmap[Any, Any] = np.lib.format.open_memmap(outputs.features, mode="c")
-    good = np.setdiff1d(np.arange(len(part)), [*broken]).astype(np.int64)
-    return CachedFeatures(
-        torch.from_numpy(rows), torch.from_numpy(part.targets[good]), good, broken
-    )
+    good = np.setdiff1d(np.arange(len(part)), broken).astype(np.int64)
+    return CachedFeatures(torch.from_numpy(rows), torch.from_numpy(part.targets[good]), good)
 
 
 LabeledRows = tuple[Tensor, Tensor]  # rows [b, ...] of features and classes [b]
@@ -217,13 +214,12 @@ class OnlineLoader:
     """
 
     name = "online"
-    piece: int | None = _PIECE  # images of a forward pass in training; None for whole batches
+    piece: int | None = PIECE  # images of a forward pass in training; None for whole batches
     notes: Sequence[str] = ()
 
     def __init__(self, probe: Probe, source: Source, bar: Any, *, gather: bool = True) -> None:
         self.probe, self.source, self.bar, self.gathered = probe, source, bar, gather
         self.device = source.device
-        self.broken: dict[str, str] = {}
         self.batches = self._batches(probe.train_rows, probe.distributed.world_size)
         self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
 
@@ -255,34 +251,31 @@ class OnlineLoader:
 
     def testing(self) -> Iterator[LabeledRows]:
         """The test images, the share of this process."""
-        return self._in_order(self.probe.test, np.arange(len(self.probe.test)))
+        return self._in_order(self.probe.test, self.probe.test_rows)
 
     def _in_order(self, part: EvalSet, images: Targets) -> Iterator[LabeledRows]:
         batches = self.probe.in_order(part, images, self.source.size)
         return self._encode(batches, range(len(batches)))
 
     def _encode(self, batches: Any, numbers: Sequence[int]) -> Iterator[LabeledRows]:
-        for rows, labels in encoded(self.probe, self.source, batches, numbers, self.broken):
+        for rows, labels in encoded(self.probe, self.source, batches, numbers):
             self.bar.update(len(labels) * self.probe.distributed.world_size)
             yield rows.float(), labels
 
 
 def encoded(
-    probe: Probe, source: Source, batches: Any, numbers: Sequence[int], broken: dict[str, str]
+    probe: Probe, source: Source, batches: Any, numbers: Sequence[int]
 ) -> Iterator[LabeledRows]:
-    """Rows and classes of the images of batches that could be decoded; `broken` gets the others."""
+    """Rows and classes of the images of batches."""
     waiting: deque[Tensor] = deque()
 
     def pixels() -> Iterator[Batch]:
-        for batch in probe.loaded(batches, numbers):
-            broken.update(batch.broken)
-            waiting.append(batch.labels[batch.valid])
-            yield batch.images, batch.reasons
+        for images, labels in probe.loaded(batches, numbers):
+            waiting.append(labels)
+            yield images, [None] * len(labels)
 
     for rows, _ in source.encode(pixels()):
-        labels = waiting.popleft()
-        if len(labels):  # the last process may have no image of a set
-            yield rows, labels.to(rows.device, non_blocking=True)
+        yield rows, waiting.popleft().to(rows.device, non_blocking=True)
 
 
 class CachedLoader(OnlineLoader):
@@ -304,12 +297,8 @@ class CachedLoader(OnlineLoader):
             crops = probe.protocol.transform.crop_mode == "center"
             self.notes = [_CACHED_WITHOUT_CROPS if crops else CACHED_AS_IS]
         self.test = cached_features(probe, probe.test, source)
-        for part, found in ((probe.train, self.train), (probe.test, self.test)):
-            self.broken |= {part.images.name(i): reason for i, reason in found.broken.items()}
         self.train_rows = self.train.find(probe.train_rows)
         self.val_rows = self.train.find(probe.val_rows)
-        if len(self.train_rows) < 2:
-            raise DataError("fewer than two training images can be decoded")
         world = 1 if gather else probe.distributed.world_size
         self.batches = self._batches(self.train_rows, world)
         self.batch_size, self.steps = self.batches.batch_size, self.batches.steps
@@ -321,7 +310,7 @@ class CachedLoader(OnlineLoader):
     def training(self, first: int, last: int) -> Iterator[LabeledRows]:
         """The same images and flips as in `OnlineLoader`."""
         for number in self.batches.numbers(first, last):
-            _, plan = self.batches.plan(number)
+            plan = self.batches.plan(number)
             chosen = np.array([row for _, row, _ in plan])
             flips = np.array([draws[-1] < 0.5 for *_, draws in plan])
             rows = self.train.rows[chosen]

@@ -35,7 +35,7 @@ from ..errors import DataError, RunError, SettingsError, option
 from ..seeds import Stream, fold, torch_generator
 from ..weights.export import check_exportable, export
 from .accuracy import Choice, classification_loss, compute_metrics
-from .batches import EvalBatch, TrainBatches, library_seeds, rand_augment
+from .batches import LabeledImages, TrainBatches, library_seeds, rand_augment
 from .features import Source
 from .logreg import choose_rows
 from .models import EvalModel
@@ -142,6 +142,8 @@ def evaluate_finetune(
         probe = open_probe(config, distributed, opened)
         if list is not None:
             probe = choose_rows(probe, listed_rows(probe.train, list), {"list": Path(list).name})
+        rows = np.arange(len(probe.train))  # nothing is chosen by held-out images
+        probe = replace(probe, train_rows=rows, val_rows=rows[:0]).without_broken()
         check_exportable(opened.model)
         network: Any = copy.deepcopy(opened.model)
         network.set_grad_checkpointing(grad_checkpointing)
@@ -194,7 +196,6 @@ class FineTuning:
         self.about, self.paper_name = model.describe(), model.paper_name
         self.distributed, self.device = probe.distributed, probe.distributed.device
         self.bar: Any = None
-        self.broken: dict[str, str] = {}
         precision = probe.config.precision
         if precision == "auto":  # float16 would need a GradScaler
             precision = "bfloat16" if fast_precision(self.device) == "bfloat16" else "float32"
@@ -210,15 +211,15 @@ class FineTuning:
         config = transform_config(network)
         self.size: tuple[int, int] = tuple(config["input_size"][1:])
         self.transform = replace(CROP, crop_pct=1.0) if max(self.size) > _CROPPED else CROP
-        rows = np.arange(len(probe.train))
         protocol = replace(probe.protocol, transform=self.transform)
-        self.probe = replace(probe, protocol=protocol, train_rows=rows, val_rows=rows[:0])
+        self.probe = replace(probe, protocol=protocol)
+        self.augments = config["input_size"][0] in (1, 3)  # Pillow's operations take no others
         self.mean, self.std = (
             torch.tensor(config[key], device=self.device).view(-1, 1, 1) for key in ("mean", "std")
         )
         self.batches = TrainBatches(
             probe.train,
-            rows,
+            probe.train_rows,
             self.transform,
             self.size,
             recipe.batch_size,
@@ -227,7 +228,9 @@ class FineTuning:
             world=self.distributed.world_size,
             micro=max(2, micro_batch_size // 2 * 2),
             unit=2,  # mixup takes pairs
-            augment=rand_augment(recipe.auto_augment, self.size, config["mean"]),
+            augment=rand_augment(recipe.auto_augment, self.size, config["mean"])
+            if self.augments
+            else None,
         )
         self.steps, self.batch_size = self.batches.steps, self.batches.batch_size
         self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device=self.device)
@@ -269,7 +272,7 @@ class FineTuning:
         used |= {"batch_size": self.batch_size, "test_transform": transform}
         return {**used, **self.probe.subset}
 
-    def training(self, first: int, last: int) -> Iterator[EvalBatch]:
+    def training(self, first: int, last: int) -> Iterator[LabeledImages]:
         """Pieces of the batches of epochs from `first` up to `last`, exclusive."""
         return self.probe.loaded(self.batches, self.batches.numbers(first, last))
 
@@ -279,7 +282,7 @@ class FineTuning:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             return train_epochs(self.probe, self, self.model, *args)
 
-    def _train_epoch(self, pieces: Iterator[EvalBatch], epoch: int) -> list[float]:
+    def _train_epoch(self, pieces: Iterator[LabeledImages], epoch: int) -> list[float]:
         total = torch.zeros((), device=self.device)
         for step in range(self.steps):
             self.scheduler.step_update(epoch * self.steps + step)
@@ -296,13 +299,12 @@ class FineTuning:
             )
         return [loss]
 
-    def backward(self, batch: EvalBatch, epoch: int, step: int, part: int) -> Tensor:
+    def backward(self, batch: LabeledImages, epoch: int, step: int, part: int) -> Tensor:
         """Add the gradients of a micro-batch, weighted by its share; returns its loss."""
-        self.broken.update(batch.broken)
         rank, world = self.distributed.rank, self.distributed.world_size
         keys = (self.probe.config.seed, Stream.EVAL_AUGMENT, epoch, step, part, rank)
-        images = self._normalize(batch.images)
-        labels = batch.labels.to(self.device, non_blocking=True)
+        images = self._normalize(batch[0])
+        labels = batch[1].to(self.device, non_blocking=True)
         torch.manual_seed(fold(*keys))  # of erased pixels and stochastic depth
         with library_seeds(*keys):
             images = self.erase(images)
@@ -328,6 +330,8 @@ class FineTuning:
         metrics = compute_metrics(probe, source, self._test_images(), self._logits)
         if probe.train.multi_label:
             notes = [*notes, "several labels: no mixup, cutmix or label smoothing"]
+        if not self.augments:
+            notes = [*notes, "no RandAugment: it takes images of one or three channels"]
         paper, note = self._paper_accuracy()
         head = (["last epoch"], Choice(0, None, metrics))
         return make_result(
@@ -336,7 +340,6 @@ class FineTuning:
             method,
             self.protocol(),
             *head,
-            self.broken,
             notes=[*notes, *note],
             paper=paper,
             selection="the last epoch",
@@ -357,12 +360,10 @@ class FineTuning:
         return None, [f"the paper has {paper:g} % with another protocol: not comparable"]
 
     def _test_images(self) -> Iterator[tuple[Tensor, Tensor]]:
-        test = self.probe.test
-        batches = self.probe.in_order(test, np.arange(len(test)), self.size)
+        batches = self.probe.in_order(self.probe.test, self.probe.test_rows, self.size)
         self.model.eval()
-        for batch in self.probe.loaded(batches, range(len(batches))):
-            self.broken.update(batch.broken)
-            yield batch.images[batch.valid], batch.labels[batch.valid].to(self.device)
+        for images, labels in self.probe.loaded(batches, range(len(batches))):
+            yield images[: len(labels)], labels.to(self.device)
 
     def split(self, images: Tensor) -> Tensor:
         """The images, as `compute_metrics` asks for features."""

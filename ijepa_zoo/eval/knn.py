@@ -85,5 +85,5 @@ def _vote(probe: Probe, source: Source, loader: CachedLoader, protocol: dict[str
     choice = choose(loader, lambda b: answer(loader.train_rows, b, ks, TEMPERATURES), test)
     names = [f"k={k} T={temperature:g}" for k, temperature in settings]
     notes = ["all training images are neighbors of test images"]
-    args = (probe, source, "knn", protocol, names, choice, loader.broken)
+    args = (probe, source, "knn", protocol, names, choice)
     return make_result(*args, notes=notes)

@@ -90,7 +90,7 @@ def evaluate_heads(
 
         def work(folder: Path) -> Result:
             images = probe.protocol.epochs * len(probe.train_rows)
-            images += len(probe.val_rows) + len(probe.test)
+            images += len(probe.val_rows) + len(probe.test_rows)
             with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:
                 loader = loader_class(probe, source, bar, gather=kind == "vectors")
                 grid = make(probe, source)
@@ -116,7 +116,6 @@ def evaluate_heads(
                 used,
                 grid.names,
                 choice,
-                loader.broken,
                 paper=paper,
                 notes=[*loader.notes, *notes],
                 **trained,
@@ -136,6 +135,7 @@ def _paper_accuracy(
     config = probe.config
     different = probe.protocol != probe.task.protocol or not len(probe.val_rows)
     different |= config.img_size is not None or config.pool != "auto"
+    different |= config.value_range is not None or config.bands is not None
     different |= cached and probe.protocol.transform.crop_mode == "center"
     if paper is not None and different:
         notes.append(f"the paper has {paper:g} % with another protocol: not comparable")

@@ -149,7 +149,7 @@ def _sweep(
         save_probe_head(probe, source, best.head(), name, folder, chosen=names[choice.index])
     notes = ["after the choice fitted to all training images"]
     notes += [] if best.converged else ["the last fit did not converge"]
-    args = (probe, source, "logreg", protocol, names, choice, loader.broken)
+    args = (probe, source, "logreg", protocol, names, choice)
     return make_result(*args, notes=notes)
 
 
@@ -196,7 +196,7 @@ def fit_logistic(
     """
     x = features if features.dtype == torch.float64 else features.float()
     sums = torch.stack([x.sum(dim=0), x.square().sum(dim=0)])
-    count = all_reduce(torch.tensor([float(len(x))], dtype=torch.float64, device=x.device))
+    count = all_reduce(torch.tensor([float(len(x))], device=x.device))
     n = float(count)
     mean, square = all_reduce(sums).div_(n)
     l2 = 1 / (c * n)

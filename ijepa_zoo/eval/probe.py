@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from torch import nn
@@ -16,21 +17,19 @@ from ..data.decode import Decoder
 from ..data.loading import load_in_order, usable_cpus
 from ..distributed import Distributed, init_distributed
 from ..encode import model_name
-from ..errors import DataError, SettingsError, option, some
+from ..errors import DataError, ImageError, SettingsError, option, some
 from ..progress import progress_bar
 from .accuracy import Choice
 from .batches import OrderedBatches
-from .features import BlockFeatures, Kind, RawPixels, Source, pixel_options
+from .features import PIECE, BlockFeatures, Kind, RawPixels, Source, pixel_options
 from .models import EvalModel, open_model
 from .results import TEST_SET, Head, Result
-from .runs import of_all_processes
 from .sets import VAL_SHARE, EvalSet, open_task, split_classes
 from .tasks import Protocol, Task, find_task
 
 if TYPE_CHECKING:
     from .dense_training import DenseProbe
 
-MICRO = 128  # images of a forward pass
 _LARGEST = 1e6  # learning rate and weight decay
 _CACHE_SECONDS = 21_600.0
 
@@ -127,10 +126,14 @@ class HeadsConfig(EvalConfig):
     lrs: Sequence[float] | None = None
     wds: Sequence[float] | None = None
 
-    def change(self, protocol: Protocol) -> Protocol:
-        """The protocol with these changes."""
+    def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 2:
             raise SettingsError(f"{option('batch_size')} must be at least 2")
+        if self.epochs is not None and self.epochs < 1:
+            raise SettingsError(f"{option('epochs')} must be at least 1")
+
+    def change(self, protocol: Protocol) -> Protocol:
+        """The protocol with these changes."""
         if any(not 0 < lr < _LARGEST for lr in self.lrs or ()):
             raise SettingsError(f"{option('lrs')} must be above 0 and below {_LARGEST:g}")
         if any(not 0 <= wd < _LARGEST for wd in self.wds or ()):
@@ -138,8 +141,8 @@ class HeadsConfig(EvalConfig):
         return replace(
             protocol if self.epochs is None else protocol.with_epochs(self.epochs),
             batch_size=self.batch_size or protocol.batch_size,
-            lrs=tuple(self.lrs or protocol.lrs),
-            weight_decays=tuple(self.wds or protocol.weight_decays),
+            lrs=tuple(dict.fromkeys(self.lrs or protocol.lrs)),
+            weight_decays=tuple(dict.fromkeys(self.wds or protocol.weight_decays)),
         )
 
 
@@ -151,6 +154,45 @@ class Evaluation:
     distributed: Distributed
     train_rows: Targets  # images that heads are fitted to
     val_rows: Targets  # training images that choose a head
+    test_rows: Targets
+    broken: Sequence[str] = field(default=(), kw_only=True)  # images left out, and why
+
+    def reader(self, part: str) -> Callable[[int], Any]:
+        """Decodes an image of the part `train` or `test`, or raises an `ImageError`."""
+        raise NotImplementedError
+
+    def image_name(self, part: str, row: int) -> str:
+        """Name of an image."""
+        raise NotImplementedError
+
+    def without_broken(self) -> Self:
+        """Without images that cannot be decoded, if the user asks for that."""
+        if not self.config.skip_broken:
+            return self
+        train = self._find_broken("train", np.union1d(self.train_rows, self.val_rows))
+        test = self._find_broken("test", self.test_rows)
+        found = replace(
+            self,
+            train_rows=np.setdiff1d(self.train_rows, [*train]),
+            val_rows=np.setdiff1d(self.val_rows, [*train]),
+            test_rows=np.setdiff1d(self.test_rows, [*test]),
+            broken=[*train.values(), *test.values()],
+        )
+        if not len(found.test_rows) or (len(self.train_rows) and len(found.train_rows) < 2):
+            raise DataError(f"too few images can be decoded ({some(found.broken)})")
+        return found
+
+    def _find_broken(self, part: str, rows: Targets) -> dict[int, str]:
+        """Name and reason of each image that cannot be decoded; every process must call this."""
+        own = rows[self.distributed.rank :: self.distributed.world_size].tolist()
+        check, broken = partial(_why_broken, self.reader(part)), {}
+        with self.bar(len(rows), f"decoding, {part}") as bar:
+            for row, reason in zip(own, load_in_order(check, own, self.config.workers)):
+                if reason is not None:
+                    broken[row] = f"{self.image_name(part, row)}: {reason}"
+                bar.update(self.distributed.world_size)
+        found = self.distributed.all_gather_object(broken)
+        return dict(sorted(item for each in found for item in each.items()))
 
     def loaded(self, batches: Any, numbers: Sequence[int]) -> Iterator[Any]:
         """Batches by their numbers, decoded ahead."""
@@ -160,6 +202,14 @@ class Evaluation:
     def bar(self, total: int, description: str) -> Any:
         """A progress bar in images, in process 0."""
         return progress_bar(self.config.progress and self.distributed.is_main, total, description)
+
+
+def _why_broken(read: Callable[[int], Any], row: int) -> str | None:
+    try:
+        read(row)
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 C = TypeVar("C", bound=EvalConfig)
@@ -208,9 +258,16 @@ class Probe(Evaluation):
         """Training and test data as results record them."""
         return {"train": self.train.record(), "test": self.test.record()}
 
-    def train_name(self, row: int) -> str:
-        """Name of a training image."""
-        return self.train.images.name(row)
+    def reader(self, part: str) -> Callable[[int], Any]:
+        """See `Evaluation`."""
+        return self._part(part).read
+
+    def image_name(self, part: str, row: int) -> str:
+        """See `Evaluation`."""
+        return self._part(part).images.name(row)
+
+    def _part(self, name: str) -> EvalSet:
+        return self.train if name == "train" else self.test
 
     def with_rows(self, train: EvalSet, **changes: Any) -> Probe:
         """The probe with these training images, of which 10 % choose the head."""
@@ -219,16 +276,12 @@ class Probe(Evaluation):
             rows, val_rows = np.arange(len(train)), val_rows[:0]
         return replace(self, train=train, train_rows=rows, val_rows=val_rows, **changes)
 
-    def in_order(
-        self, part: EvalSet, rows: Targets, size: tuple[int, int], *, shared: bool = True
-    ) -> OrderedBatches:
-        """Images in order with the test transform; the share of this process, or all of them."""
-        rank, world = (self.distributed.rank, self.distributed.world_size) if shared else (0, 1)
+    def in_order(self, part: EvalSet, rows: Targets, size: tuple[int, int]) -> OrderedBatches:
+        """Images in order with the test transform, the share of this process."""
+        own = rows[self.distributed.rank :: self.distributed.world_size]
         # one shape for all batches, without empty slots for small sets
-        micro = min(MICRO, -(-len(rows) // world))
-        return OrderedBatches(
-            part, rows, self.protocol.transform, size, micro, rank=rank, world=world
-        )
+        micro = max(1, min(PIECE, len(own)))
+        return OrderedBatches(part, own, self.protocol.transform, size, micro)
 
 
 def open_probe(config: EvalConfig, distributed: Distributed, model: EvalModel) -> Probe:
@@ -250,6 +303,7 @@ def open_probe(config: EvalConfig, distributed: Distributed, model: EvalModel) -
         distributed,
         none,
         none,
+        np.arange(len(test)),
         task,
         task.protocol,
         train,
@@ -269,7 +323,7 @@ def evaluate(
     model = config.open_model()
     # the others may wait for hours while rank 0 writes the cache
     with init_distributed(config.device, timeout=_CACHE_SECONDS) as distributed:
-        probe = open_data(config, distributed, model)
+        probe = open_data(config, distributed, model).without_broken()
         if not config.select_on_test and not len(probe.val_rows):
             raise DataError(
                 "the training images leave none to choose the best head by: use at least "
@@ -301,31 +355,28 @@ def make_result(
     protocol: dict[str, Any],
     heads: Sequence[str],
     choice: Choice,
-    broken: Mapping[str, str],
     *,
     losses: Sequence[float | None] | None = None,
     notes: Sequence[str] = (),
     selection: str | None = None,
     **more: Any,
 ) -> Result:
-    """The result of an evaluation; every process must call this."""
+    """The result of an evaluation."""
     val, test, chosen = choice.val, choice.test, choice.index
     none = [None] * len(heads)
     tested = chosen if val is None else 0
     on_test = test.values if val is None else [*none[:chosen], test.values[0], *none[chosen + 1 :]]
     columns = (heads, none if val is None else val.values, on_test, losses or none)
-    broken = of_all_processes(broken, probe.distributed)
-    rows = probe.train_rows.tolist()
-    fitted = sum(probe.train_name(row) not in broken for row in rows) if broken else len(rows)
+    fitted = len(probe.train_rows)
     images = {"train": fitted, "val": val.images if val else 0, "test": test.images}
     names = [name for name in ("pool", "layers", "precision") if name in source.settings]
     used = {**{name: source.settings[name] for name in names}, **protocol}
     notes = [*notes, *probe.notes]
     if selection is None and val is None:
         notes.append("chosen on the test set, as is common in the literature: biased upward")
-    if broken:
-        named = some(f"{name}: {reason}" for name, reason in broken.items())
-        notes.append(f"images that could not be decoded: {len(broken)} ({named})")
+    if probe.broken:
+        named = some(probe.broken)
+        notes.append(f"images that could not be decoded: {len(probe.broken)} ({named})")
     held_out = "a seeded 10 % of the training images"
     return Result(
         task=probe.name,

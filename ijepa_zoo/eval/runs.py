@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -143,9 +143,9 @@ def train_epochs(
 ) -> tuple[list[float], float]:
     """Train from the last finished epoch to the end; the state is saved after each.
 
-    `loader` has `training`, `steps`, `batch_size`, `bar` and `broken`; `train_epoch` takes its
-    batches and the number of an epoch, and returns losses. Returns the last losses, and the seconds
-    of earlier sessions.
+    `loader` has `training`, `steps`, `batch_size` and `bar`; `train_epoch` takes its batches and
+    the number of an epoch, and returns losses. Returns the last losses, and the seconds of earlier
+    sessions.
     """
     distributed, started = probe.distributed, time.perf_counter()
     state = EpochState(folder / STATE, distributed)
@@ -155,7 +155,6 @@ def train_epochs(
         module.load_state_dict(found["module"])
         optimizer.load_state_dict(found["optimizer"])
         done, earlier, losses = found["epoch"], found["seconds"], found["losses"]
-        loader.broken.update(found["broken"])
     skip(loader.bar, done * loader.steps * loader.batch_size)
     batches = loader.training(done, epochs)
     module.train()
@@ -163,16 +162,10 @@ def train_epochs(
         losses = train_epoch(batches, epoch)
         shown = {"epoch": f"{epoch + 1}/{epochs}", "loss": f"{min(losses):.3g}"}
         loader.bar.set_postfix(**shown, refresh=False)
-        broken = of_all_processes(loader.broken, distributed)
         if distributed.is_main:
             seconds = earlier + time.perf_counter() - started
-            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds, "broken": broken}
+            kept = {"epoch": epoch + 1, "losses": losses, "seconds": seconds}
             tensors = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
             state.save({**kept, **tensors})
     module.eval()
     return losses, earlier
-
-
-def of_all_processes(texts: Mapping[str, str], distributed: Distributed) -> dict[str, str]:
-    """The texts of all processes; every process must call this."""
-    return {k: v for part in distributed.all_gather_object(texts) for k, v in part.items()}

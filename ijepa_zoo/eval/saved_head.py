@@ -113,21 +113,22 @@ def evaluate_head(
         task = TASKS.get(about["task"]) or replace(TASKS["classes"], name=about["task"])
         part = _open_test(config, task, classifier, about.get("train"))
         protocol, none = replace(task.protocol, transform=transform), np.empty(0, np.int64)
-        probe = Probe(config, distributed, none, none, task, protocol, part, part)
+        rows = np.arange(len(part))
+        probe = Probe(config, distributed, none, none, rows, task, protocol, part, part)
+        probe = probe.without_broken()
         model = EvalModel(classifier.encoder, about["model"] or model_name(classifier.encoder))
         kind: Any = "tokens" if isinstance(classifier.head, AttentiveHead) else "vectors"
         source = BlockFeatures(model, about["pool"], kind, distributed.device, config.precision)
         weights = hashlib.sha256((Path(head) / HEAD).read_bytes()).hexdigest()[:16]
-        settings = {"head": f"{about['chosen']} of {Path(head)}", "head_hash": weights}
+        settings = {"head": f"{about['chosen']} of {Path(head).resolve()}", "head_hash": weights}
         module = classifier.head.to(source.device).eval()
         name = list(source.widths)[-1 if len(classifier.extractor.layers) > 1 else 0]
 
         def work(folder: Path) -> Result:
-            batches = probe.in_order(part, np.arange(len(part)), source.size)
-            broken: dict[str, str] = {}
-            rows = encoded(probe, source, batches, range(len(batches)), broken)
+            batches = probe.in_order(part, probe.test_rows, source.size)
+            rows = encoded(probe, source, batches, range(len(batches)))
             metrics = compute_metrics(probe, source, rows, lambda f: [module(f[name].float())])
-            tested = ([about["chosen"]], Choice(0, None, metrics), broken)
+            tested = ([about["chosen"]], Choice(0, None, metrics))
             how = "the probe that trained it"
             return make_result(probe, source, "saved head", settings, *tested, selection=how)
 

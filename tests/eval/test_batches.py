@@ -1,7 +1,5 @@
 """Batches of a probe as functions of (seed, epoch, step), and their transforms."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from ijepa_zoo.data.datasets import ArrayDataset
 from ijepa_zoo.data.decode import Decoder
 from ijepa_zoo.data.transforms import DRAWS, crop_box
-from ijepa_zoo.errors import DataError, ImageError
+from ijepa_zoo.errors import DataError
 from ijepa_zoo.eval.batches import OrderedBatches, TrainBatches, fixed_transform, random_pixels
 from ijepa_zoo.eval.sets import EvalSet
 from ijepa_zoo.eval.tasks import CROP, EvalTransform
@@ -23,29 +21,20 @@ from ijepa_zoo.eval.tasks import CROP, EvalTransform
 SIZE = (16, 16)
 
 
-class Broken(ArrayDataset):
-    """Every third image cannot be decoded."""
-
-    def read(self, index):
-        if index % 3 == 0:
-            raise ImageError("truncated image")
-        return super().read(index)
-
-
-def images(n, kind=ArrayDataset):
+def images(n):
     """Images of noise; the first channel is their index, which is their class too."""
     pixels = np.random.default_rng(0).integers(0, 256, (n, 20, 20, 3), np.uint8)
     pixels[..., 0] = np.arange(n)[:, None, None]
-    data, names = kind([pixels], Decoder(), "photos"), dict.fromkeys(range(n), "x")
-    return EvalSet(data, np.arange(n), names, "train", skip_broken=True)
+    data, names = ArrayDataset([pixels], Decoder(), "photos"), dict.fromkeys(range(n), "x")
+    return EvalSet(data, np.arange(n), names, "train")
 
 
 def train(data, batch_size=12, seed=7, **more):
     return TrainBatches(data, np.arange(len(data)), CROP, SIZE, batch_size, seed=seed, **more)
 
 
-def assert_own_labels(batch):
-    assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels)
+def assert_own_labels(pixels, labels):
+    assert torch.equal(pixels[:, 0, 0, 0].long(), labels)
 
 
 @pytest.mark.parametrize("size", [(90, 70), (40, 300)])
@@ -76,46 +65,29 @@ def test_processes_and_pieces_share_the_batch_of_one(world, micro, unit, step):
     shares = [train(data, rank=r, world=world, micro=micro, unit=unit) for r in range(world)]
     assert {s.steps for s in shares} == {2}
     parts = [s[step * s.parts + p] for s in shares for p in range(s.parts)]
-    assert all(len(p.labels) <= micro and len(p.labels) % unit == 0 for p in parts)
-    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
-    assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels)
-    assert len(whole.labels.unique()) == 12
-    assert_own_labels(whole)
+    assert all(len(labels) <= micro and len(labels) % unit == 0 for _, labels in parts)
+    for joined, expected in zip(map(torch.cat, zip(*parts)), whole, strict=True):
+        assert torch.equal(joined, expected)
+    assert len(whole[1].unique()) == 12
+    assert_own_labels(*whole)
     others = [train(data, unit=unit)[step + 2], train(data, unit=unit, seed=8)[step]]
-    assert not any(torch.equal(whole.labels, other.labels) for other in others)
+    assert not any(torch.equal(whole[1], labels) for _, labels in others)
 
 
 def test_fewer_images_than_a_batch_make_one():
     batches = train(images(11), 256, world=2)
-    assert (batches.steps, batches.batch_size, len(batches[3].labels)) == (1, 11, 5)
+    assert (batches.steps, batches.batch_size, len(batches[3][1])) == (1, 11, 5)
     with pytest.raises(DataError, match="3 images"):
         train(images(3), 12, world=4)
 
 
-def test_broken_images_of_training_are_replaced_and_named():
-    batch = train(images(40, Broken))[1]
-    assert {(f"photos[{i}]", "truncated image") for i in range(0, 40, 3)} >= {*batch.broken}
-    assert len(batch.broken) > 1
-    assert len(batch.labels) == 12
-    assert (batch.labels % 3 != 0).all()
-    assert_own_labels(batch)
-    with pytest.raises(DataError, match=r"photos\[0\] cannot be decoded"):
-        train(images(1, Broken))[0]
-
-
-@given(st.integers(1, 25), st.integers(1, 5), st.sampled_from([ArrayDataset, Broken]))
-def test_every_test_image_counts_once_and_broken_ones_leave_their_slots_empty(n, world, kind):
-    ranks = [
-        OrderedBatches(images(30, kind), np.arange(n), SQUASH, SIZE, 4, rank=r, world=world)
-        for r in range(world)
-    ]
-    assert len({len(r) for r in ranks}) == 1
-    read = [r[b] for b in range(len(ranks[0])) for r in ranks]
-    assert all(len(batch.images) == 4 and not batch.images[~batch.valid].any() for batch in read)
-    good = [i for i in range(n) if kind is ArrayDataset or i % 3]
-    assert torch.cat([b.labels[b.valid] for b in read]).tolist() == good
-    for batch in read:
-        assert_own_labels(replace(batch, images=batch.images[batch.valid],
-                                  labels=batch.labels[batch.valid]))  # fmt: skip
-    named = [name for batch in read for name, _ in batch.broken]
-    assert named == [f"photos[{i}]" for i in range(n) if i not in good]
+@given(st.integers(1, 25), st.integers(1, 8))
+def test_every_test_image_counts_once_and_the_last_batch_is_padded(n, batch_size):
+    data = images(30)
+    batches = OrderedBatches(data, np.arange(n), SQUASH, SIZE, batch_size)
+    read = [batches[number] for number in range(len(batches))]
+    assert all(len(pixels) == batch_size for pixels, _ in read)
+    assert torch.cat([labels for _, labels in read]).tolist() == list(range(n))
+    for pixels, labels in read:
+        assert_own_labels(pixels[: len(labels)], labels)
+        assert not pixels[len(labels) :].any()

@@ -111,9 +111,9 @@ def test_updates_are_those_of_a_plain_loop(tmp_path, training_of, micro_batch_si
         for group, name in zip(optimizer.param_groups, named):
             above = next(n for layer, n in ABOVE.items() if name.startswith(f"{layer}."))
             group["lr"] = lr * 0.9**above
-        batch = other.batches[step]
+        pixels, labels = other.batches[step]
         optimizer.zero_grad()
-        F.cross_entropy(model((batch.images / 255 - mean) / std), batch.labels).backward()
+        F.cross_entropy(model((pixels / 255 - mean) / std), labels).backward()
         optimizer.step()
     for name, tensor in training.model.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], atol=2e-4, rtol=1e-3)
@@ -198,3 +198,15 @@ def test_few_labels_are_those_of_a_list(folder, tmp_path):
     assert (result.images["train"], result.method) == (6, "finetune-list")
     recipe = {"lr": FEW_LABELS.lr, "weight_decay": 0.05, "mixup": 0, "list": "list.txt"}
     assert result.protocol.items() >= recipe.items()
+
+
+def test_images_of_four_channels_train_without_randaugment(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, name, n in product(("train", "test"), ("dark", "bright"), range(5)):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        level = 150 * (name == "bright")
+        np.save(folder / f"{n}.npy", rng.integers(level, level + 60, (32, 32, 4), np.uint8))
+    result = run(tmp_path / "data", tmp_path, network_of(in_chans=4))
+    assert result.value == 100
+    assert any("RandAugment" in note for note in result.notes)
