@@ -8,7 +8,7 @@ A good prediction is bright inside the red frame and dark elsewhere.
     python examples/predict_region.py examples/images/scenes region.png
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -17,8 +17,10 @@ from PIL import Image, ImageDraw
 
 import ijepa_zoo
 
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else "examples/images/scenes")
-out = sys.argv[2] if len(sys.argv) > 2 else "region.png"
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", nargs="?", type=Path, default="examples/images/scenes")
+parser.add_argument("out", nargs="?", default="region.png")
+args = parser.parse_args()
 
 ijepa = ijepa_zoo.create_ijepa("vit_nano8_64_ijepa").eval()
 transform = ijepa_zoo.create_transform(ijepa.encoder)
@@ -28,7 +30,7 @@ top, left, height, width = rows // 2 - 1, columns // 2 - 1, 3, 3
 hidden = grid[top : top + height, left : left + width].flatten()
 seen = torch.tensor([patch for patch in grid.flatten().tolist() if patch not in hidden.tolist()])
 
-paths = sorted(p for p in folder.iterdir() if p.suffix in (".png", ".jpg", ".jpeg"))
+paths = sorted(p for p in args.folder.iterdir() if p.suffix in (".png", ".jpg", ".jpeg"))
 images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
 context = seen.expand(len(images), -1).contiguous()
 targets = hidden.expand(len(images), 1, -1).contiguous()
@@ -52,6 +54,6 @@ for index, (path, score) in enumerate(zip(paths, closeness.view(-1, rows, column
     for row, tile in enumerate((picture, heat.convert("RGB"))):
         ImageDraw.Draw(tile).rectangle(frame, outline="red", width=2)
         sheet.paste(tile, (index * (side + 8), row * (side + 8)))
-sheet.save(out)
+sheet.save(args.out)
 inside = closeness[:, hidden].mean() - closeness[:, seen].mean()
-print(f"cosine inside the hidden block minus outside, mean of {len(paths)}: {inside:+.3f} -> {out}")
+print(f"cosine inside the hidden block minus outside, mean of {len(paths)}: {inside:+.3f} -> {args.out}")
