@@ -56,4 +56,4 @@ for index, (path, score) in enumerate(zip(paths, closeness.view(-1, rows, column
         sheet.paste(tile, (index * (side + 8), row * (side + 8)))
 sheet.save(args.out)
 inside = closeness[:, hidden].mean() - closeness[:, seen].mean()
-print(f"cosine inside the hidden block minus outside, mean of {len(paths)}: {inside:+.3f} -> {args.out}")
+print(f"cosine inside the hidden block minus outside, {len(paths)} images: {inside:+.3f}")

@@ -40,7 +40,7 @@ from ..features import Layers
 from ..models.classifier import Classifier
 from ..seeds import Stream, numpy_generator
 from .accuracy import Metrics
-from .dense_tasks import DenseProtocol, DenseTask, Depth, DepthProtocol, Segmentation
+from .dense_tasks import DEPTH, SEGMENTATION, WHOLE, DenseTask, Depth, Segmentation
 from .dense_training import DenseGrid, DenseLoader, DenseProbe, make_dense_grid
 from .features import CACHED_AS_IS
 from .heads import train_and_choose
@@ -50,15 +50,11 @@ from .results import Result
 from .runs import run_once
 from .saved_head import save_head
 from .sets import VAL_SHARE
-from .tasks import EvalTransform
+from .tasks import Protocol
 
 _MAX_DEPTH = 10.0  # meters, unless the data have their own limit
 _TRIED = 100  # pairs to check before training, until one has valid pixels
-_WHOLE = EvalTransform("squash", "bicubic", crop_pct=1.0)
-
-# Small images and few of them: fewer bins and scores, and learning rates for few steps.
-_SCENES_DEPTH = DepthProtocol(epochs=15, lrs=(5e-3, 2e-2), bins=64, upsample=2)
-_SCENES_SEGMENTATION = DenseProtocol(epochs=15, lrs=(5e-3, 2e-2))
+_SCENES: dict[str, Any] = {"epochs": 15, "lrs": (5e-3, 2e-2)}  # for few steps
 
 
 def evaluate_dense_depth(
@@ -66,7 +62,8 @@ def evaluate_dense_depth(
     data: str | Path,
     out: str | Path = "results",
     *,
-    protocol: DepthProtocol | None = None,
+    bins: int | None = None,
+    upsample: int | None = None,
     max_depth: float | None = None,
     depth_scale: float | None = None,
     **options: Any,
@@ -81,7 +78,8 @@ def evaluate_dense_depth(
         model: As `out`, a field of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
         data: See `open_depth`: NYU Depth v2, pairs of images and depth maps, or rendered scenes.
         out: See there.
-        protocol: How heads are trained.
+        bins: Depths whose weighted mean is predicted; default: 256, of rendered scenes 64.
+        upsample: Factor of the maps before the head; default: 4, of rendered scenes 2.
         max_depth: Farther pixels are ignored; default: that of the data, else 10 m.
         depth_scale: Units of depth files per meter; see `open_depth`.
         options: Further fields of `HeadsConfig`.
@@ -97,12 +95,15 @@ def evaluate_dense_depth(
     if max_depth is not None and not 1e-3 < max_depth < math.inf:
         raise SettingsError(f"{option('max_depth')} is {max_depth:g}: give a depth such as 10")
 
-    def make_task(pairs: DenseData, used: Any) -> DenseTask:
+    small = _is_rendered(data)
+
+    def make_task(pairs: DenseData) -> DenseTask:
         limit = max_depth if max_depth is not None else pairs.max_depth or _MAX_DEPTH
-        return Depth(limit, used.bins, used.upsample, pairs.crop, pairs.unit)
+        sizes = bins or (64 if small else 256), upsample or (2 if small else 4)
+        return Depth(limit, *sizes, pairs.crop, pairs.unit)
 
     config = HeadsConfig(task="depth", model=model, data=data, out=out, **options)
-    usual = protocol or (_SCENES_DEPTH if _is_rendered(data) else DepthProtocol())
+    usual = replace(DEPTH, **_SCENES) if small else DEPTH
     return _evaluate(config, open_depth, {"depth_scale": depth_scale}, make_task, usual)
 
 
@@ -111,7 +112,6 @@ def evaluate_segmentation(
     data: str | Path,
     out: str | Path = "results",
     *,
-    protocol: DenseProtocol | None = None,
     reduce_zero_label: bool | None = None,
     **options: Any,
 ) -> Result:
@@ -121,7 +121,6 @@ def evaluate_segmentation(
         model: As `out`, a field of :class:`~ijepa_zoo.eval.probe.HeadsConfig`.
         data: See `open_segmentation`: ADE20K, VOC, images and masks, or rendered scenes.
         out: See there.
-        protocol: How heads are trained.
         reduce_zero_label: Ignore class 0 and count from 1; default: for ADE20K only.
         options: Further fields of `HeadsConfig`.
 
@@ -129,11 +128,11 @@ def evaluate_segmentation(
         The result; its value is the mean IoU in percent, its `metrics["IoU"]` that of each class.
     """
 
-    def make_task(pairs: DenseData, _: Any) -> DenseTask:
+    def make_task(pairs: DenseData) -> DenseTask:
         return Segmentation(pairs.num_classes or 0, pairs.class_names)
 
     config = HeadsConfig(task="segmentation", model=model, data=data, out=out, **options)
-    usual = protocol or (_SCENES_SEGMENTATION if _is_rendered(data) else DenseProtocol())
+    usual = replace(SEGMENTATION, **_SCENES) if _is_rendered(data) else SEGMENTATION
     options_of_masks = {"reduce_zero_label": reduce_zero_label}
     return _evaluate(config, open_segmentation, options_of_masks, make_task, usual)
 
@@ -146,14 +145,14 @@ def _evaluate(
     config: HeadsConfig,
     open_pairs: Callable[..., DenseData],
     target_options: dict[str, Any],
-    make_task: Callable[[DenseData, Any], DenseTask],
-    usual: DenseProtocol,
+    make_task: Callable[[DenseData], DenseTask],
+    usual: Protocol,
 ) -> Result:
-    for name in ("test", "lrs", "wds", "pool"):
-        if getattr(config, name) is not None and (name != "pool" or config.pool != "auto"):
-            raise SettingsError(f"{option(name)} is not for dense probes: use `protocol` or `data`")
-    batch_size, epochs = config.batch_size or usual.batch_size, config.epochs or usual.epochs
-    protocol = replace(usual, batch_size=batch_size, epochs=epochs)
+    if config.test is not None:
+        raise SettingsError(f"{option('test')} is not for dense probes: {option('data')} has both")
+    if config.pool not in ("auto", None):
+        raise SettingsError(f"{option('pool')} is not for dense probes, which read patches")
+    protocol = config.change(usual)
 
     def open_data(config: HeadsConfig, distributed: Distributed, model: EvalModel) -> DenseProbe:
         workers = usable_cpus() if config.workers is None else config.workers
@@ -162,7 +161,7 @@ def _evaluate(
         decoder = config.decoder(model.in_chans, as_tensor=False)
         train, test = (replace(part, decoder=decoder) for part in (pairs.train, pairs.test))
         pairs, images = replace(pairs, train=train, test=test), len(train)
-        task = make_task(pairs, protocol)
+        task = make_task(pairs)
         distributed.run_on_main(lambda: _check(config, pairs, task))
         order = numpy_generator(config.seed, Stream.EVAL_SPLIT, 1).permutation(images)
         held_out = 0 if config.select_on_test else max(1, round(VAL_SHARE * images))
@@ -192,7 +191,7 @@ def _evaluate(
                 layers,
                 None,
                 names,
-                transform=vars(_WHOLE),
+                transform=vars(WHOLE),
             )
             save_head(
                 config, probe.distributed, source.model, classifier, folder, **task.head_record

@@ -7,9 +7,8 @@ cross-entropy of classes; mean IoU as in mmsegmentation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from torch import Tensor
 from ..data.dense import IGNORE_INDEX
 from ..errors import ImageError, option
 from ..models.classifier import DenseHead
+from .tasks import EvalTransform, Protocol
 
+WHOLE = EvalTransform("squash", "bicubic", crop_pct=1.0)
 DEPTH_METRICS = ("rmse", "rmse_log", "abs_rel", "sq_rel", "log10", "delta_1", "delta_2", "delta_3")
 SEGMENTATION_METRICS = ("mean IoU", "pixel accuracy", "mean class accuracy")
 MIN_DEPTH = 1e-3  # in meters; nearer pixels do not count, predictions are at least that
@@ -29,44 +30,30 @@ _EPS = 1e-3  # inside the logarithms of the loss
 _SCALE_WEIGHT = 0.15  # of the squared mean: 1 - 0.85
 
 
-@dataclass(frozen=True)
-class DenseProtocol:
-    """How heads are trained; the defaults are DINOv2's linear segmentation on ADE20K."""
-
-    epochs: int = 32
-    batch_size: int = 16
-    lrs: tuple[float, ...] = (1e-3, 1e-2)
-    weight_decay: float = 1e-4
-
-    def lr_scale(self, step: int, steps: int, batch_size: int) -> float:
-        """Share of the learning rate at a step of a run whose epochs have `steps`.
-
-        Linear to 0, times a warm-up over 3.75 % of the run.
-        """
-        total = steps * self.epochs
-        warm_up = max(1, round(total * 1_500 / 40_000))
-        return min(1.0, (step + 1) / warm_up) * (total - step) / total
-
-
-@dataclass(frozen=True)
-class DepthProtocol(DenseProtocol):
-    """DINOv2's depth: 38,400 steps of 16, which is 25 epochs of its 24,231 images of NYU."""
-
-    epochs: int = 25
-    lrs: tuple[float, ...] = (1e-4, 1e-3)
-    weight_decay: float = 0.01
-    bins: int = 256
-    upsample: int = 4
-
-    def lr_scale(self, step: int, steps: int, batch_size: int) -> float:
-        """Share of the learning rate: a cosine to 0, times a warm-up over a third of the run.
-
-        As mmcv's `CosineAnnealing`, which DINOv2's configurations name, with 12,800 of 38,400
-        steps.
-        """
-        total = steps * self.epochs
-        warm_up = max(1, round(total / 3))
-        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
+# DINOv2's linear segmentation of ADE20K: 40,000 steps of 16, warm-up of 1,500.
+SEGMENTATION = Protocol(
+    32,
+    WHOLE,
+    optimizer="adamw",
+    lrs=(1e-3, 1e-2),
+    weight_decays=(1e-4,),
+    batch_size=16,
+    base_batch=None,
+    schedule="linear",
+    per_step=True,
+    warmup=1_500 / 40_000,
+)
+# DINOv2's depth: 38,400 steps of 16, which is 25 epochs of its 24,231 images of NYU, by mmcv's
+# `CosineAnnealing`, whose warm-up is a factor of the cosine.
+DEPTH = replace(
+    SEGMENTATION,
+    epochs=25,
+    lrs=(1e-4, 1e-3),
+    weight_decays=(0.01,),
+    schedule="cosine",
+    floor=0.0,
+    warmup=12_800 / 38_400,
+)
 
 
 class Depth:
@@ -85,6 +72,7 @@ class Depth:
         self.max_depth, self.bins, self.upsample = max_depth, bins, upsample
         self.crop, self.unit = crop, unit
         self.settings: dict[str, Any] = {"max_depth": max_depth, "crop": crop}
+        self.settings |= {"bins": bins, "upsample": upsample}
         self.head_record = {"task": "depth", "unit": unit}
         self.counts = (
             f"depths from {MIN_DEPTH:g} to {max_depth:g} (give units with {option('depth_scale')}, "

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,11 +27,12 @@ from ..data.dense import DenseData, DenseDataset
 from ..encode import Batch
 from ..errors import DataError, ImageError, RunError, option
 from ..seeds import Stream, numpy_generator, torch_generator
-from .dense_tasks import DenseProtocol, DenseTask
+from .dense_tasks import DenseTask
 from .features import Source
 from .heads import Grid, HeadSpec
 from .probe import Evaluation, HeadsConfig
 from .results import data_name
+from .tasks import Protocol
 
 Flips = npt.NDArray[np.bool_]
 Plan = Sequence[tuple[Targets, Flips]]  # of each batch
@@ -47,7 +48,7 @@ class DenseProbe(Evaluation):
     config: HeadsConfig
     pairs: DenseData
     task: DenseTask
-    protocol: DenseProtocol
+    protocol: Protocol
     target_options: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -60,7 +61,7 @@ class DenseProbe(Evaluation):
         """See `Probe`."""
         config = self.config
         return {
-            "protocol": vars(self.protocol),
+            "protocol": asdict(self.protocol),
             **self.task.settings,
             "seed": config.seed,
             "train": self.pairs.train.fingerprint,
@@ -294,23 +295,24 @@ class DenseGrid(Grid):
 
 def make_dense_grid(
     task: DenseTask,
-    protocol: DenseProtocol,
+    protocol: Protocol,
     widths: dict[str, int],
     size: tuple[int, int],
     seed: int,
     device: torch.device | str = "cpu",
 ) -> DenseGrid:
-    """Heads of `last` and `last4`, with and without BatchNorm, for each learning rate."""
+    """Heads of `last` and `last4`, with and without BatchNorm, for each rate and decay."""
     heads: dict[HeadSpec, nn.Module] = {}
     groups = []
-    for name, kind, lr in product(widths, ("linear", "bn"), protocol.lrs):
+    rates = protocol.lrs, protocol.weight_decays
+    for name, kind, lr, weight_decay in product(widths, ("linear", "bn"), *rates):
         head = task.head(widths[name], kind == "bn")
         generator = torch_generator(seed, Stream.EVAL_INIT, widths[name], int(kind == "bn"))
         weight, bias = head.conv.parameters()
         with torch.no_grad():
             weight.copy_(torch.randn(weight.shape, generator=generator) * _STD)
             bias.zero_()
-        spec = HeadSpec(name, kind, lr, protocol.weight_decay)
+        spec = HeadSpec(name, kind, lr, weight_decay)
         heads[spec] = head.to(device)
         groups += spec.groups(head.parameters())
     return DenseGrid(task, heads, torch.optim.AdamW(groups), size)

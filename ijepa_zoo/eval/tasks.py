@@ -13,8 +13,6 @@ from typing import Literal
 
 from ..errors import DataError
 
-_BASE_BATCH = 256  # images that learning rates are given for
-
 _H14, _H16 = "vit_huge14_ijepa.in1k", "vit_huge16_448_ijepa.in1k"
 _H14_22K, _G16_22K = "vit_huge14_ijepa.in22k", "vit_giant16_ijepa.in22k"
 
@@ -48,19 +46,22 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the heads of a linear probe are trained.
+    """How heads on frozen features are trained.
 
     Attributes:
         epochs: Passes over the training images.
         transform: The transform of images.
         optimizer: 'sgd' (Nesterov) or 'lars' (no Nesterov), both with momentum 0.9, or 'adamw'.
-        lrs: Learning rates of the grid, per global batch of 256 images.
+        lrs: Learning rates of the grid, per global batch of `base_batch` images.
         weight_decays: Weight decays of the grid.
         batch_size: Images of a step, of all processes together.
-        schedule: 'step' divides the rate by 10 at the milestones, 'cosine' lowers it to `floor`.
+        base_batch: Images of a step that rates are given for; None if they are for any number.
+        schedule: 'step' divides the rate by 10 at the milestones, 'cosine' lowers it to `floor`,
+            'linear' to 0.
         milestones: Epochs of the schedule 'step'.
         floor: Final rate of 'cosine' as a share of the first one.
         per_step: Whether the rate changes with every step, not every epoch.
+        warmup: Share of the steps in which a factor of the rate rises linearly from 0 to 1.
     """
 
     epochs: int
@@ -69,10 +70,12 @@ class Protocol:
     lrs: tuple[float, ...] = (0.01,)
     weight_decays: tuple[float, ...] = (5e-4,)
     batch_size: int = 256
-    schedule: Literal["step", "cosine"] = "step"
+    base_batch: int | None = 256
+    schedule: Literal["step", "cosine", "linear"] = "step"
     milestones: tuple[int, ...] = ()
     floor: float = 0.01
     per_step: bool = False
+    warmup: float = 0.0
 
     def lr_scale(self, step: int, steps: int, batch_size: int) -> float:
         """Factor of the learning rates at a step, counted from 0; an epoch has `steps`."""
@@ -80,10 +83,14 @@ class Protocol:
         at = epoch + within / steps if self.per_step else epoch
         if self.schedule == "step":
             scale = 0.1 ** sum(at >= milestone for milestone in self.milestones)
+        elif self.schedule == "linear":
+            scale = 1 - at / self.epochs
         else:
             cosine = 0.5 * (1 + math.cos(math.pi * at / self.epochs))
             scale = self.floor + (1 - self.floor) * cosine
-        return scale * batch_size / _BASE_BATCH
+        if self.warmup:
+            scale *= min(1.0, (step + 1) / max(1, round(self.warmup * steps * self.epochs)))
+        return scale * batch_size / (self.base_batch or batch_size)
 
     def with_epochs(self, epochs: int) -> Protocol:
         """The same schedule stretched or shortened to another number of epochs."""

@@ -17,16 +17,10 @@ from ijepa_zoo import create_model
 from ijepa_zoo.data.dense import open_depth, open_segmentation
 from ijepa_zoo.errors import DataError, SettingsError
 from ijepa_zoo.eval import evaluate_dense_depth, evaluate_segmentation, open_model
-from ijepa_zoo.eval.dense_tasks import (
-    DEPTH_METRICS,
-    DenseProtocol,
-    Depth,
-    DepthProtocol,
-    depth_metrics,
-)
+from ijepa_zoo.eval.dense_tasks import DEPTH, DEPTH_METRICS, SEGMENTATION, Depth, depth_metrics
 from ijepa_zoo.eval.dense_training import make_dense_grid
 
-PROTOCOL = DepthProtocol(epochs=2, batch_size=4, lrs=(3e-3, 1e-2), bins=16, upsample=2)
+QUICK = {"epochs": 2, "batch_size": 4, "lrs": (3e-3, 1e-2), "bins": 16, "upsample": 2}
 NANO, SCENES = "vit_nano8_64_ijepa.photos", "scenes:16,5"
 
 
@@ -47,7 +41,7 @@ class PlainHead(nn.Module):
 
 
 def test_heads_of_the_grid_equal_dinov2s_head_and_loss_alone():
-    task, protocol = Depth(10, bins=7, upsample=2), replace(PROTOCOL, lrs=(0.01, 0.1))
+    task, protocol = Depth(10, bins=7, upsample=2), replace(DEPTH, lrs=(0.01, 0.1))
     grid = make_dense_grid(task, protocol, {"last": 6, "last4": 24}, (6, 10), seed=3)
     alone = []
     for spec, head in zip(grid.specs, grid.heads):
@@ -103,10 +97,10 @@ def test_pixels_count_up_to_the_largest_depth_and_in_the_eigen_crop():
 
 
 def test_learning_rates_of_the_protocols():
-    depth = [DepthProtocol(epochs=10).lr_scale(step, 30, 16) for step in range(300)]
+    depth = [DEPTH.with_epochs(10).lr_scale(step, 30, 16) for step in range(300)]
     cosine = 0.5 * (1 + np.cos(np.pi * np.arange(300) / 300))  # as mmcv: of all steps
     assert depth == pytest.approx(np.minimum(1, np.arange(1, 301) / 100) * cosine)
-    protocol = DenseProtocol(epochs=10)
+    protocol = SEGMENTATION.with_epochs(10)
     classes = [protocol.lr_scale(step, 4_000, 16) for step in (0, 1_499, 20_000, 39_999)]
     assert classes == pytest.approx([1 / 1500, 1 - 1499 / 40_000, 0.5, 1 / 40_000])
 
@@ -120,7 +114,7 @@ def model():
 
 
 def depth(model, data, out, **options):
-    return evaluate_dense_depth(model, data, out, **{"protocol": PROTOCOL, **OPTIONS, **options})
+    return evaluate_dense_depth(model, data, out, **{**QUICK, **OPTIONS, **options})
 
 
 def write_pairs(folder, count=6, meters=2.0):
@@ -172,7 +166,8 @@ def test_the_test_depths_are_those_of_the_saved_head(tmp_path):
     expected = np.mean(errors, axis=0)
     assert result.value == pytest.approx(expected[0], rel=1e-4)
     assert result.baselines["rmse of the mean depth"] == pytest.approx(expected[1], rel=0.05)
-    assert (result.images, result.notes) == ({"train": 14, "val": 2, "test": 5}, [])
+    assert result.images == {"train": 14, "val": 2, "test": 5}
+    assert result.notes == ["epochs: 2 instead of the protocol's 15"]
     assert min(result.heads, key=lambda head: head.val).name == result.chosen
     assert [head.name for head in result.heads if head.test is not None] == [result.chosen]
 
@@ -197,8 +192,8 @@ def test_depths_in_other_units_are_noticed_before_the_work(model, tmp_path):
     write_depth(data / "test/0_depth.png", 0)  # unknown
     result = depth(model, data, tmp_path / "out", max_depth=80)
     assert (result.protocol["max_depth"], result.images["test"]) == (80, 5)
-    for wrong in ({"lrs": (0.1,)}, {"max_depth": math.nan}):
-        with pytest.raises(SettingsError, match=r"lrs|--max-depth"):
+    for wrong in ({"pool": "cls"}, {"test": data}, {"max_depth": math.nan}):
+        with pytest.raises(SettingsError, match=r"--pool|--test|--max-depth"):
             depth(model, data, tmp_path, **wrong)
 
 
@@ -213,7 +208,7 @@ def test_iou_of_pixels_at_their_own_size_is_scikit_learns(tmp_path):
             name = f"{split}/ADE_{short}_{n:08}"
             save(large, root / "annotations" / f"{name}.png")
             save(np.array(image).repeat(2, 0).repeat(2, 1), root / "images" / f"{name}.jpg")
-    options = {"protocol": DenseProtocol(epochs=2, batch_size=4, lrs=(1e-2,)), **OPTIONS}
+    options = {"epochs": 2, "batch_size": 4, "lrs": (1e-2,), **OPTIONS}
     result = evaluate_segmentation(NANO, tmp_path, tmp_path / "out", **options)
     assert (result.task, result.method, result.unit) == ("ADE20K", "segmentation", "%")
     assert max(result.heads, key=lambda head: head.val).name == result.chosen

@@ -79,7 +79,7 @@ def test_probes_report_and_saved_head(pictures, tmp_path, capsys):
         (["linear", "--task", "cifar99"], "'cifar99'"),
         (["linear", "--data", "nowhere"], "nowhere"),
         (["linear", "--head", "x"], "--model"),
-        (["depth", "--task", "dense", "--lrs", "0.1"], "--lrs"),
+        (["depth", "--task", "dense", "--test", "more"], "--test"),
         (["depth", "--max-depth", "5"], "--max-depth"),
         (["knn", "--device", "cudax"], "'cudax'"),
         (["report", "nowhere"], "nowhere"),

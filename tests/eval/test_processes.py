@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import several_processes
 from small_probe import OPTIONS, TASK, break_files, encoder, save, the_one
-from test_dense_probes import PROTOCOL, write_pairs
+from test_dense_probes import QUICK as QUICK_DENSE
+from test_dense_probes import write_pairs
 from test_finetune import PLAIN, QUICK
 from test_saved_heads import write_labeled
 
@@ -17,7 +18,7 @@ from ijepa_zoo import eval as probes
 from ijepa_zoo.eval.runs import EpochState
 
 HEADS = {"epochs": 2, "batch_size": 15, "lrs": (1e-2,), "wds": (0.1,)}
-DENSE = {"protocol": PROTOCOL, "batch_size": 3}
+DENSE = QUICK_DENSE | {"batch_size": 3}
 RECIPE = {"recipe": replace(QUICK, epochs=2, drop_path=0.2)}
 PLAIN_RECIPE = {"recipe": replace(PLAIN, epochs=1), "micro_batch_size": 2}
 CACHED = {"cached": True}
