@@ -96,6 +96,20 @@ def mask_sampler(mask: MaskConfig, grid_size: tuple[int, int]) -> MultiBlockMask
         raise SettingsError(f"mask: {error}") from error
 
 
+def sample_masks(
+    masks: MultiBlockMasks, config: PretrainConfig, step: int, own: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of some images of a step: `mask.per_image` for each, one after the other."""
+    per_image = config.mask.per_image
+    return masks.sample(
+        config.optim.batch_size * per_image,
+        seed=config.seed,
+        step=step,
+        part=slice(own.start * per_image, own.stop * per_image),
+        group_size=config.group_size * per_image,
+    )
+
+
 class TrainBatches:
     """The micro-batches of one process, by number; each is a function of its number alone."""
 
@@ -124,7 +138,7 @@ class TrainBatches:
         order = batch_indices(len(self.indices), batch_size, seed=seed, step=step)
         chosen = self.indices[order[own]]
         draws = numpy_generator(seed, Stream.CROPS, step).random((batch_size, DRAWS))[own].tolist()
-        context, targets = self._sample_masks(step, own)
+        context, targets = sample_masks(self.masks, self.config, step, own)
         pixels: list[torch.Tensor] = []
         broken: list[tuple[str, str]] = []
         for i, index in enumerate(chosen.tolist()):
@@ -140,17 +154,6 @@ class TrainBatches:
         batches = load_in_order(self.__getitem__, numbers, workers, pin_memory)
         while step := list(islice(batches, self.per_step)):
             yield step
-
-    def _sample_masks(self, step: int, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks of some images of a step: `mask.per_image` for each, one after the other."""
-        per_image = self.config.mask.per_image
-        return self.masks.sample(
-            self.config.optim.batch_size * per_image,
-            seed=self.config.seed,
-            step=step,
-            part=slice(own.start * per_image, own.stop * per_image),
-            group_size=self.config.group_size * per_image,
-        )
 
     def _read(
         self, index: int, step: int, position: int, broken: list[tuple[str, str]]

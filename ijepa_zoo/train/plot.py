@@ -11,7 +11,7 @@ import torch
 
 from ..errors import MissingPackageError, SettingsError
 from .config import PretrainConfig
-from .data import mask_sampler
+from .data import mask_sampler, sample_masks
 from .folder import read_settings
 from .logger import read_initial, read_log
 from .networks import build_networks
@@ -101,7 +101,7 @@ def _plot_panel(
 
 
 def _plot_masks(figure: Any, config: PretrainConfig) -> None:
-    """Masks of one image in each of the first steps."""
+    """Masks of the first image of each of the first steps."""
     from matplotlib.colors import ListedColormap
 
     with torch.device("meta"):
@@ -109,7 +109,7 @@ def _plot_masks(figure: Any, config: PretrainConfig) -> None:
     masks = mask_sampler(config.mask, embed.grid_size)
     height, width = masks.grid_size
     for step, axis in enumerate(figure.subplots(1, _DRAWS)):
-        context, targets = masks.sample(config.group_size, seed=config.seed, step=step)
+        context, targets = sample_masks(masks, config, step, slice(0, 1))
         pixels = np.full(height * width, 0)
         pixels[context[0].numpy()] = 1
         for number, target in enumerate(targets[0].numpy()):

@@ -4,11 +4,13 @@ import csv
 import json
 import sys
 
+import numpy as np
 import pytest
 from small_run import CONFIG, change
 
 from ijepa_zoo.errors import MissingPackageError, RunError, SettingsError
 from ijepa_zoo.train import describe_config, plot_run
+from ijepa_zoo.train.data import mask_sampler, sample_masks
 from ijepa_zoo.train.logger import Meter, RunLogger, check_log_targets, read_initial, read_log
 
 OFFICIAL = "epoch,itr,loss,mask-A,mask-B,time (ms)"
@@ -148,6 +150,11 @@ def test_what_was_logged_is_plotted(tmp_path, monkeypatch):
     assert lines == [1, 2, 1, 0, 0, 1, 0, 0, 1]  # rank has a line at its first value
     assert curves.axes[1].lines[1].get_ydata().tolist() == [3.0, *range(4, 24)]
     assert [len(axis.images) for axis in masks.axes] == [1] * 8
+    sampler = mask_sampler(CONFIG.mask, (8, 8))
+    for step, axis in enumerate(masks.axes):  # the run's own
+        context, _ = sample_masks(sampler, CONFIG, step, slice(0, CONFIG.group_size))
+        white = np.flatnonzero(np.asarray(axis.images[0].get_array()) == 1)
+        assert set(white) <= set(context[0].tolist())
     for out in ("plot.jpg", ".", "none/plot.png"):
         with pytest.raises(SettingsError, match=r"not a \.png file"):
             plot_run(tmp_path, tmp_path / out)
