@@ -224,18 +224,25 @@ class Trainer:
     def monitor(self) -> tuple[Monitor, list[tuple[str, str]]]:
         """Monitor of the held-out images, of some training images where none are held out.
 
-        Also name and reason of the images that could not be decoded.
+        Every process decodes a part of them. Also name and reason of those in it that are broken.
         """
         indices = self.held_out
         if not len(indices):
             rng = numpy_generator(self.config.seed, Stream.HELD_OUT, 1)
             count = min(_MONITORED, len(self.train_indices))
             indices = np.sort(rng.choice(self.train_indices, count, replace=False))
-        pixels, labels, broken = evaluation_images(self.images, indices, self.image_size)
+        world = self.distributed.world_size
+        indices = np.pad(indices, (0, -len(indices) % world), constant_values=-1)
+        own = np.split(indices, world)[self.distributed.rank]
+        channels = self.model.encoder.patch_embed.proj.in_channels
+        pixels, known, broken = evaluation_images(self.images, own, (channels, *self.image_size))
+        targets = self.images.targets
+        several = targets is not None and targets.ndim > 1  # per image, which monitors do not read
+        labels = None if targets is None or several else torch.from_numpy(targets[own])
         data, precision = self.config.data, self.config.optim.precision
         # Batches of the shape of the training steps, which is compiled already.
         size = self.micro_batch_size
-        return Monitor(pixels, labels, data.mean, data.std, size, precision), broken
+        return Monitor(pixels, known, labels, data.mean, data.std, size, precision), broken
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer state by name, sharing memory: the state of the run but `step`."""
