@@ -1,7 +1,6 @@
 """Whole runs in one process: stop, resume, refuse, export."""
 
 import json
-import re
 import shutil
 import signal
 import time
@@ -25,10 +24,9 @@ from small_run import (
 )
 
 import ijepa_zoo
-from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import CheckpointError, DataError, RunError, SettingsError
 from ijepa_zoo.models.jepa import IJepa
-from ijepa_zoo.train import NonFiniteLossError, Trainer, export_run, plot_run
+from ijepa_zoo.train import NonFiniteLossError, export_run, plot_run
 from ijepa_zoo.train.checkpoint import CheckpointManager, checkpoint_steps, read_checkpoint
 from ijepa_zoo.train.logger import read_initial, read_log
 from ijepa_zoo.train.optim import Schedule
@@ -148,7 +146,7 @@ def test_export_of_an_unfinished_run_is_replaced_at_its_end(tmp_path, monkeypatc
     assert torch.equal(bias(), state(whole)[0]["target_encoder.norm.bias"])
 
 
-def test_loss_that_is_not_finite_names_step_rank_and_images(tmp_path, monkeypatch):
+def test_loss_that_is_not_finite_names_step_and_rank(tmp_path, monkeypatch):
     original, calls = IJepa.forward, []
 
     def forward(self, images, context, targets):
@@ -157,10 +155,7 @@ def test_loss_that_is_not_finite_names_step_rank_and_images(tmp_path, monkeypatc
         return loss * float("nan") if len(calls) == 6 else loss  # part 2 of step 2
 
     monkeypatch.setattr(IJepa, "forward", forward)
-    broken = Trainer(CONFIG, open_images(IMAGES)).data[5].indices.tolist()
-    names = ", ".join(open_images(IMAGES).name(index) for index in broken)
-    message = re.escape(f"step 2 is nan on rank 0 (images {names})")
-    with pytest.raises(NonFiniteLossError, match=message):
+    with pytest.raises(NonFiniteLossError, match="step 2 is nan on rank 0; the step"):
         train(tmp_path)
 
 
