@@ -1,7 +1,7 @@
 """A pretraining run from start to end: resuming, the loop over steps, signals, the export.
 
-The folder of a run has `config.yaml`, `checkpoints/step-*/`, `log.csv`, `events.jsonl`,
-`broken-RANK.jsonl` and, at the end, `export/`, which `create_model("local-dir:RUN")` opens.
+The folder of a run has `config.yaml`, `checkpoints/step-*/`, `log.csv`, `broken-RANK.jsonl` and, at
+the end, `export/`, which `create_model("local-dir:RUN")` opens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from .data import open_training_images
 from .export import export_run
 from .flops import flops_per_image, peak_flops
 from .folder import check_run, open_folder, write_settings
-from .logger import Meter, RunLogger, check_log_targets, read_initial, read_log
+from .logger import Meter, RunLogger, check_log_targets, read_log
 from .monitor import CollapseWatch, Monitor
 from .optim import total_norm
 from .trainer import NonFiniteLossError, Trainer
@@ -206,7 +206,7 @@ class Loop:
                 logger = stack.enter_context(RunLogger(self.out, trainer.step, self.config))
             if trainer.step == 0:
                 self.extra["initial"] = monitor.measure(trainer.model, self.distributed)
-            if logger is not None and self.extra["initial"] and not read_initial(self.out):
+            if logger is not None and self.extra["initial"] and not read_log(self.out):
                 logger.initial(self.extra["initial"])
             bar = progress_bar(self.progress, steps, self.out.name, "step", trainer.step)
             metrics = self._steps(received, monitor, logger, stack.enter_context(bar))
@@ -256,7 +256,7 @@ class Loop:
             if row and logger is not None:
                 logger.write(row)
                 if warning := watch.update(step, row):
-                    logger.warn(step - 1, warning)
+                    self._print(f"warning: {warning}")
                 shown |= {name: f"{row[key]:.4g}" for name, key in _BAR.items() if key in row}
                 bar.set_postfix(shown, refresh=False)
             if step % save_every == 0 or (keep_every and step % keep_every == 0):

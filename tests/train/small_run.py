@@ -61,10 +61,11 @@ def same_state(one, other):
 
 
 def rows(folder):
-    """Rows of a run's log without what depends on the clock."""
+    """Rows of the steps of a run's log, without what depends on the clock."""
     clock = ("time (ms)", "images_per_second", "data_wait")
     with (folder / "log.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in clock} for row in csv.DictReader(file)]
+        rows = [row for row in csv.DictReader(file) if row["step"] != "-1"]
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
 def after_updates(monkeypatch, updates, action):

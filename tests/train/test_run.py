@@ -28,7 +28,7 @@ from ijepa_zoo.errors import CheckpointError, DataError, RunError, SettingsError
 from ijepa_zoo.models.jepa import IJepa
 from ijepa_zoo.train import NonFiniteLossError, export_run, plot_run
 from ijepa_zoo.train.checkpoint import CheckpointManager, checkpoint_steps, read_checkpoint
-from ijepa_zoo.train.logger import read_initial, read_log
+from ijepa_zoo.train.logger import read_log
 from ijepa_zoo.train.optim import Schedule
 
 IMAGES = pictures()
@@ -42,6 +42,18 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, whole):
     train(tmp_path, change(CONFIG, runtime={"workers": 2}, log={"keep": 3}))
     assert same_state(whole, tmp_path)
     assert rows(whole) == rows(tmp_path)
+
+
+def test_a_run_without_its_first_row_resumes(tmp_path, monkeypatch, whole):
+    """Earlier versions had the metrics before the first step in another file."""
+    stop_after(monkeypatch, 5, tmp_path)
+    log = tmp_path / "log.csv"
+    header, _, *others = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([header, *others]))
+    (tmp_path / "events.jsonl").write_text('{"step": 0, "kind": "initial", "metrics": {}}\n')
+    train(tmp_path)
+    assert rows(tmp_path) == rows(whole)
+    assert read_log(tmp_path)[0]["step"] == 0
 
 
 def test_after_going_back_and_ending_at_once_the_log_has_no_gap(tmp_path, monkeypatch, whole):
@@ -220,7 +232,7 @@ def test_rows_are_means_over_their_steps(whole, tmp_path):
         single = np.array([float(row[name]) for row in rows(whole)])
         means = [float(row[name]) for row in rows(tmp_path)]
         assert means == pytest.approx(single.reshape(3, 3).mean(1), rel=1e-6)
-    assert all(0 < row["data_wait"] < 1 for row in read_log(tmp_path))
+    assert all(0 < row["data_wait"] < 1 for row in read_log(tmp_path)[1:])
     assert checkpoint_steps(tmp_path / "checkpoints") == [3, 6, 9]
     assert [float(row["step"]) for row in rows(whole) if row["rankme"]] == [3, 7, 8]
 
@@ -234,7 +246,8 @@ def test_branch_keeps_optimizer_and_step(tmp_path, monkeypatch, whole):
     train(branch, init=checkpoint, resume_optimizer=True)  # resumes from its own checkpoint
     assert same_state(branch, whole)
     assert rows(branch) == rows(whole)[4:]
-    assert read_initial(branch) == read_initial(whole) != {}
+    assert read_log(branch)[0] == read_log(whole)[0]
+    assert read_log(branch)[0].keys() > {"step", "rankme", "spread"}
     train(tmp_path / "longer", LONGER, init=f"local-dir:{whole}", resume_optimizer=True)
     lr = [float(row["lr"]) for row in rows(tmp_path / "longer")]
     assert lr == pytest.approx([Schedule.of(LONGER.optim, 32).rates(n)["lr"] for n in (9, 10)])
