@@ -1,7 +1,7 @@
 """The log of a run: rows in `log.csv`, and in TensorBoard or wandb.
 
 The first columns of `log.csv` are those of the official repository. Its first row, of step -1, has
-the metrics before the first update.
+the metrics before the first update. `broken` counts the images that could not be decoded so far.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .config import LogConfig, PretrainConfig
 
 COLUMNS = (
     "epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)",
-    "step", "lr", "weight_decay", "momentum", "images_per_second", "mfu", "data_wait",
+    "step", "lr", "weight_decay", "momentum", "images_per_second", "mfu", "data_wait", "broken",
     "grad_encoder", "grad_predictor", "regularizer",
     "rankme", "spread", "cosine", "ema_distance", "position_variance", "image_variance",
     "knn", "linear",
