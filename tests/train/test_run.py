@@ -189,9 +189,9 @@ def test_ruined_weights_are_never_saved_nor_exported(tmp_path, every, named):
 
 
 def test_a_checkpoint_of_ruined_weights_is_not_exported(tmp_path, monkeypatch, whole):
-    def ruined(*args):
-        tensors = read_checkpoint(*args)
-        return tensors | {"encoder.norm.weight": tensors["encoder.norm.weight"] * torch.nan}
+    def ruined(checkpoint, tensors):
+        read_checkpoint(checkpoint, tensors)
+        tensors["encoder.norm.weight"].fill_(torch.nan)
 
     monkeypatch.setattr("ijepa_zoo.train.export.read_checkpoint", ruined)
     with pytest.raises(CheckpointError, match=r"encoder\.norm\.weight"):
