@@ -124,7 +124,7 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
         yield Distributed(device=choose_device(device))
         return
     rank, world_size, local_rank, local_world_size = found
-    chosen = choose_device(device, local_rank, world_size)
+    chosen = choose_device(device, local_rank, world_size, local_world_size)
     owns_group = not dist.is_initialized()
     if owns_group:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -183,17 +183,21 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     nodes = environment.get("SLURM_STEP_NODELIST", "127.0.0.1")
     first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
     tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    # steps of one job may run at the same time, on the same node
+    job, step = (int(environment.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID"))
     return {
         "RANK": environment.get("SLURM_PROCID", ""),
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": environment.get("SLURM_LOCALID", ""),
         "LOCAL_WORLD_SIZE": tasks[0] if tasks else "1",
         "MASTER_ADDR": first,
-        "MASTER_PORT": str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000),
+        "MASTER_PORT": str(20_000 + (job + 1009 * step) % 20_000),
     }
 
 
-def choose_device(name: str = "auto", local_rank: int = 0, world_size: int = 1) -> torch.device:
+def choose_device(
+    name: str = "auto", local_rank: int = 0, world_size: int = 1, local_world_size: int = 1
+) -> torch.device:
     """The device of this process, `auto` or torch's name; a GPU becomes the current one."""
     if name == "auto":
         mps = world_size == 1 and torch.backends.mps.is_available()
@@ -207,9 +211,14 @@ def choose_device(name: str = "auto", local_rank: int = 0, world_size: int = 1) 
         reason = str(error).partition("\n")[0]
         raise DistributedError(f"device {name!r} cannot be used here: {reason}") from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = device.index
-    if index is None:
-        index = 0 if count == 1 else local_rank  # Slurm may show each process its own GPU only
+    # Slurm may show each of its tasks its own GPU only. Processes that torchrun starts within a
+    # task have the local ID of that task.
+    own_gpu = count == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank)
+    if device.index is not None and local_world_size > 1 and not own_gpu:
+        raise DistributedError(
+            f"device {name!r} is one GPU for {local_world_size} processes: use the device cuda"
+        )
+    index = (0 if own_gpu else local_rank) if device.index is None else device.index
     if index >= count:
         raise DistributedError(
             f"device {name!r} of process {local_rank} needs GPU {index}, and torch "

@@ -24,6 +24,9 @@ def test_environments():
     slurm = dict(SLURM)
     assert read_environment(slurm) == (9, 16, 1, 8)
     assert (slurm["MASTER_ADDR"], slurm["MASTER_PORT"]) == ("gpu07", "23456")
+    second = {**SLURM, "SLURM_STEP_ID": "1"}
+    read_environment(second)
+    assert second["MASTER_PORT"] == "24465"
     assert read_environment({"SLURM_STEP_NUM_TASKS": "1"}) is None
     with init_distributed("cpu") as distributed:
         assert distributed == Distributed(0, 1, 0, 1, torch.device("cpu"))
@@ -49,6 +52,7 @@ def test_wrong_environments_are_refused(environment, change, named):
 
 
 def test_devices(monkeypatch):
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
     assert choose_device("cpu", 0, 2) == torch.device("cpu")
     for name in ("cuda:7", "gpu", "meta"):
         with pytest.raises(DistributedError, match=name):
@@ -62,14 +66,22 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert choose_device() == torch.device("cuda", 0)
     assert choose_device("auto", 1, 2) == torch.device("cuda", 1)
-    assert choose_device("cuda:0", 1, 2) == torch.device("cuda", 0)
-    assert current == [0, 1, 0]
+    assert choose_device("cuda:1", 0, 2) == torch.device("cuda", 1)  # on a node of its own
+    assert current == [0, 1, 1]
+    with pytest.raises(DistributedError, match="'cuda:0' is one GPU for 2 processes"):
+        choose_device("cuda:0", 1, 2, 2)
     with pytest.raises(DistributedError, match="GPU 2"):
         choose_device("cuda", 2, 4)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm shows each task its own
-    assert choose_device("cuda", 3, 4) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for task in ("", "0"):  # started by torchrun, alone or within a task of Slurm
+        monkeypatch.setenv("SLURM_LOCALID", task)
+        with pytest.raises(DistributedError, match="process 3 needs GPU 3"):
+            choose_device("cuda", 3, 4, 4)
+    monkeypatch.setenv("SLURM_LOCALID", "3")  # Slurm shows each task its own
+    for name in ("cuda", "cuda:0"):
+        assert choose_device(name, 3, 4, 4) == torch.device("cuda", 0)
     with pytest.raises(DistributedError, match="GPU 1"):
-        choose_device("cuda:1", 1, 4)
+        choose_device("cuda:1", 3, 4, 4)
 
 
 EXCHANGE = """

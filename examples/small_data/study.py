@@ -87,7 +87,8 @@ def monitored(config: PretrainConfig, out: Path) -> dict[str, float]:
     """What the log says of a finished run."""
     rows = read_log(out)
     last = next(row for row in reversed(rows) if "rankme" in row)
-    speed = statistics.median(row["images_per_second"] for row in rows)
+    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    speed = statistics.median(speeds)
     seen = (rows[-1]["step"] + 1) * config.optim.batch_size
     return {
         "RankMe": last["rankme"],

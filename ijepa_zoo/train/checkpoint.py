@@ -19,7 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -86,8 +85,7 @@ class CheckpointManager:
     ) -> dict[str, Any]:
         """Read a checkpoint into tensors in place, sharded in any way."""
         path = checkpoint_path(folder or self.folder, step)
-        _check_shapes(path, tensors)
-        _load(path, dict(tensors), self._group)
+        read_checkpoint(path, tensors, self._group)
         return _read_json(path / _STATE)["extra"]
 
     def _write(self, step: int, tensors: dict[str, Any], state: str) -> None:
@@ -197,36 +195,20 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder} has the checkpoint of step {step}")
 
 
-def read_checkpoint(folder: Path, prefix: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """Whole tensors of a checkpoint by name, read in one process after verifying it."""
-    verify(folder)
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in _stored(folder).items()
-        if name.startswith(prefix)
-    }
-    _load(folder, dict(tensors), None)
-    return tensors
-
-
-def _load(folder: Path, tensors: dict[str, Any], group: Any) -> None:
+def read_checkpoint(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
+    """Read a checkpoint into tensors in place: all of it, or all of some of its networks."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    warnings.filterwarnings("ignore", _ALONE)
-    load(tensors, storage_reader=FileSystemReader(folder), process_group=group, no_dist=not group)
-
-
-def _stored(folder: Path) -> Mapping[str, Any]:
-    """Sizes and types of a checkpoint's tensors by name."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    return FileSystemReader(folder).read_metadata().state_dict_metadata
-
-
-def _check_shapes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    stored = {name: list(entry.size) for name, entry in _stored(folder).items()}
+    reader = FileSystemReader(folder)
+    entries: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
     wanted = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    networks = {name.partition(".")[0] for name in wanted}
+    stored = {
+        name: list(entry.size)
+        for name, entry in entries.items()
+        if name.partition(".")[0] in networks
+    }
     names = [name for name in stored.keys() | wanted if stored.get(name) != wanted.get(name)]
     if names:
         differences = [f"{name} {stored.get(name)} instead of {wanted.get(name)}" for name in names]
@@ -234,6 +216,8 @@ def _check_shapes(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             f"{folder} does not match the networks of the settings: {some(differences)}; use the "
             "settings of its run, or another folder"
         )
+    warnings.filterwarnings("ignore", _ALONE)
+    load(dict(tensors), storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -96,6 +96,20 @@ def mask_sampler(mask: MaskConfig, grid_size: tuple[int, int]) -> MultiBlockMask
         raise SettingsError(f"mask: {error}") from error
 
 
+def sample_masks(
+    masks: MultiBlockMasks, config: PretrainConfig, step: int, own: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of some images of a step: `mask.per_image` for each, one after the other."""
+    per_image = config.mask.per_image
+    return masks.sample(
+        config.optim.batch_size * per_image,
+        seed=config.seed,
+        step=step,
+        part=slice(own.start * per_image, own.stop * per_image),
+        group_size=config.group_size * per_image,
+    )
+
+
 class TrainBatches:
     """The micro-batches of one process, by number; each is a function of its number alone."""
 
@@ -124,7 +138,7 @@ class TrainBatches:
         order = batch_indices(len(self.indices), batch_size, seed=seed, step=step)
         chosen = self.indices[order[own]]
         draws = numpy_generator(seed, Stream.CROPS, step).random((batch_size, DRAWS))[own].tolist()
-        context, targets = self._sample_masks(step, own)
+        context, targets = sample_masks(self.masks, self.config, step, own)
         pixels: list[torch.Tensor] = []
         broken: list[tuple[str, str]] = []
         for i, index in enumerate(chosen.tolist()):
@@ -140,17 +154,6 @@ class TrainBatches:
         batches = load_in_order(self.__getitem__, numbers, workers, pin_memory)
         while step := list(islice(batches, self.per_step)):
             yield step
-
-    def _sample_masks(self, step: int, own: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks of some images of a step: `mask.per_image` for each, one after the other."""
-        per_image = self.config.mask.per_image
-        return self.masks.sample(
-            self.config.optim.batch_size * per_image,
-            seed=self.config.seed,
-            step=step,
-            part=slice(own.start * per_image, own.stop * per_image),
-            group_size=self.config.group_size * per_image,
-        )
 
     def _read(
         self, index: int, step: int, position: int, broken: list[tuple[str, str]]
@@ -180,29 +183,29 @@ class TrainBatches:
 
 
 def evaluation_images(
-    images: ImageDataset, indices: _Indices, image_size: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[str, str]]]:
+    images: ImageDataset, indices: _Indices, shape: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[str, str]]]:
     """Images of the monitors uint8 `[m, C, H, W]`, resized and center-cropped.
 
-    Also their classes `[m]`, if each has one, and name and reason of the broken ones, left out.
+    Also which of them there are, bool `[m]`: broken images, and those with a negative index, stay
+    black. And name and reason of the broken ones.
     """
-    aspect = image_size[1] / image_size[0]
-    pixels, kept, broken = [], [], []
-    for index in indices.tolist():
+    height, width = shape[1:]
+    pixels = torch.zeros(len(indices), *shape, dtype=torch.uint8)
+    known = torch.zeros(len(indices), dtype=torch.bool)
+    broken: list[tuple[str, str]] = []
+    for number, index in enumerate(indices.tolist()):
+        if index < 0:
+            continue
         try:
             image = images.read(index)
         except ImageError as error:
             broken.append((images.name(index), str(error)))
             continue
-        pixels.append(crop_resize(image, center_box(pixel_size(image), aspect), image_size))
-        kept.append(index)
-    if not pixels:
-        name, reason = broken[0]
-        raise DataError(f"none of {len(indices)} images can be decoded; {name}: {reason}")
-    targets = images.targets
-    several = targets is not None and targets.ndim > 1  # per image, which monitors do not read
-    labels = None if targets is None or several else torch.from_numpy(targets[kept])
-    return torch.stack(pixels), labels, broken
+        box = center_box(pixel_size(image), width / height)
+        pixels[number] = crop_resize(image, box, (height, width))
+        known[number] = True
+    return pixels, known, broken
 
 
 def normalize(

@@ -16,11 +16,9 @@ import torch
 
 from ..data.loading import usable_cpus
 from ..distributed import init_distributed
-from ..progress import progress_bar
 from .config import PretrainConfig
 from .data import open_training_images
 from .flops import Masks, flops_per_image, typical_and_largest
-from .networks import build_networks
 from .trainer import NETWORKS, Trainer
 
 _GIB = 2**30
@@ -28,47 +26,14 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class DryRunReport:
-    """Results of `dry_run`; `str` formats them."""
+    """Results of `dry_run`; `str` shows all of them."""
 
-    parameters: dict[str, int]  # by network
-    flops: int  # of an image with masks of typical size, without recomputation
-    images: int  # for training
-    steps: int  # updates of the whole run
-    batch_size: int  # images of an update
-    parts: int  # forward passes of each process in an update
-    world_size: int
-    device: str  # name of rank 0's device
     memory: int  # peak bytes of a process with the largest masks: the GPU's, else main memory
-    memory_limit: int | None  # bytes of the GPU; None without one
     step_seconds: float  # of an update with typical masks
-    read_rate: float  # images/s that one loader process reads, decodes and crops
-    workers: int  # loader processes of each process; 0: it loads between its updates
+    text: str
 
     def __str__(self) -> str:
-        """The report, one line per topic."""
-        rate = self.batch_size / self.step_seconds
-        own_rate = rate / self.world_size
-        limit = f" of {self.memory_limit / _GIB:.1f}" if self.memory_limit else ""
-        lines = {
-            "parameters": ", ".join(f"{k} {v / 1e6:.4g} M" for k, v in self.parameters.items()),
-            "data": f"{self.images:,} training images, {self.steps:,} updates of {self.batch_size} "
-            f"images ({self.world_size} processes, {self.parts} micro-batches each)",
-            "memory": f"peak of a process {self.memory / _GIB:.2f}{limit} GiB ({self.device})",
-            "speed": f"{rate:.4g} images/s of {self.flops / 1e9:.4g} GFLOP, "
-            f"{own_rate * self.flops / 1e12:.3g} TFLOP/s per device, {self.step_seconds:.3g} s per "
-            "update",
-            "loader": f"{self.read_rate:.4g} images/s per loader process, so each process needs "
-            f"runtime.workers={math.ceil(own_rate / self.read_rate)}",
-        }
-        loading = self.batch_size / self.world_size / self.read_rate / max(1, self.workers)
-        seconds = max(self.step_seconds, loading)
-        if not self.workers:
-            seconds = self.step_seconds + loading
-        limited = ", limited by the loaders" if loading > self.step_seconds else ""
-        duration = timedelta(seconds=round(self.steps * seconds))
-        lines["time"] = f"{duration} for the run{limited}, without monitors and checkpoints"
-        width = max(map(len, lines))
-        return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
+        return self.text
 
 
 def dry_run(
@@ -101,8 +66,10 @@ def dry_run(
         typical, largest = typical_and_largest(trainer.masks, group, config.seed)
         times = _measure(trainer, typical, largest)
         measured = torch.tensor([times], dtype=torch.float64)
-        slowest = distributed.all_gather(measured).amax(dim=0).tolist()
-        return _report(trainer, slowest) if distributed.is_main else None
+        step_seconds, reading, memory = distributed.all_gather(measured).amax(dim=0).tolist()
+        if not distributed.is_main:
+            return None
+        return _report(trainer, step_seconds, reading, int(memory))
 
 
 def _measure(trainer: Trainer, typical: Masks, largest: Masks) -> list[float]:
@@ -120,13 +87,11 @@ def _measure(trainer: Trainer, typical: Masks, largest: Masks) -> list[float]:
         for _ in range(repeats):
             trainer.distributed.barrier()
             times.append(_seconds(lambda: trainer.train_step([part] * count), device))
-            bar.update()
         return statistics.median(times)
 
-    with progress_bar(trainer.distributed.is_main, 3 * repeats, "timing", "update") as bar:
-        update(largest, min(parts, 2))
-        memory = float(_peak_memory(device))
-        one, two = update(typical, 1), update(typical, min(parts, 2))
+    update(largest, min(parts, 2))
+    memory = float(_peak_memory(device))
+    one, two = update(typical, 1), update(typical, min(parts, 2))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
     reading = _seconds(lambda: [trainer.data[number] for number in range(3)], device) / 3
@@ -134,28 +99,40 @@ def _measure(trainer: Trainer, typical: Masks, largest: Masks) -> list[float]:
     return [one + (parts - 1) * max(0.0, two - one), reading, memory]
 
 
-def _report(trainer: Trainer, slowest: list[float]) -> DryRunReport:
+def _report(trainer: Trainer, step_seconds: float, reading: float, memory: int) -> DryRunReport:
     config, device = trainer.config, trainer.distributed.device
-    update, reading, memory = slowest
-    workers = config.runtime.workers
-    with torch.device("meta"):  # the trained networks may be sharded, compiled, recomputing
-        model = build_networks(config)
-    cuda = device.type == "cuda"
-    return DryRunReport(
-        parameters={n: sum(p.numel() for p in getattr(model, n).parameters()) for n in NETWORKS},
-        flops=flops_per_image(config),
-        images=len(trainer.train_indices),
-        steps=trainer.schedule.steps,
-        batch_size=config.optim.batch_size,
-        parts=trainer.data.per_step,
-        world_size=trainer.distributed.world_size,
-        device=torch.cuda.get_device_name(device) if cuda else device.type,
-        memory=int(memory),
-        memory_limit=torch.cuda.get_device_properties(device).total_memory if cuda else None,
-        step_seconds=update,
-        read_rate=trainer.micro_batch_size / reading,
-        workers=usable_cpus() if workers is None else workers,
+    world, parts = trainer.distributed.world_size, trainer.data.per_step
+    batch_size, steps = config.optim.batch_size, trainer.schedule.steps
+    networks = {name: getattr(trainer.model, name).parameters() for name in NETWORKS}
+    parameters = ", ".join(
+        f"{name} {sum(weight.numel() for weight in own) / 1e6:.4g} M"
+        for name, own in networks.items()
     )
+    limit = "of main memory (0 except on Linux)"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        limit = f"of {properties.total_memory / _GIB:.1f} GiB ({properties.name})"
+    flops = flops_per_image(config)
+    rate = batch_size / step_seconds
+    own_rate, read_rate = rate / world, trainer.micro_batch_size / reading
+    workers = usable_cpus() if config.runtime.workers is None else config.runtime.workers
+    loading = batch_size / world / read_rate / max(1, workers)
+    # without loaders a process reads between its updates
+    seconds = max(step_seconds, loading) if workers else step_seconds + loading
+    limited = ", limited by the loaders" if loading > step_seconds else ""
+    duration = timedelta(seconds=round(steps * seconds))
+    lines = (
+        f"parameters  {parameters}",
+        f"data        {len(trainer.train_indices):,} training images, {steps:,} updates of "
+        f"{batch_size} images ({world} processes, {parts} micro-batches each)",
+        f"memory      peak of a process {memory / _GIB:.2f} GiB {limit}",
+        f"speed       {rate:.4g} images/s of {flops / 1e9:.4g} GFLOP, "
+        f"{own_rate * flops / 1e12:.3g} TFLOP/s per device, {step_seconds:.3g} s per update",
+        f"loader      {read_rate:.4g} images/s per loader process, so each process needs "
+        f"runtime.workers={math.ceil(own_rate / read_rate)}",
+        f"time        {duration} for the run{limited}, without monitors and checkpoints",
+    )
+    return DryRunReport(memory, step_seconds, "\n".join(lines))
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -171,9 +148,8 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    if sys.platform == "win32":  # no module resource
+    if sys.platform != "linux":  # other units, or no module resource
         return 0
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

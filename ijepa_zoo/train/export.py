@@ -10,10 +10,9 @@ import torch
 from ..errors import CheckpointError, some
 from ..models.jepa import IJepa
 from ..weights.export import export
-from .checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint
+from .checkpoint import checkpoint_path, checkpoint_steps, read_checkpoint, verify
 from .folder import read_settings
 from .networks import build_networks
-from .trainer import NETWORKS
 
 
 def load_run(run: str | Path, step: int | None = None) -> tuple[IJepa, str]:
@@ -40,7 +39,11 @@ def load_run(run: str | Path, step: int | None = None) -> tuple[IJepa, str]:
     checkpoint = checkpoint_path(run / "checkpoints", step)
     with torch.device("meta"):
         model = build_networks(config)
-    _load_networks(model, checkpoint)
+    verify(checkpoint)
+    tensors = model.to_empty(device="cpu").state_dict()
+    read_checkpoint(checkpoint, tensors)
+    if ruined := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(f"{checkpoint} has weights that are not finite: {some(ruined)}")
     origin = f"a pretraining run of ijepa_zoo on {config.model.name}, after {step} steps"
     for network in ("encoder", "target_encoder"):
         encoder = getattr(model, network)
@@ -74,13 +77,3 @@ def export_run(
     model, origin = load_run(run, step)
     target = Path(run) / "export" if folder is None else folder
     return export(model, target, origin=origin, **options)
-
-
-def _load_networks(model: IJepa, checkpoint: Path) -> None:
-    tensors = read_checkpoint(checkpoint, tuple(f"{network}." for network in NETWORKS))
-    if ruined := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise CheckpointError(f"{checkpoint} has weights that are not finite: {some(ruined)}")
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint} does not match config.yaml: {error}") from error

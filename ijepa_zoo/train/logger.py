@@ -1,18 +1,17 @@
-"""The log of a run: rows in `log.csv`, TensorBoard or wandb, events in `events.jsonl`.
+"""The log of a run: rows in `log.csv`, and in TensorBoard or wandb.
 
-The first columns of `log.csv` are those of the official repository.
+The first columns of `log.csv` are those of the official repository. Its first row, of step -1, has
+the metrics before the first update. `broken` counts the images that could not be decoded so far.
 """
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 import math
 import secrets
 import sys
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,12 +23,12 @@ from .config import LogConfig, PretrainConfig
 
 COLUMNS = (
     "epoch", "itr", "loss", "mask-A", "mask-B", "time (ms)",
-    "step", "lr", "weight_decay", "momentum", "images_per_second", "mfu", "data_wait",
+    "step", "lr", "weight_decay", "momentum", "images_per_second", "mfu", "data_wait", "broken",
     "grad_encoder", "grad_predictor", "regularizer",
     "rankme", "spread", "cosine", "ema_distance", "position_variance", "image_variance",
     "knn", "linear",
 )  # fmt: skip
-_CSV, _EVENTS = "log.csv", "events.jsonl"
+_CSV = "log.csv"
 _OFFICIAL = {"context_tokens": "mask-A", "target_tokens": "mask-B"}
 _MEANS = ("loss", "regularizer", "context_tokens", "target_tokens")
 
@@ -37,15 +36,15 @@ _MEANS = ("loss", "regularizer", "context_tokens", "target_tokens")
 class RunLogger:
     """Writer of a run's log; a context manager, used by rank 0 only.
 
-    Rows and events of the steps from `first_step` on are removed: a resumed run repeats them.
+    Rows of the steps from `first_step` on are removed, since a resumed run repeats them; at step 0
+    all are.
     """
 
     def __init__(self, folder: Path, first_step: int, config: PretrainConfig) -> None:
-        self._csv, self._events = folder / _CSV, folder / _EVENTS
-        rows = [row for row in read_log(folder) if row["step"] < first_step]
-        _replace(self._csv, [",".join(COLUMNS), *map(_csv_line, rows)])
-        events = _whole_lines(self._events)
-        _replace(self._events, [e for e in events if json.loads(e)["step"] < first_step])
+        self._csv = folder / _CSV
+        rows = [row for row in read_log(folder) if first_step and row["step"] < first_step]
+        with whole_file(self._csv) as file:
+            file.write("\n".join([",".join(COLUMNS), *map(_csv_line, rows), ""]).encode())
         self._board: Any = None
         self._wandb: Any = None
         if "tensorboard" in config.log.to:
@@ -67,23 +66,19 @@ class RunLogger:
 
     def write(self, row: dict[str, float]) -> None:
         """Log values by column, see `COLUMNS`; `step` is the number of updates before the last."""
-        step, values = int(row["step"]), {k: v for k, v in row.items() if k != "step"}
-        _append(self._csv, _csv_line(row))
+        with self._csv.open("a", encoding="utf-8", newline="") as file:
+            file.write(f"{_csv_line(row)}\n")
+        step = max(0, int(row["step"]))  # TensorBoard and wandb have no step -1
+        values = {name: value for name, value in row.items() if name != "step"}
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
-    def warn(self, step: int, text: str) -> None:
-        """Write a warning to `events.jsonl` and stderr."""
-        self._record(step, "warning", text=text)
-        tqdm.write(f"warning: {text}", file=sys.stderr)
-
     def initial(self, metrics: dict[str, float]) -> None:
-        """Log and show the metrics at initialization; `read_initial` returns them."""
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._record(0, "initial", metrics=finite)
+        """Log and show the metrics before the first update."""
+        self.write({"step": -1.0, **metrics})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         tqdm.write(f"at initialization: {shown}", file=sys.stderr)
 
@@ -94,11 +89,6 @@ class RunLogger:
             before = f" (was {initial[name]:.4g})" if name in initial else ""
             shown.append(f"{name} {value:.4g}{before}")
         tqdm.write(f"at the end: {', '.join(shown)}", file=sys.stderr)
-
-    def _record(self, step: int, kind: str, **content: Any) -> None:
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        entry = {"step": int(step), "kind": kind, **content, "time": time}
-        _append(self._events, json.dumps(entry))
 
 
 class Meter:
@@ -151,41 +141,22 @@ def check_log_targets(log: LogConfig) -> None:
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     """Rows of a run's `log.csv`, oldest first, each with the columns that were measured."""
+    path = folder / _CSV
     try:
-        reader = csv.DictReader(_whole_lines(folder / _CSV))
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        # only up to the last line break: a crash can truncate the rest
+        reader = csv.DictReader(text.split("\n")[:-1])
         rows = [{k: float(v) for k, v in line.items() if k in COLUMNS and v} for line in reader]
         if all("step" in row for row in rows):
             return rows
         reason = "a row has no step"
     except ValueError as error:
         reason = str(error)
-    raise RunError(f"{folder / _CSV} is damaged ({reason}): repair it or move it away")
-
-
-def read_initial(folder: Path) -> dict[str, float]:
-    """A run's metrics at initialization, from `events.jsonl`; empty if there are none."""
-    events = [json.loads(line) for line in _whole_lines(folder / _EVENTS)]
-    found: list[dict[str, float]] = [e["metrics"] for e in events if e["kind"] == "initial"]
-    return found[-1] if found else {}
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Lines up to the last line break; a crash can truncate the rest."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    raise RunError(f"{path} is damaged ({reason}): repair it or move it away")
 
 
 def _csv_line(row: Mapping[str, float]) -> str:
     return ",".join(f"{row[name]:.9g}" if name in row else "" for name in COLUMNS)
-
-
-def _append(path: Path, line: str) -> None:
-    with path.open("a", encoding="utf-8", newline="") as file:
-        file.write(f"{line}\n")
-
-
-def _replace(path: Path, lines: Iterable[str]) -> None:
-    with whole_file(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def _wandb_run(folder: Path, config: PretrainConfig) -> Any:

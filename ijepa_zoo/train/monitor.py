@@ -27,59 +27,72 @@ _PROBES = {"knn": knn_accuracy, "linear": linear_accuracy}
 
 
 class Monitor:
-    """Metrics of the target encoder on images that are not trained on."""
+    """Metrics of the target encoder on images that are not trained on.
+
+    Args:
+        images: This process's part of the images, `[m, C, H, W]`, of one size in all processes.
+        known: Which of them count, bool `[m]`; the others fill up the part.
+        labels: Their classes `[m]`, if they have some; negative where there is none.
+        mean: Of pixels from 0 to 1.
+        std: Of pixels from 0 to 1.
+        batch_size: Images of a forward pass.
+        precision: Of the forward pass.
+    """
 
     def __init__(
         self,
         images: Tensor,
+        known: Tensor,
         labels: Tensor | None,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         batch_size: int = 64,
         precision: Precision = "fp32",
     ) -> None:
-        if len(images) < 2:
-            raise SettingsError(
-                f"the monitors need at least 2 images, not {len(images)}: use data.held_out=512"
-            )
-        self.images, self.labels = images, labels
+        self.images, self.known, self.labels = images, known, labels
         self.mean, self.std = mean, std
         self.batch_size, self.precision = batch_size, precision
 
     @torch.no_grad()
     def measure(self, model: IJepa, distributed: Distributed) -> dict[str, float]:
         """Measure the model; every process must call this, and gets the same metrics."""
-        features, moments = self._features(model, distributed)
+        known = distributed.all_gather(self.known)
+        if (count := int(known.sum())) < 2:
+            raise SettingsError(
+                f"the monitors need at least 2 images that can be decoded, not {count}: use "
+                "data.held_out=512"
+            )
+        own_features, moments = self._features(model, distributed)
+        gathered = distributed.all_gather(own_features)
+        features = gathered[known.to(gathered.device)]
         finite = bool(features.isfinite().all())
         metrics = {k: f(features) if finite else math.nan for k, f in _FEATURE_METRICS.items()}
         metrics |= explained_variance(*(distributed.all_reduce(m) for m in moments))
         if self.labels is not None:
-            known = self.labels >= 0
-            labels, labeled = self.labels[known], features[known.to(features.device)]
+            labels = distributed.all_gather(self.labels)
+            labeled = known & (labels >= 0)
+            labels, inputs = labels[labeled], gathered[labeled.to(gathered.device)]
             if len(torch.unique(labels)) > 1:
                 metrics |= {
-                    k: f(labeled, labels) if finite else math.nan for k, f in _PROBES.items()
+                    k: f(inputs, labels) if finite else math.nan for k, f in _PROBES.items()
                 }
         metrics["ema_distance"] = _distance(model)
         return metrics
 
     def _features(self, model: IJepa, distributed: Distributed) -> tuple[Tensor, list[Tensor]]:
-        """Features `[m, D]` of all images, and the moments of the tokens of this process."""
-        share = -(-len(self.images) // distributed.world_size)
-        first, size = distributed.rank * share, self.batch_size
-        last = min(first + share, len(self.images))
+        """Features `[m, D]` of this process's images, and the moments of their tokens."""
         pooled: list[Tensor] = []
         moments: list[Tensor] = []
-        for start in range(first, first + share, size):  # equally often in all processes
-            batch = torch.arange(start, start + size).clamp(max=len(self.images) - 1)
+        for start in range(0, len(self.images), self.batch_size):
+            batch = torch.arange(start, start + self.batch_size).clamp(max=len(self.images) - 1)
             pixels = self.images[batch].to(distributed.device)
             with without_float8(model.target_encoder), autocast(pixels.device, self.precision):
                 tokens = model.target_encoder.encode(normalize(pixels, self.mean, self.std))
             pooled.append(tokens.float().mean(dim=1))
-            found = token_moments(tokens[: max(last - start, 0)].float())
+            known = self.known[start : start + self.batch_size].to(tokens.device)
+            found = token_moments(tokens[: len(known)][known].float())
             moments = [a + b for a, b in zip(moments, found)] if moments else found
-        gathered: Tensor = distributed.all_gather(torch.cat(pooled)[:share])
-        return gathered[: len(self.images)], moments
+        return torch.cat(pooled)[: len(self.images)], moments
 
 
 def _distance(model: IJepa) -> float:

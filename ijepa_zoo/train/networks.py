@@ -17,8 +17,8 @@ from ..models.jepa import IJepa
 from ..models.predictor import Predictor
 from ..seeds import Stream, fold
 from ..weights import load, registry
-from ..weights.formats import State
-from ..weights.read import FOLDER_PREFIX, Networks, find_timm_config
+from ..weights.formats import UNLABELED, State
+from ..weights.read import FOLDER_PREFIX, Networks, find_timm_config, open_checkpoint
 from .config import PretrainConfig
 from .regularizers import VarianceCovariance
 
@@ -39,22 +39,23 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
     regularizer = None
     if optim.regularizer_weight:
         regularizer = VarianceCovariance(optim.regularizer_weight, optim.regularizer_over)
-    name, checkpoint = _weights(config.model.name, init)
-    encoder, networks = _encoder_alone(name, checkpoint, init) if init else (None, None)
+    weights = None if init is None else _open(config.model.name, init)
+    alone = weights is not None and "predictor" not in weights.states
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.seed, Stream.INIT))
         model = create_ijepa(
-            name if encoder is None else config.model.name,
-            pretrained=networks is not None and encoder is None,
-            checkpoint=checkpoint if encoder is None else None,
+            config.model.name,
+            pretrained=False,
+            checkpoint=None if alone else weights,
             regularizer=regularizer,
             loss=optim.loss,
             **network,
         )
-    if networks is not None and encoder is not None:
-        _start_from(model, encoder, networks)
-    elif init:
-        _check_predictor(config, model.predictor, init)
+    if weights is not None:
+        if alone:
+            _start_from(model, config.model.name, weights)
+        else:
+            _check_predictor(config, model.predictor, weights.origin)
     channels = model.encoder.patch_embed.proj.in_channels
     for key in ("mean", "std"):
         values = getattr(config.data, key)
@@ -68,26 +69,25 @@ def build_networks(config: PretrainConfig, init: str | Path | None = None) -> IJ
             tuple(v) * (channels if len(v) == 1 else 1) for v in (config.data.mean, config.data.std)
         )
         encoder.pretrained_cfg = {**encoder.pretrained_cfg, "mean": mean, "std": std}
-    if networks is not None:
-        _compare_normalization(model.encoder.pretrained_cfg, networks)
+    if weights is not None:
+        _compare_normalization(model.encoder.pretrained_cfg, weights)
     return model
 
 
-def _check_predictor(config: PretrainConfig, predictor: Predictor, init: str | Path) -> None:
+def _check_predictor(config: PretrainConfig, predictor: Predictor, origin: str) -> None:
     """Refuse the predictor of weights that the settings, from which a run resumes, do not give."""
     with torch.device("meta"):
         expected = build_networks(config).predictor
-    sizes = [
-        {
-            "predictor_embed_dim": network.predictor_embed.out_features,
-            "predictor_depth": len(network.predictor_blocks),
-            "predictor_context": network.context,
-        }
-        for network in (predictor, expected)
-    ]
-    if sizes[0] != sizes[1]:
-        values = " ".join(f"model.{key}={value}" for key, value in sizes[0].items())
-        raise SettingsError(f"the predictor of {init} is another one: use {values}")
+    if (sizes := _sizes(predictor)) != _sizes(expected):
+        raise SettingsError(f"the predictor of {origin} is another one: use {sizes}")
+
+
+def _sizes(predictor: Predictor) -> str:
+    return (
+        f"model.predictor_embed_dim={predictor.predictor_embed.out_features} "
+        f"model.predictor_depth={len(predictor.predictor_blocks)} "
+        f"model.predictor_context={predictor.context}"
+    )
 
 
 def _compare_normalization(ours: Mapping[str, Any], networks: Networks) -> None:
@@ -99,50 +99,26 @@ def _compare_normalization(ours: Mapping[str, Any], networks: Networks) -> None:
             _log.warning("%s had another %s: use data.%s=%s", networks.origin, key, key, values)
 
 
-def _weights(model: str, init: str | Path | None) -> tuple[str, str | Path | None]:
-    """Name and checkpoint for `create_ijepa`; a name with a tag is in the registry."""
-    if init is None or _is_stock(init):
-        return model, None
-    known = {checkpoint.name for checkpoint in registry.checkpoints()}
-    if str(init) not in known:
-        return model, init
-    if str(init).partition(".")[0] != model:
-        raise CheckpointError(
-            f"{init} are weights of another model than {model}: use model.name="
-            f"{str(init).partition('.')[0]}"
-        )
-    return str(init), None
-
-
-def _is_stock(init: str | Path) -> bool:
-    """Whether timm must load this: one of its models, or a folder of one."""
-    return is_other_vit(init) and "ijepa_zoo" not in (find_timm_config(init) or {})
-
-
-def _encoder_alone(
-    name: str, checkpoint: str | Path | None, init: str | Path
-) -> tuple[State | None, Networks]:
-    """Tensors of an encoder that comes without a predictor, or None, and all that was found."""
-    if _is_stock(init):
+def _open(model: str, init: str | Path) -> Networks:
+    """The weights to start from; released ones are refused before they are downloaded."""
+    if is_other_vit(init) and "ijepa_zoo" not in (find_timm_config(init) or {}):
         source = f"{FOLDER_PREFIX}{init}" if Path(init).is_dir() else str(init)
         vit: Any = create_timm_model(source, pretrained=True, num_classes=0)
         check_encoder(vit)
-        networks = Networks(
+        return Networks(
             f"timm's {init}",
-            {},
+            {UNLABELED: lambda: _without_pooling(vit.state_dict())},
             args={"num_heads": load.num_heads(vit)},
             pretrained_cfg=vit.pretrained_cfg,
         )
-        state = _without_pooling(vit.state_dict())
-    else:
-        model, _, tag = name.partition(".")
-        networks = load.resolve(model, checkpoint=checkpoint, pretrained_cfg=tag or None)
-        if "predictor" in networks.states:
-            return None, networks
-        state = networks.states[networks.choose(None)]()
-    if not is_other_vit(name):
-        state = load.drop_class_token(state, networks.origin)
-    return state, networks
+    if str(init) not in {checkpoint.name for checkpoint in registry.checkpoints()}:
+        return open_checkpoint(init)
+    name, _, tag = str(init).partition(".")
+    if name != model:
+        raise CheckpointError(
+            f"{init} are weights of another model than {model}: use model.name={name}"
+        )
+    return load.resolve(name, pretrained_cfg=tag)
 
 
 def _without_pooling(state: State) -> State:
@@ -154,11 +130,14 @@ def _without_pooling(state: State) -> State:
     }
 
 
-def _start_from(model: IJepa, state: State, networks: Networks) -> None:
+def _start_from(model: IJepa, name: str, weights: Networks) -> None:
     """Load one encoder into both; the predictor stays as it was initialized."""
-    _log.warning("both encoders start from %s; the predictor is new", networks.origin)
-    load.check_architecture(model.encoder, networks.args, networks.origin)
-    fitted = load.fit(state, model.encoder, networks.origin, networks.grid_size)
-    load.check(model.encoder, fitted, networks.origin)
+    _log.warning("both encoders start from %s; the predictor is new", weights.origin)
+    load.check_architecture(model.encoder, weights.args, weights.origin)
+    state = weights.states[weights.choose(None)]()
+    if not is_other_vit(name):
+        state = load.drop_class_token(state, weights.origin)
+    fitted = load.fit(state, model.encoder, weights.origin, weights.grid_size)
+    load.check(model.encoder, fitted, weights.origin)
     for encoder in (model.encoder, model.target_encoder):
         encoder.load_state_dict(fitted)

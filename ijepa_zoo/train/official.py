@@ -1,7 +1,8 @@
 """YAML files of the official repository (facebookresearch/ijepa, `configs/`) as our settings.
 
 Their `data.batch_size` is that of one GPU, whose images also share a context length: it becomes
-`mask.group_size`, and `optim.batch_size` is that many times the number of processes.
+`mask.group_size`, and `optim.batch_size` is that many times the number of processes. A run that is
+resumed on another number of processes needs `optim.batch_size=N`.
 """
 
 from __future__ import annotations

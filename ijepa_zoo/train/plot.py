@@ -11,9 +11,9 @@ import torch
 
 from ..errors import MissingPackageError, SettingsError
 from .config import PretrainConfig
-from .data import mask_sampler
+from .data import mask_sampler, sample_masks
 from .folder import read_settings
-from .logger import read_initial, read_log
+from .logger import read_log
 from .networks import build_networks
 
 # Okabe and Ito's colors, which color-blind readers can tell apart
@@ -57,10 +57,9 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
     config = read_settings(run)
     if out.suffix.lower() != ".png" or out.is_dir() or not out.parent.is_dir():
         raise SettingsError(f"{out} is not a .png file in an existing directory")
-    rows, initial = read_log(run), read_initial(run)
-    if not rows:
+    rows = read_log(run)
+    if not rows or rows[-1]["step"] < 0:
         raise SettingsError(f"{run} has no row in log.csv yet: wait for log.log_every steps")
-    initial.pop("ema_distance", None)  # 0 by definition
     figure = Figure(figsize=(16, 13), layout="constrained")
     figure.suptitle(
         f"{run.resolve().name}: {config.model.name}, {rows[-1]['step'] + 1:,.0f} steps of "
@@ -71,29 +70,28 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> Path:
     for axis, (title, label, columns) in zip(parts[0].subplots(3, 3).flat, _PANELS):
         axis.set(title=title, ylabel=label, xlabel="step")
         axis.grid(alpha=0.3)
-        _plot_panel(axis, rows, initial, columns)
+        _plot_panel(axis, rows, columns)
         axis.set_xlim(left=0)
     _plot_masks(parts[1], config)
     figure.savefig(out, dpi=110)
     return out
 
 
-def _plot_panel(
-    axis: Any, rows: Sequence[dict[str, float]], initial: dict[str, float], columns: Sequence[str]
-) -> None:
+def _plot_panel(axis: Any, rows: Sequence[dict[str, float]], columns: Sequence[str]) -> None:
     for column, color in zip(columns, _COLORS):
         points = [(row["step"] + 1, row[column]) for row in rows if column in row]
-        if column in initial:  # measured before the first step
-            points.insert(0, (0.0, initial[column]))
-            axis.axhline(initial[column], color=color, linestyle="--", linewidth=1)
-        if points:
-            marker = "." if len(points) == 1 else ""
-            label = column + " (dashed: at initialization)" * (column in initial)
-            axis.plot(*zip(*points), color=color, marker=marker, label=label)
-    if not axis.lines:
-        axis.text(0.5, 0.5, "not measured", ha="center", color=_GRAY, transform=axis.transAxes)
-    elif len(columns) > 1 or initial.keys() & set(columns):
+        if not points:
+            continue
+        label, marker = column, "." if len(points) == 1 else ""
+        first_step, first_value = points[0]
+        if first_step == 0:  # measured before the first update
+            axis.axhline(first_value, color=color, linestyle="--", linewidth=1)
+            label += " (dashed: at initialization)"
+        axis.plot(*zip(*points), color=color, marker=marker, label=label)
+    if axis.lines:
         axis.legend(fontsize=8)
+    else:
+        axis.text(0.5, 0.5, "not measured", ha="center", color=_GRAY, transform=axis.transAxes)
     if "grad_encoder" in columns:
         axis.set_yscale("log")
     elif "images_per_second" in columns:
@@ -101,7 +99,7 @@ def _plot_panel(
 
 
 def _plot_masks(figure: Any, config: PretrainConfig) -> None:
-    """Masks of one image in each of the first steps."""
+    """Masks of the first image of each of the first steps."""
     from matplotlib.colors import ListedColormap
 
     with torch.device("meta"):
@@ -109,7 +107,7 @@ def _plot_masks(figure: Any, config: PretrainConfig) -> None:
     masks = mask_sampler(config.mask, embed.grid_size)
     height, width = masks.grid_size
     for step, axis in enumerate(figure.subplots(1, _DRAWS)):
-        context, targets = masks.sample(config.group_size, seed=config.seed, step=step)
+        context, targets = sample_masks(masks, config, step, slice(0, 1))
         pixels = np.full(height * width, 0)
         pixels[context[0].numpy()] = 1
         for number, target in enumerate(targets[0].numpy()):

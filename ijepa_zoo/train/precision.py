@@ -9,7 +9,6 @@ stays in bfloat16: at a width of 384 rounding its tensors costs more than it sav
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -20,8 +19,6 @@ from torch import nn
 from ..errors import MissingPackageError, SettingsError
 from ..models.jepa import IJepa
 from .config import Precision, PretrainConfig, override
-
-_log = logging.getLogger(__name__)
 
 _MIN_TORCHAO = 0, 18  # older ones miscompile with torch from 2.14 on: values that are not finite
 _MIN_CAPABILITY = 8, 9  # Ada; Hopper is 9.0
@@ -51,16 +48,6 @@ def resolve_precision(
         return config
     new: Precision = "bf16" if has_native_bf16(device) else "fp32"
     return override(config, **{"optim.precision": before.optim.precision if before else new})
-
-
-def warn_of_emulated_bf16(precision: Precision, device: torch.device) -> None:
-    """Log that the device is slow with this precision, if it is."""
-    if precision == "bf16" and not has_native_bf16(device):
-        _log.warning(
-            "optim.precision=bf16 is slow on %s, which emulates bfloat16 products; a new run with "
-            "optim.precision=fp32 would be faster",
-            device,
-        )
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:

@@ -1,12 +1,11 @@
 """A pretraining run from start to end: resuming, the loop over steps, signals, the export.
 
-The folder of a run has `config.yaml`, `checkpoints/step-*/`, `log.csv`, `events.jsonl`,
-`broken-RANK.jsonl` and, at the end, `export/`, which `create_model("local-dir:RUN")` opens.
+The folder of a run has `config.yaml`, `checkpoints/step-*/`, `log.csv` and, at the end, `export/`,
+which `create_model("local-dir:RUN")` opens.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -38,7 +37,7 @@ from .data import open_training_images
 from .export import export_run
 from .flops import flops_per_image, peak_flops
 from .folder import check_run, open_folder, write_settings
-from .logger import Meter, RunLogger, check_log_targets, read_initial, read_log
+from .logger import Meter, RunLogger, check_log_targets, read_log
 from .monitor import CollapseWatch, Monitor
 from .optim import total_norm
 from .trainer import NonFiniteLossError, Trainer
@@ -46,7 +45,7 @@ from .trainer import NonFiniteLossError, Trainer
 _SIGNALS = [  # Windows has no SIGUSR1
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 ]
-_NAMED = 10  # broken images that are shown; the file has all
+_NAMED = 10  # broken images that a process names
 _BAR = {"loss": "loss", "rank": "rankme", "images/s": "images_per_second"}
 
 
@@ -150,8 +149,7 @@ class Loop:
             "fingerprint": self.distributed.run_on_main(images.fingerprint),
         }
         self.saved = 0
-        self.broken_file = out / f"broken-{self.distributed.rank}.jsonl"
-        self.broken = _named_images(self.broken_file)
+        self.named: set[str] = set()  # broken images
         self.progress = progress and self.distributed.is_main
 
     def resume(self, step: int) -> None:
@@ -198,15 +196,14 @@ class Loop:
             return
         self._print(str(trainer))
         monitor, broken = trainer.monitor()
-        if self.distributed.is_main:
-            self._report(broken)
+        self._name(broken)
         with self._finished_saves(), ExitStack() as stack:
             logger = None
             if self.distributed.is_main:
                 logger = stack.enter_context(RunLogger(self.out, trainer.step, self.config))
             if trainer.step == 0:
                 self.extra["initial"] = monitor.measure(trainer.model, self.distributed)
-            if logger is not None and self.extra["initial"] and not read_initial(self.out):
+            if logger is not None and self.extra["initial"] and not read_log(self.out):
                 logger.initial(self.extra["initial"])
             bar = progress_bar(self.progress, steps, self.out.name, "step", trainer.step)
             metrics = self._steps(received, monitor, logger, stack.enter_context(bar))
@@ -243,7 +240,7 @@ class Loop:
             started = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - started
-            self._report([broken for batch in micro_batches for broken in batch.broken])
+            self._name([broken for batch in micro_batches for broken in batch.broken])
             result = trainer.train_step(micro_batches, bool(received))
             meter.update(result.metrics, time.perf_counter() - started, waited)
             self._check_broken(result.broken)
@@ -254,9 +251,9 @@ class Loop:
                 measured = monitor.measure(trainer.model, self.distributed)
                 row = (row or meter.row(step)) | measured
             if row and logger is not None:
-                logger.write(row)
+                logger.write(row | {"broken": self.extra["broken"]})
                 if warning := watch.update(step, row):
-                    logger.warn(step - 1, warning)
+                    self._print(f"warning: {warning}")
                 shown |= {name: f"{row[key]:.4g}" for name, key in _BAR.items() if key in row}
                 bar.set_postfix(shown, refresh=False)
             if step % save_every == 0 or (keep_every and step % keep_every == 0):
@@ -295,35 +292,21 @@ class Loop:
             raise DataError(
                 f"{total} images could not be decoded until step {trainer.step}, more than "
                 f"data.max_broken={self.config.data.max_broken:g} of {read}: repair or remove "
-                f"those in {self.out}/broken-*.jsonl, or allow more with data.max_broken="
+                "them (the first ones are named above), or allow more with data.max_broken="
                 f"{min(1.0, 2 * total / read):.2g}"
             )
 
-    def _report(self, broken: list[tuple[str, str]]) -> None:
-        """Write name and reason of broken images to a file, and the first ones to stderr."""
-        file = self.broken_file
+    def _name(self, broken: list[tuple[str, str]]) -> None:
+        """Show name and reason of the first broken images."""
         for name, reason in broken:
-            if name in self.broken:
-                continue
-            self.broken.add(name)
-            with file.open("a", encoding="ascii") as lines:
-                lines.write(json.dumps({"image": name, "reason": reason}) + "\n")
-            if len(self.broken) <= _NAMED:
-                text = f"broken image: {name}: {reason} (all are in {file})"
+            if name not in self.named and len(self.named) < _NAMED:
+                self.named.add(name)
+                text = f"broken image: {name}: {reason}"
                 tqdm.write(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
     def _print(self, text: str) -> None:
         if self.distributed.is_main:
             tqdm.write(text, file=sys.stderr)
-
-
-def _named_images(file: Path) -> set[str]:
-    """Names in a file of broken images, whose last line is removed if a crash cut it off."""
-    lines = file.read_text("ascii").splitlines(keepends=True) if file.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        file.write_text("".join(lines[:-1]), "ascii")
-        del lines[-1]
-    return {json.loads(line)["image"] for line in lines}
 
 
 def _is_exported(out: Path, step: int) -> bool:

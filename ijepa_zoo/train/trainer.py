@@ -26,7 +26,6 @@ from .config import PretrainConfig, micro_batch_size
 from .data import (
     Batch,
     TrainBatches,
-    batch_indices,
     evaluation_images,
     mask_sampler,
     normalize,
@@ -43,11 +42,10 @@ from .optim import (
     step_if_finite,
 )
 from .parallel import choose_kernels, gradient_sync, in_group, parallelize
-from .precision import autocast, require_float8, resolve_precision, warn_of_emulated_bf16
+from .precision import autocast, require_float8, resolve_precision
 from .regularizers import VarianceCovariance
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
-_SHOWN = 8  # images named in a message
 _MONITORED = 512  # images of the monitor where none are held out
 
 
@@ -90,8 +88,6 @@ class Trainer:
         self.distributed = distributed or Distributed(device=choose_device(config.runtime.device))
         device, precision = self.distributed.device, config.optim.precision
         self.config = config = resolve_precision(config, device)
-        if self.distributed.is_main:
-            warn_of_emulated_bf16(config.optim.precision, device)
         if precision == "fp8":
             require_float8(device)
         self.step = 0
@@ -149,7 +145,14 @@ class Trainer:
                     read = self._gather(losses + terms, micro_batches, stop)
                 torch.autograd.backward(loss / len(micro_batches))
         gathered, (broken, stopped, context_tokens) = read()
-        metrics = self._losses(gathered[:, : len(losses)], rates["lr"])
+        step_losses = gathered[:, : len(losses)]
+        by_rank = step_losses.mean(dim=1)
+        if not by_rank.isfinite().all():
+            rank = int(by_rank.isfinite().int().argmin())
+            raise _not_finite(
+                f"the loss of step {self.step} is {by_rank[rank]} on rank {rank}", rates["lr"]
+            )
+        metrics = {"loss": step_losses.mean().item()}
         if terms:
             metrics["regularizer"] = gathered[:, len(losses) :].mean().item()
         set_rates(self.optimizer, lr=rates["lr"], weight_decay=rates["weight_decay"])
@@ -160,9 +163,10 @@ class Trainer:
         step_if_finite(self.optimizer, norms)
         grad_encoder, grad_predictor = read_norms().tolist()
         if not math.isfinite(grad_encoder + grad_predictor):
-            raise NonFiniteLossError(
+            raise _not_finite(
                 f"the gradients of step {self.step} have the norms {grad_encoder} (encoder) and "
-                f"{grad_predictor} (predictor){_advice(rates['lr'])}"
+                f"{grad_predictor} (predictor)",
+                rates["lr"],
             )
         self.model.update_target(rates["momentum"])
         self.step += 1
@@ -205,37 +209,28 @@ class Trainer:
 
         return read
 
-    def _losses(self, losses: Tensor, lr: float) -> dict[str, float]:
-        """Mean of the losses, a row for each process."""
-        mean = losses.mean().item()
-        if math.isfinite(mean):
-            return {"loss": mean}
-        rank, part = (~losses.isfinite()).nonzero()[0].tolist()
-        batch_size, seed = self.config.optim.batch_size, self.config.seed
-        order = batch_indices(len(self.train_indices), batch_size, seed=seed, step=self.step)
-        images = self.train_indices[order].reshape(*losses.shape, -1)[rank, part]
-        names = [self.images.name(int(index)) for index in images[:_SHOWN]]
-        more = f" and {len(images) - _SHOWN} more" if len(images) > _SHOWN else ""
-        raise NonFiniteLossError(
-            f"the loss of step {self.step} is {losses[rank, part].item()} on rank {rank} "
-            f"(images {', '.join(names)}{more}){_advice(lr)}"
-        )
-
     def monitor(self) -> tuple[Monitor, list[tuple[str, str]]]:
         """Monitor of the held-out images, of some training images where none are held out.
 
-        Also name and reason of the images that could not be decoded.
+        Every process decodes a part of them. Also name and reason of those in it that are broken.
         """
         indices = self.held_out
         if not len(indices):
             rng = numpy_generator(self.config.seed, Stream.HELD_OUT, 1)
             count = min(_MONITORED, len(self.train_indices))
             indices = np.sort(rng.choice(self.train_indices, count, replace=False))
-        pixels, labels, broken = evaluation_images(self.images, indices, self.image_size)
+        world = self.distributed.world_size
+        indices = np.pad(indices, (0, -len(indices) % world), constant_values=-1)
+        own = np.split(indices, world)[self.distributed.rank]
+        channels = self.model.encoder.patch_embed.proj.in_channels
+        pixels, known, broken = evaluation_images(self.images, own, (channels, *self.image_size))
+        targets = self.images.targets
+        several = targets is not None and targets.ndim > 1  # per image, which monitors do not read
+        labels = None if targets is None or several else torch.from_numpy(targets[own])
         data, precision = self.config.data, self.config.optim.precision
         # Batches of the shape of the training steps, which is compiled already.
         size = self.micro_batch_size
-        return Monitor(pixels, labels, data.mean, data.std, size, precision), broken
+        return Monitor(pixels, known, labels, data.mean, data.std, size, precision), broken
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer state by name, sharing memory: the state of the run but `step`."""
@@ -267,8 +262,8 @@ class Trainer:
         )
 
 
-def _advice(lr: float) -> str:
-    return (
-        f"; the step was not applied: resume with a lower optim.lr ({lr:.2g} in this step) in "
-        "another folder (--init RUN --resume-optimizer), or use optim.precision=fp32"
+def _not_finite(what: str, lr: float) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"{what}; the step was not applied: resume with a lower optim.lr ({lr:.2g} in this step) "
+        "in another folder (--init RUN --resume-optimizer), or use optim.precision=fp32"
     )

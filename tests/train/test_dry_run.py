@@ -1,7 +1,6 @@
 """A dry run counts, measures and leaves nothing behind."""
 
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,26 +22,32 @@ def test_dry_run_measures_and_leaves_nothing_behind(tmp_path, monkeypatch, capsy
     assert "32 training images, 9 updates of 8 images" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"images.npy", "own.yaml"}
     report = dry_run(CONFIG, pictures())
-    assert report.parameters["encoder"] == report.parameters["target_encoder"]
-    assert (report.world_size, report.parts) == (1, 2)
+    assert "(1 processes, 2 micro-batches each)" in str(report)
     assert 1e8 < report.memory < 1e11
+    assert report.step_seconds > 0
     with pytest.raises(SettingsError, match=r"optim\.batch_size=8"):
         dry_run(CONFIG, pictures(10))
 
 
-def test_report_has_totals_that_count_the_optimizer_once(monkeypatch):
+@pytest.mark.parametrize(
+    ("workers", "duration"),
+    [
+        (0, "68 days, 1:20:00 for the run, limited by"),
+        (5, "12 days, 12:00:00 for the run, without"),
+    ],
+)
+def test_report_has_totals_that_count_the_optimizer_once(monkeypatch, workers, duration):
     seconds = iter([100.0, 1.2, 1.7, 9.0])  # largest masks, one part, two parts, reading
     module = sys.modules[dry_run.__module__]  # its package has the function under this name
     monkeypatch.setattr(module, "_seconds", lambda work, device: next(seconds))
     optim = {"batch_size": 16, "duration": "4e5 steps"}
-    report = dry_run(change(CONFIG, runtime={"micro_batch_size": 4}, optim=optim), pictures())
+    runtime = {"micro_batch_size": 4, "workers": workers}
+    report = dry_run(change(CONFIG, runtime=runtime, optim=optim), pictures())
     assert report.step_seconds == pytest.approx(1.2 + 3 * (1.7 - 1.2))
     lines = dict(line.split(maxsplit=1) for line in str(report).splitlines())
     assert lines["speed"].startswith("5.926 images/s")
     assert "needs runtime.workers=5" in lines["loader"]  # 4 images in 3 seconds
-    assert lines["time"].startswith("68 days, 1:20:00 for the run, limited by the loaders")
-    lines = dict(line.split(maxsplit=1) for line in str(replace(report, workers=5)).splitlines())
-    assert lines["time"].startswith("12 days, 12:00:00 for the run, without")
+    assert lines["time"].startswith(duration)
 
 
 def test_flops_of_a_published_recipe():

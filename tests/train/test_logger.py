@@ -1,15 +1,16 @@
 """The log of a run, and its picture."""
 
 import csv
-import json
 import sys
 
+import numpy as np
 import pytest
 from small_run import CONFIG, change
 
 from ijepa_zoo.errors import MissingPackageError, RunError, SettingsError
 from ijepa_zoo.train import describe_config, plot_run
-from ijepa_zoo.train.logger import Meter, RunLogger, check_log_targets, read_initial, read_log
+from ijepa_zoo.train.data import mask_sampler, sample_masks
+from ijepa_zoo.train.logger import Meter, RunLogger, check_log_targets, read_log
 
 OFFICIAL = "epoch,itr,loss,mask-A,mask-B,time (ms)"
 
@@ -37,27 +38,20 @@ def test_first_columns_are_the_official_ones(tmp_path):
     assert read == pytest.approx(row(5, rankme=12.5, knn=float("nan")), rel=1e-8, nan_ok=True)
 
 
-def test_warnings_and_metrics_are_kept_and_shown(tmp_path, capsys):
-    assert read_initial(tmp_path) == {}
+def test_metrics_before_the_first_step_are_kept_and_shown(tmp_path, capsys):
     with RunLogger(tmp_path, 0, CONFIG) as log:
-        log.initial({"rankme": 3.0, "knn": float("nan")})
-        log.warn(3, "the features are collapsing")
+        log.initial({"rankme": 3.0})
+        log.write(row(0))
         log.final({"rankme": 12.0, "ema_distance": 0.5}, {"rankme": 3.0})
-    events = tmp_path / "events.jsonl"
-    with events.open("a") as file:
-        file.write('{"step": 4, "ki')  # cut off by a crash
-    with RunLogger(tmp_path, 4, CONFIG):
-        pass
     shown = capsys.readouterr().err
-    assert "warning: the features are collapsing" in shown
+    assert "at initialization: rankme 3" in shown
     assert "rankme 12 (was 3)" in shown
-    assert read_initial(tmp_path) == {"rankme": 3.0}
-    event = json.loads(events.read_text().splitlines()[-1])
-    assert (event["step"], event["kind"]) == (3, "warning")
-    with RunLogger(tmp_path, 3, CONFIG):
-        assert len(events.read_text().splitlines()) == 1
+    with RunLogger(tmp_path, 1, CONFIG):
+        first, second = read_log(tmp_path)
+    assert first == {"step": -1.0, "rankme": 3.0}
+    assert second["step"] == 0
     with RunLogger(tmp_path, 0, CONFIG):  # started again, maybe with other networks
-        assert read_initial(tmp_path) == {}
+        assert read_log(tmp_path) == []
 
 
 def test_resumed_run_drops_lost_rows_and_refuses_damage(tmp_path):
@@ -88,11 +82,15 @@ def test_tensorboard_has_every_metric_once(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    write(tmp_path, range(4), to=("csv", "tensorboard"))
+    with RunLogger(tmp_path, 0, change(CONFIG, log={"to": ("csv", "tensorboard")})) as log:
+        log.initial({"rankme": 3.0})
+        for step in range(4):
+            log.write(row(step))
     write(tmp_path, range(2, 5), first_step=2, to=("csv", "tensorboard"))
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [point.step for point in board.Scalars("loss")] == list(range(5))
-    assert set(board.Tags()["scalars"]) == row(0).keys() - {"step"}
+    assert [point.step for point in board.Scalars("rankme")] == [0]
+    assert set(board.Tags()["scalars"]) == row(0).keys() - {"step"} | {"rankme"}
 
 
 def test_wandb_has_settings_and_rows_and_keeps_its_id(tmp_path, monkeypatch):
@@ -148,6 +146,11 @@ def test_what_was_logged_is_plotted(tmp_path, monkeypatch):
     assert lines == [1, 2, 1, 0, 0, 1, 0, 0, 1]  # rank has a line at its first value
     assert curves.axes[1].lines[1].get_ydata().tolist() == [3.0, *range(4, 24)]
     assert [len(axis.images) for axis in masks.axes] == [1] * 8
+    sampler = mask_sampler(CONFIG.mask, (8, 8))
+    for step, axis in enumerate(masks.axes):  # the run's own
+        context, _ = sample_masks(sampler, CONFIG, step, slice(0, CONFIG.group_size))
+        white = np.flatnonzero(np.asarray(axis.images[0].get_array()) == 1)
+        assert set(white) <= set(context[0].tolist())
     for out in ("plot.jpg", ".", "none/plot.png"):
         with pytest.raises(SettingsError, match=r"not a \.png file"):
             plot_run(tmp_path, tmp_path / out)

@@ -32,7 +32,8 @@ def pictures(count):
 
 
 def measure(model, images, labels=None, **options):
-    return Monitor(images, labels, MEAN, STD, **options).measure(model, Distributed())
+    known = torch.ones(len(images), dtype=torch.bool)
+    return Monitor(images, known, labels, MEAN, STD, **options).measure(model, Distributed())
 
 
 def updated():
@@ -75,6 +76,13 @@ def test_metrics_are_those_of_the_target_encoder():
     assert metrics["ema_distance"] > 0
 
 
+def test_images_that_are_not_known_do_not_count():
+    model, images, labels = updated(), pictures(9), torch.arange(9) % 3
+    known = torch.arange(9) % 4 > 0
+    found = Monitor(images, known, labels, MEAN, STD, 4).measure(model, Distributed())
+    assert found == pytest.approx(measure(model, images[known], labels[known]), rel=1e-5)
+
+
 def test_the_distance_holds_one_difference_at_a_time():
     alive, most = weakref.WeakSet(), []
 
@@ -86,7 +94,7 @@ def test_the_distance_holds_one_difference_at_a_time():
                 most.append(len(alive))
             return result
 
-    model, monitor = updated(), Monitor(pictures(2), None, MEAN, STD)
+    model, monitor = updated(), Monitor(pictures(2), torch.tensor([True, True]), None, MEAN, STD)
     with Watch():
         monitor.measure(model, Distributed())
     assert len(most) > 20

@@ -5,9 +5,8 @@ import torch
 from small_run import CONFIG, change, pictures, rows, stop_after, train
 
 import ijepa_zoo
-from ijepa_zoo.data import open_images
 from ijepa_zoo.errors import MissingPackageError, RunError, SettingsError
-from ijepa_zoo.train import Trainer, dry_run
+from ijepa_zoo.train import dry_run
 from ijepa_zoo.train.folder import read_settings
 from ijepa_zoo.train.precision import (
     has_native_bf16,
@@ -42,13 +41,6 @@ def test_a_run_keeps_its_precision_on_another_device(tmp_path, monkeypatch):
     assert read_settings(tmp_path).optim.precision == "bf16"
     with pytest.raises(RunError, match=r"optim\.precision"):
         train(tmp_path, change(AUTO, optim={"precision": "fp32"}))
-
-
-def test_emulated_bf16_is_announced(monkeypatch, caplog):
-    for native in (True, False):
-        bf16_is_native(monkeypatch, native)
-        Trainer(change(CONFIG, optim={"precision": "bf16"}), open_images(pictures()))
-        assert ("optim.precision=fp32" in caplog.text) != native
 
 
 # --- float8
