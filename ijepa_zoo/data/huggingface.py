@@ -69,9 +69,17 @@ class HFDataset(ImageDataset):
                 "label=COLUMN", self._name, column, features[column],
             )  # fmt: skip
             return
+        if several and dtype.startswith(("int", "uint")) and not hasattr(item, "names"):
+            raise DataError(
+                f"{self._name}: column '{column}' is lists of {dtype}, which may be class numbers "
+                "or 0 and 1 for each class: cast it to lists of ClassLabel or of bool, or name "
+                "another with label=COLUMN"
+            )
         values = data.select_columns([column]).with_format(None)[:][column]
+        if several and dtype == "bool":  # one value per class
+            values = [None if row is None else np.flatnonzero(row).tolist() for row in values]
         rows = values if several else ([value] for value in values)
-        lists = [[value for value in row or () if value is not None] for row in rows]
+        lists = [[value for value in row or () if value not in (None, -1)] for row in rows]
         names = item.names if isinstance(item, datasets.ClassLabel) else []
         if "string" in dtype:
             names = sorted({value for row in lists for value in row})
@@ -207,14 +215,23 @@ def _name_and_options(path: str) -> tuple[str, dict[str, str]]:
 def parse_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     """`NAME:key=value,key=value` as name and options."""
     name, text = _split_options(path)
-    options = dict(part.partition("=")[::2] for part in text.split(",") if part)
+    parts = re.split(r",(?=\w+=)", text)  # a path may have commas
+    options = dict(part.partition("=")[::2] for part in parts if part)
     for key, value in options.items():
         if key not in known or not value:
             raise DataError(f"'{path}': '{key}' is not one of {'=..., '.join(known)}=...")
     return name, options
 
 
+def with_split(path: str, split: str) -> str:
+    """A path of a dataset with its split as one more option."""
+    has_options = not os.path.lexists(path) and bool(_split_options(path)[1])
+    return f"{path}{',' if has_options else ':'}split={split}"
+
+
 def _split_options(path: str) -> tuple[str, str]:
-    """Before and after the first colon that is not of a Windows drive."""
-    name, *options = re.split(r":(?![\\/])", path, maxsplit=1)
+    """Before and after the colon of the options; a path may have others, as of a Windows drive."""
+    name, *options = re.split(r":(?=\w+=)", path, maxsplit=1)
+    if not options:
+        name, *options = re.split(r":(?=\w*$)", path, maxsplit=1)
     return name, "".join(options)

@@ -118,7 +118,9 @@ def _open_paths(
             targets = [labels for _, labels in arrays if labels is not None]
             joined = np.concatenate(targets) if len(targets) == len(arrays) else None
             names = [os.path.basename(path) for path in paths]
-            return ArrayDataset([images for images, _ in arrays], decoder, names, joined)
+            is_mapped = all(isinstance(images, np.memmap) for images, _ in arrays)
+            mapped = paths if is_mapped else ()
+            return ArrayDataset([images for images, _ in arrays], decoder, names, joined, mapped)
     files = (file for file in list_files(paths) if exclude is None or not exclude(file.path))
     images = FileDataset(files, decoder)
     if not len(images):

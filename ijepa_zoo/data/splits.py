@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..errors import DataError
 from .datasets import FileDataset, ImageDataset, Labels, Subset, Targets, indicator_matrix
 from .decode import Decoder
 from .files import SHARD_SUFFIXES, TEST, TRAIN, File
-from .huggingface import hf_splits, is_hf
+from .huggingface import hf_splits, is_hf, with_split
 from .labels import LabeledFiles
 from .sources import open_images, torch_splits
 
@@ -189,9 +190,10 @@ def _class_folders(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _named_shards(root: Path, names: Sequence[str]) -> list[str]:
-    """The shards whose names contain the first of `names` that occurs."""
+    """The shards that have the first of `names` that occurs as a word of their own names."""
     shards = [path for path in sorted(root.iterdir()) if path.name.endswith(SHARD_SUFFIXES)]
-    found = ([str(path) for path in shards if name in path.name.lower()] for name in names)
+    words = {str(path): re.findall("[a-z]+", path.name.lower()) for path in shards}
+    found = ([path for path in words if name in words[path]] for name in names)
     return next(filter(None, found), [])
 
 
@@ -201,10 +203,9 @@ def _open_named(path: str, splits: Sequence[str], decoder: Decoder) -> tuple[Spl
     tests = [name for name in (*TEST, *_ALSO_TEST) if name in splits]
     if train is None or not tests:
         return _open(path, "all", decoder), None
-    joint = "," if ":" in path else ":"
-    first = _open(f"{path}{joint}split={train}", train, decoder)
+    first = _open(with_split(path, train), train, decoder)
     for name in tests:  # some have a test split whose classes are hidden
-        images = open_images(f"{path}{joint}split={name}", decoder=decoder)
+        images = open_images(with_split(path, name), decoder=decoder)
         if images.targets is not None and (images.targets >= 0).any():
             return _same_classes(first, Split(images, images.targets, images.classes, name))
     raise DataError(f"'{path}' has no classes in {' or '.join(tests)}: give a test set")

@@ -93,6 +93,10 @@ def test_columns_can_be_named_also_below_a_folder_with_a_colon(tmp_path):
          ["x;y", None, "y"]),
         (["b", None, "a"], datasets.Value("string"), ["b", None, "a"]),
         ([["b"], ["a", "b"], []], datasets.Sequence(datasets.Value("string")), ["b", "a;b", None]),
+        ([[0, -1], [-1], []], datasets.Sequence(datasets.ClassLabel(names=["x", "y"])),
+         ["x", None, None]),
+        ([[True, False, True], None, [False] * 3], datasets.Sequence(datasets.Value("bool")),
+         ["0;2", None, None]),
         ([4, None, 2], datasets.Value("int64"), ["4", None, "2"]),
         ([True, False, True], datasets.Value("bool"), ["1", "0", "1"]),
         ([0, None, 1], None, ["x", None, "y"]),
@@ -107,6 +111,13 @@ def test_columns_of_other_kinds(caplog, column, kind, expected):
     assert ("'label'" in caplog.text) == (expected is None)
 
 
+def test_lists_of_numbers_are_refused():
+    """They may be class numbers, or 0 and 1 for each class."""
+    numbers = data([[0, 1], [1, 0]], datasets.Sequence(datasets.Value("int64")))
+    with pytest.raises(DataError, match=r"'label' is lists of int64.*ClassLabel"):
+        open_images(numbers)
+
+
 def test_splits(tmp_path):
     # classes of `test` are hidden
     splits = {"train": data([0, 1, 1]), "test": data([-1, -1]), "validation": data([1, 0])}
@@ -118,6 +129,8 @@ def test_splits(tmp_path):
         assert (train.name, test.name) == ("train", "validation")
         assert (labels(train.images), labels(test.images)) == (["x", "y", "y"], ["y", "x"])
     assert open_splits(f"{tmp_path}/saved:split=validation")[1] is None
+    (tmp_path / "a:b").symlink_to(tmp_path)
+    assert open_splits(tmp_path / "a:b/saved")[1].name == "validation"
     datasets.DatasetDict({"train": splits["train"]}).save_to_disk(tmp_path / "alone")
     assert open_splits(tmp_path / "alone")[1] is None
 
