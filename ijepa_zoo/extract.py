@@ -199,7 +199,15 @@ def run_extraction(
             overwrite=overwrite,
             progress=progress,
         )
+        if strict and already_done:
+            distributed.run_on_main(lambda: _refuse_failures(outputs))
         return _report(outputs, already_done) if distributed.is_main else None
+
+
+def _refuse_failures(outputs: Outputs) -> None:
+    """Refuse a finished run that was not strict if an image failed."""
+    for name, error in outputs.failures().values():
+        raise RunError(f"{name!r}: {error} (strict: a finished run has left it out)")
 
 
 def extract_batches(

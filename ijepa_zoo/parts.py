@@ -176,6 +176,9 @@ def lock_outputs(
                     f"another process is writing '{outputs.features}' now: wait for it, or choose "
                     "another output"
                 ) from None
+            # another process may have finished between the check and the lock
+            finished = not overwrite and _is_finished(outputs, settings, is_cache)
+        if not finished:
             _start_or_resume(outputs, settings, overwrite or is_cache)
         return finished, settings
 

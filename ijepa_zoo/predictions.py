@@ -28,6 +28,7 @@ from .models.classifier import Classifier
 from .parts import Outputs, Parts
 
 TABLES = {".csv": "csv", ".parquet": "parquet"}
+_LONGEST_STEM = 200  # bytes; file systems allow 255 for the whole name
 _MILLI = 1000  # units of a map of one channel, such as meters, in a 16-bit PNG
 
 
@@ -187,7 +188,8 @@ def _write_maps(
         for number, (line, row) in enumerate(_rows(parts, outputs.index)):
             name = None
             if row is not None:
-                name = f"{number:06}-{Path(line['path']).stem}.png"
+                stem = os.fsencode(Path(line["path"]).stem)[:_LONGEST_STEM].decode(errors="ignore")
+                name = f"{number:06}-{stem}.png"
                 dtype = np.uint16 if large else np.uint8
                 values = row.clip(0, np.iinfo(dtype).max).round()
                 Image.fromarray(values.astype(dtype)).save(folder / name)
