@@ -1,6 +1,5 @@
 """create_model and create_ijepa: from a name, folder or repository to networks with weights."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +72,10 @@ def create_model(
     if name.startswith(FOLDER_PREFIX) and (classifier := _open_classifier(name, kwargs)):
         return classifier
     name, kwargs, source = _read_name(name, kwargs)
-    multi_label = (kwargs.get("pretrained_cfg") or {}).pop("multi_label", False)
+    multi_label, cfg = False, kwargs.get("pretrained_cfg")  # or a tag, or timm's PretrainedCfg
+    if isinstance(cfg, Mapping):
+        multi_label = cfg.get("multi_label", False)
+        kwargs["pretrained_cfg"] = {k: v for k, v in cfg.items() if k != "multi_label"}
     if checkpoint is None and source is not None and source.is_other_vit:
         model = as_encoder(timm.create_model(name, pretrained=False, **kwargs))
         if pretrained:
@@ -280,9 +282,7 @@ def create_ijepa(
     made = {
         network: _load(create_encoder(name, **encoder_kwargs), networks, network)
         if is_other
-        else create_model(
-            name, network=network, checkpoint=networks, **copy.deepcopy(encoder_kwargs)
-        )
+        else create_model(name, network=network, checkpoint=networks, **encoder_kwargs)
         for network in ("encoder", "target_encoder")
     }
     encoder = made["encoder"]

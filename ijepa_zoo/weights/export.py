@@ -234,7 +234,10 @@ def _describe(encoder: VisionTransformer, origin: str) -> Networks:
         key: list(config[key]) if isinstance(config[key], tuple) else config[key]
         for key in PREPROCESSING
     }
-    if len(names := cfg.get("label_names") or ()) == encoder.num_classes > 0:
+    names = cfg.get("label_names") or ()
+    if isinstance(names, Mapping):  # timm's form for names with gaps; its keys are text in JSON
+        names = [names.get(i, names.get(str(i), str(i))) for i in range(encoder.num_classes)]
+    if len(names) == encoder.num_classes > 0:
         preprocessing["label_names"] = list(names)
     if getattr(encoder, "multi_label", False):
         preprocessing["multi_label"] = True

@@ -115,6 +115,14 @@ def test_round_trip_of_all_networks_in_memory_is_exact(tiny, tiny_predictor, tmp
             ijepa_zoo.export(native, tmp_path / "official", "official")
 
 
+@pytest.mark.parametrize("names", [{0: "cat", 2: "dog"}, {"0": "cat", "2": "dog"}])
+def test_names_of_classes_with_gaps(encoder, tmp_path, names):
+    model = encoder(num_classes=3, pretrained_cfg_overlay={"label_names": names})
+    ijepa_zoo.export(model, tmp_path / "a")
+    again = ijepa_zoo.create_model(f"local-dir:{tmp_path}/a")
+    assert [*again.pretrained_cfg["label_names"]] == ["cat", "1", "dog"]
+
+
 @pytest.mark.parametrize("to", [*FOLDERS, "official"])
 @torch.no_grad()
 def test_exports_are_byte_identical_also_in_half_precision(source, create, expected, to):
