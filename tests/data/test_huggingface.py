@@ -65,6 +65,7 @@ def test_objects_and_folders(tmp_path):
         (f"hfds/{tmp_path}/absent", "absent"),
         (f"{tmp_path}/both:test", "test"),
         (f"{tmp_path}/both:image=label", "label"),
+        (f"{tmp_path}/both:image=absent", "absent"),
         (f"{tmp_path}/both:label=absent", "absent"),
         (both, "DatasetDict"),
         (whole.to_iterable_dataset(), "IterableDataset"),
@@ -111,11 +112,13 @@ def test_columns_of_other_kinds(caplog, column, kind, expected):
     assert ("'label'" in caplog.text) == (expected is None)
 
 
-def test_lists_of_numbers_are_refused():
+def test_lists_of_numbers_are_no_labels(tmp_path):
     """They may be class numbers, or 0 and 1 for each class."""
     numbers = data([[0, 1], [1, 0]], datasets.Sequence(datasets.Value("int64")))
-    with pytest.raises(DataError, match=r"'label' is lists of int64.*ClassLabel"):
-        open_images(numbers)
+    numbers.save_to_disk(tmp_path / "a")
+    assert open_images(tmp_path / "a").targets is None
+    with pytest.raises(DataError, match=r"'label' is .*int64.*ClassLabel"):
+        open_images(f"{tmp_path}/a:label=label")
 
 
 def test_splits(tmp_path):
@@ -139,8 +142,10 @@ def test_rows_without_an_image_and_a_missing_package(tmp_path, monkeypatch):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     stored = pa.array([STORED[0], {"bytes": None, "path": None}])
     parquet.write_table(pa.table({"image": stored}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="image=COLUMN"):  # without the metadata of datasets
+        open_images(tmp_path / "a.parquet")
     with pytest.raises(ImageError, match="no image"):
-        open_images(tmp_path / "a.parquet").read(1)
+        open_images(f"{tmp_path}/a.parquet:image=image").read(1)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackageError, match="pip install datasets"):
         open_images("hfds/owner/name")
