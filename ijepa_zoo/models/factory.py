@@ -164,15 +164,12 @@ def is_own_model(name: str) -> bool:
 
 def create_timm_model(name: str, **kwargs: Any) -> nn.Module:
     """timm's `create_model`, with our errors."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
         return timm.create_model(name, **kwargs)
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except OSError as error:  # of the Hub too
         raise FetchError(
-            f"the weights of {name!r} are not in the Hub's cache and cannot be fetched ({error}): "
-            "check the network and HF_ENDPOINT, or give a folder that timm has saved, "
-            "timm:local-dir:FOLDER"
+            f"the weights of {name!r} cannot be fetched ({error}): check the network, or give a "
+            "folder that timm has saved, timm:local-dir:FOLDER"
         ) from error
     except RuntimeError as error:  # no such model, tag or weights
         raise SettingsError(

@@ -119,24 +119,16 @@ def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Ite
         for item in part.rglob("*"):  # safetensors makes files that only their owner reads
             item.chmod(0o755 if item.is_dir() else 0o644)
         check_destination(folder, written, overwrite)  # it may exist by now
-        old = Path(scratch) / "old"
-        try:
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(part, folder)
-        except BaseException:  # also Ctrl-C
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            raise
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "old")
+        os.replace(part, folder)
 
 
 def _refuse_source(source: str | Path, folder: Path) -> None:
     """Refuse to replace a folder that contains the source."""
-    path = Path(str(source).removeprefix(FOLDER_PREFIX)).expanduser()
-    if path.exists() and folder.exists():
-        path, target = path.resolve(), folder.resolve()
-        if target in (path, *path.parents):
-            raise RunError(f"{folder} contains the source {source}: choose another name")
+    path = Path(str(source).removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+    if path.exists() and folder.resolve() in (path, *path.parents):
+        raise RunError(f"{folder} contains the source {source}: choose another name")
 
 
 def check_exportable(model: nn.Module) -> None:
@@ -189,8 +181,7 @@ def _from_source(
         chosen = networks.choose(network)
         wanted = [chosen] if network or only_one else list(networks.states)
         states = {key: networks.states[key]() for key in wanted}
-    args: dict[str, Any] = {"device": "meta", "weight_init": "skip"}
-    args |= {**networks.args, **encoder_kwargs}
+    args = {"device": "meta", "weight_init": "skip", **networks.args, **encoder_kwargs}
     if networks.pretrained_cfg:
         args["pretrained_cfg"] = dict(networks.pretrained_cfg)
     heads = [len(state["head.weight"]) for state in states.values() if "head.weight" in state]
