@@ -54,9 +54,7 @@ def predict(
             classifier folder of a probe.
         out: File ending in .csv or .parquet; a folder for a dense head.
         topk: Classes per image, the most probable first.
-        options: Further arguments of :func:`ijepa_zoo.extract_features`: batch_size, device,
-            workers, threads, precision, strict, value_range, bands, max_pixels, overwrite,
-            progress.
+        **options: See :class:`ijepa_zoo.extract.ExtractionOptions`.
 
     Returns:
         The result; None on ranks other than 0.
