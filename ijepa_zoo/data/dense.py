@@ -179,8 +179,11 @@ def _count_classes(data: DenseData, workers: int, progress: bool) -> int:
     largest, where = 0, ""
     for part in (data.train, data.test):
         with progress_bar(progress, len(part), "classes of masks") as bar:
-            for found in load_in_order(partial(_largest_class, part), range(len(part)), workers):
-                largest, where = max((largest, where), found)
+            for found, name in load_in_order(
+                partial(_largest_class, part), range(len(part)), workers
+            ):
+                if found >= largest:
+                    largest, where = found, name
                 bar.update()
     if not 0 < largest < _MOST_CLASSES:
         raise DataError(
