@@ -224,7 +224,6 @@ def create_ijepa(
     *,
     predictor_embed_dim: int | None = None,
     predictor_depth: int | None = None,
-    predictor_context: Literal["repeated", "shared"] | None = None,
     checkpoint: str | Path | Networks | None = None,
     regularizer: nn.Module | None = None,
     loss: Literal["smooth_l1", "l2"] = "smooth_l1",
@@ -239,8 +238,6 @@ def create_ijepa(
         predictor_embed_dim: Width of the predictor; default: that of the weights, else
             384 as in the paper.
         predictor_depth: Blocks of the predictor; default: that of the weights, else the paper's.
-        predictor_context: 'repeated', the official predictor, or 'shared', see
-            :class:`~ijepa_zoo.models.predictor.Predictor`; default: that of the weights.
         checkpoint: Your own weights, of all three networks.
         regularizer: See :class:`ijepa_zoo.IJepa`.
         loss: See there.
@@ -260,8 +257,8 @@ def create_ijepa(
         checkpoint = source
     model, _, tag = name.partition(".")
     objective: dict[str, Any] = {"regularizer": regularizer, "loss": loss}
-    asked = dict(embed_dim=predictor_embed_dim, depth=predictor_depth, context=predictor_context)
-    asked = {key: value for key, value in asked.items() if value is not None}
+    sizes = {"embed_dim": predictor_embed_dim, "depth": predictor_depth}
+    asked = {key: value for key, value in sizes.items() if value is not None}
     size = PREDICTORS.get(model, _DEFAULT_PREDICTOR)
     if not pretrained and checkpoint is None:
         encoder = create_encoder(name, **encoder_kwargs)
@@ -291,14 +288,13 @@ def create_ijepa(
     return IJepa(encoder, predictor, made["target_encoder"], **objective)
 
 
-def _predictor(encoder: Any, size: Mapping[str, Any], device: torch.device) -> Predictor:
-    width = size["embed_dim"]
+def _predictor(encoder: Any, size: Mapping[str, int], device: torch.device) -> Predictor:
     return Predictor(
         tuple(encoder.patch_embed.grid_size),
         encoder.embed_dim,
-        predictor_embed_dim=width,
+        predictor_embed_dim=size["embed_dim"],
+        depth=size["depth"],
         num_heads=load.num_heads(encoder),
         device=device,
         dtype=next(encoder.parameters()).dtype,
-        **{key: value for key, value in size.items() if key != "embed_dim"},
     )

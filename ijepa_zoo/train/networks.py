@@ -81,7 +81,6 @@ def _check_predictor(config: PretrainConfig, predictor: Predictor, init: str | P
         {
             "predictor_embed_dim": network.predictor_embed.out_features,
             "predictor_depth": len(network.predictor_blocks),
-            "predictor_context": network.context,
         }
         for network in (predictor, expected)
     ]

@@ -142,9 +142,9 @@ def _from_module(module: IJepa | VisionTransformer, network: str | None) -> Netw
     if isinstance(module, IJepa):
         described = _describe(module.encoder, "an IJepa module")
         states = {name: partial(_state, getattr(module, name)) for name in registry.NETWORKS}
-        context = {"context": module.predictor.context}
-        predictor = _predictor_args(_state(module.predictor), context)
-        return replace(described, states=states, predictor=predictor)
+        return replace(
+            described, states=states, predictor=_predictor_args(_state(module.predictor))
+        )
     check_exportable(module)
     label = network or str(getattr(module, "weights_network", UNLABELED))
     described = _describe(module, getattr(module, "weights_origin", "an encoder in memory"))
@@ -195,20 +195,14 @@ def _from_source(
         _describe(template, networks.origin),
         states={key: partial(dict, state) for key, state in states.items()},
         norm_eps=networks.norm_eps,
-        predictor=_predictor_args(predictor, networks.predictor) if predictor else {},
+        predictor=_predictor_args(predictor) if predictor else {},
         license=networks.license,
     )
 
 
-def _predictor_args(state: State, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of a predictor, and its context if that is not the official one."""
+def _predictor_args(state: State) -> dict[str, int]:
     blocks = {key.split(".")[1] for key in state if key.startswith("predictor_blocks.")}
-    context = known.get("context", "repeated")
-    return {
-        "embed_dim": state["mask_token"].shape[-1],
-        "depth": len(blocks),
-        **({} if context == "repeated" else {"context": context}),
-    }
+    return {"embed_dim": state["mask_token"].shape[-1], "depth": len(blocks)}
 
 
 def _describe(encoder: VisionTransformer, origin: str) -> Networks:

@@ -36,7 +36,7 @@ class Networks:
     model: str | None = None  # registered name, if known; timm's name of another ViT
     args: Mapping[str, Any] = field(default_factory=dict)  # timm's, of the encoder, if known
     norm_eps: float = 1e-6
-    predictor: Mapping[str, Any] = field(default_factory=dict)  # embed_dim, depth and context
+    predictor: Mapping[str, int] = field(default_factory=dict)  # embed_dim and depth
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)  # timm's, if known
     license: str | None = None
 
@@ -235,6 +235,11 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
         raise CheckpointError(
             f"{origin} is an encoder with a head: open it with ijepa_zoo.create_model"
             f"('local-dir:{origin}') or use its encoder, {config.get('encoder')}"
+        )
+    if "context" in ours["predictor"]:
+        raise CheckpointError(
+            f"{origin} has a predictor with predictor_context=shared, which is gone: load the "
+            f"encoder alone, checkpoint='{origin}/model.safetensors'"
         )
 
     def read(file: str) -> State:

@@ -208,11 +208,6 @@ def _write_official(
             f"an official file has all three networks: {networks.origin} has "
             f"{', '.join(networks.states)}" + (f", and network={network}" if network else "")
         )
-    if "context" in networks.predictor:
-        raise CheckpointError(
-            f"the predictor of {networks.origin} has context='shared', which the official "
-            "repository lacks: export to native instead"
-        )
     content: dict[str, Any] = {"epoch": 0}
     for name, read in networks.states.items():
         content[name] = {  # trained with DistributedDataParallel

@@ -125,6 +125,7 @@ def test_run_and_checkpoint_folders(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "change", "named"),
     [
+        ("native", {"ijepa_zoo": {"predictor": {"context": "shared"}}}, r"model\.safetensors"),
         ("native", {"ijepa_zoo": "classifier", "encoder": "vit_x"}, "vit_x"),
         ("timm", {"model_args": {"checkpoint_path": "a.pth"}}, "checkpoint_path"),
         ("timm", {"architecture": "resnet50"}, "resnet50"),
