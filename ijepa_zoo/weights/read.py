@@ -261,16 +261,21 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
 
 def _read_folder(locate: Locate, origin: str) -> State:
     """The one network of a timm or transformers folder, from one file or shards."""
-    names, index = {"model.safetensors"}, "model.safetensors.index.json"
-    if locate("model.safetensors") is None and locate(index) is not None:
-        names = {*_read_json(locate, index, origin)["weight_map"].values()}
-    content: State = {}
-    for name in names:
-        content |= _read_safetensors(_require(locate, name, origin))
-    found = find_networks(content, origin)
-    if len(found) > 1:
-        raise CheckpointError(f"{origin} has {', '.join(found)} in one file: load that file")
-    return next(iter(found.values()))
+    content: dict[str, Any] = {}
+    readers = {"model.safetensors": _read_safetensors, "pytorch_model.bin": _read_pickle}
+    for name, read in readers.items():  # timm's save_for_hf writes the second by default
+        shards = {name}
+        if locate(name) is None:
+            if locate(f"{name}.index.json") is None:
+                continue
+            shards = {*_read_json(locate, f"{name}.index.json", origin)["weight_map"].values()}
+        for shard in shards:
+            content |= read(_require(locate, shard, origin))
+        found = find_networks(content, origin)
+        if len(found) > 1:
+            raise CheckpointError(f"{origin} has {', '.join(found)} in one file: load that file")
+        return next(iter(found.values()))
+    raise CheckpointError(f"{origin} has neither model.safetensors nor pytorch_model.bin")
 
 
 def _files(location: str, cache_dir: str | Path | None = None) -> Locate:
