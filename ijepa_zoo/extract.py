@@ -63,6 +63,46 @@ class ExtractionReport:
     settings: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class ExtractionOptions:
+    """Options of :func:`extract_features` and :func:`ijepa_zoo.predict`, with the same names.
+
+    Attributes:
+        batch_size: Images per batch. Default: 32, on a CUDA GPU as many as have about 65,536
+            patches.
+        device: 'auto' for the GPU if there is one (under torchrun one each), or torch's name.
+        workers: Processes that decode images; 0 decodes in this one. Default: one per CPU.
+        threads: Threads of the computation on a CPU. Default: one per CPU.
+        precision: Of the computation: 'float32', 'bfloat16' or 'float16' (autocast),
+            'bfloat16-weights' (everything in bfloat16: a little faster, about twice the error), or
+            'auto': on a CUDA GPU 'bfloat16', before compute capability 8.0 'float16', elsewhere
+            'float32'.
+        strict: Stop at the first image that fails.
+        value_range: Values of 16-bit images that become black and white, see `Decoder`.
+        bands: Bands or pages of image files that become channels, see `Decoder`.
+        max_pixels: Images with more pixels are refused.
+        overwrite: Replace finished files, and parts made with other settings.
+        progress: Show progress: a bar in a terminal, a line every 30 s elsewhere.
+    """
+
+    batch_size: int | None = None
+    device: str = "auto"
+    workers: int | None = None
+    threads: int | None = None
+    precision: str = "auto"
+    strict: bool = False
+    value_range: tuple[float, float] | None = None
+    bands: tuple[int, ...] | None = None
+    max_pixels: int = MAX_PIXELS
+    overwrite: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        counts = (self.batch_size, self.threads)
+        if min(1 if count is None else count for count in counts) < 1 or (self.workers or 0) < 0:
+            raise SettingsError("batch_size and threads must be at least 1, workers at least 0")
+
+
 def extract_features(
     inputs: Any,
     model: nn.Module,
@@ -71,17 +111,7 @@ def extract_features(
     layers: Layers = "last",
     pool: str | None = "auto",
     dtype: str = "float32",
-    batch_size: int | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    threads: int | None = None,
-    precision: str = "auto",
-    strict: bool = False,
-    value_range: tuple[float, float] | None = None,
-    bands: tuple[int, ...] | None = None,
-    max_pixels: int = MAX_PIXELS,
-    overwrite: bool = False,
-    progress: bool = False,
+    **options: Any,
 ) -> ExtractionReport | None:
     """Extract the features of images into one file, with an index of the images and their rows.
 
@@ -99,21 +129,8 @@ def extract_features(
         layers: See :class:`~ijepa_zoo.features.FeatureExtractor`.
         pool: See :class:`~ijepa_zoo.features.FeatureExtractor`.
         dtype: Of the file: 'float32', 'float16' or 'bfloat16'.
-        batch_size: Images per batch. Default: 32, on a CUDA GPU as many as have about 65,536
-            patches.
-        device: 'auto' for the GPU if there is one (under torchrun one each), or torch's name.
-        workers: Processes that decode images; 0 decodes in this one. Default: one per CPU.
-        threads: Threads of the computation on a CPU. Default: one per CPU.
-        precision: Of the computation: 'float32', 'bfloat16' or 'float16' (autocast),
-            'bfloat16-weights' (everything in bfloat16: a little faster, about twice the error), or
-            'auto': on a CUDA GPU 'bfloat16', before compute capability 8.0 'float16', elsewhere
-            'float32'.
-        strict: Stop at the first image that fails.
-        value_range: Values of 16-bit images that become black and white, see `Decoder`.
-        bands: Bands or pages of image files that become channels, see `Decoder`.
-        max_pixels: Images with more pixels are refused.
-        overwrite: Replace finished files, and parts made with other settings.
-        progress: Show progress: a bar in a terminal, a line every 30 s elsewhere.
+        **options: Those of :class:`ExtractionOptions`: batch_size, device, workers, threads,
+            precision, strict, value_range, bands, max_pixels, overwrite, progress.
 
     Returns:
         The result; failed images are listed in it and in the index. None on ranks other than 0.
@@ -124,27 +141,9 @@ def extract_features(
         RunError: Other results exist, another process is writing, an image fails under `strict`,
             or features are not finite in the chosen precision.
     """
-    if min(1 if batch_size is None else batch_size, threads or 1) < 1 or (workers or 0) < 0:
-        raise SettingsError("batch_size and threads must be at least 1, workers at least 0")
     features = {"layers": layers, "pool": pool, "dtype": dtype}
-    return run_extraction(
-        inputs,
-        model,
-        features,
-        _outputs(Path(out), dtype, pool),
-        _write_rows,
-        batch_size=batch_size,
-        device=device,
-        workers=workers,
-        threads=threads,
-        precision=precision,
-        strict=strict,
-        value_range=value_range,
-        bands=bands,
-        max_pixels=max_pixels,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    outputs = _outputs(Path(out), dtype, pool)
+    return run_extraction(inputs, model, features, outputs, _write_rows, **options)
 
 
 def run_extraction(
@@ -153,53 +152,51 @@ def run_extraction(
     features: dict[str, Any],
     outputs: Outputs,
     write: Writer,
-    *,
-    device: str = "auto",
-    batch_size: int | None = None,
-    workers: int | None = None,
-    threads: int | None = None,
-    precision: str = "auto",
-    strict: bool = False,
-    value_range: tuple[float, float] | None = None,
-    bands: tuple[int, ...] | None = None,
-    max_pixels: int = MAX_PIXELS,
-    overwrite: bool = False,
-    progress: bool = False,
+    **options: Any,
 ) -> ExtractionReport | None:
     """Extract features or predictions; `features` are options of `Encoder`."""
-    with init_distributed(device, timeout=_WEEK) as distributed:
-        encoder = Encoder(
-            model, device=distributed.device, precision=precision, threads=threads, **features
-        )
-        decoder = Decoder(encoder.in_chans, value_range, bands, max_pixels)
+    given = ExtractionOptions(**options)
+    with init_distributed(given.device, timeout=_WEEK) as distributed:
+        device, precision, threads = distributed.device, given.precision, given.threads
+        encoder = Encoder(model, device=device, precision=precision, threads=threads, **features)
+        decoder = Decoder(encoder.in_chans, given.value_range, given.bands, given.max_pixels)
         images = open_images(inputs, decoder=decoder, exclude=outputs.own)
         outputs.refuse_inputs(images)
         # Equal batches leave the fewest empty slots in the last one.
-        batch_size = -(-len(images) // -(-len(images) // (batch_size or encoder.batch_size)))
+        batch_size = -(-len(images) // -(-len(images) // (given.batch_size or encoder.batch_size)))
         settings = {
             **encoder.settings,
             "format": outputs.format,
             "batch_size": batch_size,
-            "value_range": value_range,
-            "bands": bands,
-            "max_pixels": max_pixels,
+            "value_range": given.value_range,
+            "bands": given.bands,
+            "max_pixels": given.max_pixels,
             "images": len(images),
             "inputs": images.fingerprint(),
             "paths": hash_texts(images.name(index) for index in range(len(images))),
         }
+        transform = create_transform(model, normalize=False)
         already_done = extract_batches(
             images,
-            ImageBatches(images, create_transform(model, normalize=False), batch_size, strict),
+            ImageBatches(images, transform, batch_size, given.strict),
             encoder,
             outputs,
             settings,
             distributed,
             write=write,
-            workers=workers,
-            overwrite=overwrite,
-            progress=progress,
+            workers=given.workers,
+            overwrite=given.overwrite,
+            progress=given.progress,
         )
+        if given.strict and already_done:
+            distributed.run_on_main(lambda: _refuse_failures(outputs))
         return _report(outputs, already_done) if distributed.is_main else None
+
+
+def _refuse_failures(outputs: Outputs) -> None:
+    """Refuse a finished run that was not strict if an image failed."""
+    for name, error in outputs.failures().values():
+        raise RunError(f"{name!r}: {error} (strict: a finished run has left it out)")
 
 
 def extract_batches(

@@ -21,7 +21,6 @@ from .distributed import Distributed
 from .errors import RunError, SettingsError
 
 _MOST_PARTS = 4096
-_IMAGES = {"inputs", "paths"}  # settings that are hashes of the list of images
 # File, parts, all outputs, shape of the rows, settings.
 Writer: TypeAlias = "Callable[[BinaryIO, Parts, Outputs, tuple[int, ...], dict[str, Any]], None]"
 
@@ -176,6 +175,9 @@ def lock_outputs(
                     f"another process is writing '{outputs.features}' now: wait for it, or choose "
                     "another output"
                 ) from None
+            # another process may have finished between the check and the lock
+            finished = not overwrite and _is_finished(outputs, settings, is_cache)
+        if not finished:
             _start_or_resume(outputs, settings, overwrite or is_cache)
         return finished, settings
 
@@ -250,10 +252,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    shown = [key for key in changed if key not in _IMAGES]
-    texts = [f"{key}: was {before.get(key)}, is {now.get(key)}" for key in shown]
-    return "; ".join(texts + ["other images"] * (len(shown) < len(changed)))
+    changed = (key for key in {**before, **now} if before.get(key) != now.get(key))
+    return "; ".join(f"{key}: was {before.get(key)}, is {now.get(key)}" for key in changed)
 
 
 def merge(

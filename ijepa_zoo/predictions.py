@@ -28,6 +28,7 @@ from .models.classifier import Classifier
 from .parts import Outputs, Parts
 
 TABLES = {".csv": "csv", ".parquet": "parquet"}
+_LONGEST_STEM = 200  # bytes; file systems allow 255 for the whole name
 _MILLI = 1000  # units of a map of one channel, such as meters, in a 16-bit PNG
 
 
@@ -53,9 +54,7 @@ def predict(
             classifier folder of a probe.
         out: File ending in .csv or .parquet; a folder for a dense head.
         topk: Classes per image, the most probable first.
-        options: Further arguments of :func:`ijepa_zoo.extract_features`: batch_size, device,
-            workers, threads, precision, strict, value_range, bands, max_pixels, overwrite,
-            progress.
+        **options: See :class:`ijepa_zoo.extract.ExtractionOptions`.
 
     Returns:
         The result; None on ranks other than 0.
@@ -187,7 +186,8 @@ def _write_maps(
         for number, (line, row) in enumerate(_rows(parts, outputs.index)):
             name = None
             if row is not None:
-                name = f"{number:06}-{Path(line['path']).stem}.png"
+                stem = os.fsencode(Path(line["path"]).stem)[:_LONGEST_STEM].decode(errors="ignore")
+                name = f"{number:06}-{stem}.png"
                 dtype = np.uint16 if large else np.uint8
                 values = row.clip(0, np.iinfo(dtype).max).round()
                 Image.fromarray(values.astype(dtype)).save(folder / name)

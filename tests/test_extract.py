@@ -257,6 +257,8 @@ def test_finished_run_is_not_repeated_and_others_are_refused(images, tmp_path, m
         patch.setattr(Encoder, "encode", lambda *_: pytest.fail("computed again"))
         again = extract(images, out)
         assert (again.already_done, again.failed) == (True, first.failed)
+        with pytest.raises(RunError, match="strict"):
+            extract(images, out, strict=True)
         for inputs, name, model, options, named in (
             (images, "f.npy", None, {"layers": "last4"}, r"layers: was \[3\]"),
             (images, "f.npy", make_model(1), {}, "weights_hash"),
@@ -268,6 +270,23 @@ def test_finished_run_is_not_repeated_and_others_are_refused(images, tmp_path, m
     assert files(tmp_path) == before
     extract(images, out, make_model(1), overwrite=True)
     assert not np.isclose(np.load(out), rows).all(1).any()
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_taken(images, tmp_path, monkeypatch):
+    out, acquire = tmp_path / "f.npy", FileLock.acquire
+    extract(images, tmp_path / "f.npy")
+    whole = files(tmp_path)
+    for name in whole:
+        (tmp_path / name).unlink()
+
+    def finish(lock, *args, **kwargs):
+        for name, content in whole.items():
+            (tmp_path / name).write_bytes(content)
+        return acquire(lock, *args, **kwargs)
+
+    monkeypatch.setattr(FileLock, "acquire", finish)
+    assert extract(images, out).already_done
+    assert files(tmp_path) == whole
 
 
 @pytest.mark.parametrize("damaged", ["f.npy", "f.index.jsonl", "f.run.json"])

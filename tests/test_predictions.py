@@ -110,7 +110,11 @@ def test_a_dense_head_writes_maps(images, tmp_path, names):
     model = classifier(DenseHead, names)
     with pytest.raises(SettingsError, match="inside its images"):
         ijepa_zoo.predict(images, model, images / "maps", **QUIET)
+    if len(names) > 1:
+        (images / "a.png").rename(images / f"a{'ä' * 125}.png")  # the longest name
     ijepa_zoo.predict(images, model, tmp_path / "maps", **QUIET)
+    if len(names) > 1:
+        (images / f"a{'ä' * 125}.png").rename(images / "a.png")
     rows = read_csv(tmp_path / "maps" / "maps.csv")
     assert [bool(row["error"]) for row in rows] == [False, True, False]
     for row, expected in zip((rows[0], rows[2]), logits_of(model, images)):

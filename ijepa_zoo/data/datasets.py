@@ -261,7 +261,11 @@ def _opened(shard: str, process: int, listed: int) -> BinaryIO:
 
 
 class ArrayDataset(ImageDataset):
-    """Images in arrays `[n, H, W, C]` or `[n, H, W]`, each with a `name` for messages."""
+    """Images in arrays `[n, H, W, C]` or `[n, H, W]`, each with a `name` for messages.
+
+    `paths` are the `.npy` files that the arrays are, which other processes open again instead of
+    copying them. A memory map of the user may be a part of its file.
+    """
 
     def __init__(
         self,
@@ -269,6 +273,7 @@ class ArrayDataset(ImageDataset):
         decoder: Decoder,
         name: str | Sequence[str] = "array",
         targets: npt.NDArray[Any] | None = None,
+        paths: Sequence[str] = (),
     ) -> None:
         names = [name] * len(arrays) if isinstance(name, str) else list(name)
         super().__init__(decoder, names[0])
@@ -283,6 +288,7 @@ class ArrayDataset(ImageDataset):
             except ImageError as error:
                 raise DataError(f"{name} holds images that cannot be used: {error}") from error
         self.arrays, self._names = arrays, names
+        self._paths = [os.path.abspath(path) for path in paths]
         self.starts = np.cumsum([0, *(len(images) for images in arrays)])
         if targets is not None:
             if targets.shape != (len(self),) or targets.dtype.kind not in "iub":
@@ -315,13 +321,11 @@ class ArrayDataset(ImageDataset):
         return [str(a.filename) for a in self.arrays if isinstance(a, np.memmap)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Other processes open files on disk again instead of copying them."""
-        arrays = [str(a.filename) if isinstance(a, np.memmap) else a for a in self.arrays]
-        return {**self.__dict__, "arrays": arrays}
+        return {**self.__dict__, "arrays": [] if self._paths else self.arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        arrays = [np.load(a, mmap_mode="r") if isinstance(a, str) else a for a in state["arrays"]]
-        self.__dict__.update(state | {"arrays": arrays})
+        self.__dict__.update(state)
+        self.arrays = self.arrays or [np.load(path, mmap_mode="r") for path in self._paths]
 
     def fingerprint(self) -> str:
         """Hash of the shapes and of some images."""

@@ -170,19 +170,20 @@ def _largest_class(data: DenseDataset, index: int) -> tuple[int, str]:
         mask = data.load(index)[1]
     except ImageError as error:
         return 0, str(error)
-    largest = int(mask.max(where=mask != IGNORE_INDEX, initial=0))
-    return largest, f"that of {data.names[index]}"
+    return int(mask.max(where=mask != IGNORE_INDEX, initial=0)), f"that of {data.names[index]}"
 
 
 def _count_classes(data: DenseData, workers: int, progress: bool) -> int:
     """Number of classes, from all masks."""
-    found: list[tuple[int, str]] = []
+    largest, where = 0, ""
     for part in (data.train, data.test):
         with progress_bar(progress, len(part), "classes of masks") as bar:
-            for item in load_in_order(partial(_largest_class, part), range(len(part)), workers):
-                found.append(item)
+            for found, name in load_in_order(
+                partial(_largest_class, part), range(len(part)), workers
+            ):
+                if found >= largest:
+                    largest, where = found, name
                 bar.update()
-    largest, where = max(found, key=lambda item: item[0])
     if not 0 < largest < _MOST_CLASSES:
         raise DataError(
             f"the largest class of all masks is {largest} ({where}): masks hold class ids from 0 "

@@ -112,12 +112,7 @@ def _walk(folder: str) -> Iterator[File]:
     real_root = os.path.join(os.path.realpath(root), "")
     entries = _entries(root)
     has_splits = _are_splits({entry.name for entry in entries if _is_folder(entry)})
-    visited: set[tuple[int, int]] = set()
-
-    def is_read_elsewhere(entry: os.DirEntry[str], state: os.stat_result) -> bool:
-        real = os.path.join(os.path.realpath(entry.path), "") if entry.is_symlink() else ""
-        inside = real and (real.startswith(real_root) or real_root.startswith(real))
-        return bool(inside) or (state.st_dev, state.st_ino) in visited
+    visited: set[str] = set()
 
     def below(entries: list[os.DirEntry[str]]) -> Iterator[File]:
         for entry in entries:
@@ -128,15 +123,17 @@ def _walk(folder: str) -> Iterator[File]:
                 yield File(path, root, label, skipped=skipped)
                 continue
             try:
-                state, found = entry.stat(), _entries(path)
+                found = _entries(path)
             except OSError as error:
                 reason = f"the folder cannot be listed: {error.strerror}"
                 yield File(path, root, problem=reason)
                 continue
-            if is_read_elsewhere(entry, state):
+            real = os.path.join(os.path.realpath(path), "")
+            is_inside = real.startswith(real_root) or real_root.startswith(real)
+            if real in visited or (entry.is_symlink() and is_inside):
                 yield File(path, root, skipped="a link to a folder that is read elsewhere")
                 continue
-            visited.add((state.st_dev, state.st_ino))
+            visited.add(real)
             yield from below(found)
 
     return below(entries)

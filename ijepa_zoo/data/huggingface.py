@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 class HFDataset(ImageDataset):
     """A `datasets.Dataset` of Hugging Face.
 
-    The defaults are its only column of images and its column of class labels (or named `label`).
+    The defaults are its only column of type Image and its column of class labels (or named
+    `label`).
     """
 
     def __init__(
@@ -43,10 +44,19 @@ class HFDataset(ImageDataset):
             )
         if not len(data):
             raise DataError(f"{name} has no rows")
-        self.column = _image_column(data.features, name, image)
+        columns = [c for c, kind in data.features.items() if isinstance(kind, datasets.Image)]
+        if image is None and len(columns) != 1:
+            raise DataError(
+                f"{name} has {len(columns)} columns of images among {', '.join(data.features)}: "
+                "choose one with image=COLUMN"
+            )
+        self.column = image or columns[0]
         self._set_classes(data, label)
-        data = data.with_format(None).select_columns([self.column])
-        self.data = data.cast_column(self.column, datasets.Image(decode=False))
+        try:
+            rows = data.with_format(None).select_columns([self.column])
+            self.data = rows.cast_column(self.column, datasets.Image(decode=False))
+        except (ValueError, TypeError, NotImplementedError) as error:  # of datasets and Arrow
+            raise DataError(f"{name} has no images in column '{self.column}': {error}") from error
 
     def _set_classes(self, data: Any, label: str | None) -> None:
         import datasets
@@ -63,17 +73,26 @@ class HFDataset(ImageDataset):
         several = item is not None
         item = item or features[column]
         dtype = getattr(item, "dtype", "")
-        if not dtype.startswith(("int", "uint", "bool", "string", "large_string")):
-            _log.warning(
-                "%s: column '%s' is %s, not classes, and is ignored; name another with "
-                "label=COLUMN", self._name, column, features[column],
-            )  # fmt: skip
+        names = item.names if isinstance(item, datasets.ClassLabel) else []
+        is_text = dtype in ("string", "large_string")
+        # integers in a list may be class numbers, or 0 and 1 for each class
+        is_number = dtype.startswith(("int", "uint")) and (bool(names) or not several)
+        if not (is_text or is_number or dtype == "bool"):
+            text = (
+                f"{self._name}: column '{column}' is {features[column]}, not a class or a list of "
+                "ClassLabel, of strings or of a bool for each class"
+            )
+            if label is not None:
+                raise DataError(f"{text}: name another with label=COLUMN")
+            _log.warning("%s, and is ignored; name another with label=COLUMN", text)
             return
         values = data.select_columns([column]).with_format(None)[:][column]
+        if several and dtype == "bool":
+            names = [str(number) for number in range(max(len(row or ()) for row in values))]
+            values = [np.flatnonzero(row or ()).tolist() for row in values]
         rows = values if several else ([value] for value in values)
-        lists = [[value for value in row or () if value is not None] for row in rows]
-        names = item.names if isinstance(item, datasets.ClassLabel) else []
-        if "string" in dtype:
+        lists = [[value for value in row or () if value not in (None, -1)] for row in rows]
+        if is_text:
             names = sorted({value for row in lists for value in row})
             number_of = {name: number for number, name in enumerate(names)}
             lists = [[number_of[value] for value in row] for row in lists]
@@ -110,26 +129,6 @@ class HFDataset(ImageDataset):
             path = os.path.basename(stored.get("path") or "")
             digest.update(stored.get("bytes") or path.encode())
         return digest.hexdigest()
-
-
-def _image_column(features: Any, name: str, chosen: str | None) -> str:
-    import datasets
-
-    def is_image(kind: Any) -> bool:
-        if isinstance(kind, dict):
-            return "bytes" in kind
-        binary = isinstance(kind, datasets.Value) and kind.dtype in ("binary", "large_binary")
-        return isinstance(kind, datasets.Image) or binary
-
-    columns = [column for column, kind in features.items() if is_image(kind)]
-    if chosen is not None and chosen not in columns:
-        raise DataError(f"{name} has no images in column '{chosen}', but in {columns or 'none'}")
-    if chosen is None and len(columns) != 1:
-        raise DataError(
-            f"{name} has {len(columns)} columns of images among {', '.join(features)}: choose one "
-            "with image=COLUMN"
-        )
-    return chosen or columns[0]
 
 
 def is_hf(path: str) -> bool:
@@ -207,14 +206,23 @@ def _name_and_options(path: str) -> tuple[str, dict[str, str]]:
 def parse_options(path: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     """`NAME:key=value,key=value` as name and options."""
     name, text = _split_options(path)
-    options = dict(part.partition("=")[::2] for part in text.split(",") if part)
+    parts = re.split(r",(?=\w+=)", text)  # a path may have commas
+    options = dict(part.partition("=")[::2] for part in parts if part)
     for key, value in options.items():
         if key not in known or not value:
             raise DataError(f"'{path}': '{key}' is not one of {'=..., '.join(known)}=...")
     return name, options
 
 
+def with_split(path: str, split: str) -> str:
+    """A path of a dataset with its split as one more option."""
+    has_options = not os.path.lexists(path) and bool(_split_options(path)[1])
+    return f"{path}{',' if has_options else ':'}split={split}"
+
+
 def _split_options(path: str) -> tuple[str, str]:
-    """Before and after the first colon that is not of a Windows drive."""
-    name, *options = re.split(r":(?![\\/])", path, maxsplit=1)
+    """Before and after the colon of the options; a path may have others, as of a Windows drive."""
+    name, *options = re.split(r":(?=\w+=)", path, maxsplit=1)
+    if not options:
+        name, *options = re.split(r":(?=\w*$)", path, maxsplit=1)
     return name, "".join(options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -28,18 +28,41 @@ class LabeledFiles(FileDataset):
         labels: dict[str, dict[str, None]] = {}
         split_of: dict[str, str] = {}
         folder = os.path.dirname(path)
-        for line, row in _rows(path):
-            name, split = row["path"], row.get("split", "").lower()
-            split = _SPLITS.get(split, split)
-            if not name:
-                raise DataError(f"line {line} of '{path}' has no path")
-            if "split" in row and split not in (*TRAIN, *TEST):
-                raise DataError(f"line {line} of '{path}' has the split '{split}': use train, test")
-            file = os.path.normpath(os.path.join(folder, name))
-            found = (label.strip() for label in row["label"].split(";"))
-            labels.setdefault(file, {}).update((label, None) for label in found if label)
-            if split_of.setdefault(file, split) != split:
-                raise DataError(f"'{path}' has '{name}' in '{split_of[file]}' and in '{split}'")
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as opened:
+                rows = csv.DictReader(opened, restval="", skipinitialspace=True)
+                header = [name.strip().lower() for name in rows.fieldnames or ()]
+                if header.count("path") != 1 or header.count("label") != 1:
+                    raise DataError(
+                        f"'{path}' needs a header line with the columns path and label, not "
+                        f"'{', '.join(header) or 'nothing'}'"
+                    )
+                rows.fieldnames = header
+                for row in rows:
+                    line = f"line {rows.line_num} of '{path}'"
+                    if None in row:  # DictReader's key of cells beyond the header
+                        raise DataError(
+                            f"{line} has more cells than the first line: put names with commas in "
+                            'quotes, "a, b"'
+                        )
+                    name, split = row["path"].strip(), row.get("split", "").strip().lower()
+                    split = _SPLITS.get(split, split)
+                    if not name:
+                        raise DataError(f"{line} has no path")
+                    if "split" in row and split not in (*TRAIN, *TEST):
+                        raise DataError(f"{line} has the split '{split}': use train, val or test")
+                    file = os.path.normpath(os.path.join(folder, name))
+                    found = (label.strip() for label in row["label"].split(";"))
+                    labels.setdefault(file, {}).update((label, None) for label in found if label)
+                    if split_of.setdefault(file, split) != split:
+                        raise DataError(
+                            f"{line} has '{name}' in '{split}', an earlier line in "
+                            f"'{split_of[file]}'"
+                        )
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"'{path}' cannot be read as a CSV: {error}") from error
+        if not labels:
+            raise DataError(f"'{path}' lists no images")
         if missing := [file for file in labels if not os.path.isfile(file)]:
             raise DataError(
                 f"{len(missing)} of {len(labels)} images of '{path}' are missing, such as "
@@ -57,30 +80,3 @@ class LabeledFiles(FileDataset):
         self.splits: Mapping[str, Targets] = {
             str(split): np.flatnonzero(given == split) for split in np.unique(given) if split
         }
-
-
-def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells of each line."""
-    empty = True
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="", skipinitialspace=True)
-            header = ", ".join(reader.fieldnames or ()) or "nothing"
-            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-            names = [name for name in reader.fieldnames if name in ("path", "label", "split")]
-            if not {"path", "label"} <= {*names} or len({*names}) < len(names):
-                raise DataError(
-                    f"'{path}' needs a header line with the columns path and label, not '{header}'"
-                )
-            for row in reader:
-                if None in row:  # DictReader's key of cells beyond the header
-                    raise DataError(
-                        f"line {reader.line_num} of '{path}' has more cells than the first line: "
-                        'put names with commas in quotes, "a, b"'
-                    )
-                empty = False
-                yield reader.line_num, {key: value.strip() for key, value in row.items()}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"'{path}' cannot be read as a CSV: {error}") from error
-    if empty:
-        raise DataError(f"'{path}' lists no images")

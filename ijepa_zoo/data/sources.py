@@ -118,7 +118,9 @@ def _open_paths(
             targets = [labels for _, labels in arrays if labels is not None]
             joined = np.concatenate(targets) if len(targets) == len(arrays) else None
             names = [os.path.basename(path) for path in paths]
-            return ArrayDataset([images for images, _ in arrays], decoder, names, joined)
+            is_mapped = all(isinstance(images, np.memmap) for images, _ in arrays)
+            mapped = paths if is_mapped else ()
+            return ArrayDataset([images for images, _ in arrays], decoder, names, joined, mapped)
     files = (file for file in list_files(paths) if exclude is None or not exclude(file.path))
     images = FileDataset(files, decoder)
     if not len(images):
@@ -155,8 +157,11 @@ def _open_array(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
         raise DataError(f"'{path}' cannot be read as an array: {error}") from error
 
 
-def _torch_class(path: str) -> tuple[Any, str, dict[str, str]]:
-    """Class of a torchvision dataset, its lowercase name, and options."""
+def _torch_class(path: str) -> tuple[Any, dict[str, str], Sequence[str]]:
+    """Class of a torchvision dataset, options, and names of the training and the test split.
+
+    There are none if a split is named, or if the dataset has none.
+    """
     from torchvision import datasets
 
     name, options = parse_options(path, _TORCH_OPTIONS)
@@ -164,22 +169,21 @@ def _torch_class(path: str) -> tuple[Any, str, dict[str, str]]:
     found = {cls.lower(): getattr(datasets, cls) for cls in datasets.__all__}.get(plain)
     if found is None:
         raise DataError(f"torchvision has no dataset '{name}': use the name of its class")
-    return found, plain, options
+    has_splits = not {"split", "train", "version"}.isdisjoint(signature(found).parameters)
+    is_whole = "split" in options or not has_splits
+    return found, options, () if is_whole else _TORCH_SPLITS.get(plain, ("train", "test"))
 
 
 def torch_splits(path: str) -> Sequence[str]:
     """Names of the training and the test split of `torch/NAME`; empty if it has no splits."""
-    cls, plain, options = _torch_class(path)
-    has_splits = not {"split", "train", "version"}.isdisjoint(signature(cls).parameters)
-    whole = "split" in options or not has_splits
-    return () if whole else _TORCH_SPLITS.get(plain, ("train", "test"))
+    return _torch_class(path)[2]
 
 
 def _open_torch(path: str, decoder: Decoder) -> ImageDataset:
-    cls, _, options = _torch_class(path)
+    cls, options, splits = _torch_class(path)
     if "root" not in options:
         raise DataError(f"'{path}' needs the folder of the data: {path}:root=DIR")
-    split = options.get("split") or next(iter(torch_splits(path)), "train")
+    split = options.get("split") or next(iter(splits), "train")
     arguments = {
         "root": options["root"],
         "download": options.get("download") == "true",

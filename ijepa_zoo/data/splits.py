@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +16,10 @@ from ..errors import DataError
 from .datasets import FileDataset, ImageDataset, Labels, Subset, Targets, indicator_matrix
 from .decode import Decoder
 from .files import SHARD_SUFFIXES, TEST, TRAIN, File
-from .huggingface import hf_splits, is_hf
+from .huggingface import hf_splits, is_hf, with_split
 from .labels import LabeledFiles
 from .sources import open_images, torch_splits
 
-_ALSO_TRAIN, _ALSO_TEST = ("trainval", "train-standard", "2021_train"), ("2021_valid",)
 _CIFAR = {"cifar-10-batches-py": "torch/cifar10", "cifar-100-python": "torch/cifar100"}
 # of the official archives of iNaturalist 2018 and Places205
 _LISTS = ("{}2018.json", "{}_places205.csv", "trainvalsplit_places205/{}_places205.csv")
@@ -79,9 +79,11 @@ def open_splits(
     if isinstance(data, str | os.PathLike):
         path = os.fspath(data)
         if is_hf(path):
-            return _open_named(path, hf_splits(path), decoder)
+            names = hf_splits(path)
+            trains, tests = ([n for n in usual if n in names] for usual in (TRAIN, TEST))
+            return _open_named(path, trains, tests, decoder)
         if path.startswith("torch/"):
-            return _open_named(path, torch_splits(path), decoder)
+            return _open_torch(path, decoder)
         if os.path.isdir(path):
             return _open_folder(path, decoder)
     whole = _open(data, "all", decoder)
@@ -162,8 +164,7 @@ def _open_folder(path: str, decoder: Decoder) -> tuple[Split, Split | None]:
     root = Path(path)
     for folder in (root, *(root / name for name in _CIFAR)):
         if folder.name in _CIFAR and folder.is_dir():
-            name = f"{_CIFAR[folder.name]}:root={folder.parent}"
-            return _open_named(name, torch_splits(name), decoder)
+            return _open_torch(f"{_CIFAR[folder.name]}:root={folder.parent}", decoder)
     for name in _LISTS:
         if (root / name.format("train")).is_file():
             lists = ((split, root / name.format(split)) for split in ("train", "val"))
@@ -189,22 +190,27 @@ def _class_folders(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _named_shards(root: Path, names: Sequence[str]) -> list[str]:
-    """The shards whose names contain the first of `names` that occurs."""
+    """The shards that have the first of `names` that occurs as a word of their own names."""
     shards = [path for path in sorted(root.iterdir()) if path.name.endswith(SHARD_SUFFIXES)]
-    found = ([str(path) for path in shards if name in path.name.lower()] for name in names)
+    words = {str(path): re.findall("[a-z]+", path.name.lower()) for path in shards}
+    found = ([path for path in words if name in words[path]] for name in names)
     return next(filter(None, found), [])
 
 
-def _open_named(path: str, splits: Sequence[str], decoder: Decoder) -> tuple[Split, Split | None]:
-    """The training and the test split of a dataset of Hugging Face or torchvision."""
-    train = next((name for name in (*TRAIN, *_ALSO_TRAIN) if name in splits), None)
-    tests = [name for name in (*TEST, *_ALSO_TEST) if name in splits]
-    if train is None or not tests:
+def _open_torch(path: str, decoder: Decoder) -> tuple[Split, Split | None]:
+    names = torch_splits(path)
+    return _open_named(path, names[:1], names[1:], decoder)
+
+
+def _open_named(
+    path: str, trains: Sequence[str], tests: Sequence[str], decoder: Decoder
+) -> tuple[Split, Split | None]:
+    """The first training and the first usable test split of Hugging Face or torchvision."""
+    if not trains or not tests:
         return _open(path, "all", decoder), None
-    joint = "," if ":" in path else ":"
-    first = _open(f"{path}{joint}split={train}", train, decoder)
+    first = _open(with_split(path, trains[0]), trains[0], decoder)
     for name in tests:  # some have a test split whose classes are hidden
-        images = open_images(f"{path}{joint}split={name}", decoder=decoder)
+        images = open_images(with_split(path, name), decoder=decoder)
         if images.targets is not None and (images.targets >= 0).any():
             return _same_classes(first, Split(images, images.targets, images.classes, name))
     raise DataError(f"'{path}' has no classes in {' or '.join(tests)}: give a test set")

@@ -1,6 +1,5 @@
 """create_model and create_ijepa: from a name, folder or repository to networks with weights."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +72,10 @@ def create_model(
     if name.startswith(FOLDER_PREFIX) and (classifier := _open_classifier(name, kwargs)):
         return classifier
     name, kwargs, source = _read_name(name, kwargs)
-    multi_label = (kwargs.get("pretrained_cfg") or {}).pop("multi_label", False)
+    multi_label, cfg = False, kwargs.get("pretrained_cfg")  # or a tag, or timm's PretrainedCfg
+    if isinstance(cfg, Mapping):
+        multi_label = cfg.get("multi_label", False)
+        kwargs["pretrained_cfg"] = {k: v for k, v in cfg.items() if k != "multi_label"}
     if checkpoint is None and source is not None and source.is_other_vit:
         model = as_encoder(timm.create_model(name, pretrained=False, **kwargs))
         if pretrained:
@@ -162,15 +164,12 @@ def is_own_model(name: str) -> bool:
 
 def create_timm_model(name: str, **kwargs: Any) -> nn.Module:
     """timm's `create_model`, with our errors."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
         return timm.create_model(name, **kwargs)
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except OSError as error:  # of the Hub too
         raise FetchError(
-            f"the weights of {name!r} are not in the Hub's cache and cannot be fetched ({error}): "
-            "check the network and HF_ENDPOINT, or give a folder that timm has saved, "
-            "timm:local-dir:FOLDER"
+            f"the weights of {name!r} cannot be fetched ({error}): check the network, or give a "
+            "folder that timm has saved, timm:local-dir:FOLDER"
         ) from error
     except RuntimeError as error:  # no such model, tag or weights
         raise SettingsError(
@@ -225,7 +224,6 @@ def create_ijepa(
     *,
     predictor_embed_dim: int | None = None,
     predictor_depth: int | None = None,
-    predictor_context: Literal["repeated", "shared"] | None = None,
     checkpoint: str | Path | Networks | None = None,
     regularizer: nn.Module | None = None,
     loss: Literal["smooth_l1", "l2"] = "smooth_l1",
@@ -240,8 +238,6 @@ def create_ijepa(
         predictor_embed_dim: Width of the predictor; default: that of the weights, else
             384 as in the paper.
         predictor_depth: Blocks of the predictor; default: that of the weights, else the paper's.
-        predictor_context: 'repeated', the official predictor, or 'shared', see
-            :class:`~ijepa_zoo.models.predictor.Predictor`; default: that of the weights.
         checkpoint: Your own weights, of all three networks.
         regularizer: See :class:`ijepa_zoo.IJepa`.
         loss: See there.
@@ -261,8 +257,8 @@ def create_ijepa(
         checkpoint = source
     model, _, tag = name.partition(".")
     objective: dict[str, Any] = {"regularizer": regularizer, "loss": loss}
-    asked = dict(embed_dim=predictor_embed_dim, depth=predictor_depth, context=predictor_context)
-    asked = {key: value for key, value in asked.items() if value is not None}
+    sizes = {"embed_dim": predictor_embed_dim, "depth": predictor_depth}
+    asked = {key: value for key, value in sizes.items() if value is not None}
     size = PREDICTORS.get(model, _DEFAULT_PREDICTOR)
     if not pretrained and checkpoint is None:
         encoder = create_encoder(name, **encoder_kwargs)
@@ -280,9 +276,7 @@ def create_ijepa(
     made = {
         network: _load(create_encoder(name, **encoder_kwargs), networks, network)
         if is_other
-        else create_model(
-            name, network=network, checkpoint=networks, **copy.deepcopy(encoder_kwargs)
-        )
+        else create_model(name, network=network, checkpoint=networks, **encoder_kwargs)
         for network in ("encoder", "target_encoder")
     }
     encoder = made["encoder"]
@@ -294,14 +288,13 @@ def create_ijepa(
     return IJepa(encoder, predictor, made["target_encoder"], **objective)
 
 
-def _predictor(encoder: Any, size: Mapping[str, Any], device: torch.device) -> Predictor:
-    width = size["embed_dim"]
+def _predictor(encoder: Any, size: Mapping[str, int], device: torch.device) -> Predictor:
     return Predictor(
         tuple(encoder.patch_embed.grid_size),
         encoder.embed_dim,
-        predictor_embed_dim=width,
+        predictor_embed_dim=size["embed_dim"],
+        depth=size["depth"],
         num_heads=load.num_heads(encoder),
         device=device,
         dtype=next(encoder.parameters()).dtype,
-        **{key: value for key, value in size.items() if key != "embed_dim"},
     )

@@ -1,6 +1,6 @@
 """The I-JEPA predictor: a narrow vision transformer over context and mask tokens."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,7 @@ class Predictor(nn.Module):
     Each target block is predicted on its own: the context attends to that block's mask tokens
     only. Parameter names are those of the official repository; the positions are a buffer.
 
-    ``grid_size`` and ``embed_dim`` are the encoder's, ``num_heads`` too. With the ``context``
-    ``repeated``, as in the official predictor, the context is processed again with every target
-    block; ``shared`` processes it once, without the mask tokens: a cheaper variant of the method
-    with the same parameters.
+    ``grid_size`` and ``embed_dim`` are the encoder's, ``num_heads`` too.
     """
 
     predictor_pos_embed: Tensor
@@ -45,7 +42,6 @@ class Predictor(nn.Module):
         depth: int = 6,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        context: Literal["repeated", "shared"] = "repeated",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,17 +56,14 @@ class Predictor(nn.Module):
                 f"predictor_embed_dim {predictor_embed_dim} must be divisible by num_heads "
                 f"{num_heads}, which the predictor shares with the encoder"
             )
-        if context not in ("repeated", "shared"):
-            raise SettingsError(f"context must be 'repeated' or 'shared', got {context!r}")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.grid_size = grid_size
-        self.context = context
         self.mask_token = nn.Parameter(torch.zeros(1, 1, predictor_embed_dim, **dd))
         positions = sincos_positions(predictor_embed_dim, grid_size).to(**dd)
         self.register_buffer("predictor_pos_embed", positions)
         self.predictor_embed = nn.Linear(embed_dim, predictor_embed_dim, **dd)
         self.predictor_blocks = nn.ModuleList(
-            self._block_class(number, depth)(
+            _block_class(number, depth)(
                 predictor_embed_dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,
@@ -83,13 +76,6 @@ class Predictor(nn.Module):
         self.predictor_norm = LayerNorm(predictor_embed_dim, **dd)
         self.predictor_proj = nn.Linear(predictor_embed_dim, embed_dim, **dd)
         self.init_weights()
-
-    def _block_class(self, number: int, depth: int) -> type[Block]:
-        if self.context == "shared":
-            return SharedBlock
-        if number == 0:
-            return OpeningBlock
-        return ClosingBlock if number == depth - 1 else Block
 
     def init_weights(self) -> None:
         """Initialize as the official repository does: std 0.02 everywhere, biases 0."""
@@ -115,26 +101,13 @@ class Predictor(nn.Module):
         visible = self.predictor_embed(tokens)
         # embedding() refuses negative indices, which indexing would count from the end.
         visible = visible + F.embedding(context, self.predictor_pos_embed[0]).to(visible.dtype)
-        predicted = (self._shared if self.context == "shared" else self._repeated)(
-            visible, table, targets
-        )
-        return self.predictor_proj(self.predictor_norm(predicted))
-
-    def _repeated(self, visible: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        """Target tokens ``[B, M, L, C]`` after all blocks, each with its own context."""
         first, *others = self.predictor_blocks
         x = first(visible, table, targets)
         length = targets.shape[-1]
         for block in others:
             x = block(x, length) if isinstance(block, ClosingBlock) else block(x)
-        return x[:, x.shape[1] - length :].unflatten(0, targets.shape[:2])
-
-    def _shared(self, visible: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        """Target tokens ``[B, M, L, C]`` after all blocks, with one context for all."""
-        predicted = F.embedding(targets, table).to(visible.dtype)
-        for block in self.predictor_blocks:
-            visible, predicted = block(visible, predicted, block is self.predictor_blocks[-1])
-        return predicted
+        predicted = x[:, x.shape[1] - length :].unflatten(0, targets.shape[:2])
+        return self.predictor_proj(self.predictor_norm(predicted))
 
 
 # timm's blocks without redundant computation. Until the first attention, the tokens of a context
@@ -170,20 +143,10 @@ class ClosingBlock(Block):
         return _attend(self, x[:, first:], q, k, v)
 
 
-class SharedBlock(Block):
-    """A block whose mask tokens attend to the context and to each other; the context to itself."""
-
-    def forward(self, context: Tensor, masked: Tensor, last: bool) -> tuple[Tensor, Tensor]:
-        """Update context ``[B, K, C]``, unless ``last``, and mask tokens ``[B, M, L, C]``."""
-        blocks = masked.shape[1]
-        own = _heads(self, self.attn.qkv(self.norm1(context)), 3)
-        q, k, v = _heads(self, self.attn.qkv(self.norm1(masked)).flatten(0, 1), 3)
-        keys, values = (
-            torch.cat([part.repeat_interleave(blocks, 0), more], dim=2)
-            for part, more in zip(own[1:], (k, v))
-        )
-        masked = _attend(self, masked.flatten(0, 1), q, keys, values).view_as(masked)
-        return context if last else _attend(self, context, *own), masked
+def _block_class(number: int, depth: int) -> type[Block]:
+    if number == 0:
+        return OpeningBlock
+    return ClosingBlock if number == depth - 1 else Block
 
 
 def _append(context: Tensor, masked: Tensor) -> Tensor:

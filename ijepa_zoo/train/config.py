@@ -116,9 +116,6 @@ class ModelConfig(Section):
     )
     predictor_embed_dim: Count | None = _field(None, "width of the predictor")
     predictor_depth: Count | None = _field(None, "blocks of the predictor")
-    predictor_context: Literal["repeated", "shared"] | None = _field(
-        None, "process the context with every target block (repeated, official), or once (shared)"
-    )
 
 
 class DataConfig(Section):

@@ -85,8 +85,7 @@ def _check_predictor(config: PretrainConfig, predictor: Predictor, origin: str) 
 def _sizes(predictor: Predictor) -> str:
     return (
         f"model.predictor_embed_dim={predictor.predictor_embed.out_features} "
-        f"model.predictor_depth={len(predictor.predictor_blocks)} "
-        f"model.predictor_context={predictor.context}"
+        f"model.predictor_depth={len(predictor.predictor_blocks)}"
     )
 
 

@@ -72,17 +72,25 @@ def processor_cfg(
     processor: Mapping[str, Any], args: Mapping[str, Any], origin: str, is_ours: bool
 ) -> dict[str, Any]:
     """timm's description of the transform in transformers' ``preprocessor_config.json``."""
-    size, crop = processor.get("size") or {}, processor.get("crop_size") or {}
-    target = to_2tuple(args["img_size"])
-    cfg: dict[str, Any] = {"input_size": [args["in_chans"], *target], "crop_pct": 1.0}
-    cfg["crop_mode"] = "squash" if "height" in size else "center"  # else the shortest edge
-    if size and processor.get("do_center_crop", False):
-        cfg["crop_pct"] = _crop_pct(min(crop.values() or target), min(size.values()))
-    if processor.get("do_normalize", True):
-        cfg |= {"mean": processor["image_mean"], "std": processor["image_std"]}
-    else:
-        cfg |= {"mean": [0.0] * args["in_chans"], "std": [1.0] * args["in_chans"]}
-    cfg["interpolation"] = FILTERS[processor.get("resample", 2)]
+    target, channels = to_2tuple(args["img_size"]), args["in_chans"]
+    cfg: dict[str, Any] = {"input_size": [channels, *target], "crop_pct": 1.0}
+    resample = processor.get("resample")
+    try:
+        size, crop = _sides(processor, "size"), _sides(processor, "crop_size")
+        cfg["crop_mode"] = "squash" if "height" in size else "center"  # else the shortest edge
+        if size and processor.get("do_center_crop", False):
+            cfg["crop_pct"] = _crop_pct(min(crop.values() or target), min(size.values()))
+        if processor.get("do_normalize", True):
+            cfg |= {"mean": [*processor["image_mean"]], "std": [*processor["image_std"]]}
+        else:
+            cfg |= {"mean": [0.0] * channels, "std": [1.0] * channels}
+        cfg["interpolation"] = FILTERS[2 if resample is None else resample]
+    except (KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(
+            f"{origin}/preprocessor_config.json is not of an image processor ({error!r}): it needs "
+            f"image_mean and image_std, a resample from 0 to {len(FILTERS) - 1} and a size in "
+            "pixels"
+        ) from error
     if cfg["mean"] == [0.5, 0.5, 0.5] and not is_ours:
         _log.warning(
             "%s: preprocessor_config.json has mean 0.5, but I-JEPA's released weights were trained "
@@ -90,6 +98,14 @@ def processor_cfg(
             origin,
         )
     return cfg
+
+
+def _sides(processor: Mapping[str, Any], key: str) -> Mapping[str, int]:
+    """A size of an image processor; older files have one number, of the shortest edge or square."""
+    given = processor.get(key) or {}
+    if isinstance(given, Mapping):
+        return given
+    return {"shortest_edge": given} if key == "size" else {"height": given, "width": given}
 
 
 def _crop_pct(side: int, edge: int) -> float:

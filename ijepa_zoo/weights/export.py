@@ -119,24 +119,16 @@ def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Ite
         for item in part.rglob("*"):  # safetensors makes files that only their owner reads
             item.chmod(0o755 if item.is_dir() else 0o644)
         check_destination(folder, written, overwrite)  # it may exist by now
-        old = Path(scratch) / "old"
-        try:
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(part, folder)
-        except BaseException:  # also Ctrl-C
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            raise
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "old")
+        os.replace(part, folder)
 
 
 def _refuse_source(source: str | Path, folder: Path) -> None:
     """Refuse to replace a folder that contains the source."""
-    path = Path(str(source).removeprefix(FOLDER_PREFIX)).expanduser()
-    if path.exists() and folder.exists():
-        path, target = path.resolve(), folder.resolve()
-        if target in (path, *path.parents):
-            raise RunError(f"{folder} contains the source {source}: choose another name")
+    path = Path(str(source).removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+    if path.exists() and folder.resolve() in (path, *path.parents):
+        raise RunError(f"{folder} contains the source {source}: choose another name")
 
 
 def check_exportable(model: nn.Module) -> None:
@@ -150,9 +142,9 @@ def _from_module(module: IJepa | VisionTransformer, network: str | None) -> Netw
     if isinstance(module, IJepa):
         described = _describe(module.encoder, "an IJepa module")
         states = {name: partial(_state, getattr(module, name)) for name in registry.NETWORKS}
-        context = {"context": module.predictor.context}
-        predictor = _predictor_args(_state(module.predictor), context)
-        return replace(described, states=states, predictor=predictor)
+        return replace(
+            described, states=states, predictor=_predictor_args(_state(module.predictor))
+        )
     check_exportable(module)
     label = network or str(getattr(module, "weights_network", UNLABELED))
     described = _describe(module, getattr(module, "weights_origin", "an encoder in memory"))
@@ -189,8 +181,7 @@ def _from_source(
         chosen = networks.choose(network)
         wanted = [chosen] if network or only_one else list(networks.states)
         states = {key: networks.states[key]() for key in wanted}
-    args: dict[str, Any] = {"device": "meta", "weight_init": "skip"}
-    args |= {**networks.args, **encoder_kwargs}
+    args = {"device": "meta", "weight_init": "skip", **networks.args, **encoder_kwargs}
     if networks.pretrained_cfg:
         args["pretrained_cfg"] = dict(networks.pretrained_cfg)
     heads = [len(state["head.weight"]) for state in states.values() if "head.weight" in state]
@@ -204,20 +195,14 @@ def _from_source(
         _describe(template, networks.origin),
         states={key: partial(dict, state) for key, state in states.items()},
         norm_eps=networks.norm_eps,
-        predictor=_predictor_args(predictor, networks.predictor) if predictor else {},
+        predictor=_predictor_args(predictor) if predictor else {},
         license=networks.license,
     )
 
 
-def _predictor_args(state: State, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes of a predictor, and its context if that is not the official one."""
+def _predictor_args(state: State) -> dict[str, int]:
     blocks = {key.split(".")[1] for key in state if key.startswith("predictor_blocks.")}
-    context = known.get("context", "repeated")
-    return {
-        "embed_dim": state["mask_token"].shape[-1],
-        "depth": len(blocks),
-        **({} if context == "repeated" else {"context": context}),
-    }
+    return {"embed_dim": state["mask_token"].shape[-1], "depth": len(blocks)}
 
 
 def _describe(encoder: VisionTransformer, origin: str) -> Networks:
@@ -234,7 +219,10 @@ def _describe(encoder: VisionTransformer, origin: str) -> Networks:
         key: list(config[key]) if isinstance(config[key], tuple) else config[key]
         for key in PREPROCESSING
     }
-    if len(names := cfg.get("label_names") or ()) == encoder.num_classes > 0:
+    names = cfg.get("label_names") or ()
+    if isinstance(names, Mapping):  # timm's form for names with gaps; its keys are text in JSON
+        names = [names.get(i, names.get(str(i), str(i))) for i in range(encoder.num_classes)]
+    if len(names) == encoder.num_classes > 0:
         preprocessing["label_names"] = list(names)
     if getattr(encoder, "multi_label", False):
         preprocessing["multi_label"] = True

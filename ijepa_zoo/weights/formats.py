@@ -113,15 +113,13 @@ def _split(state: Mapping[str, Any], origin: str) -> dict[str, State]:
             "load alone, for example torch.save(model.state_dict(), FILE)"
         )
     found: dict[str, State] = {}
-    used: set[str] = set()
+    rest = dict(plain)
     for prefix, network in zip(prefixes, networks):
-        own = {name[len(prefix) :]: name for name in plain if name.startswith(prefix)}
+        own = {name: rest.pop(name) for name in [*rest] if name.startswith(prefix)}
         if prefix and len(prefixes) == 1:  # the classifier of transformers has no prefix
-            own |= {name: name for name in plain if name in _HEADS}
-        used.update(own.values())
-        tensors = {name: plain[full_name] for name, full_name in own.items()}
+            own |= {name: rest.pop(name) for name in _HEADS if name in rest}
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
         found[network] = _to_timm(tensors, origin)
-    rest = plain.keys() - used
     if rest:
         _log.warning("%s: %s are not used", origin, some(rest))
     removed = {prefix for prefix in prefixes if prefix}
@@ -153,12 +151,8 @@ def from_transformers(state: Mapping[str, Tensor], origin: str) -> State:
     Query, key and value are stacked into timm's ``attn.qkv``.
     """
     out: State = {}
-    unknown = []
     for name in state:
-        pattern, number = _parse(name)
-        if pattern not in _TIMM:
-            unknown.append(name)
-            continue
+        pattern, number = _parse(name, _TIMM, origin)
         ours = _TIMM[pattern].replace("#", number)
         if ours in out:  # with another of its parts
             continue
@@ -167,7 +161,6 @@ def from_transformers(state: Mapping[str, Tensor], origin: str) -> State:
             raise CheckpointError(f"{origin} lacks {some(absent)} beside {name}")
         tensors = [state[part] for part in parts]
         out[ours] = torch.cat(tensors) if len(parts) > 1 else tensors[0]
-    _refuse(unknown, origin)
     return out
 
 
@@ -178,29 +171,22 @@ def to_transformers(state: Mapping[str, Tensor], origin: str) -> State:
     """
     out: State = {}
     body = "ijepa." if "head.weight" in state else ""
-    unknown = []
     for name, tensor in state.items():
-        pattern, number = _parse(name)
-        if pattern not in _TRANSFORMERS:
-            unknown.append(name)
-            continue
+        pattern, number = _parse(name, _TRANSFORMERS, origin)
         prefix = "" if pattern.startswith("head.") else body
         parts = _TRANSFORMERS[pattern]
         for part, chunk in zip(parts, tensor.chunk(len(parts)), strict=True):
             out[prefix + part.replace("#", number)] = chunk.contiguous()
-    _refuse(unknown, origin)
     return out
 
 
-def _parse(name: str) -> tuple[str, str]:
+def _parse(name: str, known: Mapping[str, Any], origin: str) -> tuple[str, str]:
     """A name with # for the number of its block, and that number."""
     number = _NUMBER.search(name)
-    return _NUMBER.sub("#", name), number[0] if number else ""
-
-
-def _refuse(unknown: list[str], origin: str) -> None:
-    if unknown:
-        raise CheckpointError(f"{origin}: IJepaModel of transformers has no {some(unknown)}")
+    pattern = _NUMBER.sub("#", name)
+    if pattern not in known:
+        raise CheckpointError(f"{origin}: IJepaModel of transformers has no {name}")
+    return pattern, number[0] if number else ""
 
 
 # In the order of the safetensors package, so that every tensor is aligned.

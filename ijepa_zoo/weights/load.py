@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, some
 from . import registry
-from .formats import State
+from .formats import UNLABELED, State
 from .read import FOLDER_PREFIX, HUB_PREFIX, Networks, open_checkpoint, open_entry
 
 _log = logging.getLogger(__name__)
@@ -76,8 +76,12 @@ def build_with_weights(
 
 
 def record_source(model: Any, networks: Networks, network: str) -> None:
-    """Note the source of a model's weights, for the records of features, probes and exports."""
-    model.weights_origin, model.weights_network = networks.label(network), network
+    """Note the source of a model's weights, for the records of features, probes and exports.
+
+    Such as 'target encoder of vit_huge14_ijepa.in1k'.
+    """
+    prefix = "" if network == UNLABELED else f"{network.replace('_', ' ')} of "
+    model.weights_origin, model.weights_network = prefix + networks.origin, network
 
 
 def num_heads(vit: Any) -> int:

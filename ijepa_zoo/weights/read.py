@@ -1,7 +1,6 @@
 """Open a checkpoint of any known format; its networks are read on demand."""
 
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -37,7 +36,7 @@ class Networks:
     model: str | None = None  # registered name, if known; timm's name of another ViT
     args: Mapping[str, Any] = field(default_factory=dict)  # timm's, of the encoder, if known
     norm_eps: float = 1e-6
-    predictor: Mapping[str, Any] = field(default_factory=dict)  # embed_dim, depth and context
+    predictor: Mapping[str, int] = field(default_factory=dict)  # embed_dim and depth
     pretrained_cfg: Mapping[str, Any] = field(default_factory=dict)  # timm's, if known
     license: str | None = None
 
@@ -58,14 +57,8 @@ class Networks:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """The part of ``pretrained_cfg`` that decides the evaluation transform."""
-        return {
-            key: self.pretrained_cfg[key] for key in PREPROCESSING if key in self.pretrained_cfg
-        }
-
-    def label(self, network: str) -> str:
-        """Source of a network, such as 'target encoder of vit_huge14_ijepa.in1k'."""
-        prefix = "" if network == UNLABELED else f"{network.replace('_', ' ')} of "
-        return prefix + self.origin
+        cfg = self.pretrained_cfg
+        return {key: cfg[key] for key in PREPROCESSING if key in cfg}
 
     def choose(self, network: str | None) -> str:
         """The key of ``states`` to load: ``network``, or the target encoder if there is one."""
@@ -162,15 +155,14 @@ def find_timm_config(
 
 def _find_export(folder: Path) -> Path:
     """The export inside a pretraining run; any other folder unchanged."""
-    if re.fullmatch(r"step-\d+", folder.name) and folder.parent.name == "checkpoints":
-        run, step = folder.parent.parent, int(folder.name.removeprefix("step-"))
+    if folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", folder.name):
         raise CheckpointError(
-            f"{folder} is a training checkpoint: write its weights with `ijepa-zoo export {run} "
-            f"FOLDER --step {step}` and load FOLDER"
+            f"{folder} is a training checkpoint: write its weights with `ijepa-zoo export "
+            f"{folder.parent.parent} FOLDER --step {int(folder.name[5:])}` and load FOLDER"
         )
     if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
         return folder
-    if (folder / "export" / "config.json").exists():
+    if (folder / "export").exists():
         return folder / "export"
     raise CheckpointError(
         f"{folder} is a pretraining run without an export: write it, `ijepa-zoo export {folder}`"
@@ -192,15 +184,11 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # of any kind: it depends on the byte that is wrong
-        found = re.search(r"(?:GLOBAL|[Uu]nsupported class) ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and found:
-            raise CheckpointError(
-                f"{path} has an object of {found[1]} besides tensors, which is not loaded because "
-                "it could run code: save the weights alone, torch.save(model.state_dict(), FILE)"
-            ) from None  # torch's message says to load it unsafely
         raise CheckpointError(
-            f"{path} is damaged, incomplete or not written by torch.save ({type(error).__name__})"
-        ) from None
+            f"{path} is damaged, not of torch.save, or has objects besides tensors, which could "
+            f"run code ({type(error).__name__}): save the weights alone, "
+            "torch.save(model.state_dict(), FILE)"
+        ) from None  # torch's message says to load it unsafely
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} has a {type(content).__name__}, not named tensors")
     return content
@@ -248,6 +236,11 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
             f"{origin} is an encoder with a head: open it with ijepa_zoo.create_model"
             f"('local-dir:{origin}') or use its encoder, {config.get('encoder')}"
         )
+    if "context" in ours["predictor"]:
+        raise CheckpointError(
+            f"{origin} has a predictor with predictor_context=shared, which is gone: load the "
+            f"encoder alone, checkpoint='{origin}/model.safetensors'"
+        )
 
     def read(file: str) -> State:
         return _read_safetensors(_require(locate, file, origin))
@@ -268,17 +261,16 @@ def _open_native(config: Mapping[str, Any], locate: Locate, origin: str) -> Netw
 
 def _read_folder(locate: Locate, origin: str) -> State:
     """The one network of a timm or transformers folder, from one file or shards."""
-    content: Mapping[str, Any] = {}
+    content: dict[str, Any] = {}
     readers = {"model.safetensors": _read_safetensors, "pytorch_model.bin": _read_pickle}
-    for name, read in readers.items():
-        if (file := locate(name)) is not None:
-            content = read(file)
-        elif locate(f"{name}.index.json") is not None:
-            files = set(_read_json(locate, f"{name}.index.json", origin)["weight_map"].values())
-            for shard in files:
-                content = {**content, **read(_require(locate, shard, origin))}
-        else:
-            continue
+    for name, read in readers.items():  # timm's save_for_hf writes the second by default
+        shards = {name}
+        if locate(name) is None:
+            if locate(f"{name}.index.json") is None:
+                continue
+            shards = {*_read_json(locate, f"{name}.index.json", origin)["weight_map"].values()}
+        for shard in shards:
+            content |= read(_require(locate, shard, origin))
         found = find_networks(content, origin)
         if len(found) > 1:
             raise CheckpointError(f"{origin} has {', '.join(found)} in one file: load that file")
@@ -299,9 +291,8 @@ def _files(location: str, cache_dir: str | Path | None = None) -> Locate:
         try:
             return download.fetch_hub(repository, name, revision or None, cache_dir)
         except FetchError as error:
-            cause = error.__cause__
-            is_offline = isinstance(cause, LocalEntryNotFoundError)
-            if isinstance(cause, EntryNotFoundError) and not is_offline:
+            is_offline = isinstance(error.__cause__, LocalEntryNotFoundError)
+            if isinstance(error.__cause__, EntryNotFoundError) and not is_offline:
                 return None
             raise
 

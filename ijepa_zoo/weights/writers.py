@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError, RunError
+from ..errors import CheckpointError
 from . import configs, formats, registry
 from .formats import UNLABELED, State
 from .read import LABEL_KEY, OFFICIAL_FILE, Networks
@@ -32,10 +31,7 @@ def save_tensors(state: State, path: Path, dtype: torch.dtype | None) -> None:
 
     tensors = {name: ready(tensor) for name, tensor in state.items()}
     # One metadata key only: the safetensors package writes several in random order.
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise RunError(f"{path.name} cannot be written: {error}") from error
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -58,11 +54,10 @@ def write(
     chosen = networks.choose(network)
     if to == "transformers":
         _write_transformers(networks, folder, chosen, dtype)
-    elif to == "timm":
-        _write_timm(networks, folder, chosen, dtype)
     else:
-        written = list(networks.states) if network is None else [chosen]
-        _write_native(networks, folder, chosen, written, dtype)
+        has_all = to == "native" and network is None
+        written = list(networks.states) if has_all else [chosen]
+        _write_timm(networks, folder, to, chosen, written, dtype)
     _write_card(networks, folder, to, chosen)
 
 
@@ -91,43 +86,41 @@ def _timm_config(networks: Networks) -> dict[str, Any]:
     }
 
 
-def _write_timm(networks: Networks, folder: Path, network: str, dtype: torch.dtype | None) -> None:
-    """Write one encoder that timm loads without this package."""
-    if networks.norm_eps != 1e-6:
+def _write_timm(
+    networks: Networks,
+    folder: Path,
+    to: str,
+    chosen: str,
+    written: list[str],
+    dtype: torch.dtype | None,
+) -> None:
+    """Write a timm folder of one network; a native one may have further networks."""
+    if to == "timm" and networks.norm_eps != 1e-6:
         raise CheckpointError(
             f"{networks.origin} has LayerNorm epsilon {networks.norm_eps}, timm builds 1e-6: "
             "export to transformers instead"
         )
-    config = _timm_config(networks)
-    if network != UNLABELED:
-        config[LABEL_KEY] = network
-    save_tensors(networks.states[network](), folder / "model.safetensors", dtype)
-    write_json(folder / "config.json", config)
-
-
-def _write_native(
-    networks: Networks, folder: Path, chosen: str, written: list[str], dtype: torch.dtype | None
-) -> None:
-    """Write several networks; model.safetensors and config.json are also a timm folder."""
     # Below the top level: timm up to 1.0.27 fails on a second .safetensors file beside the model.
     files = {name: f"{_OTHERS}/{name}.safetensors" for name in written}
     files[chosen] = "model.safetensors"
-    if len(files) > 1:
-        (folder / _OTHERS).mkdir()
     for name, file in files.items():
+        (folder / file).parent.mkdir(exist_ok=True)
         save_tensors(networks.states[name](), folder / file, dtype)
     config = _timm_config(networks)
-    if networks.norm_eps != 1e-6:  # timm would build it with 1e-6 silently
-        config = {key: config[key] for key in ("model_args", "pretrained_cfg")}
-    config["ijepa_zoo"] = {
-        "format": 1,
-        "model": networks.model,
-        "networks": files,
-        "predictor": dict(networks.predictor) if "predictor" in files else {},
-        "norm_eps": networks.norm_eps,
-        "license": networks.license,
-        "origin": networks.origin.rsplit("/", 1)[-1],
-    }
+    if to == "timm" and chosen != UNLABELED:
+        config[LABEL_KEY] = chosen
+    elif to == "native":
+        if networks.norm_eps != 1e-6:  # timm would build it with 1e-6 silently
+            config = {key: config[key] for key in ("model_args", "pretrained_cfg")}
+        config["ijepa_zoo"] = {
+            "format": 1,
+            "model": networks.model,
+            "networks": files,
+            "predictor": dict(networks.predictor) if "predictor" in files else {},
+            "norm_eps": networks.norm_eps,
+            "license": networks.license,
+            "origin": networks.origin.rsplit("/", 1)[-1],
+        }
     write_json(folder / "config.json", config)
 
 
@@ -215,22 +208,13 @@ def _write_official(
             f"an official file has all three networks: {networks.origin} has "
             f"{', '.join(networks.states)}" + (f", and network={network}" if network else "")
         )
-    if "context" in networks.predictor:
-        raise CheckpointError(
-            f"the predictor of {networks.origin} has context='shared', which the official "
-            "repository lacks: export to native instead"
-        )
     content: dict[str, Any] = {"epoch": 0}
     for name, read in networks.states.items():
         content[name] = {  # trained with DistributedDataParallel
             f"module.{key}": tensor.detach().to("cpu", dtype or tensor.dtype)
             for key, tensor in read().items()
         }
-    try:
-        torch.save(content, folder / OFFICIAL_FILE)
-    except RuntimeError as error:  # torch's error for a full disk
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{OFFICIAL_FILE} cannot be written: {reason}") from error
+    torch.save(content, folder / OFFICIAL_FILE)
 
 
 _NETWORK = {
@@ -239,30 +223,48 @@ _NETWORK = {
     UNLABELED: "An encoder of I-JEPA; its source did not say which network it is",
 }
 _USAGE = {
-    "timm": 'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True)',
-    "native": (
-        "import ijepa_zoo  # for all networks; timm alone loads model.safetensors\n\n"
-        'model = ijepa_zoo.create_model("local-dir:FOLDER")'
-    ),
+    "timm": """\
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True)""",
+    "native": """\
+import ijepa_zoo  # for all networks; timm alone loads model.safetensors
+
+model = ijepa_zoo.create_model("local-dir:FOLDER")""",
     "transformers": """\
-from transformers import AutoImageProcessor, {auto}
+from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained("FOLDER")
-model = {auto}.from_pretrained("FOLDER")
+model = AutoModel.from_pretrained("FOLDER")
 outputs = model(**processor(image, return_tensors="pt"))
-{result}""",
+features = outputs.last_hidden_state.mean(1)""",
+    "transformers classifier": """\
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+processor = AutoImageProcessor.from_pretrained("FOLDER")
+model = AutoModelForImageClassification.from_pretrained("FOLDER")
+logits = model(**processor(image, return_tensors="pt")).logits""",
 }
-_CARD = """\
+
+
+def _write_card(networks: Networks, folder: Path, to: str, network: str) -> None:
+    """README.md with the Hub's metadata."""
+    classes, license = networks.args["num_classes"], networks.license
+    what = _NETWORK[network] + (f", with {classes} classes" if classes else "")
+    usage = _USAGE["transformers classifier" if classes and to == "transformers" else to]
+    card = f"""\
 ---
-{license_line}library_name: {library}
-pipeline_tag: {pipeline}
+{f"license: {license.lower()}" if license else "# license: unknown"}
+library_name: {"transformers" if to == "transformers" else "timm"}
+pipeline_tag: {"image-classification" if classes else "image-feature-extraction"}
 tags:
 - i-jepa
 - self-supervised-learning
 ---
-# {model}
+# {networks.model}
 
-{what} ([paper](https://arxiv.org/abs/2301.08243)). Source: {origin}. License: {license}.
+{what} ([paper](https://arxiv.org/abs/2301.08243)). Source: {networks.origin.rsplit("/", 1)[-1]}.
+License: {license or "unknown; that of the source, if any"}.
 
 ```python
 {usage}
@@ -270,22 +272,4 @@ tags:
 
 Features: tokens after the final LayerNorm, averaged over the patches.
 """
-
-
-def _write_card(networks: Networks, folder: Path, to: str, network: str) -> None:
-    """README.md with the Hub's metadata."""
-    classes = networks.args["num_classes"]
-    auto, result = "AutoModel", "features = outputs.last_hidden_state.mean(1)"
-    if classes:
-        auto, result = "AutoModelForImageClassification", "logits = outputs.logits"
-    card = _CARD.format(
-        license_line=f"license: {networks.license.lower()}\n" if networks.license else "",
-        library="transformers" if to == "transformers" else "timm",
-        pipeline="image-classification" if classes else "image-feature-extraction",
-        model=networks.model,
-        what=f"{_NETWORK[network]}, with {classes} classes" if classes else _NETWORK[network],
-        origin=networks.origin.rsplit("/", 1)[-1],
-        license=networks.license or "unknown; that of the source, if any",
-        usage=_USAGE[to].format(auto=auto, result=result),
-    )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -120,6 +120,13 @@ def test_arrays_of_any_channels(tmp_path, channels):
     assert open_images(values[::-1], in_chans=channels).fingerprint() != mapped.fingerprint()
 
 
+def test_a_part_of_a_memory_map_stays_that_part_in_other_processes(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3, dtype=np.uint8).repeat(16).reshape(3, 4, 4, 1))
+    images = open_images(np.load(tmp_path / "a.npy", mmap_mode="r")[1:], in_chans=1)
+    again = pickle.loads(pickle.dumps(images))
+    assert levels(again) == levels(images) == [1, 2]
+
+
 class Items(list):
     """A map-style dataset of given items, of which bytes are opened as images."""
 

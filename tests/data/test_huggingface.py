@@ -65,6 +65,7 @@ def test_objects_and_folders(tmp_path):
         (f"hfds/{tmp_path}/absent", "absent"),
         (f"{tmp_path}/both:test", "test"),
         (f"{tmp_path}/both:image=label", "label"),
+        (f"{tmp_path}/both:image=absent", "absent"),
         (f"{tmp_path}/both:label=absent", "absent"),
         (both, "DatasetDict"),
         (whole.to_iterable_dataset(), "IterableDataset"),
@@ -93,6 +94,10 @@ def test_columns_can_be_named_also_below_a_folder_with_a_colon(tmp_path):
          ["x;y", None, "y"]),
         (["b", None, "a"], datasets.Value("string"), ["b", None, "a"]),
         ([["b"], ["a", "b"], []], datasets.Sequence(datasets.Value("string")), ["b", "a;b", None]),
+        ([[0, -1], [-1], []], datasets.Sequence(datasets.ClassLabel(names=["x", "y"])),
+         ["x", None, None]),
+        ([[True, False, True], None, [False] * 3], datasets.Sequence(datasets.Value("bool")),
+         ["0;2", None, None]),
         ([4, None, 2], datasets.Value("int64"), ["4", None, "2"]),
         ([True, False, True], datasets.Value("bool"), ["1", "0", "1"]),
         ([0, None, 1], None, ["x", None, "y"]),
@@ -107,6 +112,15 @@ def test_columns_of_other_kinds(caplog, column, kind, expected):
     assert ("'label'" in caplog.text) == (expected is None)
 
 
+def test_lists_of_numbers_are_no_labels(tmp_path):
+    """They may be class numbers, or 0 and 1 for each class."""
+    numbers = data([[0, 1], [1, 0]], datasets.Sequence(datasets.Value("int64")))
+    numbers.save_to_disk(tmp_path / "a")
+    assert open_images(tmp_path / "a").targets is None
+    with pytest.raises(DataError, match=r"'label' is .*int64.*ClassLabel"):
+        open_images(f"{tmp_path}/a:label=label")
+
+
 def test_splits(tmp_path):
     # classes of `test` are hidden
     splits = {"train": data([0, 1, 1]), "test": data([-1, -1]), "validation": data([1, 0])}
@@ -118,6 +132,8 @@ def test_splits(tmp_path):
         assert (train.name, test.name) == ("train", "validation")
         assert (labels(train.images), labels(test.images)) == (["x", "y", "y"], ["y", "x"])
     assert open_splits(f"{tmp_path}/saved:split=validation")[1] is None
+    (tmp_path / "a:b").symlink_to(tmp_path)
+    assert open_splits(tmp_path / "a:b/saved")[1].name == "validation"
     datasets.DatasetDict({"train": splits["train"]}).save_to_disk(tmp_path / "alone")
     assert open_splits(tmp_path / "alone")[1] is None
 
@@ -126,8 +142,10 @@ def test_rows_without_an_image_and_a_missing_package(tmp_path, monkeypatch):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     stored = pa.array([STORED[0], {"bytes": None, "path": None}])
     parquet.write_table(pa.table({"image": stored}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="image=COLUMN"):  # without the metadata of datasets
+        open_images(tmp_path / "a.parquet")
     with pytest.raises(ImageError, match="no image"):
-        open_images(tmp_path / "a.parquet").read(1)
+        open_images(f"{tmp_path}/a.parquet:image=image").read(1)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackageError, match="pip install datasets"):
         open_images("hfds/owner/name")

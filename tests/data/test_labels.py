@@ -94,7 +94,10 @@ def test_splits_of_one_csv(folder):
         ("path,label\nphotos/0.png,a\nphotos/9.png,b\n", r"1 of 2 .*9\.png"),
         ("path,label,split\nphotos/0.png,a,here\n", "here"),
         ("path,label,split\nphotos/0.png,a\n", "line 2"),
-        ("path,label,split\nphotos/0.png,a,train\nphotos/0.png,a,val\n", r"0\.png.*train.*val"),
+        (
+            "path,label,split\nphotos/0.png,a,train\nphotos/0.png,a,val\n",
+            r"line 3.*0\.png.*val.*train",
+        ),
         ("path,label,split\nphotos/0.png,a,val\n", "train"),
         ("path,label\nphotos/0.png,\n", "no classes"),
         ("path,label\n\xe4,b\n", "CSV"),

@@ -35,9 +35,9 @@ def make(tiny, tiny_predictor):
     return create
 
 
-def make_predictor(depth, context="repeated"):
+def make_predictor(depth):
     torch.manual_seed(depth)
-    return stir(Predictor((4, 4), 48, 24, depth, 3, context=context))
+    return stir(Predictor((4, 4), 48, 24, depth, 3))
 
 
 def test_targets_are_normalized_tokens_of_the_whole_image(make):
@@ -117,28 +117,21 @@ def test_several_masks_of_an_image_equal_several_copies_of_it(make):
 
 
 def one_sequence_per_target_block(predictor, tokens, context, targets):
-    positions, mask = predictor.predictor_pos_embed[0], None
-    if predictor.context == "shared":
-        mask = torch.ones(1, 1, 7, 7, dtype=torch.bool)
-        mask[..., :5, 5:] = False  # the context does not attend to mask tokens
+    positions = predictor.predictor_pos_embed[0]
     visible, predicted = predictor.predictor_embed(tokens) + positions[context], []
     for hidden in (predictor.mask_token + positions[targets]).unbind(1):
         x = torch.cat([visible, hidden], dim=1)
         for block in predictor.predictor_blocks:
-            x = block(x, attn_mask=mask)
+            x = block(x)
         predicted.append(x[:, 5:])
     return predictor.predictor_proj(predictor.predictor_norm(torch.stack(predicted, dim=1)))
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("context", ["repeated", "shared"])
-def test_predictions_and_gradients_equal_those_of_plain_blocks(context, depth, fused):
-    ours, theirs, tokens = (
-        make_predictor(depth, context),
-        make_predictor(depth, context),
-        TOKENS.clone().requires_grad_(),
-    )
+def test_predictions_and_gradients_equal_those_of_plain_blocks(depth, fused):
+    ours, theirs = make_predictor(depth), make_predictor(depth)
+    tokens = TOKENS.clone().requires_grad_()
     theirs.predictor_blocks = nn.ModuleList(Block(24, 3, qkv_bias=True) for _ in range(depth))
     theirs.load_state_dict(ours.state_dict())
     for block in ours.predictor_blocks:

@@ -77,6 +77,21 @@ def test_transformers_folder_gives_the_tokens_and_pixels_of_transformers(
     assert ("mean 0.5" in caplog.text) is (options is SMALL)
 
 
+def test_image_processors_of_older_versions_and_incomplete_ones(tmp_path):
+    shutil.copytree(EXPORTS_0_1 / "transformers", tmp_path / "a")
+    path, place = tmp_path / "a" / "preprocessor_config.json", f"local-dir:{tmp_path}/a"
+    given = {"size": 20, "crop_size": 16, "do_center_crop": True, "resample": None}
+    given |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    path.write_text(json.dumps(given))
+    cfg = ijepa_zoo.create_model(place).pretrained_cfg
+    assert (cfg["crop_pct"], cfg["crop_mode"]) == (0.8, "center")
+    assert (cfg["mean"], cfg["interpolation"]) == ([0.1, 0.2, 0.3], "bilinear")
+    for key, value in (("image_mean", None), ("resample", 9), ("size", {"edge": "x"})):
+        path.write_text(json.dumps({**given, key: value}))
+        with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json.*{key}"):
+            ijepa_zoo.create_model(place)
+
+
 @pytest.mark.parametrize(
     ("folder", "network"),
     [("native", "target_encoder"), ("timm", "target_encoder"), ("transformers", "encoder")],
@@ -110,6 +125,7 @@ def test_run_and_checkpoint_folders(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "change", "named"),
     [
+        ("native", {"ijepa_zoo": {"predictor": {"context": "shared"}}}, r"model\.safetensors"),
         ("native", {"ijepa_zoo": "classifier", "encoder": "vit_x"}, "vit_x"),
         ("timm", {"model_args": {"checkpoint_path": "a.pth"}}, "checkpoint_path"),
         ("timm", {"architecture": "resnet50"}, "resnet50"),

@@ -125,18 +125,11 @@ class _Touch:
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 @pytest.mark.parametrize(
-    ("value", "named"),
-    [
-        (argparse.Namespace(lr=1), r"argparse\.Namespace"),
-        (np.float64(0.5), "numpy"),
-        (_Touch(), "getattr"),  # of pathlib.Path.touch
-    ],
+    "value", [argparse.Namespace(lr=1), np.float64(0.5), _Touch()], ids=["args", "numpy", "touch"]
 )
-def test_objects_of_other_classes_are_named_and_not_loaded(
-    create, state, tmp_path, value, named, kind
-):
+def test_objects_of_other_classes_are_not_loaded(create, state, tmp_path, value, kind):
     path = write(tmp_path / "a.ckpt", {"state_dict": state, "hyper_parameters": value}, kind)
-    with pytest.raises(CheckpointError, match=rf"a\.ckpt.*{named}") as caught:
+    with pytest.raises(CheckpointError, match=r"a\.ckpt.*state_dict\(\)") as caught:
         create(path)
     assert "weights_only" not in "".join(traceback.format_exception(caught.value))
     assert not Path("trace").exists()
