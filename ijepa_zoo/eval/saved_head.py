@@ -25,6 +25,7 @@ from ..models.classifier import (
     read_classifier_config,
     save_classifier,
 )
+from ..weights.read import FOLDER_PREFIX
 from .accuracy import Choice, compute_metrics
 from .features import BlockFeatures, encoded
 from .models import EvalModel
@@ -45,11 +46,13 @@ def save_head(
 ) -> None:
     """Save the chosen head as a classifier folder, `model` beside the result, on rank 0.
 
-    The encoder is saved too if requested, or if it cannot be opened by name.
+    The encoder is saved too if requested, or if no name opens it alone.
     """
     if not distributed.is_main:
         return
-    name = None if model.is_random else model.source
+    name = model.source
+    if model.is_random or (name and read_classifier_config(name.removeprefix(FOLDER_PREFIX))):
+        name = None
     save_classifier(
         folder / "model",
         classifier,

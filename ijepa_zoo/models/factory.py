@@ -69,8 +69,10 @@ def create_model(
         CheckpointError: The weights do not exist or do not fit.
         FetchError: They cannot be fetched.
     """
-    if name.startswith(FOLDER_PREFIX) and (classifier := _open_classifier(name, kwargs)):
-        return classifier
+    if name.startswith(FOLDER_PREFIX):
+        fixed = {"checkpoint": checkpoint, "network": network, **kwargs}
+        if (classifier := _open_classifier(name, fixed)) is not None:
+            return classifier
     name, kwargs, source = _read_name(name, kwargs)
     multi_label, cfg = False, kwargs.get("pretrained_cfg")  # or a tag, or timm's PretrainedCfg
     if isinstance(cfg, Mapping):

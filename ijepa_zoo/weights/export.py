@@ -81,7 +81,10 @@ def export(
         only_one = to in ("timm", "transformers")
         networks = _from_source(model, model_name, network, only_one, cache_dir, encoder_kwargs)
     elif encoder_kwargs:
-        raise SettingsError(f"{some(encoder_kwargs)}: not for a model in memory or a run")
+        raise SettingsError(
+            f"{some(encoder_kwargs)}: not for a model in memory or a run: give it to create_model, "
+            "which opens the export"
+        )
     else:
         networks = _from_module(model, network)
     networks = replace(

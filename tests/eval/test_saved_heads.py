@@ -118,6 +118,15 @@ def test_a_named_encoder_is_a_reference_and_another_head_another_result(
     assert evaluate_head(folder, pictures, tmp_path, **OPTIONS).value != first.value
 
 
+def test_a_head_on_the_encoder_of_a_classifier_opens(pictures, tmp_path):
+    options = {"data": pictures, "cs": (1.0,), **OPTIONS}
+    evaluate_logreg("classes", "vit_nano8_64_ijepa", out=tmp_path / "first", **options)
+    classifier = str(the_one(tmp_path / "first", "*/model"))
+    result = evaluate_logreg("classes", classifier, out=tmp_path / "second", **options)
+    again = evaluate_head(the_one(tmp_path / "second", "*/model"), pictures, tmp_path, **OPTIONS)
+    assert again.value == result.value
+
+
 def test_data_without_a_test_part_are_tested_on_what_was_not_trained(tmp_path):
     whole = write_pictures(tmp_path / "whole") / "train"
     result = evaluate_logreg("classes", encoder(), whole, tmp_path, cs=(1.0,), **OPTIONS)

@@ -73,8 +73,9 @@ def test_folders_that_cannot_be_written_or_opened(tmp_path):
     (folder / "head.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"head\.safetensors"):
         ijepa_zoo.create_model(f"local-dir:{folder}")
-    with pytest.raises(SettingsError, match="img_size"):
-        ijepa_zoo.create_model(f"local-dir:{folder}", img_size=96)
+    for given in ({"img_size": 96}, {"network": "encoder"}, {"checkpoint": "other.pt"}):
+        with pytest.raises(SettingsError, match=next(iter(given))):
+            ijepa_zoo.create_model(f"local-dir:{folder}", **given)
 
 
 @pytest.mark.parametrize(
