@@ -124,7 +124,7 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
         yield Distributed(device=choose_device(device))
         return
     rank, world_size, local_rank, local_world_size = found
-    chosen = choose_device(device, local_rank, world_size, local_world_size)
+    chosen = choose_device(device, local_rank, world_size)
     owns_group = not dist.is_initialized()
     if owns_group:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -134,6 +134,8 @@ def init_distributed(device: str = "auto", timeout: float = 600.0) -> Iterator[D
             f"ijepa_zoo {next(_groups)}", _store(rank, world_size, limit)
         )
         store.set_timeout(limit)
+        if chosen.type == "cuda":
+            refuse_shared_gpu(store, str(torch.cuda.get_device_properties(chosen).uuid))
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=limit
         )
@@ -184,7 +186,7 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     first = re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
     tasks = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     # steps of one job may run at the same time, on the same node
-    job, step = (int(environment.get(f"SLURM_{name}", "0")) for name in ("JOB_ID", "STEP_ID"))
+    job, step = (int(environment.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "STEP_ID"))
     return {
         "RANK": environment.get("SLURM_PROCID", ""),
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
@@ -195,9 +197,16 @@ def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def choose_device(
-    name: str = "auto", local_rank: int = 0, world_size: int = 1, local_world_size: int = 1
-) -> torch.device:
+def refuse_shared_gpu(store: Any, uuid: str) -> None:
+    """Raise a `DistributedError` if an earlier process of the group has the same GPU."""
+    if store.add(f"GPU {uuid}", 1) > 1:
+        raise DistributedError(
+            f"several processes of a node have the same GPU ({uuid}): start one process per GPU, "
+            "with the device cuda instead of a numbered one"
+        )
+
+
+def choose_device(name: str = "auto", local_rank: int = 0, world_size: int = 1) -> torch.device:
     """The device of this process, `auto` or torch's name; a GPU becomes the current one."""
     if name == "auto":
         mps = world_size == 1 and torch.backends.mps.is_available()
@@ -211,14 +220,9 @@ def choose_device(
         reason = str(error).partition("\n")[0]
         raise DistributedError(f"device {name!r} cannot be used here: {reason}") from error
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # Slurm may show each of its tasks its own GPU only. Processes that torchrun starts within a
-    # task have the local ID of that task.
-    own_gpu = count == 1 and os.environ.get("SLURM_LOCALID") == str(local_rank)
-    if device.index is not None and local_world_size > 1 and not own_gpu:
-        raise DistributedError(
-            f"device {name!r} is one GPU for {local_world_size} processes: use the device cuda"
-        )
-    index = (0 if own_gpu else local_rank) if device.index is None else device.index
+    index = device.index
+    if index is None:
+        index = 0 if count == 1 else local_rank  # some launchers show a process its own GPU only
     if index >= count:
         raise DistributedError(
             f"device {name!r} of process {local_rank} needs GPU {index}, and torch "

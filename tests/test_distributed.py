@@ -8,7 +8,13 @@ import pytest
 import several_processes
 import torch
 
-from ijepa_zoo.distributed import Distributed, choose_device, init_distributed, read_environment
+from ijepa_zoo.distributed import (
+    Distributed,
+    choose_device,
+    init_distributed,
+    read_environment,
+    refuse_shared_gpu,
+)
 from ijepa_zoo.errors import DistributedError
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -52,7 +58,6 @@ def test_wrong_environments_are_refused(environment, change, named):
 
 
 def test_devices(monkeypatch):
-    monkeypatch.delenv("SLURM_LOCALID", raising=False)
     assert choose_device("cpu", 0, 2) == torch.device("cpu")
     for name in ("cuda:7", "gpu", "meta"):
         with pytest.raises(DistributedError, match=name):
@@ -66,22 +71,22 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert choose_device() == torch.device("cuda", 0)
     assert choose_device("auto", 1, 2) == torch.device("cuda", 1)
-    assert choose_device("cuda:1", 0, 2) == torch.device("cuda", 1)  # on a node of its own
-    assert current == [0, 1, 1]
-    with pytest.raises(DistributedError, match="'cuda:0' is one GPU for 2 processes"):
-        choose_device("cuda:0", 1, 2, 2)
+    assert choose_device("cuda:0", 1, 2) == torch.device("cuda", 0)
+    assert current == [0, 1, 0]
     with pytest.raises(DistributedError, match="GPU 2"):
         choose_device("cuda", 2, 4)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for task in ("", "0"):  # started by torchrun, alone or within a task of Slurm
-        monkeypatch.setenv("SLURM_LOCALID", task)
-        with pytest.raises(DistributedError, match="process 3 needs GPU 3"):
-            choose_device("cuda", 3, 4, 4)
-    monkeypatch.setenv("SLURM_LOCALID", "3")  # Slurm shows each task its own
-    for name in ("cuda", "cuda:0"):
-        assert choose_device(name, 3, 4, 4) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as Slurm shows each task its own
+    assert choose_device("cuda", 3, 4) == torch.device("cuda", 0)
     with pytest.raises(DistributedError, match="GPU 1"):
-        choose_device("cuda:1", 3, 4, 4)
+        choose_device("cuda:1", 1, 4)
+
+
+def test_processes_do_not_share_a_gpu():
+    store = torch.distributed.HashStore()
+    for uuid in ("GPU-a", "GPU-b"):
+        refuse_shared_gpu(store, uuid)
+    with pytest.raises(DistributedError, match="GPU-a"):
+        refuse_shared_gpu(store, "GPU-a")
 
 
 EXCHANGE = """

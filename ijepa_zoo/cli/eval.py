@@ -111,10 +111,9 @@ def _add_probe(probes: options.Commands, name: str) -> argparse.ArgumentParser:
         )  # fmt: skip
     if name in (*_HEADS, "segmentation"):
         add("--cached", action="store_true", help="encode images once, then train on the features")
-    if name in (*_HEADS, "segmentation"):
-        per = "" if name == "segmentation" else " per 256 images"
         add("--lrs", type=options.numbers, metavar="LR,LR",
-            help=f"learning rates{per} (default: those of the protocol)")  # fmt: skip
+            help="learning rates, of heads for classes per 256 images (default: those of the "
+            "protocol)")  # fmt: skip
         add("--wds", type=options.numbers, metavar="WD,WD",
             help="weight decays (default: those of the protocol)")  # fmt: skip
     if name in (*_HEADS, "segmentation", "logreg"):

@@ -32,9 +32,10 @@ class LabeledFiles(FileDataset):
             with open(path, encoding="utf-8-sig", newline="") as opened:
                 rows = csv.DictReader(opened, restval="", skipinitialspace=True)
                 header = [name.strip().lower() for name in rows.fieldnames or ()]
-                if header.count("path") != 1 or header.count("label") != 1:
+                counts = [header.count(name) for name in ("path", "label", "split")]
+                if counts[:2] != [1, 1] or counts[2] > 1:
                     raise DataError(
-                        f"'{path}' needs a header line with the columns path and label, not "
+                        f"'{path}' needs a header line with one column path and one label, not "
                         f"'{', '.join(header) or 'nothing'}'"
                     )
                 rows.fieldnames = header

@@ -177,9 +177,8 @@ def _open_folder(path: str, decoder: Decoder) -> tuple[Split, Split | None]:
         raise DataError(f"'{path}' has a test split without folders of classes")
     if train:
         return _open(train, "train", decoder), None
-    train_shards, test_shards = _named_shards(root, TRAIN), _named_shards(root, TEST)
-    if train_shards and test_shards:
-        return _open_pair(train_shards, test_shards, decoder)
+    if shards := _named_shards(root):
+        return _open_pair(*shards, decoder)
     return _open(path, "all", decoder), None
 
 
@@ -189,12 +188,22 @@ def _class_folders(root: Path, names: Sequence[str]) -> Path | None:
     return next((f for f in folders if any(entry.is_dir() for entry in f.iterdir())), None)
 
 
-def _named_shards(root: Path, names: Sequence[str]) -> list[str]:
-    """The shards that have the first of `names` that occurs as a word of their own names."""
+def _named_shards(root: Path) -> tuple[list[str], list[str]] | None:
+    """Training and test shards, by a word of their names, else by the end of a word."""
     shards = [path for path in sorted(root.iterdir()) if path.name.endswith(SHARD_SUFFIXES)]
-    words = {str(path): re.findall("[a-z]+", path.name.lower()) for path in shards}
-    found = ([path for path in words if name in words[path]] for name in names)
-    return next(filter(None, found), [])
+
+    def having(names: Sequence[str], pattern: str) -> list[str]:
+        for name in names:
+            split = re.compile(pattern.format(name), re.IGNORECASE)
+            if found := [str(path) for path in shards if split.search(path.name)]:
+                return found
+        return []
+
+    for pattern in ("(?<![a-z]){}(?![a-z])", "{}(?![a-z])"):
+        train, test = having(TRAIN, pattern), having(TEST, pattern)
+        if train or test:
+            return (train, test) if train and test else None
+    return None
 
 
 def _open_torch(path: str, decoder: Decoder) -> tuple[Split, Split | None]:

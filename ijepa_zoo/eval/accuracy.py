@@ -79,8 +79,7 @@ def _gather(
     found = [(function(source.split(rows)), labels) for rows, labels in batches]
     columns: list[list[Tensor]] = [list(column) for column in zip(*found)]
     shapes = probe.distributed.all_gather_object([c[0].cpu()[:0] for c in columns])
-    # a process may have no images
-    own = columns or [[part] for part in next(filter(None, shapes))]
+    own = columns or [[part] for part in next(filter(None, shapes))]  # a process may have no images
     outputs, labels = (probe.distributed.all_gather_rows(torch.cat(c).cpu()) for c in own)
     return outputs, labels
 

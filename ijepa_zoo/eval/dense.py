@@ -96,11 +96,14 @@ def evaluate_dense_depth(
         raise SettingsError(f"{option('max_depth')} is {max_depth:g}: give a depth such as 10")
 
     small = _is_rendered(data)
+    bins = (64 if small else 256) if bins is None else bins
+    upsample = (2 if small else 4) if upsample is None else upsample
+    if bins < 2 or upsample < 1:
+        raise SettingsError(f"bins is {bins}, upsample {upsample}: use at least 2 and 1")
 
     def make_task(pairs: DenseData) -> DenseTask:
         limit = max_depth if max_depth is not None else pairs.max_depth or _MAX_DEPTH
-        sizes = bins or (64 if small else 256), upsample or (2 if small else 4)
-        return Depth(limit, *sizes, pairs.crop, pairs.unit)
+        return Depth(limit, bins, upsample, pairs.crop, pairs.unit)
 
     config = HeadsConfig(task="depth", model=model, data=data, out=out, **options)
     usual = replace(DEPTH, **_SCENES) if small else DEPTH
@@ -172,7 +175,7 @@ def _evaluate(
     def run(probe: DenseProbe, source: Any) -> tuple[Result, Path]:
         task, names = probe.task, probe.pairs.class_names
 
-        def work(folder: Path) -> Result:
+        def work(probe: DenseProbe, folder: Path) -> Result:
             images = protocol.epochs * len(probe.train_rows)
             images += len(probe.val_rows) + len(probe.test_rows)
             with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:

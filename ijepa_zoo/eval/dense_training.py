@@ -238,9 +238,11 @@ class DenseLoader:
 def tensor_on_disk(folder: Path, shape: tuple[int, ...]) -> Tensor:
     """A float32 tensor in a file without a name, which is gone when the process ends."""
     size = 4 * math.prod(shape)
+    if not size:
+        return torch.empty(shape)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate") and size:
+        if hasattr(os, "posix_fallocate"):
             try:  # a disk that is full later would end the process without a message
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:

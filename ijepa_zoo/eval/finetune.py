@@ -142,9 +142,9 @@ def evaluate_finetune(
         probe = open_probe(config, distributed, opened)
         if list is not None:
             probe = choose_rows(probe, listed_rows(probe.train, list), {"list": Path(list).name})
+        check_exportable(opened.model)
         rows = np.arange(len(probe.train))  # nothing is chosen by held-out images
         probe = replace(probe, train_rows=rows, val_rows=rows[:0]).without_broken()
-        check_exportable(opened.model)
         network: Any = copy.deepcopy(opened.model)
         network.set_grad_checkpointing(grad_checkpointing)
         usual = recipe or (FULL if list is None else few_labels_recipe(network))
@@ -153,7 +153,7 @@ def evaluate_finetune(
         notes = epochs_note(changed.epochs, usual.epochs)
         method = "finetune" if list is None else "finetune-list"
 
-        def work(folder: Path) -> Result:
+        def work(_: Probe, folder: Path) -> Result:
             images = changed.epochs * training.steps * training.batch_size
             with training.probe.bar(images, folder.name) as training.bar:
                 losses, seconds = training.run(folder)

@@ -52,7 +52,7 @@ def _run(probe: Probe, source: Source) -> tuple[Result, Path]:
     if "layers" in source.settings:
         protocol["layers"] = source.settings["layers"][-1:]  # `last`
 
-    def work(folder: Path) -> Result:
+    def work(probe: Probe, folder: Path) -> Result:
         with probe.bar(0, "neighbors") as bar:
             return _vote(probe, source, CachedLoader(probe, source, bar, flips=False), protocol)
 

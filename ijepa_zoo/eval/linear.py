@@ -88,7 +88,7 @@ def evaluate_heads(
             "test_transform": transform.describe(source.size, train=False),
         }
 
-        def work(folder: Path) -> Result:
+        def work(probe: Probe, folder: Path) -> Result:
             images = probe.protocol.epochs * len(probe.train_rows)
             images += len(probe.val_rows) + len(probe.test_rows)
             with probe.bar(images, f"{probe.name}, {source.about['name']}") as bar:

@@ -70,7 +70,7 @@ def evaluate_logreg(
         transform = probe.protocol.transform.describe(source.size, train=False)
         protocol = {"cs": [*cs], "transform": transform, **probe.subset}
 
-        def work(folder: Path) -> Result:
+        def work(probe: Probe, folder: Path) -> Result:
             with probe.bar(0, "logistic regression") as bar:
                 loader = CachedLoader(probe, source, bar, flips=False)
                 return _sweep(probe, source, loader, cs, protocol, folder)

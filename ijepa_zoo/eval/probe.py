@@ -116,7 +116,8 @@ class HeadsConfig(EvalConfig):
         epochs: Default: those of the protocol.
         batch_size: Default: that of the protocol; learning rates of linear and attentive probes
             grow linearly with it.
-        lrs: Learning rates per 256 images; default: those of the protocol.
+        lrs: Learning rates, of linear and attentive probes per 256 images; default: those of the
+            protocol.
         wds: Weight decays; default: those of the protocol.
     """
 
@@ -155,7 +156,7 @@ class Evaluation:
     train_rows: Targets  # images that heads are fitted to
     val_rows: Targets  # training images that choose a head
     test_rows: Targets
-    broken: Sequence[str] = field(default=(), kw_only=True)  # images left out, and why
+    broken: Sequence[str] | None = field(default=None, kw_only=True)  # left out; None: not sought
 
     def reader(self, part: str) -> Callable[[int], Any]:
         """Decodes an image of the part `train` or `test`, or raises an `ImageError`."""
@@ -167,7 +168,7 @@ class Evaluation:
 
     def without_broken(self) -> Self:
         """Without images that cannot be decoded, if the user asks for that."""
-        if not self.config.skip_broken:
+        if not self.config.skip_broken or self.broken is not None:
             return self
         train = self._find_broken("train", np.union1d(self.train_rows, self.val_rows))
         test = self._find_broken("test", self.test_rows)
@@ -178,8 +179,11 @@ class Evaluation:
             test_rows=np.setdiff1d(self.test_rows, [*test]),
             broken=[*train.values(), *test.values()],
         )
-        if not len(found.test_rows) or (len(self.train_rows) and len(found.train_rows) < 2):
-            raise DataError(f"too few images can be decoded ({some(found.broken)})")
+        before = (self.train_rows, self.val_rows, self.test_rows)
+        after = (found.train_rows, found.val_rows, found.test_rows)
+        least = (2, 1, 1)
+        if any(len(b) >= n > len(a) for b, a, n in zip(before, after, least)):
+            raise DataError(f"too few images can be decoded ({some(found.broken or ())})")
         return found
 
     def _find_broken(self, part: str, rows: Targets) -> dict[int, str]:
@@ -323,7 +327,7 @@ def evaluate(
     model = config.open_model()
     # the others may wait for hours while rank 0 writes the cache
     with init_distributed(config.device, timeout=_CACHE_SECONDS) as distributed:
-        probe = open_data(config, distributed, model).without_broken()
+        probe = open_data(config, distributed, model)
         if not config.select_on_test and not len(probe.val_rows):
             raise DataError(
                 "the training images leave none to choose the best head by: use at least "

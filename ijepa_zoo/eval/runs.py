@@ -39,11 +39,12 @@ def run_once(
     source: Any,
     method: str,
     protocol: dict[str, Any],
-    work: Callable[[Path], Result],
+    work: Callable[[Any, Path], Result],
 ) -> tuple[Result, Path]:
     """The result of an evaluation, from its folder if it is finished, and the folder.
 
-    `work` returns the result, with the seconds of earlier sessions.
+    `work` takes the probe without broken images and the folder; it returns the result, with the
+    seconds of earlier sessions.
     """
     distributed = probe.distributed
     identity = {key: value for key, value in source.settings.items() if key != "versions"}
@@ -66,7 +67,7 @@ def run_once(
         result, message = distributed.run_on_main(begin), "finished before; remove it to repeat"
         if result is None:
             started, message = time.perf_counter(), "finished"
-            result = work(folder)
+            result = work(probe.without_broken(), folder)
             seconds = result.seconds + time.perf_counter() - started
             result = replace(result, seconds=seconds, **_about_run(distributed, source.settings))
         if distributed.is_main:

@@ -118,7 +118,6 @@ def evaluate_head(
         protocol, none = replace(task.protocol, transform=transform), np.empty(0, np.int64)
         rows = np.arange(len(part))
         probe = Probe(config, distributed, none, none, rows, task, protocol, part, part)
-        probe = probe.without_broken()
         model = EvalModel(classifier.encoder, about["model"] or model_name(classifier.encoder))
         kind: Any = "tokens" if isinstance(classifier.head, AttentiveHead) else "vectors"
         source = BlockFeatures(model, about["pool"], kind, distributed.device, config.precision)
@@ -127,7 +126,7 @@ def evaluate_head(
         module = classifier.head.to(source.device).eval()
         name = list(source.widths)[-1 if len(classifier.extractor.layers) > 1 else 0]
 
-        def work(folder: Path) -> Result:
+        def work(probe: Probe, folder: Path) -> Result:
             batches = probe.in_order(part, probe.test_rows, source.size)
             rows = encoded(probe, source, batches, range(len(batches)))
             metrics = compute_metrics(probe, source, rows, lambda f: [module(f[name].float())])

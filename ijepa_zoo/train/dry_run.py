@@ -108,7 +108,7 @@ def _report(trainer: Trainer, step_seconds: float, reading: float, memory: int) 
         f"{name} {sum(weight.numel() for weight in own) / 1e6:.4g} M"
         for name, own in networks.items()
     )
-    limit = "of main memory (0 except on Linux)"
+    limit = "of main memory" if memory else "(main memory is measured on Linux only)"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         limit = f"of {properties.total_memory / _GIB:.1f} GiB ({properties.name})"

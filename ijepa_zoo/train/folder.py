@@ -80,7 +80,7 @@ def read_settings(run: Path) -> PretrainConfig:
     except FileNotFoundError:
         raise RunError(f"{run} is not a pretraining run: it has no {_SETTINGS}") from None
     except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}") from error
+        raise RunError(f"{path} is damaged, or of another version: {error}") from error
 
 
 def differences(before: PretrainConfig, now: PretrainConfig) -> list[str]:

@@ -196,7 +196,8 @@ class Loop:
             return
         self._print(str(trainer))
         monitor, broken = trainer.monitor()
-        self._name(broken)
+        for name, reason in broken[:_NAMED]:
+            self._warn(f"broken image of the monitors: {name}: {reason}")
         with self._finished_saves(), ExitStack() as stack:
             logger = None
             if self.distributed.is_main:
@@ -240,7 +241,10 @@ class Loop:
             started = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - started
-            self._name([broken for batch in micro_batches for broken in batch.broken])
+            for name, reason in (broken for batch in micro_batches for broken in batch.broken):
+                if name not in self.named and len(self.named) < _NAMED:
+                    self.named.add(name)
+                    self._warn(f"broken image: {name}: {reason}")
             result = trainer.train_step(micro_batches, bool(received))
             meter.update(result.metrics, time.perf_counter() - started, waited)
             self._check_broken(result.broken)
@@ -292,17 +296,15 @@ class Loop:
             raise DataError(
                 f"{total} images could not be decoded until step {trainer.step}, more than "
                 f"data.max_broken={self.config.data.max_broken:g} of {read}: repair or remove "
-                "them (the first ones are named above), or allow more with data.max_broken="
+                "them (the first ones are named in the log of each process), or allow more with "
+                "data.max_broken="
                 f"{min(1.0, 2 * total / read):.2g}"
             )
 
-    def _name(self, broken: list[tuple[str, str]]) -> None:
-        """Show name and reason of the first broken images."""
-        for name, reason in broken:
-            if name not in self.named and len(self.named) < _NAMED:
-                self.named.add(name)
-                text = f"broken image: {name}: {reason}"
-                tqdm.write(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+    @staticmethod
+    def _warn(text: str) -> None:
+        """Write to stderr, in every process; names may hold bytes that are not UTF-8."""
+        tqdm.write(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
     def _print(self, text: str) -> None:
         if self.distributed.is_main:

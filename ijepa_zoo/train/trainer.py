@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.datasets import ImageDataset
 from ..distributed import Distributed, choose_device, copy_to_host
-from ..errors import UserError
+from ..errors import DataError, UserError, some
 from ..models.jepa import IJepa
 from ..seeds import Stream, numpy_generator
 from .config import PretrainConfig, micro_batch_size
@@ -224,6 +224,13 @@ class Trainer:
         own = np.split(indices, world)[self.distributed.rank]
         channels = self.model.encoder.patch_embed.proj.in_channels
         pixels, known, broken = evaluation_images(self.images, own, (channels, *self.image_size))
+        found = self.distributed.all_gather_object((int(known.sum()), broken[:1]))
+        if sum(count for count, _ in found) < 2:
+            reasons = some(f"{name}: {why}" for _, first in found for name, why in first)
+            raise DataError(
+                f"the monitors need at least two images that can be decoded ({reasons}): use "
+                f"data.held_out={_MONITORED}, or repair the images"
+            )
         targets = self.images.targets
         several = targets is not None and targets.ndim > 1  # per image, which monitors do not read
         labels = None if targets is None or several else torch.from_numpy(targets[own])

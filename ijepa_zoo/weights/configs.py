@@ -84,8 +84,8 @@ def processor_cfg(
             cfg |= {"mean": [*processor["image_mean"]], "std": [*processor["image_std"]]}
         else:
             cfg |= {"mean": [0.0] * channels, "std": [1.0] * channels}
-        cfg["interpolation"] = FILTERS[2 if resample is None else resample]
-    except (KeyError, IndexError, TypeError) as error:
+        cfg["interpolation"] = dict(enumerate(FILTERS))[2 if resample is None else resample]
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{origin}/preprocessor_config.json is not of an image processor ({error!r}): it needs "
             f"image_mean and image_std, a resample from 0 to {len(FILTERS) - 1} and a size in "

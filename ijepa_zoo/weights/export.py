@@ -122,9 +122,15 @@ def write_folder(folder: Path, written: Collection[str], overwrite: bool) -> Ite
         for item in part.rglob("*"):  # safetensors makes files that only their owner reads
             item.chmod(0o755 if item.is_dir() else 0o644)
         check_destination(folder, written, overwrite)  # it may exist by now
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "old")
-        os.replace(part, folder)
+        old = Path(scratch) / "old"
+        try:
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(part, folder)
+        except BaseException:  # also Ctrl-C
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+            raise
 
 
 def _refuse_source(source: str | Path, folder: Path) -> None:

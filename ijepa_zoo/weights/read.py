@@ -162,7 +162,7 @@ def _find_export(folder: Path) -> Path:
         )
     if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
         return folder
-    if (folder / "export").exists():
+    if (folder / "export" / "config.json").exists():
         return folder / "export"
     raise CheckpointError(
         f"{folder} is a pretraining run without an export: write it, `ijepa-zoo export {folder}`"

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RunError
 from . import configs, formats, registry
 from .formats import UNLABELED, State
 from .read import LABEL_KEY, OFFICIAL_FILE, Networks
@@ -31,7 +32,10 @@ def save_tensors(state: State, path: Path, dtype: torch.dtype | None) -> None:
 
     tensors = {name: ready(tensor) for name, tensor in state.items()}
     # One metadata key only: the safetensors package writes several in random order.
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # not an OSError, if the disk is full
+        raise RunError(f"{path.name} cannot be written: {error}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -214,7 +218,8 @@ def _write_official(
             f"module.{key}": tensor.detach().to("cpu", dtype or tensor.dtype)
             for key, tensor in read().items()
         }
-    torch.save(content, folder / OFFICIAL_FILE)
+    with (folder / OFFICIAL_FILE).open("wb") as file:  # whose errors are OSErrors
+        torch.save(content, file)
 
 
 _NETWORK = {

@@ -85,7 +85,7 @@ def test_splits_of_one_csv(folder):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("", "path and label"),
+        ("", "path and one label"),
         ("path,label\n", "no images"),
         ("path;label\nphotos/0.png;a\n", "path;label"),
         ("path,label,label\nphotos/0.png,a,b\n", "path, label, label"),

@@ -65,6 +65,13 @@ def test_shards_named_after_their_split_beside_parquet(tmp_path):
     assert open_splits(tmp_path)[1] is None  # no word of it is test
 
 
+def test_shards_whose_names_end_in_their_split(tmp_path):
+    shard(tmp_path / "settrain000.tar", {"1.png": png(1), "1.cls": b"3"})
+    shard(tmp_path / "setVal000.tar", {"3.png": png(3), "3.cls": b"3"})
+    train, test = open_splits(tmp_path)
+    assert (levels(train.images), levels(test.images)) == ([1], [3])
+
+
 @pytest.mark.parametrize(
     ("link", "target", "given", "named"),
     [

@@ -208,12 +208,15 @@ def test_broken_images_are_named_and_stop_the_run_above_a_share(tmp_path, capsys
     train(run, change(CONFIG, data={"max_broken": 0.2}), str(folder))
     shown = capsys.readouterr().err
     for name in ("07.png", "19.png"):
-        assert len(re.findall(rf"broken image: .*{name}: ", shown)) == 1
+        assert len(re.findall(rf"broken image.*{name}: ", shown)) == 1
     counts = [row["broken"] for row in read_log(run)[1:]]
     assert counts == sorted(counts)
     assert counts[-1] == state(run)[1]["broken"] >= 2
-    with pytest.raises(DataError, match=r"named above.*data\.max_broken="):
+    with pytest.raises(DataError, match=r"data\.max_broken="):
         train(tmp_path / "stops", change(CONFIG, data={"max_broken": 0.0}), str(folder))
+    with pytest.raises(DataError, match=r"data\.held_out"):  # before the first step
+        train(tmp_path / "one", change(CONFIG, data={"held_out": 1}), str(folder))
+    assert not checkpoint_steps(tmp_path / "one" / "checkpoints")
 
 
 def test_the_regularizers_part_of_the_loss_is_logged(whole, tmp_path):

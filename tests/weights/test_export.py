@@ -1,5 +1,6 @@
 """Exports: loaded by the other libraries, exact in round trips, safe to overwrite, described."""
 
+import os
 import shutil
 from functools import partial
 
@@ -200,13 +201,29 @@ def test_interrupted_export_changes_nothing(source, tmp_path, monkeypatch):
     before = names(source("timm"))
 
     def half(content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half)
     for folder in ("a", "b"):
         with pytest.raises(KeyboardInterrupt):
             source("official", folder, overwrite=True)
+    assert names(tmp_path) == ["a", *(f"a/{name}" for name in before)]
+
+
+def test_an_interrupted_replacement_keeps_the_old_folder(source, tmp_path, monkeypatch):
+    before = names(source("timm"))
+    replace, calls = os.replace, []
+
+    def second_fails(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        source("timm", overwrite=True)
     assert names(tmp_path) == ["a", *(f"a/{name}" for name in before)]
 
 
