@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
@@ -33,17 +32,17 @@ research use, and on rendered scenes.
 
 
 def photographs(folders: list[Path], crops: int) -> np.ndarray:
-    """Each photograph whole and a random crop of it; more crops if it is larger than `SIZE`."""
+    """Random crops of the photographs: one of each, several if it is larger than `SIZE`."""
     torch.manual_seed(0)
-    crop = RandomResizedCrop(SIZE, scale=(0.3, 1.0))
+    small = RandomResizedCrop(SIZE, scale=(0.4, 1.0))
+    large = RandomResizedCrop(SIZE, scale=(0.2, 1.0))
     photos, images = open_images(folders), []
     for index in tqdm(range(len(photos)), desc="photographs"):
         image = photos.read(index)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        images.append(np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
-        images.extend(np.asarray(crop(image)) for _ in range(crops if side > SIZE else 1))
+        if min(image.size) > SIZE:
+            images.extend(np.asarray(large(image)) for _ in range(crops))
+        else:
+            images.append(np.asarray(small(image)))
     return np.stack(images)
 
 
@@ -64,8 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="run folder; an unfinished run is resumed")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="folders of photographs")
-    parser.add_argument("--crops", type=int, default=4, help="crops of a large photograph")
-    parser.add_argument("--scenes", type=int, default=80_000, help="scenes to render")
+    parser.add_argument("--crops", type=int, default=16, help="crops of a large photograph")
+    parser.add_argument("--scenes", type=int, default=70_000, help="scenes to render")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], help="changes: optim.duration='9 steps'")
     args = parser.parse_args()
